@@ -1,0 +1,1 @@
+"""What people run: preparation, training, evaluation, inference, export and serving."""

@@ -1,0 +1,1 @@
+"""Sparse 3D tensors: coordinates, operations, layers."""
