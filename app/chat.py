@@ -112,12 +112,14 @@ def collate(samples: Sequence[dict], *, pad_id: int, volume_id: int, side: str =
         "attention_mask": stack([[1] * len(row) for row in ids], 0, torch.long),
         "labels": stack(labels, IGNORED, torch.long),
         "mask_3d": stack(masks, False, torch.bool),
-        "feats_3d": torch.cat([volume.feats for volume in volumes]),
-        "coords_3d": torch.cat([numbered(volume, number) for number, volume in enumerate(volumes)]),
+        "feats_3d": torch.cat([volume.feats for volume in volumes]) if volumes else torch.zeros(0, 0),
+        "coords_3d": torch.cat([numbered(*pair) for pair in enumerate(volumes)])
+        if volumes
+        else torch.zeros(0, 4).int(),
         "case_id": [sample.get("case_id", "") for sample in samples],
     }
 
 
-def numbered(volume: TokenSequence, number: int) -> Tensor:
+def numbered(number: int, volume: TokenSequence) -> Tensor:
     """Coordinates with the volume's number in the batch in front."""
     return torch.nn.functional.pad(volume.coords, (1, 0), value=number)

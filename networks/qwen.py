@@ -110,6 +110,8 @@ class VolumeQwen(nn.Module):
         if int(mask.sum()) != len(feats):
             raise ValueError(f"mask_3d marks {int(mask.sum())} positions, feats_3d has {len(feats)} rows")
         embeds = self.language.get_input_embeddings()(batch["input_ids"])
+        if len(feats) == 0:
+            return embeds
         tokens = self.projector(feats.to(self.projector.last.weight.dtype), batch["coords_3d"][:, 1:])
         return embeds.masked_scatter(mask[:, :, None], tokens.to(embeds.dtype))
 
@@ -141,7 +143,7 @@ def mixed_positions(
     volume_mask: Bool[Tensor, "B L"],
     coords: Int[Tensor, "M 4"],
 ) -> Int64[Tensor, "3 B L"]:
-    """Text counts up; images span (t, h, w) of their grid, volumes (z, y, x) of their cells; text goes on after both."""
+    """Text counts up, images span (t, h, w) of their grid, volumes (z, y, x) of their cells; text goes on after."""
     positions = torch.zeros(3, *attention.shape, dtype=torch.long, device=attention.device)
     images, volume_row = iter(image_cells), 0
     for sample in range(attention.shape[0]):

@@ -171,6 +171,20 @@ def test_mrope3d_places_tokens_by_cell_and_text_goes_on_after_the_highest(made):
     assert model.position_ids(batch)[:, 0, :4].tolist() == [[0, 1, 2, 3]] * 3
 
 
+def test_pads_are_not_counted_as_positions(made):
+    """Pads at either end and in the middle, as collations of others leave them, change nothing."""
+    model, tokenizer = made
+    batch = make_batch(tokenizer, [THREE[0]])
+    middle = int(batch["mask_3d"][0].nonzero().max()) + 1
+    grown = dict(batch)
+    for name in ("input_ids", "attention_mask", "mask_3d"):
+        gap = torch.zeros(1, 5, dtype=batch[name].dtype)
+        grown[name] = torch.cat([gap, batch[name][:, :middle], gap, batch[name][:, middle:], gap], 1)
+    real = grown["attention_mask"].bool()
+    assert torch.equal(model.position_ids(grown)[:, real], model.position_ids(batch)[:, 0])
+    torch.testing.assert_close(model.hidden_states(grown)[real], model.hidden_states(batch)[0], atol=ATOL, rtol=1e-4)
+
+
 def text_as_volume(model: VolumeQwen, ids: torch.Tensor) -> TokenSequence:
     """A volume whose projected tokens are exactly the embeddings of these ids."""
     coords = torch.stack([torch.arange(len(ids))] * 3, 1).int()
@@ -260,6 +274,13 @@ def test_saved_models_load_with_the_stock_classes(family, tmp_path):
     assert text.endswith("<|im_start|>user\nIs it 8 mm²?<|im_end|>\n<|im_start|>assistant\n")
     assert text.startswith("<|im_start|>system\n") == (family == "qwen2_vl")
     assert reloaded(text).input_ids == tokenizer(text).input_ids
+
+
+def test_a_question_without_a_volume_is_the_stock_model(made):
+    model, tokenizer = made
+    batch = make_batch(tokenizer, [("Is there a nodule?", "No.", [])])
+    actual = model.language.lm_head(model.hidden_states(batch))
+    torch.testing.assert_close(actual, model.language(input_ids=batch["input_ids"]).logits, atol=ATOL, rtol=1e-4)
 
 
 def test_wrong_models_and_batches_are_named(made, tmp_path):
