@@ -1,9 +1,10 @@
 """The anatomy of the phantoms: a canvas with pose and warp, and the painters of torso, organs, vessels and bones.
 
-Lengths are mm around the dome of the diaphragm (x Right, y Anterior, z Superior); organs are ellipsoids, tubes and shells
-with edges blended over one voxel. Says nothing about findings, files or cohorts: those are phantoms.py's.
+Lengths are mm around the dome of the diaphragm (x Right, y Anterior, z Superior); organs are ellipsoids, tubes and
+shells with edges blended over one voxel. Says nothing about findings, files or cohorts: those are phantoms.py's.
 """
 
+import itertools
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -129,7 +130,7 @@ class Canvas:
 
     def tube(self, points: list[Point], radius: float, value: float, *, within: np.ndarray | None = None) -> None:
         """Paints capsules along a polyline."""
-        for start, end in zip(points[:-1], points[1:], strict=True):
+        for start, end in itertools.pairwise(points):
             a, b = np.array(start, np.float32), np.array(end, np.float32)
             where = self.region(tuple((a + b) / 2), tuple(np.abs(b - a) / 2 + radius))
             x, y, z = self.x[where] - a[0], self.y[where] - a[1], self.z[where] - a[2]

@@ -1,7 +1,7 @@
 """The built-in cohort: CT phantoms in HU with findings whose side, count and size are known.
 
-They are for trying the chain and for tests: no phantom stands for a patient, and nothing measured on them says how well a
-model reads scans. The anatomy itself is in anatomy.py.
+They are for trying the chain and for tests: no phantom stands for a patient, and nothing measured on them says how
+well a model reads scans. The anatomy itself is in anatomy.py.
 """
 
 import json

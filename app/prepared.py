@@ -1,8 +1,8 @@
 """The prepared layout on disk: the one reader and the one writer of OUT/{dataset}/processed/{case}.
 
-Knows files, not what is in them: no gate, no resampling, no features. A case appears whole or not at all (written beside,
-then renamed). Older trees are read too: window files of 0/1 or of floats, any size, no sidecar; their volumes are never
-taken for HU.
+Knows files, not what is in them: no gate, no resampling, no features. A case appears whole or not at all (written
+beside, then renamed). Older trees are read too: window files of 0/1 or of floats, any size, no sidecar; their volumes
+are never taken for HU.
 """
 
 import csv
@@ -103,7 +103,7 @@ class PreparedCase:
         return tuple(WINDOWS) if self.is_hu else tuple(self._window_files())
 
     def window(self, name: str) -> Num[np.ndarray, "X Y Z"]:
-        """A window as it is stored (uint8 0..255; older trees: 0/1 or floats in 0..1), else made from the HU as uint8."""
+        """A window as it is stored (uint8 0..255; older trees: 0/1 or floats in 0..1), else made from the HU."""
         window_bounds(name)
         file = self._window_files().get(name)
         if file is not None:

@@ -1,7 +1,7 @@
 """CT arrays: HU windows, body mask, what is kept, dense to sparse and back, resampling, crops, augmentation.
 
 Pure functions on arrays indexed [x, y, z] along R A S. HU in, HU out unless a name says otherwise; values of windows
-lie in -1..1. Nothing here reads files, knows a network or draws random numbers: a caller that wants chance passes it in.
+lie in -1..1. Nothing here reads files, knows a network or draws random numbers: who wants chance passes it in.
 """
 
 from collections.abc import Sequence
@@ -370,7 +370,7 @@ def crop_to_budget(
     center: Sequence[int],
     max_side: int | None = None,
 ) -> Int[np.ndarray, " M"]:
-    """Rows inside one contiguous box of at most `max_points` voxels, all rows where they fit; coordinates stay absolute."""
+    """Rows in one contiguous box of at most `max_points` voxels, all where they fit; coordinates stay absolute."""
     side_fits = max_side is None or (
         len(coords) and int(np.ptp(np.asarray(coords, np.int64) // BLOCK, 0).max() + 1) * BLOCK <= max_side
     )

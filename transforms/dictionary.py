@@ -16,7 +16,7 @@ from transforms.array import Keep
 
 
 class Resampled(MapTransform):
-    """`array.resample` onto a cube of `grid` voxels of `spacing` mm. Without an affine the volume's field fills the cube."""
+    """`array.resample` onto a cube of `grid` voxels of `spacing` mm. Without an affine the field fills the cube."""
 
     def __init__(self, keys: str | Sequence[str] = "image", *, spacing: float, grid: int) -> None:
         super().__init__(keys)
