@@ -50,3 +50,36 @@ def subdivision(logits: Float[Tensor, "M 8"], occupied: Bool[Tensor, "M 8"], lev
     """Binary cross-entropy over the eight children of every voxel of a level."""
     per_cell = F.binary_cross_entropy_with_logits(logits.float(), occupied.float(), reduction="none").mean(1)
     return mean_of_samples(per_cell, level)
+
+
+class TokenizerLoss:
+    """Weighted sum of what a forward pass of the sparse VQ-VAE gives, and its terms by name.
+
+    `vq` enters only where the codebook learns by gradient, `kl` only where nothing was quantised.
+    """
+
+    def __init__(
+        self,
+        *,
+        loss_type: str = "l1",
+        lambda_vq: float = 1.0,
+        lambda_commitment: float = 0.25,
+        lambda_kl: float = 1e-6,
+        lambda_subdivision: float = 0.1,
+    ):
+        if loss_type not in LOSS_TYPES:
+            raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
+        self.loss_type = loss_type
+        self.weights = {
+            "recon": 1.0,
+            "vq": lambda_vq,
+            "commitment": lambda_commitment,
+            "kl": lambda_kl,
+            "subdivision": lambda_subdivision,
+        }
+
+    def __call__(self, output, target: SparseTensor) -> dict[str, Float[Tensor, ""]]:
+        terms = {"recon": reconstruction(output.recon, target, loss_type=self.loss_type)}
+        terms |= {name: getattr(output, name) for name in self.weights if name != "recon"}
+        learned = [self.weights[name] * term for name, term in terms.items() if term.requires_grad or name == "recon"]
+        return {"loss": torch.stack([part.float() for part in learned]).sum(), **terms}
