@@ -1,6 +1,7 @@
 """Everything checked before anything is trained, and the one way to end a run over a user's mistake.
 
-`fail` writes one line and leaves with an exit status; any other exception would reach the user as MONAI's forty-line chain.
+`fail` writes one line and leaves with an exit status; any other exception would reach the user as MONAI's
+forty-line chain.
 """
 
 import sys

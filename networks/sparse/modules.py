@@ -1,0 +1,146 @@
+"""Layers: parameters and one call into ops.py. Each takes and gives a SparseTensor."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from networks.sparse import ops
+from networks.sparse.tensor import SparseTensor
+from networks.sparse.topology import Coarsening
+
+
+class Linear(nn.Linear):
+    """A linear map of every voxel's features."""
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        return x.replace(super().forward(x.feats))
+
+
+class SiLU(nn.Module):
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        return x.replace(F.silu(x.feats))
+
+
+class SubmanifoldConv3d(nn.Module):
+    """3x3x3 convolution that keeps the occupied voxels.
+
+    `weight` is (27, in, out) with offset index (dx+1)*9 + (dy+1)*3 + (dz+1): on a full grid it equals
+    `torch.nn.functional.conv3d` on (B, C, X, Y, Z) with that kernel and padding 1.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int = 3, bias: bool = True, *, backend: str = "auto"
+    ):
+        super().__init__()
+        if kernel_size != 3:
+            raise ValueError(f"kernel_size must be 3 (use Linear for 1), got {kernel_size}")
+        self.in_channels, self.out_channels, self.backend = in_channels, out_channels, backend
+        self.weight = nn.Parameter(torch.empty(27, in_channels, out_channels))
+        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = 1 / math.sqrt(27 * self.in_channels)  # as torch.nn.Conv3d
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        return ops.submanifold_conv(x, self.weight, self.bias, backend=self.backend)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, bias={self.bias is not None}, backend={self.backend}"
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation per sample. The number of groups is the largest up to 32 that divides the channels."""
+
+    def __init__(self, channels: int, *, max_groups: int = 32):
+        super().__init__()
+        self.num_groups = math.gcd(channels, max_groups)
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        return ops.group_norm(x, self.num_groups, self.weight, self.bias)
+
+
+class Downsample(nn.Module):
+    """Halves the grid: mean over the children present. Gives the coarse tensor and the plan that `Upsample` takes."""
+
+    def __init__(self, *, pool: str = "mean"):
+        super().__init__()
+        if pool not in ("mean", "legacy"):
+            raise ValueError(f"pool must be mean or legacy, got {pool!r}")
+        self.pool = pool
+
+    def forward(self, x: SparseTensor) -> tuple[SparseTensor, Coarsening]:
+        return ops.pool(x, legacy=self.pool == "legacy")
+
+
+class Upsample(nn.Module):
+    """Doubles the grid on the voxels that a plan names, copying the parent's features."""
+
+    def forward(self, x: SparseTensor, cells: Coarsening) -> SparseTensor:
+        return ops.unpool(x, cells)
+
+
+def position_encoding(coords: Int[Tensor, "N 3"], channels: int) -> Float[Tensor, "N C"]:
+    """Fixed sinusoids of absolute coordinates: (sin, cos) of channels // 6 frequencies for x, y, z, then zeros."""
+    num_freqs = channels // 6
+    steps = torch.arange(num_freqs, dtype=torch.float32, device=coords.device)
+    angles = coords[:, :, None].float() * 10000.0 ** -(steps / max(num_freqs, 1))
+    waves = rearrange(torch.cat([angles.sin(), angles.cos()], 2), "n axis f -> n (axis f)")
+    return F.pad(waves, (0, channels - waves.shape[1]))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention inside cubic windows."""
+
+    def __init__(self, channels: int, *, num_heads: int, window: int, shift: int):
+        super().__init__()
+        if channels % num_heads:
+            raise ValueError(f"channels must be a multiple of num_heads = {num_heads}, got {channels}")
+        self.num_heads, self.window, self.shift = num_heads, window, shift
+        self.to_qkv = nn.Linear(channels, 3 * channels)
+        self.to_out = nn.Linear(channels, channels)
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        qkv = rearrange(self.to_qkv(x.feats), "n (three h d) -> n three h d", three=3, h=self.num_heads)
+        out = ops.window_attention(qkv, x.level, window=self.window, shift=self.shift)
+        return x.replace(self.to_out(rearrange(out, "n h d -> n (h d)")))
+
+
+class Mlp(nn.Module):
+    def __init__(self, channels: int, *, ratio: int = 4):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(channels, ratio * channels), nn.GELU(approximate="tanh"), nn.Linear(ratio * channels, channels)
+        )
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        return x.replace(self.mlp(x.feats))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and MLP; norms carry no parameters and run in float32."""
+
+    def __init__(self, channels: int, *, num_heads: int, window: int, shift: int):
+        super().__init__()
+        self.attn = Attention(channels, num_heads=num_heads, window=window, shift=shift)
+        self.mlp = Mlp(channels)
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        x = x.replace(x.feats + self.attn(layer_norm(x)).feats)
+        return x.replace(x.feats + self.mlp(layer_norm(x)).feats)
+
+
+def layer_norm(x: SparseTensor, *, eps: float = 1e-6) -> SparseTensor:
+    """Normalises each voxel's features, in float32, without parameters."""
+    wide = torch.promote_types(x.feats.dtype, torch.float32)
+    with torch.autocast(x.feats.device.type, enabled=False):
+        return x.replace(F.layer_norm(x.feats.to(wide), x.feats.shape[1:], eps=eps).to(x.feats.dtype))

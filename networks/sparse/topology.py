@@ -1,0 +1,271 @@
+"""ALL coordinate arithmetic of sparse voxels: keys, neighbours, parents, children, windows, alignment.
+
+A `Level` is the set of occupied voxels of a batch at one resolution. Its rows are sorted by key: the Morton code of
+(x, y, z) with x highest, the sample above it, so that `parent key = key >> 3` and `octant = key & 7`, and children of
+sorted parents are sorted. Maps are built when first asked for and kept with the level, for every layer and backward.
+A row number equal to the number of rows means "no such voxel". Knows coordinates only, never features.
+
+Letters: B batch, N voxels, M coarse voxels or latents, W windows.
+"""
+
+import math
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int, Int32, Int64
+from torch import Tensor
+
+MIN_BITS = 8  # bits an axis at least, so that small grids can be halved often without losing the sample number
+MAX_TABLE_CELLS = 2**29  # 2 GiB of int32
+CENTRE = 13  # index of offset (0, 0, 0) among the 27; the mirror of offset k is 26 - k
+
+
+def neighbour_offsets(device: torch.device | str = "cpu") -> Int64[Tensor, "27 3"]:
+    """Offset k = (dx+1)*9 + (dy+1)*3 + (dz+1)."""
+    steps = torch.arange(-1, 2, device=device)
+    return torch.cartesian_prod(steps, steps, steps)
+
+
+def _spread(axis: Int64[Tensor, " N"]) -> Int64[Tensor, " N"]:
+    """Puts two zero bits between the lowest 21 bits of each number."""
+    for shift, mask in (
+        (32, 0x1F00000000FFFF),
+        (16, 0x1F0000FF0000FF),
+        (8, 0x100F00F00F00F00F),
+        (4, 0x10C30C30C30C30C3),
+        (2, 0x1249249249249249),
+    ):
+        axis = (axis | (axis << shift)) & mask
+    return axis
+
+
+def _gather_bits(key: Int64[Tensor, " N"]) -> Int64[Tensor, " N"]:
+    """Undoes `_spread`."""
+    key = key & 0x1249249249249249
+    for shift, mask in (
+        (2, 0x10C30C30C30C30C3),
+        (4, 0x100F00F00F00F00F),
+        (8, 0x1F0000FF0000FF),
+        (16, 0x1F00000000FFFF),
+        (32, 0x1FFFFF),
+    ):
+        key = (key | (key >> shift)) & mask
+    return key
+
+
+def morton_keys(coords: Int[Tensor, "N 4"], bits: int) -> Int64[Tensor, " N"]:
+    """Sorting key of (batch, x, y, z) rows for axes of `bits` bits."""
+    b, x, y, z = coords.long().unbind(1)
+    return (b << (3 * bits)) | (_spread(x) << 2) | (_spread(y) << 1) | _spread(z)
+
+
+def morton_coords(keys: Int64[Tensor, " N"], bits: int) -> Int32[Tensor, "N 4"]:
+    """Undoes `morton_keys`."""
+    b, xyz = keys >> (3 * bits), keys & ((1 << (3 * bits)) - 1)
+    axes = [_gather_bits(xyz >> 2), _gather_bits(xyz >> 1), _gather_bits(xyz)]
+    return torch.stack([b, *axes], 1).int()
+
+
+def find_rows(sorted_keys: Int64[Tensor, " N"], wanted: Int64[Tensor, " M"]) -> Int64[Tensor, " M"]:
+    """Row of each wanted key among sorted keys; N where there is none."""
+    num_rows = sorted_keys.shape[0]
+    if num_rows == 0:
+        return torch.zeros_like(wanted)
+    rows = torch.searchsorted(sorted_keys, wanted)
+    found = sorted_keys[rows.clamp(max=num_rows - 1)] == wanted
+    return torch.where(found, rows, num_rows)
+
+
+def bits_for(spatial_shape: tuple[int, int, int]) -> int:
+    return max(MIN_BITS, math.ceil(math.log2(max(spatial_shape))))
+
+
+class Coarsening(NamedTuple):
+    """A fine level grouped by 2x2x2 cells: what down-sampling did and up-sampling takes back."""
+
+    fine: "Level"
+    coarse: "Level"
+    parent: Int64[Tensor, " N"]  # coarse row of each fine row
+    octant: Int64[Tensor, " N"]  # 4(x&1) + 2(y&1) + (z&1)
+    children: Int64[Tensor, "8 M"]  # fine row of each child, N where it is empty
+
+    @property
+    def occupied(self) -> Bool[Tensor, "M 8"]:
+        return (self.children < self.parent.shape[0]).T
+
+
+class Windows(NamedTuple):
+    """Rows grouped by cubic window, padded to the fullest one."""
+
+    rows: Int64[Tensor, "W L"]  # row in each slot, N where the slot is empty
+    slot: Int64[Tensor, " N"]  # position of each row in the flattened slots
+
+
+class Level:
+    """Occupied voxels of a batch at one resolution, sorted by key. Build with `Level.from_coords`."""
+
+    def __init__(self, keys: Int64[Tensor, " N"], *, spatial_shape: tuple[int, int, int], batch_size: int, bits: int):
+        self.keys, self.spatial_shape, self.batch_size, self.bits = keys, tuple(spatial_shape), batch_size, bits
+        self._windows: dict[tuple[int, int], Windows] = {}
+
+    @classmethod
+    def from_coords(
+        cls, coords: Int[Tensor, "N 4"], spatial_shape: tuple[int, int, int], batch_size: int
+    ) -> tuple["Level", Int64[Tensor, " N"] | None]:
+        """Checks and sorts; returns the level and the sorting order (None when the rows were sorted already)."""
+        shape = tuple(int(n) for n in spatial_shape)
+        if coords.dtype.is_floating_point or coords.dtype == torch.bool or coords.ndim != 2 or coords.shape[1] != 4:
+            kind = str(coords.dtype).removeprefix("torch.")
+            raise ValueError(f"coords must be integer (N, 4), got {kind} {tuple(coords.shape)}")
+        if len(shape) != 3 or min(shape) < 1 or batch_size < 0:
+            raise ValueError(f"a grid needs three positive sides and a batch size, got {shape} and {batch_size}")
+        bits = bits_for(shape)
+        if bits > 20 or 3 * bits + max(batch_size, 1).bit_length() > 63:
+            raise ValueError(f"keys of 63 bits cannot hold {batch_size} samples of {shape} voxels")
+        if coords.shape[0]:
+            low, high = coords.amin(0).tolist(), coords.amax(0).tolist()
+            limits = (batch_size, *shape)
+            if min(low) < 0 or any(h >= limit for h, limit in zip(high, limits, strict=True)):
+                raise ValueError(f"coords (batch, x, y, z) must lie in 0..{limits} exclusive, got {low}..{high}")
+        keys = morton_keys(coords, bits)
+        order = None
+        if bool((keys[1:] <= keys[:-1]).any()):
+            keys, order = torch.sort(keys)
+            if bool((keys[1:] == keys[:-1]).any()):
+                count = int((keys[1:] == keys[:-1]).sum())
+                raise ValueError(f"coords must be unique, got {count} duplicates of {coords.shape[0]} rows")
+        return cls(keys, spatial_shape=shape, batch_size=batch_size, bits=bits), order
+
+    def __len__(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.device
+
+    def to(self, device: torch.device | str) -> "Level":
+        if torch.empty(0, device=device).device == self.device:
+            return self
+        return Level(self.keys.to(device), spatial_shape=self.spatial_shape, batch_size=self.batch_size, bits=self.bits)
+
+    def same_as(self, other: "Level") -> bool:
+        return self is other or (
+            self.spatial_shape == other.spatial_shape
+            and self.batch_size == other.batch_size
+            and torch.equal(self.keys, other.keys)
+        )
+
+    @cached_property
+    def coords(self) -> Int32[Tensor, "N 4"]:
+        return morton_coords(self.keys, self.bits)
+
+    @cached_property
+    def sample(self) -> Int64[Tensor, " N"]:
+        return self.keys >> (3 * self.bits)
+
+    @cached_property
+    def sample_sizes(self) -> list[int]:
+        """Voxels of each sample. Rows of a sample are consecutive."""
+        return torch.bincount(self.sample, minlength=self.batch_size).tolist()
+
+    @cached_property
+    def neighbours(self) -> Int32[Tensor, "27 N"]:
+        """Row of each of the 27 neighbours of each voxel, N where there is none."""
+        cells = self.batch_size * math.prod(n + 2 for n in self.spatial_shape)
+        if cells <= min(MAX_TABLE_CELLS, 256 * len(self) + 2**20):
+            return self._neighbours_by_table(cells)
+        return self._neighbours_by_search()
+
+    def _neighbours_by_table(self, cells: int) -> Int32[Tensor, "27 N"]:
+        """One look-up table over the grid with an empty margin: a neighbour is a constant step away."""
+        _, size_y, size_z = (n + 2 for n in self.spatial_shape)
+        size_x = self.spatial_shape[0] + 2
+        b, x, y, z = self.coords.long().unbind(1)
+        cell = ((b * size_x + x + 1) * size_y + y + 1) * size_z + z + 1
+        table = torch.full((cells,), len(self), dtype=torch.int32, device=self.device)
+        table[cell] = torch.arange(len(self), dtype=torch.int32, device=self.device)
+        neighbours = torch.empty((27, len(self)), dtype=torch.int32, device=self.device)
+        for k, (dx, dy, dz) in enumerate(neighbour_offsets().tolist()):
+            torch.index_select(table, 0, cell + ((dx * size_y + dy) * size_z + dz), out=neighbours[k])
+        return neighbours
+
+    def _neighbours_by_search(self) -> Int32[Tensor, "27 N"]:
+        """Half of the offsets searched among the keys; the other half is the mirror image."""
+        num_rows = len(self)
+        rows = torch.arange(num_rows, device=self.device, dtype=torch.int32)
+        neighbours = torch.full((27, num_rows + 1), num_rows, dtype=torch.int32, device=self.device)
+        neighbours[CENTRE, :num_rows] = rows
+        limits = torch.tensor(self.spatial_shape, device=self.device)
+        for k, offset in enumerate(neighbour_offsets(self.device)[:CENTRE]):
+            near = self.coords[:, 1:] + offset
+            inside = ((near >= 0) & (near < limits)).all(1)
+            keys = morton_keys(torch.cat([self.coords[:, :1], near.clamp(min=0)], 1), self.bits)
+            found = torch.where(inside, find_rows(self.keys, keys), num_rows)
+            neighbours[k, :num_rows] = found.int()
+            neighbours[26 - k].scatter_(0, found, rows)  # the extra last column takes the misses
+        return neighbours[:, :num_rows].contiguous()
+
+    @cached_property
+    def mean_neighbours(self) -> float:
+        """Occupied cells among the 27, averaged: about 25 in volumes, 10 to 15 in shells."""
+        return (self.neighbours < len(self)).sum().item() / max(len(self), 1)
+
+    @cached_property
+    def neighbour_pairs(self) -> list[tuple[Int64[Tensor, " P"], Int64[Tensor, " P"]]]:
+        """Per offset the rows that have that neighbour, and the neighbour's row."""
+        pairs = []
+        for row_of in self.neighbours:
+            rows = (row_of < len(self)).nonzero().squeeze(1)
+            pairs.append((rows, row_of[rows].long()))
+        return pairs
+
+    @cached_property
+    def coarsening(self) -> Coarsening:
+        """This level grouped by 2x2x2 cells."""
+        if self.bits == 1:
+            raise ValueError(f"a level of {self.spatial_shape} voxels cannot be halved again")
+        octant = self.keys & 7
+        keys, parent = torch.unique_consecutive(self.keys >> 3, return_inverse=True)
+        shape = tuple((n + 1) // 2 for n in self.spatial_shape)
+        coarse = Level(keys, spatial_shape=shape, batch_size=self.batch_size, bits=self.bits - 1)
+        children = torch.full((8, keys.shape[0]), len(self), dtype=torch.int64, device=self.device)
+        children[octant, parent] = torch.arange(len(self), device=self.device)
+        return Coarsening(self, coarse, parent, octant, children)
+
+    def subdivide(self, occupied: Bool[Tensor, "M 8"], fine_shape: tuple[int, int, int]) -> Coarsening:
+        """The finer level in which exactly the marked children exist; the inverse of `coarsening`."""
+        parent, octant = occupied.nonzero().unbind(1)
+        keys = (self.keys[parent] << 3) | octant
+        fine = Level(keys, spatial_shape=fine_shape, batch_size=self.batch_size, bits=self.bits + 1)
+        children = torch.full((8, len(self)), len(fine), dtype=torch.int64, device=self.device)
+        children[octant, parent] = torch.arange(len(fine), device=self.device)
+        return Coarsening(fine, self, parent, octant, children)
+
+    def windows(self, size: int, shift: int) -> Windows:
+        """Rows grouped by cubic windows of `size` voxels on the absolute grid, moved by `shift`."""
+        if (size, shift) not in self._windows:
+            self._windows[size, shift] = self._group_windows(size, shift)
+        return self._windows[size, shift]
+
+    def _group_windows(self, size: int, shift: int) -> Windows:
+        cell = torch.cat([self.coords[:, :1], (self.coords[:, 1:] + shift) // size], 1)
+        keys, order = torch.sort(morton_keys(cell, self.bits + 1), stable=True)
+        _, window, counts = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)
+        starts = counts.cumsum(0) - counts
+        longest = int(counts.max()) if len(self) else 0
+        slot_sorted = window * longest + torch.arange(len(self), device=self.device) - starts[window]
+        rows = torch.full((counts.shape[0] * longest,), len(self), dtype=torch.int64, device=self.device)
+        rows[slot_sorted] = order
+        slot = torch.empty_like(slot_sorted)
+        slot[order] = slot_sorted
+        return Windows(rows.view(counts.shape[0], longest), slot)
+
+
+def align_rows(source: Level, target: Level) -> Int64[Tensor, " M"]:
+    """For each voxel of `target` its row in `source`, len(source) where it is absent."""
+    if source.spatial_shape != target.spatial_shape:
+        raise ValueError(f"cannot align a grid of {source.spatial_shape} with one of {target.spatial_shape}")
+    if source.same_as(target):
+        return torch.arange(len(target), device=target.device)
+    return find_rows(source.keys, target.keys)

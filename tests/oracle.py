@@ -1,0 +1,87 @@
+"""The maths restated densely or in scalars, in float64. Imports nothing of the project, on purpose."""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+
+
+def dense_of(feats, coords, shape, batch_size):
+    grid = torch.zeros(batch_size, feats.shape[1], *shape, dtype=feats.dtype)
+    for row, (b, x, y, z) in zip(feats, coords.tolist(), strict=True):
+        grid[b, :, x, y, z] = row
+    return grid
+
+
+def rows_of(grid, coords):
+    b, x, y, z = coords.long().unbind(1)
+    return grid[b, :, x, y, z]
+
+
+def dense_kernel(weight):
+    """(27, in, out) with offset (dx+1)*9 + (dy+1)*3 + (dz+1) as conv3d's (out, in, 3, 3, 3)."""
+    kernel = torch.empty(weight.shape[2], weight.shape[1], 3, 3, 3, dtype=weight.dtype)
+    for k, (dx, dy, dz) in enumerate(itertools.product(range(3), repeat=3)):
+        kernel[:, :, dx, dy, dz] = weight[k].T
+    return kernel
+
+
+def submanifold_conv(feats, coords, shape, batch_size, weight, bias):
+    """Values on the occupied voxels of a dense convolution of the grid with empty voxels zero."""
+    grid = dense_of(feats, coords, shape, batch_size)
+    return rows_of(F.conv3d(grid, dense_kernel(weight), bias, padding=1), coords)
+
+
+def neighbours(coords, shape):
+    """Row of each neighbour by dictionary, len(coords) where there is none."""
+    row_of = {tuple(c): i for i, c in enumerate(coords.tolist())}
+    table = []
+    for dx, dy, dz in itertools.product((-1, 0, 1), repeat=3):
+        table.append([row_of.get((b, x + dx, y + dy, z + dz), len(coords)) for b, x, y, z in coords.tolist()])
+    return torch.tensor(table, dtype=torch.int32).view(27, len(coords))
+
+
+def morton(b, x, y, z, bits):
+    """Bit by bit: x highest in each triple, the sample above all."""
+    key = b
+    for i in reversed(range(bits)):
+        key = (key << 3) | (((x >> i) & 1) << 2) | (((y >> i) & 1) << 1) | ((z >> i) & 1)
+    return key
+
+
+def pooled(feats, coords, *, legacy=False):
+    """Mean of the children of each cell, as a dictionary from cell to features."""
+    cells = {}
+    for row, (b, x, y, z) in zip(feats, coords.tolist(), strict=True):
+        cells.setdefault((b, x // 2, y // 2, z // 2), []).append(row)
+    return {cell: sum(rows) / (len(rows) + legacy) for cell, rows in cells.items()}
+
+
+def group_norm(feats, coords, groups, weight, bias, eps=1e-5):
+    out = torch.empty_like(feats)
+    for b in set(coords[:, 0].tolist()):
+        rows = coords[:, 0] == b
+        part = feats[rows].view(int(rows.sum()), groups, -1)
+        mean, var = part.mean((0, 2), keepdim=True), part.var((0, 2), unbiased=False, keepdim=True)
+        out[rows] = ((part - mean) / (var + eps).sqrt()).view(int(rows.sum()), -1) * weight + bias
+    return out
+
+
+def window_attention(qkv, coords, window, shift):
+    """Row by row: softmax over the rows of the same sample and window."""
+    cell = [(b, (x + shift) // window, (y + shift) // window, (z + shift) // window) for b, x, y, z in coords.tolist()]
+    out = torch.empty_like(qkv[:, 0])
+    for i in range(len(coords)):
+        mates = [j for j in range(len(coords)) if cell[j] == cell[i]]
+        for h in range(qkv.shape[2]):
+            scores = torch.stack([qkv[i, 0, h] @ qkv[j, 1, h] for j in mates]) / qkv.shape[3] ** 0.5
+            out[i, h] = sum(p * qkv[j, 2, h] for p, j in zip(scores.softmax(0), mates, strict=True))
+    return out
+
+
+def nearest_codes(rows, codebook):
+    return ((rows[:, None] - codebook[None]) ** 2).sum(2)
+
+
+def window_value(hu, width, level):
+    return min(max((hu - (level - width / 2)) / width, 0.0), 1.0)
