@@ -96,6 +96,7 @@ def build_tiny(
         "num_attention_heads": width // head,
         "num_key_value_heads": max(1, width // head // 2),
         "max_position_embeddings": 4096,
+        "initializer_range": width**-0.5,  # 0.02 is for wide models; here attention would start flat and stay so
         "eos_token_id": ids["<|im_end|>"],
         "bos_token_id": ids["<|endoftext|>"],
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
