@@ -12,7 +12,6 @@ import numpy as np
 from monai.transforms import MapTransform, RandomizableTransform
 
 from transforms import array
-from transforms.array import Keep
 
 
 class Resampled(MapTransform):
@@ -51,7 +50,7 @@ class Sparsifyd(MapTransform):
         self,
         keys: str | Sequence[str] = "image",
         *,
-        keep: Keep = "body",
+        keep: str = "body",
         windows: Sequence[str] = array.DEFAULT_WINDOWS,
     ) -> None:
         super().__init__(keys)
