@@ -93,7 +93,8 @@ def window_values(hu: Num[np.ndarray, "..."], names: Sequence[str]) -> Float[np.
 def hu_from_windows(values: Float[np.ndarray, "... C"], names: Sequence[str]) -> Float[np.ndarray, "..."]:
     """HU told by the narrowest window that is not near its ends, else by the widest.
 
-    Of equally wide windows that are all near their ends the one whose end lies farthest out is believed.
+    Where all windows are near their lower ends, or all near their upper ends, the end that lies farthest out is
+    believed: it need not be the widest's.
     """
     if values.shape[-1] != len(names):
         raise ValueError(f"values must have a channel for each of {list(names)}, got {values.shape[-1]} channels")
@@ -101,9 +102,8 @@ def hu_from_windows(values: Float[np.ndarray, "... C"], names: Sequence[str]) ->
     lower, upper = np.array([window_bounds(name) for name in names], np.float32).T
     told = lower + parts * (upper - lower)
     widths = upper - lower
-    widest = told[..., widths == widths.max()]
-    high = parts[..., widths == widths.max()].mean(-1) > 0.5
-    hu = np.where(high, widest.max(-1), widest.min(-1))
+    low, high = (parts < 0.5).all(-1), (parts > 0.5).all(-1)
+    hu = np.where(low, told.min(-1), np.where(high, told.max(-1), told[..., widths.argmax()]))
     for channel in np.argsort(-widths, kind="stable"):  # the narrowest comes last and wins
         inside = (parts[..., channel] > SATURATION) & (parts[..., channel] < 1 - SATURATION)
         hu = np.where(inside, told[..., channel], hu)
@@ -229,7 +229,7 @@ def signed_band(mask: Bool[np.ndarray, "X Y Z"], band: Number = BAND) -> Float[n
 # ---- dense and sparse
 
 
-def sparsify_masks(masks: Num[np.ndarray, "X Y Z C"]) -> Sparse:
+def sparsify_masks(masks: Shaped[np.ndarray, "X Y Z C"]) -> Sparse:
     """0/1 masks as signed bands, one a channel; voxels far from every surface are dropped."""
     bands = np.stack([signed_band(masks[..., channel] > 0.5) for channel in range(masks.shape[-1])], -1)
     return sparsify(bands, (np.abs(bands) < 1).any(-1))
