@@ -44,7 +44,7 @@ class SubmanifoldConv3d(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        # He et al. 2015: keeps the scale through the decoder, which has no norms; torch's smaller default learns slower.
+        # He et al. 2015: keeps the scale through the decoder, which has no norms. torch's default learns slower.
         nn.init.normal_(self.weight, std=math.sqrt(2 / (27 * self.in_channels)))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
