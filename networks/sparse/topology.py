@@ -18,6 +18,8 @@ from torch import Tensor
 
 MIN_BITS = 8  # bits an axis at least, so that small grids can be halved often without losing the sample number
 MAX_TABLE_CELLS = 2**29  # 2 GiB of int32
+THIN = 20.0  # mean neighbours below which sorting rows by neighbourhood pays on a GPU (shells have 9 to 18)
+ORDER_CHUNK = 16384  # rows sorted among themselves: longer sorts better, shorter keeps gathers in the cache
 CENTRE = 13  # index of offset (0, 0, 0) among the 27; the mirror of offset k is 26 - k
 
 
@@ -102,12 +104,30 @@ class Windows(NamedTuple):
     slot: Int64[Tensor, " N"]  # position of each row in the flattened slots
 
 
+class Tiles(NamedTuple):
+    """Rows cut into tiles of equal size, and the offsets that have a neighbour anywhere in each tile."""
+
+    rows: Int32[Tensor, " N"] | None  # row at each place, None where places are rows
+    neighbours: Int32[Tensor, "27 N"]  # of the row at each place
+    offsets: Int32[Tensor, "T 27"]  # those alive come first
+    counts: Int32[Tensor, " T"]
+
+
+class NeighbourLists(NamedTuple):
+    """Existing (row, neighbour) pairs of each offset, packed to the front."""
+
+    rows: Int32[Tensor, "27 N"]
+    near: Int32[Tensor, "27 N"]
+    counts: Int32[Tensor, " 27"]
+
+
 class Level:
     """Occupied voxels of a batch at one resolution, sorted by key. Build with `Level.from_coords`."""
 
     def __init__(self, keys: Int64[Tensor, " N"], *, spatial_shape: tuple[int, int, int], batch_size: int, bits: int):
         self.keys, self.spatial_shape, self.batch_size, self.bits = keys, tuple(spatial_shape), batch_size, bits
         self._windows: dict[tuple[int, int], Windows] = {}
+        self._tiles: dict[int, Tiles] = {}
 
     @classmethod
     def from_coords(
@@ -210,6 +230,43 @@ class Level:
     def mean_neighbours(self) -> float:
         """Occupied cells among the 27, averaged: about 25 in volumes, 10 to 15 in shells."""
         return (self.neighbours < len(self)).sum().item() / max(len(self), 1)
+
+    @cached_property
+    def is_thin(self) -> bool:
+        """Whether many of the 27 neighbours are missing, so that work must be chosen row by row."""
+        return self.mean_neighbours < THIN
+
+    @cached_property
+    def _by_neighbourhood(self) -> tuple[Int32[Tensor, " N"], Int32[Tensor, "27 N"]]:
+        """Rows sorted by which neighbours they have, inside chunks of the key order, and their neighbours."""
+        bits = torch.zeros(len(self), dtype=torch.int64, device=self.device)
+        for k, row_of in enumerate(self.neighbours):
+            bits |= (row_of < len(self)).long() << k
+        chunk = torch.arange(len(self), device=self.device) // ORDER_CHUNK
+        order = torch.argsort((chunk << 27) | bits, stable=True)
+        return order.int(), self.neighbours[:, order]
+
+    def tiles(self, size: int) -> Tiles:
+        """Tiles of `size` rows; rows with like neighbourhoods together where neighbours are few."""
+        if size not in self._tiles:
+            rows, table = self._by_neighbourhood if self.is_thin else (None, self.neighbours)
+            missing = torch.nn.functional.pad(table, (0, -len(self) % size), value=len(self)) == len(self)
+            dead = missing.view(27, -1, size).all(2).T.contiguous()
+            offsets = torch.argsort(dead.byte(), dim=1, stable=True).int()
+            self._tiles[size] = Tiles(rows, table, offsets, (~dead).sum(1, dtype=torch.int32))
+        return self._tiles[size]
+
+    @cached_property
+    def neighbour_lists(self) -> NeighbourLists:
+        """The pairs of `neighbour_pairs` in tables of fixed shape, so that nothing waits for their lengths."""
+        there = self.neighbours < len(self)
+        place = torch.where(there, there.cumsum(1) - 1, len(self))
+        rows = torch.empty((27, len(self) + 1), dtype=torch.int32, device=self.device)  # the last column takes the rest
+        near = torch.empty_like(rows)
+        rows.scatter_(1, place, torch.arange(len(self), dtype=torch.int32, device=self.device).expand(27, -1))
+        near.scatter_(1, place, self.neighbours)
+        rows, near = rows[:, :-1].contiguous(), near[:, :-1].contiguous()
+        return NeighbourLists(rows, near, there.sum(1, dtype=torch.int32))
 
     @cached_property
     def neighbour_pairs(self) -> list[tuple[Int64[Tensor, " P"], Int64[Tensor, " P"]]]:
