@@ -153,9 +153,9 @@ def _gather_product(
     columns = (tl.program_id(0) % column_tiles) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     count = tl.load(counts + tile)
     sums = tl.zeros((TILE_ROWS, TILE_COLUMNS), dtype=tl.float32)
+    k = tl.load(offsets + tile * 27)
+    near = tl.load(neighbours + k.to(tl.int64) * num_rows + places, mask=inside, other=num_rows)
     for step in range(count * blocks):
-        k = tl.load(offsets + tile * 27 + step // blocks)
-        near = tl.load(neighbours + k.to(tl.int64) * num_rows + places, mask=inside, other=num_rows)
         channels = (step % blocks) * DEPTH + tl.arange(0, DEPTH)
         there = (near < num_rows)[:, None]
         if CHANNELS % DEPTH != 0:
@@ -168,6 +168,9 @@ def _gather_product(
             block = tl.load(pointers, mask=known, other=0.0)
         else:
             block = tl.load(pointers)
+        # The next step's rows are read a step ahead, or every gather would wait for its addresses.
+        k = tl.load(offsets + tile * 27 + tl.minimum((step + 1) // blocks, count - 1))
+        near = tl.load(neighbours + k.to(tl.int64) * num_rows + places, mask=inside, other=num_rows)
         sums = tl.dot(gathered, block, sums, input_precision=PRECISION)
     if HAS_BIAS:
         sums += tl.load(bias + columns, mask=columns < COLUMNS, other=0.0).to(tl.float32)[None, :]
@@ -211,6 +214,7 @@ def row_product(
             BLOCK=block,
             TILE_COLUMNS=tile.columns,
             DEPTH=tile.depth,
+            ALIGNED=math.gcd(channels, 8),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -232,6 +236,36 @@ def _split(num_rows: int, programs: int, depth: int, processors: int) -> tuple[i
 
 
 @no_type_check
+@triton.jit
+def _pairs(
+    neighbours,
+    list_rows,
+    num_rows,
+    first,
+    start,
+    end,
+    LISTED: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Rows of a step, and their neighbours at each of its offsets; num_rows beyond the end."""
+    places = start + tl.arange(0, DEPTH)
+    if LISTED:
+        at = first.to(tl.int64) * num_rows + places
+        rows = tl.load(list_rows + at, mask=places < end, other=num_rows)
+        near = tl.load(neighbours + at, mask=places < end, other=num_rows)
+    elif OFFSETS == 1:
+        rows = tl.where(places < end, places, num_rows)
+        near = tl.load(neighbours + first.to(tl.int64) * num_rows + places, mask=places < end, other=num_rows)
+    else:
+        rows = tl.where(places < end, places, num_rows)
+        offsets = first + tl.arange(0, OFFSETS)
+        at = offsets.to(tl.int64)[None, :] * num_rows + places[:, None]
+        near = tl.load(neighbours + at, mask=(places < end)[:, None] & (offsets < 27)[None, :], other=num_rows)
+    return rows, near
+
+
+@no_type_check
 @triton.jit(do_not_specialize=["num_rows", "length"])
 def _row_product(
     feats,
@@ -250,6 +284,7 @@ def _row_product(
     BLOCK: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     column_tiles: tl.constexpr = (COLUMNS + TILE_COLUMNS - 1) // TILE_COLUMNS
     blocks: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK
@@ -258,32 +293,30 @@ def _row_product(
     first = tl.program_id(0) // (column_tiles * blocks) * OFFSETS
     columns = column_tile * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     channels = block * BLOCK + tl.arange(0, BLOCK)
-    offsets = first + tl.arange(0, OFFSETS)
     start = tl.program_id(1) * length
     end = tl.minimum(start + length, num_rows)
     if LISTED:
         end = tl.minimum(end, tl.load(list_counts + first))
     sums = tl.zeros((OFFSETS * BLOCK, TILE_COLUMNS), dtype=tl.float32)
+    rows, near = _pairs(neighbours, list_rows, num_rows, first, start, end, LISTED, OFFSETS, DEPTH)
     for position in range(start, end, DEPTH):
-        places = position + tl.arange(0, DEPTH)
-        inside = places < end
-        if LISTED:
-            at = first.to(tl.int64) * num_rows + places
-            rows = tl.load(list_rows + at, mask=inside, other=0)
-            near = tl.load(neighbours + at, mask=inside, other=num_rows)[:, None]
+        if OFFSETS == 1:
+            there = (near < num_rows)[:, None] & (channels < CHANNELS)[None, :]
+            pointers = feats + (near.to(tl.int64)[:, None] * CHANNELS + channels[None, :])
         else:
-            rows = places
-            at = offsets.to(tl.int64)[None, :] * num_rows + places[:, None]
-            near = tl.load(neighbours + at, mask=inside[:, None] & (offsets < 27)[None, :], other=num_rows)
-        there = (near < num_rows)[:, :, None] & (channels < CHANNELS)[None, None, :]
-        index = near.to(tl.int64)[:, :, None] * CHANNELS + channels[None, None, :]
-        index = tl.multiple_of(tl.max_contiguous(tl.reshape(index, (DEPTH, OFFSETS * BLOCK)), (1, BLOCK)), (1, 8))
-        gathered = tl.load(feats + index, mask=tl.reshape(there, (DEPTH, OFFSETS * BLOCK)), other=0.0)
+            there = (near < num_rows)[:, :, None] & (channels < CHANNELS)[None, None, :]
+            there = tl.max_constancy(tl.reshape(there, (DEPTH, OFFSETS * BLOCK)), (1, ALIGNED))
+            index = near.to(tl.int64)[:, :, None] * CHANNELS + channels[None, None, :]
+            pointers = feats + tl.reshape(index, (DEPTH, OFFSETS * BLOCK))
+            size: tl.constexpr = feats.dtype.element_ty.primitive_bitwidth // 8
+            pointers = tl.max_contiguous(tl.multiple_of(pointers, (1, ALIGNED * size)), (1, ALIGNED))
+        gathered = tl.load(pointers, mask=there, other=0.0)
         upstream = tl.load(
             grad + rows.to(tl.int64)[:, None] * COLUMNS + columns[None, :],
-            mask=inside[:, None] & (columns < COLUMNS)[None, :],
+            mask=(rows < num_rows)[:, None] & (columns < COLUMNS)[None, :],
             other=0.0,
         )
+        rows, near = _pairs(neighbours, list_rows, num_rows, first, position + DEPTH, end, LISTED, OFFSETS, DEPTH)
         sums = tl.dot(tl.trans(gathered), upstream, sums, input_precision=PRECISION)
     lines = tl.arange(0, OFFSETS * BLOCK)
     k = first + lines // BLOCK
