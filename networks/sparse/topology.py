@@ -9,8 +9,9 @@ Letters: B batch, N voxels, M coarse voxels or latents, W windows.
 """
 
 import math
+from collections.abc import Callable, Hashable
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int, Int32, Int64
@@ -126,8 +127,7 @@ class Level:
 
     def __init__(self, keys: Int64[Tensor, " N"], *, spatial_shape: tuple[int, int, int], batch_size: int, bits: int):
         self.keys, self.spatial_shape, self.batch_size, self.bits = keys, tuple(spatial_shape), batch_size, bits
-        self._windows: dict[tuple[int, int], Windows] = {}
-        self._tiles: dict[int, Tiles] = {}
+        self._kept: dict[Hashable, Any] = {}
 
     @classmethod
     def from_coords(
@@ -168,6 +168,12 @@ class Level:
         if torch.empty(0, device=device).device == self.device:
             return self
         return Level(self.keys.to(device), spatial_shape=self.spatial_shape, batch_size=self.batch_size, bits=self.bits)
+
+    def kept(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gave when this key was first asked for: maps live as long as their level."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
 
     def same_as(self, other: "Level") -> bool:
         return self is other or (
@@ -248,13 +254,14 @@ class Level:
 
     def tiles(self, size: int) -> Tiles:
         """Tiles of `size` rows; rows with like neighbourhoods together where neighbours are few."""
-        if size not in self._tiles:
-            rows, table = self._by_neighbourhood if self.is_thin else (None, self.neighbours)
-            missing = torch.nn.functional.pad(table, (0, -len(self) % size), value=len(self)) == len(self)
-            dead = missing.view(27, -1, size).all(2).T.contiguous()
-            offsets = torch.argsort(dead.byte(), dim=1, stable=True).int()
-            self._tiles[size] = Tiles(rows, table, offsets, (~dead).sum(1, dtype=torch.int32))
-        return self._tiles[size]
+        return self.kept(("tiles", size), lambda: self._cut_tiles(size))
+
+    def _cut_tiles(self, size: int) -> Tiles:
+        rows, table = self._by_neighbourhood if self.is_thin else (None, self.neighbours)
+        missing = torch.nn.functional.pad(table, (0, -len(self) % size), value=len(self)) == len(self)
+        dead = missing.view(27, -1, size).all(2).T.contiguous()
+        offsets = torch.argsort(dead.byte(), dim=1, stable=True).int()
+        return Tiles(rows, table, offsets, (~dead).sum(1, dtype=torch.int32))
 
     @cached_property
     def neighbour_lists(self) -> NeighbourLists:
@@ -301,9 +308,7 @@ class Level:
 
     def windows(self, size: int, shift: int) -> Windows:
         """Rows grouped by cubic windows of `size` voxels on the absolute grid, moved by `shift`."""
-        if (size, shift) not in self._windows:
-            self._windows[size, shift] = self._group_windows(size, shift)
-        return self._windows[size, shift]
+        return self.kept(("windows", size, shift), lambda: self._group_windows(size, shift))
 
     def _group_windows(self, size: int, shift: int) -> Windows:
         cell = torch.cat([self.coords[:, :1], (self.coords[:, 1:] + shift) // size], 1)

@@ -33,42 +33,43 @@ class Tile(NamedTuple):
 def forward(
     feats: Float[Tensor, "N C"], weight: Float[Tensor, "27 C F"], bias: Float[Tensor, " F"] | None, level: Level
 ) -> Float[Tensor, "N F"]:
-    _check(feats)
-    tile = product_tile(weight.shape[1], weight.shape[2], feats.dtype)
+    tile = product_tile(weight.shape[1], weight.shape[2], feats.dtype, thin=level.is_thin)
     return gather_product(feats, weight, bias, level, mirrored=False, tile=tile)
 
 
 def input_grad(grad: Float[Tensor, "N F"], weight: Float[Tensor, "27 C F"], level: Level) -> Float[Tensor, "N C"]:
-    _check(grad)
-    tile = product_tile(weight.shape[2], weight.shape[1], grad.dtype)
+    tile = product_tile(weight.shape[2], weight.shape[1], grad.dtype, thin=level.is_thin)
     return gather_product(grad, weight.mT, None, level, mirrored=True, tile=tile)
 
 
 def weight_grad(feats: Float[Tensor, "N C"], grad: Float[Tensor, "N F"], level: Level) -> Float[Tensor, "27 C F"]:
-    _check(feats)
     return row_product(feats, grad, level, tile=grad_tile(feats.shape[1], grad.shape[1], feats.dtype))
 
 
-def _check(feats: Float[Tensor, "N C"]) -> None:
+def refusal(feats: Float[Tensor, "N C"], columns: int) -> str | None:
+    """Why this backend cannot convolve these features to `columns` channels; None where it can."""
     if feats.dtype not in DTYPES:
-        raise ValueError(f"backend triton computes in bfloat16, float16 or float32, got {feats.dtype}: use torch")
+        return f"computes in bfloat16, float16 or float32, got {feats.dtype}"
+    return None
 
 
-def product_tile(channels: int, columns: int, dtype: torch.dtype) -> Tile:
-    """Tile of the forward product and the input gradient."""
-    cols = min(max(triton.next_power_of_2(columns), 16), 256)
+def product_tile(channels: int, columns: int, dtype: torch.dtype, *, thin: bool) -> Tile:
+    """Tile of the forward product and the input gradient; the fastest of a dozen on an H200 (bench_conv.py)."""
+    width = max(triton.next_power_of_2(columns), 16)
+    depth = max(triton.next_power_of_2(channels), 16)
     if dtype == torch.float32:
-        return Tile(64, min(cols, 128), min(max(triton.next_power_of_2(channels), 16), 32), 4, 3)
-    depth = min(max(triton.next_power_of_2(channels), 16), 64)
-    return Tile(128, cols, depth, 8 if cols == 256 else 4, 4)
+        return Tile(64, min(width, 128), min(depth, 32), 4, 3)
+    if width >= 256 and not thin:
+        return Tile(128, 256, min(depth, 64), 8, 3)
+    return Tile(128, min(width, 128), min(depth, 64), 8 if width == 128 else 4, 3)
 
 
 def grad_tile(channels: int, columns: int, dtype: torch.dtype) -> Tile:
     """Tile of the weight gradient: its rows are input channels, of several offsets where they are few."""
-    cols = min(max(triton.next_power_of_2(columns), 16), 256)
+    width = min(max(triton.next_power_of_2(columns), 16), 128)
     if dtype == torch.float32:
-        return Tile(64, min(cols, 128), 32, 4, 3)
-    return Tile(128, cols, 64, 8 if cols == 256 else 4, 4)
+        return Tile(64, width, 32, 4, 3)
+    return Tile(128, width, 64, 4, 3) if max(channels, columns) > 64 else Tile(64, width, 64, 4, 4)
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -122,7 +123,7 @@ def gather_product(
 
 @no_type_check  # jaxtyping's import hook would otherwise break compilation
 @triton.jit(do_not_specialize=["num_rows"])
-def _gather_product(
+def _gather_product(  # noqa: PLR0913
     feats,
     weight,
     bias,
@@ -237,7 +238,7 @@ def _split(num_rows: int, programs: int, depth: int, processors: int) -> tuple[i
 
 @no_type_check
 @triton.jit
-def _pairs(
+def _pairs(  # noqa: PLR0913
     neighbours,
     list_rows,
     num_rows,
@@ -267,7 +268,7 @@ def _pairs(
 
 @no_type_check
 @triton.jit(do_not_specialize=["num_rows", "length"])
-def _row_product(
+def _row_product(  # noqa: PLR0913
     feats,
     grad,
     neighbours,
