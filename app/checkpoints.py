@@ -1,0 +1,174 @@
+"""What a run keeps on disk: complete sets of files per step, the best step, and finding and loading them again.
+
+A set is `{name}_step….pt`, `{name}_ema{rate}_step….pt` and `misc_step….pt`. Files are written beside and renamed, misc
+last: a step with a misc file is whole, any other is ignored. Weights are flat state dicts that load without running
+code and carry the sizes of their network (`networks.presets.Preset`).
+"""
+
+import dataclasses
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from app.preflight import fail
+from networks.presets import Preset
+from networks.vqvae import SparseVQVAE, build_vqvae
+
+NEWEST_TOKENIZERS = ("outputs/vq_stage2", "outputs/vq_stage1")
+DATA_FIELDS = ("resolution", "spacing", "windows", "features", "keep")
+
+
+def step_file(output_dir: Path, name: str, step: int) -> Path:
+    return Path(output_dir) / "ckpts" / f"{name}_step{step:07d}.pt"
+
+
+def complete_steps(output_dir: str | Path) -> list[int]:
+    """Steps whose set is whole, oldest first."""
+    found = (re.fullmatch(r"misc_step(\d+)\.pt", path.name) for path in Path(output_dir, "ckpts").glob("misc_step*.pt"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def step_to_resume(output_dir: str | Path, resume: str | int | None) -> int | None:
+    """The step that `resume` (null, latest or a number) names; None starts fresh."""
+    if resume is None:
+        return None
+    steps = complete_steps(output_dir)
+    if resume == "latest":
+        return steps[-1] if steps else None
+    if not isinstance(resume, int) or isinstance(resume, bool):
+        fail("BAD_RESUME", f"resume must be latest or a step, got {resume!r}", "pass --resume latest")
+    if resume not in steps:
+        kept = ", ".join(map(str, steps)) or "none"
+        fail("NO_CHECKPOINT", f"{output_dir} has no complete step {resume}; it has {kept}", "pass one of these")
+    return resume
+
+
+def write_atomically(content: dict, path: Path) -> None:
+    """Saves beside and renames, so that a file under its name is always whole."""
+    part = path.with_name(path.name + ".part")
+    try:
+        torch.save(content, part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        part.unlink(missing_ok=True)
+        kept = complete_steps(path.parent.parent)
+        last = f"the last complete step is {kept[-1]}" if kept else "no complete step exists yet"
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        fail("SAVE_FAILED", f"could not write {path} ({reason}); {last}", "free disk space, then --resume latest")
+
+
+def save_set(output_dir: Path, step: int, weights: dict[str, dict], misc: dict) -> None:
+    """One complete set; misc last, as the commit mark."""
+    for name, state in weights.items():
+        write_atomically(state, step_file(output_dir, name, step))
+    write_atomically(misc, step_file(output_dir, "misc", step))
+
+
+def prune(output_dir: Path, keep_last: int) -> None:
+    """Removes older sets than the last few; the best step stays. The commit mark goes first."""
+    best = read_best(output_dir)
+    for step in complete_steps(output_dir)[:-keep_last]:
+        if step != best:
+            step_file(output_dir, "misc", step).unlink(missing_ok=True)
+            for path in Path(output_dir, "ckpts").glob(f"*_step{step:07d}.pt"):
+                path.unlink()
+
+
+def write_best(output_dir: Path, step: int, val_recon: float) -> None:
+    path = Path(output_dir, "ckpts", "best.json")
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps({"step": step, "val_recon": val_recon}) + "\n")
+    os.replace(part, path)
+
+
+def read_best(output_dir: str | Path) -> int | None:
+    path = Path(output_dir, "ckpts", "best.json")
+    return json.loads(path.read_text())["step"] if path.exists() else None
+
+
+def read_tensors(path: str | Path) -> dict:
+    """A checkpoint file, read without running code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail("NO_CHECKPOINT", f"{path} does not exist", "train it first, or name another file or output folder")
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        fail("BAD_CHECKPOINT", f"{path} cannot be read ({reason})", "it may be cut short: use an older step")
+
+
+def averaged_file(path: str | Path) -> Path:
+    """The averaged weights of an output folder (its best complete step, else the newest); a file stays itself."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    steps = complete_steps(path)
+    if not steps:
+        fail("NO_CHECKPOINT", f"{path} has no complete checkpoint", "train it first, or name another folder")
+    best = read_best(path)
+    step = best if best in steps else steps[-1]
+    return next(Path(path, "ckpts").glob(f"*_ema*_step{step:07d}.pt"))
+
+
+def read_weights(path: str | Path) -> tuple[dict, Preset]:
+    """State dict and sizes of one of our checkpoints."""
+    path = averaged_file(path)
+    state = read_tensors(path)
+    if not isinstance(state, dict) or "_extra_state" not in state:
+        fail("FOREIGN_CHECKPOINT", f"{path} does not say what it was made for", "use a checkpoint of this project")
+    return state, Preset.from_tensor(state["_extra_state"])
+
+
+def load_tokenizer(path: str | Path) -> SparseVQVAE:
+    """A network as it was saved, in evaluation mode."""
+    state, sizes = read_weights(path)
+    network = build_vqvae(sizes)
+    network.load_state_dict(state)
+    return network.eval()
+
+
+def start_from(network: SparseVQVAE, path: str | Path, *, codebook: bool) -> Path:
+    """Weights only, from another stage. Without `codebook` the quantiser is left as it is."""
+    file = averaged_file(path)
+    state, sizes = read_weights(file)
+    if codebook and sizes.codebook == "none":
+        fail("NO_CODEBOOK", f"{file} is a continuous autoencoder without codes", "give the output folder of stage 1")
+    skip = set() if codebook else {"codebook", "num_embeddings"}
+    check_same(sizes, network.sizes, source=file, skip=skip)
+    own = {name: tensor for name, tensor in state.items() if name != "_extra_state" and not name.startswith("vq.")}
+    if codebook:
+        own |= {name: tensor for name, tensor in state.items() if name.startswith("vq.")}
+    left = network.load_state_dict(own, strict=False)
+    missing = [n for n in left.missing_keys if n != "_extra_state" and (codebook or not n.startswith("vq."))]
+    if missing or left.unexpected_keys:
+        raise ValueError(f"{file} does not fit: missing {missing}, left over {left.unexpected_keys}")
+    return file
+
+
+def check_same(stored: Preset, wanted: Preset, *, source: Path, skip: set[str]) -> None:
+    """Ends the run over the first difference between a checkpoint and this run."""
+    for field in dataclasses.fields(Preset):
+        name = field.name
+        if name in skip or name == "max_points":
+            continue
+        old, new = getattr(stored, name), getattr(wanted, name)
+        if old != new:
+            what = "data made with" if name in DATA_FIELDS else "a network with"
+            fail(
+                "OTHER_TOKENIZER",
+                f"{source} is for {what} {name} {_plain(old)}, this run has {name} {_plain(new)}",
+                f"pass --{name} {_plain(old)}, or train the earlier stage again",
+            )
+
+
+def _plain(value: object) -> str:
+    return ",".join(value) if isinstance(value, tuple) and value and isinstance(value[0], str) else str(value)
+
+
+def unwrapped(network: nn.Module) -> SparseVQVAE:
+    """The network itself, inside DistributedDataParallel or not."""
+    return network.module if hasattr(network, "module") else network

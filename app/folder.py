@@ -1,0 +1,175 @@
+"""The output folder of a training run: its log, its metrics, its pictures, its description. Only rank 0 writes.
+
+Layout: ckpts/ (see checkpoints.py), tb_logs/, samples/, {name}_model_summary.txt, config.json, command.txt, log.txt,
+metrics.jsonl.
+"""
+
+import json
+import logging
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine, Events
+from torch.optim import Optimizer
+from torch.utils.tensorboard import SummaryWriter
+
+from app import checkpoints, pictures, preflight
+from networks.vqvae import SparseVQVAE
+
+log = logging.getLogger(__name__)
+
+MAX_PICTURED = 4
+
+
+class RunFolder:
+    """Where one run writes, and at which step it starts.
+
+    Args:
+        path: the folder. One that holds an earlier run is moved aside unless this run resumes it.
+        name: of the checkpoint files, vae or vqvae.
+        ema_rate: part of the averaged files' name.
+        resume: null, "latest" or a step.
+        settings: resolved flat settings for config.json, over what the command line says.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        name: str,
+        ema_rate: float = 0.9999,
+        resume: str | int | None = None,
+        settings: object = None,
+    ):
+        self.path, self.name = Path(path), name
+        self.names = (name, f"{name}_ema{ema_rate:g}")
+        self.start_step = checkpoints.step_to_resume(path, resume)
+        self.warmed_up = False
+        self.writer: SummaryWriter | None = None
+        self.samples: list[pictures.Sample] = []
+        if idist.get_rank() == 0:
+            self._open(resume, settings)
+        idist.barrier()
+
+    def _open(self, resume: str | int | None, settings: object) -> None:
+        if self.start_step is None:
+            if resume is not None:
+                log.info("nothing to resume in %s: starting fresh", self.path)
+            self._move_aside()
+        try:
+            for name in ("ckpts", "samples", "tb_logs"):
+                (self.path / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            preflight.fail("NO_OUTPUT", f"cannot write to {self.path} ({error.strerror})", "pass another --output_dir")
+        file = logging.FileHandler(self.path / "log.txt")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.getLogger().addHandler(file)
+        (self.path / "command.txt").write_text(shlex.join(sys.argv) + "\n")
+        (self.path / "config.json").write_text(json.dumps(preflight.resolved_config(settings), indent=2) + "\n")
+        self._cut_metrics()
+        self.writer = SummaryWriter(str(self.path / "tb_logs"), purge_step=self.start_step)
+
+    def _move_aside(self) -> None:
+        """An earlier run in the same place is kept, under another name."""
+        if not (self.path / "metrics.jsonl").exists() and not checkpoints.complete_steps(self.path):
+            return
+        number = 1
+        while (aside := self.path.with_name(f"{self.path.name}.{number}")).exists():
+            number += 1
+        os.replace(self.path, aside)
+        log.info("%s held an earlier run, now in %s (to go on with it: --resume latest)", self.path, aside)
+
+    def _cut_metrics(self) -> None:
+        """Rows after the step that is resumed never happened."""
+        path = self.path / "metrics.jsonl"
+        if self.start_step is None or not path.exists():
+            return
+        rows = [line for line in path.read_text().splitlines() if line.endswith("}")]
+        kept = [line for line in rows if _before(json.loads(line), self.start_step)]
+        part = path.with_suffix(".part")
+        part.write_text("".join(line + "\n" for line in kept))
+        os.replace(part, path)
+
+    def begin(self, network: SparseVQVAE) -> None:
+        """Writes what is trained: after freezing, so that the last column is true."""
+        trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in network.parameters())
+        if idist.get_rank() == 0:
+            (self.path / f"{self.name}_model_summary.txt").write_text(summary(network))
+        log.info("=== %s: %s parameters, %s trainable ===", self.path.name, f"{total:,}", f"{trained:,}")
+
+    def record_steps(self, engine: Engine, *, optimizer: Optimizer, phase: str, every: int, last: int) -> None:
+        """A console line and a metrics row every few steps and at the last."""
+
+        def record(trainer: Engine) -> None:
+            step, output = trainer.state.iteration, trainer.state.output
+            row = {"phase": phase, "step": step, **output, "lr": optimizer.param_groups[0]["lr"]}
+            shown = " ".join(f"{name}={output[name]:.4g}" for name in ("loss", "recon", "vq", "commitment"))
+            log.info("%s %d: %s", "Step" if phase == "train" else "Warm-up step", step, shown)
+            self._write(row, prefix=phase)
+
+        self.warmed_up = self.warmed_up or phase == "warmup"
+        due = Events.ITERATION_COMPLETED(event_filter=lambda _, step: step % every == 0 or step == last or step == 1)
+        engine.add_event_handler(due, record)
+
+    def record_validation(self, step: int, metrics: dict) -> None:
+        values = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+        log.info("Validation at step %d: %s", step, " ".join(f"{name}={value:.4g}" for name, value in values.items()))
+        self._write({"phase": "train", "step": step, **values}, prefix="validation")
+        if idist.get_rank() == 0 and step > 0:
+            best = self.path / "ckpts" / "best.json"
+            if not best.exists() or values["val_recon"] < json.loads(best.read_text())["val_recon"]:
+                checkpoints.write_best(self.path, step, values["val_recon"])
+
+    def keep_samples(self, evaluator: Engine) -> None:
+        """Holds the first validation cases for the next picture. Attached to the evaluator."""
+
+        def keep(engine: Engine) -> None:
+            if engine.state.iteration == 1:
+                self.samples.clear()
+            if len(self.samples) < MAX_PICTURED:
+                self.samples.append(pictures.sample_of(engine.state.output))
+
+        evaluator.add_event_handler(Events.ITERATION_COMPLETED, keep)
+
+    def attach(self, evaluator: Engine) -> None:
+        self.keep_samples(evaluator)
+
+    def record_samples(self, step: int, *, window: str) -> None:
+        if idist.get_rank() == 0 and self.samples:
+            path = self.path / "samples" / f"step{step:07d}.png"
+            pictures.montage(self.samples, path, window=window, title=f"{self.path.name}, step {step}")
+
+    def _write(self, row: dict, *, prefix: str) -> None:
+        if idist.get_rank() != 0:
+            return
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({key: _plain(value) for key, value in row.items()}) + "\n")
+        for name, value in row.items():
+            if isinstance(value, int | float) and name != "step":
+                self.writer.add_scalar(f"{prefix}/{name}", value, row["step"])
+        self.writer.flush()
+
+
+def summary(network: SparseVQVAE) -> str:
+    """Name, shape, type and whether it learns: by gradient (True), by moving averages (EMA) or not at all (False)."""
+    rows = [(name, p.shape, p.dtype, str(p.requires_grad)) for name, p in network.named_parameters()]
+    rows += [(name, b.shape, b.dtype, "EMA") for name, b in network.named_buffers()]
+    lines = [("Name", "Shape", "Type", "Grad")]
+    lines += [(n, "x".join(map(str, s)), str(t).removeprefix("torch."), g) for n, s, t, g in sorted(rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(4)]
+    return "".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() + "\n" for line in lines)
+
+
+def _before(row: dict, step: int) -> bool:
+    return row["phase"] == "warmup" or row["step"] <= step
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, torch.Tensor):
+        return value.item()
+    return round(value, 8) if isinstance(value, float) else value

@@ -1,0 +1,58 @@
+"""How good a tokenizer is on whole validation cases: errors, codebook use, and the shuffled-code control."""
+
+import torch
+from ignite.engine import Engine
+from ignite.metrics import Metric
+from ignite.metrics.metric import reinit__is_reduced, sync_all_reduce
+
+from transforms.array import WINDOWS
+
+
+def perplexity(counts: torch.Tensor) -> float:
+    """exp of the entropy of code use: the number of codes that equal use would need."""
+    share = counts[counts > 0].double() / counts.sum()
+    return float(torch.exp(-(share * share.log()).sum())) if share.numel() else 0.0
+
+
+class TokenizerMetrics(Metric):
+    """Means over cases of what `ValidationStep` gives, summed over ranks, under names that begin with val_."""
+
+    def __init__(self) -> None:  # ignite takes a mapping for y_pred and y, so ours travels in a tuple
+        super().__init__(output_transform=lambda output: (output,), skip_unrolling=True)
+
+    @reinit__is_reduced
+    def reset(self) -> None:
+        self._cases = torch.zeros(1, dtype=torch.float64)
+        self._sums = torch.zeros(0, dtype=torch.float64)
+        self._counts = torch.zeros(0, dtype=torch.float64)
+        self._names: list[str] = []
+
+    @reinit__is_reduced
+    def update(self, wrapped: tuple[dict]) -> None:
+        (output,) = wrapped
+        values = dict(output["terms"])
+        if len(output["windows"]) == len(output["absolute_error"]):
+            for name, error in zip(output["windows"], output["absolute_error"].tolist(), strict=True):
+                values[f"mae_hu_{name}"] = error * WINDOWS[name][0] / 2  # features span -1..1 across the window
+        if not self._names:
+            self._names = list(values)
+            self._sums = torch.zeros(len(values), dtype=torch.float64)
+            self._counts = torch.zeros(output["num_codes"], dtype=torch.float64)
+        self._sums += torch.tensor(list(values.values()), dtype=torch.float64)
+        self._cases += 1
+        if output["codes"] is not None:
+            self._counts += torch.bincount(output["codes"].cpu().long(), minlength=len(self._counts)).double()
+
+    @sync_all_reduce("_cases", "_sums", "_counts")
+    def compute(self) -> dict[str, float]:
+        means = (self._sums / self._cases).tolist()
+        result = {f"val_{name}": mean for name, mean in zip(self._names, means, strict=True)}
+        result["val_shuffled_ratio"] = result["val_shuffled"] / max(result["val_recon"], 1e-12)
+        if self._counts.sum() > 0:
+            result["val_codes_used"] = int((self._counts > 0).sum())
+            result["val_perplexity"] = perplexity(self._counts)
+        return result
+
+    def attach(self, engine: Engine, name: str = "validation", usage=None) -> None:
+        """As a handler in a config: MONAI gives no name."""
+        super().attach(engine, name) if usage is None else super().attach(engine, name, usage)

@@ -1,0 +1,85 @@
+"""Training losses on sparse tensors: a mean over each sample's rows, then over samples.
+
+Weighted so, the loss of a batch does not depend on how it is split over micro-batches or ranks.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from networks.sparse.tensor import SparseTensor
+from networks.sparse.topology import Level, align_rows
+
+LOSS_TYPES = ("l1", "l2", "mse", "l1_l2")
+
+
+def mean_of_samples(values: Float[Tensor, " N"], level: Level) -> Float[Tensor, ""]:
+    """Mean within each sample that has rows, then over those samples."""
+    parts = [part.mean() for part in values.split(level.sample_sizes) if part.shape[0]]
+    return torch.stack(parts).mean() if parts else values.sum()
+
+
+def reconstruction(recon: SparseTensor, target: SparseTensor, *, loss_type: str = "l1") -> Float[Tensor, ""]:
+    """Error on the target's voxels, matched by key. Voxels decoded beyond the target are not judged here."""
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
+    values = recon.feats
+    if not recon.level.same_as(target.level):
+        rows = align_rows(recon.level, target.level)
+        if missing := int((rows == len(recon)).sum()):
+            raise ValueError(f"{missing} of {len(target)} target voxels were not decoded")
+        values = values[rows]
+    diff = values.float() - target.feats.float()
+    per_voxel = {
+        "l1": lambda: diff.abs(),
+        "l2": diff.square,
+        "mse": diff.square,
+        "l1_l2": lambda: 0.5 * diff.abs() + 0.5 * diff.square(),
+    }[loss_type]()
+    return mean_of_samples(per_voxel.mean(1), target.level)
+
+
+def kl_divergence(mean: Float[Tensor, "M D"], log_var: Float[Tensor, "M D"], level: Level) -> Float[Tensor, ""]:
+    """To a unit normal, averaged over latents and channels."""
+    per_latent = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).mean(1)
+    return mean_of_samples(per_latent, level)
+
+
+def subdivision(logits: Float[Tensor, "M 8"], occupied: Bool[Tensor, "M 8"], level: Level) -> Float[Tensor, ""]:
+    """Binary cross-entropy over the eight children of every voxel of a level."""
+    per_cell = F.binary_cross_entropy_with_logits(logits.float(), occupied.float(), reduction="none").mean(1)
+    return mean_of_samples(per_cell, level)
+
+
+class TokenizerLoss:
+    """Weighted sum of what a forward pass of the sparse VQ-VAE gives, and its terms by name.
+
+    `vq` enters only where the codebook learns by gradient, `kl` only where nothing was quantised.
+    """
+
+    def __init__(
+        self,
+        *,
+        loss_type: str = "l1",
+        lambda_vq: float = 1.0,
+        lambda_commitment: float = 0.25,
+        lambda_kl: float = 1e-6,
+        lambda_subdivision: float = 0.1,
+    ):
+        if loss_type not in LOSS_TYPES:
+            raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
+        self.loss_type = loss_type
+        self.weights = {
+            "recon": 1.0,
+            "vq": lambda_vq,
+            "commitment": lambda_commitment,
+            "kl": lambda_kl,
+            "subdivision": lambda_subdivision,
+        }
+
+    def __call__(self, output, target: SparseTensor) -> dict[str, Float[Tensor, ""]]:
+        terms = {"recon": reconstruction(output.recon, target, loss_type=self.loss_type)}
+        terms |= {name: getattr(output, name) for name in self.weights if name != "recon"}
+        learned = [self.weights[name] * term for name, term in terms.items() if term.requires_grad or name == "recon"]
+        return {"loss": torch.stack([part.float() for part in learned]).sum(), **terms}

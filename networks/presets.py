@@ -1,0 +1,123 @@
+"""The sizes of a tokenizer, in one place: what `preset` chooses and what travels inside every checkpoint.
+
+A `Preset` says how a scan is turned into features and how large each part of the network is. Its JSON form is stored
+with the weights, so that a checkpoint needs no config beside it and is refused on data made otherwise.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+WINDOW_NAMES = ("lung", "bone", "soft_tissue", "brain")
+
+
+@dataclass(frozen=True)
+class Preset:
+    resolution: int  # voxels a side of the grid the encoder sees; latents lie on a grid of an eighth
+    spacing: float  # mm
+    widths: tuple[int, int, int]  # channels at full, half and quarter resolution
+    model_channels: int  # channels at an eighth, where the transformer works
+    latent_channels: int  # code width D
+    num_embeddings: int  # codes K
+    num_blocks: int
+    num_heads: int
+    window: int  # side of an attention window, in latents
+    max_points: int | None  # voxels of a training sample, above which it is cropped
+    windows: tuple[str, ...] = WINDOW_NAMES  # CT windows, one input channel each
+    features: str = "window"
+    keep: str = "body"
+    codebook: str = "ema"  # ema, gradient, or none for the continuous autoencoder
+    pool: str = "mean"  # legacy for published weights
+
+    def __post_init__(self):
+        if self.resolution % 8:
+            raise ValueError(f"resolution must be a multiple of 8 (three halvings), got {self.resolution}")
+        if self.model_channels % self.num_heads:
+            raise ValueError(
+                f"model_channels must be a multiple of num_heads = {self.num_heads}, got {self.model_channels}"
+            )
+
+    @property
+    def in_channels(self) -> int:
+        return len(self.windows) if self.features == "window" else 1
+
+    def changed(self, **changes) -> "Preset":
+        """With other values where they are not None. Unknown names are refused."""
+        known = {field.name for field in dataclasses.fields(self)}
+        if unknown := sorted(set(changes) - known):
+            raise ValueError(f"a preset has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+        given = {name: tuple(v) if isinstance(v, list) else v for name, v in changes.items() if v is not None}
+        return dataclasses.replace(self, **given)
+
+    def to_tensor(self) -> UInt8[Tensor, " bytes"]:
+        """JSON as bytes: a state dict holds tensors only and loads without running code."""
+        return torch.tensor(list(json.dumps(dataclasses.asdict(self)).encode()), dtype=torch.uint8)
+
+    @classmethod
+    def from_tensor(cls, stored: UInt8[Tensor, " bytes"]) -> "Preset":
+        values = json.loads(bytes(stored.tolist()))
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+PRESETS = {
+    "tiny": Preset(
+        resolution=48,
+        spacing=8.0,
+        widths=(16, 16, 32),
+        model_channels=64,
+        latent_channels=8,
+        num_embeddings=256,
+        num_blocks=2,
+        num_heads=4,
+        window=4,
+        max_points=None,
+    ),
+    "base": Preset(
+        resolution=256,
+        spacing=1.5,
+        widths=(32, 64, 128),
+        model_channels=256,
+        latent_channels=16,
+        num_embeddings=8192,
+        num_blocks=4,
+        num_heads=8,
+        window=8,
+        max_points=8_000_000,
+    ),
+    "large": Preset(
+        resolution=512,
+        spacing=0.75,
+        widths=(32, 64, 128),
+        model_channels=512,
+        latent_channels=32,
+        num_embeddings=8192,
+        num_blocks=4,
+        num_heads=8,
+        window=8,
+        max_points=16_000_000,
+    ),
+    "direct3d_s2": Preset(
+        resolution=512,
+        spacing=1.0,
+        widths=(32, 64, 128),
+        model_channels=512,
+        latent_channels=16,
+        num_embeddings=8192,
+        num_blocks=4,
+        num_heads=8,
+        window=8,
+        max_points=16_000_000,
+        features="sdf",
+        pool="legacy",
+    ),
+}
+
+
+def preset(name: str) -> Preset:
+    if name not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name]

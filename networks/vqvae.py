@@ -1,0 +1,287 @@
+"""The sparse VQ-VAE: encoder /8, vector quantiser, decoder x8 on the wanted voxels only.
+
+Layers, widths and names follow the sparse autoencoder of Direct3D-S2, so that its published weights fit preset
+`direct3d_s2`. Where its decoder expands every latent to 512 voxels, this one gathers the voxels that are wanted: the
+target's own in training, those of a learned 8-way subdivision head per level when only tokens are given.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int, Int32
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from networks import losses
+from networks.presets import Preset, preset
+from networks.quantizer import VectorQuantizer
+from networks.sparse.modules import (
+    Downsample,
+    GroupNorm,
+    Linear,
+    SiLU,
+    SubmanifoldConv3d,
+    TransformerBlock,
+    Upsample,
+    layer_norm,
+    position_encoding,
+)
+from networks.sparse.tensor import SparseTensor
+from networks.sparse.topology import Coarsening, Level
+
+# What the decoder asks at each level: the index (0 is the coarsest) and its features there.
+ChooseCells = Callable[[int, SparseTensor], Coarsening]
+
+
+class Tokens(NamedTuple):
+    """What a batch became: a code for each occupied latent, in Morton order."""
+
+    codes: Int[Tensor, " M"]
+    coords: Int32[Tensor, "M 4"]
+    latent_shape: tuple[int, int, int]
+    batch_size: int
+
+
+class Reconstruction(NamedTuple):
+    """A forward pass. `vq` and `commitment` are zero when nothing was quantised, `kl` when something was."""
+
+    recon: SparseTensor
+    codes: Int[Tensor, " M"] | None
+    latents: SparseTensor
+    vq: Float[Tensor, ""]
+    commitment: Float[Tensor, ""]
+    kl: Float[Tensor, ""]
+    subdivision: Float[Tensor, ""]
+
+
+class DownBlock(nn.Module):
+    """Norm, halve, then two convolutions beside a linear skip."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, pool: str, backend: str):
+        super().__init__()
+        self.act_layers = nn.Sequential(GroupNorm(in_channels), SiLU())
+        self.down = Downsample(pool=pool)
+        self.out_layers = nn.Sequential(
+            SubmanifoldConv3d(in_channels, out_channels, backend=backend),
+            GroupNorm(out_channels),
+            SiLU(),
+            SubmanifoldConv3d(out_channels, out_channels, backend=backend),
+        )
+        self.skip_connection = Linear(in_channels, out_channels)
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        inner, _ = self.down(self.act_layers(x))
+        outer, _ = self.down(x)
+        return inner.replace(self.out_layers(inner).feats + self.skip_connection(outer).feats)
+
+
+class UpBlock(nn.Module):
+    """Convolve, copy to the wanted children, convolve."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, backend: str):
+        super().__init__()
+        self.act_layers = nn.Sequential(SubmanifoldConv3d(in_channels, out_channels, backend=backend), SiLU())
+        self.up = Upsample()
+        self.out_layers = nn.Sequential(SubmanifoldConv3d(out_channels, out_channels, backend=backend), SiLU())
+
+    def forward(self, x: SparseTensor, cells: Coarsening) -> SparseTensor:
+        return self.out_layers(self.up(self.act_layers(x), cells))
+
+
+class _Torso(nn.Module):
+    """What encoder and decoder share: the transformer on latents, and trading time for memory block by block."""
+
+    def __init__(self, sizes: Preset, use_checkpoint: bool):
+        super().__init__()
+        self.use_checkpoint = use_checkpoint
+        self.blocks = nn.ModuleList(
+            TransformerBlock(
+                sizes.model_channels,
+                num_heads=sizes.num_heads,
+                window=sizes.window,
+                shift=sizes.window // 2 * (i % 2),
+            )
+            for i in range(sizes.num_blocks)
+        )
+
+    def attend(self, x: SparseTensor) -> SparseTensor:
+        position = position_encoding(x.coords[:, 1:], x.feats.shape[1])
+        x = x.replace(x.feats + position.to(x.feats.dtype))
+        for block in self.blocks:
+            x = self.run(block, x)
+        return x
+
+    def run(self, block: nn.Module, x: SparseTensor, *cells: Coarsening) -> SparseTensor:
+        if not (self.use_checkpoint and torch.is_grad_enabled()):
+            return block(x, *cells)
+        shapes = []
+
+        def feats_only(feats: Tensor) -> Tensor:
+            out = block(x.replace(feats), *cells)
+            shapes.append(out.level)
+            return out.feats
+
+        feats = checkpoint(feats_only, x.feats, use_reentrant=False)
+        return SparseTensor.on(shapes[0], feats)
+
+
+class Encoder(_Torso):
+    def __init__(self, sizes: Preset, *, backend: str = "auto", use_checkpoint: bool = False):
+        super().__init__(sizes, use_checkpoint)
+        widths = (*sizes.widths, sizes.model_channels)
+        self.input_layer1 = Linear(sizes.in_channels, widths[0])
+        self.downsample = nn.ModuleList(
+            DownBlock(widths[i], widths[i + 1], pool=sizes.pool, backend=backend) for i in range(3)
+        )
+        self.input_layer = Linear(widths[3], widths[3])
+        self.out_layer = Linear(widths[3], 2 * sizes.latent_channels)
+
+    def forward(self, x: SparseTensor) -> tuple[SparseTensor, Float[Tensor, "M D"]]:
+        """Mean on the latent grid, and the log variance that only the continuous autoencoder uses."""
+        x = self.input_layer1(x)
+        for block in self.downsample:
+            x = self.run(block, x)
+        x = self.out_layer(layer_norm(self.attend(self.input_layer(x)), eps=1e-5))
+        mean, log_var = x.feats.float().chunk(2, 1)
+        return x.replace(mean), log_var.clamp(-30, 20)
+
+
+class Decoder(_Torso):
+    def __init__(self, sizes: Preset, *, backend: str = "auto", use_checkpoint: bool = False):
+        super().__init__(sizes, use_checkpoint)
+        widths = (*sizes.widths, sizes.model_channels)[::-1]
+        self.input_layer = Linear(sizes.latent_channels, widths[0])
+        self.upsample = nn.ModuleList(UpBlock(widths[i], widths[i + 1], backend=backend) for i in range(3))
+        self.out_layer = Linear(widths[3], sizes.in_channels)
+
+    def forward(self, latents: SparseTensor, choose: ChooseCells) -> SparseTensor:
+        """Values in [-1, 1] on the voxels that `choose` names level by level."""
+        x = self.attend(self.input_layer(latents))
+        for i, block in enumerate(self.upsample):
+            x = self.run(block, x, choose(i, x))
+        x = self.out_layer(x)
+        return x.replace(torch.tanh(x.feats.float()))
+
+
+class SubdivisionHeads(nn.ModuleList):
+    """Per level eight logits a voxel: which of its children exist."""
+
+    def __init__(self, sizes: Preset):
+        channels = (sizes.model_channels, *sizes.widths[:0:-1])
+        super().__init__(nn.Linear(width, 8) for width in channels)
+
+    def choose(self, i: int, x: SparseTensor, *, fine_shape: tuple[int, int, int]) -> tuple[Coarsening, int]:
+        """Children with positive logits inside the grid, else the likeliest one; also how often that was needed."""
+        logits = self[i](x.feats.float())
+        octants = torch.arange(8, device=logits.device)
+        children = 2 * x.coords[:, None, 1:] + torch.stack([octants >> 2, (octants >> 1) & 1, octants & 1], 1)
+        inside = (children < torch.tensor(fine_shape, device=logits.device)).all(2)
+        logits = logits.masked_fill(~inside, -torch.inf)
+        occupied = logits > 0
+        barren = ~occupied.any(1)
+        occupied[barren, logits[barren].argmax(1)] = True
+        return x.level.subdivide(occupied, fine_shape), int(barren.sum())
+
+
+class SparseVQVAE(nn.Module):
+    """Encoder, quantiser (None for the continuous autoencoder), decoder and subdivision heads, with their sizes."""
+
+    def __init__(
+        self,
+        sizes: Preset,
+        *,
+        encoder: Encoder,
+        vq: VectorQuantizer | None,
+        decoder: Decoder,
+        subdivision: SubdivisionHeads,
+    ):
+        super().__init__()
+        self.sizes = sizes
+        self.encoder, self.vq, self.decoder, self.subdivision = encoder, vq, decoder, subdivision
+
+    def forward(self, x: SparseTensor, *, quantize: bool = True) -> Reconstruction:
+        """Encodes and decodes on the input's own voxels. Without quantising, training samples around the mean."""
+        latents, log_var = self.encoder(x)
+        zero = latents.feats.new_zeros(())
+        codes, vq, commitment, kl = None, zero, zero, zero
+        if quantize and self.vq is not None:
+            quantized = self.vq(latents.feats)
+            codes, values = quantized.codes, quantized.values
+            vq = losses.mean_of_samples(quantized.vq, latents.level)
+            commitment = losses.mean_of_samples(quantized.commitment, latents.level)
+        else:
+            kl = losses.kl_divergence(latents.feats, log_var, latents.level)
+            noise = torch.randn_like(log_var) if self.training else torch.zeros_like(log_var)
+            values = latents.feats + (0.5 * log_var).exp() * noise
+        recon, subdivision = self.decode_on(latents.replace(values), x.level)
+        return Reconstruction(recon, codes, latents, vq, commitment, kl, subdivision)
+
+    def decode_on(self, latents: SparseTensor, level: Level) -> tuple[SparseTensor, Float[Tensor, ""]]:
+        """Decodes the voxels of a known level; also the loss of predicting that level from the latents."""
+        plan = [level.coarsening]
+        for _ in range(2):
+            plan.insert(0, plan[0].coarse.coarsening)
+        errors = []
+
+        def choose(i: int, features: SparseTensor) -> Coarsening:
+            logits = self.subdivision[i](features.feats)
+            errors.append(losses.subdivision(logits, plan[i].occupied, features.level))
+            return plan[i]
+
+        recon = self.decoder(latents, choose)
+        return recon, torch.stack(errors).mean()
+
+    @torch.no_grad()
+    def encode(self, x: SparseTensor) -> Tokens:
+        if self.vq is None:
+            raise ValueError("a continuous autoencoder has no codes: train stage 1 on it first")
+        latents, _ = self.encoder(x)
+        codes = self.vq(latents.feats).codes
+        return Tokens(codes.int(), latents.coords, latents.spatial_shape, latents.batch_size)
+
+    def latents_of(self, tokens: Tokens) -> SparseTensor:
+        """Codebook rows on the latent grid."""
+        values = self.vq.lookup(tokens.codes)
+        return SparseTensor(values, tokens.coords, tokens.latent_shape, tokens.batch_size)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tokens, *, support: list[Int[Tensor, " M"]] | None = None) -> SparseTensor:
+        """Values on stored support (a byte of children a voxel, coarsest level first) or on predicted voxels."""
+
+        def choose(i: int, features: SparseTensor) -> Coarsening:
+            fine_shape = tuple(2 * n for n in features.spatial_shape)
+            if support is None:
+                return self.subdivision.choose(i, features, fine_shape=fine_shape)[0]
+            octants = torch.arange(8, device=features.feats.device)
+            return features.level.subdivide(((support[i][:, None].int() >> octants) & 1).bool(), fine_shape)
+
+        return self.decoder(self.latents_of(tokens), choose)
+
+    def get_extra_state(self) -> Tensor:
+        return self.sizes.to_tensor()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        stored = Preset.from_tensor(state)
+        if stored != self.sizes:
+            raise ValueError(f"the checkpoint was made for {stored}, this network is {self.sizes}")
+
+
+def make_vqvae(
+    preset_name: str = "tiny", *, backend: str = "auto", use_checkpoint: bool = False, **changes
+) -> SparseVQVAE:
+    """A network of a preset's sizes, with `changes` to any of them (`num_embeddings=512`, `windows=["lung"]`, ...)."""
+    return build_vqvae(preset(preset_name).changed(**changes), backend=backend, use_checkpoint=use_checkpoint)
+
+
+def build_vqvae(sizes: Preset, *, backend: str = "auto", use_checkpoint: bool = False) -> SparseVQVAE:
+    vq = None
+    if sizes.codebook != "none":
+        vq = VectorQuantizer(sizes.num_embeddings, sizes.latent_channels, codebook=sizes.codebook)
+    return SparseVQVAE(
+        sizes,
+        encoder=Encoder(sizes, backend=backend, use_checkpoint=use_checkpoint),
+        vq=vq,
+        decoder=Decoder(sizes, backend=backend, use_checkpoint=use_checkpoint),
+        subdivision=SubdivisionHeads(sizes),
+    )

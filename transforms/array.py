@@ -1,0 +1,405 @@
+"""CT arrays: HU windows, body mask, what is kept, dense to sparse and back, resampling, crops, augmentation.
+
+Pure functions on arrays indexed [x, y, z] along R A S. HU in, HU out unless a name says otherwise; values of windows
+lie in -1..1. Nothing here reads files, knows a network or draws random numbers: who wants chance passes it in.
+"""
+
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Integer, Num, Shaped
+from scipy import ndimage
+from scipy.spatial import cKDTree
+
+AIR = -1000  # HU around the patient: the value of padding
+DROPPED = -1024  # HU that a voxel outside the kept ones stands for
+BODY_LEVEL = -300  # HU between air and skin, half way with room for fat at -100
+THIN = 10.0  # mm: a table's shell is thinner, a chest wall is not
+INTERFACES = (-400, 200)  # HU between air and tissue, between soft tissue and bone
+BAND = 4  # voxels on either side of a surface
+SATURATION = 0.02  # a window says little about HU this close to its ends
+BLOCK = 8  # crops start at multiples of this, so that latent voxels keep their place
+
+WINDOWS = MappingProxyType(  # name -> (width, level) in HU; the first four are prepared by default
+    {
+        "lung": (1500, -600),
+        "bone": (1500, 300),
+        "soft_tissue": (400, 50),
+        "brain": (80, 35),
+        "mediastinum": (350, 50),
+        "abdomen": (400, 40),
+        "liver": (150, 30),
+        "angio": (600, 300),
+        "subdural": (200, 75),
+        "stroke": (40, 40),
+    }
+)
+DEFAULT_WINDOWS = ("lung", "bone", "soft_tissue", "brain")
+KEEPS = ("body", "nonzero", "band", "informative")
+Keep = Literal["body", "nonzero", "band", "informative"]
+
+
+class Sparse(NamedTuple):
+    coords: Int[np.ndarray, "N 3"]
+    values: Shaped[np.ndarray, "N ..."]
+
+
+class OnGrid(NamedTuple):
+    array: Float[np.ndarray, "X Y Z"]
+    affine: Float[np.ndarray, "4 4"]
+
+
+# ---- windows
+
+
+def window_bounds(name: str) -> tuple[float, float]:
+    """Lowest and highest HU that a named window can tell apart."""
+    if name not in WINDOWS:
+        raise ValueError(f"window must be one of {', '.join(WINDOWS)}, got {name!r}")
+    width, level = WINDOWS[name]
+    return level - width / 2, level + width / 2
+
+
+def window_file_name(name: str, suffix: str = ".npy") -> str:
+    """The file that holds this window in a prepared case: lung -> lung_w1500_l-600.npy."""
+    window_bounds(name)
+    width, level = WINDOWS[name]
+    return f"{name}_w{width}_l{level}{suffix}"
+
+
+def window(hu: Num[np.ndarray, "..."], width: float, level: float) -> Float[np.ndarray, "..."]:
+    """(HU - (L - W/2)) / W, clipped to 0..1, float32."""
+    return np.clip((np.asarray(hu, np.float32) - np.float32(level - width / 2)) / np.float32(width), 0, 1)
+
+
+def window_values(hu: Num[np.ndarray, "..."], names: Sequence[str]) -> Float[np.ndarray, "... C"]:
+    """One channel a window, -1 at its lower end and 1 at its upper end."""
+    if not names:
+        raise ValueError("windows must name at least one window, got none")
+    hu = np.asarray(hu)
+    values = np.empty((*hu.shape, len(names)), np.float32)
+    for channel, name in enumerate(names):
+        window_bounds(name)
+        values[..., channel] = window(hu, *WINDOWS[name]) * 2 - 1
+    return values
+
+
+def hu_from_windows(values: Float[np.ndarray, "... C"], names: Sequence[str]) -> Float[np.ndarray, "..."]:
+    """HU told by the narrowest window that is not near its ends, else by the widest.
+
+    Of equally wide windows that are all near their ends the one whose end lies farthest out is believed.
+    """
+    if values.shape[-1] != len(names):
+        raise ValueError(f"values must have a channel for each of {list(names)}, got {values.shape[-1]} channels")
+    parts = (np.asarray(values, np.float32) + 1) / 2
+    lower, upper = np.array([window_bounds(name) for name in names], np.float32).T
+    told = lower + parts * (upper - lower)
+    widths = upper - lower
+    widest = told[..., widths == widths.max()]
+    high = parts[..., widths == widths.max()].mean(-1) > 0.5
+    hu = np.where(high, widest.max(-1), widest.min(-1))
+    for channel in np.argsort(-widths, kind="stable"):  # the narrowest comes last and wins
+        inside = (parts[..., channel] > SATURATION) & (parts[..., channel] < 1 - SATURATION)
+        hu = np.where(inside, told[..., channel], hu)
+    return hu.astype(np.float32)
+
+
+def windows_range(names: Sequence[str]) -> tuple[float, float]:
+    """Lowest and highest HU that the windows together can tell: errors in HU are against truth clipped to it."""
+    bounds = [window_bounds(name) for name in names]
+    return min(low for low, _ in bounds), max(high for _, high in bounds)
+
+
+# ---- masks
+
+
+def _enclosed(mask: Bool[np.ndarray, "X Y Z"], axes: tuple[int, ...]) -> Bool[np.ndarray, "X Y Z"]:
+    """Background that no path along `axes` joins to the volume's border."""
+    structure = np.zeros((3, 3, 3), bool)
+    structure[1, 1, 1] = True
+    for axis in axes:
+        structure[tuple(slice(None) if a == axis else 1 for a in range(3))] = True
+    labels, count = ndimage.label(~mask, structure)
+    open_labels = np.zeros(count + 1, bool)
+    for axis in axes:
+        for end in (0, -1):
+            open_labels[np.unique(labels.take(end, axis))] = True
+    open_labels[0] = True
+    return ~open_labels[labels]
+
+
+def _largest(mask: Bool[np.ndarray, "X Y Z"]) -> Bool[np.ndarray, "X Y Z"]:
+    labels, count = ndimage.label(mask)
+    if count <= 1:
+        return mask
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    return labels == sizes.argmax()
+
+
+def body_mask(hu: Num[np.ndarray, "X Y Z"], *, spacing: float = 4.0) -> Bool[np.ndarray, "X Y Z"]:
+    """The patient: largest component above air with everything enclosed by it, lungs included.
+
+    Things thinner than a centimetre that touch the skin (a table, a tube) are cut off by an opening; coarse voxels show
+    no such thing, and an opening of theirs would take a child's chest wall. `spacing` is a voxel's mm. Lungs and airways that the volume's
+    end cuts open are enclosed in the planes along that end, so each of the three planes fills too.
+    """
+    solid = np.asarray(hu) > BODY_LEVEL
+    if not solid.any():
+        return solid
+    depth = int(THIN / 2 / spacing)
+    core = ndimage.binary_erosion(solid, iterations=depth, border_value=1) if depth else solid
+    body = _largest(core) if core.any() else _largest(solid)
+    if depth:
+        body = ndimage.binary_dilation(body, iterations=depth) & solid
+    size = -1
+    while np.count_nonzero(body) != size:  # what one plane closes may close another
+        size = np.count_nonzero(body)
+        for axes in ((0, 1, 2), (0, 1), (0, 2), (1, 2)):
+            body |= _enclosed(body, axes)
+    return body
+
+
+def _near(mask: Bool[np.ndarray, "X Y Z"], distance: float) -> Bool[np.ndarray, "X Y Z"]:
+    """Voxels whose centre lies within `distance` voxels of the surface of a mask, on either side."""
+    if mask.all() or not mask.any():
+        return np.zeros_like(mask)
+    outside = ndimage.distance_transform_edt(~mask)
+    inside = ndimage.distance_transform_edt(mask)
+    return np.where(mask, inside, outside) - 0.5 < distance
+
+
+def keep_mask(
+    hu: Num[np.ndarray, "X Y Z"],
+    keep: Keep = "body",
+    *,
+    windows: Sequence[str] = DEFAULT_WINDOWS,
+    spacing: float = 4.0,
+) -> Bool[np.ndarray, "X Y Z"]:
+    """Which voxels become rows.
+
+    body         the patient
+    nonzero      above air and above zero in some window
+    band         within a few voxels of a surface between air, soft tissue and bone
+    informative  body voxels that some window does not saturate, and their neighbours
+    """
+    hu = np.asarray(hu)
+    if keep == "body":
+        return body_mask(hu, spacing=spacing)
+    if keep == "nonzero":
+        return hu > max(AIR, windows_range(windows)[0])
+    if keep == "band":
+        kept = np.zeros(hu.shape, bool)
+        for level in INTERFACES:
+            kept |= _near(hu > level, BAND)
+        return kept
+    if keep == "informative":
+        open_window = np.zeros(hu.shape, bool)
+        for name in windows:
+            low, high = window_bounds(name)
+            open_window |= (hu > low) & (hu < high)
+        return ndimage.binary_dilation(
+            open_window & body_mask(hu, spacing=spacing), ndimage.generate_binary_structure(3, 3)
+        )
+    raise ValueError(f"keep must be one of {', '.join(KEEPS)}, got {keep!r}")
+
+
+def signed_band(mask: Bool[np.ndarray, "X Y Z"], band: float = BAND) -> Float[np.ndarray, "X Y Z"]:
+    """Distance to the surface of a 0/1 mask over `band` voxels, clipped to -1..1, negative inside."""
+    if mask.all() or not mask.any():
+        return np.full(mask.shape, -1.0 if mask.all() else 1.0, np.float32)
+    outside = ndimage.distance_transform_edt(~mask)
+    inside = ndimage.distance_transform_edt(mask)
+    distance = np.where(mask, 0.5 - inside, outside - 0.5)
+    return np.clip(distance / band, -1, 1).astype(np.float32)
+
+
+# ---- dense and sparse
+
+
+def sparsify_masks(masks: Num[np.ndarray, "X Y Z C"]) -> Sparse:
+    """0/1 masks as signed bands, one a channel; voxels far from every surface are dropped."""
+    bands = np.stack([signed_band(masks[..., channel] > 0.5) for channel in range(masks.shape[-1])], -1)
+    return sparsify(bands, (np.abs(bands) < 1).any(-1))
+
+
+def sparsify(array: Shaped[np.ndarray, "X Y Z ..."], mask: Bool[np.ndarray, "X Y Z"]) -> Sparse:
+    """Coordinates and values of the kept voxels, x slowest."""
+    if array.shape[:3] != mask.shape:
+        raise ValueError(f"array and mask must share a grid, got {array.shape[:3]} and {mask.shape}")
+    coords = np.argwhere(mask)
+    return Sparse(coords.astype(np.int16 if max(mask.shape) < 2**15 else np.int32), array[mask])
+
+
+def densify(
+    values: Shaped[np.ndarray, "N ..."],
+    coords: Integer[np.ndarray, "N 3"],
+    shape: Sequence[int],
+    *,
+    fill: float | Literal["nearest"] = DROPPED,
+) -> Shaped[np.ndarray, "X Y Z ..."]:
+    """The dense array; a dropped voxel takes `fill`, or with "nearest" the value of the kept voxel nearest to it."""
+    x, y, z = np.asarray(coords, np.int64).T
+    if fill != "nearest":
+        array = np.full((*shape, *values.shape[1:]), fill, values.dtype)
+        array[x, y, z] = values
+        return array
+    if len(values) == 0:
+        raise ValueError("fill='nearest' needs at least one kept voxel, got none")
+    dropped = np.ones(tuple(shape), bool)
+    dropped[x, y, z] = False
+    array = np.empty((*shape, *values.shape[1:]), values.dtype)
+    array[x, y, z] = values
+    missing = np.argwhere(dropped)
+    if len(missing):
+        nearest = cKDTree(coords).query(missing)[1]
+        array[dropped] = values[nearest]
+    return array
+
+
+def fill_for(keep: Keep) -> float | str:
+    """What `densify` puts where a voxel was dropped, so that every mode answers for the whole grid."""
+    return DROPPED if keep in ("body", "nonzero") else "nearest"
+
+
+# ---- resampling
+
+
+def _weights(size_in: int, size_out: int, ratio: float) -> Float[np.ndarray, "out in"]:
+    """Linear interpolation on voxel centres with both centres aligned; rows outside the input are zero.
+
+    When shrinking the input is first smoothed by the Gaussian that brings its voxel's width to the output's
+    (Cardoso et al. 2015, scale factor smoothing).
+    """
+    place = (size_in - 1) / 2 + (np.arange(size_out) - (size_out - 1) / 2) * ratio
+    inside = (place >= -0.5 - 1e-6) & (place <= size_in - 0.5 + 1e-6)
+    place = np.clip(place, 0, size_in - 1)
+    low = np.minimum(np.floor(place + 1e-9).astype(int), size_in - 1)
+    high = np.minimum(low + 1, size_in - 1)
+    part = np.clip(place - low, 0, 1)
+    weights = np.zeros((size_out, size_in), np.float32)
+    rows = np.arange(size_out)
+    np.add.at(weights, (rows, low), 1 - part)
+    np.add.at(weights, (rows, high), part)
+    if ratio > 1 + 1e-6:
+        sigma = np.sqrt(ratio**2 - 1) / (2 * np.sqrt(2 * np.log(2)))
+        weights = weights @ ndimage.gaussian_filter1d(np.eye(size_in, dtype=np.float32), sigma, axis=0, mode="nearest")
+    return (weights * inside[:, None]).astype(np.float32)
+
+
+def resample(
+    hu: Num[np.ndarray, "X Y Z"],
+    *,
+    spacing_in: Sequence[float],
+    spacing_out: float,
+    grid: int,
+    affine: Float[np.ndarray, "4 4"] | None = None,
+    air: float = AIR,
+) -> OnGrid:
+    """The volume on a cubic grid of `grid` voxels of `spacing_out` mm around the same centre, `air` beyond its field.
+
+    The affine takes an index of the result to the world of `affine` (default: mm along the input's axes).
+    """
+    if len(spacing_in) != 3 or min(spacing_in) <= 0 or spacing_out <= 0:
+        raise ValueError(f"spacings must be positive, got {tuple(spacing_in)} and {spacing_out}")
+    ratios = [spacing_out / step for step in spacing_in]
+    wx, wy, wz = (_weights(n, grid, ratio) for n, ratio in zip(hu.shape, ratios, strict=True))
+    planes = np.empty((hu.shape[0], grid, grid), np.float32)
+    for index in range(hu.shape[0]):  # plane by plane: the input may be a memory map larger than memory
+        planes[index] = wy @ (np.asarray(hu[index], np.float32) - np.float32(air)) @ wz.T
+    array = (wx @ planes.reshape(len(planes), -1)).reshape(grid, grid, grid) + np.float32(air)
+    if affine is None:
+        affine = np.diag([*spacing_in, 1.0])
+    index_map = np.diag([*ratios, 1.0])
+    index_map[:3, 3] = [(n - 1) / 2 - (grid - 1) / 2 * ratio for n, ratio in zip(hu.shape, ratios, strict=True)]
+    return OnGrid(array, np.asarray(affine, np.float64) @ index_map)
+
+
+# ---- crops and augmentation of sparse voxels
+
+
+class Box(NamedTuple):
+    start: tuple[int, int, int]
+    stop: tuple[int, int, int]
+
+
+def crop_box(
+    coords: Integer[np.ndarray, "N 3"],
+    *,
+    center: Sequence[int],
+    max_points: int | None = None,
+    max_side: int | None = None,
+) -> Box:
+    """The box around `center` that grows block by block while its voxels fit `max_points` and its sides `max_side`.
+
+    Starts and stops are multiples of eight voxels. Growing goes round the six faces: a box is as cubic as it can be.
+    """
+    if max_points is not None and max_points < BLOCK**3:
+        raise ValueError(f"max_points must be at least {BLOCK**3}, the voxels of one latent block, got {max_points}")
+    if max_side is not None and (max_side < BLOCK or max_side % BLOCK):
+        raise ValueError(f"crop side must be a multiple of {BLOCK} voxels, got {max_side}")
+    blocks = np.asarray(coords, np.int64) // BLOCK
+    extent = blocks.max(0) + 1
+    counts = np.bincount(np.ravel_multi_index(blocks.T, extent), minlength=int(extent.prod())).reshape(extent)
+    sums = np.pad(counts.cumsum(0).cumsum(1).cumsum(2), ((1, 0),) * 3)  # summed volume: any box in eight look-ups
+    limit = len(coords) if max_points is None else max_points
+    side = max(extent) if max_side is None else max_side // BLOCK
+
+    def inside(low: np.ndarray, high: np.ndarray) -> int:
+        total = 0
+        for corner in np.ndindex(2, 2, 2):
+            at = tuple(np.where(corner, high, low))
+            total += (-1) ** (3 - sum(corner)) * int(sums[at])
+        return total
+
+    low = np.clip(np.asarray(center, np.int64) // BLOCK, 0, extent - 1)
+    high = low + 1
+    faces = [(axis, end) for end in (1, 0) for axis in range(3)]
+    while faces:
+        for axis, end in list(faces):
+            grown_low, grown_high = low.copy(), high.copy()
+            (grown_high if end else grown_low)[axis] += 1 if end else -1
+            fits = (
+                grown_low[axis] >= 0 and grown_high[axis] <= extent[axis] and grown_high[axis] - grown_low[axis] <= side
+            )
+            if fits and inside(grown_low, grown_high) <= limit:
+                low, high = grown_low, grown_high
+            else:
+                faces.remove((axis, end))  # a box only grows: what does not fit now never will
+    return Box(tuple(int(v) * BLOCK for v in low), tuple(int(v) * BLOCK for v in high))
+
+
+def crop_to_budget(
+    coords: Integer[np.ndarray, "N 3"],
+    max_points: int | None,
+    *,
+    center: Sequence[int],
+    max_side: int | None = None,
+) -> Int[np.ndarray, " M"]:
+    """Rows in one contiguous box of at most `max_points` voxels, all where they fit; coordinates stay absolute."""
+    side_fits = max_side is None or (
+        len(coords) and int(np.ptp(np.asarray(coords, np.int64) // BLOCK, 0).max() + 1) * BLOCK <= max_side
+    )
+    if (max_points is None or len(coords) <= max_points) and side_fits:
+        return np.arange(len(coords))
+    start, stop = crop_box(coords, center=center, max_points=max_points, max_side=max_side)
+    return np.flatnonzero(((coords >= np.array(start)) & (coords < np.array(stop))).all(1))
+
+
+def translate(
+    coords: Integer[np.ndarray, "N 3"], shift: Sequence[int], shape: Sequence[int]
+) -> Integer[np.ndarray, "N 3"]:
+    """Coordinates moved by whole voxels, as far as the grid allows: nothing leaves it, left stays left."""
+    room_low = -coords.min(0).astype(np.int64)
+    room_high = np.asarray(shape, np.int64) - 1 - coords.max(0)
+    return (coords + np.clip(np.asarray(shift, np.int64), room_low, room_high)).astype(coords.dtype)
+
+
+def jitter(
+    hu: Num[np.ndarray, " N"], *, scale: float = 1.0, offset: float = 0.0, noise: Float[np.ndarray, " N"] | None = None
+) -> Float[np.ndarray, " N"]:
+    """HU as another scanner might give them: stretched about air, shifted, with noise."""
+    jittered = (np.asarray(hu, np.float32) - AIR) * np.float32(scale) + np.float32(AIR + offset)
+    return jittered if noise is None else jittered + noise.astype(np.float32)

@@ -1,0 +1,170 @@
+"""The transforms of array.py on dictionaries, for MONAI's Compose and for a reader of a bundle's JSON.
+
+Each class loops over keys and calls its array twin. An item starts as `image` (HU int16 (X, Y, Z), or 0/1 masks
+(X, Y, Z, C)) with `affine`, becomes `coords`, `values`, `spatial_shape`, and ends with `feats` float32 (N, C).
+`settings` is what a cache has to know about a deterministic transform.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from monai.transforms import MapTransform, RandomizableTransform
+
+from transforms import array
+from transforms.array import Keep
+
+
+class Resampled(MapTransform):
+    """`array.resample` onto a cube of `grid` voxels of `spacing` mm. Without an affine the field fills the cube."""
+
+    def __init__(self, keys: str | Sequence[str] = "image", *, spacing: float, grid: int) -> None:
+        super().__init__(keys)
+        self.spacing, self.grid = float(spacing), int(grid)
+        self.settings = {"resample": [self.spacing, self.grid]}
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        item = dict(data)
+        affine = item.get("affine")
+        for key in self.key_iterator(item):
+            volume = item[key]
+            if affine is None:
+                spacing_in = [self.spacing * self.grid / max(volume.shape[:3])] * 3
+            else:
+                spacing_in = np.linalg.norm(np.asarray(affine)[:3, :3], axis=0).tolist()
+            shared = {"spacing_in": spacing_in, "spacing_out": self.spacing, "grid": self.grid, "affine": affine}
+            if volume.ndim == 4:  # masks
+                channels = [array.resample(volume[..., c], air=0, **shared) for c in range(volume.shape[-1])]
+                item[key] = np.stack([channel.array for channel in channels], -1)
+                item["affine"] = channels[0].affine
+            else:
+                result = array.resample(volume, **shared)
+                item[key] = np.clip(np.rint(result.array), -32768, 32767).astype(np.int16)
+                item["affine"] = result.affine
+        return item
+
+
+class Sparsifyd(MapTransform):
+    """`array.keep_mask` and `array.sparsify`: the dense key goes, `coords`, `values` and `spatial_shape` come."""
+
+    def __init__(
+        self,
+        keys: str | Sequence[str] = "image",
+        *,
+        keep: Keep = "body",
+        windows: Sequence[str] = array.DEFAULT_WINDOWS,
+    ) -> None:
+        super().__init__(keys)
+        if keep not in array.KEEPS:
+            raise ValueError(f"keep must be one of {', '.join(array.KEEPS)}, got {keep!r}")
+        self.keep, self.windows = keep, tuple(windows)
+        by_window = keep in ("nonzero", "informative")
+        self.settings = {"keep": keep, "keep_windows": list(self.windows) if by_window else None}
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        item = dict(data)
+        for key in self.key_iterator(item):
+            volume = item.pop(key)
+            if volume.ndim == 4:  # masks
+                kept = array.sparsify_masks(volume)
+            else:
+                spacing = float(np.linalg.norm(item["affine"][:3, 0]))
+                mask = array.keep_mask(volume, self.keep, windows=self.windows, spacing=spacing)
+                kept = array.sparsify(volume, mask)
+            item["coords"], item["values"] = kept
+            item["spatial_shape"] = tuple(int(n) for n in volume.shape[:3])
+        return item
+
+
+class Windowsd(MapTransform):
+    """`array.window_values`: HU rows become `feats`. Rows that are features already (bands, distances) pass through."""
+
+    def __init__(self, keys: str | Sequence[str] = "values", *, windows: Sequence[str] = array.DEFAULT_WINDOWS) -> None:
+        super().__init__(keys)
+        for name in windows:
+            array.window_bounds(name)
+        self.windows = tuple(windows)
+        self.settings = {"windows": list(self.windows)}
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        item = dict(data)
+        for key in self.key_iterator(item):
+            values = item[key]
+            item["feats"] = array.window_values(values, self.windows) if values.ndim == 1 else values.astype(np.float32)
+        return item
+
+
+class RandCropToBudgetd(RandomizableTransform, MapTransform):
+    """`array.crop_to_budget` around a kept voxel drawn by chance; the rows of `keys` follow the coordinates."""
+
+    def __init__(
+        self,
+        keys: str | Sequence[str] = ("coords", "values"),
+        *,
+        max_points: int | None = None,
+        max_side: int | None = None,
+    ) -> None:
+        MapTransform.__init__(self, keys)
+        RandomizableTransform.__init__(self, prob=1.0)
+        self.max_points, self.max_side = max_points, max_side
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        item = dict(data)
+        coords = item["coords"]
+        if len(coords) == 0:
+            return item
+        center = coords[self.R.randint(len(coords))]
+        rows = array.crop_to_budget(coords, self.max_points, center=center, max_side=self.max_side)
+        if len(rows) < len(coords):
+            for key in self.key_iterator(item):
+                item[key] = item[key][rows]
+        return item
+
+
+class RandTranslated(RandomizableTransform, MapTransform):
+    """`array.translate` by up to `max_shift` voxels an axis. Left stays left: there is no flip in this project."""
+
+    def __init__(self, keys: str | Sequence[str] = "coords", *, max_shift: int = 4, prob: float = 1.0) -> None:
+        MapTransform.__init__(self, keys)
+        RandomizableTransform.__init__(self, prob)
+        self.max_shift = int(max_shift)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        item = dict(data)
+        self.randomize(None)
+        shift = self.R.randint(-self.max_shift, self.max_shift + 1, 3)
+        if self._do_transform:
+            for key in self.key_iterator(item):
+                if len(item[key]):
+                    item[key] = array.translate(item[key], shift, item["spatial_shape"])
+        return item
+
+
+class RandJitterd(RandomizableTransform, MapTransform):
+    """`array.jitter`: HU stretched by up to `scale`, shifted by up to `offset` HU, with noise of up to `noise` HU."""
+
+    def __init__(
+        self,
+        keys: str | Sequence[str] = "values",
+        *,
+        scale: float = 0.02,
+        offset: float = 10.0,
+        noise: float = 10.0,
+        prob: float = 1.0,
+    ) -> None:
+        MapTransform.__init__(self, keys)
+        RandomizableTransform.__init__(self, prob)
+        self.scale, self.offset, self.noise = scale, offset, noise
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        item = dict(data)
+        self.randomize(None)
+        scale = 1 + self.R.uniform(-self.scale, self.scale)
+        offset = self.R.uniform(-self.offset, self.offset)
+        level = self.R.uniform(0, self.noise)
+        if self._do_transform:
+            for key in self.key_iterator(item):
+                if item[key].ndim == 1:  # HU; bands and distances are geometry
+                    noise = self.R.standard_normal(len(item[key])) * level
+                    item[key] = array.jitter(item[key], scale=scale, offset=offset, noise=noise)
+        return item
