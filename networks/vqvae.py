@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from networks import losses
+from networks.fsq import FiniteScalarQuantizer
 from networks.presets import Preset, preset
 from networks.quantizer import VectorQuantizer
+from networks.residual import ResidualQuantizer, build_quantizer
 from networks.sparse.modules import (
     Downsample,
     GroupNorm,
@@ -35,9 +37,9 @@ ChooseCells = Callable[[int, SparseTensor], Coarsening]
 
 
 class Tokens(NamedTuple):
-    """What a batch became: a code for each occupied latent, in Morton order."""
+    """What a batch became: a code for each occupied latent, or one a quantiser level (M, levels), in Morton order."""
 
-    codes: Int[Tensor, " M"]
+    codes: Int[Tensor, "M ..."]
     coords: Int32[Tensor, "M 4"]
     latent_shape: tuple[int, int, int]
     batch_size: int
@@ -47,7 +49,7 @@ class Reconstruction(NamedTuple):
     """A forward pass. `vq` and `commitment` are zero when nothing was quantised, `kl` when something was."""
 
     recon: SparseTensor
-    codes: Int[Tensor, " M"] | None
+    codes: Int[Tensor, "M ..."] | None
     latents: SparseTensor
     vq: Float[Tensor, ""]
     commitment: Float[Tensor, ""]
@@ -192,7 +194,7 @@ class SparseVQVAE(nn.Module):
         sizes: Preset,
         *,
         encoder: Encoder,
-        vq: VectorQuantizer | None,
+        vq: VectorQuantizer | FiniteScalarQuantizer | ResidualQuantizer | None,
         decoder: Decoder,
         subdivision: SubdivisionHeads,
     ):
@@ -275,13 +277,10 @@ def make_vqvae(
 
 
 def build_vqvae(sizes: Preset, *, backend: str = "auto", use_checkpoint: bool = False) -> SparseVQVAE:
-    vq = None
-    if sizes.codebook != "none":
-        vq = VectorQuantizer(sizes.num_embeddings, sizes.latent_channels, codebook=sizes.codebook)
     return SparseVQVAE(
         sizes,
         encoder=Encoder(sizes, backend=backend, use_checkpoint=use_checkpoint),
-        vq=vq,
+        vq=build_quantizer(sizes),
         decoder=Decoder(sizes, backend=backend, use_checkpoint=use_checkpoint),
         subdivision=SubdivisionHeads(sizes),
     )
