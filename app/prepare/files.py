@@ -159,7 +159,7 @@ def sniff(ref: Ref) -> str:
         return "nifti" if _is_nifti(head) or ref.name.lower().endswith((".nii.gz", ".hdr.gz")) else "other"
     if head[128:132] == b"DICM" or head[:6] in (b"\x08\x00\x05\x00CS", b"\x08\x00\x08\x00CS", b"\x08\x00\x16\x00UI"):
         return "dicom"
-    if head[:4] in (b"\x08\x00\x05\x00", b"\x08\x00\x08\x00", b"\x08\x00\x16\x00", b"\x08\x00\x00\x00") and len(head) > 64:
+    if head[:4] in (b"\x08\x00\x05\x00", b"\x08\x00\x08\x00", b"\x08\x00\x16\x00", b"\x08\x00\x00\x00", b"\x02\x00\x00\x00") and len(head) > 64:
         return "dicom"  # implicit VR without a preamble, as old scanners wrote
     if head[:4] == b"NRRD":
         return "nrrd"
@@ -168,7 +168,7 @@ def sniff(ref: Ref) -> str:
     if _is_nifti(head):
         return "nifti"
     name = ref.name.lower()
-    by_name = {".nii": "nifti", ".nii.gz": "nifti", ".nrrd": "nrrd", ".mha": "mha", ".mhd": "mha", ".dcm": "dicom"}
+    by_name = {".nii": "nifti", ".nii.gz": "nifti", ".nrrd": "nrrd", ".mha": "mha", ".mhd": "mha"}
     return next((kind for end, kind in by_name.items() if name.endswith(end)), "other")
 
 
