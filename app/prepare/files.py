@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from app.prepare.codes import Refused
 
@@ -104,7 +104,7 @@ def _check_members(members: list[zipfile.ZipInfo]) -> None:
             raise Refused("CORRUPT_FILE", "the zip is encrypted")
 
 
-def open_ref(ref: Ref) -> BinaryIO:
+def open_ref(ref: Ref) -> io.BufferedIOBase:
     """The file, or a member held in memory; a member longer than its entry says is refused."""
     if not ref.member:
         return open(ref.path, "rb")
