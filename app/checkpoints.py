@@ -1,8 +1,8 @@
 """What a run keeps on disk: complete sets of files per step, the best step, and finding and loading them again.
 
 A set is `{name}_step….pt`, `{name}_ema{rate}_step….pt` and `misc_step….pt`. Files are written beside and renamed, misc
-last: a step with a misc file is whole, any other is ignored. Weights are flat state dicts that load without running code
-and carry the sizes of their network (`networks.presets.Preset`).
+last: a step with a misc file is whole, any other is ignored. Weights are flat state dicts that load without running
+code and carry the sizes of their network (`networks.presets.Preset`).
 """
 
 import dataclasses

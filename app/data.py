@@ -55,8 +55,8 @@ def sampling(
 class CTDataset(Dataset):
     """Prepared cases as sparse samples.
 
-    An index may be a case's number, or (step, number): the step seeds what is drawn. A case with fewer than `min_points`
-    voxels is skipped: the next one stands in for it.
+    An index may be a case's number, or (step, number): the step seeds what is drawn. A case with fewer than
+    `min_points` voxels is skipped: the next one stands in for it.
     """
 
     def __init__(

@@ -37,7 +37,13 @@ class RunFolder:
     """
 
     def __init__(
-        self, path: str, *, name: str, ema_rate: float = 0.9999, resume: str | int | None = None, settings: object = None
+        self,
+        path: str,
+        *,
+        name: str,
+        ema_rate: float = 0.9999,
+        resume: str | int | None = None,
+        settings: object = None,
     ):
         self.path, self.name = Path(path), name
         self.names = (name, f"{name}_ema{ema_rate:g}")

@@ -17,6 +17,9 @@ def perplexity(counts: torch.Tensor) -> float:
 class TokenizerMetrics(Metric):
     """Means over cases of what `ValidationStep` gives, summed over ranks, under names that begin with val_."""
 
+    def __init__(self) -> None:  # ignite takes a mapping for y_pred and y, so ours travels in a tuple
+        super().__init__(output_transform=lambda output: (output,), skip_unrolling=True)
+
     @reinit__is_reduced
     def reset(self) -> None:
         self._cases = torch.zeros(1, dtype=torch.float64)
@@ -25,7 +28,8 @@ class TokenizerMetrics(Metric):
         self._names: list[str] = []
 
     @reinit__is_reduced
-    def update(self, output: dict) -> None:
+    def update(self, wrapped: tuple[dict]) -> None:
+        (output,) = wrapped
         values = dict(output["terms"])
         if len(output["windows"]) == len(output["absolute_error"]):
             for name, error in zip(output["windows"], output["absolute_error"].tolist(), strict=True):

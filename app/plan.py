@@ -1,4 +1,4 @@
-"""What a training run will be, where the user left it open: `scale: auto` is the demo without data, the real thing with it.
+"""What a training run will be where the user left it open: `scale: auto` is the demo without data, else the real thing.
 
 One table per scale. The flat keys of a bundle read their defaults from here, so any of them can be overridden by name.
 """

@@ -1,15 +1,299 @@
 """Everything checked before anything is trained, and the one way to end a run over a user's mistake.
 
-`fail` writes one line and leaves with an exit status; any other exception would reach the user as MONAI's
-forty-line chain.
+MONAI accepts a mistyped flag, drops `--x None` and skips a plain-text step, all in silence. `check`, the first step of
+every bundle, reads the command line again and refuses these in one line each. `fail` writes that line and leaves; any
+other exception would reach the user as MONAI's forty-line chain.
 """
 
+import difflib
+import json
+import logging
+import os
+import re
 import sys
-from typing import NoReturn
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fire.parser import DefaultParseValue
+from monai.bundle import ConfigParser
+
+log = logging.getLogger(__name__)
+
+RUN_ARGUMENTS = {
+    "run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking", "args_file",
+}  # fmt: skip
+STEP_LISTS = ("initialize", "run", "training", "finalize")
+
+# Names of the original training scripts, and common other names, with ours.
+OTHER_NAMES = {
+    "data_dir": "dataset_dir",
+    "data": "dataset_dir",
+    "lr": "learning_rate",
+    "load_dir": "init_from (another stage) or resume (this one)",
+    "ckpt": "resume",
+    "num_gpus": "torchrun --nproc_per_node with bundles/multi_gpu.json",
+    "num_nodes": "torchrun --nnodes with bundles/multi_gpu.json",
+    "epochs": "max_steps",
+    "max_epochs": "max_steps",
+    "batch_size": "batch_size_per_gpu",
+    "embed_dim": "latent_channels",
+    "embedding_dim": "latent_channels",
+    "latent_dim": "latent_channels",
+    "codebook_size": "num_embeddings",
+    "fp16_mode": "amp",
+    "optimizer_lr": "learning_rate",
+    "finetune_ckpt": "init_from",
+    "window": "window_type",
+    "workers": "num_workers",
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a flat key may be."""
+
+    kind: type | tuple[type, ...]
+    says: str
+    minimum: float | None = None
+    choices: tuple = ()
+    optional: bool = False
+
+
+def _number(minimum: float, *, optional: bool = False) -> Rule:
+    return Rule((int, float), f"a number of at least {minimum:g}", minimum=minimum, optional=optional)
+
+
+def _count(minimum: int, *, optional: bool = False) -> Rule:
+    return Rule(int, f"a whole number of at least {minimum}", minimum=minimum, optional=optional)
+
+
+def _choice(*values: str) -> Rule:
+    return Rule(str, f"one of {', '.join(values)}", choices=values)
+
+
+RULES = {
+    "dataset_dir": Rule(str, "a folder", optional=True),
+    "output_dir": Rule(str, "a folder"),
+    "resume": Rule((str, int), "latest or a step", optional=True),
+    "seed": _count(0),
+    "scale": _choice("auto", "demo", "full"),
+    "preset": Rule(str, "a preset's name", optional=True),
+    "windows": Rule(list, "a list of window names", optional=True),
+    "window_type": Rule(str, "a window's name", optional=True),
+    "keep": _choice("body", "nonzero", "band", "informative"),
+    "min_points": _count(1),
+    "max_points": _count(1, optional=True),
+    "num_workers": _count(0),
+    "resolution": _count(8),
+    "spacing": _number(0.01),
+    "model_channels": _count(1),
+    "latent_channels": _count(1),
+    "num_embeddings": _count(2),
+    "num_blocks": _count(0),
+    "pretrained_vae_path": Rule(str, "auto, null or a path", optional=True),
+    "init_from": Rule(str, "a path", optional=True),
+    "warmup_steps": _count(1),
+    "codebook": _choice("ema", "gradient"),
+    "max_steps": _count(1),
+    "batch_size_per_gpu": _count(1),
+    "batch_split": _count(1),
+    "use_checkpoint": Rule(bool, "true or false"),
+    "amp": _choice("off", "bf16", "fp16"),
+    "learning_rate": _number(0),
+    "lr_scheduler": Rule(str, "cosine, one_cycle, constant or a torch scheduler"),
+    "warmup_lr_steps": _count(0, optional=True),
+    "grad_clip": _number(0, optional=True),
+    "loss_type": _choice("l1", "l2", "mse", "l1_l2"),
+    "lambda_vq": _number(0),
+    "lambda_commitment": _number(0),
+    "lambda_kl": _number(0),
+    "lambda_subdivision": _number(0),
+    "ema_rate": _number(0),
+    "i_print": _count(1),
+    "i_log": _count(1),
+    "i_sample": _count(1),
+    "i_save": _count(1),
+    "val_interval": _count(1),
+    "keep_last": _count(1),
+}
 
 
 def fail(code: str, what: str, remedy: str, *, status: int = 2) -> NoReturn:
     """Ends the process with one line on standard error: 2 the call or a config is wrong, 3 an input was refused."""
-    sys.stderr.write(f"{code}: {what.rstrip('.')}. {remedy.rstrip('.')}.\n")
+    sys.stderr.write(f"{code}: {what.rstrip('.')}. {remedy[:1].upper()}{remedy[1:].rstrip('.')}.\n")
     sys.stderr.flush()
     raise SystemExit(status)
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """A `python -m monai.bundle run` call, read again."""
+
+    config: dict[str, Any]  # the config files merged, without overrides
+    overrides: dict[str, Any]
+    raw: dict[str, str]  # overrides as they were typed
+
+
+def read_command_line(argv: list[str]) -> CommandLine | None:
+    """None when the process is no bundle run."""
+    if not (len(argv) > 1 and re.search(r"monai[/\\.]bundle", argv[0]) and argv[1] == "run"):
+        return None
+    raw: dict[str, str] = {}
+    words = iter(enumerate(argv[2:], start=2))
+    for i, word in words:
+        if not word.startswith("--"):
+            continue
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            following = argv[i + 1] if i + 1 < len(argv) else "--"
+            value = "True" if following.startswith("--") else following
+            if not following.startswith("--"):
+                next(words)
+        raw[name.replace("-", "_")] = value
+    files = DefaultParseValue(raw.get("config_file", "[]"))
+    config = ConfigParser.load_config_files(files)
+    overrides = {name: DefaultParseValue(value) for name, value in raw.items() if name not in RUN_ARGUMENTS}
+    return CommandLine(config, overrides, {name: raw[name] for name in overrides})
+
+
+def check() -> None:
+    """The first step of every bundle. Says nothing when all is well."""
+    one_line_errors()
+    call = read_command_line(sys.argv)
+    if call is None:
+        return
+    _check_structure(call.config)
+    for name, value in call.overrides.items():
+        _check_override(name, value, call)
+
+
+def _check_override(name: str, value: Any, call: CommandLine) -> None:
+    path = re.split(r"::|#", name)
+    if path[0] not in call.config:
+        ours = OTHER_NAMES.get(path[0])
+        if ours:
+            fail("UNKNOWN_KEY", f"this run has no key {path[0]}", f"here it is {ours}")
+        _unknown(path[0], call.config)
+    node: Any = call.config
+    for depth, part in enumerate(path):
+        if isinstance(node, dict) and part not in node:
+            _unknown(part, node, under="#".join(path[:depth]))
+        if isinstance(node, dict | list):
+            node = node[int(part) if isinstance(node, list) else part]
+    if call.raw[name] == "None":
+        rule = RULES.get(name)
+        if rule is not None and rule.optional and node is None:
+            return
+        fail("NULL_IGNORED", f"MONAI ignores --{name} None and keeps {node!r}", f"write --{name} '$None' to set null")
+    if len(path) == 1 and name in RULES:
+        _check_value(name, value)
+
+
+def _check_value(name: str, value: Any) -> None:
+    rule = RULES[name]
+    if isinstance(value, str) and value[:1] in "$@%":
+        return
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    right = isinstance(value, rule.kind) and (rule.kind is bool or not isinstance(value, bool))
+    if right and (not rule.choices or value in rule.choices) and not (number and value < (rule.minimum or value)):
+        return
+    fail("BAD_VALUE", f"{name} must be {rule.says}, got {value!r}", f"pass another --{name}")
+
+
+def _unknown(name: str, known: dict, *, under: str = "") -> NoReturn:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    where = f"{under} has no key {name}" if under else f"this run has no key {name}"
+    fail("UNKNOWN_KEY", where, f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(map(str, known)))}")
+
+
+def _check_structure(config: dict[str, Any]) -> None:
+    """Mistakes that MONAI passes over: text as a step, a misspelt _target_, a reference to nothing."""
+    for name in STEP_LISTS:
+        steps = config.get(name, config.get("+" + name, []))
+        for i, step in enumerate(steps if isinstance(steps, list) else [steps]):
+            if isinstance(step, str) and step[:1] not in ("$", "@", "%"):
+                fail("PLAIN_STEP", f"{name}#{i} is plain text and would do nothing: {step!r}", "begin it with $")
+    for path, key, value in _walk(config):
+        if isinstance(key, str) and key != "_target_" and re.fullmatch(r"_*target_*", key, re.IGNORECASE):
+            fail("BAD_TARGET_KEY", f"{path} holds {key}, which MONAI would pass over", "write _target_")
+        if not isinstance(value, str) or value[:1] not in "$@":
+            continue
+        for reference in re.findall(r"@([A-Za-z_]\w*(?:(?:#|::)\w+)*)", value):
+            node: Any = config
+            for part in re.split(r"::|#", reference):
+                inside = isinstance(node, list) and part.isdigit() and int(part) < len(node)
+                if not inside and not (isinstance(node, dict) and part in node):
+                    near = difflib.get_close_matches(part, list(node) if isinstance(node, dict) else [], n=1)
+                    hint = f"did you mean {near[0]}?" if near else "define it, or remove the reference"
+                    fail("MISSING_REFERENCE", f"{path} refers to @{reference}, which does not exist", hint)
+                node = node[int(part)] if isinstance(node, list) else node[part]
+
+
+def _walk(node: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        here = f"{path}#{key}" if path else str(key)
+        yield here, key, value
+        yield from _walk(value, here)
+
+
+def resolved_config(settings: object = None) -> dict[str, Any]:
+    """The config of this run: files, overrides, and the plan's values where a key reads them from the plan."""
+    call = read_command_line(sys.argv)
+    if call is None:
+        return {}
+    config = json.loads(json.dumps(call.config))
+    for name, value in call.overrides.items():
+        node, *rest = config, *re.split(r"::|#", name)
+        for part in rest[:-1]:
+            node = node[int(part) if isinstance(node, list) else part]
+        node[int(rest[-1]) if isinstance(node, list) else rest[-1]] = value
+    for name, value in config.items():
+        if settings is not None and isinstance(value, str) and value.startswith("$@plan."):
+            found: Any = settings
+            for part in value.removeprefix("$@plan.").split("."):
+                found = getattr(found, part)
+            config[name] = list(found) if isinstance(found, tuple) else found
+    return config
+
+
+def one_line_errors() -> None:
+    """From here on a mistake of the user ends the process in one line; the trace goes to the log.
+
+    A ValueError raised in this project's code is such a mistake: that is how it refuses values. Anything else is a
+    fault of ours and keeps its trace.
+    """
+    usual = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        cause = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if _is_refusal(cause):
+            log.debug("".join(traceback.format_exception(kind, error, trace)))
+            first = str(cause).strip().splitlines()[0]
+            _leave(f"BAD_VALUE: {first}\n", 2)
+        if type(cause).__name__ == "OutOfMemoryError":
+            advice = "lower, in this order: batch_size_per_gpu, max_points, resolution; or set use_checkpoint true"
+            _leave(f"OUT_OF_MEMORY: {str(cause).splitlines()[0]} {advice}.\n", 2)
+        usual(kind, error, trace)
+
+    sys.excepthook = hook
+
+
+def _is_refusal(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    here = Path(__file__).resolve().parent.parent
+    ours = any(Path(frames[-1].filename).is_relative_to(here / part) for part in ("app", "transforms", "networks"))
+    return isinstance(error, ValueError) and bool(frames) and ours
+
+
+def _leave(line: str, status: int) -> NoReturn:
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.write(line)
+    sys.stderr.flush()
+    os._exit(status)  # an exception hook cannot choose the exit status otherwise

@@ -4,8 +4,10 @@ Nothing here loops over steps or saves the engine. Randomness of a step is a fun
 run is the same run: the trainer's iteration is the step, and batches come from a sampler that starts anywhere.
 """
 
+import copy
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,6 +19,7 @@ from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
 
 from app import checkpoints
 from app.checkpoints import unwrapped
@@ -28,6 +31,15 @@ from networks.vqvae import SparseVQVAE
 log = logging.getLogger(__name__)
 
 AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device() -> torch.device:
+    """The GPU of this process, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
 
 
 def to_sparse(batch: dict, device: torch.device) -> SparseTensor:
@@ -196,13 +208,13 @@ class CodebookStart:
         network: SparseVQVAE,
         folder,
         pretrained_vae_path: str | None,
-        make_loader: Callable,
+        loader: DataLoader,
         loss_function: TokenizerLoss,
         warmup: dict,
         vectors_per_code: int = 64,
     ):
         self.network, self.folder, self.path = network, folder, pretrained_vae_path
-        self.make_loader, self.loss_function, self.warmup = make_loader, loss_function, warmup
+        self.loader, self.loss_function, self.warmup = loader, loss_function, warmup
         self.vectors_per_code = vectors_per_code
 
     def run(self) -> None:
@@ -218,6 +230,13 @@ class CodebookStart:
             log.info("autoencoder weights from %s", file)
         self._lay_codebook()
 
+    def _loader(self, max_steps: int) -> DataLoader:
+        """The training loader over other steps."""
+        sampler = copy.copy(self.loader.sampler)
+        sampler.start, sampler.max_steps = 0, max_steps
+        same = ("dataset", "batch_size", "num_workers", "collate_fn", "pin_memory")
+        return DataLoader(sampler=sampler, **{name: getattr(self.loader, name) for name in same})
+
     def _train_autoencoder(self) -> None:
         steps, device = self.warmup["steps"], next(self.network.parameters()).device
         log.info("no autoencoder weights: training one for %d steps before the codebook", steps)
@@ -231,7 +250,7 @@ class CodebookStart:
             device=device,
             max_epochs=1,
             epoch_length=steps,
-            train_data_loader=self.make_loader(max_steps=steps),
+            train_data_loader=self._loader(steps),
             network=self.network,
             optimizer=optimizer,
             loss_function=self.loss_function,
@@ -249,7 +268,7 @@ class CodebookStart:
         wanted = self.vectors_per_code * vq.num_embeddings
         rows, seen = [], 0
         self.network.eval()
-        for batch in self.make_loader(max_steps=4 * math.ceil(wanted / 64)):
+        for batch in self._loader(4 * math.ceil(wanted / 64)):
             for part in batch if isinstance(batch, list) else [batch]:
                 latents, _ = self.network.encoder(to_sparse(part, device))
                 rows.append(latents.feats)
@@ -331,7 +350,7 @@ class StageHandlers:
         if scaler is not None and misc["scaler"]:
             scaler.load_state_dict(misc["scaler"])
         engine.state.iteration = step
-        engine.data_loader.sampler.start_step = step
+        engine.data_loader.sampler.start = step
         engine.last_saved_step = step
         self.folder.begin(self.network)
         log.info("resumed at step %d", step)
@@ -348,7 +367,7 @@ class StageHandlers:
     def _picture(self, engine: SupervisedTrainer) -> None:
         if self.validated_step != engine.state.iteration:
             self._validate(engine)
-        self.folder.record_samples(engine.state.iteration, self.evaluator)
+        self.folder.record_samples(engine.state.iteration, window=self.network.sizes.windows[0])
 
     def _save(self, engine: SupervisedTrainer) -> None:
         if idist.get_rank() != 0:
