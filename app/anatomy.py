@@ -270,7 +270,7 @@ def paint_chest(canvas: Canvas, build: Build, torso: Torso) -> None:
                 twig = tuple(f + b.near(0, 26) for f in far)
                 canvas.tube([knee, twig], 2.2, -50, within=torso.lungs)
     s = b.heart
-    heart = (b.near(-24, 5), b.near(30, 5), b.dome + 48)
+    heart = (b.near(-24, 5), b.near(30, 5), b.dome - 8 + 50 * s)
     canvas.ellipsoid(heart, (61 * s, 46 * s, 53 * s), 55 + 0.4 * (b.blood - 42), lean=0.25)
     canvas.ellipsoid((heart[0] - 20 * s, heart[1] - 6, heart[2] - 6), (22 * s, 20 * s, 30 * s), b.blood, lean=0.25)
     canvas.ellipsoid((heart[0] + 20 * s, heart[1] + 14, heart[2]), (22 * s, 18 * s, 32 * s), b.blood, lean=0.25)
@@ -296,7 +296,7 @@ def paint_bones(canvas: Canvas, build: Build, torso: Torso) -> None:
     """Spine, ribs, sternum, collar bones, shoulder blades, the crests of the pelvis."""
     b, x, y, z = build, canvas.x, canvas.y, canvas.z
     for sign in SIDES.values():
-        canvas.tube([(sign * 24, b.back + 20, 200), (sign * 27, b.back + 18, -200)], 20, 55)
+        canvas.tube([(sign * 26, b.back + 11, 200), (sign * 28, b.back + 12, -200)], 17, 55)
     pitch, start = b.near(29, 1.5), b.near(0, 14)
     level = np.abs(np.mod(z - start, pitch) - pitch / 2)  # 0 in the middle of a vertebra
     column = ellipsoid_distance(x, y - b.spine, np.zeros(1, np.float32), (20, 16, 1))

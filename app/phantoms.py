@@ -58,14 +58,17 @@ def _finding(name: str, organ: str, side: str, sizes: list[float], centers: list
 
 
 def paint_effusion(canvas: Canvas, build: Build, torso: Torso, side: str) -> dict[str, Any]:
-    """Fluid at the back and bottom of one chest cavity, its level curved up towards the wall."""
-    amount = build.rng.uniform(0.15, 1.0)
-    level = build.dome - 62 + 62 * amount - 0.55 * (canvas.y - build.back - 30)
+    """Fluid behind one lung of a lying patient: a level that rises at the wall and thins out towards the apex."""
+    thick = build.rng.uniform(22, 115)
+    reach = build.rng.uniform(220, 400)
+    height = np.clip((canvas.z - build.dome + 60) / reach, 0, None)
+    level = build.back + 17 + thick * (1 - height) + 0.12 * (np.abs(canvas.x) - 60)
     own = canvas.cover(-SIDES[side] * canvas.x)
-    part = torso.lungs * own * canvas.cover((canvas.z - level) * 0.85)
+    fluid = np.clip(2.5 * torso.lungs, 0, 1)  # the lung's blended edge is filled too
+    part = fluid * own * canvas.cover(canvas.y - level)
     canvas.blend(part, build.near(10, 6))
     volume = float(part.sum()) * canvas.step**3 / 1000
-    size = "small" if volume < 200 else "moderate" if volume < 600 else "large"
+    size = "small" if volume < 220 else "moderate" if volume < 450 else "large"
     return {
         **_finding("pleural effusion", "pleura", side, [], []),
         "count": 1,
@@ -169,6 +172,11 @@ def _is_whole(out: Path, settings: dict[str, int]) -> bool:
     return all(found.get(key) == value for key, value in settings.items())
 
 
+def _is_ours(out: Path) -> bool:
+    file = out / "dataset_config.json"
+    return not any(out.iterdir()) or (file.is_file() and "phantoms" in json.loads(file.read_text()))
+
+
 def _rank() -> int:
     from torch import distributed
 
@@ -176,6 +184,8 @@ def _rank() -> int:
 
 
 def _make_cohort(out: Path, settings: dict[str, int]) -> None:
+    if out.exists() and not _is_ours(out):
+        raise ValueError(f"{str(out)!r} holds something that is no phantom cohort; give the phantoms another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     rows, findings = [], {}
@@ -196,10 +206,7 @@ def _make_cohort(out: Path, settings: dict[str, int]) -> None:
     config = {"size": size, "spacing": spacing, "windows": list(DEFAULT_WINDOWS), **settings}
     prepared.write_dataset_config(beside, config)
     beside.chmod(0o755)
-    if out.exists():  # of other settings, or cut short
-        if not (out / "dataset_config.json").is_file() and any(out.iterdir()):
-            shutil.rmtree(beside)
-            raise ValueError(f"{str(out)!r} exists and holds no phantoms; give the phantoms another folder")
+    if out.exists():  # made with other settings
         old = out.with_name(f".{out.name}.old.{os.getpid()}")
         out.rename(old)
         beside.rename(out)

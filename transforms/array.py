@@ -16,6 +16,7 @@ from scipy.spatial import cKDTree
 AIR = -1000  # HU around the patient: the value of padding
 DROPPED = -1024  # HU that a voxel outside the kept ones stands for
 BODY_LEVEL = -300  # HU between air and skin, half way with room for fat at -100
+THIN = 10.0  # mm: a table's shell is thinner, a chest wall is not
 INTERFACES = (-400, 200)  # HU between air and tissue, between soft tissue and bone
 BAND = 4  # voxels on either side of a surface
 SATURATION = 0.02  # a window says little about HU this close to its ends
@@ -138,26 +139,27 @@ def _largest(mask: Bool[np.ndarray, "X Y Z"]) -> Bool[np.ndarray, "X Y Z"]:
     return labels == sizes.argmax()
 
 
-def body_mask(hu: Num[np.ndarray, "X Y Z"]) -> Bool[np.ndarray, "X Y Z"]:
+def body_mask(hu: Num[np.ndarray, "X Y Z"], *, spacing: float = 4.0) -> Bool[np.ndarray, "X Y Z"]:
     """The patient: largest component above air with everything enclosed by it, lungs included.
 
-    Thin things that touch the skin (a table, a tube) are cut off by one opening. Lungs and airways that the volume's
+    Things thinner than a centimetre that touch the skin (a table, a tube) are cut off by an opening; coarse voxels show
+    no such thing, and an opening of theirs would take a child's chest wall. `spacing` is a voxel's mm. Lungs and airways that the volume's
     end cuts open are enclosed in the planes along that end, so each of the three planes fills too.
     """
     solid = np.asarray(hu) > BODY_LEVEL
     if not solid.any():
         return solid
-    cross = ndimage.generate_binary_structure(3, 1)
-    core = ndimage.binary_erosion(solid, cross, border_value=1)
-    if core.any():
-        core = _largest(core)
-        body = ndimage.binary_dilation(core, cross) & solid
-    else:
-        body = _largest(solid)
-    filled = body | _enclosed(body, (0, 1, 2))
-    for axes in ((0, 1), (0, 2), (1, 2)):
-        filled |= _enclosed(body, axes)
-    return filled
+    depth = int(THIN / 2 / spacing)
+    core = ndimage.binary_erosion(solid, iterations=depth, border_value=1) if depth else solid
+    body = _largest(core) if core.any() else _largest(solid)
+    if depth:
+        body = ndimage.binary_dilation(body, iterations=depth) & solid
+    size = -1
+    while np.count_nonzero(body) != size:  # what one plane closes may close another
+        size = np.count_nonzero(body)
+        for axes in ((0, 1, 2), (0, 1), (0, 2), (1, 2)):
+            body |= _enclosed(body, axes)
+    return body
 
 
 def _near(mask: Bool[np.ndarray, "X Y Z"], distance: float) -> Bool[np.ndarray, "X Y Z"]:
@@ -170,7 +172,11 @@ def _near(mask: Bool[np.ndarray, "X Y Z"], distance: float) -> Bool[np.ndarray, 
 
 
 def keep_mask(
-    hu: Num[np.ndarray, "X Y Z"], keep: Keep = "body", windows: Sequence[str] = DEFAULT_WINDOWS
+    hu: Num[np.ndarray, "X Y Z"],
+    keep: Keep = "body",
+    *,
+    windows: Sequence[str] = DEFAULT_WINDOWS,
+    spacing: float = 4.0,
 ) -> Bool[np.ndarray, "X Y Z"]:
     """Which voxels become rows.
 
@@ -181,7 +187,7 @@ def keep_mask(
     """
     hu = np.asarray(hu)
     if keep == "body":
-        return body_mask(hu)
+        return body_mask(hu, spacing=spacing)
     if keep == "nonzero":
         return hu > max(AIR, windows_range(windows)[0])
     if keep == "band":
@@ -194,7 +200,9 @@ def keep_mask(
         for name in windows:
             low, high = window_bounds(name)
             open_window |= (hu > low) & (hu < high)
-        return ndimage.binary_dilation(open_window & body_mask(hu), ndimage.generate_binary_structure(3, 3))
+        return ndimage.binary_dilation(
+            open_window & body_mask(hu, spacing=spacing), ndimage.generate_binary_structure(3, 3)
+        )
     raise ValueError(f"keep must be one of {', '.join(KEEPS)}, got {keep!r}")
 
 

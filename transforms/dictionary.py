@@ -68,7 +68,9 @@ class Sparsifyd(MapTransform):
             if volume.ndim == 4:  # masks
                 kept = array.sparsify_masks(volume)
             else:
-                kept = array.sparsify(volume, array.keep_mask(volume, self.keep, self.windows))
+                spacing = float(np.linalg.norm(item["affine"][:3, 0]))
+                mask = array.keep_mask(volume, self.keep, windows=self.windows, spacing=spacing)
+                kept = array.sparsify(volume, mask)
             item["coords"], item["values"] = kept
             item["spatial_shape"] = tuple(int(n) for n in volume.shape[:3])
         return item
