@@ -17,6 +17,5 @@ def test_probe(run_bundle, cohort, place):
     assert got.status == 2
     got = run_bundle(dataset_dir="/nowhere", output_dir="out")
     print(got)
-    got = run_bundle(dataset_dir=cohort, output_dir="out", learning_rate=1e30,warmup_steps=6,grad_clip='$None')
+    got = run_bundle(dataset_dir=cohort, output_dir="out", learning_rate=1e30, warmup_steps=6, grad_clip="$None")
     print(got)
-    assert 0
