@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from app.prepare.codes import Refused
 
@@ -104,7 +104,7 @@ def _check_members(members: list[zipfile.ZipInfo]) -> None:
             raise Refused("CORRUPT_FILE", "the zip is encrypted")
 
 
-def open_ref(ref: Ref) -> BinaryIO:
+def open_ref(ref: Ref) -> io.BufferedIOBase:
     """The file, or a member held in memory; a member longer than its entry says is refused."""
     if not ref.member:
         return open(ref.path, "rb")
@@ -159,7 +159,7 @@ def sniff(ref: Ref) -> str:
         return "nifti" if _is_nifti(head) or ref.name.lower().endswith((".nii.gz", ".hdr.gz")) else "other"
     if head[128:132] == b"DICM" or head[:6] in (b"\x08\x00\x05\x00CS", b"\x08\x00\x08\x00CS", b"\x08\x00\x16\x00UI"):
         return "dicom"
-    if head[:4] in (b"\x08\x00\x05\x00", b"\x08\x00\x08\x00", b"\x08\x00\x16\x00", b"\x08\x00\x00\x00") and len(head) > 64:
+    if head[:4] in (b"\x08\x00\x05\x00", b"\x08\x00\x08\x00", b"\x08\x00\x16\x00", b"\x08\x00\x00\x00", b"\x02\x00\x00\x00") and len(head) > 64:
         return "dicom"  # implicit VR without a preamble, as old scanners wrote
     if head[:4] == b"NRRD":
         return "nrrd"
@@ -168,7 +168,7 @@ def sniff(ref: Ref) -> str:
     if _is_nifti(head):
         return "nifti"
     name = ref.name.lower()
-    by_name = {".nii": "nifti", ".nii.gz": "nifti", ".nrrd": "nrrd", ".mha": "mha", ".mhd": "mha", ".dcm": "dicom"}
+    by_name = {".nii": "nifti", ".nii.gz": "nifti", ".nrrd": "nrrd", ".mha": "mha", ".mhd": "mha"}
     return next((kind for end, kind in by_name.items() if name.endswith(end)), "other")
 
 

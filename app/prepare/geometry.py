@@ -171,7 +171,7 @@ def _resample_aligned(hu: np.ndarray, axes: list[tuple[int, Axis]], size: int) -
     return out.transpose(2, 1, 0)
 
 
-def _plane(plane: Num[np.ndarray, "X Y"], along_x: Axis, along_y: Axis) -> Float[np.ndarray, "Y X"]:
+def _plane(plane: Num[np.ndarray, "X Y"], along_x: Axis, along_y: Axis) -> Float[np.ndarray, "V U"]:
     """One source plane at the grid's x and y."""
     wide = along_x.weights @ np.ascontiguousarray(plane, np.float32)
     return along_y.weights @ np.ascontiguousarray(wide.T)

@@ -72,10 +72,10 @@ class _Frames:
     def read(self, header: SliceHeader) -> np.ndarray:
         """Stored values of one slice (rows, columns), as integers, sign and unused bits put right."""
         if header.frames == 1:
-            pixels = _native(header) if header.syntax in NATIVE else decode(header.ref, header.syntax)
+            pixels = _native(header) if header.syntax in NATIVE else decode(header)
         else:
             if self._ref != header.ref:
-                self._ref, self._decoded = header.ref, decode(header.ref, header.syntax)
+                self._ref, self._decoded = header.ref, decode(header)
             if self._decoded.shape[0] != header.frames:
                 raise Refused("CORRUPT_FILE", "fewer frames than the header says")
             pixels = self._decoded[header.frame]
@@ -101,24 +101,32 @@ def _native(header: SliceHeader) -> np.ndarray:
     return np.frombuffer(data, f"{order}{kind}{header.bits_allocated // 8}").reshape(header.rows, header.columns)
 
 
-def decode(ref: Ref, syntax: str) -> np.ndarray:
+def decode(header: SliceHeader) -> np.ndarray:
     """All frames of a file through pydicom and whichever decoder it finds."""
+    syntax = header.syntax
     with quiet():
         try:
-            with open_ref(ref) as stream:
+            with open_ref(header.ref) as stream:
                 ds = pydicom.dcmread(stream, force=True)
         except Refused:
             raise
         except Exception as error:
             raise Refused("CORRUPT_FILE", "the DICOM file cannot be read") from error
         if "PixelData" not in ds:
-            raise Refused("EMPTY", "no pixels in the file")
+            begun = _begins_pixels(header)
+            raise Refused(*(("CORRUPT_FILE", "the pixels are cut short") if begun else ("EMPTY", "no pixels in the file")))
         try:
             return np.asarray(ds.pixel_array)
         except Exception as error:  # decoders raise nearly anything; tell a missing one from a damaged stream
             if syntax not in NATIVE and not can_decode(syntax, int(ds.get("BitsStored", 16))):
                 raise Refused("DECODER_MISSING", f"transfer syntax {syntax}") from error
             raise Refused("CORRUPT_FILE", "the pixels cannot be decoded") from error
+
+
+def _begins_pixels(header: SliceHeader) -> bool:
+    with open_ref(header.ref) as stream:
+        stream.seek(header.pixel_offset)
+        return stream.read(4) in PIXEL_TAG.values()
 
 
 def can_decode(syntax: str, bits_stored: int = 12) -> bool:
