@@ -15,15 +15,16 @@ from pathlib import Path
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
 from app import checkpoints, pictures, preflight
-from networks.vqvae import SparseVQVAE
 
 log = logging.getLogger(__name__)
 
 MAX_PICTURED = 4
+SHOWN = ("loss", "recon", "vq", "commitment", "correct")  # on the console line, where a step has them
 
 
 class RunFolder:
@@ -97,7 +98,7 @@ class RunFolder:
         part.write_text("".join(line + "\n" for line in kept))
         os.replace(part, path)
 
-    def begin(self, network: SparseVQVAE) -> None:
+    def begin(self, network: nn.Module) -> None:
         """Writes what is trained: after freezing, so that the last column is true."""
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
         total = sum(p.numel() for p in network.parameters())
@@ -110,7 +111,7 @@ class RunFolder:
 
         def show(trainer: Engine) -> None:
             output = trainer.state.output
-            shown = " ".join(f"{name}={output[name]:.4g}" for name in ("loss", "recon", "vq", "commitment"))
+            shown = " ".join(f"{name}={output[name]:.4g}" for name in SHOWN if name in output)
             log.info("%s %d: %s", "Step" if phase == "train" else "Warm-up step", trainer.state.iteration, shown)
 
         def write(trainer: Engine) -> None:
@@ -161,10 +162,10 @@ class RunFolder:
         self.writer.flush()
 
 
-def summary(network: SparseVQVAE) -> str:
+def summary(network: nn.Module) -> str:
     """Name, shape, type and whether it learns: by gradient (True), by moving averages (EMA) or not at all (False)."""
     rows = [(name, p.shape, p.dtype, str(p.requires_grad)) for name, p in network.named_parameters()]
-    rows += [(name, b.shape, b.dtype, "EMA") for name, b in network.named_buffers()]
+    rows += [(n, b.shape, b.dtype, "EMA" if n.startswith("vq.") else "False") for n, b in network.named_buffers()]
     lines = [("Name", "Shape", "Type", "Grad")]
     lines += [(n, "x".join(map(str, s)), str(t).removeprefix("torch."), g) for n, s, t, g in sorted(rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(4)]
