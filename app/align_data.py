@@ -122,9 +122,8 @@ def as_sample(item: dict, *, reduce: Reducer, network=None) -> dict:
 
 def split_volumes(feats: Tensor, coords: Tensor, *, reduce: Reducer) -> list[TokenSequence]:
     """Features of form A by the volume number in the first coordinate."""
-    width = reduce.codebook.shape[1]
-    if feats.shape[1] != width:
-        raise ValueError(f"feats_3d must be (N, {width}) as the tokenizer's codes, got {tuple(feats.shape)}")
+    if feats.shape[1] != reduce.width:
+        raise ValueError(f"feats_3d must be (N, {reduce.width}) as the tokenizer's codes, got {tuple(feats.shape)}")
     options = {"max_tokens": reduce.max_tokens, "method": reduce.method}
     numbers = coords[:, 0].unique().tolist()
     return [reduce_tokens(feats[coords[:, 0] == n].float(), coords[coords[:, 0] == n, 1:], **options) for n in numbers]

@@ -5,6 +5,7 @@ projector or LoRA) with it. What a run was made with is written down, so that no
 tokenizer or base model.
 """
 
+import copy
 import json
 import logging
 import os
@@ -34,6 +35,7 @@ from networks.vqvae import SparseVQVAE
 log = logging.getLogger(__name__)
 
 STOCK_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
+TINY_MODELS = {"tiny_qwen2_vl": "qwen2_vl", "tiny_qwen3_vl": "qwen3_vl"}  # built here, from the text
 TOKENIZER_COMMAND = "python -m monai.bundle run training --config_file bundles/vq_stage1.json"
 
 
@@ -42,6 +44,7 @@ class AlignPlan:
     """Defaults of one run."""
 
     scale: str
+    language: str
     epochs: int
     batch_size: int
     learning_rate: float
@@ -78,15 +81,18 @@ def make_align_plan(
     cuda = torch.cuda.is_available()
     demo = chosen == "demo"
     log.info("scale %s: %s", chosen, f"text of {data or dataset}" if own else "text of built-in phantoms")
-    log.info("language model: %s", vl_model or ("a tiny Qwen2-VL, trained whole" if demo else STOCK_MODEL))
+    language = vl_model or ("tiny_qwen2_vl" if demo else STOCK_MODEL)
+    tiny = language in TINY_MODELS
+    log.info("language model: %s%s", language, ", built here and trained whole" if tiny else "")
     return AlignPlan(
         scale=chosen,
         epochs=4 if demo else 3,
         batch_size=16 if demo else 2,
         learning_rate=1e-3 if demo else 1e-4,
         lr_scheduler="one_cycle" if demo else "cosine",
-        train_language=demo and vl_model is None,
-        use_3d_pos=demo and vl_model is None,
+        language=language,
+        train_language=tiny,
+        use_3d_pos=tiny,
         num_phantoms=8 if dummy_data else 160,
         tiny={"width": 64, "num_layers": 2},
         amp="bf16" if cuda else "off",
@@ -113,14 +119,20 @@ class FrozenTokenizer:
         self.network: SparseVQVAE = checkpoints.load_tokenizer(self.file).to(device).eval().requires_grad_(False)
         if self.network.vq is None:
             fail("NO_CODEBOOK", f"{self.file} is a continuous autoencoder without codes", "give stage 1 or 2")
+        self.lookup_on_cpu = copy.deepcopy(self.network.vq).cpu()  # samples are made on the CPU, also in workers
         log.info("tokenizer %s (%s)", self.file, self.hash[:12])
 
-    @property
-    def codebook(self) -> torch.Tensor:
-        """Vector of every code."""
-        vq = self.network.vq
-        codes = torch.arange(vq.num_embeddings, device=next(self.network.parameters()).device)
-        return vq.lookup(codes).detach().float().cpu()
+    def vectors(self) -> torch.Tensor:
+        """A vector for each code number: what a projector will see the like of."""
+        codes = torch.arange(self.lookup_on_cpu.num_embeddings)
+        levels = getattr(self.lookup_on_cpu, "levels", None)
+        if isinstance(levels, nn.ModuleList):  # residual: one code a level
+            codes = codes[:, None].expand(-1, len(levels))
+        return self.lookup_on_cpu.lookup(codes).detach().float()
+
+    def reducer(self, *, max_tokens: int, method: str) -> Reducer:
+        lookup = self.lookup_on_cpu.lookup
+        return Reducer(lookup, width=self.network.sizes.latent_channels, max_tokens=max_tokens, method=method)
 
     def source(self, cache_dir: str | Path) -> TokenSource:
         read_scan = partial(read_one, sizes=self.network.sizes)
@@ -205,20 +217,18 @@ class Language:
         plan: AlignPlan,
         texts: Sequence[str],
         train_language: bool = False,
-        use_lora: bool = False,
-        lora_r: int = 8,
-        lora_alpha: int = 32,
+        lora: dict | None = None,
         use_checkpoint: bool = False,
-        family: str = "qwen2_vl",
         seed: int = 0,
     ):
         self.name, self.trained = name, train_language
         half = plan.amp == "bf16" and not train_language
-        if name is None and plan.scale == "demo":
+        if (name or plan.language) in TINY_MODELS:
+            family = TINY_MODELS[name or plan.language]
             self.model, self.tokenizer = build_tiny(texts, family=family, seed=seed, **plan.tiny)
             self.identity = {"name": None, "built": family, "seed": seed, **plan.tiny}
         else:
-            self.name = name or STOCK_MODEL
+            self.name = name or plan.language
             try:
                 self.model, self.tokenizer = qwen.load_language(
                     self.name, dtype=torch.bfloat16 if half else torch.float32
@@ -228,9 +238,9 @@ class Language:
             self.identity = identify(self.name, self.model)
         qwen.freeze(self.model)
         self.adapter = None
-        if use_lora:
+        if lora is not None and lora["use"]:
             try:
-                self.adapter = qwen.add_lora(self.model, r=lora_r, alpha=lora_alpha)
+                self.adapter = qwen.add_lora(self.model, r=lora["r"], alpha=lora["alpha"])
             except ValueError as error:
                 fail("NO_PEFT", str(error), "pip install peft, or leave out --use_lora")
         if train_language:
@@ -262,16 +272,16 @@ def identify(name: str, model: nn.Module) -> dict:
 
 
 def make_projector(
-    *, codebook: torch.Tensor, language: Language, num_layers: int = 1, use_3d_pos: bool = False, seed: int = 0
+    *, tokenizer: FrozenTokenizer, language: Language, num_layers: int = 1, use_3d_pos: bool = False, seed: int = 0
 ) -> Projector:
     """A fresh projector whose outputs have the spread of the language model's own embeddings."""
-    spread = qwen.embedding_spread(language.model)
+    spread, vectors = qwen.embedding_spread(language.model), tokenizer.vectors()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         projector = Projector(
-            codebook.shape[1], language.width, num_layers=num_layers, use_3d_pos=use_3d_pos, position_scale=spread
+            vectors.shape[1], language.width, num_layers=num_layers, use_3d_pos=use_3d_pos, position_scale=spread
         )
-    projector.match_scale(codebook, spread)
+    projector.match_scale(vectors, spread)
     return projector
 
 
@@ -286,7 +296,7 @@ def make_dataset(
     dataset: str | None = None,
 ) -> Dataset:
     """Samples of the rows, or of the user's own Dataset named by its dotted path."""
-    reduce = Reducer(tokenizer.codebook, max_tokens=max_3d_tokens, method=token_reduction)
+    reduce = tokenizer.reducer(max_tokens=max_3d_tokens, method=token_reduction)
     if dataset is not None:
         return align_data.OwnDataset(align_data.load_own_dataset(dataset), reduce=reduce, network=tokenizer.network)
     try:

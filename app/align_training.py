@@ -1,7 +1,7 @@
 """Alignment as MONAI's SupervisedTrainer runs it: one iteration, and what is written when.
 
-Only what requires a gradient is trained and kept in checkpoints: the projector, LoRA layers, or a tiny language model of
-our own. The tokenizer is not in the network at all. Steps, seeds and resuming work as in `training.py`.
+Only what requires a gradient is trained and kept in checkpoints: the projector, LoRA layers, or a tiny language model
+of our own. The tokenizer is not in the network at all. Steps, seeds and resuming work as in `training.py`.
 """
 
 import logging

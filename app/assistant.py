@@ -26,7 +26,7 @@ from app.prepare.volume import Volume, read_item
 from app.rows import REPORT_QUESTION
 from app.scans import on_grid
 from app.training import choose_device
-from app.volume_tokens import Reducer, VolumeTokens, encode_hu, hash_path, is_prepared_case, read_token_file
+from app.volume_tokens import VolumeTokens, encode_hu, hash_path, is_prepared_case, read_token_file
 from networks import qwen
 from networks.projector import Projector
 from networks.tokens import TokenSequence
@@ -68,9 +68,7 @@ class CTAssistant:
 
     def __init__(self, *, model: qwen.VolumeQwen, text_tokenizer, tokenizer: FrozenTokenizer, settings: dict[str, Any]):
         self.model, self.text_tokenizer, self.tokenizer, self.settings = model, text_tokenizer, tokenizer, settings
-        self.reduce = Reducer(
-            tokenizer.codebook, max_tokens=settings["max_3d_tokens"], method=settings["token_reduction"]
-        )
+        self.reduce = tokenizer.reducer(max_tokens=settings["max_3d_tokens"], method=settings["token_reduction"])
         self.collate = make_collate(model.language, text_tokenizer, side="left")
 
     @classmethod

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class VolumeTokens(NamedTuple):
-    codes: Int32[Tensor, " M"]
+    codes: Int32[Tensor, "M ..."]  # (M,), or (M, levels) of a residual quantiser
     coords: Int32[Tensor, "M 3"]
     latent_shape: tuple[int, int, int]
 
@@ -60,25 +60,23 @@ def encode_sparse(network: SparseVQVAE, x: SparseTensor) -> list[VolumeTokens]:
 
 def extract_3d_latent_and_indices(
     batch: dict, vqvae: SparseVQVAE
-) -> tuple[Float[Tensor, "M D"], Int32[Tensor, "M 4"], Int[Tensor, " M"]]:
+) -> tuple[Float[Tensor, "M D"], Int32[Tensor, "M 4"], Int[Tensor, "M ..."]]:
     """Codebook vectors, coordinates and codes of a batch of features: what language models are given."""
     tokens = vqvae.encode(to_sparse(batch, next(vqvae.parameters()).device))
     return vqvae.vq.lookup(tokens.codes), tokens.coords, tokens.codes
 
 
 class Reducer:
-    """From codes to the sequence that the language model reads: codebook vectors, ordered and within the budget."""
+    """From codes to the sequence that the language model reads: code vectors, ordered and within the budget.
 
-    def __init__(self, codebook: Float[Tensor, "K D"], *, max_tokens: int = 2048, method: str = "pool"):
-        self.codebook, self.max_tokens, self.method = codebook.detach().float().cpu(), max_tokens, method
+    `lookup` gives the vector of each code; `width` is theirs.
+    """
+
+    def __init__(self, lookup: Callable[[Tensor], Tensor], *, width: int, max_tokens: int = 2048, method: str = "pool"):
+        self.lookup, self.width, self.max_tokens, self.method = lookup, width, max_tokens, method
 
     def __call__(self, tokens: VolumeTokens) -> TokenSequence:
-        if len(tokens.codes) and int(tokens.codes.max()) >= len(self.codebook):
-            raise ValueError(
-                f"codes go up to {int(tokens.codes.max())}, the tokenizer has {len(self.codebook)}: "
-                "the tokens are of another tokenizer"
-            )
-        feats = self.codebook[tokens.codes.long()]
+        feats = self.lookup(tokens.codes).float()
         return reduce_tokens(feats, tokens.coords, max_tokens=self.max_tokens, method=self.method)
 
 
@@ -152,8 +150,6 @@ def read_token_file(path: Path, tokenizer_hash: str) -> VolumeTokens:
                 "tokenize the scan again"
             )
         codes, coords = torch.from_numpy(stored["codes"]), torch.from_numpy(stored["coords"])
-        if codes.ndim != 1:
-            raise ValueError(f"{path.name} has codes of shape {tuple(codes.shape)}, language reads one level (M,)")
         return VolumeTokens(codes.int(), coords.int(), tuple(int(n) for n in stored["latent_shape"]))
 
 
