@@ -32,7 +32,7 @@ Transform = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def preprocessing(
-    *, resolution: int, spacing: float, keep: str = "body", windows: Sequence[str] = DEFAULT_WINDOWS
+    *, resolution: int, spacing: int | float, keep: str = "body", windows: Sequence[str] = DEFAULT_WINDOWS
 ) -> list[Transform]:
     """From a dense volume to kept voxels; the same every time, so it is cached."""
     return [Resampled("image", spacing=spacing, grid=resolution), Sparsifyd("image", keep=keep, windows=windows)]
