@@ -73,7 +73,7 @@ class CTDataset(Dataset):
         if not cases:
             raise ValueError("dataset has no case: give a dataset_dir that `python -m app check` finds in order")
         self.cases = list(cases)
-        self.preprocessing, self.sampling = Compose(list(preprocessing)), Compose(list(sampling))
+        self.preprocessing, self.sampling = list(preprocessing), Compose(list(sampling))
         self.windows = next((t.windows for t in sampling if isinstance(t, Windowsd)), DEFAULT_WINDOWS)
         self.min_points, self.seed = min_points, seed
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
@@ -107,7 +107,9 @@ class CTDataset(Dataset):
         mix = np.random.SeedSequence([self.seed, step, zlib.crc32(case.case_id.encode())])
         self.sampling.set_random_state(seed=int(mix.generate_state(1)[0]))
         kept = self.kept(number)
-        item = self.sampling({key: v.numpy() if isinstance(v, torch.Tensor) else v for key, v in kept.items()})
+        item: dict[str, Any] = {key: v.numpy() if isinstance(v, torch.Tensor) else v for key, v in kept.items()}
+        for transform in self.sampling.transforms:  # not Compose's call: it hides a refusal behind a RuntimeError
+            item = transform(item)
         feats = item["feats"]
         if len(feats) >= self.min_points and np.ptp(feats, axis=0).max(initial=0) == 0:
             raise ValueError(
@@ -149,11 +151,12 @@ class CTDataset(Dataset):
             source = {"image": stack, "affine": case.affine}
         else:
             source = {"image": windows_as_hu(case, self.windows), "affine": case.affine}
-        item = self.preprocessing(source)
-        values = item["values"]
+        item = source
+        for transform in self.preprocessing:
+            item = transform(item)
         return {
             "coords": torch.from_numpy(np.ascontiguousarray(item["coords"])),
-            "values": torch.from_numpy(np.ascontiguousarray(values)),
+            "values": torch.from_numpy(np.ascontiguousarray(item["values"])),
             "spatial_shape": tuple(item["spatial_shape"]),
             "affine": torch.from_numpy(np.array(item["affine"], np.float64)),
         }

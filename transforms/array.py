@@ -298,7 +298,7 @@ def _weights(size_in: int, size_out: int, ratio: float) -> Float[np.ndarray, "ou
 
 
 def resample(
-    hu: Num[np.ndarray, "X Y Z"],
+    hu: Shaped[np.ndarray, "X Y Z"],
     *,
     spacing_in: Sequence[Number],
     spacing_out: Number,
