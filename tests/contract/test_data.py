@@ -343,7 +343,7 @@ def test_windows_of_zero_and_one_become_signed_bands(tmp_path):
     item = dataset[0]
     truth = (distance - 8)[tuple(item["coords"].long().T)]
     assert "hu" not in item and item["feats"].shape[1] == 1
-    assert (np.sign(item["feats"][:, 0]) == np.sign(truth))[np.abs(truth) > 0.8].all()
+    assert (np.sign(item["feats"][:, 0].numpy()) == np.sign(truth))[np.abs(truth) > 0.8].all()
     assert np.corrcoef(item["feats"][:, 0], truth)[0, 1] > 0.98
     assert "hu" not in collate([item])
 
