@@ -68,7 +68,7 @@ class CTDataset(Dataset):
         min_points: int = 100,
         seed: int = 0,
         cache_dir: str | Path | None = None,
-        cache_items: int = 256,
+        cache_bytes: int = 1 << 29,
     ) -> None:
         if not cases:
             raise ValueError("dataset has no case: give a dataset_dir that `python -m app check` finds in order")
@@ -77,9 +77,9 @@ class CTDataset(Dataset):
         self.windows = next((t.windows for t in sampling if isinstance(t, Windowsd)), DEFAULT_WINDOWS)
         self.min_points, self.seed = min_points, seed
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
-        self.cache_items = cache_items
         self._settings = _settings_of(preprocessing)
         self._memory: dict[int, dict[str, Any]] = {}
+        self._memory_left = cache_bytes  # in each process: what does not fit is read from the disk again
         for case in self.cases:
             missing = [name for name in self.windows if name not in case.window_names()]
             if missing:
@@ -138,8 +138,10 @@ class CTDataset(Dataset):
             item = self._prepare(case)
             if file is not None:
                 self._write_cache(file, item)
-        if len(self._memory) < self.cache_items:
+        size = sum(value.nbytes for value in item.values() if isinstance(value, torch.Tensor))
+        if size <= self._memory_left:
             self._memory[number] = item
+            self._memory_left -= size
         return item
 
     def _prepare(self, case: PreparedCase) -> dict[str, Any]:
@@ -187,20 +189,17 @@ class CTDataset(Dataset):
             log.warning("Cache folder %s cannot be written (%s): going on without it", self.cache_dir, error)
             self.cache_dir = None
 
-    def summary(self) -> dict[str, Any]:
-        """Reads every case once: how many, how many would be skipped, points and the share of the grid dropped."""
-        points, shares = [], []
-        for number in range(len(self.cases)):
-            item = self.kept(number)
-            points.append(len(item["coords"]))
-            shares.append(1 - len(item["coords"]) / float(np.prod(item["spatial_shape"])))
+    def summary(self, *, num_workers: int = 0) -> dict[str, Any]:
+        """Every case once: how many, how many would be skipped, points and the share of the grid dropped."""
+        points = _count_points(self, range(len(self)), num_workers=num_workers)
+        grid = float(np.prod(self.kept(0)["spatial_shape"]))
         return {
             "cases": len(points),
             "skipped": sum(count < self.min_points for count in points),
-            "points_min": int(min(points)),
+            "points_min": min(points),
             "points_median": float(np.median(points)),
-            "points_max": int(max(points)),
-            "share_dropped": float(np.mean(shares)),
+            "points_max": max(points),
+            "share_dropped": 1 - float(np.mean(points)) / grid,
         }
 
 
@@ -315,8 +314,30 @@ def make_val_loader(dataset: CTDataset, *, batch_size: int = 1, num_workers: int
     """Every case once, in order, whole; each rank takes its share."""
     running = distributed.is_available() and distributed.is_initialized()
     rank, world = (distributed.get_rank(), distributed.get_world_size()) if running else (0, 1)
-    numbers = [n for n in range(rank, len(dataset), world) if len(dataset.kept(n)["coords"]) >= dataset.min_points]
+    share = range(rank, len(dataset), world)
+    counts = _count_points(dataset, share, num_workers=num_workers)
+    numbers = [number for number, count in zip(share, counts, strict=True) if count >= dataset.min_points]
+    if len(numbers) < len(share):
+        left_out = len(share) - len(numbers)
+        log.warning("Validation skips %d of %d cases: under min_points %d", left_out, len(share), dataset.min_points)
     return _loader(dataset, numbers, batch_size=batch_size, batch_split=1, num_workers=num_workers)
+
+
+class _Points(Dataset):
+    """How many voxels each case keeps; counting them fills the cache."""
+
+    def __init__(self, dataset: CTDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, number: int) -> int:
+        return len(self.dataset.kept(number)["coords"])
+
+
+def _count_points(dataset: CTDataset, numbers: Sequence[int], *, num_workers: int) -> list[int]:
+    loader = DataLoader(
+        _Points(dataset), batch_size=None, sampler=numbers, num_workers=num_workers, generator=torch.Generator()
+    )
+    return [int(count) for count in loader]
 
 
 def _loader(dataset: CTDataset, sampler: Any, *, batch_size: int, batch_split: int, num_workers: int) -> DataLoader:
@@ -328,6 +349,7 @@ def _loader(dataset: CTDataset, sampler: Any, *, batch_size: int, batch_split: i
         collate_fn=partial(collate, batch_split=batch_split),
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else every new iterator draws from the run's own
     )
 
 

@@ -228,6 +228,21 @@ def test_a_case_that_changed_is_not_read_from_the_cache(dataset_dir, rng):
     assert len(make(dataset_dir)[1]["coords"]) > len(before["coords"])
 
 
+def test_without_room_in_memory_the_samples_are_the_same(dataset_dir):
+    whole = make(dataset_dir)
+    tight = make(dataset_dir)
+    tight._memory_left = len(whole.kept(0)["coords"]) * 8 + 200  # room for the smallest case alone
+    assert all(same(whole[(1, n)], tight[(1, n)]) for n in range(5))
+    assert list(tight._memory) == [0]
+
+
+def test_loaders_leave_the_generator_of_the_run_alone(dataset_dir):
+    before = torch.get_rng_state()
+    list(make_train_loader(make(dataset_dir), batch_size=2, max_steps=2))
+    list(make_val_loader(make(dataset_dir, split="val")))
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_a_damaged_cache_file_is_made_again(dataset_dir, caplog):
     first = make(dataset_dir)[1]
     (file,) = (dataset_dir / ".cache").glob("*.pt")
