@@ -19,6 +19,7 @@ from networks.presets import Preset
 from networks.vqvae import SparseVQVAE, build_vqvae
 
 NEWEST_TOKENIZERS = ("outputs/vq_stage2", "outputs/vq_stage1")
+CODEBOOK_FIELDS = {"codebook", "num_embeddings", "rotation_trick", "normalize_codes", "quantizer_levels"}
 DATA_FIELDS = ("resolution", "spacing", "windows", "features", "keep")
 
 
@@ -137,7 +138,7 @@ def start_from(network: SparseVQVAE, path: str | Path, *, codebook: bool) -> Pat
     state, sizes = read_weights(file)
     if codebook and sizes.codebook == "none":
         fail("NO_CODEBOOK", f"{file} is a continuous autoencoder without codes", "give the output folder of stage 1")
-    skip = set() if codebook else {"codebook", "num_embeddings"}
+    skip = set() if codebook else CODEBOOK_FIELDS
     check_same(sizes, network.sizes, source=file, skip=skip)
     own = {name: tensor for name, tensor in state.items() if name != "_extra_state" and not name.startswith("vq.")}
     if codebook:
