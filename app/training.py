@@ -443,6 +443,11 @@ class StageHandlers:
         for stored in (live, mean):
             sizes = type(self.network.sizes).from_tensor(stored["_extra_state"])
             checkpoints.check_same(sizes, self.network.sizes, source=self.folder.path, skip=set())
+        last = engine.state.epoch_length
+        if step >= last:
+            log.info("nothing left to train: step %d of %d (a larger --max_steps goes on)", step, last)
+            engine.terminate()
+            return
         self.network.load_state_dict(live)
         self.averaged.module.load_state_dict(mean)
         self.averaged.n_averaged.fill_(misc["num_averaged"])
@@ -486,5 +491,6 @@ class StageHandlers:
         }
         weights = {live: self.network.state_dict(), mean: self.averaged.module.state_dict()}
         checkpoints.save_set(path, step, weights, misc)
+        self.folder.record_best(step)
         checkpoints.prune(path, self.every["keep_last"])
         engine.last_saved_step = step

@@ -30,6 +30,7 @@ TINY = {  # a network and a run that take seconds; any of them can be given othe
     "num_blocks": 1,
     "batch_size_per_gpu": 1,
     "i_print": 1,
+    "i_log": 1,
 }
 
 
