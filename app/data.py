@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 from monai.transforms import Compose
@@ -313,6 +314,11 @@ def make_val_loader(dataset: CTDataset, *, batch_size: int = 1, num_workers: int
     running = distributed.is_available() and distributed.is_initialized()
     rank, world = (distributed.get_rank(), distributed.get_world_size()) if running else (0, 1)
     numbers = [n for n in range(rank, len(dataset), world) if len(dataset.kept(n)["coords"]) >= dataset.min_points]
+    if idist.all_reduce(len(numbers), op="MIN") == 0:  # a rank without any would leave the others waiting
+        raise ValueError(
+            f"the val split must give each of {world} processes a case of at least min_points={dataset.min_points} "
+            f"voxels, it has {len(dataset)} cases; give more val cases, lower min_points or start fewer processes"
+        )
     return _loader(dataset, numbers, batch_size=batch_size, batch_split=1, num_workers=num_workers)
 
 

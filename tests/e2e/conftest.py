@@ -132,14 +132,12 @@ def start_process(place):
     def start(config: str = "bundles/vq_stage1.json", *, run_id: str = "training", launcher=(), **settings):
         command = [sys.executable, *launcher, "-m", "monai.bundle", *words(config, settings, run_id=run_id)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        log = open(place / f"process_{len(started)}.log", "w+")  # a pipe that nobody reads would block the run
-        process = subprocess.Popen(command, cwd=place, env=environment, stdout=log, stderr=log, text=True)
-        started.append((process, log))
-        return process
+        with open(place / f"process_{len(started)}.log", "w") as log:  # a pipe that nobody reads would block the run
+            started.append(subprocess.Popen(command, cwd=place, env=environment, stdout=log, stderr=log))
+        return started[-1]
 
     yield start
-    for process, log in started:
+    for process in started:
         if process.poll() is None:
             process.kill()
             process.wait()
-        log.close()
