@@ -217,7 +217,9 @@ def _slabs(shape: Sequence[int], affine: np.ndarray, grid: Grid):
         ranges = [np.arange(z, top), np.arange(low[1], high[1]), np.arange(low[0], high[0])]
         if min(map(len, ranges)) == 0:
             continue
-        zs, ys, xs = (r.astype(np.float64).reshape(s) for r, s in zip(ranges, [(-1, 1, 1), (1, -1, 1), (1, 1, -1)], strict=True))
+        zs, ys, xs = (
+            r.astype(np.float64).reshape(s) for r, s in zip(ranges, [(-1, 1, 1), (1, -1, 1), (1, 1, -1)], strict=True)
+        )
         places = np.stack(
             [to_source[i, 0] * xs + to_source[i, 1] * ys + to_source[i, 2] * zs + to_source[i, 3] for i in range(3)], -1
         )
