@@ -303,7 +303,9 @@ def test_one_patient_is_on_one_side(tmp_path):
 
 def test_check_tells_what_is_wrong(tmp_path):
     raw = raw_cohort(tmp_path / "raw", 2)
-    report(raw, tmp_path / "out", SMALL._replace(keep_names=True), split={"scan0.nii.gz": "val"})
+    report(
+        raw, tmp_path / "out", SMALL._replace(keep_names=True), split={"scan0.nii.gz": "val", "scan1.nii.gz": "train"}
+    )
     good = check(tmp_path / "out")
     assert good.problems == () and good.exit_status == 0
     assert [row["shape"] for row in good.rows] == [[24, 24, 24]] * 3
