@@ -113,10 +113,15 @@ class _SubmanifoldConv(torch.autograd.Function):
         return (
             ctx.backend.input_grad(grad, weight, ctx.level) if need_feats else None,
             ctx.backend.weight_grad(feats, grad, ctx.level).to(weight.dtype) if need_weight else None,
-            grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(ctx.bias_dtype) if need_bias else None,
+            _column_sums(grad).to(ctx.bias_dtype) if need_bias else None,
             None,
             None,
         )
+
+
+def _column_sums(grad: Float[Tensor, "N F"]) -> Float[Tensor, " F"]:
+    kernels = _row_kernels(grad)
+    return kernels.column_sums(grad) if kernels else grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
 
 
 def submanifold_conv(

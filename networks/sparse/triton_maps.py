@@ -73,6 +73,7 @@ def _decode(keys, coords, num_rows, BITS: tl.constexpr, TILE: tl.constexpr):
     inside = rows < num_rows
     key = tl.load(keys + rows, mask=inside, other=0)
     tl.store(coords + rows * 4, (key >> (3 * BITS)).to(tl.int32), mask=inside)
+    key = key & ((1 << (3 * BITS)) - 1)
     tl.store(coords + rows * 4 + 1, _gather_bits(key >> 2).to(tl.int32), mask=inside)
     tl.store(coords + rows * 4 + 2, _gather_bits(key >> 1).to(tl.int32), mask=inside)
     tl.store(coords + rows * 4 + 3, _gather_bits(key).to(tl.int32), mask=inside)

@@ -98,6 +98,33 @@ def _spread(  # noqa: PLR0913
     tl.store(out + rows[:, None] * CHANNELS + channels[None, :], values.to(out.dtype.element_ty), mask=keep)
 
 
+def column_sums(x: Float[Tensor, "N C"]) -> Float32[Tensor, " C"]:
+    """Sum of all rows."""
+    num_rows, channels = x.shape
+    width = triton.next_power_of_2(channels)
+    tile = max(1, ELEMENTS // width)
+    length = tile * max(1, triton.cdiv(num_rows, 1024 * tile))
+    parts = x.new_empty((triton.cdiv(num_rows, length), channels), dtype=torch.float32)
+    if parts.numel():
+        with torch.cuda.device_of(x):
+            _column_sums[(len(parts),)](x.contiguous(), parts, num_rows, length, channels, tile, width)
+    return parts.sum(0)
+
+
+@no_type_check
+@triton.jit(do_not_specialize=["num_rows", "length"])
+def _column_sums(x, parts, num_rows, length, CHANNELS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
+    channels = tl.arange(0, WIDTH)
+    start = tl.program_id(0).to(tl.int64) * length
+    sums = tl.zeros((TILE, WIDTH), dtype=tl.float32)
+    for first in range(start, tl.minimum(start + length, num_rows), TILE):
+        rows = first + tl.arange(0, TILE)
+        keep = (rows < num_rows)[:, None] & (channels < CHANNELS)[None, :]
+        sums += tl.load(x + rows[:, None] * CHANNELS + channels[None, :], mask=keep, other=0.0).to(tl.float32)
+    target = parts + tl.program_id(0) * CHANNELS + channels
+    tl.store(target, tl.sum(sums, 0), mask=channels < CHANNELS)
+
+
 class Chunks(NamedTuple):
     """Runs of consecutive rows of one sample, short enough for one tile."""
 

@@ -84,10 +84,14 @@ def test_interpreted_kernels_take_any_width(channels, columns, generator, assert
 def test_interpreted_maps_equal_plain_torch(count, generator):
     level = scattered((8, 9, 7), count, generator)
     for bits in (8, 20):
-        keys = topology.morton_keys(level.coords, bits)
-        assert torch.equal(triton_maps.morton_keys(level.coords, bits), keys)
-        assert torch.equal(triton_maps.morton_coords(keys, bits), level.coords)
-    found, alive, number = triton_maps.neighbours(level.coords, (8, 9, 7), 1)
+        coords = torch.randint(2**bits, (count, 4), generator=generator, dtype=torch.int32)
+        coords[:, 0] %= 5
+        keys = topology.morton_keys(coords, bits)
+        assert torch.equal(triton_maps.morton_keys(coords, bits), keys)
+        assert torch.equal(triton_maps.morton_coords(keys, bits), coords)
+    two = torch.cat([level.coords, level.coords + torch.tensor([1, 0, 0, 0], dtype=torch.int32)])
+    level, count = Level.from_coords(two, (8, 9, 7), 2)[0], 2 * count
+    found, alive, number = triton_maps.neighbours(level.coords, (8, 9, 7), 2)
     assert torch.equal(found, level.neighbours)
     assert torch.equal(alive, level._alive) and int(number) == int((level.neighbours < count).sum())
     for size in (16, 128):
@@ -110,6 +114,14 @@ def test_interpreted_sums_and_copies_of_children(channels, generator, assert_clo
     assert_close(triton_rows.sum_children(fine, cells.children, scale), expected * scale[:, None])
     assert_close(triton_rows.spread(coarse, cells.parent, None), coarse[cells.parent])
     assert_close(triton_rows.spread(coarse, cells.parent, scale), (coarse * scale[:, None])[cells.parent])
+
+
+@in_interpreter
+@pytest.mark.parametrize("count", [0, 5, 700])
+def test_interpreted_column_sums(count, generator, assert_close, monkeypatch):
+    monkeypatch.setattr(triton_rows, "ELEMENTS", 64)
+    x = torch.randn(count, 6, generator=generator)
+    assert_close(triton_rows.column_sums(x), x.double().sum(0))
 
 
 @in_interpreter
