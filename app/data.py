@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from app.prepared import PreparedCase, find_cases, windows_are_masks, windows_as_hu
 from transforms import RandCropToBudgetd, RandJitterd, RandTranslated, Resampled, Sparsifyd, Windowsd
-from transforms.array import DEFAULT_WINDOWS, Keep
+from transforms.array import DEFAULT_WINDOWS
 
 log = logging.getLogger(__name__)
 CACHE_FORMAT = 1  # raised when a cached item changes its meaning
@@ -32,7 +32,7 @@ Transform = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def preprocessing(
-    *, resolution: int, spacing: float, keep: Keep = "body", windows: Sequence[str] = DEFAULT_WINDOWS
+    *, resolution: int, spacing: float, keep: str = "body", windows: Sequence[str] = DEFAULT_WINDOWS
 ) -> list[Transform]:
     """From a dense volume to kept voxels; the same every time, so it is cached."""
     return [Resampled("image", spacing=spacing, grid=resolution), Sparsifyd("image", keep=keep, windows=windows)]
@@ -55,8 +55,8 @@ def sampling(
 class CTDataset(Dataset):
     """Prepared cases as sparse samples.
 
-    An index may be a case's number, or (step, number): the step seeds what is drawn. A case with fewer than
-    `min_points` voxels is skipped: the next one stands in for it.
+    An index is a case's number, or (step, number): the step seeds what is drawn. A case of fewer than `min_points`
+    voxels is skipped: the next one stands in for it.
     """
 
     def __init__(

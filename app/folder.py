@@ -9,6 +9,7 @@ import logging
 import os
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 import ignite.distributed as idist
@@ -45,6 +46,8 @@ class RunFolder:
         resume: str | int | None = None,
         settings: object = None,
     ):
+        if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+            resume = "latest"  # torchrun started this process again after a failure
         self.path, self.name = Path(path), name
         self.names = (name, f"{name}_ema{ema_rate:g}")
         self.start_step = checkpoints.step_to_resume(path, resume)
@@ -102,19 +105,22 @@ class RunFolder:
             (self.path / f"{self.name}_model_summary.txt").write_text(summary(network))
         log.info("=== %s: %s parameters, %s trainable ===", self.path.name, f"{total:,}", f"{trained:,}")
 
-    def record_steps(self, engine: Engine, *, optimizer: Optimizer, phase: str, every: int, last: int) -> None:
-        """A console line and a metrics row every few steps and at the last."""
+    def record_steps(self, engine: Engine, *, optimizer: Optimizer, phase: str, every: dict, last: int) -> None:
+        """A console line every `i_print` steps, a metrics row every `i_log`; both at the first step and the last."""
 
-        def record(trainer: Engine) -> None:
-            step, output = trainer.state.iteration, trainer.state.output
-            row = {"phase": phase, "step": step, **output, "lr": optimizer.param_groups[0]["lr"]}
+        def show(trainer: Engine) -> None:
+            output = trainer.state.output
             shown = " ".join(f"{name}={output[name]:.4g}" for name in ("loss", "recon", "vq", "commitment"))
-            log.info("%s %d: %s", "Step" if phase == "train" else "Warm-up step", step, shown)
-            self._write(row, prefix=phase)
+            log.info("%s %d: %s", "Step" if phase == "train" else "Warm-up step", trainer.state.iteration, shown)
+
+        def write(trainer: Engine) -> None:
+            row = {"phase": phase, "step": trainer.state.iteration, **trainer.state.output}
+            self._write({**row, "lr": optimizer.param_groups[0]["lr"]}, prefix=phase)
 
         self.warmed_up = self.warmed_up or phase == "warmup"
-        due = Events.ITERATION_COMPLETED(event_filter=lambda _, step: step % every == 0 or step == last or step == 1)
-        engine.add_event_handler(due, record)
+        for record, key in ((show, "i_print"), (write, "i_log")):
+            due = partial(_due, every=every[key], last=last)
+            engine.add_event_handler(Events.ITERATION_COMPLETED(event_filter=due), record)
 
     def record_validation(self, step: int, metrics: dict) -> None:
         values = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
@@ -163,6 +169,10 @@ def summary(network: SparseVQVAE) -> str:
     lines += [(n, "x".join(map(str, s)), str(t).removeprefix("torch."), g) for n, s, t, g in sorted(rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(4)]
     return "".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() + "\n" for line in lines)
+
+
+def _due(_engine: Engine, step: int, *, every: int, last: int) -> bool:
+    return step % every == 0 or step in (1, last)
 
 
 def _before(row: dict, step: int) -> bool:

@@ -17,10 +17,10 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Num
+from jaxtyping import Bool, Float, Int, Num, Shaped
 
 from transforms.array import AIR, WINDOWS, hu_from_windows, sparsify, window, window_bounds, window_file_name
 
@@ -98,11 +98,19 @@ class PreparedCase:
             )
         return _load(file)
 
+    def hu_crop(self, start: Sequence[int], shape: Sequence[int]) -> Int[np.ndarray, "X Y Z"]:
+        """A box of the volume; only the part of the file that holds it is read."""
+        box = tuple(slice(low, low + length) for low, length in zip(start, shape, strict=True))
+        file = self._volume_file()
+        if file is not None and file.suffix == ".zarr" and "affine" in self.sidecar:
+            return _open_zarr(file)[box]
+        return np.array(self.hu()[box])
+
     def window_names(self) -> tuple[str, ...]:
         """Every window the case can give: all that are known where HU are, else those that lie there as files."""
         return tuple(WINDOWS) if self.is_hu else tuple(self._window_files())
 
-    def window(self, name: str) -> Num[np.ndarray, "X Y Z"]:
+    def window(self, name: str) -> Shaped[np.ndarray, "X Y Z"]:
         """A window as it is stored (uint8 0..255; older trees: 0/1 or floats in 0..1), else made from the HU."""
         window_bounds(name)
         file = self._window_files().get(name)
@@ -132,7 +140,9 @@ class PreparedCase:
 
     def _volume_file(self) -> Path | None:
         files = [
-            f for pattern in ("ct_normalized_*.np[yz]", "ct_original_*.np[yz]") for f in sorted(self.path.glob(pattern))
+            f
+            for pattern in ("ct_normalized_*.np[yz]", "ct_normalized_*.zarr", "ct_original_*.np[yz]")
+            for f in sorted(self.path.glob(pattern))
         ]
         return files[-1] if files else None
 
@@ -175,12 +185,20 @@ def _unit(array: np.ndarray) -> np.ndarray:
 
 def _load(file: Path) -> np.ndarray:
     try:
+        if file.suffix == ".zarr":
+            return _open_zarr(file)[:]
         if file.suffix == ".npz":
             with np.load(file, allow_pickle=False) as stored:
                 return stored[stored.files[0]]
         return np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, IndexError) as error:
         raise ValueError(f"{file.parent.name}/{file.name} cannot be read ({error}); prepare the case again") from error
+
+
+def _open_zarr(file: Path):
+    import zarr
+
+    return zarr.open(str(file), mode="r")
 
 
 def _size_and_time(file: Path) -> tuple[int, int]:
@@ -249,6 +267,10 @@ def split_of(patient: str) -> str:
 def window_bytes(hu: Num[np.ndarray, "X Y Z"], name: str) -> np.ndarray:
     """A window as uint8, 0..255 across its width."""
     window_bounds(name)
+    if hu.dtype == np.int16:  # by table: every int16 has one byte
+        every = np.arange(1 << 16, dtype=np.uint16).view(np.int16)
+        table = np.rint(window(every, *WINDOWS[name]) * 255).astype(np.uint8)
+        return table[hu.T.view(np.uint16)].T
     return np.rint(window(hu, *WINDOWS[name]) * 255).astype(np.uint8)
 
 
@@ -261,16 +283,20 @@ def write_case(
     windows: Sequence[str],
     sidecar: Mapping[str, Any] | None = None,
     organs: Mapping[str, np.ndarray] | None = None,
+    file_format: Literal["npy", "zarr"] = "npy",
 ) -> PreparedCase:
     """Writes one case, whole or not at all; an existing one is replaced.
 
     `sidecar` adds what only the source knows: codes, source_hash, source_shape, source_spacing, source_affine, steps.
+    `organs` are masks on the volume's grid, or the (N, 3) voxels that they cover. As zarr the volume is stored alone,
+    in compressed chunks, and windows are made when read.
     """
     processed = Path(dataset_dir) / "processed"
     processed.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{case_id}.", dir=processed))
     try:
-        _write_arrays(beside, hu, windows=windows, organs=organs or {})
+        _write_volume(beside, hu, windows=windows, file_format=file_format)
+        _write_organs(beside, organs or {}, hu.shape)
         record = _sidecar(case_id, hu, affine, sidecar or {})
         (beside / "case.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
         beside.chmod(0o755)
@@ -288,22 +314,46 @@ def write_case(
     return open_case(target)
 
 
-def _write_arrays(folder: Path, hu: np.ndarray, *, windows: Sequence[str], organs: Mapping[str, np.ndarray]) -> None:
-    np.save(folder / f"ct_normalized_{max(hu.shape)}.npy", np.ascontiguousarray(hu, np.int16))
+def _write_volume(folder: Path, hu: np.ndarray, *, windows: Sequence[str], file_format: str) -> None:
+    name = f"ct_normalized_{max(hu.shape)}"
+    if file_format == "zarr":
+        _write_zarr(folder / f"{name}.zarr", hu)
+        return
+    np.save(folder / f"{name}.npy", np.asarray(hu, np.int16))  # in the memory order it has
     (folder / "windows").mkdir()
-    for name in windows:
-        np.save(folder / "windows" / window_file_name(name), window_bytes(hu, name))
+    for window_name in windows:
+        np.save(folder / "windows" / window_file_name(window_name), window_bytes(hu, window_name))
+
+
+def _write_zarr(path: Path, hu: np.ndarray) -> None:
+    import numcodecs
+    import zarr
+
+    array = zarr.open(
+        str(path),
+        mode="w",
+        shape=hu.shape,
+        chunks=tuple(min(64, n) for n in hu.shape),
+        dtype="<i2",
+        compressor=numcodecs.Blosc("zstd", 5, numcodecs.Blosc.SHUFFLE),
+        fill_value=AIR,
+        write_empty_chunks=False,
+    )
+    array[:] = hu
+
+
+def _write_organs(folder: Path, organs: Mapping[str, np.ndarray], shape: Sequence[int]) -> None:
     if organs:
         (folder / "organs").mkdir()
     for name, mask in organs.items():
-        coords = sparsify(mask, mask).coords
-        np.savez_compressed(folder / "organs" / f"{name}.npz", coords=coords, shape=np.array(mask.shape, np.int32))
+        coords = mask if mask.ndim == 2 else sparsify(mask, mask).coords
+        np.savez_compressed(folder / "organs" / f"{name}.npz", coords=coords, shape=np.array(shape, np.int32))
 
 
 def _sidecar(case_id: str, hu: np.ndarray, affine: np.ndarray, source: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "codes": ["OK"],
-        "source_hash": hashlib.sha256(np.ascontiguousarray(hu).tobytes()).hexdigest(),
+        "source_hash": source.get("source_hash") or hashlib.sha256(np.ascontiguousarray(hu).tobytes()).hexdigest(),
         "source_shape": list(hu.shape),
         "source_spacing": _spacing(affine),
         "source_affine": np.asarray(affine).tolist(),

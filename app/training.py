@@ -8,12 +8,15 @@ import copy
 import logging
 import math
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import ignite.distributed as idist
 import torch
+import torch.distributed as dist
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from torch import nn
@@ -56,10 +59,19 @@ def seed_step(seed: int, step: int, *, rank: int = 0) -> None:
 class TrainStep:
     """`iteration_update`: all micro-batches of a step, then one optimizer step and one codebook update."""
 
-    def __init__(self, *, quantize: bool, seed: int = 0, amp: str = "off", grad_clip: float | None = 1.0):
+    def __init__(
+        self,
+        *,
+        quantize: bool,
+        seed: int = 0,
+        amp: str = "off",
+        grad_clip: float | None = 1.0,
+        hold_encoder_steps: int = 0,
+    ):
         if amp not in AMP_TYPES:
             raise ValueError(f"amp must be one of {', '.join(AMP_TYPES)}, got {amp!r}")
         self.quantize, self.seed, self.amp, self.grad_clip = quantize, seed, AMP_TYPES[amp], grad_clip
+        self.hold_encoder_steps = hold_encoder_steps  # the decoder adapts to the codes first
         self.scaler = torch.amp.GradScaler(enabled=self.amp == torch.float16)
 
     def __call__(self, engine: SupervisedTrainer, batch: dict | list[dict]) -> dict:
@@ -82,11 +94,15 @@ class TrainStep:
                 totals[name] = totals.get(name, 0.0) + float(term.detach()) * share
             points += len(x)
         case_ids = [case for part in parts for case in part["case_id"]]
+        totals = mean_of_ranks(totals)
         self._stop_if_not_finite(engine, totals, case_ids)
         self._optimize(engine)
         return {**totals, "points": points, "seconds": time.perf_counter() - started}
 
     def _optimize(self, engine: SupervisedTrainer) -> None:
+        if engine.state.iteration <= self.hold_encoder_steps:
+            for parameter in unwrapped(engine.network).encoder.parameters():
+                parameter.grad = None
         learned = [p for group in engine.optimizer.param_groups for p in group["params"] if p.grad is not None]
         if learned:
             self.scaler.unscale_(engine.optimizer)
@@ -109,6 +125,41 @@ class TrainStep:
                 "resume from it with a lower learning_rate, or check these cases with `python -m app check`",
                 status=1,
             )
+
+
+def mean_of_ranks(totals: dict[str, float]) -> dict[str, float]:
+    """Every rank has as many samples, so the mean over ranks is the mean over samples."""
+    if idist.get_world_size() == 1:
+        return totals
+    values = torch.tensor(list(totals.values()), dtype=torch.float64, device=idist.device())
+    values = idist.all_reduce(values) / idist.get_world_size()
+    return dict(zip(totals, values.tolist(), strict=True))
+
+
+class ProcessGroup:
+    """Joined before anything else of a run that torchrun started, left at its end."""
+
+    def join(self) -> None:
+        if "RANK" not in os.environ:
+            fail(
+                "NO_TORCHRUN",
+                "bundles/multi_gpu.json runs under torchrun",
+                "torchrun --nproc_per_node=N -m monai.bundle …",
+            )
+        if not dist.is_initialized():
+            choose_device()
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+    def leave(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def distribute(network: nn.Module) -> nn.Module:
+    """The network with gradients averaged over ranks, where there are several."""
+    if idist.get_world_size() == 1 or not trainable(network):
+        return network
+    return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
 
 def freeze(network: SparseVQVAE, parts: Iterable[str]) -> SparseVQVAE:
@@ -251,14 +302,14 @@ class CodebookStart:
             max_epochs=1,
             epoch_length=steps,
             train_data_loader=self._loader(steps),
-            network=self.network,
+            network=distribute(self.network),
             optimizer=optimizer,
             loss_function=self.loss_function,
             iteration_update=TrainStep(quantize=False, seed=self.warmup["seed"], amp=self.warmup["amp"]),
             decollate=False,
         )
         trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _: schedule.step())
-        self.folder.record_steps(trainer, optimizer=optimizer, phase="warmup", every=self.warmup["i_print"], last=steps)
+        self.folder.record_steps(trainer, optimizer=optimizer, phase="warmup", every=self.warmup, last=steps)
         trainer.run()
 
     @torch.no_grad()
@@ -287,6 +338,31 @@ class CodebookStart:
         except ValueError as error:
             fail("TOO_LITTLE_DATA", str(error).split(":")[0], "give more cases or lower --num_embeddings")
         log.info("codebook of %d codes laid over %d encoder outputs", vq.num_embeddings, rows.shape[0])
+
+
+class Stage2Start:
+    """Weights of stage 1. On the demo a missing stage 1 is trained first; with the user's data it is refused."""
+
+    def __init__(self, *, network: SparseVQVAE, folder, init_from: str, scale: str):
+        self.network, self.folder, self.init_from, self.scale = network, folder, init_from, scale
+
+    def run(self) -> None:
+        if self.folder.start_step is not None:
+            return
+        path = Path(self.init_from)
+        if not path.is_file() and not checkpoints.complete_steps(path):
+            command = "python -m monai.bundle run training --config_file bundles/vq_stage1.json"
+            if self.scale != "demo" or path != Path("outputs/vq_stage1"):
+                fail("NO_STAGE1", f"{path} has no checkpoint of stage 1", f"first run {command} with your dataset_dir")
+            log.info("no stage 1 yet: training it on the demo first (%s)", command)
+            if idist.get_rank() == 0:
+                config = Path(__file__).resolve().parent.parent / "bundles" / "vq_stage1.json"
+                call = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", str(config)]
+                alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+                if status := subprocess.run(call, env=alone).returncode:
+                    fail("NO_STAGE1", f"stage 1 ended with status {status}", "see its output above", status=1)
+            idist.barrier()
+        log.info("weights from %s", checkpoints.start_from(self.network, path, codebook=True))
 
 
 class StageHandlers:
@@ -318,9 +394,7 @@ class StageHandlers:
 
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._advance)
-        self.folder.record_steps(
-            engine, optimizer=self.optimizer, phase="train", every=self.every["i_print"], last=last
-        )
+        self.folder.record_steps(engine, optimizer=self.optimizer, phase="train", every=self.every, last=last)
         completed = Events.ITERATION_COMPLETED
         engine.add_event_handler(completed(event_filter=due("val_interval")), self._validate)
         engine.add_event_handler(completed(event_filter=due("i_sample")), self._picture)

@@ -9,14 +9,16 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
+from einops import reduce, repeat
 from jaxtyping import Bool, Float, Int, Integer, Num, Shaped
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
 AIR = -1000  # HU around the patient: the value of padding
 DROPPED = -1024  # HU that a voxel outside the kept ones stands for
-BODY_LEVEL = -300  # HU between air and skin, half way with room for fat at -100
-THIN = 10.0  # mm: a table's shell is thinner, a chest wall is not
+BODY_LEVEL = -400  # HU between air and tissue: a voxel a little more than half full
+WALL_LEVEL = -650  # HU of a block that is a third wall
+COARSE = 6.0  # mm: a table's shell is much thinner, a chest wall is not
 INTERFACES = (-400, 200)  # HU between air and tissue, between soft tissue and bone
 BAND = 4  # voxels on either side of a surface
 SATURATION = 0.02  # a window says little about HU this close to its ends
@@ -38,7 +40,9 @@ WINDOWS = MappingProxyType(  # name -> (width, level) in HU; the first four are 
 )
 DEFAULT_WINDOWS = ("lung", "bone", "soft_tissue", "brain")
 KEEPS = ("body", "nonzero", "band", "informative")
-Keep = Literal["body", "nonzero", "band", "informative"]
+
+Number = int | float
+Voxel = Sequence[int] | Integer[np.ndarray, " 3"]
 
 
 class Sparse(NamedTuple):
@@ -69,7 +73,7 @@ def window_file_name(name: str, suffix: str = ".npy") -> str:
     return f"{name}_w{width}_l{level}{suffix}"
 
 
-def window(hu: Num[np.ndarray, "..."], width: float, level: float) -> Float[np.ndarray, "..."]:
+def window(hu: Num[np.ndarray, "..."], width: Number, level: Number) -> Float[np.ndarray, "..."]:
     """(HU - (L - W/2)) / W, clipped to 0..1, float32."""
     return np.clip((np.asarray(hu, np.float32) - np.float32(level - width / 2)) / np.float32(width), 0, 1)
 
@@ -89,7 +93,8 @@ def window_values(hu: Num[np.ndarray, "..."], names: Sequence[str]) -> Float[np.
 def hu_from_windows(values: Float[np.ndarray, "... C"], names: Sequence[str]) -> Float[np.ndarray, "..."]:
     """HU told by the narrowest window that is not near its ends, else by the widest.
 
-    Of equally wide windows that are all near their ends the one whose end lies farthest out is believed.
+    Where all windows are near their lower ends, or all near their upper ends, the end that lies farthest out is
+    believed: it need not be the widest's.
     """
     if values.shape[-1] != len(names):
         raise ValueError(f"values must have a channel for each of {list(names)}, got {values.shape[-1]} channels")
@@ -97,9 +102,8 @@ def hu_from_windows(values: Float[np.ndarray, "... C"], names: Sequence[str]) ->
     lower, upper = np.array([window_bounds(name) for name in names], np.float32).T
     told = lower + parts * (upper - lower)
     widths = upper - lower
-    widest = told[..., widths == widths.max()]
-    high = parts[..., widths == widths.max()].mean(-1) > 0.5
-    hu = np.where(high, widest.max(-1), widest.min(-1))
+    low, high = (parts < 0.5).all(-1), (parts > 0.5).all(-1)
+    hu = np.where(low, told.min(-1), np.where(high, told.max(-1), told[..., widths.argmax()]))
     for channel in np.argsort(-widths, kind="stable"):  # the narrowest comes last and wins
         inside = (parts[..., channel] > SATURATION) & (parts[..., channel] < 1 - SATURATION)
         hu = np.where(inside, told[..., channel], hu)
@@ -139,30 +143,36 @@ def _largest(mask: Bool[np.ndarray, "X Y Z"]) -> Bool[np.ndarray, "X Y Z"]:
     return labels == sizes.argmax()
 
 
-def body_mask(hu: Num[np.ndarray, "X Y Z"], *, spacing: float = 4.0) -> Bool[np.ndarray, "X Y Z"]:
-    """The patient: largest component above air with everything enclosed by it, lungs included.
+def body_mask(hu: Num[np.ndarray, "X Y Z"], *, spacing: Number = 4.0) -> Bool[np.ndarray, "X Y Z"]:
+    """The patient: largest component above air with everything enclosed by it, lungs included. `spacing` is in mm.
 
-    Things thinner than a centimetre that touch the skin (a table, a tube) are cut off by an opening; coarse voxels show
-    no such thing, and an opening of theirs would take a child's chest wall. `spacing` is a voxel's mm. Lungs and airways that the volume's
-    end cuts open are enclosed in the planes along that end, so each of the three planes fills too.
+    Found on blocks of about COARSE mm, where a table's thin shell has blurred away and a chest wall has not, then drawn
+    at the volume's own voxels. Lungs and airways that the volume's end cuts open are enclosed in the planes along that
+    end, so each of the three planes fills too.
     """
-    solid = np.asarray(hu) > BODY_LEVEL
-    if not solid.any():
-        return solid
-    depth = int(THIN / 2 / spacing)
-    core = ndimage.binary_erosion(solid, iterations=depth, border_value=1) if depth else solid
-    body = _largest(core) if core.any() else _largest(solid)
-    if depth:
-        body = ndimage.binary_dilation(body, iterations=depth) & solid
-    size = -1
+    hu = np.asarray(hu)
+    factor = max(1, round(COARSE / spacing))
+    padded = np.pad(hu, [(0, -n % factor) for n in hu.shape], mode="edge")
+    blocks = reduce(padded, "(x a) (y b) (z c) -> x y z", np.mean, a=factor, b=factor, c=factor)
+    body = _largest(blocks > BODY_LEVEL)
+    body |= ndimage.binary_dilation(body) & (blocks > WALL_LEVEL)  # half blocks close a thin wall
+    size = 0
     while np.count_nonzero(body) != size:  # what one plane closes may close another
         size = np.count_nonzero(body)
         for axes in ((0, 1, 2), (0, 1), (0, 2), (1, 2)):
             body |= _enclosed(body, axes)
-    return body
+    if factor == 1:
+        return body
+    inner = ndimage.binary_erosion(body, border_value=1)
+    outer = ndimage.binary_dilation(body)
+    inner, outer = (
+        repeat(m, "x y z -> (x a) (y b) (z c)", a=factor, b=factor, c=factor)[tuple(map(slice, hu.shape))]
+        for m in (inner, outer)
+    )
+    return inner | (outer & (hu > BODY_LEVEL))
 
 
-def _near(mask: Bool[np.ndarray, "X Y Z"], distance: float) -> Bool[np.ndarray, "X Y Z"]:
+def _near(mask: Bool[np.ndarray, "X Y Z"], distance: Number) -> Bool[np.ndarray, "X Y Z"]:
     """Voxels whose centre lies within `distance` voxels of the surface of a mask, on either side."""
     if mask.all() or not mask.any():
         return np.zeros_like(mask)
@@ -173,10 +183,10 @@ def _near(mask: Bool[np.ndarray, "X Y Z"], distance: float) -> Bool[np.ndarray, 
 
 def keep_mask(
     hu: Num[np.ndarray, "X Y Z"],
-    keep: Keep = "body",
+    keep: str = "body",
     *,
     windows: Sequence[str] = DEFAULT_WINDOWS,
-    spacing: float = 4.0,
+    spacing: Number = 4.0,
 ) -> Bool[np.ndarray, "X Y Z"]:
     """Which voxels become rows.
 
@@ -206,7 +216,7 @@ def keep_mask(
     raise ValueError(f"keep must be one of {', '.join(KEEPS)}, got {keep!r}")
 
 
-def signed_band(mask: Bool[np.ndarray, "X Y Z"], band: float = BAND) -> Float[np.ndarray, "X Y Z"]:
+def signed_band(mask: Bool[np.ndarray, "X Y Z"], band: Number = BAND) -> Float[np.ndarray, "X Y Z"]:
     """Distance to the surface of a 0/1 mask over `band` voxels, clipped to -1..1, negative inside."""
     if mask.all() or not mask.any():
         return np.full(mask.shape, -1.0 if mask.all() else 1.0, np.float32)
@@ -219,7 +229,7 @@ def signed_band(mask: Bool[np.ndarray, "X Y Z"], band: float = BAND) -> Float[np
 # ---- dense and sparse
 
 
-def sparsify_masks(masks: Num[np.ndarray, "X Y Z C"]) -> Sparse:
+def sparsify_masks(masks: Shaped[np.ndarray, "X Y Z C"]) -> Sparse:
     """0/1 masks as signed bands, one a channel; voxels far from every surface are dropped."""
     bands = np.stack([signed_band(masks[..., channel] > 0.5) for channel in range(masks.shape[-1])], -1)
     return sparsify(bands, (np.abs(bands) < 1).any(-1))
@@ -227,8 +237,6 @@ def sparsify_masks(masks: Num[np.ndarray, "X Y Z C"]) -> Sparse:
 
 def sparsify(array: Shaped[np.ndarray, "X Y Z ..."], mask: Bool[np.ndarray, "X Y Z"]) -> Sparse:
     """Coordinates and values of the kept voxels, x slowest."""
-    if array.shape[:3] != mask.shape:
-        raise ValueError(f"array and mask must share a grid, got {array.shape[:3]} and {mask.shape}")
     coords = np.argwhere(mask)
     return Sparse(coords.astype(np.int16 if max(mask.shape) < 2**15 else np.int32), array[mask])
 
@@ -238,7 +246,7 @@ def densify(
     coords: Integer[np.ndarray, "N 3"],
     shape: Sequence[int],
     *,
-    fill: float | Literal["nearest"] = DROPPED,
+    fill: Number | Literal["nearest"] = DROPPED,
 ) -> Shaped[np.ndarray, "X Y Z ..."]:
     """The dense array; a dropped voxel takes `fill`, or with "nearest" the value of the kept voxel nearest to it."""
     x, y, z = np.asarray(coords, np.int64).T
@@ -259,7 +267,7 @@ def densify(
     return array
 
 
-def fill_for(keep: Keep) -> float | str:
+def fill_for(keep: str) -> Number | str:
     """What `densify` puts where a voxel was dropped, so that every mode answers for the whole grid."""
     return DROPPED if keep in ("body", "nonzero") else "nearest"
 
@@ -292,11 +300,11 @@ def _weights(size_in: int, size_out: int, ratio: float) -> Float[np.ndarray, "ou
 def resample(
     hu: Num[np.ndarray, "X Y Z"],
     *,
-    spacing_in: Sequence[float],
-    spacing_out: float,
+    spacing_in: Sequence[Number],
+    spacing_out: Number,
     grid: int,
     affine: Float[np.ndarray, "4 4"] | None = None,
-    air: float = AIR,
+    air: Number = AIR,
 ) -> OnGrid:
     """The volume on a cubic grid of `grid` voxels of `spacing_out` mm around the same centre, `air` beyond its field.
 
@@ -328,7 +336,7 @@ class Box(NamedTuple):
 def crop_box(
     coords: Integer[np.ndarray, "N 3"],
     *,
-    center: Sequence[int],
+    center: Voxel,
     max_points: int | None = None,
     max_side: int | None = None,
 ) -> Box:
@@ -375,22 +383,15 @@ def crop_to_budget(
     coords: Integer[np.ndarray, "N 3"],
     max_points: int | None,
     *,
-    center: Sequence[int],
+    center: Voxel,
     max_side: int | None = None,
 ) -> Int[np.ndarray, " M"]:
     """Rows in one contiguous box of at most `max_points` voxels, all where they fit; coordinates stay absolute."""
-    side_fits = max_side is None or (
-        len(coords) and int(np.ptp(np.asarray(coords, np.int64) // BLOCK, 0).max() + 1) * BLOCK <= max_side
-    )
-    if (max_points is None or len(coords) <= max_points) and side_fits:
-        return np.arange(len(coords))
     start, stop = crop_box(coords, center=center, max_points=max_points, max_side=max_side)
     return np.flatnonzero(((coords >= np.array(start)) & (coords < np.array(stop))).all(1))
 
 
-def translate(
-    coords: Integer[np.ndarray, "N 3"], shift: Sequence[int], shape: Sequence[int]
-) -> Integer[np.ndarray, "N 3"]:
+def translate(coords: Integer[np.ndarray, "N 3"], shift: Voxel, shape: Sequence[int]) -> Integer[np.ndarray, "N 3"]:
     """Coordinates moved by whole voxels, as far as the grid allows: nothing leaves it, left stays left."""
     room_low = -coords.min(0).astype(np.int64)
     room_high = np.asarray(shape, np.int64) - 1 - coords.max(0)
@@ -398,7 +399,11 @@ def translate(
 
 
 def jitter(
-    hu: Num[np.ndarray, " N"], *, scale: float = 1.0, offset: float = 0.0, noise: Float[np.ndarray, " N"] | None = None
+    hu: Num[np.ndarray, " N"],
+    *,
+    scale: Number = 1.0,
+    offset: Number = 0.0,
+    noise: Float[np.ndarray, " N"] | None = None,
 ) -> Float[np.ndarray, " N"]:
     """HU as another scanner might give them: stretched about air, shifted, with noise."""
     jittered = (np.asarray(hu, np.float32) - AIR) * np.float32(scale) + np.float32(AIR + offset)

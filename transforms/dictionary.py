@@ -12,13 +12,13 @@ import numpy as np
 from monai.transforms import MapTransform, RandomizableTransform
 
 from transforms import array
-from transforms.array import Keep
+from transforms.array import Number
 
 
 class Resampled(MapTransform):
     """`array.resample` onto a cube of `grid` voxels of `spacing` mm. Without an affine the field fills the cube."""
 
-    def __init__(self, keys: str | Sequence[str] = "image", *, spacing: float, grid: int) -> None:
+    def __init__(self, keys: str | Sequence[str] = "image", *, spacing: Number, grid: int) -> None:
         super().__init__(keys)
         self.spacing, self.grid = float(spacing), int(grid)
         self.settings = {"resample": [self.spacing, self.grid]}
@@ -51,7 +51,7 @@ class Sparsifyd(MapTransform):
         self,
         keys: str | Sequence[str] = "image",
         *,
-        keep: Keep = "body",
+        keep: str = "body",
         windows: Sequence[str] = array.DEFAULT_WINDOWS,
     ) -> None:
         super().__init__(keys)
@@ -124,7 +124,7 @@ class RandCropToBudgetd(RandomizableTransform, MapTransform):
 class RandTranslated(RandomizableTransform, MapTransform):
     """`array.translate` by up to `max_shift` voxels an axis. Left stays left: there is no flip in this project."""
 
-    def __init__(self, keys: str | Sequence[str] = "coords", *, max_shift: int = 4, prob: float = 1.0) -> None:
+    def __init__(self, keys: str | Sequence[str] = "coords", *, max_shift: int = 4, prob: Number = 1.0) -> None:
         MapTransform.__init__(self, keys)
         RandomizableTransform.__init__(self, prob)
         self.max_shift = int(max_shift)
@@ -147,10 +147,10 @@ class RandJitterd(RandomizableTransform, MapTransform):
         self,
         keys: str | Sequence[str] = "values",
         *,
-        scale: float = 0.02,
-        offset: float = 10.0,
-        noise: float = 10.0,
-        prob: float = 1.0,
+        scale: Number = 0.02,
+        offset: Number = 10.0,
+        noise: Number = 10.0,
+        prob: Number = 1.0,
     ) -> None:
         MapTransform.__init__(self, keys)
         RandomizableTransform.__init__(self, prob)

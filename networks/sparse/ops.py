@@ -5,7 +5,9 @@ that works where the features are; an explicit choice is never replaced by anoth
 """
 
 import importlib
+import logging
 import math
+from functools import cache, partial
 from types import ModuleType
 
 import torch
@@ -18,17 +20,82 @@ from networks.sparse import torch_backend
 from networks.sparse.tensor import SparseTensor
 from networks.sparse.topology import Coarsening, Level
 
-BACKENDS = ("torch",)
+BACKENDS = ("triton", "spconv", "torch")  # the order "auto" tries
+PROOF_TOLERANCE = 1e-2  # float16 in, float32 or float16 sums of 27 * 16 products
+log = logging.getLogger(__name__)
 
 
-def choose_backend(name: str, device: torch.device) -> ModuleType:
-    if name == "auto":
-        name = "torch"
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {name!r}")
-    if name == "torch":
+def choose_backend(name: str, feats: Float[Tensor, "N C"], columns: int) -> ModuleType:
+    """The module that convolves these features to `columns` channels."""
+    if name != "auto":
+        if name not in BACKENDS:
+            raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {name!r}")
+        reason = _reason_against(name, feats, columns)
+        if reason:
+            raise ValueError(f"backend {name} {reason}; choose another backend or auto")
+        return _module(name)
+    if feats.device.type != "cuda":
         return torch_backend
+    reasons = []
+    for candidate in BACKENDS:
+        reason = _reason_against(candidate, feats, columns)
+        if reason is None:
+            _announce(candidate, feats.dtype, tuple(reasons))
+            return _module(candidate)
+        reasons.append(f"{candidate} {reason}")
+    raise AssertionError("backend torch refuses nothing")
+
+
+def _module(name: str) -> ModuleType:
     return importlib.import_module(f"networks.sparse.{name}_backend")
+
+
+def _reason_against(name: str, feats: Float[Tensor, "N C"], columns: int) -> str | None:
+    """Why a backend cannot take these features: not working here, or its own rule."""
+    if name == "torch":
+        return None
+    if feats.device.type != "cuda":
+        return f"needs CUDA, got features on {feats.device}"
+    return defect(name, feats.device.index) or _module(name).refusal(feats, columns)
+
+
+@cache
+def defect(name: str, device_index: int) -> str | None:
+    """What is wrong with a backend on a CUDA device, shown by a small convolution and its gradients; or None."""
+    try:
+        module = _module(name)
+    except Exception as error:  # a broken optional library may raise anything at import
+        return f"cannot be imported ({type(error).__name__}: {error})"
+    device = torch.device("cuda", device_index)
+    coords = torch.nn.functional.pad(torch.ones(5, 4, 6, device=device).nonzero(), (1, 0))
+    level, _ = Level.from_coords(coords, (5, 4, 6), 1)
+    made = torch.Generator(device).manual_seed(0)
+    draw = partial(torch.randn, generator=made, device=device)
+    feats, grad, weight = draw(120, 16), draw(120, 32), draw(27, 16, 32)
+    try:
+        got = _all_three(module, feats.half(), weight.half(), grad.half(), level)
+    except Exception as error:
+        return f"does not run here ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+    truth = _all_three(torch_backend, feats, weight, grad, level)
+    errors = [float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(got, truth, strict=True)]
+    if max(errors) > PROOF_TOLERANCE:
+        return f"gives wrong results here (relative error {max(errors):.2g})"
+    return None
+
+
+def _all_three(module: ModuleType, feats: Tensor, weight: Tensor, grad: Tensor, level: Level) -> tuple[Tensor, ...]:
+    return (
+        module.forward(feats, weight, None, level),
+        module.input_grad(grad, weight, level),
+        module.weight_grad(feats, grad, level),
+    )
+
+
+@cache
+def _announce(name: str, dtype: torch.dtype, reasons: tuple[str, ...]) -> None:
+    """Says once which backend auto takes, and what spoke against those before it."""
+    note = f" ({'; '.join(reasons)})" if reasons else ""
+    log.log(logging.WARNING if name == "torch" else logging.INFO, "sparse backend for %s: %s%s", dtype, name, note)
 
 
 class _SubmanifoldConv(torch.autograd.Function):
@@ -56,7 +123,7 @@ def submanifold_conv(
     x: SparseTensor, weight: Float[Tensor, "27 C F"], bias: Float[Tensor, " F"] | None = None, *, backend: str = "auto"
 ) -> SparseTensor:
     """3x3x3 convolution that keeps the occupied voxels."""
-    feats, chosen = x.feats, choose_backend(backend, x.feats.device)
+    feats = x.feats
     if feats.shape[1] != weight.shape[1]:
         raise ValueError(f"weight {tuple(weight.shape)} needs features of {weight.shape[1]}, got {feats.shape[1]}")
     if torch.is_autocast_enabled(feats.device.type):
@@ -68,6 +135,7 @@ def submanifold_conv(
             f"and {weight.dtype} on {weight.device}"
         )
     with torch.autocast(feats.device.type, enabled=False):  # a backend sums in float32, whatever the inputs are
+        chosen = choose_backend(backend, feats, weight.shape[2])
         return x.replace(_SubmanifoldConv.apply(feats, weight, bias, x.level, chosen))
 
 

@@ -9,8 +9,9 @@ Letters: B batch, N voxels, M coarse voxels or latents, W windows.
 """
 
 import math
+from collections.abc import Callable, Hashable
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int, Int32, Int64
@@ -18,6 +19,8 @@ from torch import Tensor
 
 MIN_BITS = 8  # bits an axis at least, so that small grids can be halved often without losing the sample number
 MAX_TABLE_CELLS = 2**29  # 2 GiB of int32
+THIN = 20.0  # mean neighbours below which sorting rows by neighbourhood pays on a GPU (shells have 9 to 18)
+ORDER_CHUNK = 16384  # rows sorted among themselves: longer sorts better, shorter keeps gathers in the cache
 CENTRE = 13  # index of offset (0, 0, 0) among the 27; the mirror of offset k is 26 - k
 
 
@@ -102,12 +105,29 @@ class Windows(NamedTuple):
     slot: Int64[Tensor, " N"]  # position of each row in the flattened slots
 
 
+class Tiles(NamedTuple):
+    """Rows cut into tiles of equal size, and the offsets that have a neighbour anywhere in each tile."""
+
+    rows: Int32[Tensor, " N"] | None  # row at each place, None where places are rows
+    neighbours: Int32[Tensor, "27 N"]  # of the row at each place
+    offsets: Int32[Tensor, "T 27"]  # those alive come first
+    counts: Int32[Tensor, " T"]
+
+
+class NeighbourLists(NamedTuple):
+    """Existing (row, neighbour) pairs of each offset, packed to the front."""
+
+    rows: Int32[Tensor, "27 N"]
+    near: Int32[Tensor, "27 N"]
+    counts: Int32[Tensor, " 27"]
+
+
 class Level:
     """Occupied voxels of a batch at one resolution, sorted by key. Build with `Level.from_coords`."""
 
     def __init__(self, keys: Int64[Tensor, " N"], *, spatial_shape: tuple[int, int, int], batch_size: int, bits: int):
         self.keys, self.spatial_shape, self.batch_size, self.bits = keys, tuple(spatial_shape), batch_size, bits
-        self._windows: dict[tuple[int, int], Windows] = {}
+        self._kept: dict[Hashable, Any] = {}
 
     @classmethod
     def from_coords(
@@ -148,6 +168,12 @@ class Level:
         if torch.empty(0, device=device).device == self.device:
             return self
         return Level(self.keys.to(device), spatial_shape=self.spatial_shape, batch_size=self.batch_size, bits=self.bits)
+
+    def kept(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gave when this key was first asked for: maps live as long as their level."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
 
     def same_as(self, other: "Level") -> bool:
         return self is other or (
@@ -212,6 +238,44 @@ class Level:
         return (self.neighbours < len(self)).sum().item() / max(len(self), 1)
 
     @cached_property
+    def is_thin(self) -> bool:
+        """Whether many of the 27 neighbours are missing, so that work must be chosen row by row."""
+        return self.mean_neighbours < THIN
+
+    @cached_property
+    def _by_neighbourhood(self) -> tuple[Int32[Tensor, " N"], Int32[Tensor, "27 N"]]:
+        """Rows sorted by which neighbours they have, inside chunks of the key order, and their neighbours."""
+        bits = torch.zeros(len(self), dtype=torch.int64, device=self.device)
+        for k, row_of in enumerate(self.neighbours):
+            bits |= (row_of < len(self)).long() << k
+        chunk = torch.arange(len(self), device=self.device) // ORDER_CHUNK
+        order = torch.argsort((chunk << 27) | bits, stable=True)
+        return order.int(), self.neighbours[:, order]
+
+    def tiles(self, size: int) -> Tiles:
+        """Tiles of `size` rows; rows with like neighbourhoods together where neighbours are few."""
+        return self.kept(("tiles", size), lambda: self._cut_tiles(size))
+
+    def _cut_tiles(self, size: int) -> Tiles:
+        rows, table = self._by_neighbourhood if self.is_thin else (None, self.neighbours)
+        missing = torch.nn.functional.pad(table, (0, -len(self) % size), value=len(self)) == len(self)
+        dead = missing.view(27, -1, size).all(2).T.contiguous()
+        offsets = torch.argsort(dead.byte(), dim=1, stable=True).int()
+        return Tiles(rows, table, offsets, (~dead).sum(1, dtype=torch.int32))
+
+    @cached_property
+    def neighbour_lists(self) -> NeighbourLists:
+        """The pairs of `neighbour_pairs` in tables of fixed shape, so that nothing waits for their lengths."""
+        there = self.neighbours < len(self)
+        place = torch.where(there, there.cumsum(1) - 1, len(self))
+        rows = torch.empty((27, len(self) + 1), dtype=torch.int32, device=self.device)  # the last column takes the rest
+        near = torch.empty_like(rows)
+        rows.scatter_(1, place, torch.arange(len(self), dtype=torch.int32, device=self.device).expand(27, -1))
+        near.scatter_(1, place, self.neighbours)
+        rows, near = rows[:, :-1].contiguous(), near[:, :-1].contiguous()
+        return NeighbourLists(rows, near, there.sum(1, dtype=torch.int32))
+
+    @cached_property
     def neighbour_pairs(self) -> list[tuple[Int64[Tensor, " P"], Int64[Tensor, " P"]]]:
         """Per offset the rows that have that neighbour, and the neighbour's row."""
         pairs = []
@@ -244,9 +308,7 @@ class Level:
 
     def windows(self, size: int, shift: int) -> Windows:
         """Rows grouped by cubic windows of `size` voxels on the absolute grid, moved by `shift`."""
-        if (size, shift) not in self._windows:
-            self._windows[size, shift] = self._group_windows(size, shift)
-        return self._windows[size, shift]
+        return self.kept(("windows", size, shift), lambda: self._group_windows(size, shift))
 
     def _group_windows(self, size: int, shift: int) -> Windows:
         cell = torch.cat([self.coords[:, :1], (self.coords[:, 1:] + shift) // size], 1)

@@ -1,0 +1,146 @@
+"""python -m app COMMAND: parse, call, print; no logic.
+
+A command is a function with the three options every one has (`Json`, `Seed`, `Debug`) whose body runs inside `answering`:
+that keeps standard output for one JSON object where asked, turns a user's mistake into one line, and sets the exit status
+(0 done, 1 a fault of ours, 2 the call is wrong, 3 some input was refused).
+"""
+
+import contextlib
+import json
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, all else on standard error.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of whatever is random.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+class Answer:
+    """What a command ends with: an object for --json, lines for people, an exit status."""
+
+    def __init__(self) -> None:
+        self.value: dict[str, Any] | None = None
+        self.lines: Iterable[str] = ()
+        self.status = 0
+
+    def give(self, value: dict[str, Any], lines: Iterable[str] = (), *, status: int = 0) -> None:
+        self.value, self.lines, self.status = value, lines, status
+
+
+@contextlib.contextmanager
+def answering(as_json: bool, debug: bool) -> Iterator[Answer]:
+    """Runs a command's body and ends the process as section "Common to all" of the contract says."""
+    answer, out = Answer(), sys.stdout
+    try:
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            yield answer
+            lines = [] if as_json else list(answer.lines)
+    except SystemExit as end:
+        answer.status = end.code if isinstance(end.code, int) else 1
+        answer.value, lines = answer.value or {"error": "see standard error", "status": answer.status}, []
+    except (KeyboardInterrupt, BrokenPipeError):
+        raise
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        answer.status, line = _one_line(error)
+        sys.stderr.write(f"{line}\n")
+        answer.value, lines = {"error": line, "status": answer.status}, []
+    if as_json:
+        out.write(json.dumps(answer.value, ensure_ascii=False) + "\n")
+    else:
+        out.writelines(f"{line}\n" for line in lines)
+    out.flush()
+    raise typer.Exit(answer.status)
+
+
+def _one_line(error: Exception) -> tuple[int, str]:
+    """Exit status and text: refused input 3, a wrong call 2, everything else is ours."""
+    from app.prepare.codes import Refused
+
+    if isinstance(error, Refused):
+        return 3, str(error)
+    if isinstance(error, ValueError | FileNotFoundError | NotADirectoryError | PermissionError):
+        return 2, f"WRONG_CALL: {' '.join(str(error).split())}"
+    return 1, f"FAULT: {type(error).__name__}. This is our mistake; run again with --debug and report it."
+
+
+@app.callback()
+def main() -> None:
+    """Voxelingo: CT volumes as short sequences of discrete 3D tokens, and language models that read them."""
+
+
+@app.command(epilog="Example: python -m app prepare scans/ prepared/ --size 256 --spacing 1.5 --workers 4")
+def prepare(
+    raw: Annotated[str, typer.Argument(metavar="RAW", help="Folder, zip or file of scans: DICOM, NIfTI, NRRD, MHA.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder for the prepared dataset.")],
+    organs: Annotated[str | None, typer.Option(help="organ_mapping.json: names for label values and files.")] = None,
+    text: Annotated[str | None, typer.Option(help="csv or jsonl with reports or questions to join.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="At most this many worker processes.")] = 8,
+    size: Annotated[int, typer.Option(help="Voxels along each side of the grid.")] = 512,
+    spacing: Annotated[float, typer.Option(help="Millimetres between voxels.")] = 1.0,
+    windows: Annotated[str, typer.Option(help="Windows by name, comma separated.")] = "lung,bone,soft_tissue,brain",
+    file_format: Annotated[str, typer.Option("--format", help="npy, or zarr: chunked and compressed.")] = "npy",
+    series: Annotated[str | None, typer.Option(help="Take this DICOM series alone.", metavar="UID")] = None,
+    split: Annotated[str | None, typer.Option(help="csv with a column split and one of source, case, patient.")] = None,
+    allow_gaps: Annotated[bool, typer.Option("--allow-gaps", help="Interpolate missing slices.")] = False,
+    assume_hu: Annotated[bool, typer.Option("--assume-hu", help="Take the values for HU whatever they look like.")] = False,
+    keep_names: Annotated[bool, typer.Option("--keep-names", help="Name cases after their files, not by hashes.")] = False,
+    key_file: Annotated[str | None, typer.Option(help="Key of the hashes; else one is made beside OUT.")] = None,
+    preview: Annotated[bool, typer.Option("--preview", help="A PNG for each case.")] = False,
+    cluster: Annotated[str | None, typer.Option(help="Address of a Dask scheduler.", metavar="ADDRESS")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Make every case again.")] = False,
+    as_json: Json = False,
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> None:
+    """Raw scans, any nesting, to a prepared dataset."""
+    with answering(as_json, debug) as answer:
+        from app.prepare import cohort, options
+
+        request = cohort.Request(
+            series=series,
+            organs=options.read_organs(organs),
+            text=text,
+            split=options.read_split(split),
+            key_file=key_file,
+            workers=workers,
+            cluster=cluster,
+            preview=preview,
+            overwrite=overwrite,
+        )
+        names = tuple(name.strip() for name in windows.split(",") if name.strip())
+        settings = cohort.Settings(size, spacing, names, file_format, allow_gaps, assume_hu, keep_names)
+        report = cohort.prepare(raw, out, settings, request)
+        answer.give(report.as_json(), cohort.lines(report, keep_names), status=report.exit_status)
+
+
+@app.command(epilog="Example: python -m app check prepared/ --keep body")
+def check(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A prepared dataset, or a csv or jsonl manifest.")],
+    keep: Annotated[str, typer.Option(help="Sparsification: body, nonzero, band or informative.")] = "body",
+    windows: Annotated[str, typer.Option(help="Windows by name, comma separated.")] = "lung,bone,soft_tissue,brain",
+    spacing: Annotated[float | None, typer.Option(help="Millimetres at which points are counted; else about 4.")] = None,
+    min_points: Annotated[int, typer.Option(help="Cases with fewer points are told.")] = 100,
+    as_json: Json = False,
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> None:
+    """What is wrong with a prepared dataset or a text manifest, before any GPU time is spent."""
+    with answering(as_json, debug) as answer:
+        from app.prepare.check import check as look
+        from app.prepare.check import lines
+
+        names = tuple(name.strip() for name in windows.split(",") if name.strip())
+        checked = look(data, keep=keep, windows=names, spacing=spacing, min_points=min_points)
+        answer.give(checked.as_json(), lines(checked), status=checked.exit_status)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m app")

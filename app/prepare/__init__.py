@@ -1,0 +1,11 @@
+"""Raw scans to volumes and prepared datasets.
+
+`read_scan` gives what a path holds as volumes in HU that passed the gate; `normalise` puts one on the RAS grid;
+`prepare` does both for a whole cohort and writes the prepared layout.
+"""
+
+from app.prepare.codes import CODES, Finding, Refused
+from app.prepare.geometry import Normalised, normalise
+from app.prepare.volume import Volume, read_scan
+
+__all__ = ["CODES", "Finding", "Normalised", "Refused", "Volume", "normalise", "read_scan"]

@@ -1,0 +1,262 @@
+"""Reads a prepared dataset, or a manifest of texts, and says what is wrong with it before any GPU time is spent.
+
+Nothing is changed. A problem is one line: code, how often, what to do; cases are named by their ids.
+"""
+
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from app import prepared
+from app.prepare.text import image_of, read_manifest, stem
+from transforms import array
+
+EMPTY_TEXT = {"", "not given.", "not given", "n/a", "na", "none", "nan", "-"}
+TEXTS = ("report", "findings", "impression", "findings_en", "impressions_en", "answer", "sentence")
+
+
+GRAVE = {"UNREADABLE", "WINDOW_MISSING", "OUT_OF_RANGE", "SPLIT_LEAKAGE", "SCANS_MISSING"}  # exit status 3
+
+
+class Problem(NamedTuple):
+    code: str
+    message: str
+    cases: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        return {"code": self.code, "message": self.message, "cases": list(self.cases)}
+
+
+class Checked(NamedTuple):
+    """What was read, case by case, and what is wrong."""
+
+    kind: str  # prepared or manifest
+    rows: tuple[dict[str, Any], ...]
+    summary: dict[str, Any]
+    problems: tuple[Problem, ...]
+
+    @property
+    def exit_status(self) -> int:
+        return 3 if any(problem.code in GRAVE for problem in self.problems) else 0
+
+    def as_json(self) -> dict[str, Any]:
+        problems = [problem.as_json() for problem in self.problems]
+        return {"kind": self.kind, **self.summary, "cases": list(self.rows), "problems": problems}
+
+
+def check(
+    data: str | Path,
+    *,
+    keep: str = "body",
+    windows: Sequence[str] = array.DEFAULT_WINDOWS,
+    spacing: float | None = None,
+    min_points: int = 100,
+) -> Checked:
+    """A prepared dataset (or several under one folder), or a csv or jsonl manifest."""
+    path = Path(data)
+    if not path.exists():
+        raise ValueError(f"{path.name!r} does not exist; give the OUT of `python -m app prepare RAW OUT` or a manifest")
+    if path.is_file():
+        return check_manifest(path)
+    return check_prepared(path, keep=keep, windows=windows, spacing=spacing, min_points=min_points)
+
+
+# ---- prepared datasets
+
+
+def check_prepared(
+    path: Path, *, keep: str, windows: Sequence[str], spacing: float | None, min_points: int
+) -> Checked:
+    if keep not in array.KEEPS:
+        raise ValueError(f"keep must be one of {', '.join(array.KEEPS)}, got {keep!r}")
+    rows, problems = [], defaultdict(list)
+    cases = prepared.find_cases(path)
+    for case in cases:
+        row: dict[str, Any] = {"case": case.case_id, "dataset": case.dataset, "split": case.split, "codes": case.codes}
+        try:
+            row |= _look(case, keep=keep, windows=windows, spacing=spacing)
+        except (ValueError, OSError, KeyError) as error:
+            row["error"] = str(error).splitlines()[0]
+            problems["UNREADABLE"].append(case.case_id)
+        rows.append(row)
+        for code, wrong in _wrong(row, windows, min_points).items():
+            if wrong:
+                problems[code].append(case.case_id)
+    messages = {
+        "UNREADABLE": "files cannot be read: prepare these cases again",
+        "WINDOW_MISSING": f"not all of {', '.join(windows)} are there: prepare again with --windows",
+        "CONSTANT": "a window says the same everywhere: the scan shows nothing in it",
+        "OUT_OF_RANGE": "values outside -32768..32767 or not HU: prepare again",
+        "UNDER_MIN_POINTS": f"fewer than {min_points} points: training skips these cases",
+    }
+    found = [Problem(code, f"{len(ids)} cases: {messages[code]}", tuple(ids)) for code, ids in problems.items()]
+    found += _leaks((case.patient, case.split, case.case_id) for case in cases)
+    found += _failures(path)
+    found += _one_side([case.split for case in cases])
+    points = sorted(row["points"] for row in rows if "points" in row)
+    summary = {
+        "num_cases": len(rows),
+        "datasets": sorted({case.dataset for case in cases}),
+        "splits": dict(sorted(Counter(case.split for case in cases).items())),
+        "shapes": dict(Counter(" x ".join(map(str, row["shape"])) for row in rows if "shape" in row)),
+        "codes": dict(sorted(Counter(code for case in cases for code in case.codes).items())),
+        "keep": keep,
+        "points": [points[0], points[len(points) // 2], points[-1]] if points else None,
+    }
+    return Checked("prepared", tuple(rows), summary, tuple(found))
+
+
+def _look(
+    case: prepared.PreparedCase, *, keep: str, windows: Sequence[str], spacing: float | None
+) -> dict[str, Any]:
+    """Shape, range, share of foreground and points of one case."""
+    has = case.window_names()
+    row: dict[str, Any] = {"shape": list(case.shape), "windows": list(has), "hu": case.is_hu}
+    if not case.is_hu:
+        masks = [np.asarray(case.window(name)) > 0 for name in windows if name in has]
+        union = np.logical_or.reduce(masks) if masks else np.zeros(case.shape, bool)
+        row |= {"points": int(union.sum()), "foreground": float(union.mean())}
+        return row | {"constant": [n for n in windows if n in has and _flat(case.window(n))]}
+    hu = np.asarray(case.hu())
+    if tuple(hu.shape) != tuple(case.shape):
+        raise ValueError(f"the volume is {hu.shape}, case.json says {tuple(case.shape)}")
+    for name in case._window_files():
+        if case.window(name).shape != hu.shape:
+            raise ValueError(f"window {name} is {case.window(name).shape}, the volume {hu.shape}")
+    row["hu_range"] = [int(hu.min()), int(hu.max())]
+    own = float(case.spacing[0])
+    # at full resolution a body mask takes minutes; the preset's own spacing, or 4 mm, is what training will see
+    step = max(1, round((spacing or max(own, 4.0)) / own))
+    small = np.ascontiguousarray(hu[::step, ::step, ::step])
+    mask = array.keep_mask(small, keep, windows=tuple(windows), spacing=own * step)
+    row |= {"points": int(mask.sum()), "points_spacing": own * step, "foreground": float((small > -500).mean())}
+    row["constant"] = [name for name in windows if _flat(array.window(small, *array.WINDOWS[name])[mask])]
+    return row
+
+
+def _flat(values: np.ndarray) -> bool:
+    return values.size == 0 or bool(values.min() == values.max())
+
+
+def _wrong(row: Mapping[str, Any], windows: Sequence[str], min_points: int) -> dict[str, bool]:
+    if "error" in row:
+        return {}
+    low, high = row.get("hu_range", (0, 1))
+    return {
+        "WINDOW_MISSING": not set(windows) <= set(row["windows"]),
+        "CONSTANT": bool(row["constant"]),
+        "OUT_OF_RANGE": low >= 0 and high > 1 or low < -2000,
+        "UNDER_MIN_POINTS": row["points"] < min_points,
+    }
+
+
+def _leaks(rows: Iterable[tuple[str, str, str]]) -> list[Problem]:
+    sides: dict[str, set[str]] = defaultdict(set)
+    members: dict[str, list[str]] = defaultdict(list)
+    for patient, split, case in rows:
+        if patient:
+            sides[patient].add(split)
+            members[patient].append(case)
+    both = [patient for patient, splits in sides.items() if len(splits) > 1]
+    cases = tuple(case for patient in both for case in members[patient])
+    return [Problem("SPLIT_LEAKAGE", f"{len(both)} patients are in more than one split", cases)] if both else []
+
+
+def _failures(path: Path) -> list[Problem]:
+    rows = [row for folder in prepared.find_datasets(path) for row in prepared.read_rows(folder / "failures.csv").values()]
+    codes = Counter(row.get("codes") or row.get("status", "") for row in rows)
+    told = ", ".join(f"{code} {count}" for code, count in sorted(codes.items()))
+    return [Problem("INPUTS_REFUSED", f"{len(rows)} inputs never became cases ({told}); see failures.csv")] if rows else []
+
+
+def _one_side(splits: Sequence[str]) -> list[Problem]:
+    sides = set(splits)
+    if len(splits) < 2 or {"train", "val"} <= sides:
+        return []
+    return [Problem("NO_VALIDATION" if "val" not in sides else "NO_TRAINING", f"every case is in {', '.join(sides)}")]
+
+
+# ---- manifests
+
+
+def check_manifest(path: Path) -> Checked:
+    """Rows matched to files (relative to the manifest), missing, duplicated, empty; patients in two splits; labels."""
+    rows = list(read_manifest(path))
+    if not rows:
+        raise ValueError("the manifest has no rows; it needs a header and a row a scan")
+    images = [image_of(row) for row in rows]
+    if not any(images):
+        raise ValueError(f"the manifest has no column that names a scan, got {', '.join(rows[0])}; call it image")
+    texts = [" ".join(str(row[name]).strip() for name in TEXTS if row.get(name)) for row in rows]
+    there = [_exists(path.parent, image) for image in images]
+    missing = [image for image, found in zip(images, there, strict=True) if not found]
+    seen = Counter((image, str(row.get("question", "")), text) for image, row, text in zip(images, rows, texts, strict=True))
+    empty = [image for image, text in zip(images, texts, strict=True) if text.strip().lower() in EMPTY_TEXT]
+    doubled = sum(count - 1 for count in seen.values())
+    problems = []
+    if missing:
+        problems.append(Problem("SCANS_MISSING", f"{len(missing)} of {len(rows)} rows name a scan that is not there"))
+    if doubled:
+        problems.append(Problem("DUPLICATED", f"{doubled} rows repeat another one"))
+    if empty:
+        problems.append(Problem("EMPTY_TEXT", f"{len(empty)} rows have no text"))
+    split = [str(row.get("split") or "") for row in rows]
+    patients = [str(row.get("patient") or "") for row in rows]
+    if any(split):
+        problems += _leaks((p or stem(i), s, "") for p, s, i in zip(patients, split, images, strict=True))
+    summary = {
+        "num_rows": len(rows),
+        "matched": len(rows) - len(missing),
+        "missing": len(missing),
+        "duplicated": doubled,
+        "empty": len(empty),
+        "splits": dict(sorted(Counter(split).items())) if any(split) else {},
+        "labels": _labels(rows),
+    }
+    return Checked("manifest", (), summary, tuple(problem._replace(cases=()) for problem in problems))
+
+
+def _exists(folder: Path, image: str) -> bool:
+    return bool(image) and (os.path.exists(image) or (folder / image).exists())
+
+
+def _labels(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Positives of every column that holds nothing but 0, 1 and -1, and of JSON label lists."""
+    counts: Counter = Counter()
+    for name in rows[0]:
+        values = [str(row.get(name, "")).strip() for row in rows]
+        filled = {value for value in values if value}
+        if filled and filled <= {"0", "1", "-1", "0.0", "1.0", "-1.0"}:
+            counts[name] = sum(value in ("1", "1.0") for value in values)
+    for row in rows:
+        labels = row.get("labels")
+        if isinstance(labels, str) and labels[:1] in "[{":
+            try:
+                labels = json.loads(labels)
+            except ValueError:
+                continue
+        if isinstance(labels, Mapping):
+            counts.update({str(name): int(value == 1) for name, value in labels.items()})
+        elif isinstance(labels, Sequence) and not isinstance(labels, str):
+            counts.update(map(str, labels))
+    return dict(counts)
+
+
+def lines(checked: Checked) -> Iterable[str]:
+    for row in checked.rows:
+        if "error" in row:
+            yield f"{row['case']}  {row['error']}"
+            continue
+        shape, low_high = " x ".join(map(str, row["shape"])), row.get("hu_range")
+        told = f"HU {low_high[0]}..{low_high[1]}" if low_high else "no HU"
+        yield f"{row['case']}  {row['split']}  {shape}  {told}  foreground {row['foreground']:.0%}  {row['points']} points"
+    for name, value in checked.summary.items():
+        yield f"{name}: {value}"
+    for problem in checked.problems:
+        yield f"{problem.code}: {problem.message}"
+    yield "no problems" if not checked.problems else f"{len(checked.problems)} problems"

@@ -1,0 +1,384 @@
+"""A whole cohort: survey, one job a scan, workers, and the files of the prepared dataset around the cases.
+
+The sidecars of finished cases are the truth: whatever instant a run was stopped at, the next one does the rest and
+writes the same bytes. One function makes a case, whether in this process, in worker processes or on a Dask cluster.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+import traceback
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from app import prepared
+from app.prepare import names, preview
+from app.prepare.codes import CODES, Refused, bare
+from app.prepare.files import hash_of
+from app.prepare.gate import Rules, Stack
+from app.prepare.geometry import Grid, normalise, spacing_of
+from app.prepare.labels import organ_coords
+from app.prepare.survey import Item, survey
+from app.prepare.text import join_text
+from app.prepare.volume import read_item
+from app.prepare.workers import run_jobs, worker_count
+from transforms import array
+
+
+class Settings(NamedTuple):
+    """What makes the bytes of a dataset; in dataset_config.json."""
+
+    size: int = 512
+    spacing: float = 1.0
+    windows: tuple[str, ...] = array.DEFAULT_WINDOWS
+    file_format: str = "npy"
+    allow_gaps: bool = False
+    assume_hu: bool = False
+    keep_names: bool = False
+
+
+class Request(NamedTuple):
+    """The rest of a call: what is read beside the scans, and how the work is spread."""
+
+    series: str | None = None
+    organs: Mapping[str, Mapping[str, str]] = {}
+    text: str | None = None
+    split: Mapping[str, str] = {}
+    key_file: str | None = None
+    workers: int = 8
+    cluster: str | None = None
+    preview: bool = False
+    overwrite: bool = False
+
+
+class Job(NamedTuple):
+    item: Item
+    folder: str  # OUT/{dataset}
+    case: str
+    patient: str
+    split: str
+    settings: Settings
+    rules: Rules
+    mapping: tuple[tuple[str, str], ...]
+    preview: bool
+    overwrite: bool
+
+
+class Outcome(NamedTuple):
+    """One line of the report."""
+
+    case: str
+    dataset: str
+    source: str
+    status: str
+    codes: tuple[str, ...]
+    message: str = ""
+    shape: tuple[int, ...] | None = None
+    spacing: tuple[float, ...] | None = None
+    hu_range: tuple[int, int] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in self._asdict().items()}
+
+
+class Report(NamedTuple):
+    outcomes: tuple[Outcome, ...]
+    seconds: float
+
+    def count(self, status: str) -> int:
+        return sum(outcome.status == status for outcome in self.outcomes)
+
+    @property
+    def exit_status(self) -> int:
+        return 3 if self.count("refused") or self.count("failed") or not self.count("ok") else 0
+
+    def as_json(self) -> dict[str, Any]:
+        counts = {status: self.count(status) for status in ("ok", "skipped", "refused", "failed")}
+        return {"cases": [o.as_json() for o in self.outcomes], **counts, "seconds": round(self.seconds, 3)}
+
+
+def prepare(raw: str | Path, out: str | Path, settings: Settings = Settings(), request: Request = Request()) -> Report:
+    """Prepares everything below RAW into OUT; raises ValueError for a call that cannot be meant."""
+    start = time.perf_counter()
+    root, out = os.path.abspath(raw), Path(os.path.abspath(out))
+    _check_call(root, out, settings)
+    key = names.read_key(out, request.key_file)
+    rules = Rules(settings.allow_gaps, settings.assume_hu, request.series)
+    items = survey(root, rules)
+    named = _name(items, root, key, settings.keep_names)
+    _check_settings(out, {dataset for _, dataset, _ in named}, settings, request)
+    names.write_sources(out, [(dataset, case, item.source) for item, dataset, case in named])
+    _clear_leftovers(out)
+    jobs = _jobs(named, root, out, key, settings, rules, request)
+    outcomes = [_not_planned(*entry) for entry in named if entry[0].plan is None]
+    workers = worker_count(request.workers, _bytes_for(jobs, settings), len(jobs))
+    outcomes += run_jobs(prepare_case, jobs, failed=_failed, workers=workers, cluster=request.cluster)
+    if not any(o.status in ("ok", "refused", "failed") for o in outcomes):
+        outcomes.append(Outcome("", "", ".", "refused", ("NO_CASES",), "nothing below RAW is a CT volume"))
+    outcomes.sort(key=lambda o: (o.dataset, o.source, o.case))
+    _write_tables(out, outcomes, settings, request)
+    if request.text is not None:
+        cases = {(o.dataset, o.case): o.source for o in outcomes if o.status == "ok"}
+        join_text(request.text, out, cases)
+    return Report(tuple(outcomes), time.perf_counter() - start)
+
+
+def _check_call(root: str, out: Path, settings: Settings) -> None:
+    if not os.path.exists(root):
+        raise ValueError("RAW does not exist; give a folder, a zip or a file of scans")
+    inside = os.path.commonpath([os.path.realpath(root), os.path.realpath(out)])
+    if inside in (os.path.realpath(root), os.path.realpath(out)):
+        raise ValueError("RAW and OUT must not lie in one another; choose another OUT")
+    if not 8 <= settings.size <= 2048 or not 0.05 <= settings.spacing <= 50:
+        raise ValueError(f"size must be 8 to 2048 and spacing 0.05 to 50 mm, got {settings.size}, {settings.spacing:g}")
+    if settings.file_format not in ("npy", "zarr"):
+        raise ValueError(f"format must be npy or zarr, got {settings.file_format!r}")
+    for window in settings.windows:
+        array.window_bounds(window)
+
+
+def _check_settings(out: Path, datasets: set[str], settings: Settings, request: Request) -> None:
+    """A dataset holds cases of one kind: other settings want another OUT, or --overwrite."""
+    for dataset in datasets:
+        file = out / dataset / "dataset_config.json"
+        if not file.is_file() or request.overwrite:
+            continue
+        old = json.loads(file.read_text()).get("settings", {})
+        new = _settings_json(settings)
+        changed = sorted(name for name in new if old.get(name, new[name]) != new[name])
+        if changed:
+            raise ValueError(f"OUT was prepared with another {', '.join(changed)}; use another OUT or --overwrite")
+
+
+def _settings_json(settings: Settings) -> dict[str, Any]:
+    return {**settings._asdict(), "windows": list(settings.windows)}
+
+
+def _name(items: Sequence[Item], root: str, key: bytes, keep_names: bool) -> list[tuple[Item, str, str]]:
+    """Each item with its dataset's and its own public name; equal names are numbered."""
+    whole = names.one_dataset(items, root)
+    out, taken, stacks = [], Counter(), Counter()
+    for item in items:
+        dataset = names.dataset_of(item, whole)
+        if keep_names:
+            dataset = names.safe_name(os.path.basename(root) if dataset == "." else dataset)
+        else:
+            dataset = names.hashed(key, "dataset", dataset)
+        place = (item.source, item.series)
+        case = names.case_name(item, stacks[place], key, keep_names=keep_names)
+        stacks[place] += 1
+        taken[dataset, case] += 1
+        again = taken[dataset, case]
+        out.append((item, dataset, case if again == 1 else f"{case}_{again}"))
+    return out
+
+
+def _jobs(
+    named: Sequence[tuple[Item, str, str]],
+    root: str,
+    out: Path,
+    key: bytes,
+    settings: Settings,
+    rules: Rules,
+    request: Request,
+) -> list[Job]:
+    planned = [entry for entry in named if entry[0].plan is not None]
+    folders = {os.sep.join(item.source.split(os.sep)[:2]) for item, _, _ in planned if item.source.count(os.sep) > 1}
+    jobs = []
+    for item, dataset, case in planned:
+        patient = names.patient_of(item, key, folders)
+        raw_name = item.source.split(os.sep)[0] if os.sep in item.source else os.path.basename(root)
+        mapping = {**request.organs.get("*", {}), **request.organs.get(raw_name, {})}
+        marks = (item.source, os.path.basename(item.source), case, patient, item.patient)
+        split = next((request.split[m] for m in marks if m and m in request.split), prepared.split_of(patient))
+        jobs.append(
+            Job(
+                item,
+                str(out / dataset),
+                case,
+                patient,
+                split,
+                settings,
+                rules,
+                tuple(sorted(mapping.items())),
+                request.preview,
+                request.overwrite,
+            )
+        )
+    return jobs
+
+
+def _bytes_for(jobs: Sequence[Job], settings: Settings) -> int:
+    """Memory the largest case takes: its own voxels a few times, the grid, one window, the imports."""
+    largest = 0
+    for job in jobs:
+        plan = job.item.plan
+        shape = (plan.slices[0].rows, plan.slices[0].columns, plan.count) if isinstance(plan, Stack) else plan.shape
+        largest = max(largest, shape[0] * shape[1] * shape[2])
+    return largest * 12 + settings.size**3 * 4 + (600 << 20)
+
+
+def _not_planned(item: Item, dataset: str, case: str) -> Outcome:
+    finding = item.finding
+    return Outcome(case, dataset, item.source, finding.kind, (finding.code,), finding.message)
+
+
+# ---- one case
+
+
+def prepare_case(job: Job) -> Outcome:
+    """Makes one case, or finds it made from the same bytes; never raises for what its input does."""
+    outcome = Outcome(job.case, Path(job.folder).name, job.item.source, "ok", ())
+    try:
+        refs = (*job.item.refs, *(label.ref for label in job.item.labels))
+        recipe = _recipe(job, hash_of(refs))
+        done = _finished(job, recipe)
+        sidecar = _make(job, recipe) if done is None else done
+    except Refused as refused:
+        return outcome._replace(status=refused.finding.kind, codes=(refused.code,), message=refused.message)
+    except MemoryError:
+        return outcome._replace(status="failed", message="not enough memory; use fewer workers or a smaller size")
+    except Exception as error:  # a fault of ours must not end the cohort; its text may hold names, its place cannot
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{os.path.basename(last.filename)}:{last.lineno}"
+        return outcome._replace(status="failed", message=f"{type(error).__name__} at {place}")
+    return outcome._replace(
+        codes=tuple(sidecar["codes"]),
+        message="; ".join(sidecar["notes"]),
+        shape=tuple(sidecar["shape"]),
+        spacing=tuple(sidecar["spacing"]),
+        hu_range=tuple(sidecar["hu_range"]),
+    )
+
+
+def _failed(job: Job) -> Outcome:
+    """What is said of a case whose worker died with it."""
+    source, dataset = job.item.source, Path(job.folder).name
+    return Outcome(job.case, dataset, source, "failed", (), "the worker died, most likely for want of memory")
+
+
+def _recipe(job: Job, inputs: str) -> str:
+    """Identity of a case's bytes: all inputs and every setting that shapes them."""
+    parts = [inputs, _settings_json(job.settings), job.mapping, job.split, job.patient]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _finished(job: Job, recipe: str) -> dict[str, Any] | None:
+    file = Path(job.folder) / "processed" / job.case / "case.json"
+    if job.overwrite or not file.is_file():
+        return None
+    with contextlib.suppress(ValueError):
+        sidecar = json.loads(file.read_text())
+        if sidecar.get("recipe") == recipe and (not job.preview or preview.path_of(job.folder, job.case).is_file()):
+            return sidecar
+    return None
+
+
+def _make(job: Job, recipe: str) -> dict[str, Any]:
+    settings = job.settings
+    volume = read_item(job.item, job.rules)
+    on_grid = normalise(volume, settings.size, settings.spacing)
+    findings = (*volume.findings, *on_grid.findings)
+    grid = Grid(settings.size, settings.spacing, on_grid.affine)
+    mapping = dict(job.mapping)
+    organs = organ_coords(job.item.labels, grid, mapping=mapping, keep_names=settings.keep_names)
+    sidecar = {
+        "codes": bare(findings),
+        "notes": [f"{f.code}: {f.message}" for f in findings if f.message],
+        "patient": job.patient,
+        "split": job.split,
+        "recipe": recipe,
+        "source_hash": volume.source_hash,
+        "source_shape": list(volume.hu.shape),
+        "source_spacing": [round(float(step), 6) for step in spacing_of(volume.affine)],
+        "source_affine": volume.affine.tolist(),
+        "steps": list(on_grid.steps),
+        "organs": {name: len(coords) for name, coords in organs.items()},
+    }
+    del volume
+    if job.preview:
+        preview.write(job.folder, job.case, on_grid.hu, settings.windows, settings.spacing)
+    case = prepared.write_case(
+        job.folder,
+        job.case,
+        on_grid.hu,
+        affine=on_grid.affine,
+        windows=settings.windows,
+        sidecar=sidecar,
+        organs=organs,
+        file_format=settings.file_format,
+    )
+    return dict(case.sidecar)
+
+
+# ---- tables
+
+
+def _clear_leftovers(out: Path) -> None:
+    """Half-written folders of a run that was killed."""
+    for left in [*out.glob("*/processed/.*"), *out.glob("*/.*.*"), *out.glob("*/previews/.*")]:
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def _write_tables(out: Path, outcomes: Sequence[Outcome], settings: Settings, request: Request) -> None:
+    by_dataset: dict[str, list[Outcome]] = defaultdict(list)
+    for outcome in outcomes:
+        if outcome.dataset and (outcome.status != "skipped"):
+            by_dataset[outcome.dataset].append(outcome)
+    for dataset, members in by_dataset.items():
+        folder = out / dataset
+        organs = {name: dict(sorted(values.items())) for name, values in sorted(request.organs.items())}
+        organs = organs if settings.keep_names else {"*": organs.get("*", {})} if organs else {}
+        config = {"size": settings.size, "spacing": settings.spacing, "windows": _window_table(settings.windows)}
+        config |= {"settings": _settings_json(settings), "organ_mapping": organs}
+        prepared.write_dataset_config(folder, config)
+        prepared.write_metadata(folder, _rows(folder, settings))
+        failures = [o for o in members if o.status in ("refused", "failed")]
+        prepared.write_failures(folder, [_failure(o, settings.keep_names) for o in failures])
+
+
+def _window_table(windows: Iterable[str]) -> dict[str, list[int]]:
+    return {name: list(array.WINDOWS[name]) for name in windows}
+
+
+def _rows(folder: Path, settings: Settings) -> Iterator[dict[str, str]]:
+    processed = folder / "processed"
+    for path in sorted(processed.iterdir()) if processed.is_dir() else ():
+        if not path.name.startswith("."):
+            case = prepared.open_case(path)
+            row = prepared.metadata_row(case, windows=settings.windows)
+            side = case.sidecar
+            yield {**row, "patient": side.get("patient", case.patient), "split": side.get("split", case.split)}
+
+
+def _failure(outcome: Outcome, keep_names: bool) -> dict[str, str]:
+    remedies = [CODES[code].remedy for code in outcome.codes] or ["see the message; report it if it looks like a fault"]
+    return {
+        "source": outcome.source if keep_names else outcome.case,
+        "status": outcome.status,
+        "codes": " ".join(outcome.codes),
+        "message": outcome.message,
+        "remedy": "; ".join(remedies),
+    }
+
+
+def lines(report: Report, keep_names: bool) -> Iterator[str]:
+    """The report for people: no source is named unless names are kept."""
+    for o in report.outcomes:
+        if o.status == "skipped":
+            continue
+        what = o.source if keep_names else f"{o.dataset}/{o.case}" if o.case else "RAW"
+        tail = f"  {o.message}" if o.message else ""
+        yield f"{o.status:8} {what}  {' '.join(o.codes)}{tail}"
+    counts = ", ".join(f"{report.count(status)} {status}" for status in ("ok", "skipped", "refused", "failed"))
+    yield f"{counts} in {report.seconds:.1f} s"
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,186 @@
+"""Files of strangers: walking a tree, members of zips, telling formats by content.
+
+Reads bytes only; nothing is unpacked to disk and nothing executed. What a format means is read elsewhere.
+"""
+
+import hashlib
+import io
+import os
+import stat
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from app.prepare.codes import Refused
+
+MAX_MEMBERS = 100_000
+MAX_MEMBER_BYTES = 4 << 30
+MAX_ARCHIVE_BYTES = 64 << 30
+MAX_RATIO = 1000  # a constant DICOM slice deflates about 1000 times; bombs go far beyond, or past the sizes above
+SNIFF = 512
+
+
+class Ref(NamedTuple):
+    """One file, or one member of a zip."""
+
+    path: str
+    member: str = ""
+
+    @property
+    def name(self) -> str:
+        return os.path.basename(self.member or self.path)
+
+    @property
+    def folder(self) -> str:
+        return os.path.join(self.path, os.path.dirname(self.member)) if self.member else os.path.dirname(self.path)
+
+
+def walk(root: str | Path) -> Iterator[Ref | tuple[Ref, Refused]]:
+    """Every regular file below a path, in order, zips opened; what cannot be opened comes with its refusal."""
+    root = os.path.abspath(root)
+    if not os.path.isdir(root):
+        yield from _members_or_file(root)
+        return
+    seen = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
+        for name in sorted(files):
+            path = os.path.join(folder, name)
+            if not name.startswith(".") and _is_regular(path):
+                yield from _members_or_file(path)
+
+
+def _is_regular(path: str) -> bool:
+    """A pipe or a device would block for ever, a dangling link is nothing."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
+def _members_or_file(path: str) -> Iterator[Ref | tuple[Ref, Refused]]:
+    ref = Ref(path)
+    if not path.lower().endswith(".zip"):
+        yield ref
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [info for info in archive.infolist() if not info.is_dir()]
+            _check_members(members)
+    except Refused as refused:
+        yield ref, refused
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, UnicodeDecodeError):
+        yield ref, Refused("CORRUPT_FILE", "the zip cannot be read")
+    else:
+        hidden = ("__MACOSX", ".")
+        names = sorted({info.filename for info in members})
+        yield from (
+            Ref(path, name) for name in names if not any(part.startswith(hidden) for part in name.split("/"))
+        )
+
+
+def _check_members(members: list[zipfile.ZipInfo]) -> None:
+    if len(members) > MAX_MEMBERS:
+        raise Refused("UNSAFE_ARCHIVE", f"{len(members)} members, at most {MAX_MEMBERS} are allowed")
+    if sum(info.file_size for info in members) > MAX_ARCHIVE_BYTES:
+        raise Refused("UNSAFE_ARCHIVE", f"unpacks to more than {MAX_ARCHIVE_BYTES >> 30} GiB")
+    for number, info in enumerate(members):
+        parts = info.filename.replace("\\", "/").split("/")
+        if info.filename.startswith(("/", "\\")) or ".." in parts or ":" in parts[0]:
+            raise Refused("UNSAFE_ARCHIVE", f"member {number} has an absolute or climbing path")
+        mode = info.external_attr >> 16
+        if mode and stat.S_IFMT(mode) not in (0, stat.S_IFREG):
+            raise Refused("UNSAFE_ARCHIVE", f"member {number} is a link or a device")
+        if info.file_size > MAX_MEMBER_BYTES or info.file_size > MAX_RATIO * max(info.compress_size, 1024):
+            raise Refused("UNSAFE_ARCHIVE", f"member {number} unpacks to {info.file_size} bytes")
+        if info.flag_bits & 1:
+            raise Refused("CORRUPT_FILE", "the zip is encrypted")
+
+
+def open_ref(ref: Ref) -> io.BufferedIOBase:
+    """The file, or a member held in memory; a member longer than its entry says is refused."""
+    if not ref.member:
+        return open(ref.path, "rb")
+    return io.BytesIO(_read_member(ref))
+
+
+def _read_member(ref: Ref) -> bytes:
+    try:
+        with zipfile.ZipFile(ref.path) as archive:
+            info = archive.getinfo(ref.member)
+            _check_members([info])
+            with archive.open(info) as stream:
+                data = stream.read(info.file_size + 1)
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError, NotImplementedError) as error:
+        raise Refused("CORRUPT_FILE", "a member of the zip cannot be read") from error
+    if len(data) != info.file_size:
+        raise Refused("CORRUPT_FILE", "a member of the zip is not as long as its entry says")
+    return data
+
+
+def read_bytes(ref: Ref) -> bytes:
+    if ref.member:
+        return _read_member(ref)
+    with open(ref.path, "rb") as stream:
+        return stream.read()
+
+
+def hash_of(refs: list[Ref] | tuple[Ref, ...]) -> str:
+    """SHA-256 over the files' own SHA-256s, whatever their names and order."""
+    digests = sorted(_file_hash(ref) for ref in refs)
+    return digests[0].hex() if len(digests) == 1 else hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def _file_hash(ref: Ref) -> bytes:
+    if ref.member:
+        return hashlib.sha256(_read_member(ref)).digest()
+    digest = hashlib.sha256()
+    with open(ref.path, "rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.digest()
+
+
+def sniff(ref: Ref) -> str:
+    """dicom, nifti, nrrd, mha, empty or other: by content, the name only where content cannot tell."""
+    with open_ref(ref) as stream:
+        head = stream.read(SNIFF)
+    if not head:
+        return "empty"
+    if head[:2] == b"\x1f\x8b":
+        head = _gunzip_head(head)
+        return "nifti" if _is_nifti(head) or ref.name.lower().endswith((".nii.gz", ".hdr.gz")) else "other"
+    if head[128:132] == b"DICM" or head[:6] in (b"\x08\x00\x05\x00CS", b"\x08\x00\x08\x00CS", b"\x08\x00\x16\x00UI"):
+        return "dicom"
+    if head[:4] in (b"\x08\x00\x05\x00", b"\x08\x00\x08\x00", b"\x08\x00\x16\x00", b"\x08\x00\x00\x00", b"\x02\x00\x00\x00") and len(head) > 64:
+        return "dicom"  # implicit VR without a preamble, as old scanners wrote
+    if head[:4] == b"NRRD":
+        return "nrrd"
+    if head.lstrip()[:10] == b"ObjectType" or head.lstrip()[:5] == b"NDims":
+        return "mha"
+    if _is_nifti(head):
+        return "nifti"
+    name = ref.name.lower()
+    by_name = {".nii": "nifti", ".nii.gz": "nifti", ".nrrd": "nrrd", ".mha": "mha", ".mhd": "mha"}
+    return next((kind for end, kind in by_name.items() if name.endswith(end)), "other")
+
+
+def _gunzip_head(head: bytes) -> bytes:
+    try:
+        return zlib.decompressobj(31).decompress(head, SNIFF)
+    except zlib.error:
+        return b""
+
+
+def _is_nifti(head: bytes) -> bool:
+    size = head[:4]
+    if size in (b"\x5c\x01\x00\x00", b"\x00\x00\x01\x5c"):
+        return head[344:348] in (b"n+1\0", b"ni1\0")
+    return size in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c") and head[4:7] in (b"n+2", b"ni2")

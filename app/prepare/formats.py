@@ -1,0 +1,365 @@
+"""NIfTI, NRRD and MetaImage: header to shape and RAS affine, then voxels, both bounded by what the file really holds.
+
+Small readers of our own on purpose: the header is judged before a byte of data is read, nothing is allocated that the
+file cannot fill, and data files that a header names must lie beside it. Slope and intercept are honoured once.
+"""
+
+import bz2
+import math
+import os
+import re
+import zlib
+from typing import NamedTuple
+
+import nibabel as nib
+import numpy as np
+from jaxtyping import Float
+
+from app.prepare.codes import Finding, Refused, found
+from app.prepare.files import Ref, open_ref, read_bytes
+from app.prepare.gate import MIN_SLICES, SPACING_LIMITS
+
+MAX_VOXELS = 1 << 31
+HEADER_BYTES = 1 << 16
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+NRRD_TYPES = {
+    **dict.fromkeys(("signed char", "int8", "int8_t"), "i1"),
+    **dict.fromkeys(("uchar", "unsigned char", "uint8", "uint8_t"), "u1"),
+    **dict.fromkeys(("short", "short int", "signed short", "signed short int", "int16", "int16_t"), "i2"),
+    **dict.fromkeys(("ushort", "unsigned short", "unsigned short int", "uint16", "uint16_t"), "u2"),
+    **dict.fromkeys(("int", "signed int", "int32", "int32_t"), "i4"),
+    **dict.fromkeys(("uint", "unsigned int", "uint32", "uint32_t"), "u4"),
+    **dict.fromkeys(("longlong", "long long", "int64", "int64_t"), "i8"),
+    **dict.fromkeys(("ulonglong", "unsigned long long", "uint64", "uint64_t"), "u8"),
+    "float": "f4",
+    "double": "f8",
+}
+META_TYPES = {
+    "MET_CHAR": "i1",
+    "MET_UCHAR": "u1",
+    "MET_SHORT": "i2",
+    "MET_USHORT": "u2",
+    "MET_INT": "i4",
+    "MET_UINT": "u4",
+    "MET_LONG": "i4",
+    "MET_ULONG": "u4",
+    "MET_LONG_LONG": "i8",
+    "MET_ULONG_LONG": "u8",
+    "MET_FLOAT": "f4",
+    "MET_DOUBLE": "f8",
+}
+
+
+class VolumeFile(NamedTuple):
+    """A volume as its header describes it; the voxels wait in `data`."""
+
+    ref: Ref
+    data: Ref
+    shape: tuple[int, ...]
+    affine: Float[np.ndarray, "4 4"]  # index to RAS mm
+    dtype: str
+    offset: int
+    encoding: str  # raw, gzip (the data alone), gzipped (the whole file), bzip2, ascii
+    slope: float = 1.0
+    intercept: float = 0.0
+    findings: tuple[Finding, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"VolumeFile({self.shape}, {self.dtype})"
+
+
+def read_header(ref: Ref, kind: str) -> VolumeFile:
+    """Judges a file's header; raises Refused with the rule it breaks."""
+    try:
+        return {"nifti": _nifti, "nrrd": _nrrd, "mha": _mha}[kind](ref)
+    except Refused:
+        raise
+    except (ValueError, KeyError, IndexError, OverflowError, TypeError, OSError, EOFError, zlib.error) as error:
+        raise Refused("CORRUPT_FILE", f"the {kind} header cannot be read") from error
+
+
+def read_voxels(file: VolumeFile) -> np.ndarray:
+    """Voxels indexed [x, y, z], slope applied; raises Refused where the file holds fewer than its header says."""
+    dtype = np.dtype(file.dtype)
+    count = math.prod(file.shape)
+    try:
+        data = _data(file, count * dtype.itemsize)
+    except (zlib.error, OSError, EOFError, ValueError) as error:
+        raise Refused("CORRUPT_FILE", "the voxels cannot be read") from error
+    if file.encoding == "ascii":
+        values = _ascii(data, count, dtype)
+    else:
+        if len(data) < count * dtype.itemsize:
+            raise Refused("CORRUPT_FILE", f"{len(data)} bytes of voxels, the header wants {count * dtype.itemsize}")
+        values = np.frombuffer(data, dtype, count)
+    values = values.reshape(file.shape, order="F")
+    if values.dtype.byteorder == ">":
+        values = values.astype(values.dtype.newbyteorder("="))
+    if (file.slope, file.intercept) != (1.0, 0.0):
+        values = values.astype(np.float64) * file.slope + file.intercept
+        values = values.astype(np.float32)
+    return values
+
+
+def _data(file: VolumeFile, length: int) -> bytes | memoryview:
+    raw = read_bytes(file.data)
+    if file.encoding == "gzipped":
+        return memoryview(gunzip(raw, file.offset + length))[file.offset :]
+    raw = memoryview(raw)[file.offset if file.offset >= 0 else max(0, len(raw) - length) :]
+    if file.encoding == "gzip":
+        return gunzip(raw, length)
+    if file.encoding == "bzip2":
+        return bz2.BZ2Decompressor().decompress(bytes(raw), length)
+    return raw
+
+
+def gunzip(data: bytes | memoryview, limit: int) -> bytes:
+    """At most `limit` bytes out of gzip or zlib members one after the other: a bomb ends where the header ends."""
+    parts, size = [], 0
+    while len(data) and size < limit:
+        stream = zlib.decompressobj(47)
+        part = stream.decompress(data, limit - size)
+        parts.append(part)
+        size += len(part)
+        if not stream.eof:
+            break
+        data = stream.unused_data.lstrip(b"\0")
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _ascii(data: bytes | memoryview, count: int, dtype: np.dtype) -> np.ndarray:
+    words = bytes(data[: 32 * count]).split()
+    if len(words) < count:
+        raise Refused("CORRUPT_FILE", f"{len(words)} numbers, the header wants {count}")
+    try:
+        return np.array([float(word) for word in words[:count]]).astype(dtype)
+    except ValueError as error:
+        raise Refused("CORRUPT_FILE", "a voxel is no number") from error
+
+
+def _three(shape: list[int], affine: np.ndarray) -> tuple[int, int, int]:
+    """A shape of three axes that a scan can have, with a usable affine."""
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) > 3:
+        raise Refused("FOUR_D", f"{len(shape)} axes, {shape[3]} volumes")
+    if len(shape) < 3 or min(shape) == 1:
+        raise Refused("TOO_FEW_SLICES", f"a shape of {' x '.join(map(str, shape))}")
+    if min(shape) < 1 or math.prod(shape) > MAX_VOXELS:
+        raise Refused("EMPTY" if min(shape) == 0 else "CORRUPT_FILE", f"a shape of {' x '.join(map(str, shape))}")
+    if min(shape) < MIN_SLICES:
+        raise Refused("TOO_FEW_SLICES", f"{min(shape)} slices, at least {MIN_SLICES} are needed")
+    check_affine(affine)
+    return shape[0], shape[1], shape[2]
+
+
+def check_affine(affine: np.ndarray) -> None:
+    if not np.isfinite(affine).all() or np.abs(affine[:3, 3]).max() > 1e5:
+        raise Refused("NO_SPACING", "a geometry that is not finite")
+    steps = np.linalg.norm(affine[:3, :3], axis=0)
+    low, high = SPACING_LIMITS
+    if not ((steps >= low) & (steps <= high)).all():
+        raise Refused("NO_SPACING", f"voxels of {' x '.join(f'{s:.4g}' for s in steps)} mm")
+    if abs(np.linalg.det(affine[:3, :3] / steps)) < 0.2:
+        raise Refused("NO_SPACING", "axes that do not span a volume")
+
+
+# ---- NIfTI
+
+
+def _nifti(ref: Ref) -> VolumeFile:
+    with open_ref(ref) as stream:
+        head = stream.read(HEADER_BYTES)
+    gzipped = head[:2] == b"\x1f\x8b"
+    if gzipped:
+        head = zlib.decompressobj(31).decompress(head, 1024)
+    two = head[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")
+    kind = nib.Nifti2Header if two else nib.Nifti1Header
+    if len(head) < kind.template_dtype.itemsize:
+        raise Refused("CORRUPT_FILE" if head else "EMPTY", "the NIfTI header is cut short")
+    header = kind(head[: kind.template_dtype.itemsize], check=False)
+    magic = bytes(header["magic"].tobytes()[:3])
+    if magic not in (b"n+1", b"n+2", b"ni1", b"ni2"):
+        raise Refused("CORRUPT_FILE", "no NIfTI magic")
+    dims = [int(n) for n in header["dim"]]
+    if not 1 <= dims[0] <= 7:
+        raise Refused("CORRUPT_FILE", f"{dims[0]} dimensions")
+    dtype = _nifti_dtype(header)
+    affine, findings = _nifti_affine(header)
+    shape = _three(dims[1 : dims[0] + 1], affine)
+    data, offset = ref, int(header["vox_offset"])
+    if magic.startswith(b"ni"):
+        data = _beside(ref, re.sub(r"\.hdr(\.gz)?$", lambda m: ".img" + (m[1] or ""), ref.name, flags=re.I))
+    elif offset < kind.template_dtype.itemsize:
+        offset = kind.template_dtype.itemsize + 4
+    if not 0 <= offset <= 1 << 30:
+        raise Refused("CORRUPT_FILE", f"voxels at byte {offset}")
+    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
+    if slope == 0 or not (math.isfinite(slope) and math.isfinite(intercept)):
+        slope, intercept = 1.0, 0.0
+    encoding = "gzipped" if gzipped else "raw"
+    return VolumeFile(ref, data, shape, affine, dtype, offset, encoding, slope, intercept, tuple(findings))
+
+
+def _nifti_dtype(header: nib.Nifti1Header) -> str:
+    try:
+        dtype = header.get_data_dtype()
+    except nib.spatialimages.HeaderDataError as error:
+        raise Refused("CORRUPT_FILE", "an unknown voxel type") from error
+    if dtype.fields:
+        raise Refused("RGB", "colour voxels")
+    if dtype.kind not in "iuf" or dtype.itemsize > 8:
+        raise Refused("CORRUPT_FILE", "complex or unusual voxels are no CT")
+    return dtype.str
+
+
+def _nifti_affine(header: nib.Nifti1Header) -> tuple[np.ndarray, list[Finding]]:
+    """The sform where it is set, else the qform; both set and far apart is worth a warning."""
+    sform, qform = int(header["sform_code"]) > 0, int(header["qform_code"]) > 0
+    if not (sform or qform):
+        raise Refused("NO_SPACING", "neither sform nor qform is set: orientation unknown")
+    by_s = header.get_sform() if sform else None
+    try:
+        by_q = header.get_qform() if qform else None
+    except (ValueError, nib.spatialimages.HeaderDataError) as error:
+        if not sform:
+            raise Refused("NO_SPACING", "the qform is no rotation") from error
+        by_q = None
+    scale = {1: 1000.0, 3: 0.001}.get(int(header["xyzt_units"]) & 7, 1.0)  # metres and microns to mm
+    affine = np.diag([scale, scale, scale, 1.0]) @ np.asarray(by_q if by_s is None else by_s, np.float64)
+    if by_s is None:
+        return affine, [found("ORIENTATION_FROM_QFORM")]
+    if by_q is not None:
+        shape = [max(int(n), 1) for n in header["dim"][1:4]]
+        corners = np.array([[x, y, z, 1] for x in (0, shape[0]) for y in (0, shape[1]) for z in (0, shape[2])])
+        apart = np.abs(corners @ (by_s - by_q).T).max()
+        smallest = np.linalg.norm(by_s[:3, :3], axis=0).min()
+        if not apart <= 0.5 * smallest:
+            return affine, [found("SFORM_QFORM_DIFFER", f"by up to {apart:.2f} mm")]
+    return affine, []
+
+
+def _beside(ref: Ref, name: str) -> Ref:
+    """Another file in the same folder; a name that leads elsewhere is refused."""
+    name = name.strip()
+    if not name or name != os.path.basename(name.replace("\\", "/")) or name in (".", ".."):
+        raise Refused("CORRUPT_FILE", "the header names a data file that does not lie beside it")
+    if ref.member:
+        other = Ref(ref.path, os.path.join(os.path.dirname(ref.member), name))
+    else:
+        other = Ref(os.path.join(os.path.dirname(ref.path), name))
+        if not os.path.isfile(other.path):
+            raise Refused("CORRUPT_FILE", "the data file that the header names is missing")
+    return other
+
+
+# ---- NRRD
+
+
+def _nrrd(ref: Ref) -> VolumeFile:
+    with open_ref(ref) as stream:
+        head = stream.read(HEADER_BYTES)
+    match = re.search(rb"\r?\n\r?\n", head)
+    text = (head[: match.start()] if match else head).decode("latin-1")
+    fields = {}
+    for line in text.splitlines()[1:]:
+        if line.startswith("#") or ":=" in line or ":" not in line:
+            continue
+        name, value = line.split(":", 1)
+        fields[name.strip().lower()] = value.strip()
+    data_file = fields.get("data file", fields.get("datafile"))
+    if match is None and data_file is None:
+        raise Refused("CORRUPT_FILE", "the NRRD header has no end")
+    if fields["type"].lower() == "block" or fields["type"].lower() not in NRRD_TYPES:
+        raise Refused("CORRUPT_FILE", "an unknown voxel type")
+    sizes = [int(word) for word in fields["sizes"].split()]
+    if int(fields["dimension"]) != len(sizes):
+        raise Refused("CORRUPT_FILE", "dimension and sizes disagree")
+    _no_colours(fields, sizes)
+    affine = _nrrd_affine(fields)
+    shape = _three(sizes, affine)
+    encoding = {"raw": "raw", "gzip": "gzip", "gz": "gzip", "bzip2": "bzip2", "bz2": "bzip2"}
+    encoding |= dict.fromkeys(("ascii", "text", "txt"), "ascii")
+    if fields["encoding"].lower() not in encoding:
+        raise Refused("CORRUPT_FILE", "an unknown encoding")
+    offset = int(fields.get("byte skip", fields.get("byteskip", "0")))
+    if offset < -1 or int(fields.get("line skip", fields.get("lineskip", "0"))):
+        raise Refused("CORRUPT_FILE", "skipped lines are not read")
+    data = ref if data_file is None else _beside(ref, data_file)
+    offset = offset + match.end() if data is ref and offset >= 0 else offset
+    order = ">" if fields.get("endian", "little").lower() == "big" else "<"
+    dtype = order + NRRD_TYPES[fields["type"].lower()]
+    return VolumeFile(ref, data, shape, affine, dtype, offset, encoding[fields["encoding"].lower()])
+
+
+def _no_colours(fields: dict[str, str], sizes: list[int]) -> None:
+    kinds = fields.get("kinds", "").lower().split()
+    if len(sizes) > 3 and any("color" in kind for kind in kinds):
+        raise Refused("RGB", "colour voxels")
+    if len(sizes) > 3 and max(sizes[:1] + sizes[3:]) > 1:
+        raise Refused("FOUR_D", f"{len(sizes)} axes")
+
+
+def _nrrd_affine(fields: dict[str, str]) -> np.ndarray:
+    directions = re.findall(r"\(([^)]*)\)|none", fields.get("space directions", ""))
+    vectors = [[float(part) for part in text.split(",")] for text in directions if text]
+    if not vectors:
+        raise Refused("NO_SPACING", "no space directions: orientation unknown")
+    origin = [float(part) for part in fields.get("space origin", "(0,0,0)").strip("()").split(",")]
+    space = fields.get("space", "").lower()
+    letters = {"lps": "lps", "ras": "ras", "las": "las", "right-anterior-superior": "ras"}
+    letters |= {"left-posterior-superior": "lps", "left-anterior-superior": "las"}
+    if space not in letters:
+        raise Refused("NO_SPACING", "the space is not LPS, RAS or LAS: left and right unknown")
+    affine = np.eye(4)
+    affine[:3, :3] = np.array(vectors, np.float64).reshape(3, 3).T
+    affine[:3, 3] = origin
+    signs = [1.0 if got == want else -1.0 for got, want in zip(letters[space], "ras", strict=True)]
+    return np.diag([*signs, 1.0]) @ affine + 0.0
+
+
+# ---- MetaImage
+
+
+def _mha(ref: Ref) -> VolumeFile:
+    with open_ref(ref) as stream:
+        head = stream.read(HEADER_BYTES)
+    match = re.search(rb"(?m)^ElementDataFile\s*=\s*([^\r\n]*)\r?\n?", head)
+    if match is None:
+        raise Refused("CORRUPT_FILE", "the MetaImage header has no end")
+    lines = head[: match.start()].decode("latin-1").splitlines()
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition("=") for line in lines)}
+    sizes = [int(word) for word in fields["DimSize"].split()]
+    if int(fields["NDims"]) != len(sizes):
+        raise Refused("CORRUPT_FILE", "NDims and DimSize disagree")
+    if int(fields.get("ElementNumberOfChannels", "1")) != 1:
+        raise Refused("RGB", "several values a voxel")
+    affine = _mha_affine(fields, len(sizes))
+    shape = _three(sizes, affine)
+    if fields["ElementType"] not in META_TYPES:
+        raise Refused("CORRUPT_FILE", "an unknown voxel type")
+    if fields.get("BinaryData", "True").lower() != "true":
+        raise Refused("CORRUPT_FILE", "text voxels are not read")
+    big = fields.get("BinaryDataByteOrderMSB", fields.get("ElementByteOrderMSB", "False")).lower() == "true"
+    packed = fields.get("CompressedData", "False").lower() == "true"
+    name = match[1].decode("latin-1").strip()
+    data = ref if name.upper() == "LOCAL" else _beside(ref, name)
+    offset = match.end() if data is ref else int(fields.get("HeaderSize", "0"))
+    dtype = (">" if big else "<") + META_TYPES[fields["ElementType"]]
+    return VolumeFile(ref, data, shape, affine, dtype, offset, "gzip" if packed else "raw")
+
+
+def _mha_affine(fields: dict[str, str], dims: int) -> np.ndarray:
+    if dims < 3:
+        return np.eye(4)  # refused for its shape in a moment
+    spacing = fields.get("ElementSpacing", fields.get("ElementSize"))
+    if spacing is None:
+        raise Refused("NO_SPACING", "no ElementSpacing")
+    steps = np.array([float(word) for word in spacing.split()])[:3]
+    turn = next((fields[name] for name in ("TransformMatrix", "Rotation", "Orientation") if name in fields), None)
+    matrix = np.array([float(w) for w in turn.split()]).reshape(dims, dims)[:3, :3] if turn else np.eye(3)
+    origin = next((fields[name] for name in ("Offset", "Position", "Origin") if name in fields), "0 0 0")
+    affine = np.eye(4)
+    affine[:3, :3] = matrix.T * steps
+    affine[:3, 3] = [float(word) for word in origin.split()][:3]
+    return LPS_TO_RAS @ affine + 0.0

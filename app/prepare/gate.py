@@ -1,0 +1,350 @@
+"""The gate: which DICOM slices make which stacks, by their headers alone.
+
+Pure functions from header records to verdicts; no pixel is read here. What only pixels can tell (equal duplicates, values
+that are no HU) is left to `pixels` and `values`. Geometry is LPS, as in the headers, until a stack's affine, which is RAS.
+Rules and limits are the constants below; their codes are in `codes`.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from app.prepare.codes import Finding, Refused, found
+from app.prepare.headers import CT, ENHANCED_CT, SliceHeader
+
+MIN_SLICES = 5
+MAX_SIDE = 8192  # pixels a side
+SPACING_LIMITS = (0.01, 50.0)  # mm, in the plane and between slices
+SAME_PLACE = 0.01  # share of a step within which two slices lie at one position
+EVEN = 0.02  # share of a step (or of a mm) by which an even stack's slices may lie off
+GAP = 0.05  # share by which a step may differ from a multiple of the usual one to be a gap
+MAX_GAP = 64  # usual steps that may be missing in one place
+DRIFT = 0.05  # mm by which slices may lie off the line of a stack, in the plane
+DERIVED = {"SECONDARY", "MPR", "REFORMATTED", "MIP", "MINIP", "MNIP", "VRT", "PROJECTION IMAGE", "SCREEN SAVE"}
+STORAGE = "1.2.840.10008.5.1.4.1.1."
+SECONDARY_CAPTURE = STORAGE + "7"
+HU_TYPES = {"", "HU", "US"}
+NO_DECODER = {"1.2.840.10008.1.2.4.53", "1.2.840.10008.1.2.4.55"}
+LOSSY = {
+    "1.2.840.10008.1.2.4.50",
+    "1.2.840.10008.1.2.4.51",
+    "1.2.840.10008.1.2.4.81",
+    "1.2.840.10008.1.2.4.91",
+    "1.2.840.10008.1.2.4.203",
+}
+
+
+class Rules(NamedTuple):
+    """What the user allowed or asked for."""
+
+    allow_gaps: bool = False
+    assume_hu: bool = False
+    series: str | None = None
+
+
+class Stack(NamedTuple):
+    """Slices in order along their normal, and where index (column, row, slice) lies in RAS mm."""
+
+    slices: tuple[SliceHeader, ...]
+    positions: tuple[float, ...]  # along the stack, in steps of the affine, the first at 0
+    count: int  # slices of the volume: more than there are files where positions are not 0, 1, 2, ...
+    affine: Float[np.ndarray, "4 4"]
+    findings: tuple[Finding, ...]
+    duplicates: tuple[tuple[int, SliceHeader], ...] = ()  # (index of the slice kept, its double): pixels must be equal
+
+
+class Verdict(NamedTuple):
+    """What becomes of some slices: a stack to read, or a finding that says why not."""
+
+    slices: tuple[SliceHeader, ...]
+    stack: Stack | None = None
+    finding: Finding | None = None
+
+
+def judge(slices: Sequence[SliceHeader], rules: Rules = Rules()) -> list[Verdict]:
+    """Verdicts over the slices of one folder; every slice is in exactly one of them."""
+    verdicts: list[Verdict] = []
+    by_series: dict[tuple, list[SliceHeader]] = defaultdict(list)
+    for header in slices:
+        by_series[_series_key(header)].append(header)
+    for group in by_series.values():
+        verdicts += _judge_series(group, rules)
+    return verdicts
+
+
+def _series_key(header: SliceHeader) -> tuple:
+    """The series UID; without one, patient and geometry; multi-frame files stand alone."""
+    alone = header.ref if header.frames > 1 else None
+    if header.series:
+        return header.series, alone
+    return "", alone, header.patient, header.modality, *_geometry(header)
+
+
+def _judge_series(group: list[SliceHeader], rules: Rules) -> list[Verdict]:
+    if rules.series is not None and group[0].series != rules.series:
+        return [_refuse(group, Refused("NOT_CT", "not the series that --series asks for", skipped=True))]
+    good, verdicts = [], []
+    reasons: dict[tuple, list[SliceHeader]] = defaultdict(list)
+    for header in group:
+        reason = _reason(header, rules)
+        if reason is None:
+            good.append(header)
+        else:
+            reasons[(reason.code, reason.message, reason.skipped)].append(header)
+    for (code, message, skipped), members in reasons.items():
+        verdicts.append(_refuse(members, Refused(code, message, skipped=skipped)))
+    if not good:
+        return verdicts
+    split = _split(good)
+    if isinstance(split, Refused):
+        return [*verdicts, _refuse(good, split)]
+    for members in split:
+        try:
+            stack = build_stack(members, rules)
+        except Refused as refused:
+            if len(split) > 1 and refused.code == "TOO_FEW_SLICES":
+                refused = Refused("MIXED_GEOMETRY", f"{len(members)} of {len(good)} slices do not fit the others")
+            verdicts.append(_refuse(members, refused))
+            continue
+        extra = [found("SERIES_SPLIT", f"{len(split)} stacks")] if len(split) > 1 else []
+        extra += [] if good[0].series else [found("NO_SERIES_UID")]
+        verdicts.append(Verdict(tuple(members), stack._replace(findings=(*stack.findings, *extra))))
+    return verdicts
+
+
+def _refuse(members: Sequence[SliceHeader], refused: Refused) -> Verdict:
+    return Verdict(tuple(members), finding=refused.finding)
+
+
+def _reason(header: SliceHeader, rules: Rules) -> Refused | None:
+    """Why one slice cannot be part of a CT volume, from its own header."""
+    asked = rules.series is not None and header.series == rules.series
+    kinds = {part.strip().upper() for part in header.image_type}
+    if header.modality != "CT" and header.sop_class not in (CT, *ENHANCED_CT):
+        image = header.rows is not None and header.columns is not None
+        return Refused("NOT_CT", "no CT modality" if image else "a DICOM object without an image", skipped=not image)
+    if header.modality not in ("", "CT"):
+        return Refused("NOT_CT", "the modality is not CT")
+    if header.rows is None and header.columns is None:
+        return Refused("NOT_CT", "a DICOM object without an image", skipped=True)
+    if "LOCALIZER" in kinds or "SCOUT" in kinds:
+        return Refused("LOCALIZER", "the image type says localizer")
+    if (header.samples or 1) != 1 or header.photometric.startswith(("RGB", "YBR", "PALETTE")):
+        return Refused("RGB", f"{header.samples} samples a pixel")
+    if header.sop_class.startswith(SECONDARY_CAPTURE):
+        return Refused("NOT_CT", "a secondary capture", skipped=True)
+    if header.sop_class.startswith(STORAGE) and header.sop_class not in (CT, *ENHANCED_CT):
+        return Refused("NOT_CT", "not stored as a CT image")
+    if kinds & DERIVED and not asked:
+        return Refused("NOT_CT", "the image type says secondary, reformatted or projected")
+    if header.frames > 1 and not header.position:
+        code = "NO_SPACING" if header.sop_class in ENHANCED_CT else "MULTI_FRAME_UNSUPPORTED"
+        return Refused(code, f"{header.frames} frames without a position each")
+    if header.frames > 1 and header.sop_class == CT:
+        return Refused("MULTI_FRAME_UNSUPPORTED", f"{header.frames} frames in a classic CT file")
+    return _reason_of_pixels(header, rules) or _reason_of_geometry(header)
+
+
+def _reason_of_pixels(header: SliceHeader, rules: Rules) -> Refused | None:
+    sides = (header.rows or 0, header.columns or 0)
+    if min(sides) < 2 or max(sides) > MAX_SIDE:
+        return Refused("CORRUPT_FILE", f"a matrix of {sides[0]} x {sides[1]} pixels")
+    allocated, stored = header.bits_allocated, header.bits_stored
+    if allocated not in (8, 16, 32) or stored is None or not 1 <= stored <= allocated:
+        return Refused("CORRUPT_FILE", f"{stored} of {allocated} bits a pixel")
+    if header.syntax in NO_DECODER:
+        return Refused("DECODER_MISSING", f"transfer syntax {header.syntax}")
+    if rules.assume_hu:
+        return None
+    if stored <= 8:
+        return Refused("NOT_HU", f"{stored} bits a pixel")
+    if header.rescale_type.upper() not in HU_TYPES:
+        return Refused("NOT_HU", "the rescale type is not HU")
+    if header.slope is not None and not 1e-4 <= abs(header.slope) <= 1e3:
+        return Refused("NOT_HU", f"a rescale slope of {header.slope:g}")
+    return None
+
+
+def _reason_of_geometry(header: SliceHeader) -> Refused | None:
+    if header.spacing is None or header.position is None or header.orientation is None:
+        lacking = [name for name in ("spacing", "position", "orientation") if getattr(header, name) is None]
+        return Refused("NO_SPACING", f"no {' and no '.join(lacking)}")
+    low, high = SPACING_LIMITS
+    if not all(low <= step <= high for step in header.spacing):
+        return Refused("NO_SPACING", "an impossible pixel spacing")
+    row, column = np.reshape(header.orientation, (2, 3))
+    lengths = np.linalg.norm(row), np.linalg.norm(column)
+    if max(abs(lengths[0] - 1), abs(lengths[1] - 1), abs(row @ column)) > 1e-3:
+        return Refused("NO_SPACING", "an orientation that is not two perpendicular unit vectors")
+    if max(abs(part) for part in header.position) > 1e5:
+        return Refused("NO_SPACING", "a position farther than 100 m away")
+    return None
+
+
+def _geometry(header: SliceHeader) -> tuple:
+    rounded = tuple(round(part, 3) + 0.0 for part in header.orientation or ())
+    spacing = tuple(round(part, 4) for part in header.spacing or ())
+    return rounded, header.rows, header.columns, spacing
+
+
+def _split(good: list[SliceHeader]) -> list[list[SliceHeader]] | Refused:
+    """One series by geometry, then by kernel where positions repeat; refuses stacks that interlock."""
+    if len({header.stack for header in good}) > 1:
+        return Refused("MIXED_GEOMETRY", "several stacks in one multi-frame file")
+    groups: dict[tuple, list[SliceHeader]] = defaultdict(list)
+    for header in good:
+        groups[_geometry(header)].append(header)
+    extents = [(key[0], *_extent(members)) for key, members in groups.items()]
+    for number, (orientation, low, high) in enumerate(extents):
+        for other, other_low, other_high in extents[:number]:
+            if orientation == other and low <= other_high and other_low <= high:
+                return Refused("MIXED_GEOMETRY", "slices of different matrix or pixel spacing interlock")
+    return [part for members in groups.values() for part in _by_kernel(members)]
+
+
+def _extent(members: list[SliceHeader]) -> tuple[float, float]:
+    along = _along(members)
+    return float(along.min()), float(along.max())
+
+
+def _by_kernel(members: list[SliceHeader]) -> list[list[SliceHeader]]:
+    """Two reconstructions under one UID part where every kernel covers every position."""
+    kernels: dict[str, list[SliceHeader]] = defaultdict(list)
+    for header in members:
+        kernels[header.kernel].append(header)
+    places = {tuple(sorted(round(t, 2) for t in _along(part))) for part in kernels.values()}
+    return list(kernels.values()) if len(kernels) > 1 and len(places) == 1 else [members]
+
+
+def _along(members: Sequence[SliceHeader]) -> np.ndarray:
+    return np.array([header.position for header in members]) @ _normal(members[0])
+
+
+def _normal(header: SliceHeader) -> np.ndarray:
+    row, column = np.reshape(header.orientation, (2, 3))
+    normal = np.cross(row, column)
+    return normal / np.linalg.norm(normal)
+
+
+# ---- one stack
+
+
+def build_stack(members: Sequence[SliceHeader], rules: Rules) -> Stack:
+    """Slices of one geometry to a stack; raises Refused with the rule they break."""
+    times = _time_points(members)
+    if times > 1:
+        raise Refused("FOUR_D", f"every position occurs {times} times, in different acquisitions")
+    members, duplicates = _drop_duplicates(members)
+    if len(members) < MIN_SLICES:
+        raise Refused("TOO_FEW_SLICES", f"{len(members)} slices, at least {MIN_SLICES} are needed")
+    findings = [found("DUPLICATES_DROPPED", f"{len(duplicates)} slices")] if duplicates else []
+    along = _along(members)
+    step, places, spacing_findings = _spacing(along, rules)
+    shear, tilt_findings = _shear(members, along)
+    first = members[0]
+    findings += [*spacing_findings, *tilt_findings, *_warnings(members, step, rules)]
+    row, column = np.reshape(first.orientation, (2, 3))
+    lps = np.eye(4)
+    lps[:3, 0] = row * first.spacing[1]
+    lps[:3, 1] = column * first.spacing[0]
+    lps[:3, 2] = (_normal(first) + shear) * step
+    lps[:3, 3] = first.position
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps
+    count = round(places[-1]) + 1 if len(spacing_findings) else len(members)
+    return Stack(tuple(members), tuple(float(p) for p in places), count, affine + 0.0, tuple(findings), duplicates)
+
+
+def _time_points(members: Sequence[SliceHeader]) -> int:
+    """How often every position occurs, each time in another acquisition; 1 where that is not so."""
+    places: dict[float, list] = defaultdict(list)
+    for header, t in zip(members, _along(members), strict=True):
+        places[round(float(t), 2)].append((header.acquisition, header.temporal))
+    counts = {len(times) for times in places.values()}
+    apart = all(len(set(times)) == len(times) for times in places.values())
+    return counts.pop() if len(counts) == 1 and apart else 1
+
+
+def _drop_duplicates(
+    members: Sequence[SliceHeader],
+) -> tuple[list[SliceHeader], tuple[tuple[int, SliceHeader], ...]]:
+    """Slices in order of position, the doubles apart, each with the index of the slice that is kept."""
+    along = _along(members)
+    order = sorted(range(len(members)), key=lambda i: (along[i], members[i].ref, members[i].frame))
+    steps = np.diff(along[order])
+    usual = float(np.median(steps[steps > 1e-3])) if (steps > 1e-3).any() else 1.0
+    kept, doubles = [members[order[0]]], []
+    for before, now in zip(order, order[1:], strict=False):
+        if along[now] - along[before] <= max(1e-3, SAME_PLACE * usual):
+            doubles.append((len(kept) - 1, members[now]))
+        else:
+            kept.append(members[now])
+    return kept, tuple(doubles)
+
+
+def _spacing(along: np.ndarray, rules: Rules) -> tuple[float, np.ndarray, list[Finding]]:
+    """Step of the volume, each slice's place in those steps, and what was found about the steps."""
+    steps = np.diff(along)
+    usual = usual_step(steps)
+    low, high = SPACING_LIMITS
+    if not low <= usual <= high:
+        raise Refused("NO_SPACING", f"an impossible step of {usual:g} mm between slices")
+    ratios = steps / usual
+    multiples = np.rint(ratios)
+    gaps = (multiples >= 2) & (np.abs(ratios - multiples) <= GAP * multiples)
+    missing = int((multiples[gaps] - 1).sum())
+    if gaps.any() and not rules.allow_gaps:
+        raise Refused("MISSING_SLICES", f"{missing} slices missing in {int(gaps.sum())} places")
+    if ratios.max() > MAX_GAP:
+        raise Refused("MISSING_SLICES", f"a gap of {ratios.max():.0f} steps")
+    findings = [found("GAPS_INTERPOLATED", f"{missing} slices in {int(gaps.sum())} places")] if gaps.any() else []
+    tolerance = EVEN * max(usual, 1.0)
+    places = np.concatenate([[0.0], np.cumsum(np.where(gaps, multiples, 1.0))])
+    fit = np.polyfit(places, along - along[0], 1)
+    if np.abs(np.polyval(fit, places) - (along - along[0])).max() <= tolerance:
+        return float((along[-1] - along[0]) / places[-1]), places, findings
+    step = max(float(steps.min()), float(along[-1] - along[0]) / (4 * len(along)))
+    step = float(along[-1] - along[0]) / round((along[-1] - along[0]) / step)
+    findings.append(found("UNEVEN_SPACING_RESAMPLED", f"steps from {steps.min():.3f} to {steps.max():.3f} mm"))
+    return step, (along - along[0]) / step, findings
+
+
+def usual_step(steps: np.ndarray) -> float:
+    """The step that most others agree with (within 5 %), the smallest of equals; their mean."""
+    near = np.abs(steps[None, :] - steps[:, None]) <= GAP * steps[:, None]
+    votes = near.sum(1)
+    best = min(np.flatnonzero(votes == votes.max()), key=lambda i: steps[i])
+    return float(steps[near[best]].mean())
+
+
+def _shear(members: Sequence[SliceHeader], along: np.ndarray) -> tuple[np.ndarray, list[Finding]]:
+    """Sideways drift a mm of height (LPS), as a tilted gantry leaves it; raises where slices lie off any line."""
+    positions = np.array([header.position for header in members])
+    height = along - along[0]
+    sideways = positions - positions[0] - height[:, None] * _normal(members[0])
+    shear = (height @ sideways) / (height @ height)
+    limit = max(DRIFT, 0.1 * min(members[0].spacing))
+    if np.abs(sideways - height[:, None] * shear).max() > limit:
+        raise Refused("MIXED_GEOMETRY", "slices do not lie on one line")
+    if np.linalg.norm(shear) * height[-1] <= limit:
+        return np.zeros(3), []
+    angle = np.degrees(np.arctan(np.linalg.norm(shear)))
+    if angle > 60:
+        raise Refused("MIXED_GEOMETRY", f"slices run {angle:.0f} degrees off their normal")
+    return shear, [found("TILT_CORRECTED", f"{angle:.2f} degrees")]
+
+
+def _warnings(members: Sequence[SliceHeader], step: float, rules: Rules) -> list[Finding]:
+    first, findings = members[0], []
+    if first.thickness and first.thickness > step * 1.01:
+        findings.append(found("OVERLAPPING_SLICES", f"{first.thickness:g} mm thick, {step:g} mm apart"))
+    if any(header.lossy or header.syntax in LOSSY for header in members):
+        findings.append(found("LOSSY_COMPRESSION"))
+    odd = [h for h in members if _reason_of_pixels(h, rules._replace(assume_hu=False))]
+    if rules.assume_hu and odd:
+        findings.append(found("ASSUMED_HU", "the header says otherwise"))
+    return findings
+
+

@@ -1,0 +1,242 @@
+"""DICOM headers as plain records: the allowed fields of one slice or frame, checked for type, nothing else kept.
+
+The allow-list is `TAGS`. A field that is missing, malformed or not finite reads as None; the gate decides what follows.
+Patient identity is kept only to be hashed (`patient`), and never shown.
+"""
+
+import logging
+import math
+import warnings
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pydicom
+from pydicom.dataset import Dataset
+
+from app.prepare.codes import Refused
+from app.prepare.files import Ref, open_ref
+
+TAGS = [
+    "SOPClassUID",
+    "Modality",
+    "ImageType",
+    "StudyInstanceUID",
+    "SeriesInstanceUID",
+    "PatientID",
+    "Rows",
+    "Columns",
+    "PixelSpacing",
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
+    "RescaleSlope",
+    "RescaleIntercept",
+    "RescaleType",
+    "BitsAllocated",
+    "BitsStored",
+    "HighBit",
+    "PixelRepresentation",
+    "SamplesPerPixel",
+    "PhotometricInterpretation",
+    "PixelPaddingValue",
+    "PixelPaddingRangeLimit",
+    "SliceThickness",
+    "AcquisitionNumber",
+    "ConvolutionKernel",
+    "TemporalPositionIdentifier",
+    "LossyImageCompression",
+    "NumberOfFrames",
+    "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
+    "ReferencedSeriesSequence",
+]
+CT = "1.2.840.10008.5.1.4.1.1.2"
+ENHANCED_CT = ("1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")
+SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
+MAX_FRAMES = 20_000
+
+
+class SliceHeader(NamedTuple):
+    """One slice or one frame, as its header says."""
+
+    ref: Ref
+    frame: int = 0
+    frames: int = 1
+    sop_class: str = ""
+    modality: str = ""
+    image_type: tuple[str, ...] = ()
+    study: str = ""
+    series: str = ""
+    patient: str = ""
+    rows: int | None = None
+    columns: int | None = None
+    spacing: tuple[float, ...] | None = None  # between rows, between columns: y then x
+    position: tuple[float, ...] | None = None  # LPS mm of the first pixel's centre
+    orientation: tuple[float, ...] | None = None
+    slope: float | None = None
+    intercept: float | None = None
+    rescale_type: str = ""
+    bits_allocated: int | None = None
+    bits_stored: int | None = None
+    signed: bool = False
+    samples: int | None = None
+    photometric: str = ""
+    padding: tuple[float, float] | None = None  # lowest and highest stored value that means no measurement
+    thickness: float | None = None
+    acquisition: str = ""
+    kernel: str = ""
+    temporal: str = ""
+    stack: str = ""
+    referenced_series: str = ""
+    lossy: bool = False
+    syntax: str = ""
+    pixel_offset: int = 0  # of the pixel data element in the file; 0 where there is none
+
+    def __repr__(self) -> str:
+        return f"SliceHeader(frame {self.frame} of {self.frames})"
+
+
+@contextmanager
+def quiet():
+    """No warning of a library may print a header value."""
+    logger = logging.getLogger("pydicom")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def read_headers(ref: Ref) -> list[SliceHeader]:
+    """The slices or frames that a DICOM file holds, without their pixels."""
+    with quiet():
+        try:
+            with open_ref(ref) as stream:
+                ds = pydicom.dcmread(stream, stop_before_pixels=True, force=True, specific_tags=list(TAGS))
+                offset = stream.tell()
+            first = _header(ref, ds, offset)
+            if first.sop_class in ENHANCED_CT and "PerFrameFunctionalGroupsSequence" in ds:
+                return _frames(first, ds)
+        except Refused:
+            raise
+        except Exception as error:  # pydicom raises nearly anything on damaged files
+            raise Refused("CORRUPT_FILE", "the DICOM header cannot be read") from error
+    return [first]
+
+
+def _header(ref: Ref, ds: Dataset, offset: int) -> SliceHeader:
+    meta = getattr(ds, "file_meta", {})
+    return SliceHeader(
+        ref=ref,
+        frames=_whole(ds, "NumberOfFrames") or 1,
+        sop_class=_text(ds, "SOPClassUID") or str(meta.get("MediaStorageSOPClassUID", "")),
+        modality=_text(ds, "Modality"),
+        image_type=tuple(_text(ds, "ImageType").split("\\")),
+        study=_text(ds, "StudyInstanceUID"),
+        series=_text(ds, "SeriesInstanceUID"),
+        patient=_text(ds, "PatientID"),
+        rows=_whole(ds, "Rows"),
+        columns=_whole(ds, "Columns"),
+        spacing=_numbers(ds, "PixelSpacing", 2),
+        position=_numbers(ds, "ImagePositionPatient", 3),
+        orientation=_numbers(ds, "ImageOrientationPatient", 6),
+        slope=_number(ds, "RescaleSlope"),
+        intercept=_number(ds, "RescaleIntercept"),
+        rescale_type=_text(ds, "RescaleType"),
+        bits_allocated=_whole(ds, "BitsAllocated"),
+        bits_stored=_whole(ds, "BitsStored"),
+        signed=_whole(ds, "PixelRepresentation") == 1,
+        samples=_whole(ds, "SamplesPerPixel"),
+        photometric=_text(ds, "PhotometricInterpretation"),
+        padding=_padding(ds),
+        thickness=_number(ds, "SliceThickness"),
+        acquisition=_text(ds, "AcquisitionNumber"),
+        kernel=_text(ds, "ConvolutionKernel"),
+        temporal=_text(ds, "TemporalPositionIdentifier"),
+        referenced_series=_text(_item(ds, "ReferencedSeriesSequence"), "SeriesInstanceUID"),
+        lossy=_text(ds, "LossyImageCompression") == "01",
+        syntax=str(meta.get("TransferSyntaxUID", "1.2.840.10008.1.2")),
+        pixel_offset=offset,
+    )
+
+
+def _frames(first: SliceHeader, ds: Dataset) -> list[SliceHeader]:
+    """Frames of an Enhanced CT file: what is per frame wins over what is shared."""
+    shared = _item(ds, "SharedFunctionalGroupsSequence")
+    per_frame = ds.PerFrameFunctionalGroupsSequence
+    if len(per_frame) != first.frames or first.frames > MAX_FRAMES:
+        raise Refused("CORRUPT_FILE", f"{first.frames} frames but {len(per_frame)} functional groups")
+    out = []
+    for number, own in enumerate(per_frame):
+
+        def group(name: str, own: Dataset = own) -> Dataset:
+            return _item(own, name) if name in own else _item(shared, name)
+
+        measures, values = group("PixelMeasuresSequence"), group("PixelValueTransformationSequence")
+        content, kind = group("FrameContentSequence"), _text(group("CTImageFrameTypeSequence"), "FrameType")
+        out.append(
+            first._replace(
+                frame=number,
+                image_type=tuple(kind.split("\\")) if kind else first.image_type,
+                spacing=_numbers(measures, "PixelSpacing", 2),
+                thickness=_number(measures, "SliceThickness"),
+                position=_numbers(group("PlanePositionSequence"), "ImagePositionPatient", 3),
+                orientation=_numbers(group("PlaneOrientationSequence"), "ImageOrientationPatient", 6),
+                slope=_number(values, "RescaleSlope"),
+                intercept=_number(values, "RescaleIntercept"),
+                rescale_type=_text(values, "RescaleType"),
+                stack=_text(content, "StackID"),
+                temporal=_text(content, "TemporalPositionIndex"),
+            )
+        )
+    return out
+
+
+def _item(ds: Dataset, name: str) -> Dataset:
+    sequence = ds.get(name)
+    return sequence[0] if sequence else Dataset()
+
+
+def _value(ds: Dataset, name: str) -> Any:
+    try:
+        return ds.get(name)
+    except Exception:  # a value that its VR forbids: as good as missing
+        return None
+
+
+def _text(ds: Dataset, name: str) -> str:
+    value = _value(ds, name)
+    if value is None:
+        return ""
+    if not isinstance(value, str | int | float) and hasattr(value, "__iter__"):
+        return "\\".join(str(part) for part in value)
+    return str(value).strip()
+
+
+def _numbers(ds: Dataset, name: str, count: int) -> tuple[float, ...] | None:
+    value = _value(ds, name)
+    parts = [] if value is None else [value] if isinstance(value, str | int | float) else list(value)
+    try:
+        numbers = tuple(float(part) for part in parts)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return numbers if len(numbers) == count and all(math.isfinite(number) for number in numbers) else None
+
+
+def _number(ds: Dataset, name: str) -> float | None:
+    numbers = _numbers(ds, name, 1)
+    return numbers[0] if numbers else None
+
+
+def _whole(ds: Dataset, name: str) -> int | None:
+    number = _number(ds, name)
+    return int(number) if number is not None and number == int(number) else None
+
+
+def _padding(ds: Dataset) -> tuple[float, float] | None:
+    value, limit = _number(ds, "PixelPaddingValue"), _number(ds, "PixelPaddingRangeLimit")
+    if value is None:
+        return None
+    return min(value, limit if limit is not None else value), max(value, limit if limit is not None else value)

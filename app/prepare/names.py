@@ -1,0 +1,103 @@
+"""Names that give nobody away: keyed hashes for datasets, cases and patients, and the table back to the sources.
+
+The key and the table lie beside OUT, never in it, readable by their owner alone.
+"""
+
+import csv
+import hashlib
+import hmac
+import os
+import re
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+
+from app.prepare.labels import safe_name
+from app.prepare.survey import Item
+
+COLLECTIONS = re.compile(r"^(images?(tr|ts|va)?|cts?|scans?|volumes?|nifti|dicom|data|train|valid|val|test|raw)$", re.I)
+
+
+def read_key(out: Path, key_file: str | None) -> bytes:
+    """The user's key, else the one beside OUT, made once."""
+    if key_file is not None:
+        return Path(key_file).read_bytes().strip()
+    path = beside(out, "key")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = path.with_name(f".{path.name}.{os.getpid()}")
+        _write_private(made, secrets.token_hex(32) + "\n")
+        try:
+            os.link(made, path)  # fails where another run was first: its key counts
+        except FileExistsError:
+            pass
+        finally:
+            made.unlink()
+    return path.read_bytes().strip()
+
+
+def beside(out: Path, what: str) -> Path:
+    return out.with_name(f"{out.name}.{what}")
+
+
+def _write_private(path: Path, text: str) -> None:
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as stream:
+        stream.write(text)
+
+
+def write_sources(out: Path, rows: Iterable[tuple[str, str, str]]) -> Path:
+    """The table (dataset, case, source); what an earlier run wrote of other cases stays."""
+    path = beside(out, "sources.csv")
+    table = {}
+    if path.exists():
+        with open(path, newline="", encoding="utf-8") as stream:
+            table = {tuple(row[:2]): row[2] for row in csv.reader(stream) if len(row) == 3 and row[0] != "dataset"}
+    table |= {(dataset, case): source for dataset, case, source in rows}
+    made = path.with_name(f".{path.name}.{os.getpid()}")
+    _write_private(made, "")
+    with open(made, "w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(["dataset", "case", "source"])
+        writer.writerows([*key, source] for key, source in sorted(table.items()))
+    made.replace(path)
+    return path
+
+
+def hashed(key: bytes, *parts: str) -> str:
+    text = "\0".join(parts).encode("utf-8", "surrogateescape")
+    return hmac.new(key, text, hashlib.sha256).hexdigest()[:16]
+
+
+def dataset_of(item: Item, whole: bool) -> str:
+    """First folder level of an item's source; the surveyed folder itself where it holds scans directly."""
+    return "." if whole or os.sep not in item.source else item.source.split(os.sep)[0]
+
+
+def one_dataset(items: Iterable[Item], root: str) -> bool:
+    """Whether scans lie directly in the surveyed path, which makes all of it one dataset."""
+    folders = {item.refs[0].folder for item in items if item.plan is not None}
+    return root in folders or any(os.path.dirname(folder) == root and os.path.isfile(folder) for folder in folders) or (
+        os.path.isfile(root)
+    )
+
+
+def patient_of(item: Item, key: bytes, folders: set[str]) -> str:
+    """Hash of who it is: DICOM's patient, CT-RATE's file names, one folder a patient, else the file itself."""
+    if item.patient:
+        return hashed(key, "patient", item.patient)
+    parts = item.source.split(os.sep)
+    rate = re.fullmatch(r"((?:train|valid)_\d+)_[a-z]+_\d+\.nii\.gz", parts[-1])
+    if rate:
+        return hashed(key, "patient", rate[1])
+    if len(parts) > 2 and len(folders) > 1 and not COLLECTIONS.match(parts[1]):
+        return hashed(key, "patient folder", *parts[:2])
+    return hashed(key, "patient of", item.source)
+
+
+def case_name(item: Item, number: int, key: bytes, *, keep_names: bool) -> str:
+    """A case's id: a hash of where it lies and which series it is; `number` tells stacks of one series apart."""
+    if keep_names:
+        stem = re.sub(r"(\.nii)?(\.gz)?$|\.(nrrd|nhdr|mha|mhd|nii|hdr|dcm|zip)$", "", item.source.split(os.sep, 1)[-1])
+        return safe_name(stem) + (f"_{number}" if number else "")
+    return hashed(key, "case", item.source, item.series, str(number))

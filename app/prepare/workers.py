@@ -1,0 +1,154 @@
+"""Many jobs through one function: in this process, in worker processes, or on a Dask cluster; one code path for all.
+
+A worker that dies takes no other job with it: what was under way is tried again with fewer workers, at last alone.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+J = TypeVar("J")
+R = TypeVar("R")
+
+
+def free_memory() -> int:
+    """Bytes that can be had now, the container's limit counted."""
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    info = Path("/proc/meminfo")
+    if info.is_file():
+        rows = dict(line.split(":", 1) for line in info.read_text().splitlines())
+        free = int(rows["MemAvailable"].split()[0]) << 10
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
+        free = min(free, max(0, int(limit.read_text()) - int(used.read_text())))
+    return free
+
+
+def worker_count(asked: int, bytes_each: int, jobs: int) -> int:
+    """As many as asked, if cores, memory and jobs allow; says so where they do not."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    fit = max(1, int(0.8 * free_memory() / bytes_each))
+    count = max(1, min(asked, cores, fit, jobs))
+    if count < min(asked, jobs):
+        why = f"{fit} fit into memory at {bytes_each / 2**30:.1f} GiB each" if fit <= cores else f"{cores} cores"
+        sys.stderr.write(f"{count} workers instead of {asked}: {why}\n")
+    return count
+
+
+def run_jobs(
+    work: Callable[[J], R],
+    jobs: Sequence[J],
+    *,
+    failed: Callable[[J], R],
+    workers: int,
+    cluster: str | None = None,
+) -> list[R]:
+    """The result of every job, in no order; `failed` speaks for a job whose worker died with it each time."""
+    with _progress(len(jobs)) as step:
+        if cluster is not None:
+            return _on_cluster(work, jobs, failed=failed, address=cluster, step=step)
+        if workers == 1 or len(jobs) < 2:
+            return [step(work(job)) for job in jobs]
+        return _in_processes(work, jobs, failed=failed, workers=workers, step=step)
+
+
+def _in_processes(
+    work: Callable[[J], R], jobs: Sequence[J], *, failed: Callable[[J], R], workers: int, step: Callable[[R], R]
+) -> list[R]:
+    results: list[R] = []
+    left = list(jobs)
+    while left:
+        with _pool(workers) as pool:
+            # alone, the job that kills its worker is known: it is the first one not done
+            batch = left if workers > 1 else left[:1]
+            done = _collect(pool, work, batch, step, results)
+        broken = len(done) < len(batch)
+        left = [job for number, job in enumerate(left) if number not in done]
+        if broken and workers == 1:
+            results.append(step(failed(left.pop(0))))
+        elif broken:
+            workers = workers // 2
+    return results
+
+
+def _collect(pool: Executor, work: Callable, batch: Sequence, step: Callable, results: list) -> set[int]:
+    futures: dict[Future, int] = {}
+    done = set()
+    try:
+        futures = {pool.submit(work, job): number for number, job in enumerate(batch)}
+        for future in as_completed(futures):
+            results.append(step(future.result()))
+            done.add(futures[future])
+    except BrokenProcessPool:
+        for future, number in futures.items():
+            if number not in done and future.done() and not future.cancelled() and future.exception() is None:
+                results.append(step(future.result()))
+                done.add(number)
+    return done
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    kind = "forkserver" if sys.platform != "win32" else "spawn"
+    context = get_context(kind)
+    if kind == "forkserver":
+        context.set_forkserver_preload(["app.prepare.cohort"])
+    return ProcessPoolExecutor(workers, context, initializer=_one_thread)
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _on_cluster(
+    work: Callable[[J], R], jobs: Sequence[J], *, failed: Callable[[J], R], address: str, step: Callable[[R], R]
+) -> list[R]:
+    """Dask moves the jobs of a lost worker to the others by itself."""
+    from distributed import Client, as_completed
+    from distributed.scheduler import KilledWorker
+
+    results = []
+    with Client(address, set_as_default=False) as client:
+        futures = {client.submit(work, job, pure=False): job for job in jobs}
+        for future in as_completed(list(futures)):
+            try:
+                results.append(step(future.result()))
+            except KilledWorker:
+                results.append(step(failed(futures[future])))
+    return results
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[Any], Any]]:
+    """A bar with rate and time left on a terminal; nothing elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal or total == 0:
+        yield lambda result: result
+        return
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]} a minute"),
+        TimeRemainingColumn(),
+    ]
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("cases", total=total, rate="-")
+
+        def step(result: Any) -> Any:
+            bar.advance(task)
+            speed = bar.tasks[0].speed
+            bar.update(task, rate=f"{60 * speed:.0f}" if speed else "-")
+            return result
+
+        yield step

@@ -1,0 +1,472 @@
+"""A mixed cohort through `prepare` and `check`: layout, report, ids, labels, text, resumption, dead workers, both formats."""
+
+import csv
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from app import prepared
+from app.prepare import cohort, names, options
+from app.prepare.check import check
+from app.prepare.workers import run_jobs, worker_count
+from tests import scans
+
+SMALL = cohort.Settings(size=24, spacing=6.0)
+AFFINE = scans.centred((3.0, 3.0, 4.0), (36, 32, 28))
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def raw_cohort(root: Path, count: int = 3) -> Path:
+    for number in range(count):
+        affine = AFFINE.copy()
+        affine[:3, 3] += number
+        scans.write_nifti(root / "hospital" / f"scan{number}.nii.gz", affine, scans.sample(affine, (36, 32, 28)))
+    scans.write_series(root / "clinic" / "one", scans.series())
+    return root
+
+
+def report(raw, out, settings=SMALL, **request):
+    return cohort.prepare(raw, out, settings, cohort.Request(workers=1, **request))
+
+
+def by_source(result) -> dict[str, cohort.Outcome]:
+    return {o.source: o for o in result.outcomes}
+
+
+def test_layout_and_sidecar_are_the_contract(tmp_path):
+    result = report(raw_cohort(tmp_path / "raw"), tmp_path / "out", SMALL._replace(keep_names=True))
+    assert (result.count("ok"), result.exit_status) == (4, 0)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["clinic", "hospital"]
+    folder = tmp_path / "out" / "hospital" / "processed" / "scan1"
+    assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()) == [
+        "case.json",
+        "ct_normalized_24.npy",
+        "windows/bone_w1500_l300.npy",
+        "windows/brain_w80_l35.npy",
+        "windows/lung_w1500_l-600.npy",
+        "windows/soft_tissue_w400_l50.npy",
+    ]
+    hu = np.load(folder / "ct_normalized_24.npy")
+    assert hu.dtype == np.int16 and hu.shape == (24, 24, 24)
+    bone = np.load(folder / "windows" / "bone_w1500_l300.npy")
+    assert bone.dtype == np.uint8
+    np.testing.assert_array_equal(bone, np.rint(np.clip((hu - (300.0 - 750)) / 1500, 0, 1) * 255))
+    side = json.loads((folder / "case.json").read_text())
+    assert side["codes"] == ["OK"] and side["source_shape"] == [36, 32, 28] and side["spacing"] == [6, 6, 6]
+    middle = np.array(side["affine"]) @ [11.5, 11.5, 11.5, 1]
+    np.testing.assert_allclose(middle[:3], (1, 1, 1), atol=1e-4)
+    with open(tmp_path / "out" / "hospital" / "metadata.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["case_id"] for row in rows] == ["scan0", "scan1", "scan2"]
+    assert {row["status"] for row in rows} == {"ok"} and {row["split"] for row in rows} <= {"train", "val"}
+    failures = (tmp_path / "out" / "hospital" / "failures.csv").read_text().splitlines()
+    assert len(failures) == 1
+    config = json.loads((tmp_path / "out" / "hospital" / "dataset_config.json").read_text())
+    assert config["size"] == 24 and config["windows"]["lung"] == [1500, -600]
+
+
+def test_command_line_reports_refusals_in_one_json_object(tmp_path):
+    raw = raw_cohort(tmp_path / "raw", 1)
+    scans.write_nifti(raw / "hospital" / "mr.nii", AFFINE, np.abs(scans.sample(AFFINE, (36, 32, 28))))
+    (raw / "hospital" / "notes.txt").write_text("text")
+    command = [sys.executable, "-m", "app", "prepare", str(raw), str(tmp_path / "out"), "--size", "24", "--spacing", "6"]
+    done = subprocess.run([*command, "--json", "--workers", "2"], capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stderr
+    told = json.loads(done.stdout)
+    assert {k: told[k] for k in ("ok", "skipped", "refused", "failed")} == {"ok": 2, "skipped": 1, "refused": 1, "failed": 0}
+    assert set(told["cases"][0]) == {
+        "case", "dataset", "source", "status", "codes", "message", "shape", "spacing", "hu_range",
+    }  # fmt: skip
+    refused = next(c for c in told["cases"] if c["status"] == "refused")
+    assert refused["source"] == "hospital/mr.nii" and refused["codes"] == ["NOT_HU"] and refused["shape"] is None
+    ok = next(c for c in told["cases"] if c["source"] == "clinic/one")
+    assert ok["codes"] == ["OK"] and ok["shape"] == [24, 24, 24] and ok["spacing"] == [6, 6, 6]
+    wrong = subprocess.run([*command, "--windows", "no_such"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2 and "no_such" in wrong.stderr and "Traceback" not in wrong.stderr
+    assert len(wrong.stderr.strip().splitlines()) == 1
+    missing = [*command[:4], str(tmp_path / "nowhere"), str(tmp_path / "out2"), "--json"]
+    wrong = subprocess.run(missing, capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2 and "error" in json.loads(wrong.stdout)
+
+
+def test_nothing_but_text_is_no_cases(tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "a.txt").write_text("x")
+    result = report(tmp_path / "raw", tmp_path / "out")
+    assert result.exit_status == 3 and result.outcomes[0].codes == ("NO_CASES",)
+
+
+def test_same_input_and_key_give_the_same_bytes_and_a_rerun_does_nothing(tmp_path):
+    raw = raw_cohort(tmp_path / "raw", 2)
+    (tmp_path / "key").write_text("a key")
+    report(raw, tmp_path / "one", key_file=str(tmp_path / "key"))
+    report(raw, tmp_path / "two", key_file=str(tmp_path / "key"))
+    one = tree(tmp_path / "one")
+    assert one == tree(tmp_path / "two")
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "one").glob("*/processed/*/*.npy")}
+    assert len(times) == 3
+    again = report(raw, tmp_path / "one", key_file=str(tmp_path / "key"))
+    assert again.count("ok") == 3 and {p: p.stat().st_mtime_ns for p in times} == times
+    report(raw, tmp_path / "one", key_file=str(tmp_path / "key"), overwrite=True)
+    assert {p: p.stat().st_mtime_ns for p in times} != times and tree(tmp_path / "one") == one
+    report(raw, tmp_path / "three", key_file=None)
+    assert set(tree(tmp_path / "three")) != set(one)
+
+
+def test_a_changed_source_is_made_again_and_other_settings_are_refused(tmp_path):
+    raw = raw_cohort(tmp_path / "raw", 2)
+    report(raw, tmp_path / "out")
+    before = tree(tmp_path / "out")
+    changed = scans.sample(AFFINE, (36, 32, 28)) + np.int16(7)
+    scans.write_nifti(raw / "hospital" / "scan1.nii.gz", AFFINE, changed)
+    report(raw, tmp_path / "out")
+    after = tree(tmp_path / "out")
+    assert set(after) == set(before)
+    assert sum(after[k] != before[k] for k in after if k.endswith("case.json")) == 1
+    with pytest.raises(ValueError, match="another size"):
+        report(raw, tmp_path / "out", SMALL._replace(size=32))
+
+
+@pytest.mark.parametrize("where", ["raw/out", "."])
+def test_raw_and_out_must_lie_apart(tmp_path, where):
+    raw_cohort(tmp_path / "raw", 1)
+    with pytest.raises(ValueError, match="RAW and OUT"):
+        report(tmp_path / "raw", tmp_path / where)
+
+
+def test_ids_are_keyed_hashes_and_the_table_is_its_owners(tmp_path):
+    result = report(raw_cohort(tmp_path / "raw"), tmp_path / "out")
+    table = names.beside(tmp_path / "out", "sources.csv")
+    key = names.beside(tmp_path / "out", "key")
+    for path in (table, key):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    with open(table, newline="") as stream:
+        rows = {(r["dataset"], r["case"]): r["source"] for r in csv.DictReader(stream)}
+    assert rows == {(o.dataset, o.case): o.source for o in result.outcomes}
+    assert all(len(o.case) == 16 and int(o.case, 16) for o in result.outcomes)
+
+
+# ---- labels
+
+
+def test_labels_come_along_on_the_same_grid(tmp_path):
+    raw = tmp_path / "raw"
+    scans.nifti_scan(raw / "ds" / "ct.nii.gz")
+    labels = np.zeros((36, 32, 28), np.uint8)
+    labels[10:20, 8:20, 5:15] = 3
+    labels[22:30, 8:20, 5:15] = 9
+    scans.write_nifti(raw / "ds" / "ct_seg.nii.gz", AFFINE, labels)
+    scans.write_nifti(raw / "ds" / "segmentations" / "kidney_left.nii.gz", AFFINE, np.zeros_like(labels))
+    coarse = scans.centred((6.0, 6.0, 8.0), (18, 16, 14), np.diag([-1.0, -1.0, 1.0]))
+    scans.write_nifti(raw / "ds" / "segmentations" / "liver.nii.gz", coarse, np.ones((18, 16, 14), np.uint8))
+    away = AFFINE.copy()
+    away[:3, 3] += 900
+    scans.write_nifti(raw / "ds" / "masks" / "spleen.nii.gz", away, labels)
+    (tmp_path / "map.json").write_text(json.dumps({"*": {"3": "heart"}, "ds": {"9": "aorta"}}))
+    organs = options.read_organs(str(tmp_path / "map.json"))
+    result = report(raw, tmp_path / "out", organs=organs)
+    assert by_source(result)["ds/masks/spleen.nii.gz"].codes == ("LABEL_GRID_MISMATCH",)
+    assert by_source(result)["ds/ct_seg.nii.gz"].status == "skipped"
+    (case,) = prepared.find_cases(tmp_path / "out")
+    assert case.sidecar["organs"].keys() == {"aorta", "heart", "kidney_left", "liver"}
+    assert case.sidecar["organs"]["kidney_left"] == 0 and not case.organ("kidney_left").any()
+    index = np.argwhere(case.organ("heart"))
+    points = index @ case.affine[:3, :3].T + case.affine[:3, 3]
+    at = np.rint((points - AFFINE[:3, 3]) / np.diag(AFFINE)[:3]).astype(int)
+    assert (labels[tuple(at.T)] == 3).all()
+    assert abs(len(index) * 6**3 - 10 * 12 * 10 * 36) < 0.15 * 10 * 12 * 10 * 36
+    assert case.organ("liver").sum() == pytest.approx(18 * 16 * 14 * 6 * 6 * 8 / 6**3, rel=0.15)
+
+
+def test_dicom_segmentations_come_along_and_rtstruct_is_skipped(tmp_path):
+    folder = scans.write_series(tmp_path / "raw" / "ds" / "ct", scans.series())
+    seg = scans.dicom_slice(np.zeros((32, 36), np.uint16), (0, 0, 0), SOPClassUID="1.2.840.10008.5.1.4.1.1.66.4")
+    seg.Modality, seg.SeriesInstanceUID, seg.NumberOfFrames = "SEG", "1.2.3.77", 4
+    seg.BitsAllocated = seg.BitsStored = 8
+    seg.HighBit, seg.SegmentationType, seg.MaximumFractionalValue = 7, "FRACTIONAL", 255
+    for name in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "RescaleSlope", "RescaleIntercept"):
+        delattr(seg, name)
+    frames = np.zeros((4, 32, 36), np.uint8)
+    frames[:, 10:22, 6:18] = 255
+    seg.PixelData = frames.tobytes()
+    reference, segment, shared = scans.Dataset(), scans.Dataset(), scans.Dataset()
+    reference.SeriesInstanceUID = "1.2.3.4"
+    segment.SegmentNumber, segment.SegmentLabel = 1, "Liver"
+    measures, turn = scans.Dataset(), scans.Dataset()
+    measures.PixelSpacing, measures.SliceThickness = [3.0, 3.0], 4.0
+    turn.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [turn]
+    seg.ReferencedSeriesSequence, seg.SegmentSequence = [reference], [segment]
+    seg.SharedFunctionalGroupsSequence, groups = [shared], []
+    slices = scans.series()
+    for k in (9, 6, 7, 8):
+        own, place, which = scans.Dataset(), scans.Dataset(), scans.Dataset()
+        place.ImagePositionPatient = slices[k].ImagePositionPatient
+        which.ReferencedSegmentNumber = 1
+        own.PlanePositionSequence, own.SegmentIdentificationSequence = [place], [which]
+        groups.append(own)
+    seg.PerFrameFunctionalGroupsSequence = groups
+    scans.save(seg, folder.parent / "seg.dcm")
+    struct = scans.dicom_slice(np.zeros((4, 4), np.uint16), (0, 0, 0), SOPClassUID="1.2.840.10008.5.1.4.1.1.481.3")
+    for name in ("Rows", "Columns", "PixelData"):
+        delattr(struct, name)
+    struct.Modality = "RTSTRUCT"
+    scans.save(struct, folder.parent / "rs.dcm")
+    result = report(tmp_path / "raw", tmp_path / "out")
+    assert {o.status for s, o in by_source(result).items() if s.endswith(".dcm")} == {"skipped"}
+    assert result.exit_status == 0
+    (case,) = prepared.find_cases(tmp_path / "out")
+    points = np.argwhere(case.organ("liver")) @ case.affine[:3, :3].T + case.affine[:3, 3]
+    corner = np.array(slices[6].ImagePositionPatient, float) * [-1, -1, 1]
+    low, high = corner - [17.5 * 3, 21.5 * 3, 2], corner + [-5.5 * 3, -9.5 * 3, 14]
+    assert len(points) == pytest.approx(12 * 3 * 12 * 3 * 16 / 6**3, rel=0.2)
+    assert (points >= low - 1e-6).all() and (points <= high + 1e-6).all()
+
+
+# ---- formats, text, split, check
+
+
+def test_zarr_holds_the_same_volume_and_gives_the_same_windows(tmp_path):
+    raw = raw_cohort(tmp_path / "raw", 1)
+    report(raw, tmp_path / "npy", key_file=None)
+    report(raw, tmp_path / "zarr", SMALL._replace(file_format="zarr"), key_file=str(names.beside(tmp_path / "npy", "key")))
+    cases = zip(prepared.find_cases(tmp_path / "npy"), prepared.find_cases(tmp_path / "zarr"), strict=True)
+    for plain, packed in cases:
+        assert plain.case_id == packed.case_id and not list(packed.path.rglob("*.npy"))
+        np.testing.assert_array_equal(plain.hu(), packed.hu())
+        for name in plain.window_names():
+            np.testing.assert_array_equal(plain.window(name), packed.window(name))
+        np.testing.assert_array_equal(packed.hu_crop((3, 5, 7), (8, 9, 10)), plain.hu()[3:11, 5:14, 7:17])
+        np.testing.assert_array_equal(plain.hu_crop((3, 5, 7), (8, 9, 10)), plain.hu()[3:11, 5:14, 7:17])
+
+
+def test_text_and_split_are_joined_to_cases(tmp_path):
+    raw = raw_cohort(tmp_path / "raw")
+    (tmp_path / "text.csv").write_text(
+        "VolumeName,Findings_EN,PatientName\nscan0.nii.gz,No nodule.,Jane\nscan2.nii.gz,A nodule.,Jane\nscan9.nii.gz,x,Jane\n"
+    )
+    (tmp_path / "split.csv").write_text("image,split\nscan0.nii.gz,val\nhospital/scan1.nii.gz,train\nP1,val\n")
+    split = options.read_split(str(tmp_path / "split.csv"))
+    result = report(raw, tmp_path / "out", text=str(tmp_path / "text.csv"), split=split)
+    ids = {o.case: o.source for o in result.outcomes}
+    (file,) = (tmp_path / "out").glob("*/text.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(ids[r.pop("case_id")], r) for r in rows] == [
+        ("hospital/scan0.nii.gz", {"findings": "No nodule."}),
+        ("hospital/scan2.nii.gz", {"findings": "A nodule."}),
+    ]
+    sides = {ids[c.case_id]: c.split for c in prepared.find_cases(tmp_path / "out")}
+    assert sides["hospital/scan0.nii.gz"] == "val" and sides["hospital/scan1.nii.gz"] == "train"
+    assert sides["clinic/one"] == "val"
+
+
+def test_one_patient_is_on_one_side(tmp_path):
+    for number in range(6):
+        patient = f"P{number % 2}"
+        scans.write_series(tmp_path / "raw" / "ds" / f"s{number}", scans.series(PatientID=patient, SeriesInstanceUID=f"1.{number}"))
+    report(tmp_path / "raw", tmp_path / "out")
+    cases = prepared.find_cases(tmp_path / "out")
+    assert len({c.patient for c in cases}) == 2 and len(cases) == 6
+
+
+def test_check_tells_what_is_wrong(tmp_path):
+    raw = raw_cohort(tmp_path / "raw", 2)
+    report(raw, tmp_path / "out", SMALL._replace(keep_names=True), split={"scan0.nii.gz": "val"})
+    good = check(tmp_path / "out")
+    assert good.problems == () and good.exit_status == 0
+    assert [row["shape"] for row in good.rows] == [[24, 24, 24]] * 3
+    assert all(row["points"] > 100 and 0 < row["foreground"] < 1 for row in good.rows)
+    folder = tmp_path / "out" / "hospital"
+    (folder / "processed" / "scan0" / "ct_normalized_24.npy").write_bytes(b"broken")
+    for file in (folder / "processed" / "scan1" / "windows").glob("*.npy"):
+        np.save(file, np.zeros((3, 3, 3), np.uint8))
+    text = (folder / "metadata.csv").read_text().splitlines()
+    same = [",".join([*line.split(",")[:1], "same", *line.split(",")[2:]]) for line in text[1:]]
+    (folder / "metadata.csv").write_text("\n".join([text[0], *same]) + "\n")
+    bad = check(tmp_path / "out")
+    assert {p.code for p in bad.problems} == {"UNREADABLE", "SPLIT_LEAKAGE"} and bad.exit_status == 3
+    assert next(p for p in bad.problems if p.code == "UNREADABLE").cases == ("scan0", "scan1")
+    few = check(tmp_path / "out", min_points=10**6)
+    assert "UNDER_MIN_POINTS" in {p.code for p in few.problems}
+
+
+def test_check_reads_a_manifest(tmp_path):
+    scans.nifti_scan(tmp_path / "a.nii")
+    (tmp_path / "m.csv").write_text(
+        "image,report,split,patient,nodule\na.nii,Clear.,train,p1,0\na.nii,Clear.,train,p1,0\nb.nii,Not given.,val,p1,1\n"
+    )
+    found = check(tmp_path / "m.csv")
+    assert {k: found.summary[k] for k in ("num_rows", "matched", "missing", "duplicated", "empty")} == {
+        "num_rows": 3, "matched": 2, "missing": 1, "duplicated": 1, "empty": 1,
+    }  # fmt: skip
+    assert {p.code for p in found.problems} == {"SCANS_MISSING", "DUPLICATED", "EMPTY_TEXT", "SPLIT_LEAKAGE"}
+    assert found.summary["labels"] == {"nodule": 1}
+    with pytest.raises(ValueError, match="column"):
+        (tmp_path / "w.csv").write_text("x,y\n1,2\n")
+        check(tmp_path / "w.csv")
+
+
+def test_preview_is_a_picture_a_case(tmp_path):
+    report(raw_cohort(tmp_path / "raw", 1), tmp_path / "out", preview=True)
+    pictures = sorted((tmp_path / "out").glob("*/previews/*.png"))
+    assert [p.stem for p in pictures] == sorted(c.case_id for c in prepared.find_cases(tmp_path / "out")) or len(pictures) == 2
+    assert all(p.read_bytes().startswith(b"\x89PNG") and p.stat().st_size > 10_000 for p in pictures)
+
+
+# ---- privacy
+
+SECRETS = ("Mustermann", "ErikaXQ", "PID778899", "19630517", "NotesOfDrWho")
+
+
+def test_no_name_id_date_or_free_text_reaches_the_output_or_the_log(tmp_path):
+    raw = tmp_path / "raw" / "Mustermann_ErikaXQ" / "19630517"
+    planted = {
+        "PatientName": "Mustermann^ErikaXQ",
+        "PatientID": "PID778899",
+        "PatientBirthDate": "19630517",
+        "StudyDate": "19630517",
+        "StudyDescription": "NotesOfDrWho",
+        "SeriesDescription": "NotesOfDrWho",
+        "ImageComments": "NotesOfDrWho for Mustermann",
+        "AccessionNumber": "PID778899",
+        "ConvolutionKernel": "NotesOfDrWho",
+    }
+    scans.write_series(raw / "good", scans.series(**planted))
+    scans.write_series(raw / "gap", scans.series(**planted, SeriesInstanceUID="1.9")[::7])
+    scans.write_series(raw / "odd", scans.series(**planted, RescaleType="PID778899"[:16], SeriesInstanceUID="1.8"))
+    broken = scans.series(**planted, SeriesInstanceUID="1.7")
+    for number, ds in enumerate(broken):
+        path = scans.save(ds, raw / "bad" / f"Mustermann{number}")
+        path.write_bytes(path.read_bytes()[:-100])
+    image = nib.Nifti1Image(scans.sample(AFFINE, (36, 32, 28)), AFFINE)
+    image.header["descrip"] = b"Mustermann ErikaXQ 19630517"
+    nib.save(image, raw / "PID778899.nii.gz")
+    scans.write_nifti(raw / "PID778899_seg.nii.gz", AFFINE, (scans.sample(AFFINE, (36, 32, 28)) > 0).astype(np.uint8))
+    scans.write_nifti(raw / "masks" / "Mustermann.nii.gz", AFFINE, np.ones((36, 32, 28), np.uint8))
+    data = scans.sample(AFFINE, (36, 32, 28))
+    scans.write_nrrd(raw / "ErikaXQ.nrrd", AFFINE, data, content="Mustermann")
+    (raw / "NotesOfDrWho.txt").write_text("Mustermann")
+    command = [sys.executable, "-m", "app", "prepare", str(tmp_path / "raw"), str(tmp_path / "out"), "--preview"]
+    done = subprocess.run(
+        [*command, "--size", "24", "--spacing", "6", "--workers", "2"], capture_output=True, check=False
+    )
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.count(b"\nok ") + done.stdout.startswith(b"ok ") == 3
+    everything = {"the log": done.stdout + done.stderr}
+    for path in (tmp_path / "out").rglob("*"):
+        everything[f"name of {path.name}"] = str(path.relative_to(tmp_path / "out")).encode()
+        if path.suffix == ".npz":
+            with np.load(path) as stored:
+                everything[path.name] = str({k: stored[k].tolist() for k in stored.files}).encode()
+        elif path.is_file():
+            everything[path.name] = path.read_bytes()
+    for place, data in everything.items():
+        for secret in SECRETS:
+            assert secret.lower().encode() not in data.lower(), f"{secret} in {place}"
+    table = names.beside(tmp_path / "out", "sources.csv").read_text()
+    assert "Mustermann" in table  # the way back exists, beside OUT
+
+
+# ---- interrupted, crowded and spread runs
+
+
+def _slow_start(raw, out, key):
+    command = [sys.executable, "-m", "app", "prepare", str(raw), str(out), "--key-file", str(key)]
+    return subprocess.Popen(
+        [*command, "--size", "64", "--spacing", "3", "--workers", "2"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def kill_and_resume(tmp_path, *, kills: int) -> int:
+    """Runs a cohort, killing it `kills` times at random instants; the number of kills that met a half-done OUT."""
+    raw, key = raw_cohort(tmp_path / "raw", 8), tmp_path / "key"
+    key.write_text("k")
+    settings = cohort.Settings(size=64, spacing=3.0)
+    cohort.prepare(raw, tmp_path / "whole", settings, cohort.Request(key_file=str(key), workers=1))
+    whole, rng, met = tree(tmp_path / "whole"), np.random.default_rng(3), 0
+    out = tmp_path / "out"
+    for _ in range(kills):
+        process = _slow_start(raw, out, key)
+        start = time.time()
+        while not out.exists() and process.poll() is None and time.time() - start < 60:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 1.2))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        seen = prepared.find_cases(out) if list(out.glob("*/processed/[!.]*")) else []
+        for case in seen:  # whatever is visible is whole
+            assert (case.path / "case.json").is_file() and case.hu().shape == (64, 64, 64)
+            assert len(list((case.path / "windows").iterdir())) == 4
+        met += len(seen) < 9
+        if met and rng.random() < 0.3:
+            cohort.prepare(raw, out, settings, cohort.Request(key_file=str(key), workers=1))
+            assert tree(out) == whole
+            for path in sorted(out.rglob("*"), reverse=True):
+                path.unlink() if path.is_file() else path.rmdir()
+            out.rmdir()
+    cohort.prepare(raw, out, settings, cohort.Request(key_file=str(key), workers=1))
+    assert tree(out) == whole
+    return met
+
+
+def test_killed_runs_end_with_the_same_bytes(tmp_path):
+    assert kill_and_resume(tmp_path, kills=2) >= 1
+
+
+@pytest.mark.slow
+def test_fifty_killed_runs_end_with_the_same_bytes(tmp_path):
+    assert kill_and_resume(tmp_path, kills=50) >= 25
+
+
+def _die_on_three(job: int) -> int:
+    if job == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return job * job
+
+
+def test_a_worker_that_dies_takes_no_other_case_with_it():
+    results = run_jobs(_die_on_three, list(range(6)), failed=lambda job: -job, workers=2)
+    assert sorted(results) == [-3, 0, 1, 4, 16, 25]
+
+
+def test_workers_fit_cores_memory_and_jobs(capsys):
+    assert worker_count(8, 1 << 20, 1) == 1
+    assert worker_count(8, 1 << 60, 8) == 1
+    assert "memory" in capsys.readouterr().err
+    assert worker_count(1, 1 << 20, 8) == 1 and capsys.readouterr().err == ""
+
+
+def test_a_cluster_makes_the_same_bytes_though_a_worker_is_killed(tmp_path):
+    distributed = pytest.importorskip("distributed")
+    raw, key = raw_cohort(tmp_path / "raw", 6), tmp_path / "key"
+    key.write_text("k")
+    report(raw, tmp_path / "alone", key_file=str(key))
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=50
+    ) as cluster:
+        with distributed.Client(cluster) as client:
+            pids = client.run(os.getpid)
+            victim = sorted(pids.values())[0]
+        import threading
+
+        threading.Timer(0.5, os.kill, (victim, signal.SIGKILL)).start()
+        result = cohort.prepare(
+            raw, tmp_path / "out", SMALL, cohort.Request(key_file=str(key), cluster=cluster.scheduler_address)
+        )
+    assert result.count("ok") == 7
+    assert tree(tmp_path / "out") == tree(tmp_path / "alone")
