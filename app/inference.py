@@ -6,7 +6,7 @@ and give what they print; a mistake of the user ends them in one line, an input 
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from monai.transforms import Compose
+from rich.console import Console
+from rich.progress import track
 from scipy import ndimage
 
 from app import checkpoints, data, prepared, scans
 from app.preflight import fail
 from app.scans import Scan, Volume
-from app.token_files import LATENT_TO_VOXEL, CTTokens, read_tokens, write_tokens
+from app.token_files import CTTokens, latent_to_voxel, read_tokens, write_tokens
 from app.training import choose_device
 from networks.presets import Preset
 from networks.sparse import SparseTensor
@@ -80,7 +82,7 @@ class CTTokenizer:
             codes=tokens.codes.cpu().numpy(),
             coords=tokens.coords[:, 1:].cpu().numpy(),
             latent_shape=tokens.latent_shape,
-            affine=affine @ LATENT_TO_VOXEL,
+            affine=affine @ latent_to_voxel(),
             source_shape=scan.source_shape,
             source_affine=scan.source_affine,
             features=self.sizes.features,
@@ -170,7 +172,7 @@ def tokenize(
         fail("NO_SOURCE", f"{source} does not exist", "give a scan, a prepared case or a prepared dataset")
     made = _loaded(tokenizer)
     entries = []
-    for name, open_it in _cases_in(source, made.sizes.windows, series):
+    for name, open_it in _progress(list(_cases_in(source, made.sizes.windows, series)), "tokenize"):
         path = out if out.suffix == ".npz" else out / f"{name}.npz"
         if out.suffix == ".npz" and entries:
             fail("MANY_SCANS", f"{source} holds several scans, {out} is one file", "give a folder as OUT")
@@ -193,18 +195,15 @@ def _cases_in(source: Path, windows: tuple[str, ...], series: str | None) -> Ite
     if scans.is_case(source):
         yield source.name, lambda: scans.open_scan(source, windows)
     elif source.is_dir() and prepared.find_datasets(source):
+        if series is not None:
+            fail("BAD_VALUE", f"{source} is prepared, so --series names nothing", "leave it out")
         cases = prepared.find_cases(source)
         several = len({case.dataset for case in cases}) > 1
         for case in cases:
             name = f"{case.dataset}/{case.case_id}" if several else case.case_id
             yield name, lambda case=case: scans.open_scan(case, windows)
     else:
-        try:
-            found = scans.open_raw(source, series=series)
-        except ValueError as error:
-            fail("REFUSED", str(error), "see what `python -m app prepare` says about it", status=3)
-        for scan in found:
-            yield scan.name, lambda scan=scan: scan
+        yield from scans.raw_scans(source, series=series)
 
 
 def reconstruct(
@@ -230,7 +229,7 @@ def reconstruct(
         fail("BAD_LIKE", str(error), "give a scan that can be read", status=3)
     made = _loaded(tokenizer)
     entries = []
-    for file in files:
+    for file in _progress(files, "reconstruct"):
         name = file.relative_to(source).with_suffix("").as_posix() if source.is_dir() else file.stem
         path = out if single else out / f"{name}.nii.gz"
         if path.exists() and not overwrite:
@@ -247,6 +246,12 @@ def reconstruct(
         write_nifti(path, volume if grid is None else onto_grid(volume, *grid))
         entries.append({"case": name, "status": "ok", "image": str(path), "forced_children": decoded.forced})
     return _summary(entries)
+
+
+def _progress(items: Sequence[Any], what: str) -> Iterable[Any]:
+    """The items, with a bar on standard error where that is a terminal."""
+    console = Console(stderr=True)
+    return track(items, what, console=console, transient=True, disable=not console.is_terminal or len(items) < 2)
 
 
 def _loaded(path: str | Path | None) -> CTTokenizer:

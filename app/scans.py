@@ -4,7 +4,7 @@ Raw scans go through the gate of `app.prepare` and onto its default grid, so tha
 it was prepared before or not. Knows no network.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +13,6 @@ import numpy as np
 from jaxtyping import Float, Num
 
 from app import prepared
-
-PREPARED_SIZE, PREPARED_SPACING = 512, 1.0  # the defaults of `prepare`
 
 
 class Volume(NamedTuple):
@@ -48,10 +46,10 @@ def open_scan(scan: Any, windows: Sequence[str]) -> Scan:
     if isinstance(scan, str | Path):
         path = Path(scan)
         if not is_case(path):
-            found = open_raw(path)
+            found = raw_scans(path)
             if len(found) > 1:
                 raise ValueError(f"{path} holds {len(found)} scans: tokenize the folder, or name one with --series")
-            return found[0]
+            return found[0][1]()
         scan = prepared.open_case(path)
     if isinstance(scan, prepared.PreparedCase):
         return _open_case(scan, windows)
@@ -76,23 +74,33 @@ def _open_case(case: prepared.PreparedCase, windows: Sequence[str]) -> Scan:
     )
 
 
-def open_raw(path: Path, *, series: str | None = None) -> list[Scan]:
-    """Every good scan of a file, zip or folder; named by content, since file names may tell who was scanned."""
+def raw_scans(path: Path, *, series: str | None = None) -> list[tuple[str, Callable[[], Scan]]]:
+    """Name and opener of every good scan of a file, zip or folder.
+
+    Names come from the content: those of files and folders may tell who was scanned.
+    """
     from app.prepare import read_scan
 
     if not path.exists():
         raise ValueError(f"{path} does not exist")
-    scans = []
+    found = []
     for raw in read_scan(path, series=series):
-        volume = onto_prepared_grid(Volume(raw.hu, raw.affine))
-        scans.append(Scan(raw.source_hash[:16], volume, _sizes(raw.hu.shape), np.asarray(raw.affine, np.float64)))
-    return scans
+        name = raw.source_hash[:16]
+
+        def opened(name: str = name, raw: Any = raw) -> Scan:
+            on_grid = onto_prepared_grid(Volume(raw.hu, raw.affine))
+            return Scan(name, on_grid, _sizes(raw.hu.shape), np.asarray(raw.affine, np.float64))
+
+        found.append((name, opened))
+    return found
 
 
 def onto_prepared_grid(volume: Volume) -> Volume:
+    """On the grid that `prepare` gives by default."""
     from app.prepare import normalise
+    from app.prepare.cohort import Settings
 
-    made = normalise(volume, PREPARED_SIZE, PREPARED_SPACING)
+    made = normalise(volume, Settings().size, Settings().spacing)
     return Volume(made.hu, made.affine)
 
 
@@ -119,10 +127,12 @@ def grid_of(path: Path) -> tuple[tuple[int, int, int], Float[np.ndarray, "4 4"]]
         if len(shape) > 3 and max(shape[3:]) > 1:
             raise ValueError(f"{path.name} has shape {shape}, a scan has three axes")
         return _sizes(shape[:3]), np.asarray(header.affine, np.float64)
-    scans = open_raw(path)
-    if len(scans) > 1:
-        raise ValueError(f"{path} holds {len(scans)} scans, --like needs one")
-    return scans[0].source_shape, scans[0].source_affine
+    from app.prepare import read_scan
+
+    volumes = read_scan(path)
+    if len(volumes) > 1:
+        raise ValueError(f"{path} holds {len(volumes)} scans, --like needs one")
+    return _sizes(volumes[0].hu.shape), np.asarray(volumes[0].affine, np.float64)
 
 
 def _sizes(shape: Sequence[int]) -> tuple[int, int, int]:

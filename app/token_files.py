@@ -28,10 +28,6 @@ UNREADABLE = (  # what zipfile, zlib and numpy raise on bytes that are no archiv
     *(zipfile.BadZipFile, zlib.error),
 )
 
-# the middle of latent i is that of voxels 8 i to 8 i + 7
-LATENT_TO_VOXEL = np.array([[8.0, 0, 0, 3.5], [0, 8.0, 0, 3.5], [0, 0, 8.0, 3.5], [0, 0, 0, 1.0]])
-LATENT_TO_VOXEL.flags.writeable = False
-
 
 @dataclass(frozen=True, kw_only=True)
 class CTTokens:
@@ -57,7 +53,14 @@ class CTTokens:
     @property
     def grid_affine(self) -> Float[np.ndarray, "4 4"]:
         """Voxel index of the tokenizer's grid to RAS mm."""
-        return self.affine @ np.linalg.inv(LATENT_TO_VOXEL)
+        return self.affine @ np.linalg.inv(latent_to_voxel())
+
+
+def latent_to_voxel() -> Float[np.ndarray, "4 4"]:
+    """The middle of latent i is that of voxels 8 i to 8 i + 7."""
+    matrix = np.diag([8.0, 8.0, 8.0, 1.0])
+    matrix[:3, 3] = 3.5
+    return matrix
 
 
 def write_tokens(path: str | Path, tokens: CTTokens) -> None:

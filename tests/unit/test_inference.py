@@ -9,6 +9,7 @@ import torch
 
 from app import checkpoints, data, prepared
 from app.inference import CTTokenizer, onto_grid, reconstruct, tokenize
+from app.prepare import Refused, cohort
 from app.scans import Volume
 from app.token_files import read_tokens, write_tokens
 from app.training import to_sparse
@@ -156,6 +157,38 @@ def test_like_puts_it_on_that_scans_own_grid(output_dir, dataset, tmp_path):
     assert image.shape == SHAPE and np.allclose(image.affine, flipped)
     found, true = np.asarray(image.dataobj) > -900, hu_volume()[::-1, ::-1] > -900
     assert 2 * (found & true).sum() / (found.sum() + true.sum()) > 0.85  # the body lies on the body
+
+
+def test_a_raw_scan_gives_the_tokens_of_its_prepared_case(output_dir, tmp_path, monkeypatch):
+    small = cohort.Settings(size=64, spacing=6.0)  # the default of 512 voxels is large for a test
+    monkeypatch.setattr(cohort, "Settings", lambda: small)
+    flipped = np.diag([-6.0, -6.0, 8.0, 1.0])
+    nibabel.save(nibabel.Nifti1Image(hu_volume(), flipped), tmp_path / "scan.nii.gz")
+    cohort.prepare(tmp_path / "scan.nii.gz", tmp_path / "prepared", small, cohort.Request(workers=1))
+    tokenize(tmp_path / "prepared", tmp_path / "from_prepared", tokenizer=output_dir)
+    made = tokenize(tmp_path / "scan.nii.gz", tmp_path / "raw.npz", tokenizer=output_dir)
+    (prepared_file,) = (tmp_path / "from_prepared").rglob("*.npz")
+    raw, case = read_tokens(tmp_path / "raw.npz"), read_tokens(prepared_file)
+    assert np.array_equal(raw.codes, case.codes) and np.array_equal(raw.coords, case.coords)
+    assert np.allclose(raw.affine, case.affine)
+    assert raw.source_shape == case.source_shape == SHAPE and np.allclose(raw.source_affine, flipped)
+    assert "scan" not in made["cases"][0]["case"]  # a file's name may tell who was scanned
+
+
+def test_arrays_on_other_axes_are_turned(tokenizer, monkeypatch):
+    monkeypatch.setattr(cohort, "Settings", lambda: SimpleNamespace(size=64, spacing=6.0))
+    upright = tokenizer.encode(SimpleNamespace(hu=hu_volume(), affine=AFFINE))
+    turned = np.ascontiguousarray(hu_volume().transpose(2, 0, 1)[:, ::-1])  # S L A
+    swap = np.array([[0.0, -1, 0, 49], [0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
+    tokens = tokenizer.encode(SimpleNamespace(hu=turned, affine=AFFINE @ swap))
+    here, there = ((t.affine @ np.append(t.coords.mean(0), 1))[:3] for t in (upright, tokens))
+    assert np.abs(here - there).max() < 16
+
+
+def test_a_refused_raw_scan(output_dir, tmp_path):
+    nibabel.save(nibabel.Nifti1Image((hu_volume() > 0).astype(np.uint8), AFFINE), tmp_path / "mask.nii.gz")
+    with pytest.raises(Refused, match="NO_CASES"):
+        tokenize(tmp_path / "mask.nii.gz", tmp_path / "a.npz", tokenizer=output_dir)
 
 
 def test_onto_grid_keeps_world_positions(rng):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from app.token_files import LATENT_TO_VOXEL, CTTokens, read_tokens, write_tokens
+from app.token_files import CTTokens, latent_to_voxel, read_tokens, write_tokens
 from networks.sparse.topology import Level
 from networks.vqvae import support_of
 
@@ -24,7 +24,7 @@ def tokens(rng):
         codes=rng.integers(0, 256, len(coarse)).astype(np.int32),
         coords=coarse.coords[:, 1:].numpy(),
         latent_shape=(3, 3, 3),
-        affine=np.diag([12.0, 12.0, 12.0, 1.0]) @ LATENT_TO_VOXEL,
+        affine=np.diag([12.0, 12.0, 12.0, 1.0]) @ latent_to_voxel(),
         source_shape=(100, 90, 80),
         source_affine=np.diag([-0.7, -0.7, 2.5, 1.0]),
         features="window",
