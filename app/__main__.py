@@ -90,8 +90,12 @@ def prepare(
     series: Annotated[str | None, typer.Option(help="Take this DICOM series alone.", metavar="UID")] = None,
     split: Annotated[str | None, typer.Option(help="csv with a column split and one of source, case, patient.")] = None,
     allow_gaps: Annotated[bool, typer.Option("--allow-gaps", help="Interpolate missing slices.")] = False,
-    assume_hu: Annotated[bool, typer.Option("--assume-hu", help="Take the values for HU whatever they look like.")] = False,
-    keep_names: Annotated[bool, typer.Option("--keep-names", help="Name cases after their files, not by hashes.")] = False,
+    assume_hu: Annotated[
+        bool, typer.Option("--assume-hu", help="Take the values for HU whatever they look like.")
+    ] = False,
+    keep_names: Annotated[
+        bool, typer.Option("--keep-names", help="Name cases after their files, not by hashes.")
+    ] = False,
     key_file: Annotated[str | None, typer.Option(help="Key of the hashes; else one is made beside OUT.")] = None,
     preview: Annotated[bool, typer.Option("--preview", help="A PNG for each case.")] = False,
     cluster: Annotated[str | None, typer.Option(help="Address of a Dask scheduler.", metavar="ADDRESS")] = None,
@@ -126,7 +130,9 @@ def check(
     data: Annotated[str, typer.Argument(metavar="DATA", help="A prepared dataset, or a csv or jsonl manifest.")],
     keep: Annotated[str, typer.Option(help="Sparsification: body, nonzero, band or informative.")] = "body",
     windows: Annotated[str, typer.Option(help="Windows by name, comma separated.")] = "lung,bone,soft_tissue,brain",
-    spacing: Annotated[float | None, typer.Option(help="Millimetres at which points are counted; else about 4.")] = None,
+    spacing: Annotated[
+        float | None, typer.Option(help="Millimetres at which points are counted; else about 4.")
+    ] = None,
     min_points: Annotated[int, typer.Option(help="Cases with fewer points are told.")] = 100,
     as_json: Json = False,
     seed: Seed = 0,

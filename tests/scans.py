@@ -30,7 +30,9 @@ def sample(affine: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     return np.rint(world_hu(index @ affine[:3, :3].T + affine[:3, 3])).astype(np.int16)
 
 
-def centred(spacing: tuple[float, float, float], shape: tuple[int, int, int], turn: np.ndarray | None = None) -> np.ndarray:
+def centred(
+    spacing: tuple[float, float, float], shape: tuple[int, int, int], turn: np.ndarray | None = None
+) -> np.ndarray:
     """An affine whose middle voxel lies at the origin."""
     affine = np.eye(4)
     affine[:3, :3] = (np.eye(3) if turn is None else turn) @ np.diag(spacing)

@@ -1,5 +1,14 @@
-"""One array in, one array out (array.py); the same on dictionaries (dictionary.py)."""
+"""One array in, one array out (array.py); the same on dictionaries (dictionary.py).
 
-from transforms.dictionary import RandCropToBudgetd, RandJitterd, RandTranslated, Resampled, Sparsifyd, Windowsd
+The dictionary twins are imported when first asked for: they bring MONAI, which takes seconds, and array.py needs none of it.
+"""
 
 __all__ = ["RandCropToBudgetd", "RandJitterd", "RandTranslated", "Resampled", "Sparsifyd", "Windowsd"]
+
+
+def __getattr__(name: str) -> object:
+    if name in __all__:
+        from transforms import dictionary
+
+        return getattr(dictionary, name)
+    raise AttributeError(f"module 'transforms' has no attribute {name!r}")

@@ -69,9 +69,7 @@ def check(
 # ---- prepared datasets
 
 
-def check_prepared(
-    path: Path, *, keep: str, windows: Sequence[str], spacing: float | None, min_points: int
-) -> Checked:
+def check_prepared(path: Path, *, keep: str, windows: Sequence[str], spacing: float | None, min_points: int) -> Checked:
     if keep not in array.KEEPS:
         raise ValueError(f"keep must be one of {', '.join(array.KEEPS)}, got {keep!r}")
     rows, problems = [], defaultdict(list)
@@ -111,9 +109,7 @@ def check_prepared(
     return Checked("prepared", tuple(rows), summary, tuple(found))
 
 
-def _look(
-    case: prepared.PreparedCase, *, keep: str, windows: Sequence[str], spacing: float | None
-) -> dict[str, Any]:
+def _look(case: prepared.PreparedCase, *, keep: str, windows: Sequence[str], spacing: float | None) -> dict[str, Any]:
     """Shape, range, share of foreground and points of one case."""
     has = case.window_names()
     row: dict[str, Any] = {"shape": list(case.shape), "windows": list(has), "hu": case.is_hu}
@@ -168,10 +164,14 @@ def _leaks(rows: Iterable[tuple[str, str, str]]) -> list[Problem]:
 
 
 def _failures(path: Path) -> list[Problem]:
-    rows = [row for folder in prepared.find_datasets(path) for row in prepared.read_rows(folder / "failures.csv").values()]
+    rows = [
+        row for folder in prepared.find_datasets(path) for row in prepared.read_rows(folder / "failures.csv").values()
+    ]
     codes = Counter(row.get("codes") or row.get("status", "") for row in rows)
     told = ", ".join(f"{code} {count}" for code, count in sorted(codes.items()))
-    return [Problem("INPUTS_REFUSED", f"{len(rows)} inputs never became cases ({told}); see failures.csv")] if rows else []
+    return (
+        [Problem("INPUTS_REFUSED", f"{len(rows)} inputs never became cases ({told}); see failures.csv")] if rows else []
+    )
 
 
 def _one_side(splits: Sequence[str]) -> list[Problem]:
@@ -195,7 +195,9 @@ def check_manifest(path: Path) -> Checked:
     texts = [" ".join(str(row[name]).strip() for name in TEXTS if row.get(name)) for row in rows]
     there = [_exists(path.parent, image) for image in images]
     missing = [image for image, found in zip(images, there, strict=True) if not found]
-    seen = Counter((image, str(row.get("question", "")), text) for image, row, text in zip(images, rows, texts, strict=True))
+    seen = Counter(
+        (image, str(row.get("question", "")), text) for image, row, text in zip(images, rows, texts, strict=True)
+    )
     empty = [image for image, text in zip(images, texts, strict=True) if text.strip().lower() in EMPTY_TEXT]
     doubled = sum(count - 1 for count in seen.values())
     problems = []

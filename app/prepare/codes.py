@@ -111,9 +111,7 @@ CODES = MappingProxyType(
         "NO_SPACING": _refused(
             "voxel size, position or orientation is missing or impossible", "export again with geometry"
         ),
-        "LABEL_GRID_MISMATCH": _refused(
-            "labels lie outside the scan they belong to", "give labels drawn on that scan"
-        ),
+        "LABEL_GRID_MISMATCH": _refused("labels lie outside the scan they belong to", "give labels drawn on that scan"),
         "UNSAFE_ARCHIVE": _refused(
             "an archive with absolute or climbing paths, links, too many or too large members",
             "unpack it yourself after a look inside",

@@ -81,9 +81,7 @@ def _members_or_file(path: str) -> Iterator[Ref | tuple[Ref, Refused]]:
     else:
         hidden = ("__MACOSX", ".")
         names = sorted({info.filename for info in members})
-        yield from (
-            Ref(path, name) for name in names if not any(part.startswith(hidden) for part in name.split("/"))
-        )
+        yield from (Ref(path, name) for name in names if not any(part.startswith(hidden) for part in name.split("/")))
 
 
 def _check_members(members: list[zipfile.ZipInfo]) -> None:
@@ -159,7 +157,11 @@ def sniff(ref: Ref) -> str:
         return "nifti" if _is_nifti(head) or ref.name.lower().endswith((".nii.gz", ".hdr.gz")) else "other"
     if head[128:132] == b"DICM" or head[:6] in (b"\x08\x00\x05\x00CS", b"\x08\x00\x08\x00CS", b"\x08\x00\x16\x00UI"):
         return "dicom"
-    if head[:4] in (b"\x08\x00\x05\x00", b"\x08\x00\x08\x00", b"\x08\x00\x16\x00", b"\x08\x00\x00\x00", b"\x02\x00\x00\x00") and len(head) > 64:
+    if (
+        head[:4]
+        in (b"\x08\x00\x05\x00", b"\x08\x00\x08\x00", b"\x08\x00\x16\x00", b"\x08\x00\x00\x00", b"\x02\x00\x00\x00")
+        and len(head) > 64
+    ):
         return "dicom"  # implicit VR without a preamble, as old scanners wrote
     if head[:4] == b"NRRD":
         return "nrrd"

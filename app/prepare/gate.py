@@ -346,5 +346,3 @@ def _warnings(members: Sequence[SliceHeader], step: float, rules: Rules) -> list
     if rules.assume_hu and odd:
         findings.append(found("ASSUMED_HU", "the header says otherwise"))
     return findings
-
-

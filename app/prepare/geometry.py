@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int, Num, Shaped
 from scipy import ndimage, sparse
 
@@ -49,7 +48,7 @@ def spacing_of(affine: Float[np.ndarray, "4 4"]) -> Float[np.ndarray, " 3"]:
     return np.linalg.norm(affine[:3, :3], axis=0)
 
 
-def normalise(volume: "object", size: int, spacing: float) -> Normalised:
+def normalise(volume: "object", size: int, spacing: float | int) -> Normalised:
     """A volume (`hu`, `affine`) as int16 HU on the grid of this size and spacing around its centre."""
     hu, affine = volume.hu, np.asarray(volume.affine, np.float64)
     grid = centred_grid(hu.shape, affine, size, spacing)
@@ -181,6 +180,8 @@ def _plane(plane: Num[np.ndarray, "X Y"], along_x: Axis, along_y: Axis) -> Float
 
 
 def _resample_oblique(hu: np.ndarray, affine: np.ndarray, grid: Grid) -> np.ndarray:
+    import torch  # takes seconds, and most scans need none of it
+
     smooth = [math.sqrt(max(0.0, (grid.spacing / step) ** 2 - 1) / 6) for step in spacing_of(affine)]
     source = np.ascontiguousarray(hu.transpose(2, 1, 0), np.float32)
     for axis, sigma in enumerate(reversed(smooth)):
@@ -217,7 +218,9 @@ def _slabs(shape: Sequence[int], affine: np.ndarray, grid: Grid):
         ranges = [np.arange(z, top), np.arange(low[1], high[1]), np.arange(low[0], high[0])]
         if min(map(len, ranges)) == 0:
             continue
-        zs, ys, xs = (r.astype(np.float64).reshape(s) for r, s in zip(ranges, [(-1, 1, 1), (1, -1, 1), (1, 1, -1)], strict=True))
+        zs, ys, xs = (
+            r.astype(np.float64).reshape(s) for r, s in zip(ranges, [(-1, 1, 1), (1, -1, 1), (1, 1, -1)], strict=True)
+        )
         places = np.stack(
             [to_source[i, 0] * xs + to_source[i, 1] * ys + to_source[i, 2] * zs + to_source[i, 3] for i in range(3)], -1
         )

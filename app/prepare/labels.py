@@ -18,7 +18,9 @@ from app.prepare.formats import VolumeFile, check_affine, read_voxels
 from app.prepare.geometry import Grid, resample_labels
 from app.prepare.headers import quiet
 
-LABEL_WORDS = re.compile(r"(?:^|[_\-. ])(seg|segs|segmentations?|labels?|masks?|gt|contours?|annotations?)(?=[_\-. ]|\d|$)", re.I)
+LABEL_WORDS = re.compile(
+    r"(?:^|[_\-. ])(seg|segs|segmentations?|labels?|masks?|gt|contours?|annotations?)(?=[_\-. ]|\d|$)", re.I
+)
 LABEL_FOLDERS = re.compile(r"(^|[_\-. ])(labels?(tr|ts)?|seg|segmentations?|masks?|organs)$", re.I)
 MAX_LABELS = 4096
 ANATOMY = frozenset(

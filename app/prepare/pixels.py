@@ -114,7 +114,9 @@ def decode(header: SliceHeader) -> np.ndarray:
             raise Refused("CORRUPT_FILE", "the DICOM file cannot be read") from error
         if "PixelData" not in ds:
             begun = _begins_pixels(header)
-            raise Refused(*(("CORRUPT_FILE", "the pixels are cut short") if begun else ("EMPTY", "no pixels in the file")))
+            raise Refused(
+                *(("CORRUPT_FILE", "the pixels are cut short") if begun else ("EMPTY", "no pixels in the file"))
+            )
         try:
             return np.asarray(ds.pixel_array)
         except Exception as error:  # decoders raise nearly anything; tell a missing one from a damaged stream

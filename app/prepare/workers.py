@@ -105,22 +105,21 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 
 def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)
+    """Workers share the cores: none takes them all (read by torch and BLAS when they load)."""
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 
 def _on_cluster(
     work: Callable[[J], R], jobs: Sequence[J], *, failed: Callable[[J], R], address: str, step: Callable[[R], R]
 ) -> list[R]:
     """Dask moves the jobs of a lost worker to the others by itself."""
-    from distributed import Client, as_completed
+    from distributed import Client
     from distributed.scheduler import KilledWorker
 
     results = []
-    with Client(address, set_as_default=False) as client:
-        futures = {client.submit(work, job, pure=False): job for job in jobs}
-        for future in as_completed(list(futures)):
+    with Client(address, set_as_default=False) as client, client.get_executor() as executor:
+        futures = {executor.submit(work, job): job for job in jobs}
+        for future in as_completed(futures):
             try:
                 results.append(step(future.result()))
             except KilledWorker:

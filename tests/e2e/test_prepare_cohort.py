@@ -81,11 +81,27 @@ def test_command_line_reports_refusals_in_one_json_object(tmp_path):
     raw = raw_cohort(tmp_path / "raw", 1)
     scans.write_nifti(raw / "hospital" / "mr.nii", AFFINE, np.abs(scans.sample(AFFINE, (36, 32, 28))))
     (raw / "hospital" / "notes.txt").write_text("text")
-    command = [sys.executable, "-m", "app", "prepare", str(raw), str(tmp_path / "out"), "--size", "24", "--spacing", "6"]
+    command = [
+        sys.executable,
+        "-m",
+        "app",
+        "prepare",
+        str(raw),
+        str(tmp_path / "out"),
+        "--size",
+        "24",
+        "--spacing",
+        "6",
+    ]
     done = subprocess.run([*command, "--json", "--workers", "2"], capture_output=True, text=True, check=False)
     assert done.returncode == 3, done.stderr
     told = json.loads(done.stdout)
-    assert {k: told[k] for k in ("ok", "skipped", "refused", "failed")} == {"ok": 2, "skipped": 1, "refused": 1, "failed": 0}
+    assert {k: told[k] for k in ("ok", "skipped", "refused", "failed")} == {
+        "ok": 2,
+        "skipped": 1,
+        "refused": 1,
+        "failed": 0,
+    }
     assert set(told["cases"][0]) == {
         "case", "dataset", "source", "status", "codes", "message", "shape", "spacing", "hu_range",
     }  # fmt: skip
@@ -241,7 +257,9 @@ def test_dicom_segmentations_come_along_and_rtstruct_is_skipped(tmp_path):
 def test_zarr_holds_the_same_volume_and_gives_the_same_windows(tmp_path):
     raw = raw_cohort(tmp_path / "raw", 1)
     report(raw, tmp_path / "npy", key_file=None)
-    report(raw, tmp_path / "zarr", SMALL._replace(file_format="zarr"), key_file=str(names.beside(tmp_path / "npy", "key")))
+    report(
+        raw, tmp_path / "zarr", SMALL._replace(file_format="zarr"), key_file=str(names.beside(tmp_path / "npy", "key"))
+    )
     cases = zip(prepared.find_cases(tmp_path / "npy"), prepared.find_cases(tmp_path / "zarr"), strict=True)
     for plain, packed in cases:
         assert plain.case_id == packed.case_id and not list(packed.path.rglob("*.npy"))
@@ -275,7 +293,9 @@ def test_text_and_split_are_joined_to_cases(tmp_path):
 def test_one_patient_is_on_one_side(tmp_path):
     for number in range(6):
         patient = f"P{number % 2}"
-        scans.write_series(tmp_path / "raw" / "ds" / f"s{number}", scans.series(PatientID=patient, SeriesInstanceUID=f"1.{number}"))
+        scans.write_series(
+            tmp_path / "raw" / "ds" / f"s{number}", scans.series(PatientID=patient, SeriesInstanceUID=f"1.{number}")
+        )
     report(tmp_path / "raw", tmp_path / "out")
     cases = prepared.find_cases(tmp_path / "out")
     assert len({c.patient for c in cases}) == 2 and len(cases) == 6
@@ -283,7 +303,9 @@ def test_one_patient_is_on_one_side(tmp_path):
 
 def test_check_tells_what_is_wrong(tmp_path):
     raw = raw_cohort(tmp_path / "raw", 2)
-    report(raw, tmp_path / "out", SMALL._replace(keep_names=True), split={"scan0.nii.gz": "val"})
+    report(
+        raw, tmp_path / "out", SMALL._replace(keep_names=True), split={"scan0.nii.gz": "val", "scan1.nii.gz": "train"}
+    )
     good = check(tmp_path / "out")
     assert good.problems == () and good.exit_status == 0
     assert [row["shape"] for row in good.rows] == [[24, 24, 24]] * 3
@@ -321,7 +343,9 @@ def test_check_reads_a_manifest(tmp_path):
 def test_preview_is_a_picture_a_case(tmp_path):
     report(raw_cohort(tmp_path / "raw", 1), tmp_path / "out", preview=True)
     pictures = sorted((tmp_path / "out").glob("*/previews/*.png"))
-    assert [p.stem for p in pictures] == sorted(c.case_id for c in prepared.find_cases(tmp_path / "out")) or len(pictures) == 2
+    assert [p.stem for p in pictures] == sorted(c.case_id for c in prepared.find_cases(tmp_path / "out")) or len(
+        pictures
+    ) == 2
     assert all(p.read_bytes().startswith(b"\x89PNG") and p.stat().st_size > 10_000 for p in pictures)
 
 

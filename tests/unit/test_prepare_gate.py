@@ -90,7 +90,9 @@ def test_a_missing_slice_is_refused_unless_allowed(tmp_path):
     np.testing.assert_array_equal(volume.hu[:, :, kept], whole.hu[:, :, kept])
 
 
-@pytest.mark.parametrize(("factor", "code"), [(1.96, "MISSING_SLICES"), (1.8, None), (3.1, "MISSING_SLICES"), (1.4, None)])
+@pytest.mark.parametrize(
+    ("factor", "code"), [(1.96, "MISSING_SLICES"), (1.8, None), (3.1, "MISSING_SLICES"), (1.4, None)]
+)
 def test_a_gap_is_a_step_within_five_percent_of_a_multiple(tmp_path, factor, code):
     heights = np.cumsum([0.0] + [4.0] * 6 + [4.0 * factor] + [4.0] * 6) - 20
     found = outcomes(scans.write_series(tmp_path / "s", scans.series(heights=heights)))
@@ -139,7 +141,10 @@ def test_interlocking_geometries_are_refused_and_separate_stacks_split(tmp_path)
     apart = scans.series()[:7] + odd[8:]
     assert outcomes(scans.write_series(tmp_path / "a", apart)) == [("stack", 7), ("stack", 7)]
     straggler = [*scans.series()[:-1], odd[-1]]
-    assert sorted(outcomes(scans.write_series(tmp_path / "b", straggler))) == [("refused", "MIXED_GEOMETRY"), ("stack", 14)]
+    assert sorted(outcomes(scans.write_series(tmp_path / "b", straggler))) == [
+        ("refused", "MIXED_GEOMETRY"),
+        ("stack", 14),
+    ]
 
 
 def test_slices_off_the_line_are_refused(tmp_path):
