@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 from monai.transforms import Compose
@@ -320,6 +321,11 @@ def make_val_loader(dataset: CTDataset, *, batch_size: int = 1, num_workers: int
     if len(numbers) < len(share):
         left_out = len(share) - len(numbers)
         log.warning("Validation skips %d of %d cases: under min_points %d", left_out, len(share), dataset.min_points)
+    if idist.all_reduce(len(numbers), op="MIN") == 0:  # a rank without any would leave the others waiting
+        raise ValueError(
+            f"the val split must give each of {world} processes a case of at least min_points={dataset.min_points} "
+            f"voxels, it has {len(dataset)} cases; give more val cases, lower min_points or start fewer processes"
+        )
     return _loader(dataset, numbers, batch_size=batch_size, batch_split=1, num_workers=num_workers)
 
 
