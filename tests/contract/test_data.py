@@ -299,7 +299,8 @@ def test_nothing_large_enough_is_one_line_saying_what_to_do(dataset_dir):
         make(dataset_dir, min_points=5000)[0]
 
 
-def test_constant_features_are_refused(tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_constant_features_are_refused(tmp_path, workers):
     affine = np.diag([4.0, 4.0, 4.0, 1.0])
     hu = np.full((24, 24, 24), -1000, np.int16)
     hu[4:20, 4:20, 4:20] = 3000
@@ -308,8 +309,14 @@ def test_constant_features_are_refused(tmp_path):
     cases = prepared.find_cases(tmp_path)
     inner = [Resampled(spacing=4.0, grid=24), Sparsifyd()]
     dataset = CTDataset(cases, preprocessing=inner, sampling=[Windowsd(windows=["brain"])])
-    with pytest.raises(ValueError, match=r"case steel has constant features in windows \['brain'\].*choose other"):
-        dataset[0]
+    with pytest.raises(ValueError, match=r"^case steel has constant features in windows \['brain'\].*choose other"):
+        next(iter(make_train_loader(dataset, batch_size=1, max_steps=1, num_workers=workers)))
+
+
+def test_a_damaged_case_is_one_line_from_a_worker_too(dataset_dir):
+    (dataset_dir / "processed" / "case6" / "ct_normalized_24.npy").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"^case6/ct_normalized_24.npy cannot be read .*prepare the case again$"):
+        make_val_loader(make(dataset_dir, split="val"), num_workers=2)
 
 
 def test_an_empty_side_and_an_empty_dataset_say_so(dataset_dir, tmp_path):
