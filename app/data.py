@@ -79,6 +79,7 @@ class CTDataset(Dataset):
         self.min_points, self.seed = min_points, seed
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self._settings = _settings_of(preprocessing)
+        self._skipped: set[str] = set()
         self._memory: dict[int, dict[str, Any]] = {}
         self._memory_left = cache_bytes  # in each process: what does not fit is read from the disk again
         for case in self.cases:
@@ -100,7 +101,9 @@ class CTDataset(Dataset):
             if len(item["coords"]) >= self.min_points:
                 item["skipped"] = offset
                 return item
-            log.warning("Skipped %s: %d points, min_points %d", case.case_id, len(item["coords"]), self.min_points)
+            if case.case_id not in self._skipped:  # said once, not at every step
+                self._skipped.add(case.case_id)
+                log.warning("Skipped %s: %d points, min_points %d", case.case_id, len(item["coords"]), self.min_points)
         raise ValueError(
             f"every case has fewer than min_points={self.min_points} voxels (the last has {len(item['coords'])}); "
             "lower min_points or check spacing, resolution and keep"

@@ -273,13 +273,15 @@ def test_a_transform_that_cannot_say_its_settings_is_refused(dataset_dir):
 # ---- bad input
 
 
-def test_small_cases_are_skipped_and_counted(dataset_dir):
+def test_small_cases_are_skipped_counted_and_said_once(dataset_dir, caplog):
     sizes = make(dataset_dir).summary()
     limit = int(sizes["points_median"])
     dataset = make(dataset_dir, min_points=limit)
     summary = dataset.summary()
     assert summary["cases"] == 5 and summary["skipped"] == 2
-    item = dataset[(0, 0)]
+    with caplog.at_level(logging.WARNING):
+        item = [dataset[(0, 0)] for _ in range(3)][-1]
+    assert [record.message.split(":")[0] for record in caplog.records] == ["Skipped case0", "Skipped case1"]
     assert item["case_id"] == "case2" and item["skipped"] == 2  # the next that is large enough stands in
     assert collate([item, dataset[(0, 3)]])["skipped"] == 2
     assert len(make_val_loader(dataset)) == 3
