@@ -6,6 +6,7 @@ saved is the start-up of five seconds. Every run starts in a folder of its own, 
 
 import contextlib
 import io
+import multiprocessing
 import os
 import runpy
 import subprocess
@@ -68,8 +69,15 @@ class _Left(BaseException):
     """What os._exit becomes while a run is inside this process."""
 
 
-def _leave(status: int):
-    raise _Left(status)
+def _leave_unless_forked(exit_now, process: int):
+    """Workers of a data loader are forked from here and do have to exit."""
+
+    def leave(status: int):
+        if os.getpid() != process:
+            exit_now(status)
+        raise _Left(status)
+
+    return leave
 
 
 def run_in(folder: Path, config: str = STAGE1, *, run_id: str = "training", **settings) -> Ended:
@@ -78,13 +86,16 @@ def run_in(folder: Path, config: str = STAGE1, *, run_id: str = "training", **se
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["python/monai/bundle/__main__.py", *words(config, settings, run_id=run_id)])
-        patch.setattr(os, "_exit", _leave)
+        patch.setattr(os, "_exit", _leave_unless_forked(os._exit, os.getpid()))
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             status = _status_of_run()
         finally:
             sys.excepthook = hook
+            for worker in multiprocessing.active_children():  # as the end of the process would
+                worker.terminate()
+                worker.join()
             torch.set_num_threads(threads)
     return Ended(status, out.getvalue(), err.getvalue())
 
