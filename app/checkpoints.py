@@ -6,6 +6,7 @@ code and carry the sizes of their network (`networks.presets.Preset`).
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -148,6 +149,35 @@ def read_weights(path: str | Path) -> tuple[dict, Preset]:
     if not isinstance(state, dict) or "_extra_state" not in state:
         fail("FOREIGN_CHECKPOINT", f"{path} does not say what it was made for", "use a checkpoint of this project")
     return state, Preset.from_tensor(state["_extra_state"])
+
+
+def weights_hash(state: dict) -> str:
+    """sha256 over names and values, so the same for the same weights saved again elsewhere."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def find_tokenizer(path: str | Path | None) -> Path:
+    """The weights of a tokenizer: a file, an output folder, or an exported bundle; None takes the newest stage here."""
+    if path is None:
+        stages = [Path(stage) for stage in NEWEST_TOKENIZERS if complete_steps(stage)]
+        if not stages:
+            fail(
+                "NO_TOKENIZER",
+                f"there is no tokenizer in {' or '.join(NEWEST_TOKENIZERS)}",
+                "train one (python -m monai.bundle run training --config_file bundles/vq_stage1.json), "
+                "or name one with --tokenizer",
+            )
+        path = max(stages, key=lambda stage: step_file(stage, "misc", complete_steps(stage)[-1]).stat().st_mtime)
+    path = Path(path)
+    if not path.exists():
+        fail("NO_TOKENIZER", f"{path} does not exist", "give a checkpoint, an output folder or an exported bundle")
+    bundled = path / "models" / "model.pt"
+    return bundled if bundled.is_file() else averaged_file(path)
 
 
 def load_tokenizer(path: str | Path) -> SparseVQVAE:
