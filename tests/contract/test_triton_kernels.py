@@ -17,6 +17,7 @@ from networks.sparse.topology import Level
 from tests import oracle
 
 triton = pytest.importorskip("triton")
+from networks import code_search  # noqa: E402
 from networks.sparse import triton_backend, triton_maps, triton_rows  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -122,6 +123,26 @@ def test_interpreted_column_sums(count, generator, assert_close, monkeypatch):
     monkeypatch.setattr(triton_rows, "ELEMENTS", 64)
     x = torch.randn(count, 6, generator=generator)
     assert_close(triton_rows.column_sums(x), x.double().sum(0))
+
+
+@in_interpreter
+@pytest.mark.parametrize(("count", "num_codes", "width"), [(0, 4, 3), (1, 1, 16), (150, 300, 8), (130, 37, 20)])
+def test_interpreted_code_search_and_sums(count, num_codes, width, generator, assert_close):
+    rows, codebook = torch.randn(count, width, generator=generator), torch.randn(num_codes, width, generator=generator)
+    codes = code_search.nearest_codes(rows, codebook)
+    distances = oracle.nearest_codes(rows.double(), codebook.double())
+    if count:
+        regret = distances.gather(1, codes[:, None])[:, 0] - distances.min(1).values
+        assert regret.max() < 1e-5
+    counts, sums = code_search.code_sums(rows, codes, num_codes)
+    assert counts.tolist() == torch.bincount(codes, minlength=num_codes).tolist()
+    assert_close(sums, torch.zeros(num_codes, width, dtype=torch.float64).index_add_(0, codes, rows.double()))
+
+
+@in_interpreter
+def test_interpreted_search_takes_the_lowest_of_equal_codes(generator):
+    codebook = torch.randn(5, 8, generator=generator).repeat(60, 1)
+    assert code_search.nearest_codes(codebook[:5].clone(), codebook).tolist() == [0, 1, 2, 3, 4]
 
 
 @in_interpreter
