@@ -128,7 +128,7 @@ def at_import(tree):
 
 
 FORBIDDEN_CALLS = re.compile(
-    r"(print|open|input|exec|eval|exit)$|(np|numpy|random|time|subprocess|socket|shutil|warnings|logging)\.(?!getLogger$)"
+    r"(print|open|input|exec|eval|exit)$|np\.(?!(array|diag|eye|iinfo|finfo)$)|(numpy|random|time|subprocess|socket|shutil|warnings|logging)\.(?!getLogger$)"
     r"|torch\.(?!no_grad$|compile$|library)|os\.|sys\.|Path\("
 )
 FORBIDDEN_READS = ("os.environ", "sys.argv", "sys.path", "sys.stdout", "sys.stderr")
@@ -262,7 +262,7 @@ def walk(node, path=""):
 def test_configs_are_short_and_without_tricks(path):
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= MAX_CONFIG_LINES
-    assert max(map(len, text.splitlines())) <= 130
+    assert max(map(len, text.splitlines())) <= 140
     for here, _, value in walk(json.loads(text)):
         if isinstance(value, str):
             assert not re.search(r"\blambda\b", value), f"{here} hides a function"
@@ -302,6 +302,7 @@ def test_stages_share_what_they_must():
             "output_dir",
             "codebook",
             "pretrained_vae_path",
+            "training_stage",
             "init_from",
             "warmup_steps",
             "plan",
