@@ -13,7 +13,9 @@ import triton.language as tl
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-ROWS, CODES = 128, 128  # of a program, and of each of its steps
+ROWS = 128  # of a program
+STEP = 4096  # numbers of a table that a step reads: 128 codes of 32
+MAX_WIDTH = 128  # of a code: wider tiles leave no room to read ahead
 
 
 def nearest_codes(rows: Float32[Tensor, "N D"], codebook: Float32[Tensor, "K D"]) -> Int64[Tensor, " N"]:
@@ -23,7 +25,8 @@ def nearest_codes(rows: Float32[Tensor, "N D"], codebook: Float32[Tensor, "K D"]
     if num_rows == 0:
         return found
     depth = max(triton.next_power_of_2(width), 16)
-    padded = triton.cdiv(num_codes, CODES) * CODES
+    step = min(STEP // depth, 128)
+    padded = triton.cdiv(num_codes, step) * step
     table = F.pad(codebook, (0, depth - width, 0, padded - num_codes))
     high = _upper_bits(table)
     halves = F.pad(codebook.square().sum(1) / 2, (0, padded - num_codes), value=torch.inf)
@@ -39,7 +42,7 @@ def nearest_codes(rows: Float32[Tensor, "N D"], codebook: Float32[Tensor, "K D"]
             WIDTH=width,
             DEPTH=depth,
             ROWS=ROWS,
-            CODES=CODES,
+            CODES=step,
             num_warps=8,
             num_stages=3,
         )
