@@ -221,7 +221,8 @@ class Level:
     @cached_property
     def sample_sizes(self) -> list[int]:
         """Voxels of each sample. Rows of a sample are consecutive."""
-        return torch.bincount(self.sample, minlength=self.batch_size).tolist()
+        firsts = torch.arange(self.batch_size + 1, device=self.device) << (3 * self.bits)
+        return torch.searchsorted(self.keys, firsts).diff().tolist()
 
     @property
     def neighbours(self) -> Int32[Tensor, "27 N"]:
