@@ -18,7 +18,7 @@ from tests import oracle
 
 triton = pytest.importorskip("triton")
 from networks import code_search  # noqa: E402
-from networks.sparse import triton_backend, triton_maps, triton_rows  # noqa: E402
+from networks.sparse import triton_attention, triton_backend, triton_maps, triton_rows  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that the test below starts")
@@ -123,6 +123,22 @@ def test_interpreted_column_sums(count, generator, assert_close, monkeypatch):
     monkeypatch.setattr(triton_rows, "ELEMENTS", 64)
     x = torch.randn(count, 6, generator=generator)
     assert_close(triton_rows.column_sums(x), x.double().sum(0))
+
+
+@in_interpreter
+@pytest.mark.parametrize("width", [8, 20])
+def test_interpreted_attention_and_its_gradient(width, generator, assert_close, monkeypatch):
+    monkeypatch.setattr(triton_attention, "BLOCK", 16)  # windows of several blocks
+    level = scattered((9, 8, 7), 150, generator)
+    qkv = torch.randn(150, 3, 2, width, generator=generator, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(150, 2, width, generator=generator, dtype=torch.float64)
+    expected = oracle.window_attention(qkv, level.coords, 5, 2)
+    expected.backward(grad)
+    plan = level.windows(5, 2)
+    where = (plan.order, plan.bounds, plan.rows.shape[1])
+    out, sums = triton_attention.attend(qkv.detach().float(), *where)
+    assert_close(out, expected)
+    assert_close(triton_attention.attend_grad(grad.float(), qkv.detach().float(), out, sums, *where), qkv.grad)
 
 
 @in_interpreter
