@@ -80,16 +80,42 @@ def prune(output_dir: Path, keep_last: int) -> None:
                 path.unlink()
 
 
-def write_best(output_dir: Path, step: int, val_recon: float) -> None:
+def put_aside(output_dir: Path, *, after: int) -> None:
+    """Moves sets later than a step to ckpts/aside, and removes what a killed run left half done."""
+    folder = Path(output_dir, "ckpts")
+    whole = complete_steps(output_dir)
+    for path in sorted(folder.glob("*.pt*"), key=lambda path: not path.name.startswith("misc")):
+        match = re.fullmatch(r".+_step(\d+)\.pt", path.name)
+        if match is None or int(match[1]) not in whole:
+            path.unlink()
+        elif int(match[1]) > after:
+            (folder / "aside").mkdir(exist_ok=True)
+            os.replace(path, folder / "aside" / path.name)
+
+
+def write_best(output_dir: Path, scores: dict[int, float]) -> None:
+    """Names the step of the lowest score; of equals the first."""
     path = Path(output_dir, "ckpts", "best.json")
+    if not scores:
+        path.unlink(missing_ok=True)
+        return
+    step = min(scores, key=scores.get)
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps({"step": step, "val_recon": val_recon}) + "\n")
+    part.write_text(json.dumps({"step": step, "val_recon": scores[step]}) + "\n")
     os.replace(part, path)
 
 
-def read_best(output_dir: str | Path) -> int | None:
+def best_score(output_dir: str | Path) -> dict[int, float]:
+    """The best step so far with its score; empty before the first."""
     path = Path(output_dir, "ckpts", "best.json")
-    return json.loads(path.read_text())["step"] if path.exists() else None
+    if not path.exists():
+        return {}
+    stored = json.loads(path.read_text())
+    return {stored["step"]: stored["val_recon"]}
+
+
+def read_best(output_dir: str | Path) -> int | None:
+    return next(iter(best_score(output_dir)), None)
 
 
 def read_tensors(path: str | Path) -> dict:

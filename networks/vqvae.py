@@ -77,12 +77,12 @@ class DownBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, *, pool: str, backend: str):
         super().__init__()
-        self.act_layers = nn.Sequential(GroupNorm(in_channels), SiLU())
+        self.act_layers = nn.Sequential(GroupNorm(in_channels, silu=True))
         self.down = Downsample(pool=pool)
         self.out_layers = nn.Sequential(
             SubmanifoldConv3d(in_channels, out_channels, backend=backend),
-            GroupNorm(out_channels),
-            SiLU(),
+            GroupNorm(out_channels, silu=True),
+            nn.Identity(),  # the activation's place: published names count layers
             SubmanifoldConv3d(out_channels, out_channels, backend=backend),
         )
         self.skip_connection = Linear(in_channels, out_channels)

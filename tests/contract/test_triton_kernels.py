@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from networks.sparse import torch_backend
+from networks.sparse import topology, torch_backend
 from networks.sparse.topology import Level
 from tests import oracle
 
 triton = pytest.importorskip("triton")
-from networks.sparse import triton_backend  # noqa: E402
+from networks.sparse import triton_backend, triton_maps, triton_rows  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that the test below starts")
@@ -77,6 +77,76 @@ def test_interpreted_kernels_take_any_width(channels, columns, generator, assert
     assert_close(triton_backend.forward(feats, weight, None, level), torch_backend.forward(feats, weight, None, level))
     assert_close(triton_backend.input_grad(grad, weight, level), torch_backend.input_grad(grad, weight, level))
     assert_close(triton_backend.weight_grad(feats, grad, level), torch_backend.weight_grad(feats, grad, level))
+
+
+@in_interpreter
+@pytest.mark.parametrize("count", [1, 77, 300])
+def test_interpreted_maps_equal_plain_torch(count, generator):
+    level = scattered((8, 9, 7), count, generator)
+    for bits in (8, 20):
+        coords = torch.randint(2**bits, (count, 4), generator=generator, dtype=torch.int32)
+        coords[:, 0] %= 5
+        keys = topology.morton_keys(coords, bits)
+        assert torch.equal(triton_maps.morton_keys(coords, bits), keys)
+        assert torch.equal(triton_maps.morton_coords(keys, bits), coords)
+    two = torch.cat([level.coords, level.coords + torch.tensor([1, 0, 0, 0], dtype=torch.int32)])
+    level, count = Level.from_coords(two, (8, 9, 7), 2)[0], 2 * count
+    found, alive, number = triton_maps.neighbours(level.coords, (8, 9, 7), 2)
+    assert torch.equal(found, level.neighbours)
+    assert torch.equal(alive, level._alive) and int(number) == int((level.neighbours < count).sum())
+    for size in (16, 128):
+        offsets, counts = triton_maps.tile_offsets(alive, size)
+        for mine, plain in zip((offsets, counts), level.tiles(size)[-2:], strict=True):
+            assert torch.equal(mine, plain) or level.is_thin  # thin levels reorder their rows first
+        for tile, rows in enumerate(level.neighbours.split(size, 1)):
+            there = [k for k in range(27) if (rows[k] < count).any()]
+            assert offsets[tile, : counts[tile]].tolist() == there
+
+
+@in_interpreter
+@pytest.mark.parametrize("channels", [1, 6, 32])
+def test_interpreted_sums_and_copies_of_children(channels, generator, assert_close):
+    cells = scattered((9, 7, 8), 200, generator).coarsening
+    fine = torch.randn(200, channels, generator=generator)
+    coarse, scale = torch.randn(len(cells.coarse), channels, generator=generator), torch.rand(len(cells.coarse))
+    expected = torch.zeros_like(coarse).index_add_(0, cells.parent, fine)
+    assert_close(triton_rows.sum_children(fine, cells.children, None), expected)
+    assert_close(triton_rows.sum_children(fine, cells.children, scale), expected * scale[:, None])
+    assert_close(triton_rows.spread(coarse, cells.parent, None), coarse[cells.parent])
+    assert_close(triton_rows.spread(coarse, cells.parent, scale), (coarse * scale[:, None])[cells.parent])
+
+
+@in_interpreter
+@pytest.mark.parametrize("count", [0, 5, 700])
+def test_interpreted_column_sums(count, generator, assert_close, monkeypatch):
+    monkeypatch.setattr(triton_rows, "ELEMENTS", 64)
+    x = torch.randn(count, 6, generator=generator)
+    assert_close(triton_rows.column_sums(x), x.double().sum(0))
+
+
+@in_interpreter
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("channels", [6, 32])
+def test_interpreted_group_norm_and_its_gradients(channels, silu, generator, assert_close, monkeypatch):
+    monkeypatch.setattr(triton_rows, "ELEMENTS", 512)  # several chunks a sample
+    sizes, groups = [70, 0, 1, 29], 2
+    x = 5 + 3 * torch.randn(100, channels, generator=generator)
+    weight, bias = torch.randn(2, channels, generator=generator)
+    grad = torch.randn(100, channels, generator=generator)
+    truth = [t.double().requires_grad_() for t in (x, weight, bias)]
+    parts = [
+        torch.nn.functional.group_norm(part.T[None], groups, *truth[1:])[0].T if part.shape[0] else part
+        for part in truth[0].split(sizes)
+    ]
+    expected = torch.cat(parts)
+    expected = torch.nn.functional.silu(expected) if silu else expected
+    expected.backward(grad.double())
+    chunks = triton_rows.cut(sizes, triton_rows.chunk_rows(channels), x.device)
+    out, stats = triton_rows.group_norm(x, chunks, groups, weight, bias, eps=1e-5, silu=silu)
+    assert_close(out, expected)
+    grads = triton_rows.group_norm_grads(x, grad, chunks, stats, groups, weight, bias, silu=silu)
+    for mine, reference in zip(grads, truth, strict=True):
+        assert_close(mine, reference.grad)
 
 
 def assembly(kernel, dtype, *, warps, stages, **constants):

@@ -1,12 +1,13 @@
 """End-to-end runs: a tiny cohort, and bundle runs inside this process or as a real one.
 
 Inside this process `python -m monai.bundle run` is repeated step by step (command line, fire, exception hook); what is
-saved is the start-up of five seconds. Runs go in a folder of their own, from which only `bundles/` can be seen.
+saved is the start-up of five seconds. Every run starts in a folder of its own, from which only `bundles/` can be seen.
 """
 
+import contextlib
+import io
 import os
 import runpy
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ TINY = {  # a network and a run that take seconds; any of them can be given othe
     "num_blocks": 1,
     "batch_size_per_gpu": 1,
     "i_print": 1,
+    "i_log": 1,
 }
 
 
@@ -38,18 +40,14 @@ class Ended(NamedTuple):
     err: str
 
     @property
-    def last_error(self) -> str:
-        lines = self.err.strip().splitlines()
-        return lines[-1] if lines else ""
+    def error(self) -> str:
+        """What standard error holds, less Python's warnings."""
+        lines = [line for line in self.err.splitlines() if "Warning" not in line and not line.startswith("  ")]
+        return "\n".join(lines).strip()
 
 
-@pytest.fixture(scope="session")
-def cohort(tmp_path_factory) -> Path:
-    """Three phantoms to train on and two to validate, on the very grid that the tiny network takes."""
-    return make_cohort(tmp_path_factory.mktemp("cohort") / "data", splits=("train",) * 3 + ("val",) * 2)
-
-
-def make_cohort(out: Path, *, splits, change=lambda hu, index: hu) -> Path:
+def make_cohort(out: Path, *, splits=("train",) * 3 + ("val",) * 2, change=lambda hu, index: hu) -> Path:
+    """Phantoms on the very grid that the tiny network takes."""
     rows = []
     for index, split in enumerate(splits):
         made = phantoms.make_phantom(index, size=SIZE, spacing=SPACING)
@@ -60,12 +58,9 @@ def make_cohort(out: Path, *, splits, change=lambda hu, index: hu) -> Path:
     return out
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch) -> Path:
-    """The folder a run starts in."""
-    (tmp_path / "bundles").symlink_to(ROOT / "bundles")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+@pytest.fixture(scope="session")
+def cohort(tmp_path_factory) -> Path:
+    return make_cohort(tmp_path_factory.mktemp("cohort") / "data")
 
 
 def words(config: str, settings: dict, *, run_id: str = "training") -> list[str]:
@@ -77,28 +72,25 @@ class _Left(BaseException):
     """What os._exit becomes while a run is inside this process."""
 
 
-@pytest.fixture
-def run_bundle(place, monkeypatch, capfd):
+def _leave(status: int):
+    raise _Left(status)
+
+
+def run_in(folder: Path, config: str = "bundles/vq_stage1.json", *, run_id: str = "training", **settings) -> Ended:
     """Runs a bundle as the command line does, and says how it ended."""
-
-    def run(config: str = "bundles/vq_stage1.json", *, run_id: str = "training", **settings) -> Ended:
-        def leave(status: int):
-            raise _Left(status)
-
-        capfd.readouterr()
-        hook, argv = sys.excepthook, ["python/monai/bundle/__main__.py", *words(config, settings, run_id=run_id)]
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", argv)
-            patch.setattr(os, "_exit", leave)
-            try:
-                status = _status_of_run()
-            finally:
-                sys.excepthook = hook
-                torch.set_grad_enabled(True)
-        out, err = capfd.readouterr()
-        return Ended(status, out, err)
-
-    return run
+    out, err, hook = io.StringIO(), io.StringIO(), sys.excepthook
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["python/monai/bundle/__main__.py", *words(config, settings, run_id=run_id)])
+        patch.setattr(os, "_exit", _leave)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            status = _status_of_run()
+        finally:
+            sys.excepthook = hook
+            torch.set_num_threads(threads)
+    return Ended(status, out.getvalue(), err.getvalue())
 
 
 def _status_of_run() -> int:
@@ -115,6 +107,23 @@ def _status_of_run() -> int:
     return 0
 
 
+def make_place(folder: Path) -> Path:
+    (folder / "bundles").symlink_to(ROOT / "bundles")
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path) -> Path:
+    """The folder a run starts in."""
+    return make_place(tmp_path)
+
+
+@pytest.fixture
+def run_bundle(place):
+    """`run_in` this test's folder."""
+    return lambda *config, **settings: run_in(place, *config, **settings)
+
+
 @pytest.fixture
 def start_process(place):
     """Starts a real run and leaves it to the test; whatever still runs at the end is killed."""
@@ -122,9 +131,9 @@ def start_process(place):
 
     def start(config: str = "bundles/vq_stage1.json", *, run_id: str = "training", launcher=(), **settings):
         command = [sys.executable, *launcher, "-m", "monai.bundle", *words(config, settings, run_id=run_id)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, cwd=place, env=environment, **pipes))
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        with open(place / f"process_{len(started)}.log", "w") as log:  # a pipe that nobody reads would block the run
+            started.append(subprocess.Popen(command, cwd=place, env=environment, stdout=log, stderr=log))
         return started[-1]
 
     yield start
@@ -132,13 +141,3 @@ def start_process(place):
         if process.poll() is None:
             process.kill()
             process.wait()
-
-
-def ended(process: subprocess.Popen, *, timeout: float = 120) -> Ended:
-    out, err = process.communicate(timeout=timeout)
-    return Ended(process.returncode, out, err)
-
-
-def copy_of(folder: Path, to: Path) -> Path:
-    shutil.copytree(folder, to)
-    return to
