@@ -21,6 +21,7 @@ from networks.sparse.topology import Coarsening, Level, find_rows, morton_keys
 from networks.vqvae import DownBlock, SparseVQVAE, Support, Tokens, children_of
 
 HALO = 3  # latents: the decoder's six convolutions reach 21 voxels
+MIN_SIDE = 4  # latents of a tile: below it there would be little but halo
 VOXELS_PER_LATENT = 512
 
 
@@ -144,16 +145,16 @@ class _Tile(NamedTuple):
 def _tiles(x: SparseTensor, max_points: int | None) -> list[_Tile]:
     """Cubes of latents with something in them; the largest side whose tiles and halos fit, but at least four."""
     sides = torch.tensor(x.spatial_shape, dtype=torch.int32, device=x.coords.device)
-    side = 1 << (max(x.spatial_shape) - 1).bit_length()
+    side = max(x.spatial_shape)
     while True:
         starts = torch.unique(x.coords[:, 1:] // side, dim=0) * side
         tiles = [_Tile(start, torch.minimum(start + side, sides)) for start in starts]
-        if max_points is None or side <= 4:
+        if max_points is None or side == MIN_SIDE:
             return tiles
         fullest = max(int(tile.rows(x, HALO if len(tiles) > 1 else 0).sum()) for tile in tiles)
         if fullest * VOXELS_PER_LATENT <= max_points:
             return tiles
-        side //= 2
+        side = max(side * 4 // 5, MIN_SIDE)
 
 
 class _StoredSupport:
