@@ -1,8 +1,8 @@
 """The gate: which DICOM slices make which stacks, by their headers alone.
 
 Pure functions from header records to verdicts; no pixel is read here. What only pixels can tell (equal duplicates,
-values that are no HU) is left to `pixels` and `values`. Geometry is LPS, as in the headers, until a stack's affine, which
-is RAS. Rules and limits are the constants below; their codes are in `codes`.
+values that are no HU) is left to `pixels` and `values`. Geometry is LPS, as in the headers, until a stack's affine,
+which is RAS. Rules and limits are the constants below; their codes are in `codes`.
 """
 
 from collections import defaultdict
