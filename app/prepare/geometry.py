@@ -159,7 +159,7 @@ def axis_weights(wanted: Float[np.ndarray, " N"], length: int, factor: float) ->
 
 
 def _resample_aligned(hu: np.ndarray, axes: list[tuple[int, Axis]], size: int) -> np.ndarray:
-    """Planes are resampled as the third axis needs them, then mixed along it; memory is [z][y][x], seen as [x, y, z]."""
+    """Planes are resampled as the third axis needs them, then mixed along it; memory [z][y][x], seen as [x, y, z]."""
     source = hu.transpose([axis for axis, _ in axes])
     (_, along_x), (_, along_y), (_, along_z) = axes
     out = np.full((size, size, size), AIR, np.int16)
