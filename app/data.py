@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 from monai.transforms import Compose
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from app.prepared import PreparedCase, find_cases, windows_are_masks, windows_as_hu
 from transforms import RandCropToBudgetd, RandJitterd, RandTranslated, Resampled, Sparsifyd, Windowsd
-from transforms.array import DEFAULT_WINDOWS, Keep
+from transforms.array import DEFAULT_WINDOWS
 
 log = logging.getLogger(__name__)
 CACHE_FORMAT = 1  # raised when a cached item changes its meaning
@@ -32,7 +33,7 @@ Transform = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def preprocessing(
-    *, resolution: int, spacing: float, keep: Keep = "body", windows: Sequence[str] = DEFAULT_WINDOWS
+    *, resolution: int, spacing: int | float, keep: str = "body", windows: Sequence[str] = DEFAULT_WINDOWS
 ) -> list[Transform]:
     """From a dense volume to kept voxels; the same every time, so it is cached."""
     return [Resampled("image", spacing=spacing, grid=resolution), Sparsifyd("image", keep=keep, windows=windows)]
@@ -55,8 +56,8 @@ def sampling(
 class CTDataset(Dataset):
     """Prepared cases as sparse samples.
 
-    An index may be a case's number, or (step, number): the step seeds what is drawn. A case with fewer than
-    `min_points` voxels is skipped: the next one stands in for it.
+    An index is a case's number, or (step, number): the step seeds what is drawn. A case of fewer than `min_points`
+    voxels is skipped: the next one stands in for it.
     """
 
     def __init__(
@@ -68,18 +69,18 @@ class CTDataset(Dataset):
         min_points: int = 100,
         seed: int = 0,
         cache_dir: str | Path | None = None,
-        cache_items: int = 256,
+        cache_bytes: int = 1 << 29,
     ) -> None:
         if not cases:
             raise ValueError("dataset has no case: give a dataset_dir that `python -m app check` finds in order")
         self.cases = list(cases)
-        self.preprocessing, self.sampling = Compose(list(preprocessing)), Compose(list(sampling))
+        self.preprocessing, self.sampling = list(preprocessing), Compose(list(sampling))
         self.windows = next((t.windows for t in sampling if isinstance(t, Windowsd)), DEFAULT_WINDOWS)
         self.min_points, self.seed = min_points, seed
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
-        self.cache_items = cache_items
         self._settings = _settings_of(preprocessing)
         self._memory: dict[int, dict[str, Any]] = {}
+        self._memory_left = cache_bytes  # in each process: what does not fit is read from the disk again
         for case in self.cases:
             missing = [name for name in self.windows if name not in case.window_names()]
             if missing:
@@ -107,7 +108,9 @@ class CTDataset(Dataset):
         mix = np.random.SeedSequence([self.seed, step, zlib.crc32(case.case_id.encode())])
         self.sampling.set_random_state(seed=int(mix.generate_state(1)[0]))
         kept = self.kept(number)
-        item = self.sampling({key: v.numpy() if isinstance(v, torch.Tensor) else v for key, v in kept.items()})
+        item: dict[str, Any] = {key: v.numpy() if isinstance(v, torch.Tensor) else v for key, v in kept.items()}
+        for transform in self.sampling.transforms:  # not Compose's call: it hides a refusal behind a RuntimeError
+            item = transform(item)
         feats = item["feats"]
         if len(feats) >= self.min_points and np.ptp(feats, axis=0).max(initial=0) == 0:
             raise ValueError(
@@ -136,8 +139,10 @@ class CTDataset(Dataset):
             item = self._prepare(case)
             if file is not None:
                 self._write_cache(file, item)
-        if len(self._memory) < self.cache_items:
+        size = sum(value.nbytes for value in item.values() if isinstance(value, torch.Tensor))
+        if size <= self._memory_left:
             self._memory[number] = item
+            self._memory_left -= size
         return item
 
     def _prepare(self, case: PreparedCase) -> dict[str, Any]:
@@ -149,11 +154,12 @@ class CTDataset(Dataset):
             source = {"image": stack, "affine": case.affine}
         else:
             source = {"image": windows_as_hu(case, self.windows), "affine": case.affine}
-        item = self.preprocessing(source)
-        values = item["values"]
+        item = source
+        for transform in self.preprocessing:
+            item = transform(item)
         return {
             "coords": torch.from_numpy(np.ascontiguousarray(item["coords"])),
-            "values": torch.from_numpy(np.ascontiguousarray(values)),
+            "values": torch.from_numpy(np.ascontiguousarray(item["values"])),
             "spatial_shape": tuple(item["spatial_shape"]),
             "affine": torch.from_numpy(np.array(item["affine"], np.float64)),
         }
@@ -184,20 +190,17 @@ class CTDataset(Dataset):
             log.warning("Cache folder %s cannot be written (%s): going on without it", self.cache_dir, error)
             self.cache_dir = None
 
-    def summary(self) -> dict[str, Any]:
-        """Reads every case once: how many, how many would be skipped, points and the share of the grid dropped."""
-        points, shares = [], []
-        for number in range(len(self.cases)):
-            item = self.kept(number)
-            points.append(len(item["coords"]))
-            shares.append(1 - len(item["coords"]) / float(np.prod(item["spatial_shape"])))
+    def summary(self, *, num_workers: int = 0) -> dict[str, Any]:
+        """Every case once: how many, how many would be skipped, points and the share of the grid dropped."""
+        points = _count_points(self, range(len(self)), num_workers=num_workers)
+        grid = float(np.prod(self.kept(0)["spatial_shape"]))
         return {
             "cases": len(points),
             "skipped": sum(count < self.min_points for count in points),
-            "points_min": int(min(points)),
+            "points_min": min(points),
             "points_median": float(np.median(points)),
-            "points_max": int(max(points)),
-            "share_dropped": float(np.mean(shares)),
+            "points_max": max(points),
+            "share_dropped": 1 - float(np.mean(points)) / grid,
         }
 
 
@@ -312,8 +315,35 @@ def make_val_loader(dataset: CTDataset, *, batch_size: int = 1, num_workers: int
     """Every case once, in order, whole; each rank takes its share."""
     running = distributed.is_available() and distributed.is_initialized()
     rank, world = (distributed.get_rank(), distributed.get_world_size()) if running else (0, 1)
-    numbers = [n for n in range(rank, len(dataset), world) if len(dataset.kept(n)["coords"]) >= dataset.min_points]
+    share = range(rank, len(dataset), world)
+    counts = _count_points(dataset, share, num_workers=num_workers)
+    numbers = [number for number, count in zip(share, counts, strict=True) if count >= dataset.min_points]
+    if len(numbers) < len(share):
+        left_out = len(share) - len(numbers)
+        log.warning("Validation skips %d of %d cases: under min_points %d", left_out, len(share), dataset.min_points)
+    if idist.all_reduce(len(numbers), op="MIN") == 0:  # a rank without any would leave the others waiting
+        raise ValueError(
+            f"the val split must give each of {world} processes a case of at least min_points={dataset.min_points} "
+            f"voxels, it has {len(dataset)} cases; give more val cases, lower min_points or start fewer processes"
+        )
     return _loader(dataset, numbers, batch_size=batch_size, batch_split=1, num_workers=num_workers)
+
+
+class _Points(Dataset):
+    """How many voxels each case keeps; counting them fills the cache."""
+
+    def __init__(self, dataset: CTDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, number: int) -> int:
+        return len(self.dataset.kept(number)["coords"])
+
+
+def _count_points(dataset: CTDataset, numbers: Sequence[int], *, num_workers: int) -> list[int]:
+    loader = DataLoader(
+        _Points(dataset), batch_size=None, sampler=numbers, num_workers=num_workers, generator=torch.Generator()
+    )
+    return [int(count) for count in loader]
 
 
 def _loader(dataset: CTDataset, sampler: Any, *, batch_size: int, batch_split: int, num_workers: int) -> DataLoader:
@@ -325,6 +355,7 @@ def _loader(dataset: CTDataset, sampler: Any, *, batch_size: int, batch_split: i
         collate_fn=partial(collate, batch_split=batch_split),
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else every new iterator draws from the run's own
     )
 
 

@@ -9,6 +9,7 @@ import logging
 import os
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 import ignite.distributed as idist
@@ -45,10 +46,13 @@ class RunFolder:
         resume: str | int | None = None,
         settings: object = None,
     ):
+        if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+            resume = "latest"  # torchrun started this process again after a failure
         self.path, self.name = Path(path), name
         self.names = (name, f"{name}_ema{ema_rate:g}")
         self.start_step = checkpoints.step_to_resume(path, resume)
         self.warmed_up = False
+        self.validated: tuple[int, float] | None = None  # step and val_recon
         self.writer: SummaryWriter | None = None
         self.samples: list[pictures.Sample] = []
         if idist.get_rank() == 0:
@@ -70,8 +74,8 @@ class RunFolder:
         logging.getLogger().addHandler(file)
         (self.path / "command.txt").write_text(shlex.join(sys.argv) + "\n")
         (self.path / "config.json").write_text(json.dumps(preflight.resolved_config(settings), indent=2) + "\n")
-        self._cut_metrics()
-        self.writer = SummaryWriter(str(self.path / "tb_logs"), purge_step=self.start_step)
+        purged = None if self.start_step is None else self.start_step + 1
+        self.writer = SummaryWriter(str(self.path / "tb_logs"), purge_step=purged)
 
     def _move_aside(self) -> None:
         """An earlier run in the same place is kept, under another name."""
@@ -83,47 +87,59 @@ class RunFolder:
         os.replace(self.path, aside)
         log.info("%s held an earlier run, now in %s (to go on with it: --resume latest)", self.path, aside)
 
-    def _cut_metrics(self) -> None:
-        """Rows after the step that is resumed never happened."""
+    def _cut_after_start(self) -> None:
+        """What came after the step that is resumed never happened; sets of it are put aside."""
         path = self.path / "metrics.jsonl"
-        if self.start_step is None or not path.exists():
-            return
-        rows = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in rows if _before(json.loads(line), self.start_step)]
+        lines = path.read_text().splitlines() if path.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be cut short
+        kept = [row for row in rows if _before(row, self.start_step)]
         part = path.with_suffix(".part")
-        part.write_text("".join(line + "\n" for line in kept))
+        part.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(part, path)
+        checkpoints.put_aside(self.path, after=self.start_step)
+        best = checkpoints.read_best(self.path)
+        if best is not None and best > self.start_step:
+            saved = checkpoints.complete_steps(self.path)
+            scores = {row["step"]: row["val_recon"] for row in kept if row.get("val_recon") and row["step"] in saved}
+            checkpoints.write_best(self.path, scores)
 
     def begin(self, network: SparseVQVAE) -> None:
-        """Writes what is trained: after freezing, so that the last column is true."""
+        """From here on files of an earlier run change. Writes what is trained: freezing has to come before."""
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
         total = sum(p.numel() for p in network.parameters())
         if idist.get_rank() == 0:
+            if self.start_step is not None:
+                self._cut_after_start()
             (self.path / f"{self.name}_model_summary.txt").write_text(summary(network))
         log.info("=== %s: %s parameters, %s trainable ===", self.path.name, f"{total:,}", f"{trained:,}")
 
-    def record_steps(self, engine: Engine, *, optimizer: Optimizer, phase: str, every: int, last: int) -> None:
-        """A console line and a metrics row every few steps and at the last."""
+    def record_steps(self, engine: Engine, *, optimizer: Optimizer, phase: str, every: dict, last: int) -> None:
+        """A console line every `i_print` steps, a metrics row every `i_log`; both at the first step and the last."""
 
-        def record(trainer: Engine) -> None:
-            step, output = trainer.state.iteration, trainer.state.output
-            row = {"phase": phase, "step": step, **output, "lr": optimizer.param_groups[0]["lr"]}
+        def show(trainer: Engine) -> None:
+            output = trainer.state.output
             shown = " ".join(f"{name}={output[name]:.4g}" for name in ("loss", "recon", "vq", "commitment"))
-            log.info("%s %d: %s", "Step" if phase == "train" else "Warm-up step", step, shown)
-            self._write(row, prefix=phase)
+            log.info("%s %d: %s", "Step" if phase == "train" else "Warm-up step", trainer.state.iteration, shown)
+
+        def write(trainer: Engine) -> None:
+            row = {"phase": phase, "step": trainer.state.iteration, **trainer.state.output}
+            self._write({**row, "lr": optimizer.param_groups[0]["lr"]}, prefix=phase)
 
         self.warmed_up = self.warmed_up or phase == "warmup"
-        due = Events.ITERATION_COMPLETED(event_filter=lambda _, step: step % every == 0 or step == last or step == 1)
-        engine.add_event_handler(due, record)
+        for record, key in ((show, "i_print"), (write, "i_log")):
+            due = partial(_due, every=every[key], last=last)
+            engine.add_event_handler(Events.ITERATION_COMPLETED(event_filter=due), record)
 
     def record_validation(self, step: int, metrics: dict) -> None:
         values = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         log.info("Validation at step %d: %s", step, " ".join(f"{name}={value:.4g}" for name, value in values.items()))
         self._write({"phase": "train", "step": step, **values}, prefix="validation")
-        if idist.get_rank() == 0 and step > 0:
-            best = self.path / "ckpts" / "best.json"
-            if not best.exists() or values["val_recon"] < json.loads(best.read_text())["val_recon"]:
-                checkpoints.write_best(self.path, step, values["val_recon"])
+        self.validated = (step, values["val_recon"])
+
+    def record_best(self, step: int) -> None:
+        """Of a set just saved: whether it is the best one to take downstream."""
+        if self.validated is not None and self.validated[0] == step > 0:
+            checkpoints.write_best(self.path, {**checkpoints.best_score(self.path), step: self.validated[1]})
 
     def keep_samples(self, evaluator: Engine) -> None:
         """Holds the first validation cases for the next picture. Attached to the evaluator."""
@@ -163,6 +179,10 @@ def summary(network: SparseVQVAE) -> str:
     lines += [(n, "x".join(map(str, s)), str(t).removeprefix("torch."), g) for n, s, t, g in sorted(rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(4)]
     return "".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() + "\n" for line in lines)
+
+
+def _due(_engine: Engine, step: int, *, every: int, last: int) -> bool:
+    return step % every == 0 or step in (1, last)
 
 
 def _before(row: dict, step: int) -> bool:

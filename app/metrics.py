@@ -4,6 +4,7 @@ import torch
 from ignite.engine import Engine
 from ignite.metrics import Metric
 from ignite.metrics.metric import reinit__is_reduced, sync_all_reduce
+from jaxtyping import Float, Int
 
 from transforms.array import WINDOWS
 
@@ -12,6 +13,12 @@ def perplexity(counts: torch.Tensor) -> float:
     """exp of the entropy of code use: the number of codes that equal use would need."""
     share = counts[counts > 0].double() / counts.sum()
     return float(torch.exp(-(share * share.log()).sum())) if share.numel() else 0.0
+
+
+def count_codes(codes: Int[torch.Tensor, "M ..."], num_codes: int) -> Float[torch.Tensor, "L K"]:
+    """How often each code of each quantiser level occurs."""
+    levels = codes.cpu().long().reshape(len(codes), -1).T
+    return torch.stack([torch.bincount(level, minlength=num_codes) for level in levels]).double()
 
 
 class TokenizerMetrics(Metric):
@@ -37,11 +44,12 @@ class TokenizerMetrics(Metric):
         if not self._names:
             self._names = list(values)
             self._sums = torch.zeros(len(values), dtype=torch.float64)
-            self._counts = torch.zeros(output["num_codes"], dtype=torch.float64)
+            levels = 1 if output["codes"] is None or output["codes"].ndim == 1 else output["codes"].shape[1]
+            self._counts = torch.zeros((levels, output["num_codes"]), dtype=torch.float64)
         self._sums += torch.tensor(list(values.values()), dtype=torch.float64)
         self._cases += 1
         if output["codes"] is not None:
-            self._counts += torch.bincount(output["codes"].cpu().long(), minlength=len(self._counts)).double()
+            self._counts += count_codes(output["codes"], self._counts.shape[1])
 
     @sync_all_reduce("_cases", "_sums", "_counts")
     def compute(self) -> dict[str, float]:
@@ -49,8 +57,11 @@ class TokenizerMetrics(Metric):
         result = {f"val_{name}": mean for name, mean in zip(self._names, means, strict=True)}
         result["val_shuffled_ratio"] = result["val_shuffled"] / max(result["val_recon"], 1e-12)
         if self._counts.sum() > 0:
-            result["val_codes_used"] = int((self._counts > 0).sum())
-            result["val_perplexity"] = perplexity(self._counts)
+            used, spread = (self._counts > 0).sum(1).tolist(), [perplexity(counts) for counts in self._counts]
+            result["val_codes_used"], result["val_perplexity"] = sum(used) / len(used), sum(spread) / len(spread)
+            if len(used) > 1:
+                for i in range(len(used)):
+                    result |= {f"val_codes_used_level{i}": used[i], f"val_perplexity_level{i}": spread[i]}
         return result
 
     def attach(self, engine: Engine, name: str = "validation", usage=None) -> None:

@@ -6,7 +6,6 @@ well a model reads scans. The anatomy itself is in anatomy.py.
 
 import json
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -23,6 +22,7 @@ from app.anatomy import (
     SIDES,
     Build,
     Canvas,
+    Number,
     Point,
     Torso,
     draw_build,
@@ -36,17 +36,18 @@ from app.anatomy import (
 from transforms.array import DEFAULT_WINDOWS
 
 log = logging.getLogger(__name__)
+WAIT = 600  # seconds that other ranks give rank 0
 VERSION = 1  # of the anatomy: a cohort of another version is made again
 
 
 class Phantom(NamedTuple):
     hu: Int[np.ndarray, "X Y Z"]
-    spacing: tuple[float, float, float]
+    spacing: tuple[Number, Number, Number]
     affine: Float[np.ndarray, "4 4"]
     findings: list[dict[str, Any]]
 
 
-def _finding(name: str, organ: str, side: str, sizes: list[float], centers: list[Point]) -> dict[str, Any]:
+def _finding(name: str, organ: str, side: str, sizes: list[Number], centers: list[Point]) -> dict[str, Any]:
     return {
         "finding": name,
         "organ": organ,
@@ -82,7 +83,7 @@ def paint_nodules(canvas: Canvas, build: Build, torso: Torso, side: str) -> dict
     own = (canvas.x * SIDES[side] > 0) & (torso.wall < -14) & (torso.lungs > 0.99) & (canvas.hu < -600)
     own = np.argwhere(ndimage.binary_erosion(own, iterations=max(1, round(8 / canvas.step))))
     centers: list[Point] = []
-    sizes: list[float] = []
+    sizes: list[Number] = []
     for _ in range(int(build.rng.integers(1, 4))):
         for _ in range(20):
             at = tuple(own[build.rng.integers(len(own))])
@@ -110,7 +111,7 @@ def paint_stones(canvas: Canvas, build: Build, torso: Torso, side: str) -> dict[
 PAINTERS: tuple[Callable[..., dict[str, Any]], ...] = (paint_effusion, paint_nodules, paint_stones)
 
 
-def make_phantom(seed: int, *, size: int = 96, spacing: float = 4.0) -> Phantom:
+def make_phantom(seed: int, *, size: int = 96, spacing: Number = 4.0) -> Phantom:
     """One patient on a RAS cube; the same seed gives the same patient, at any size and spacing the same anatomy."""
     rng = np.random.default_rng([seed, 7])
     build = draw_build(rng)
@@ -156,10 +157,10 @@ def ensure_cohort(out: str | Path, *, num_train: int = 14, num_val: int = 6, see
         log.info("Making %d phantoms in %s", num_train + num_val, out)
         _make_cohort(out, settings)
         return out
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + WAIT
     while not _is_whole(out, settings):
         if time.monotonic() > deadline:
-            raise ValueError(f"phantoms in {str(out)!r} did not appear within ten minutes; see the log of rank 0")
+            raise ValueError(f"phantoms in {str(out)!r} did not appear within {WAIT} s; see the log of rank 0")
         time.sleep(0.2)
     return out
 
@@ -188,28 +189,34 @@ def _make_cohort(out: Path, settings: dict[str, int]) -> None:
         raise ValueError(f"{str(out)!r} holds something that is no phantom cohort; give the phantoms another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        _fill(beside / "new", settings)
+        if out.exists():  # made with other settings
+            out.rename(beside / "old")
+        (beside / "new").rename(out)
+    finally:
+        shutil.rmtree(beside)
+
+
+def _fill(folder: Path, settings: dict[str, int]) -> None:
+    """The cohort as a prepared dataset, with what is known of each case in findings.json."""
     rows, findings = [], {}
     for index in range(settings["num_train"] + settings["num_val"]):
         split = "train" if index < settings["num_train"] else "val"
-        phantom = make_phantom(settings["seed"] * 100_000 + index)
-        case_id = f"phantom_{index:04d}"
-        sidecar = {"steps": ["phantom"], "phantom_seed": settings["seed"] * 100_000 + index}
+        seed = settings["seed"] * 100_000 + index
+        phantom = make_phantom(seed)
         case = prepared.write_case(
-            beside, case_id, phantom.hu, affine=phantom.affine, windows=DEFAULT_WINDOWS, sidecar=sidecar
+            folder,
+            f"phantom_{index:04d}",
+            phantom.hu,
+            affine=phantom.affine,
+            windows=DEFAULT_WINDOWS,
+            sidecar={"steps": [f"phantom {VERSION} seed {seed}"]},
         )
-        rows.append({**prepared.metadata_row(case, windows=DEFAULT_WINDOWS), "patient": case_id, "split": split})
-        findings[case_id] = phantom.findings
-    prepared.write_metadata(beside, rows)
-    prepared.write_failures(beside, [])
-    prepared.write_text(beside / "findings.json", json.dumps(findings, indent=1) + "\n")
-    size, spacing = phantom.hu.shape[0], phantom.spacing[0]
-    config = {"size": size, "spacing": spacing, "windows": list(DEFAULT_WINDOWS), **settings}
-    prepared.write_dataset_config(beside, config)
-    beside.chmod(0o755)
-    if out.exists():  # made with other settings
-        old = out.with_name(f".{out.name}.old.{os.getpid()}")
-        out.rename(old)
-        beside.rename(out)
-        shutil.rmtree(old)
-    else:
-        beside.rename(out)
+        rows.append({**prepared.metadata_row(case, windows=DEFAULT_WINDOWS), "patient": case.case_id, "split": split})
+        findings[case.case_id] = phantom.findings
+    prepared.write_metadata(folder, rows)
+    prepared.write_failures(folder, [])
+    prepared.write_text(folder / "findings.json", json.dumps(findings, indent=1) + "\n")
+    config = {"size": phantom.hu.shape[0], "spacing": phantom.spacing[0], "windows": list(DEFAULT_WINDOWS), **settings}
+    prepared.write_dataset_config(folder, config)

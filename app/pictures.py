@@ -28,6 +28,8 @@ def sample_of(output: dict, *, channel: int = 0) -> Sample:
 
     x, recon, latents = output["input"], output["recon"], output["latents"]
     codes = output["codes"] if output["codes"] is not None else latents.feats[:, 0]
+    if codes.ndim == 2:  # of several levels the first, which says most
+        codes = codes[:, 0]
     return Sample(
         output["case_id"][0],
         dense(x, x.feats[:, channel]),

@@ -14,7 +14,7 @@ from networks.presets import PRESETS, Preset
 
 log = logging.getLogger(__name__)
 
-STAGES = ("vae", "vq_stage1", "vq_stage2")
+STAGES = ("vae", "vq_stage1", "vq_stage2")  # by training_stage
 
 DEMO = {
     "max_steps": {"vae": 450, "vq_stage1": 300, "vq_stage2": 150},
@@ -61,7 +61,7 @@ class Plan:
 
 
 def make_plan(
-    stage: str,
+    training_stage: int,
     *,
     scale: str = "auto",
     dataset_dir: str | None = None,
@@ -71,8 +71,7 @@ def make_plan(
     seed: int = 0,
 ) -> Plan:
     """Fills what is open and says what was chosen. Makes the built-in phantoms when there is no data."""
-    if stage not in STAGES:
-        raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {stage!r}")
+    stage = STAGES[training_stage]
     if scale not in ("auto", "demo", "full"):
         fail("BAD_VALUE", f"scale must be auto, demo or full, got {scale!r}", "leave --scale out for auto")
     if scale == "full" and dataset_dir is None:
@@ -87,7 +86,7 @@ def make_plan(
     data = dataset_dir or _phantoms(seed)
     loss_type = table["loss_type"] or ("l1_l2" if stage == "vq_stage2" else "l1")
     log.info("scale %s: %s", chosen, f"your data in {data}" if dataset_dir else f"built-in phantoms in {data}")
-    log.info("preset %s, %d steps of stage %s", preset, table["max_steps"][stage], stage)
+    log.info("preset %s, stage %s; a default a flag does not override comes from scale %s", preset, stage, chosen)
     return Plan(
         scale=chosen,
         dataset_dir=data,

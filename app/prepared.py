@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Num
+from jaxtyping import Bool, Float, Int, Num, Shaped
 
 from transforms.array import AIR, WINDOWS, hu_from_windows, sparsify, window, window_bounds, window_file_name
 
@@ -110,7 +110,7 @@ class PreparedCase:
         """Every window the case can give: all that are known where HU are, else those that lie there as files."""
         return tuple(WINDOWS) if self.is_hu else tuple(self._window_files())
 
-    def window(self, name: str) -> Num[np.ndarray, "X Y Z"]:
+    def window(self, name: str) -> Shaped[np.ndarray, "X Y Z"]:
         """A window as it is stored (uint8 0..255; older trees: 0/1 or floats in 0..1), else made from the HU."""
         window_bounds(name)
         file = self._window_files().get(name)

@@ -8,12 +8,15 @@ import copy
 import logging
 import math
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import ignite.distributed as idist
 import torch
+import torch.distributed as dist
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from torch import nn
@@ -25,11 +28,14 @@ from app import checkpoints
 from app.checkpoints import unwrapped
 from app.preflight import fail
 from networks.losses import TokenizerLoss, reconstruction
+from networks.quantizer import MIN_VECTORS_PER_CODE
 from networks.sparse import SparseTensor
 from networks.vqvae import SparseVQVAE
 
 log = logging.getLogger(__name__)
 
+MAX_PASSES = 16  # over the cases, each drawn anew, to fill a codebook at the start
+FUNCTIONS_OF_STEP = (lr_scheduler.LambdaLR, lr_scheduler.OneCycleLR)
 AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -56,10 +62,19 @@ def seed_step(seed: int, step: int, *, rank: int = 0) -> None:
 class TrainStep:
     """`iteration_update`: all micro-batches of a step, then one optimizer step and one codebook update."""
 
-    def __init__(self, *, quantize: bool, seed: int = 0, amp: str = "off", grad_clip: float | None = 1.0):
+    def __init__(
+        self,
+        *,
+        quantize: bool,
+        seed: int = 0,
+        amp: str = "off",
+        grad_clip: float | None = 1.0,
+        hold_encoder_steps: int = 0,
+    ):
         if amp not in AMP_TYPES:
             raise ValueError(f"amp must be one of {', '.join(AMP_TYPES)}, got {amp!r}")
         self.quantize, self.seed, self.amp, self.grad_clip = quantize, seed, AMP_TYPES[amp], grad_clip
+        self.hold_encoder_steps = hold_encoder_steps  # the decoder adapts to the codes first
         self.scaler = torch.amp.GradScaler(enabled=self.amp == torch.float16)
 
     def __call__(self, engine: SupervisedTrainer, batch: dict | list[dict]) -> dict:
@@ -82,11 +97,15 @@ class TrainStep:
                 totals[name] = totals.get(name, 0.0) + float(term.detach()) * share
             points += len(x)
         case_ids = [case for part in parts for case in part["case_id"]]
+        totals = mean_of_ranks(totals)
         self._stop_if_not_finite(engine, totals, case_ids)
         self._optimize(engine)
         return {**totals, "points": points, "seconds": time.perf_counter() - started}
 
     def _optimize(self, engine: SupervisedTrainer) -> None:
+        if engine.state.iteration <= self.hold_encoder_steps:
+            for parameter in unwrapped(engine.network).encoder.parameters():
+                parameter.grad = None
         learned = [p for group in engine.optimizer.param_groups for p in group["params"] if p.grad is not None]
         if learned:
             self.scaler.unscale_(engine.optimizer)
@@ -109,6 +128,41 @@ class TrainStep:
                 "resume from it with a lower learning_rate, or check these cases with `python -m app check`",
                 status=1,
             )
+
+
+def mean_of_ranks(totals: dict[str, float]) -> dict[str, float]:
+    """Every rank has as many samples, so the mean over ranks is the mean over samples."""
+    if idist.get_world_size() == 1:
+        return totals
+    values = torch.tensor(list(totals.values()), dtype=torch.float64, device=idist.device())
+    values = idist.all_reduce(values) / idist.get_world_size()
+    return dict(zip(totals, values.tolist(), strict=True))
+
+
+class ProcessGroup:
+    """Joined before anything else of a run that torchrun started, left at its end."""
+
+    def join(self) -> None:
+        if "RANK" not in os.environ:
+            fail(
+                "NO_TORCHRUN",
+                "bundles/multi_gpu.json runs under torchrun",
+                "torchrun --nproc_per_node=N -m monai.bundle …",
+            )
+        if not dist.is_initialized():
+            choose_device()
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+    def leave(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def distribute(network: nn.Module) -> nn.Module:
+    """The network with gradients averaged over ranks, where there are several."""
+    if idist.get_world_size() == 1 or not trainable(network):
+        return network
+    return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
 
 def freeze(network: SparseVQVAE, parts: Iterable[str]) -> SparseVQVAE:
@@ -138,22 +192,42 @@ def make_scheduler(
 ) -> lr_scheduler.LRScheduler:
     """cosine, one_cycle, constant, or any class of torch.optim.lr_scheduler with its options; the first two warm up."""
     warmup = round(0.02 * max_steps) if warmup_lr_steps is None else warmup_lr_steps
-    peak = optimizer.param_groups[0]["lr"]
     if name == "one_cycle":
+        peak = optimizer.param_groups[0]["lr"]
         return lr_scheduler.OneCycleLR(optimizer, max_lr=peak, total_steps=max_steps + 1, **(options or {}))
-    if name == "cosine":
-        main = lr_scheduler.CosineAnnealingLR(optimizer, max(max_steps - warmup, 1), eta_min=peak / 100)
-    elif name == "constant":
-        main = lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    else:
+    if name not in ("cosine", "constant"):
         kind = getattr(lr_scheduler, name, None)
         if not (isinstance(kind, type) and issubclass(kind, lr_scheduler.LRScheduler)):
             raise ValueError(f"lr_scheduler must be cosine, one_cycle, constant or a torch scheduler, got {name!r}")
         return kind(optimizer, **(options or {}))
-    if warmup == 0:
-        return main
-    rise = lr_scheduler.LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
-    return lr_scheduler.SequentialLR(optimizer, [rise, main], milestones=[warmup])
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if name == "constant":
+            return 1.0
+        done = min((step - warmup) / max(max_steps - warmup, 1), 1.0)
+        return 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
+
+    return lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def resume_schedule(schedule: lr_scheduler.LRScheduler, stored: dict, *, step: int) -> None:
+    """Takes a schedule to a step. Ours are functions of the step, so that this run's rate and length count."""
+    if not isinstance(schedule, FUNCTIONS_OF_STEP):
+        schedule.load_state_dict(stored)
+    elif step > 0:
+        schedule.load_state_dict({"last_epoch": step - 1, "_step_count": step})
+        schedule.step()
+
+
+def resume_optimizer(optimizer: Optimizer, stored: dict, *, keep_settings: bool) -> None:
+    """Loads what an optimizer gathered; with `keep_settings` its rates stay those of this run's config."""
+    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(stored)
+    if keep_settings:
+        for group, settings in zip(optimizer.param_groups, own, strict=True):
+            group.update(settings)
 
 
 class ValidationStep:
@@ -251,29 +325,34 @@ class CodebookStart:
             max_epochs=1,
             epoch_length=steps,
             train_data_loader=self._loader(steps),
-            network=self.network,
+            network=distribute(self.network),
             optimizer=optimizer,
             loss_function=self.loss_function,
             iteration_update=TrainStep(quantize=False, seed=self.warmup["seed"], amp=self.warmup["amp"]),
             decollate=False,
         )
         trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _: schedule.step())
-        self.folder.record_steps(trainer, optimizer=optimizer, phase="warmup", every=self.warmup["i_print"], last=steps)
+        self.folder.record_steps(trainer, optimizer=optimizer, phase="warmup", every=self.warmup, last=steps)
         trainer.run()
 
     @torch.no_grad()
     def _lay_codebook(self) -> None:
-        """k-means on encoder outputs of as many training samples as the codebook needs."""
+        """k-means on encoder outputs of training samples, drawn until there are enough for every code.
+
+        One pass over the cases has to hold what k-means takes at least: more passes only vary the same voxels.
+        """
         vq, device = self.network.vq, next(self.network.parameters()).device
-        wanted = self.vectors_per_code * vq.num_embeddings
+        world = idist.get_world_size()
+        one_pass = math.ceil(len(self.loader.dataset) / (self.loader.batch_size * world))
         rows, seen = [], 0
         self.network.eval()
-        for batch in self._loader(4 * math.ceil(wanted / 64)):
+        for number, batch in enumerate(self._loader(MAX_PASSES * one_pass), start=1):
             for part in batch if isinstance(batch, list) else [batch]:
                 latents, _ = self.network.encoder(to_sparse(part, device))
                 rows.append(latents.feats)
-                seen += len(latents) * idist.get_world_size()
-            if seen >= wanted:
+                seen += len(latents) * world
+            too_few = number == one_pass and seen < MIN_VECTORS_PER_CODE * vq.num_embeddings
+            if too_few or seen >= self.vectors_per_code * vq.num_embeddings:
                 break
         rows = torch.cat(rows)
         if not rows.std(0).mean() > 1e-3:
@@ -287,6 +366,31 @@ class CodebookStart:
         except ValueError as error:
             fail("TOO_LITTLE_DATA", str(error).split(":")[0], "give more cases or lower --num_embeddings")
         log.info("codebook of %d codes laid over %d encoder outputs", vq.num_embeddings, rows.shape[0])
+
+
+class Stage2Start:
+    """Weights of stage 1. On the demo a missing stage 1 is trained first; with the user's data it is refused."""
+
+    def __init__(self, *, network: SparseVQVAE, folder, init_from: str, scale: str):
+        self.network, self.folder, self.init_from, self.scale = network, folder, init_from, scale
+
+    def run(self) -> None:
+        if self.folder.start_step is not None:
+            return
+        path = Path(self.init_from)
+        if not path.is_file() and not checkpoints.complete_steps(path):
+            command = "python -m monai.bundle run training --config_file bundles/vq_stage1.json"
+            if self.scale != "demo" or path != Path("outputs/vq_stage1"):
+                fail("NO_STAGE1", f"{path} has no checkpoint of stage 1", f"first run {command} with your dataset_dir")
+            log.info("no stage 1 yet: training it on the demo first (%s)", command)
+            if idist.get_rank() == 0:
+                config = Path(__file__).resolve().parent.parent / "bundles" / "vq_stage1.json"
+                call = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", str(config)]
+                alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+                if status := subprocess.run(call, env=alone).returncode:
+                    fail("NO_STAGE1", f"stage 1 ended with status {status}", "see its output above", status=1)
+            idist.barrier()
+        log.info("weights from %s", checkpoints.start_from(self.network, path, codebook=True))
 
 
 class StageHandlers:
@@ -318,9 +422,7 @@ class StageHandlers:
 
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._advance)
-        self.folder.record_steps(
-            engine, optimizer=self.optimizer, phase="train", every=self.every["i_print"], last=last
-        )
+        self.folder.record_steps(engine, optimizer=self.optimizer, phase="train", every=self.every, last=last)
         completed = Events.ITERATION_COMPLETED
         engine.add_event_handler(completed(event_filter=due("val_interval")), self._validate)
         engine.add_event_handler(completed(event_filter=due("i_sample")), self._picture)
@@ -341,11 +443,16 @@ class StageHandlers:
         for stored in (live, mean):
             sizes = type(self.network.sizes).from_tensor(stored["_extra_state"])
             checkpoints.check_same(sizes, self.network.sizes, source=self.folder.path, skip=set())
+        last = engine.state.epoch_length
+        if step >= last:
+            log.info("nothing left to train: step %d of %d (a larger --max_steps goes on)", step, last)
+            engine.terminate()
+            return
         self.network.load_state_dict(live)
         self.averaged.module.load_state_dict(mean)
         self.averaged.n_averaged.fill_(misc["num_averaged"])
-        self.optimizer.load_state_dict(misc["optimizer"])
-        self.schedule.load_state_dict(misc["schedule"])
+        resume_optimizer(self.optimizer, misc["optimizer"], keep_settings=isinstance(self.schedule, FUNCTIONS_OF_STEP))
+        resume_schedule(self.schedule, misc["schedule"], step=step)
         scaler = getattr(engine._process_function, "scaler", None)
         if scaler is not None and misc["scaler"]:
             scaler.load_state_dict(misc["scaler"])
@@ -384,5 +491,6 @@ class StageHandlers:
         }
         weights = {live: self.network.state_dict(), mean: self.averaged.module.state_dict()}
         checkpoints.save_set(path, step, weights, misc)
+        self.folder.record_best(step)
         checkpoints.prune(path, self.every["keep_last"])
         engine.last_saved_step = step

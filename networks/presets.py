@@ -12,6 +12,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+CODEBOOKS = ("ema", "gradient", "fsq", "none")
 WINDOW_NAMES = ("lung", "bone", "soft_tissue", "brain")
 
 
@@ -30,7 +31,10 @@ class Preset:
     windows: tuple[str, ...] = WINDOW_NAMES  # CT windows, one input channel each
     features: str = "window"
     keep: str = "body"
-    codebook: str = "ema"  # ema, gradient, or none for the continuous autoencoder
+    codebook: str = "ema"  # ema, gradient, fsq, or none for the continuous autoencoder
+    rotation_trick: bool = False
+    normalize_codes: bool = False
+    quantizer_levels: int = 1  # codes a latent
     pool: str = "mean"  # legacy for published weights
 
     def __post_init__(self):
@@ -39,6 +43,15 @@ class Preset:
         if self.model_channels % self.num_heads:
             raise ValueError(
                 f"model_channels must be a multiple of num_heads = {self.num_heads}, got {self.model_channels}"
+            )
+        if self.codebook not in CODEBOOKS:
+            raise ValueError(f"codebook must be one of {', '.join(CODEBOOKS)}, got {self.codebook!r}")
+        if self.quantizer_levels < 1:
+            raise ValueError(f"quantizer_levels must be at least 1, got {self.quantizer_levels}")
+        if self.codebook == "fsq" and (self.rotation_trick or self.normalize_codes or self.quantizer_levels > 1):
+            raise ValueError(
+                "rotation_trick, normalize_codes and quantizer_levels need a codebook of vectors, got codebook fsq: "
+                "pass codebook ema or gradient, or leave them out"
             )
 
     @property
@@ -60,6 +73,9 @@ class Preset:
     @classmethod
     def from_tensor(cls, stored: UInt8[Tensor, " bytes"]) -> "Preset":
         values = json.loads(bytes(stored.tolist()))
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"the stored sizes have {unknown}, which this software does not know: update it")
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 

@@ -3,6 +3,7 @@
 Knows rows, not space. The codebook is learned by moving averages (`codebook="ema"`: a buffer, changed only by `update`,
 once per optimizer step) or by gradient (`codebook="gradient"`: a parameter, pulled by the `vq` loss).
 Search, losses and sums run in float32 whatever the autocast; N x K distances are never held at once.
+Other kinds with the same methods are in fsq.py (no codebook) and residual.py (several codes a row).
 """
 
 from typing import NamedTuple
@@ -19,7 +20,7 @@ MIN_VECTORS_PER_CODE = 4
 
 class Quantized(NamedTuple):
     values: Float[Tensor, "N D"]  # codebook rows, with the gradient of the input
-    codes: Int64[Tensor, " N"]
+    codes: Int64[Tensor, "N ..."]  # (N,), or (N, levels) where a row has several
     vq: Float[Tensor, " N"]  # per row, so that the caller can average within samples
     commitment: Float[Tensor, " N"]
 
@@ -42,6 +43,11 @@ def code_sums(
     return counts.to(rows.dtype), sums
 
 
+def check_codes(codes: Int[Tensor, "..."], num_codes: int) -> None:
+    if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= num_codes):
+        raise ValueError(f"codes must lie in 0..{num_codes - 1}, got {int(codes.min())}..{int(codes.max())}")
+
+
 def kmeans(
     rows: Float[Tensor, "N D"], num_codes: int, *, iterations: int = 20, generator: torch.Generator
 ) -> Float[Tensor, "K D"]:
@@ -59,6 +65,28 @@ def kmeans(
     return centres
 
 
+def straight_through(rows: Float[Tensor, "N D"], values: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+    """The values, with the gradient of the rows."""
+    return rows + (values - rows).detach()
+
+
+def rotated(rows: Float[Tensor, "N D"], values: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+    """The values as a rotation and stretch of the rows, both held constant (arXiv:2410.06424, eq. 4).
+
+    The gradient reaches a row turned and stretched back with it, instead of copied; a row or value of zero copies.
+    """
+    rows_norm = rows.detach().norm(dim=1, keepdim=True)
+    values_norm = values.detach().norm(dim=1, keepdim=True)
+    start = rows.detach() / rows_norm.clamp(min=1e-12)
+    end = values.detach() / values_norm.clamp(min=1e-12)
+    middle = F.normalize(start + end, dim=1)
+    turned = rows - 2 * (rows * middle).sum(1, keepdim=True) * middle + 2 * (rows * start).sum(1, keepdim=True) * end
+    moved = turned * (values_norm / rows_norm.clamp(min=1e-12))
+    plain = (rows_norm < 1e-6) | (values_norm < 1e-6) | ((start * end).sum(1, keepdim=True) < -0.9999)
+    exact = moved + (values - moved).detach()  # rounding aside they are equal: what is decoded is the code itself
+    return torch.where(plain, straight_through(rows, values), exact)
+
+
 class VectorQuantizer(nn.Module):
     """Replaces each row by its nearest codebook row.
 
@@ -66,6 +94,9 @@ class VectorQuantizer(nn.Module):
         num_embeddings: number of codes K.
         embedding_dim: code width D.
         codebook: "ema" or "gradient".
+        rotation_trick: `rotated` in place of `straight_through`.
+        normalize_codes: codes lie on a sphere, so that a row's direction alone chooses; its radius is the rows' mean
+            length when the codebook is laid.
         decay: weight of the old value in the moving averages.
         revive_below: a code whose average count falls below this restarts at a random current row.
     """
@@ -76,6 +107,8 @@ class VectorQuantizer(nn.Module):
         embedding_dim: int,
         *,
         codebook: str = "ema",
+        rotation_trick: bool = False,
+        normalize_codes: bool = False,
         decay: float = 0.99,
         revive_below: float = 0.05,
     ):
@@ -84,6 +117,9 @@ class VectorQuantizer(nn.Module):
             raise ValueError(f"codebook must be ema or gradient, got {codebook!r}")
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.learning, self.decay, self.revive_below = codebook, decay, revive_below
+        self.rotation_trick, self.normalize_codes = rotation_trick, normalize_codes
+        if normalize_codes:
+            self.register_buffer("radius", torch.ones(()))
         start = torch.randn(num_embeddings, embedding_dim)
         if codebook == "gradient":
             self.embeddings = nn.Embedding(num_embeddings, embedding_dim, _weight=start)
@@ -95,34 +131,40 @@ class VectorQuantizer(nn.Module):
 
     @property
     def codebook(self) -> Float[Tensor, "K D"]:
-        return self.embeddings.weight
+        return self._on_sphere(self.embeddings.weight)
+
+    def _on_sphere(self, rows: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        return self.radius * F.normalize(rows, dim=1) if self.normalize_codes else rows
 
     def forward(self, rows: Float[Tensor, "N D"]) -> Quantized:
         with torch.autocast(rows.device.type, enabled=False):
             wide = rows.float()
-            codes = nearest_codes(wide.detach(), self.codebook.detach())
-            values = F.embedding(codes, self.codebook)
+            codebook = self.codebook
+            codes = nearest_codes(wide.detach(), codebook.detach())  # codes of one length: the nearest direction
+            values = F.embedding(codes, codebook)
             commitment = (wide - values.detach()).square().mean(1)
             vq = (values - wide.detach()).square().mean(1)
             if self.learning == "ema" and self.training:
-                self._pending.append((*code_sums(wide.detach(), codes, self.num_embeddings), wide.detach()))
-            return Quantized(wide + (values - wide).detach(), codes, vq, commitment)
+                seen = self._on_sphere(wide.detach())
+                self._pending.append((*code_sums(seen, codes, self.num_embeddings), seen))
+            estimate = rotated if self.rotation_trick else straight_through
+            return Quantized(estimate(wide, values), codes, vq, commitment)
 
     def lookup(self, codes: Int[Tensor, " N"]) -> Float[Tensor, "N D"]:
         """Codebook rows of codes."""
-        if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= self.num_embeddings):
-            raise ValueError(
-                f"codes must lie in 0..{self.num_embeddings - 1}, got {int(codes.min())}..{int(codes.max())}"
-            )
+        check_codes(codes, self.num_embeddings)
         return F.embedding(codes.long(), self.codebook)
 
     @torch.no_grad()
     def start_from(self, rows: Float[Tensor, "N D"], *, generator: torch.Generator) -> None:
         """k-means on encoder outputs of all ranks; every rank gets the same codebook."""
-        rows = _gather_rows(rows.float())
-        centres = kmeans(rows, self.num_embeddings, generator=generator)
-        _broadcast(centres)
-        self.codebook.copy_(centres)
+        rows = gather_rows(rows.float())
+        if self.normalize_codes:
+            self.radius.copy_(rows.norm(dim=1).mean())
+            rows = self._on_sphere(rows)
+        centres = self._on_sphere(kmeans(rows, self.num_embeddings, generator=generator))
+        broadcast(centres)
+        self.embeddings.weight.copy_(centres)
         if self.learning == "ema":
             counts, _ = code_sums(rows, nearest_codes(rows, centres), self.num_embeddings)
             self.mean_count.copy_(counts / counts.mean())
@@ -141,7 +183,7 @@ class VectorQuantizer(nn.Module):
         for part_counts, part_sums, _ in self._pending:
             counts += part_counts
             sums += part_sums
-        rows = torch.cat([self.codebook[:0], *(part for *_, part in self._pending)])
+        rows = torch.cat([self.embeddings.weight[:0], *(part for *_, part in self._pending)])
         self._pending.clear()
         if dist.is_initialized():
             dist.all_reduce(counts)
@@ -158,19 +200,20 @@ class VectorQuantizer(nn.Module):
             fresh = self._draw(rows, revived, generator)
             self.mean_count[~used] = 1.0  # a fair chance before the next revival
             self.mean_sum[~used] = fresh
-        self.codebook.copy_(self.mean_sum / self.mean_count[:, None])
+        self.embeddings.weight.copy_(self._on_sphere(self.mean_sum / self.mean_count[:, None]))
         return revived
 
     def _draw(self, rows: Float[Tensor, "N D"], count: int, generator: torch.Generator) -> Float[Tensor, "R D"]:
         """Random rows of this step, the same on every rank."""
-        rows = _gather_rows(rows)
+        rows = gather_rows(rows)
         picks = torch.randint(rows.shape[0], (count,), generator=generator).to(rows.device)
         drawn = rows[picks].clone()
-        _broadcast(drawn)
+        broadcast(drawn)
         return drawn
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, codebook={self.learning}"
+        options = [name for name in ("rotation_trick", "normalize_codes") if getattr(self, name)]
+        return ", ".join([f"{self.num_embeddings}, {self.embedding_dim}, codebook={self.learning}", *options])
 
 
 class _Table(nn.Module):
@@ -181,7 +224,7 @@ class _Table(nn.Module):
         self.register_buffer("weight", start)
 
 
-def _gather_rows(rows: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+def gather_rows(rows: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
     """Rows of all ranks, one after another."""
     if not dist.is_initialized():
         return rows
@@ -194,6 +237,6 @@ def _gather_rows(rows: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
     return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
 
 
-def _broadcast(values: Tensor) -> None:
+def broadcast(values: Tensor) -> None:
     if dist.is_initialized():
         dist.broadcast(values, 0)

@@ -9,13 +9,15 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int, Int32
+from jaxtyping import Bool, Float, Int, Int32, UInt8
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from networks import losses
+from networks.fsq import FiniteScalarQuantizer
 from networks.presets import Preset, preset
 from networks.quantizer import VectorQuantizer
+from networks.residual import ResidualQuantizer, build_quantizer
 from networks.sparse.modules import (
     Downsample,
     GroupNorm,
@@ -32,12 +34,13 @@ from networks.sparse.topology import Coarsening, Level
 
 # What the decoder asks at each level: the index (0 is the coarsest) and its features there.
 ChooseCells = Callable[[int, SparseTensor], Coarsening]
+Support = list[UInt8[Tensor, " _"]]
 
 
 class Tokens(NamedTuple):
-    """What a batch became: a code for each occupied latent, in Morton order."""
+    """What a batch became: a code for each occupied latent, or one a quantiser level (M, levels), in Morton order."""
 
-    codes: Int[Tensor, " M"]
+    codes: Int[Tensor, "M ..."]
     coords: Int32[Tensor, "M 4"]
     latent_shape: tuple[int, int, int]
     batch_size: int
@@ -47,7 +50,7 @@ class Reconstruction(NamedTuple):
     """A forward pass. `vq` and `commitment` are zero when nothing was quantised, `kl` when something was."""
 
     recon: SparseTensor
-    codes: Int[Tensor, " M"] | None
+    codes: Int[Tensor, "M ..."] | None
     latents: SparseTensor
     vq: Float[Tensor, ""]
     commitment: Float[Tensor, ""]
@@ -55,17 +58,31 @@ class Reconstruction(NamedTuple):
     subdivision: Float[Tensor, ""]
 
 
+def support_of(level: Level) -> Support:
+    """Which voxels a decoder is to compute: per level of a tokenizer, coarsest first, one byte of children a cell."""
+    cells = [level.coarsening]
+    for _ in range(2):
+        cells.insert(0, cells[0].coarse.coarsening)
+    octants = torch.arange(8, device=level.device)
+    return [(part.occupied.int() << octants).sum(1).to(torch.uint8) for part in cells]
+
+
+def children_of(support: UInt8[Tensor, " M"]) -> Bool[Tensor, "M 8"]:
+    """The bits of `support_of`."""
+    return ((support[:, None].int() >> torch.arange(8, device=support.device)) & 1).bool()
+
+
 class DownBlock(nn.Module):
     """Norm, halve, then two convolutions beside a linear skip."""
 
     def __init__(self, in_channels: int, out_channels: int, *, pool: str, backend: str):
         super().__init__()
-        self.act_layers = nn.Sequential(GroupNorm(in_channels), SiLU())
+        self.act_layers = nn.Sequential(GroupNorm(in_channels, silu=True))
         self.down = Downsample(pool=pool)
         self.out_layers = nn.Sequential(
             SubmanifoldConv3d(in_channels, out_channels, backend=backend),
-            GroupNorm(out_channels),
-            SiLU(),
+            GroupNorm(out_channels, silu=True),
+            nn.Identity(),  # the activation's place: published names count layers
             SubmanifoldConv3d(out_channels, out_channels, backend=backend),
         )
         self.skip_connection = Linear(in_channels, out_channels)
@@ -73,6 +90,10 @@ class DownBlock(nn.Module):
     def forward(self, x: SparseTensor) -> SparseTensor:
         inner, _ = self.down(self.act_layers(x))
         outer, _ = self.down(x)
+        return self.mix(inner, outer)
+
+    def mix(self, inner: SparseTensor, outer: SparseTensor) -> SparseTensor:
+        """The part after halving: activated and plain features."""
         return inner.replace(self.out_layers(inner).feats + self.skip_connection(outer).feats)
 
 
@@ -139,8 +160,11 @@ class Encoder(_Torso):
 
     def forward(self, x: SparseTensor) -> tuple[SparseTensor, Float[Tensor, "M D"]]:
         """Mean on the latent grid, and the log variance that only the continuous autoencoder uses."""
-        x = self.input_layer1(x)
-        for block in self.downsample:
+        return self.from_half(self.run(self.downsample[0], self.input_layer1(x)))
+
+    def from_half(self, x: SparseTensor) -> tuple[SparseTensor, Float[Tensor, "M D"]]:
+        """The rest, after the first halving."""
+        for block in self.downsample[1:]:
             x = self.run(block, x)
         x = self.out_layer(layer_norm(self.attend(self.input_layer(x)), eps=1e-5))
         mean, log_var = x.feats.float().chunk(2, 1)
@@ -157,7 +181,10 @@ class Decoder(_Torso):
 
     def forward(self, latents: SparseTensor, choose: ChooseCells) -> SparseTensor:
         """Values in [-1, 1] on the voxels that `choose` names level by level."""
-        x = self.attend(self.input_layer(latents))
+        return self.expand(self.attend(self.input_layer(latents)), choose)
+
+    def expand(self, x: SparseTensor, choose: ChooseCells) -> SparseTensor:
+        """The rest, after the transformer: convolutions alone, so local."""
         for i, block in enumerate(self.upsample):
             x = self.run(block, x, choose(i, x))
         x = self.out_layer(x)
@@ -171,8 +198,10 @@ class SubdivisionHeads(nn.ModuleList):
         channels = (sizes.model_channels, *sizes.widths[:0:-1])
         super().__init__(nn.Linear(width, 8) for width in channels)
 
-    def choose(self, i: int, x: SparseTensor, *, fine_shape: tuple[int, int, int]) -> tuple[Coarsening, int]:
-        """Children with positive logits inside the grid, else the likeliest one; also how often that was needed."""
+    def choose(
+        self, i: int, x: SparseTensor, *, fine_shape: tuple[int, int, int]
+    ) -> tuple[Coarsening, Bool[Tensor, " M"]]:
+        """Children with positive logits inside the grid, else the likeliest one; also where that was needed."""
         logits = self[i](x.feats.float())
         octants = torch.arange(8, device=logits.device)
         children = 2 * x.coords[:, None, 1:] + torch.stack([octants >> 2, (octants >> 1) & 1, octants & 1], 1)
@@ -181,7 +210,7 @@ class SubdivisionHeads(nn.ModuleList):
         occupied = logits > 0
         barren = ~occupied.any(1)
         occupied[barren, logits[barren].argmax(1)] = True
-        return x.level.subdivide(occupied, fine_shape), int(barren.sum())
+        return x.level.subdivide(occupied, fine_shape), barren
 
 
 class SparseVQVAE(nn.Module):
@@ -192,7 +221,7 @@ class SparseVQVAE(nn.Module):
         sizes: Preset,
         *,
         encoder: Encoder,
-        vq: VectorQuantizer | None,
+        vq: VectorQuantizer | FiniteScalarQuantizer | ResidualQuantizer | None,
         decoder: Decoder,
         subdivision: SubdivisionHeads,
     ):
@@ -246,15 +275,14 @@ class SparseVQVAE(nn.Module):
         return SparseTensor(values, tokens.coords, tokens.latent_shape, tokens.batch_size)
 
     @torch.no_grad()
-    def decode(self, tokens: Tokens, *, support: list[Int[Tensor, " M"]] | None = None) -> SparseTensor:
-        """Values on stored support (a byte of children a voxel, coarsest level first) or on predicted voxels."""
+    def decode(self, tokens: Tokens, *, support: Support | None = None) -> SparseTensor:
+        """Values on stored support (`support_of`) or on predicted voxels."""
 
         def choose(i: int, features: SparseTensor) -> Coarsening:
             fine_shape = tuple(2 * n for n in features.spatial_shape)
             if support is None:
                 return self.subdivision.choose(i, features, fine_shape=fine_shape)[0]
-            octants = torch.arange(8, device=features.feats.device)
-            return features.level.subdivide(((support[i][:, None].int() >> octants) & 1).bool(), fine_shape)
+            return features.level.subdivide(children_of(support[i]), fine_shape)
 
         return self.decoder(self.latents_of(tokens), choose)
 
@@ -275,13 +303,10 @@ def make_vqvae(
 
 
 def build_vqvae(sizes: Preset, *, backend: str = "auto", use_checkpoint: bool = False) -> SparseVQVAE:
-    vq = None
-    if sizes.codebook != "none":
-        vq = VectorQuantizer(sizes.num_embeddings, sizes.latent_channels, codebook=sizes.codebook)
     return SparseVQVAE(
         sizes,
         encoder=Encoder(sizes, backend=backend, use_checkpoint=use_checkpoint),
-        vq=vq,
+        vq=build_quantizer(sizes),
         decoder=Decoder(sizes, backend=backend, use_checkpoint=use_checkpoint),
         subdivision=SubdivisionHeads(sizes),
     )

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+import tests.type_checker  # noqa: F401  (jaxtyping names it and imports `tests` alone)
+
 TOLERANCES = {
     torch.float64: 1e-10,  # sums of at most a few thousand products
     torch.float32: 2e-5,  # 24-bit mantissa, float32 accumulation, K up to 27*512

@@ -5,30 +5,97 @@ that works where the features are; an explicit choice is never replaced by anoth
 """
 
 import importlib
+import logging
 import math
+from functools import cache, partial
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from networks.sparse import torch_backend
 from networks.sparse.tensor import SparseTensor
 from networks.sparse.topology import Coarsening, Level
 
-BACKENDS = ("torch",)
+BACKENDS = ("triton", "spconv", "torch")  # the order "auto" tries
+PROOF_TOLERANCE = 1e-2  # float16 in, float32 or float16 sums of 27 * 16 products
+log = logging.getLogger(__name__)
 
 
-def choose_backend(name: str, device: torch.device) -> ModuleType:
-    if name == "auto":
-        name = "torch"
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {name!r}")
-    if name == "torch":
+def choose_backend(name: str, feats: Float[Tensor, "N C"], columns: int) -> ModuleType:
+    """The module that convolves these features to `columns` channels."""
+    if name != "auto":
+        if name not in BACKENDS:
+            raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {name!r}")
+        reason = _reason_against(name, feats, columns)
+        if reason:
+            raise ValueError(f"backend {name} {reason}; choose another backend or auto")
+        return _module(name)
+    if feats.device.type != "cuda":
         return torch_backend
+    reasons = []
+    for candidate in BACKENDS:
+        reason = _reason_against(candidate, feats, columns)
+        if reason is None:
+            _announce(candidate, feats.dtype, tuple(reasons))
+            return _module(candidate)
+        reasons.append(f"{candidate} {reason}")
+    raise AssertionError("backend torch refuses nothing")
+
+
+def _module(name: str) -> ModuleType:
     return importlib.import_module(f"networks.sparse.{name}_backend")
+
+
+def _reason_against(name: str, feats: Float[Tensor, "N C"], columns: int) -> str | None:
+    """Why a backend cannot take these features: not working here, or its own rule."""
+    if name == "torch":
+        return None
+    if feats.device.type != "cuda":
+        return f"needs CUDA, got features on {feats.device}"
+    return defect(name, feats.device.index) or _module(name).refusal(feats, columns)
+
+
+@cache
+def defect(name: str, device_index: int) -> str | None:
+    """What is wrong with a backend on a CUDA device, shown by a small convolution and its gradients; or None."""
+    try:
+        module = _module(name)
+    except Exception as error:  # a broken optional library may raise anything at import
+        return f"cannot be imported ({type(error).__name__}: {error})"
+    device = torch.device("cuda", device_index)
+    coords = torch.nn.functional.pad(torch.ones(5, 4, 6, device=device).nonzero(), (1, 0))
+    level, _ = Level.from_coords(coords, (5, 4, 6), 1)
+    made = torch.Generator(device).manual_seed(0)
+    draw = partial(torch.randn, generator=made, device=device)
+    feats, grad, weight = draw(120, 16), draw(120, 32), draw(27, 16, 32)
+    try:
+        got = _all_three(module, feats.half(), weight.half(), grad.half(), level)
+    except Exception as error:
+        return f"does not run here ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+    truth = _all_three(torch_backend, feats, weight, grad, level)
+    errors = [float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(got, truth, strict=True)]
+    if max(errors) > PROOF_TOLERANCE:
+        return f"gives wrong results here (relative error {max(errors):.2g})"
+    return None
+
+
+def _all_three(module: ModuleType, feats: Tensor, weight: Tensor, grad: Tensor, level: Level) -> tuple[Tensor, ...]:
+    return (
+        module.forward(feats, weight, None, level),
+        module.input_grad(grad, weight, level),
+        module.weight_grad(feats, grad, level),
+    )
+
+
+@cache
+def _announce(name: str, dtype: torch.dtype, reasons: tuple[str, ...]) -> None:
+    """Says once which backend auto takes, and what spoke against those before it."""
+    note = f" ({'; '.join(reasons)})" if reasons else ""
+    log.log(logging.WARNING if name == "torch" else logging.INFO, "sparse backend for %s: %s%s", dtype, name, note)
 
 
 class _SubmanifoldConv(torch.autograd.Function):
@@ -46,17 +113,22 @@ class _SubmanifoldConv(torch.autograd.Function):
         return (
             ctx.backend.input_grad(grad, weight, ctx.level) if need_feats else None,
             ctx.backend.weight_grad(feats, grad, ctx.level).to(weight.dtype) if need_weight else None,
-            grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(ctx.bias_dtype) if need_bias else None,
+            _column_sums(grad).to(ctx.bias_dtype) if need_bias else None,
             None,
             None,
         )
+
+
+def _column_sums(grad: Float[Tensor, "N F"]) -> Float[Tensor, " F"]:
+    kernels = _row_kernels(grad)
+    return kernels.column_sums(grad) if kernels else grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
 
 
 def submanifold_conv(
     x: SparseTensor, weight: Float[Tensor, "27 C F"], bias: Float[Tensor, " F"] | None = None, *, backend: str = "auto"
 ) -> SparseTensor:
     """3x3x3 convolution that keeps the occupied voxels."""
-    feats, chosen = x.feats, choose_backend(backend, x.feats.device)
+    feats = x.feats
     if feats.shape[1] != weight.shape[1]:
         raise ValueError(f"weight {tuple(weight.shape)} needs features of {weight.shape[1]}, got {feats.shape[1]}")
     if torch.is_autocast_enabled(feats.device.type):
@@ -68,58 +140,103 @@ def submanifold_conv(
             f"and {weight.dtype} on {weight.device}"
         )
     with torch.autocast(feats.device.type, enabled=False):  # a backend sums in float32, whatever the inputs are
+        chosen = choose_backend(backend, feats, weight.shape[2])
         return x.replace(_SubmanifoldConv.apply(feats, weight, bias, x.level, chosen))
 
 
+def _row_kernels(feats: Float[Tensor, "N C"]) -> ModuleType | None:
+    """The fused row operations where these features can use them."""
+    if feats.device.type != "cuda" or feats.dtype == torch.float64 or defect("triton", feats.device.index):
+        return None
+    return importlib.import_module("networks.sparse.triton_rows")
+
+
 class _SpreadToChildren(torch.autograd.Function):
-    """Copies each coarse row to its children; backward adds the children up. No atomics, so the order is fixed."""
+    """Copies each coarse row, scaled, to its children; backward adds the children up. The order of sums is fixed."""
 
     @staticmethod
-    def forward(ctx, coarse, cells):
-        ctx.cells = cells
-        return coarse.index_select(0, cells.parent)
+    def forward(ctx, coarse, cells, scale):
+        ctx.cells, ctx.scale = cells, scale
+        kernels = _row_kernels(coarse)
+        if kernels:
+            return kernels.spread(coarse, cells.parent, scale)
+        return (coarse if scale is None else coarse * scale[:, None].to(coarse.dtype)).index_select(0, cells.parent)
 
     @staticmethod
     def backward(ctx, grad):
-        return _SumChildren.apply(grad, ctx.cells), None
+        return _SumChildren.apply(grad, ctx.cells, ctx.scale), None, None
 
 
 class _SumChildren(torch.autograd.Function):
-    """Adds up the children of each coarse row; backward copies to them."""
+    """Adds up the children of each coarse row and scales the sum; backward copies to them."""
 
     @staticmethod
-    def forward(ctx, fine, cells):
-        ctx.cells = cells
+    def forward(ctx, fine, cells, scale):
+        ctx.cells, ctx.scale = cells, scale
+        kernels = _row_kernels(fine)
+        if kernels:
+            return kernels.sum_children(fine, cells.children, scale)
         wide = torch.promote_types(fine.dtype, torch.float32)
         padded = torch.cat([fine, fine.new_zeros((1, fine.shape[1]))])
         total = torch.zeros((len(cells.coarse), fine.shape[1]), dtype=wide, device=fine.device)
         for rows in cells.children:
             total += padded.index_select(0, rows)
-        return total.to(fine.dtype)
+        return (total if scale is None else total * scale[:, None]).to(fine.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        return _SpreadToChildren.apply(grad, ctx.cells), None
+        return _SpreadToChildren.apply(grad, ctx.cells, ctx.scale), None, None
 
 
 def pool(x: SparseTensor, *, legacy: bool = False) -> tuple[SparseTensor, Coarsening]:
     """Mean over the children of each 2x2x2 cell; `legacy` divides by one more, as published weights expect."""
     cells = x.level.coarsening
-    counts = cells.occupied.sum(1, keepdim=True) + int(legacy)
-    return SparseTensor.on(cells.coarse, _SumChildren.apply(x.feats, cells) / counts.to(x.feats.dtype)), cells
+    wide = torch.promote_types(x.feats.dtype, torch.float32)
+    share = x.level.kept(("share", legacy, wide), lambda: 1 / (cells.occupied.sum(1) + int(legacy)).to(wide))
+    return SparseTensor.on(cells.coarse, _SumChildren.apply(x.feats, cells, share)), cells
 
 
 def unpool(x: SparseTensor, cells: Coarsening) -> SparseTensor:
     """Copies each voxel to the children that `cells` names; undoes the grouping of `pool`."""
     if not x.level.same_as(cells.coarse):
         raise ValueError(f"up-sampling needs the coarse level of its plan ({len(cells.coarse)} voxels), got {len(x)}")
-    return SparseTensor.on(cells.fine, _SpreadToChildren.apply(x.feats, cells))
+    return SparseTensor.on(cells.fine, _SpreadToChildren.apply(x.feats, cells, None))
+
+
+class _FusedGroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, feats, weight, bias, chunks, num_groups, eps, silu):
+        kernels, feats = _row_kernels(feats), feats.contiguous()
+        out, stats = kernels.group_norm(feats, chunks, num_groups, weight, bias, eps=eps, silu=silu)
+        ctx.save_for_backward(feats, weight, bias, *stats)
+        ctx.kernels, ctx.chunks, ctx.num_groups, ctx.silu = kernels, chunks, num_groups, silu
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        feats, weight, bias, *stats = ctx.saved_tensors
+        norm = ctx.kernels.Statistics(*stats)
+        grads = ctx.kernels.group_norm_grads(
+            feats, grad.contiguous(), ctx.chunks, norm, ctx.num_groups, weight, bias, silu=ctx.silu
+        )
+        return grads[0], grads[1].to(weight.dtype), grads[2].to(bias.dtype), None, None, None, None
 
 
 def group_norm(
-    x: SparseTensor, num_groups: int, weight: Float[Tensor, " C"], bias: Float[Tensor, " C"], *, eps: float = 1e-5
+    x: SparseTensor,
+    num_groups: int,
+    weight: Float[Tensor, " C"],
+    bias: Float[Tensor, " C"],
+    *,
+    eps: float = 1e-5,
+    silu: bool = False,
 ) -> SparseTensor:
-    """Group normalisation over each sample's own voxels, in float32."""
+    """Group normalisation over each sample's own voxels, in float32, then SiLU where asked for."""
+    kernels = _row_kernels(x.feats)
+    if kernels and len(x):
+        rows = kernels.chunk_rows(x.feats.shape[1])
+        chunks = x.level.kept(("chunks", rows), lambda: kernels.cut(x.level.sample_sizes, rows, x.feats.device))
+        return x.replace(_FusedGroupNorm.apply(x.feats, weight, bias, chunks, num_groups, eps, silu))
     wide = torch.promote_types(x.feats.dtype, torch.float32)
     with torch.autocast(x.feats.device.type, enabled=False):
         parts = [
@@ -130,7 +247,27 @@ def group_norm(
             for rows in x.feats.split(x.level.sample_sizes)
             if rows.shape[0]
         ]
-    return x.replace(torch.cat(parts).to(x.feats.dtype)) if parts else x
+        if not parts:
+            return x
+        out = torch.cat(parts)
+        return x.replace((F.silu(out) if silu else out).to(x.feats.dtype))
+
+
+class _Rearrange(torch.autograd.Function):
+    """Takes rows by number, zeros where the number is one past the end; `back` undoes it, so backward needs no sums."""
+
+    @staticmethod
+    def forward(ctx, values, rows, back):
+        ctx.rows, ctx.back = rows, back
+        return _take(values, rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Rearrange.apply(grad, ctx.back, ctx.rows), None, None
+
+
+def _take(values: Float[Tensor, "N ..."], rows: Int64[Tensor, " M"]) -> Float[Tensor, "M ..."]:
+    return torch.cat([values, values.new_zeros((1, *values.shape[1:]))]).index_select(0, rows)
 
 
 def window_attention(
@@ -138,9 +275,9 @@ def window_attention(
 ) -> Float[Tensor, "N H D"]:
     """Self-attention among the voxels of each cubic window of the absolute grid."""
     plan = level.windows(window, shift)
-    padded = torch.cat([qkv, qkv.new_zeros((1, *qkv.shape[1:]))])[plan.rows]
-    q, k, v = rearrange(padded, "w l three h d -> three w h l d", three=3)
+    slots = _Rearrange.apply(qkv, plan.rows.flatten(), plan.slot)
+    q, k, v = rearrange(slots, "(w l) three h d -> three w h l d", three=3, w=plan.rows.shape[0])
     empty = rearrange(plan.rows == len(level), "w l -> w 1 1 l")
     mask = torch.zeros(empty.shape, dtype=q.dtype, device=q.device).masked_fill_(empty, -math.inf)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return rearrange(out, "w h l d -> (w l) h d")[plan.slot]
+    return _Rearrange.apply(rearrange(out, "w h l d -> (w l) h d"), plan.slot, plan.rows.flatten())

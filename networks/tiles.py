@@ -1,0 +1,187 @@
+"""A whole volume through a tokenizer in bounded memory: the finest levels in parts, the coarse ones at once.
+
+Exact but for the rounding of sums. The encoder's finest level has no convolution, only a group norm over the sample,
+so its rows go through in parts once for the statistics and once to be halved. The decoder has no norm and, after the
+transformer, nothing but convolutions: tiles of latents with a halo of `HALO` give what the whole gives. The transformer
+sees all latents, an eighth of the resolution, at once.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from networks.sparse import SparseTensor
+from networks.sparse.modules import GroupNorm
+from networks.sparse.topology import Coarsening, Level, find_rows, morton_keys
+from networks.vqvae import DownBlock, SparseVQVAE, Support, Tokens, children_of
+
+HALO = 3  # latents: the decoder's six convolutions reach 21 voxels
+VOXELS_PER_LATENT = 512
+
+
+class Decoded(NamedTuple):
+    values: SparseTensor
+    forced: int  # cells, over all levels, whose eight children were all judged empty: one was kept
+    computed: int  # voxels computed for it, halos included
+
+
+@torch.no_grad()
+def encode_whole(network: SparseVQVAE, x: SparseTensor, *, max_points: int | None = None) -> Tokens:
+    """`network.encode` of one volume with at most `max_points` rows of the finest level in work at a time."""
+    if max_points is None or len(x) <= max_points or network.vq is None:
+        return network.encode(x)
+    if x.batch_size != 1 or max_points < 8:
+        raise ValueError(f"parts need one volume and 8 voxels, got {x.batch_size} volumes and max_points {max_points}")
+    latents, _ = network.encoder.from_half(_first_half(network, x, max_points))
+    codes = network.vq(latents.feats).codes
+    return Tokens(codes.int(), latents.coords, latents.spatial_shape, 1)
+
+
+def _first_half(network: SparseVQVAE, x: SparseTensor, max_points: int) -> SparseTensor:
+    """Input layer and first halving, part by part."""
+    widen, block = network.encoder.input_layer1, network.encoder.downsample[0]
+    scale, shift = _norm_as_affine(network, x, max_points)
+    keys, inner, outer = [], [], []
+    for rows, level in _parts(x.level, max_points):
+        part = widen(SparseTensor.on(level, x.feats[rows]))
+        active = part.replace(F.silu(part.feats * scale + shift))
+        pooled, cells = block.down(active)
+        keys.append(cells.coarse.keys)
+        inner.append(pooled.feats)
+        outer.append(block.down(part)[0].feats)
+    shape = tuple((n + 1) // 2 for n in x.spatial_shape)
+    coarse = Level(torch.cat(keys), spatial_shape=shape, batch_size=1, bits=x.level.bits - 1)
+    return block.mix(SparseTensor.on(coarse, torch.cat(inner)), SparseTensor.on(coarse, torch.cat(outer)))
+
+
+def _norm_as_affine(
+    network: SparseVQVAE, x: SparseTensor, max_points: int, *, eps: float = 1e-5
+) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
+    """The first group norm as a scale and a shift per channel, its statistics summed over all rows in float64."""
+    widen, block = network.encoder.input_layer1, network.encoder.downsample[0]
+    norm = _norm_of(block)
+    total, squares = 0.0, 0.0
+    for rows, level in _parts(x.level, max_points):
+        part = rearrange(
+            widen(SparseTensor.on(level, x.feats[rows])).feats.double(), "n (g c) -> g n c", g=norm.num_groups
+        )
+        total, squares = total + part.sum((1, 2)), squares + part.square().sum((1, 2))
+    channels = norm.weight.shape[0] // norm.num_groups
+    mean = total / (len(x) * channels)
+    spread = (squares / (len(x) * channels) - mean.square() + eps).rsqrt()
+    scale = norm.weight.double() * spread.repeat_interleave(channels)
+    shift = norm.bias.double() - mean.repeat_interleave(channels) * scale
+    return scale.float(), shift.float()
+
+
+def _norm_of(block: DownBlock) -> GroupNorm:
+    return block.act_layers[0]
+
+
+def _parts(level: Level, max_points: int) -> Iterator[tuple[slice, Level]]:
+    """Consecutive rows, cut only between 2x2x2 cells."""
+    start = 0
+    while start < len(level):
+        stop = min(start + max_points, len(level))
+        if stop < len(level):
+            stop = int(torch.searchsorted(level.keys, (level.keys[stop] >> 3) << 3))
+        rows = slice(start, stop)
+        yield rows, Level(level.keys[rows], spatial_shape=level.spatial_shape, batch_size=1, bits=level.bits)
+        start = stop
+
+
+@torch.no_grad()
+def decode_whole(
+    network: SparseVQVAE, tokens: Tokens, *, support: Support | None = None, max_points: int | None = None
+) -> Decoded:
+    """`network.decode` of one volume in tiles that need at most about `max_points` voxels each."""
+    if tokens.batch_size != 1:
+        raise ValueError(f"decoding in tiles needs one volume, got a batch of {tokens.batch_size}")
+    latents = network.latents_of(tokens)
+    x = network.decoder.attend(network.decoder.input_layer(latents))
+    stored = None if support is None else _StoredSupport(x.level, support)
+    feats, coords, forced, computed = [], [], 0, 0
+    for tile in _tiles(x, max_points):
+        rows = tile.rows(x, HALO)
+        low = tile.low(HALO)
+        near = x.coords[rows] - F.pad(low, (1, 0))
+        shape = tuple((near[:, 1:].amax(0) + 1).tolist())
+        chooser = _Chooser(network, tile, low, stored)
+        values = network.decoder.expand(SparseTensor(x.feats[rows], near, shape, 1), chooser)
+        absolute = values.coords[:, 1:] + 8 * low
+        core = tile.holds(absolute, 8)
+        feats.append(values.feats[core])
+        coords.append(F.pad(absolute[core], (1, 0)))
+        forced += chooser.forced
+        computed += len(values)
+    fine_shape = tuple(8 * n for n in tokens.latent_shape)
+    return Decoded(SparseTensor(torch.cat(feats), torch.cat(coords), fine_shape, 1), forced, computed)
+
+
+class _Tile(NamedTuple):
+    """A box of latents, start inclusive, stop exclusive."""
+
+    start: Int[Tensor, "3"]
+    stop: Int[Tensor, "3"]
+
+    def low(self, halo: int) -> Int[Tensor, "3"]:
+        return (self.start - halo).clamp(min=0)
+
+    def rows(self, x: SparseTensor, halo: int) -> Bool[Tensor, " M"]:
+        at = x.coords[:, 1:]
+        return ((at >= self.start - halo) & (at < self.stop + halo)).all(1)
+
+    def holds(self, coords: Int[Tensor, "N 3"], scale: int) -> Bool[Tensor, " N"]:
+        """Whether cells of `scale` to a latent lie in the box."""
+        return ((coords >= scale * self.start) & (coords < scale * self.stop)).all(1)
+
+
+def _tiles(x: SparseTensor, max_points: int | None) -> list[_Tile]:
+    """Cubes of latents with something in them; the largest side whose tiles and halos fit, but at least four."""
+    sides = torch.tensor(x.spatial_shape, dtype=torch.int32, device=x.coords.device)
+    side = 1 << (max(x.spatial_shape) - 1).bit_length()
+    while True:
+        starts = torch.unique(x.coords[:, 1:] // side, dim=0) * side
+        tiles = [_Tile(start, torch.minimum(start + side, sides)) for start in starts]
+        if max_points is None or side <= 4:
+            return tiles
+        fullest = max(int(tile.rows(x, HALO if len(tiles) > 1 else 0).sum()) for tile in tiles)
+        if fullest * VOXELS_PER_LATENT <= max_points:
+            return tiles
+        side //= 2
+
+
+class _StoredSupport:
+    """Stored children of every cell of every level, found by its coordinates."""
+
+    def __init__(self, coarsest: Level, support: Support):
+        self.levels, self.children = [coarsest], [children_of(part) for part in support]
+        for part in self.children[:-1]:
+            shape = tuple(2 * n for n in self.levels[-1].spatial_shape)
+            self.levels.append(self.levels[-1].subdivide(part, shape).fine)
+
+    def of(self, i: int, coords: Int[Tensor, "N 4"]) -> Bool[Tensor, "N 8"]:
+        return self.children[i][find_rows(self.levels[i].keys, morton_keys(coords, self.levels[i].bits))]
+
+
+class _Chooser:
+    """What the decoder asks in one tile, with the tile's corner at `low`."""
+
+    def __init__(self, network: SparseVQVAE, tile: _Tile, low: Int[Tensor, "3"], stored: _StoredSupport | None):
+        self.network, self.tile, self.low, self.stored = network, tile, low, stored
+        self.forced = 0
+
+    def __call__(self, i: int, features: SparseTensor) -> Coarsening:
+        scale = 1 << i
+        fine_shape = tuple(2 * n for n in features.spatial_shape)
+        absolute = features.coords + F.pad(scale * self.low, (1, 0))
+        if self.stored is not None:
+            return features.level.subdivide(self.stored.of(i, absolute), fine_shape)
+        cells, barren = self.network.subdivision.choose(i, features, fine_shape=fine_shape)
+        self.forced += int((barren & self.tile.holds(absolute[:, 1:], scale)).sum())
+        return cells

@@ -1,0 +1,88 @@
+"""How the benchmarks time, print and report: medians of interleaved runs by device events, a table, one JSON line."""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+Work = Callable[[], object]
+
+
+def once(work: Work, device: str, *, calls: int = 1) -> float:
+    """Milliseconds a call, averaged over calls queued one behind the other."""
+    if device != "cuda":
+        start = time.perf_counter()
+        for _ in range(calls):
+            work()
+        return 1e3 * (time.perf_counter() - start) / calls
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    for _ in range(calls):
+        work()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / calls
+
+
+def interleaved(works: dict[str, Work], *, device: str, rounds: int = 9, budget_ms: float = 300) -> dict[str, float]:
+    """Median milliseconds of each; all take turns, so that a drifting clock meets them alike. Slow ones run less."""
+    calls, times = {}, {}
+    for name, work in works.items():
+        work()  # compiles, tunes, fills caches
+        first = once(work, device)
+        calls[name] = max(1, round(4 / first))  # at least 4 ms a turn, so that starting a kernel does not count
+        times[name] = []
+    for turn in range(rounds):
+        for name, work in works.items():
+            if turn < 3 or sum(times[name]) * calls[name] < budget_ms:
+                times[name].append(once(work, device, calls=calls[name]))
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def dense_rate() -> float:
+    """TFLOP/s of a bf16 matrix product of 8192 cubed on random data."""
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+    return 2 * 8192**3 / interleaved({"mm": lambda: a @ b}, device="cuda", rounds=15)["mm"] / 1e9
+
+
+def peak_gib(work: Work) -> float:
+    """GiB that a call takes beyond what was allocated before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def machine(device: str) -> dict[str, str]:
+    found = {"date": date.today().isoformat(), "torch": torch.__version__, "python": platform.python_version()}
+    found["device"] = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    for name in ("triton", "spconv-cu126", "spconv", "vector-quantize-pytorch", "monai"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def finish(name: str, rows: list[dict], *, device: str, **summary: object) -> None:
+    """The table, then the one JSON line."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    print("| " + " | ".join(columns) + " |")
+    print("|" + "---|" * len(columns))
+    for row in rows:
+        print("| " + " | ".join(_shown(row.get(column)) for column in columns) + " |")
+    print(json.dumps({"benchmark": name, **machine(device), **summary, "rows": rows}))
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,313 @@
+"""The house rules as tests: who imports whom, what a file may do when imported, that README, configs and disk agree.
+
+Reads sources as text and syntax trees; imports of the project happen only to resolve the configs' `_target_`s.
+"""
+
+import ast
+import json
+import pydoc
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOMS = ("app", "transforms", "networks")
+SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+BUNDLES = sorted(path for path in (ROOT / "bundles").glob("*.json") if "schema" not in path.name)
+STAGES = ("vae.json", "vq_stage1.json", "vq_stage2.json")
+MAX_CONFIG_LINES = 75
+
+ALLOWED = {  # who may import which of ours
+    "transforms": {"transforms"},
+    "networks": {"networks"},
+    "app": {"app", "transforms", "networks"},
+}
+OWNERS = {  # optional or heavy libraries, each behind one door
+    "transformers": {"networks/qwen.py", "networks/tiny_qwen.py"},
+    "tokenizers": {"networks/qwen.py", "networks/tiny_qwen.py"},
+    "peft": {"networks/qwen.py"},
+    "spconv": {"networks/sparse/spconv_backend.py"},
+    "cumm": {"networks/sparse/spconv_backend.py"},
+    "triton": {f"networks/sparse/triton_{part}.py" for part in ("backend", "maps", "rows")}
+    | {"networks/code_search.py"},
+}
+SPARSE_LAYERS = ("kernels", "topology", "tensor", "backend", "ops", "modules")  # each may import those before it
+
+
+def name_of(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def tree_of(path):
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imports_of(path):
+    """Full dotted names of everything a file imports, at any depth; `from a import b` counts as a.b."""
+    package = path.relative_to(ROOT).parent.parts
+    found = set()
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            found |= {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def ids(paths):
+    return [name_of(path) for path in paths]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=ids(SOURCES))
+def test_rooms_import_only_who_they_may(path):
+    room = name_of(path).split("/")[0]
+    ours = {name.split(".")[0] for name in imports_of(path)} & {*ROOMS, "tests"}
+    assert ours <= ALLOWED[room], f"{name_of(path)} imports {sorted(ours - ALLOWED[room])}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=ids(SOURCES))
+def test_heavy_libraries_stay_with_their_owners(path):
+    for library in {name.split(".")[0] for name in imports_of(path)} & set(OWNERS):
+        assert name_of(path) in OWNERS[library], f"{library} may be imported by {OWNERS[library]} only"
+
+
+def layer_of(module):
+    """Place of networks.sparse.X among the layers; None for the package itself."""
+    name = "backend" if module.endswith("_backend") else "kernels" if module.startswith("triton_") else module
+    return SPARSE_LAYERS.index(name) if name in SPARSE_LAYERS else None
+
+
+def test_sparse_core_is_layered():
+    judged = 0
+    for path in sorted((ROOT / "networks/sparse").glob("*.py")):
+        own = layer_of(path.stem)
+        if path.stem == "__init__":
+            continue
+        assert own is not None, f"networks/sparse/{path.name} belongs to no layer of {SPARSE_LAYERS}"
+        for name in imports_of(path):
+            parts = name.split(".")
+            if parts[:1] != ["networks"]:
+                continue
+            assert parts[1] == "sparse", f"{path.name} imports {name}: the sparse core knows no network"
+            for part in parts[2:]:
+                other = layer_of(part)
+                if other is not None:
+                    judged += 1
+                    assert other <= own and (other < own or own == layer_of("torch_backend")), (
+                        f"{path.name} imports {name}"
+                    )
+    assert judged >= 6  # the rule has met real imports
+
+
+def test_backends_are_reached_only_through_the_choice():
+    for path in SOURCES:
+        users = {n for n in imports_of(path) if re.match(r"networks\.sparse\.\w+_backend|networks\.sparse\.ops\b", n)}
+        if name_of(path).startswith("networks/sparse/") or name_of(path) == "app/doctor.py":
+            continue
+        assert not {n for n in users if "_backend" in n}, f"{name_of(path)} imports a backend"
+
+
+def at_import(tree):
+    """Every node that runs when the module is imported: all but function bodies."""
+    pending = list(ast.iter_child_nodes(tree))
+    while pending:
+        node = pending.pop()
+        yield node
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            pending += [*node.decorator_list, *node.args.defaults, *filter(None, node.args.kw_defaults)]
+        elif isinstance(node, ast.Lambda):
+            pending += [*node.args.defaults, *filter(None, node.args.kw_defaults)]
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'":
+            continue
+        else:
+            pending += ast.iter_child_nodes(node)
+
+
+FORBIDDEN_CALLS = re.compile(
+    r"(print|open|input|exec|eval|exit)$|np\.(?!(array|diag|eye|iinfo|finfo)$)|(numpy|random|time|subprocess|socket|shutil|warnings|logging)\.(?!getLogger$)"
+    r"|torch\.(?!no_grad$|compile$|library)|os\.|sys\.|Path\("
+)
+FORBIDDEN_READS = ("os.environ", "sys.argv", "sys.path", "sys.stdout", "sys.stderr")
+
+
+def deeds_at_import(path):
+    found = []
+    for node in at_import(tree_of(path)):
+        if isinstance(node, ast.Call) and FORBIDDEN_CALLS.match(ast.unparse(node.func)):
+            found.append(ast.unparse(node))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in FORBIDDEN_READS:
+            found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=ids(SOURCES))
+def test_nothing_is_computed_printed_or_read_at_import(path):
+    deeds = deeds_at_import(path)
+    if name_of(path) == "app/main.py":  # MONAI Label puts only this folder on the path
+        deeds = [deed for deed in deeds if "sys.path" not in deed]
+    assert not deeds, f"{name_of(path)} does this when imported: {deeds}"
+
+
+def test_the_import_rule_sees_what_it_forbids(tmp_path):
+    path = tmp_path / "bad.py"
+    path.write_text(
+        "import os, torch\nTABLE = torch.arange(8)\nif os.environ.get('X'):\n    print(1)\n"
+        "def f(x=torch.zeros(1)):\n    return os.environ\n"
+    )
+    assert len(deeds_at_import(path)) == 5  # arange, environ.get and environ itself, print, the default
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=ids(SOURCES))
+def test_no_state_in_modules(path):
+    tree = tree_of(path)
+    changed = [name for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names]
+    assert not changed, f"{name_of(path)} changes module variables {changed}"
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.List | ast.Dict | ast.Set):
+            names = [ast.unparse(target) for target in node.targets]
+            assert all(name.isupper() or name == "__all__" for name in names), f"{name_of(path)}: {names} can change"
+
+
+@pytest.mark.parametrize("path", SOURCES + TESTS, ids=ids(SOURCES + TESTS))
+def test_a_file_opens_with_what_it_is(path):
+    text = ast.get_docstring(tree_of(path))
+    assert text, f"{name_of(path)} has no docstring"
+    assert len(text.splitlines()) <= 10, f"{name_of(path)}: what it is takes {len(text.splitlines())} lines"
+
+
+def test_no_drawer_for_everything():
+    names = {path.name for path in SOURCES + TESTS}
+    assert not names & {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}
+
+
+def test_names_of_test_files_are_unique():
+    names = [path.name for path in TESTS if path.name.startswith("test_")]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=ids(SOURCES))
+def test_annotations_stay_real_for_jaxtyping(path):
+    assert "__future__.annotations" not in imports_of(path)
+
+
+def test_compiled_kernels_are_hidden_from_the_type_checker():
+    for path in SOURCES:
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.FunctionDef):
+                marks = [ast.unparse(mark) for mark in node.decorator_list]
+                if any(mark.startswith("triton.jit") for mark in marks):
+                    assert "no_type_check" in marks, f"{name_of(path)}: {node.name} lacks @no_type_check"
+
+
+def test_the_oracle_knows_nothing_of_ours():
+    names = {name.split(".")[0] for name in imports_of(ROOT / "tests/oracle.py")}
+    assert not names & {*ROOMS, "tests"}
+
+
+# ---- README, packaging
+
+
+def readme_tree():
+    """The text block under "## The house"."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"^## The house\n.*?^```text\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return block[1] if block else None
+
+
+def test_readme_tree_is_what_lies_on_disk():
+    tree = readme_tree()
+    if tree is None:
+        pytest.skip('README.md has no ```text block under "## The house" yet')
+    told = set(re.findall(r"[\w./-]*\b\w+\.py\b", tree))
+    told = {name.rsplit("/", 1)[-1] for name in told}
+    real = {path.name for path in SOURCES if path.name != "__init__.py"} | {"oracle.py", "conftest.py"}
+    assert told - {"__init__.py"} == real, f"only in README: {sorted(told - real)}; only on disk: {sorted(real - told)}"
+    for folder in set(re.findall(r"^\s*([\w./]+)/(?:\s|$)", tree, re.MULTILINE)):
+        assert list(ROOT.glob(f"**/{folder}")), f"README's tree has {folder}/, which does not exist"
+
+
+def project_table():
+    tomllib = pytest.importorskip("tomllib" if __import__("sys").version_info >= (3, 11) else "tomli")
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_every_package_is_listed():
+    found = {name_of(path.parent).replace("/", ".") for path in SOURCES}
+    assert set(project_table()["tool"]["setuptools"]["packages"]) == found
+
+
+def test_dependencies_have_both_bounds():
+    project = project_table()["project"]
+    needs = [*project["dependencies"], *(n for extra in project["optional-dependencies"].values() for n in extra)]
+    for need in needs:
+        assert re.search(r"==|>=.*,<", need), f"{need} is open at one end"
+
+
+# ---- configs
+
+
+def walk(node, path=""):
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        here = f"{path}#{key}" if path else str(key)
+        yield here, key, value
+        yield from walk(value, here)
+
+
+@pytest.mark.parametrize("path", BUNDLES, ids=ids(BUNDLES))
+def test_configs_are_short_and_without_tricks(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MAX_CONFIG_LINES
+    assert max(map(len, text.splitlines())) <= 140
+    for here, _, value in walk(json.loads(text)):
+        if isinstance(value, str):
+            assert not re.search(r"\blambda\b", value), f"{here} hides a function"
+            assert not re.match(r"%.+\.json", value), f"{here} copies from another file"
+
+
+@pytest.mark.parametrize("path", BUNDLES, ids=ids(BUNDLES))
+def test_every_target_resolves(path):
+    import monai.engines
+
+    for here, key, value in walk(json.loads(path.read_text(encoding="utf-8"))):
+        if key != "_target_" or value.startswith("$"):
+            continue
+        found = pydoc.locate(value) if "." in value else getattr(monai.engines, value, None)
+        assert callable(found), f"{path.name}: {here} names {value}, which does not exist"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stages_answer_to_both_names_and_check_first(name):
+    path = ROOT / "bundles" / name
+    if not path.exists():
+        pytest.skip(f"{name} is not there yet")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    assert config["run"] in (config["training"], "%training", "@training")
+    assert config["initialize"][0] == "$@preflight"
+
+
+def test_stages_share_what_they_must():
+    """A user who learned one stage knows the next: the same flat keys mean the same, the data are made the same way."""
+    configs = {n: json.loads((ROOT / "bundles" / n).read_text()) for n in STAGES if (ROOT / "bundles" / n).exists()}
+    first = configs["vq_stage1.json"]
+    for name, config in configs.items():
+        for key in ("preprocessing", "windowing", "augmentation", "device"):
+            assert config[key] == first[key], f"{name}: {key} differs from vq_stage1.json"
+        free = {
+            "_desc_",
+            "output_dir",
+            "codebook",
+            "pretrained_vae_path",
+            "training_stage",
+            "init_from",
+            "warmup_steps",
+            "plan",
+            "loss_type",
+        }
+        flat = {k for k, v in first.items() if not isinstance(v, dict | list) and k in config} - free
+        differ = sorted(key for key in flat if config[key] != first[key])
+        assert not differ, f"{name}: {differ} differ from vq_stage1.json"

@@ -1,0 +1,128 @@
+"""Each dictionary transform gives what its array twin gives, and the random ones give it again for the same seed."""
+
+import json
+
+import numpy as np
+import pytest
+from monai.bundle import ConfigParser
+from monai.transforms import Compose
+
+import transforms
+from transforms import RandCropToBudgetd, RandJitterd, RandTranslated, Resampled, Sparsifyd, Windowsd, array
+
+
+@pytest.fixture
+def item(rng) -> dict:
+    affine = np.diag([4.0, 4.0, 4.0, 1.0])
+    hu = np.full((24, 24, 24), -1000, np.int16)
+    hu[4:20, 4:20, 4:20] = rng.integers(-200, 400, (16, 16, 16))
+    return {"image": hu, "affine": affine}
+
+
+@pytest.fixture
+def kept(item) -> dict:
+    return Sparsifyd("image")(item)
+
+
+def test_resampled(item):
+    out = Resampled("image", spacing=6.0, grid=16)(item)
+    twin = array.resample(item["image"], spacing_in=[4.0, 4.0, 4.0], spacing_out=6.0, grid=16, affine=item["affine"])
+    assert np.array_equal(out["image"], np.rint(twin.array)) and out["image"].dtype == np.int16
+    assert np.array_equal(out["affine"], twin.affine)
+    assert item["image"].shape == (24, 24, 24)  # the input is left alone
+
+
+def test_resampled_without_geometry_fills_the_grid(item):
+    out = Resampled("image", spacing=6.0, grid=12)({"image": item["image"], "affine": None})
+    twin = array.resample(item["image"], spacing_in=[3.0, 3.0, 3.0], spacing_out=6.0, grid=12)
+    assert np.array_equal(out["image"], np.rint(twin.array))
+
+
+@pytest.mark.parametrize("keep", array.KEEPS)
+def test_sparsifyd(item, keep):
+    out = Sparsifyd("image", keep=keep, windows=["soft_tissue"])(item)
+    mask = array.keep_mask(item["image"], keep, windows=["soft_tissue"], spacing=4.0)
+    coords, values = array.sparsify(item["image"], mask)
+    assert np.array_equal(out["coords"], coords) and np.array_equal(out["values"], values)
+    assert out["spatial_shape"] == (24, 24, 24) and "image" not in out
+
+
+def test_sparsifyd_turns_masks_into_bands(item):
+    masks = np.stack([item["image"] > 0, item["image"] > -900], -1)
+    out = Sparsifyd("image")({**item, "image": masks})
+    coords, values = array.sparsify_masks(masks)
+    assert np.array_equal(out["coords"], coords) and np.array_equal(out["values"], values)
+    assert values.shape[1] == 2
+
+
+def test_windowsd(kept):
+    out = Windowsd("values", windows=["lung", "brain"])(kept)
+    assert np.array_equal(out["feats"], array.window_values(kept["values"], ["lung", "brain"]))
+    bands = {"values": np.array([[0.5, -1.0]])}
+    assert Windowsd("values")(bands)["feats"].tolist() == [[0.5, -1.0]]
+
+
+def test_rand_crop_to_budget(kept):
+    transform = RandCropToBudgetd(max_points=1000)
+    out = transform.set_random_state(seed=3)(kept)
+    center = kept["coords"][np.random.RandomState(3).randint(len(kept["coords"]))]
+    rows = array.crop_to_budget(kept["coords"], 1000, center=center)
+    assert 0 < len(rows) < len(kept["coords"])
+    assert np.array_equal(out["coords"], kept["coords"][rows])
+    assert np.array_equal(out["values"], kept["values"][rows])
+
+
+def test_rand_translated(kept):
+    out = RandTranslated(max_shift=3).set_random_state(seed=5)(kept)
+    shift = out["coords"][0].astype(int) - kept["coords"][0]
+    assert shift.any() and np.abs(shift).max() <= 3
+    assert np.array_equal(out["coords"], array.translate(kept["coords"], shift, kept["spatial_shape"]))
+
+
+def test_rand_jitter(kept):
+    out = RandJitterd(scale=0.1, offset=0, noise=0).set_random_state(seed=5)(kept)
+    stretch = (out["values"] + 1000) / np.maximum(kept["values"].astype(np.float32) + 1000, 1)
+    inside = kept["values"] > -900
+    assert np.ptp(stretch[inside]) < 1e-3 and 0.9 < stretch[inside][0] < 1.1 and stretch[inside][0] != 1
+    noisy = RandJitterd(scale=0, offset=0, noise=10).set_random_state(seed=5)(kept)["values"] - kept["values"]
+    assert 0 < noisy.std() < 10 and abs(noisy.mean()) < 1
+
+
+@pytest.mark.parametrize("transform", [RandCropToBudgetd(max_points=1000), RandTranslated(), RandJitterd()])
+def test_the_same_seed_gives_the_same_sample(kept, transform):
+    draws = [transform.set_random_state(seed=seed)(kept) for seed in (1, 1, 2)]
+    same = [all(np.array_equal(draws[0][key], d[key]) for key in ("coords", "values")) for d in draws]
+    assert same == [True, True, False]
+
+
+def test_there_is_no_flip_and_no_axis_swap():
+    assert not [name for name in transforms.__all__ if "flip" in name.lower() or "rot" in name.lower()]
+
+
+def test_a_json_reader_can_list_them_one_by_one(item, tmp_path):
+    config = {
+        "windows": ["lung", "bone"],
+        "chain": [
+            {"_target_": "transforms.Resampled", "keys": "image", "spacing": 8, "grid": 12},
+            {"_target_": "transforms.Sparsifyd", "keys": "image", "keep": "body", "windows": "@windows"},
+            {"_target_": "transforms.RandTranslated"},
+            {"_target_": "transforms.RandJitterd"},
+            {"_target_": "transforms.RandCropToBudgetd", "max_points": 1000},
+            {"_target_": "transforms.Windowsd", "keys": "values", "windows": "@windows"},
+        ],
+    }
+    parser = ConfigParser(json.loads(json.dumps(config)))
+    out = Compose(parser.get_parsed_content("chain"))(item)
+    assert out["feats"].shape == (len(out["coords"]), 2) and len(out["coords"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Sparsifyd("image", keep="all"), "keep must be one of"),
+        (lambda: Windowsd("values", windows=["lungs"]), "window must be one of"),
+    ],
+)
+def test_a_wrong_name_is_said_when_it_is_made(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,230 @@
+"""The Triton kernels without a GPU: computed by Triton's interpreter, and compiled for sm_90 to find wgmma in them.
+
+The interpreter must be chosen before Triton is imported, so its tests run in a process of their own. It is right in
+float16 and float32 only: its bfloat16 products are garbage.
+"""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from networks.sparse import topology, torch_backend
+from networks.sparse.topology import Level
+from tests import oracle
+
+triton = pytest.importorskip("triton")
+from networks.sparse import triton_backend, triton_maps, triton_rows  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that the test below starts")
+SIZES = [(16, 32), (5, 6), (40, 20), (130, 33)]  # channels in and out: powers of two, odd, above a tile
+
+
+def _release(package):
+    return tuple(map(int, package.__version__.split(".")[:2]))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_the_interpreted_tests_pass():
+    if _release(np) >= (2, 4) and _release(triton) < (3, 9):
+        pytest.skip(f"the interpreter of Triton {triton.__version__} needs numpy below 2.4, got {np.__version__}")
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "interpreted_", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+
+
+def scattered(shape, count, generator):
+    cells = torch.randperm(shape[0] * shape[1] * shape[2], generator=generator)[:count]
+    x, rest = cells // (shape[1] * shape[2]), cells % (shape[1] * shape[2])
+    coords = torch.stack([torch.zeros_like(x), x, rest // shape[2], rest % shape[2]], 1)
+    return Level.from_coords(coords, shape, 1)[0]
+
+
+@in_interpreter
+@pytest.mark.parametrize("thin", [False, True], ids=["key-order", "mask-order"])
+@pytest.mark.parametrize(
+    ("count", "dtype"),
+    [(0, torch.float32), (1, torch.float16), (127, torch.float32), (129, torch.float16), (200, torch.float32)],
+)
+def test_interpreted_kernels_equal_the_oracle(count, dtype, thin, generator, assert_close):
+    level = scattered((8, 9, 7), count, generator)
+    level.__dict__["is_thin"] = thin  # either way must be right whatever the neighbourhoods are
+    channels, columns = SIZES[count % len(SIZES)]
+    feats = torch.randn(count, channels, generator=generator).to(dtype)
+    weight = (torch.randn(27, channels, columns, generator=generator) / 8).to(dtype)
+    bias = torch.randn(columns, generator=generator).to(dtype)
+    grad = torch.randn(count, columns, generator=generator).to(dtype)
+    truth = [t.double().requires_grad_() for t in (feats, weight)]
+    expected = oracle.submanifold_conv(truth[0], level.coords, (8, 9, 7), 1, truth[1], bias.double())
+    expected.backward(grad.double())
+    assert_close(triton_backend.forward(feats, weight, bias, level), expected, dtype=dtype)
+    zeros = [torch.zeros_like(t) if t.grad is None else t.grad for t in truth]
+    assert_close(triton_backend.input_grad(grad, weight, level), zeros[0], dtype=dtype)
+    assert_close(triton_backend.weight_grad(feats, grad, level), zeros[1], dtype=dtype)
+
+
+@in_interpreter
+@pytest.mark.parametrize(("channels", "columns"), SIZES)
+def test_interpreted_kernels_take_any_width(channels, columns, generator, assert_close):
+    level = scattered((6, 6, 6), 90, generator)
+    feats, grad = torch.randn(90, channels, generator=generator), torch.randn(90, columns, generator=generator)
+    weight = torch.randn(27, channels, columns, generator=generator)
+    assert_close(triton_backend.forward(feats, weight, None, level), torch_backend.forward(feats, weight, None, level))
+    assert_close(triton_backend.input_grad(grad, weight, level), torch_backend.input_grad(grad, weight, level))
+    assert_close(triton_backend.weight_grad(feats, grad, level), torch_backend.weight_grad(feats, grad, level))
+
+
+@in_interpreter
+@pytest.mark.parametrize("count", [1, 77, 300])
+def test_interpreted_maps_equal_plain_torch(count, generator):
+    level = scattered((8, 9, 7), count, generator)
+    for bits in (8, 20):
+        coords = torch.randint(2**bits, (count, 4), generator=generator, dtype=torch.int32)
+        coords[:, 0] %= 5
+        keys = topology.morton_keys(coords, bits)
+        assert torch.equal(triton_maps.morton_keys(coords, bits), keys)
+        assert torch.equal(triton_maps.morton_coords(keys, bits), coords)
+    two = torch.cat([level.coords, level.coords + torch.tensor([1, 0, 0, 0], dtype=torch.int32)])
+    level, count = Level.from_coords(two, (8, 9, 7), 2)[0], 2 * count
+    found, alive, number = triton_maps.neighbours(level.coords, (8, 9, 7), 2)
+    assert torch.equal(found, level.neighbours)
+    assert torch.equal(alive, level._alive) and int(number) == int((level.neighbours < count).sum())
+    for size in (16, 128):
+        offsets, counts = triton_maps.tile_offsets(alive, size)
+        for mine, plain in zip((offsets, counts), level.tiles(size)[-2:], strict=True):
+            assert torch.equal(mine, plain) or level.is_thin  # thin levels reorder their rows first
+        for tile, rows in enumerate(level.neighbours.split(size, 1)):
+            there = [k for k in range(27) if (rows[k] < count).any()]
+            assert offsets[tile, : counts[tile]].tolist() == there
+
+
+@in_interpreter
+@pytest.mark.parametrize("channels", [1, 6, 32])
+def test_interpreted_sums_and_copies_of_children(channels, generator, assert_close):
+    cells = scattered((9, 7, 8), 200, generator).coarsening
+    fine = torch.randn(200, channels, generator=generator)
+    coarse, scale = torch.randn(len(cells.coarse), channels, generator=generator), torch.rand(len(cells.coarse))
+    expected = torch.zeros_like(coarse).index_add_(0, cells.parent, fine)
+    assert_close(triton_rows.sum_children(fine, cells.children, None), expected)
+    assert_close(triton_rows.sum_children(fine, cells.children, scale), expected * scale[:, None])
+    assert_close(triton_rows.spread(coarse, cells.parent, None), coarse[cells.parent])
+    assert_close(triton_rows.spread(coarse, cells.parent, scale), (coarse * scale[:, None])[cells.parent])
+
+
+@in_interpreter
+@pytest.mark.parametrize("count", [0, 5, 700])
+def test_interpreted_column_sums(count, generator, assert_close, monkeypatch):
+    monkeypatch.setattr(triton_rows, "ELEMENTS", 64)
+    x = torch.randn(count, 6, generator=generator)
+    assert_close(triton_rows.column_sums(x), x.double().sum(0))
+
+
+@in_interpreter
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("channels", [6, 32])
+def test_interpreted_group_norm_and_its_gradients(channels, silu, generator, assert_close, monkeypatch):
+    monkeypatch.setattr(triton_rows, "ELEMENTS", 512)  # several chunks a sample
+    sizes, groups = [70, 0, 1, 29], 2
+    x = 5 + 3 * torch.randn(100, channels, generator=generator)
+    weight, bias = torch.randn(2, channels, generator=generator)
+    grad = torch.randn(100, channels, generator=generator)
+    truth = [t.double().requires_grad_() for t in (x, weight, bias)]
+    parts = [
+        torch.nn.functional.group_norm(part.T[None], groups, *truth[1:])[0].T if part.shape[0] else part
+        for part in truth[0].split(sizes)
+    ]
+    expected = torch.cat(parts)
+    expected = torch.nn.functional.silu(expected) if silu else expected
+    expected.backward(grad.double())
+    chunks = triton_rows.cut(sizes, triton_rows.chunk_rows(channels), x.device)
+    out, stats = triton_rows.group_norm(x, chunks, groups, weight, bias, eps=1e-5, silu=silu)
+    assert_close(out, expected)
+    grads = triton_rows.group_norm_grads(x, grad, chunks, stats, groups, weight, bias, silu=silu)
+    for mine, reference in zip(grads, truth, strict=True):
+        assert_close(mine, reference.grad)
+
+
+def assembly(kernel, dtype, *, warps, stages, **constants):
+    """PTX for sm_90, arguments aligned as torch's allocator aligns them."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, aligned = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        integers = ("neighbours", "order", "offsets", "counts", "list_rows", "list_counts")
+        if name in ("num_rows", "length", "weight_k", "weight_c"):
+            signature[name] = "i32"
+        elif name in integers:
+            signature[name] = "*i32"
+        else:
+            signature[name] = "*fp32" if (name, kernel) == ("out", triton_backend._row_product) else f"*{dtype}"
+        if name not in ("num_rows", "length"):
+            aligned[(position,)] = [["tt.divisibility", 16]]
+    fixed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=aligned)
+    return triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages}
+    ).asm["ptx"]
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+if not INTERPRETED:
+
+    @pytest.mark.parametrize("thin", [False, True])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("channels", [64, 256])
+    def test_forward_compiles_to_wgmma_with_wide_copies(channels, dtype, thin):
+        tile = triton_backend.product_tile(channels, channels, DTYPES[dtype], thin=thin)
+        ptx = assembly(
+            triton_backend._gather_product,
+            dtype,
+            warps=tile.warps,
+            stages=tile.stages,
+            CHANNELS=channels,
+            COLUMNS=channels,
+            HAS_BIAS=True,
+            ORDERED=thin,
+            MIRRORED=False,
+            PRECISION="tf32x3" if dtype == "fp32" else "ieee",
+            TILE_ROWS=tile.rows,
+            TILE_COLUMNS=tile.columns,
+            DEPTH=tile.depth,
+            weight_f=1,
+            **({} if thin else {"order": None}),
+        )
+        assert "wgmma.mma_async" in ptx
+        assert "cp.async.cg.shared.global" in ptx  # 16-byte gathers that run ahead of the products
+
+    @pytest.mark.parametrize("thin", [False, True])
+    @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+    @pytest.mark.parametrize("channels", [32, 64, 256])
+    def test_weight_gradient_compiles_to_wgmma_with_wide_copies(channels, dtype, thin):
+        tile = triton_backend.grad_tile(channels, channels, DTYPES[dtype])
+        block = min(channels, tile.rows)
+        ptx = assembly(
+            triton_backend._row_product,
+            dtype,
+            warps=tile.warps,
+            stages=tile.stages,
+            CHANNELS=channels,
+            COLUMNS=channels,
+            LISTED=thin,
+            PRECISION="ieee",
+            OFFSETS=1 if thin else tile.rows // block,
+            BLOCK=block,
+            TILE_COLUMNS=tile.columns,
+            DEPTH=tile.depth,
+            ALIGNED=8,
+            **({} if thin else {"list_rows": None, "list_counts": None}),
+        )
+        # 32 rows of sums (thin lists of 32 channels) are below the 64 of a wgmma
+        assert ("wgmma.mma_async" in ptx) == (not thin or channels > 32)
+        assert "cp.async.cg.shared.global" in ptx

@@ -1,0 +1,76 @@
+"""Crops to a budget are contiguous and aligned; augmentation keeps left left."""
+
+import numpy as np
+import pytest
+
+from transforms.array import BLOCK, crop_box, crop_to_budget, jitter, translate
+
+
+@pytest.fixture
+def coords(rng) -> np.ndarray:
+    """A ball with holes, not centred."""
+    grid = np.argwhere(np.ones((48, 40, 56), bool))
+    ball = grid[np.linalg.norm(grid - [26, 20, 30], axis=1) < 18]
+    return ball[rng.random(len(ball)) < 0.8].astype(np.int16)
+
+
+@pytest.mark.parametrize("max_points", [512, 3000, 9000])
+def test_a_crop_is_every_voxel_of_one_aligned_box(coords, max_points, rng):
+    for center in coords[rng.integers(len(coords), size=8)]:
+        box = crop_box(coords, center=center, max_points=max_points)
+        rows = crop_to_budget(coords, max_points, center=center)
+        assert 0 < len(rows) <= max_points
+        start, stop = np.array(box.start), np.array(box.stop)
+        assert (start % BLOCK == 0).all() and (stop % BLOCK == 0).all()
+        inside = ((coords >= start) & (coords < stop)).all(1)
+        assert np.array_equal(np.flatnonzero(inside), rows)  # nothing thinned out, nothing else
+        assert ((center >= start) & (center < stop)).all()
+
+
+def test_a_crop_uses_most_of_its_budget(coords):
+    sizes = [len(crop_to_budget(coords, 9000, center=center)) for center in coords[::1500]]
+    assert np.median(sizes) > 0.6 * 9000
+
+
+def test_no_face_can_grow_any_more(coords):
+    box = crop_box(coords, center=coords[100], max_points=4000)
+    extent = (coords.max(0) // BLOCK + 1) * BLOCK
+    for axis in range(3):
+        for end in (0, 1):
+            start, stop = np.array(box.start), np.array(box.stop)
+            (stop if end else start)[axis] += BLOCK if end else -BLOCK
+            if start[axis] < 0 or stop[axis] > extent[axis]:
+                continue
+            assert ((coords >= start) & (coords < stop)).all(1).sum() > 4000
+
+
+def test_what_fits_is_kept_whole(coords):
+    assert np.array_equal(crop_to_budget(coords, len(coords), center=coords[0]), np.arange(len(coords)))
+    assert np.array_equal(crop_to_budget(coords, None, center=coords[0]), np.arange(len(coords)))
+
+
+def test_a_side_limits_the_box(coords):
+    rows = crop_to_budget(coords, None, center=[26, 20, 30], max_side=16)
+    assert (np.ptp(coords[rows], axis=0) < 16).all() and len(rows) > 2000
+
+
+def test_budget_and_side_have_rules(coords):
+    with pytest.raises(ValueError, match="max_points must be at least 512"):
+        crop_to_budget(coords, 100, center=coords[0])
+    with pytest.raises(ValueError, match="multiple of 8"):
+        crop_to_budget(coords, None, center=coords[0], max_side=12)
+
+
+def test_translation_moves_all_by_the_same_and_keeps_them_in_the_grid(coords):
+    moved = translate(coords, [3, -2, 1], (48, 40, 56))
+    assert np.array_equal(moved - coords, np.broadcast_to([3, -2, 1], coords.shape))
+    far = translate(coords, [99, -99, 99], (48, 40, 56))
+    assert far.min() >= 0 and (far.max(0) < [48, 40, 56]).all()
+    assert len(np.unique(far - coords, axis=0)) == 1
+    assert far.dtype == coords.dtype
+
+
+def test_jitter_stretches_about_air():
+    assert np.allclose(jitter(np.array([-1000, 0, 100]), scale=1.1, offset=5), [-995, 105, 215])
+    noise = np.array([1.0, -2.0, 3.0])
+    assert np.allclose(jitter(np.array([0, 0, 0]), noise=noise), noise)

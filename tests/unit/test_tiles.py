@@ -1,0 +1,103 @@
+"""Whole volumes in parts and tiles give what they give at once."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from networks import make_vqvae
+from networks.sparse import SparseTensor
+from networks.tiles import HALO, decode_whole, encode_whole
+from networks.vqvae import children_of, support_of
+
+SIDE = 96
+
+
+def tiny(generator, **changes):
+    torch.manual_seed(0)
+    sizes = {"widths": (8, 8, 8), "model_channels": 16, "num_embeddings": 32, "num_blocks": 2, "windows": ["lung"]}
+    network = make_vqvae("tiny", resolution=SIDE, **{**sizes, **changes}).eval()
+    with torch.no_grad():
+        latents, _ = network.encoder(volume(generator))
+        network.vq.start_from(latents.feats, generator=torch.Generator().manual_seed(0))
+        for parameter in network.parameters():  # untrained norms are the identity and would hide themselves
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+            else:  # untrained convolutions hardly carry from voxel to voxel
+                parameter.mul_(2)
+    return network
+
+
+def volume(generator):
+    """An ellipsoid with holes in a grid with empty margins."""
+    grid = torch.stack(torch.meshgrid(*[torch.arange(SIDE)] * 3, indexing="ij"), -1).reshape(-1, 3)
+    inside = ((grid - torch.tensor([44, 50, 40])) / torch.tensor([30.0, 34.0, 38.0])).square().sum(1) < 1
+    kept = grid[inside & ((grid // 5).sum(1) % 4 > 0)]
+    feats = torch.randn(len(kept), 1, generator=generator)
+    return SparseTensor(feats, F.pad(kept, (1, 0)), (SIDE,) * 3, 1)
+
+
+@pytest.mark.parametrize("max_points", [5000, 40000])
+def test_encoding_in_parts_gives_the_same_codes(max_points, generator):
+    network, x = tiny(generator), volume(generator)
+    whole, parts = network.encode(x), encode_whole(network, x, max_points=max_points)
+    assert len(x) > max_points
+    assert torch.equal(parts.coords, whole.coords)
+    equal = float((parts.codes == whole.codes).float().mean())
+    assert equal > 0.999, equal  # a row may lie on the border of two codes
+    assert len(torch.unique(whole.codes)) > 8
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_decoding_in_tiles_gives_the_same_values(stored, generator, assert_close):
+    network, x = tiny(generator), volume(generator)
+    tokens = network.encode(x)
+    support = support_of(x.level) if stored else None
+    whole = network.decode(tokens, support=support)
+    tiled = decode_whole(network, tokens, support=support, max_points=512 * 150)
+    once = decode_whole(network, tokens, support=support)
+    assert tiled.values.level.same_as(whole.level)
+    assert_close(tiled.values.feats, whole.feats)
+    assert_close(once.values.feats, whole.feats)
+    assert once.computed == len(whole) < tiled.computed
+    assert tiled.forced == once.forced
+    if stored:
+        assert whole.level.same_as(x.level) and once.forced == 0
+
+
+def test_a_thinner_halo_would_not_do(generator, monkeypatch):
+    network, x = tiny(generator), volume(generator)
+    tokens, support = network.encode(x), support_of(x.level)
+    whole = network.decode(tokens, support=support)
+    monkeypatch.setattr("networks.tiles.HALO", HALO - 1)
+    tiled = decode_whole(network, tokens, support=support, max_points=512 * 150)
+    assert (tiled.values.feats - whole.feats).abs().max() > 1e-4
+
+
+def test_forced_children_are_counted(generator):
+    network, x = tiny(generator), volume(generator)
+    with torch.no_grad():
+        for head in network.subdivision:
+            head.bias.fill_(-100.0)
+    tokens = network.encode(x)
+    decoded = decode_whole(network, tokens)
+    assert len(decoded.values) == len(tokens.codes)  # every token yields a voxel
+    assert decoded.forced == 3 * len(tokens.codes)
+
+
+def test_support_says_which_children_exist(generator):
+    x = volume(generator)
+    support = support_of(x.level)
+    assert [len(part) for part in support] == [
+        len(torch.unique(x.coords // torch.tensor([1, n, n, n]), dim=0)) for n in (8, 4, 2)
+    ]
+    assert int(children_of(support[2]).sum()) == len(x)
+
+
+def test_more_than_one_volume_is_refused(generator):
+    network = tiny(generator)
+    coords = torch.tensor([[0, 0, 0, 0], [0, 80, 0, 0], [1, 0, 0, 0], [1, 80, 0, 0]])
+    pair = SparseTensor(torch.zeros(4, 1), coords, (SIDE,) * 3, 2)
+    with pytest.raises(ValueError, match="one volume"):
+        decode_whole(network, network.encode(pair))
+    with pytest.raises(ValueError, match="got 2 volumes"):
+        encode_whole(network, pair, max_points=1)
