@@ -20,9 +20,7 @@ def test_readme_lists_every_code_as_the_program_has_it():
     text = README.read_text(encoding="utf-8")
     if "\n## Codes\n" not in text:
         pytest.skip("the README has no section Codes yet")
-    assert table(text) == [
-        (name, " or ".join(code.kinds), code.meaning, code.remedy) for name, code in CODES.items()
-    ]
+    assert table(text) == [(name, " or ".join(code.kinds), code.meaning, code.remedy) for name, code in CODES.items()]
 
 
 def test_every_code_is_complete():

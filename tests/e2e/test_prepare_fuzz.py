@@ -88,7 +88,13 @@ def dicom_mutants(rng: np.random.Generator, base: list[bytes]) -> list[bytes]:
             continue
         data = base[number]
         tags = [b"\x28\x00\x30\x00", b"\x20\x00\x32\x00", b"\x20\x00\x37\x00", b"\x28\x00\x10\x00", b"\x28\x00\x53\x10"]
-        tags += [b"\x28\x00\x52\x10", b"\x28\x00\x00\x01", b"\x28\x00\x01\x01", b"\x08\x00\x60\x00", b"\x20\x00\x0e\x00"]
+        tags += [
+            b"\x28\x00\x52\x10",
+            b"\x28\x00\x00\x01",
+            b"\x28\x00\x01\x01",
+            b"\x08\x00\x60\x00",
+            b"\x20\x00\x0e\x00",
+        ]
         at = data.index(tags[int(rng.integers(len(tags)))])
         length = struct.unpack_from("<H", data, at + 6)[0]
         value = (ABSURD[int(rng.integers(len(ABSURD)))] * 40)[:length].ljust(length)
@@ -116,7 +122,9 @@ def agrees_with_nibabel(path, volume) -> None:
     unit = {1: 1000.0, 3: 0.001}.get(int(image.header["xyzt_units"]) & 7, 1.0)
     np.testing.assert_allclose(volume.affine, np.diag([unit, unit, unit, 1]) @ image.affine, rtol=1e-5, atol=1e-3)
     assert volume.hu.shape == tuple(n for n in image.shape[:3])
-    truth = np.nan_to_num(np.asarray(image.dataobj, np.float64), nan=-1000, posinf=-1000, neginf=-1000).reshape(volume.hu.shape)
+    truth = np.nan_to_num(np.asarray(image.dataobj, np.float64), nan=-1000, posinf=-1000, neginf=-1000).reshape(
+        volume.hu.shape
+    )
     same = (truth >= -1500) & (np.abs(truth) < 1e6)
     np.testing.assert_allclose(np.asarray(volume.hu, np.float64)[same], truth[same], rtol=1e-4, atol=0.5)
 
