@@ -162,6 +162,21 @@ def test_a_cohort_is_made_once_whole_and_with_its_findings(tmp_path, small):
     assert len(find_cases(out)) == 2 and [p.name for p in out.parent.iterdir()] == ["phantoms"]
 
 
+def test_phantoms_pass_the_gate_untouched_as_files_and_as_a_dicom_series(tmp_path, small):
+    out = ensure_cohort(tmp_path / "p", num_train=2, num_val=1)
+    assert sorted(p.name for p in (out / "raw").iterdir()) == [
+        "phantom_0000.nii.gz",
+        "phantom_0001.nii.gz",
+        "phantom_0002",
+    ]
+    assert len(list((out / "raw" / "phantom_0002").glob("*.dcm"))) > 20
+    for number, case in enumerate(find_cases(out)):
+        phantom = phantoms.make_phantom(number)
+        np.testing.assert_array_equal(case.hu(), phantom.hu)
+        np.testing.assert_allclose(case.affine, phantom.affine, atol=1e-6)
+        assert case.codes == ["OK"]
+
+
 def test_no_two_cases_of_a_cohort_are_alike(tmp_path, small):
     cases = find_cases(ensure_cohort(tmp_path / "p", num_train=3, num_val=3))
     assert len({case.hu().tobytes() for case in cases}) == 6
