@@ -1,8 +1,8 @@
 """python -m app COMMAND: parse, call, print; no logic.
 
-A command is a function with the three options every one has (`Json`, `Seed`, `Debug`) whose body runs inside `answering`:
-that keeps standard output for one JSON object where asked, turns a user's mistake into one line, and sets the exit status
-(0 done, 1 a fault of ours, 2 the call is wrong, 3 some input was refused).
+A command is a function with the three options every one has (`Json`, `Seed`, `Debug`) whose body runs inside
+`answering`: that keeps standard output for one JSON object where asked, turns a user's mistake into one line, and sets
+the exit status (0 done, 1 a fault of ours, 2 the call is wrong, 3 some input was refused).
 """
 
 import contextlib
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 @app.command(epilog="Example: python -m app prepare scans/ prepared/ --size 256 --spacing 1.5 --workers 4")
-def prepare(
+def prepare(  # noqa: PLR0913 - one parameter an option of the command line
     raw: Annotated[str, typer.Argument(metavar="RAW", help="Folder, zip or file of scans: DICOM, NIfTI, NRRD, MHA.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder for the prepared dataset.")],
     organs: Annotated[str | None, typer.Option(help="organ_mapping.json: names for label values and files.")] = None,

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 SIDES = {"right": 1.0, "left": -1.0}  # the sign of x
-Point = tuple[float, float, float]
+Number = int | float
+Point = tuple[Number, Number, Number]
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Build:
     def spine(self) -> float:
         return self.back + 52
 
-    def near(self, value: float, spread: float) -> float:
+    def near(self, value: Number, spread: Number) -> float:
         return value + float(self.rng.uniform(-spread, spread))
 
 
@@ -70,7 +71,7 @@ def draw_build(rng: np.random.Generator) -> Build:
 class Canvas:
     """A volume being painted: HU, and for each voxel its place in the patient after pose and warp."""
 
-    def __init__(self, size: int, spacing: float, rng: np.random.Generator) -> None:
+    def __init__(self, size: int, spacing: Number, rng: np.random.Generator) -> None:
         self.step = spacing
         self.axis = ((np.arange(size) - (size - 1) / 2) * spacing).astype(np.float32)
         self.hu = np.full((size, size, size), -1000, np.float32)
@@ -102,7 +103,7 @@ class Canvas:
             slices.append(slice(int(low), int(high)))
         return tuple(slices)
 
-    def blend(self, part: np.ndarray, value: float | np.ndarray, where: tuple = (slice(None),) * 3) -> None:
+    def blend(self, part: np.ndarray, value: Number | np.ndarray, where: tuple = (slice(None),) * 3) -> None:
         self.hu[where] += part * (value - self.hu[where])
 
     def cover(self, distance: np.ndarray) -> np.ndarray:
@@ -113,11 +114,11 @@ class Canvas:
         self,
         center: Point,
         radii: Point,
-        value: float,
+        value: Number,
         *,
         within: np.ndarray | None = None,
-        above: float | None = None,
-        lean: float = 0.0,
+        above: Number | None = None,
+        lean: Number = 0,
     ) -> None:
         """Paints an ellipsoid; `above` keeps its part in front of that y (gas rises), `lean` slants x with z."""
         where = self.region(center, tuple(r + abs(lean) * radii[2] for r in radii))
@@ -128,11 +129,11 @@ class Canvas:
         part = self.cover(distance)
         self.blend(part if within is None else part * within[where], value, where)
 
-    def tube(self, points: list[Point], radius: float, value: float, *, within: np.ndarray | None = None) -> None:
+    def tube(self, points: list[Point], radius: Number, value: Number, *, within: np.ndarray | None = None) -> None:
         """Paints capsules along a polyline."""
         for start, end in itertools.pairwise(points):
             a, b = np.array(start, np.float32), np.array(end, np.float32)
-            where = self.region(tuple((a + b) / 2), tuple(np.abs(b - a) / 2 + radius))
+            where = self.region(tuple(((a + b) / 2).tolist()), tuple((np.abs(b - a) / 2 + radius).tolist()))
             x, y, z = self.x[where] - a[0], self.y[where] - a[1], self.z[where] - a[2]
             along = b - a
             t = np.clip((x * along[0] + y * along[1] + z * along[2]) / max(float(along @ along), 1e-6), 0, 1)
@@ -155,7 +156,7 @@ def oval_distance(x: np.ndarray, y: np.ndarray, half_x: np.ndarray, half_y: np.n
     return np.where(q < 0.05, -np.minimum(half_x, half_y), rho - rho / np.maximum(q, 0.05))
 
 
-def _bump(z: np.ndarray, middle: float, width: float) -> np.ndarray:
+def _bump(z: np.ndarray, middle: Number, width: Number) -> np.ndarray:
     return np.exp(-(((z - middle) / width) ** 2))
 
 

@@ -6,6 +6,7 @@ code and carry the sizes of their network (`networks.presets.Preset`).
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -79,16 +80,42 @@ def prune(output_dir: Path, keep_last: int) -> None:
                 path.unlink()
 
 
-def write_best(output_dir: Path, step: int, val_recon: float) -> None:
+def put_aside(output_dir: Path, *, after: int) -> None:
+    """Moves sets later than a step to ckpts/aside, and removes what a killed run left half done."""
+    folder = Path(output_dir, "ckpts")
+    whole = complete_steps(output_dir)
+    for path in sorted(folder.glob("*.pt*"), key=lambda path: not path.name.startswith("misc")):
+        match = re.fullmatch(r".+_step(\d+)\.pt", path.name)
+        if match is None or int(match[1]) not in whole:
+            path.unlink()
+        elif int(match[1]) > after:
+            (folder / "aside").mkdir(exist_ok=True)
+            os.replace(path, folder / "aside" / path.name)
+
+
+def write_best(output_dir: Path, scores: dict[int, float]) -> None:
+    """Names the step of the lowest score; of equals the first."""
     path = Path(output_dir, "ckpts", "best.json")
+    if not scores:
+        path.unlink(missing_ok=True)
+        return
+    step = min(scores, key=scores.get)
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps({"step": step, "val_recon": val_recon}) + "\n")
+    part.write_text(json.dumps({"step": step, "val_recon": scores[step]}) + "\n")
     os.replace(part, path)
 
 
-def read_best(output_dir: str | Path) -> int | None:
+def best_score(output_dir: str | Path) -> dict[int, float]:
+    """The best step so far with its score; empty before the first."""
     path = Path(output_dir, "ckpts", "best.json")
-    return json.loads(path.read_text())["step"] if path.exists() else None
+    if not path.exists():
+        return {}
+    stored = json.loads(path.read_text())
+    return {stored["step"]: stored["val_recon"]}
+
+
+def read_best(output_dir: str | Path) -> int | None:
+    return next(iter(best_score(output_dir)), None)
 
 
 def read_tensors(path: str | Path) -> dict:
@@ -122,6 +149,35 @@ def read_weights(path: str | Path) -> tuple[dict, Preset]:
     if not isinstance(state, dict) or "_extra_state" not in state:
         fail("FOREIGN_CHECKPOINT", f"{path} does not say what it was made for", "use a checkpoint of this project")
     return state, Preset.from_tensor(state["_extra_state"])
+
+
+def weights_hash(state: dict) -> str:
+    """sha256 over names and values, so the same for the same weights saved again elsewhere."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def find_tokenizer(path: str | Path | None) -> Path:
+    """The weights of a tokenizer: a file, an output folder, or an exported bundle; None takes the newest stage here."""
+    if path is None:
+        stages = [Path(stage) for stage in NEWEST_TOKENIZERS if complete_steps(stage)]
+        if not stages:
+            fail(
+                "NO_TOKENIZER",
+                f"there is no tokenizer in {' or '.join(NEWEST_TOKENIZERS)}",
+                "train one (python -m monai.bundle run training --config_file bundles/vq_stage1.json), "
+                "or name one with --tokenizer",
+            )
+        path = max(stages, key=lambda stage: step_file(stage, "misc", complete_steps(stage)[-1]).stat().st_mtime)
+    path = Path(path)
+    if not path.exists():
+        fail("NO_TOKENIZER", f"{path} does not exist", "give a checkpoint, an output folder or an exported bundle")
+    bundled = path / "models" / "model.pt"
+    return bundled if bundled.is_file() else averaged_file(path)
 
 
 def load_tokenizer(path: str | Path) -> SparseVQVAE:

@@ -14,13 +14,14 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 from monai.transforms import Compose
 from torch import distributed
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from app.prepared import PreparedCase, find_cases, windows_are_masks, windows_as_hu
 from transforms import RandCropToBudgetd, RandJitterd, RandTranslated, Resampled, Sparsifyd, Windowsd
@@ -32,7 +33,7 @@ Transform = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def preprocessing(
-    *, resolution: int, spacing: float, keep: str = "body", windows: Sequence[str] = DEFAULT_WINDOWS
+    *, resolution: int, spacing: int | float, keep: str = "body", windows: Sequence[str] = DEFAULT_WINDOWS
 ) -> list[Transform]:
     """From a dense volume to kept voxels; the same every time, so it is cached."""
     return [Resampled("image", spacing=spacing, grid=resolution), Sparsifyd("image", keep=keep, windows=windows)]
@@ -68,18 +69,19 @@ class CTDataset(Dataset):
         min_points: int = 100,
         seed: int = 0,
         cache_dir: str | Path | None = None,
-        cache_items: int = 256,
+        cache_bytes: int = 1 << 29,
     ) -> None:
         if not cases:
             raise ValueError("dataset has no case: give a dataset_dir that `python -m app check` finds in order")
         self.cases = list(cases)
-        self.preprocessing, self.sampling = Compose(list(preprocessing)), Compose(list(sampling))
+        self.preprocessing, self.sampling = list(preprocessing), Compose(list(sampling))
         self.windows = next((t.windows for t in sampling if isinstance(t, Windowsd)), DEFAULT_WINDOWS)
         self.min_points, self.seed = min_points, seed
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
-        self.cache_items = cache_items
         self._settings = _settings_of(preprocessing)
+        self._skipped: set[str] = set()
         self._memory: dict[int, dict[str, Any]] = {}
+        self._memory_left = cache_bytes  # in each process: what does not fit is read from the disk again
         for case in self.cases:
             missing = [name for name in self.windows if name not in case.window_names()]
             if missing:
@@ -88,7 +90,10 @@ class CTDataset(Dataset):
     def __len__(self) -> int:
         return len(self.cases)
 
-    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, index: int | tuple[int, int]) -> Any:
+        return _or_refusal(lambda: self._sample(index))
+
+    def _sample(self, index: int | tuple[int, int]) -> dict[str, Any]:
         step, number = (0, index) if isinstance(index, int) else index
         for offset in range(len(self.cases)):
             case = self.cases[(number + offset) % len(self.cases)]
@@ -96,7 +101,9 @@ class CTDataset(Dataset):
             if len(item["coords"]) >= self.min_points:
                 item["skipped"] = offset
                 return item
-            log.warning("Skipped %s: %d points, min_points %d", case.case_id, len(item["coords"]), self.min_points)
+            if case.case_id not in self._skipped:  # said once, not at every step
+                self._skipped.add(case.case_id)
+                log.warning("Skipped %s: %d points, min_points %d", case.case_id, len(item["coords"]), self.min_points)
         raise ValueError(
             f"every case has fewer than min_points={self.min_points} voxels (the last has {len(item['coords'])}); "
             "lower min_points or check spacing, resolution and keep"
@@ -107,7 +114,9 @@ class CTDataset(Dataset):
         mix = np.random.SeedSequence([self.seed, step, zlib.crc32(case.case_id.encode())])
         self.sampling.set_random_state(seed=int(mix.generate_state(1)[0]))
         kept = self.kept(number)
-        item = self.sampling({key: v.numpy() if isinstance(v, torch.Tensor) else v for key, v in kept.items()})
+        item: dict[str, Any] = {key: v.numpy() if isinstance(v, torch.Tensor) else v for key, v in kept.items()}
+        for transform in self.sampling.transforms:  # not Compose's call: it hides a refusal behind a RuntimeError
+            item = transform(item)
         feats = item["feats"]
         if len(feats) >= self.min_points and np.ptp(feats, axis=0).max(initial=0) == 0:
             raise ValueError(
@@ -136,8 +145,10 @@ class CTDataset(Dataset):
             item = self._prepare(case)
             if file is not None:
                 self._write_cache(file, item)
-        if len(self._memory) < self.cache_items:
+        size = sum(value.nbytes for value in item.values() if isinstance(value, torch.Tensor))
+        if size <= self._memory_left:
             self._memory[number] = item
+            self._memory_left -= size
         return item
 
     def _prepare(self, case: PreparedCase) -> dict[str, Any]:
@@ -149,11 +160,12 @@ class CTDataset(Dataset):
             source = {"image": stack, "affine": case.affine}
         else:
             source = {"image": windows_as_hu(case, self.windows), "affine": case.affine}
-        item = self.preprocessing(source)
-        values = item["values"]
+        item = source
+        for transform in self.preprocessing:
+            item = transform(item)
         return {
             "coords": torch.from_numpy(np.ascontiguousarray(item["coords"])),
-            "values": torch.from_numpy(np.ascontiguousarray(values)),
+            "values": torch.from_numpy(np.ascontiguousarray(item["values"])),
             "spatial_shape": tuple(item["spatial_shape"]),
             "affine": torch.from_numpy(np.array(item["affine"], np.float64)),
         }
@@ -184,20 +196,17 @@ class CTDataset(Dataset):
             log.warning("Cache folder %s cannot be written (%s): going on without it", self.cache_dir, error)
             self.cache_dir = None
 
-    def summary(self) -> dict[str, Any]:
-        """Reads every case once: how many, how many would be skipped, points and the share of the grid dropped."""
-        points, shares = [], []
-        for number in range(len(self.cases)):
-            item = self.kept(number)
-            points.append(len(item["coords"]))
-            shares.append(1 - len(item["coords"]) / float(np.prod(item["spatial_shape"])))
+    def summary(self, *, num_workers: int = 0) -> dict[str, Any]:
+        """Every case once: how many, how many would be skipped, points and the share of the grid dropped."""
+        points = _count_points(self, range(len(self)), num_workers=num_workers)
+        grid = float(np.prod(self.kept(0)["spatial_shape"]))
         return {
             "cases": len(points),
             "skipped": sum(count < self.min_points for count in points),
-            "points_min": int(min(points)),
+            "points_min": min(points),
             "points_median": float(np.median(points)),
-            "points_max": int(max(points)),
-            "share_dropped": float(np.mean(shares)),
+            "points_max": max(points),
+            "share_dropped": 1 - float(np.mean(points)) / grid,
         }
 
 
@@ -271,8 +280,11 @@ class StepSampler(Sampler):
 # ---- batches
 
 
-def collate(items: Sequence[dict[str, Any]], *, batch_split: int = 1) -> dict[str, Any] | list[dict[str, Any]]:
+def collate(items: Sequence[Any], *, batch_split: int = 1) -> Any:
     """Samples to one batch, or with `batch_split` > 1 to a list of micro-batches, split by sample."""
+    for item in items:
+        if isinstance(item, Refusal):
+            return item
     if batch_split > 1:
         parts = np.array_split(np.arange(len(items)), min(batch_split, len(items)))
         return [collate([items[i] for i in part]) for part in parts]
@@ -312,12 +324,62 @@ def make_val_loader(dataset: CTDataset, *, batch_size: int = 1, num_workers: int
     """Every case once, in order, whole; each rank takes its share."""
     running = distributed.is_available() and distributed.is_initialized()
     rank, world = (distributed.get_rank(), distributed.get_world_size()) if running else (0, 1)
-    numbers = [n for n in range(rank, len(dataset), world) if len(dataset.kept(n)["coords"]) >= dataset.min_points]
+    share = range(rank, len(dataset), world)
+    counts = _count_points(dataset, share, num_workers=num_workers)
+    numbers = [number for number, count in zip(share, counts, strict=True) if count >= dataset.min_points]
+    if len(numbers) < len(share):
+        left_out = len(share) - len(numbers)
+        log.warning("Validation skips %d of %d cases: under min_points %d", left_out, len(share), dataset.min_points)
+    if idist.all_reduce(len(numbers), op="MIN") == 0:  # a rank without any would leave the others waiting
+        raise ValueError(
+            f"the val split must give each of {world} processes a case of at least min_points={dataset.min_points} "
+            f"voxels, it has {len(dataset)} cases; give more val cases, lower min_points or start fewer processes"
+        )
     return _loader(dataset, numbers, batch_size=batch_size, batch_split=1, num_workers=num_workers)
 
 
+class _Points(Dataset):
+    """How many voxels each case keeps; counting them fills the cache."""
+
+    def __init__(self, dataset: CTDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, number: int) -> Any:
+        return _or_refusal(lambda: len(self.dataset.kept(number)["coords"]))
+
+
+def _count_points(dataset: CTDataset, numbers: Sequence[int], *, num_workers: int) -> list[int]:
+    options = {"num_workers": num_workers, "generator": torch.Generator()}
+    return [int(count) for count in CaseLoader(_Points(dataset), batch_size=None, sampler=numbers, **options)]
+
+
+class Refusal(NamedTuple):
+    """A ValueError on its way out of a worker, where torch would bury its line under a trace."""
+
+    text: str
+
+
+def _or_refusal(make: Callable[[], Any]) -> Any:
+    if get_worker_info() is None:
+        return make()
+    try:
+        return make()
+    except ValueError as error:
+        return Refusal(str(error))
+
+
+class CaseLoader(DataLoader):
+    """A DataLoader that raises a worker's refusal as what it is."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in super().__iter__():
+            if isinstance(batch, Refusal):
+                raise ValueError(batch.text)
+            yield batch
+
+
 def _loader(dataset: CTDataset, sampler: Any, *, batch_size: int, batch_split: int, num_workers: int) -> DataLoader:
-    return DataLoader(
+    return CaseLoader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
@@ -325,6 +387,7 @@ def _loader(dataset: CTDataset, sampler: Any, *, batch_size: int, batch_split: i
         collate_fn=partial(collate, batch_split=batch_split),
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else every new iterator draws from the run's own
     )
 
 

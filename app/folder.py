@@ -53,6 +53,7 @@ class RunFolder:
         self.names = (name, f"{name}_ema{ema_rate:g}")
         self.start_step = checkpoints.step_to_resume(path, resume)
         self.warmed_up = False
+        self.validated: tuple[int, float] | None = None  # step and val_recon
         self.writer: SummaryWriter | None = None
         self.samples: list[pictures.Sample] = []
         if idist.get_rank() == 0:
@@ -74,8 +75,8 @@ class RunFolder:
         logging.getLogger().addHandler(file)
         (self.path / "command.txt").write_text(shlex.join(sys.argv) + "\n")
         (self.path / "config.json").write_text(json.dumps(preflight.resolved_config(settings), indent=2) + "\n")
-        self._cut_metrics()
-        self.writer = SummaryWriter(str(self.path / "tb_logs"), purge_step=self.start_step)
+        purged = None if self.start_step is None else self.start_step + 1
+        self.writer = SummaryWriter(str(self.path / "tb_logs"), purge_step=purged)
 
     def _move_aside(self) -> None:
         """An earlier run in the same place is kept, under another name."""
@@ -87,22 +88,34 @@ class RunFolder:
         os.replace(self.path, aside)
         log.info("%s held an earlier run, now in %s (to go on with it: --resume latest)", self.path, aside)
 
-    def _cut_metrics(self) -> None:
-        """Rows after the step that is resumed never happened."""
+    def _cut_after_start(self) -> None:
+        """What came after the step that is resumed never happened; sets of it are put aside."""
         path = self.path / "metrics.jsonl"
-        if self.start_step is None or not path.exists():
-            return
-        rows = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in rows if _before(json.loads(line), self.start_step)]
+        lines = path.read_text().splitlines() if path.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be cut short
+        kept = [row for row in rows if _before(row, self.start_step)]
         part = path.with_suffix(".part")
-        part.write_text("".join(line + "\n" for line in kept))
+        part.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(part, path)
+        checkpoints.put_aside(self.path, after=self.start_step)
+        best = checkpoints.read_best(self.path)
+        if best is not None and best > self.start_step:
+            saved = checkpoints.complete_steps(self.path)
+            scores = {row["step"]: row["val_recon"] for row in kept if row.get("val_recon") and row["step"] in saved}
+            checkpoints.write_best(self.path, scores)
 
+<<<<<<< HEAD
     def begin(self, network: nn.Module) -> None:
         """Writes what is trained: after freezing, so that the last column is true."""
+=======
+    def begin(self, network: SparseVQVAE) -> None:
+        """From here on files of an earlier run change. Writes what is trained: freezing has to come before."""
+>>>>>>> main
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
         total = sum(p.numel() for p in network.parameters())
         if idist.get_rank() == 0:
+            if self.start_step is not None:
+                self._cut_after_start()
             (self.path / f"{self.name}_model_summary.txt").write_text(summary(network))
         log.info("=== %s: %s parameters, %s trainable ===", self.path.name, f"{total:,}", f"{trained:,}")
 
@@ -127,10 +140,12 @@ class RunFolder:
         values = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         log.info("Validation at step %d: %s", step, " ".join(f"{name}={value:.4g}" for name, value in values.items()))
         self._write({"phase": "train", "step": step, **values}, prefix="validation")
-        if idist.get_rank() == 0 and step > 0:
-            best = self.path / "ckpts" / "best.json"
-            if not best.exists() or values["val_recon"] < json.loads(best.read_text())["val_recon"]:
-                checkpoints.write_best(self.path, step, values["val_recon"])
+        self.validated = (step, values["val_recon"])
+
+    def record_best(self, step: int) -> None:
+        """Of a set just saved: whether it is the best one to take downstream."""
+        if self.validated is not None and self.validated[0] == step > 0:
+            checkpoints.write_best(self.path, {**checkpoints.best_score(self.path), step: self.validated[1]})
 
     def keep_samples(self, evaluator: Engine) -> None:
         """Holds the first validation cases for the next picture. Attached to the evaluator."""

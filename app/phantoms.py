@@ -6,7 +6,6 @@ well a model reads scans. The anatomy itself is in anatomy.py.
 
 import json
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -14,8 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import nibabel
 import numpy as np
+import pydicom
 from jaxtyping import Float, Int
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from scipy import ndimage
 
 from app import prepared
@@ -23,6 +26,7 @@ from app.anatomy import (
     SIDES,
     Build,
     Canvas,
+    Number,
     Point,
     Torso,
     draw_build,
@@ -33,20 +37,22 @@ from app.anatomy import (
     paint_kidneys,
     paint_torso,
 )
-from transforms.array import DEFAULT_WINDOWS
+from app.prepare import cohort
 
 log = logging.getLogger(__name__)
-VERSION = 1  # of the anatomy: a cohort of another version is made again
+CT_STORAGE = "1.2.840.10008.5.1.4.1.1.2"
+WAIT = 600  # seconds that other ranks give rank 0
+VERSION = 2  # of the anatomy: a cohort of another version is made again
 
 
 class Phantom(NamedTuple):
     hu: Int[np.ndarray, "X Y Z"]
-    spacing: tuple[float, float, float]
+    spacing: tuple[Number, Number, Number]
     affine: Float[np.ndarray, "4 4"]
     findings: list[dict[str, Any]]
 
 
-def _finding(name: str, organ: str, side: str, sizes: list[float], centers: list[Point]) -> dict[str, Any]:
+def _finding(name: str, organ: str, side: str, sizes: list[Number], centers: list[Point]) -> dict[str, Any]:
     return {
         "finding": name,
         "organ": organ,
@@ -82,8 +88,8 @@ def paint_nodules(canvas: Canvas, build: Build, torso: Torso, side: str) -> dict
     own = (canvas.x * SIDES[side] > 0) & (torso.wall < -14) & (torso.lungs > 0.99) & (canvas.hu < -600)
     own = np.argwhere(ndimage.binary_erosion(own, iterations=max(1, round(8 / canvas.step))))
     centers: list[Point] = []
-    sizes: list[float] = []
-    for _ in range(int(build.rng.integers(1, 4))):
+    sizes: list[Number] = []
+    for _ in range(int(build.rng.integers(1, 4)) if len(own) else 0):  # no room in a lung full of fluid
         for _ in range(20):
             at = tuple(own[build.rng.integers(len(own))])
             center = (float(canvas.x[at]), float(canvas.y[at]), float(canvas.z[at]))
@@ -110,7 +116,7 @@ def paint_stones(canvas: Canvas, build: Build, torso: Torso, side: str) -> dict[
 PAINTERS: tuple[Callable[..., dict[str, Any]], ...] = (paint_effusion, paint_nodules, paint_stones)
 
 
-def make_phantom(seed: int, *, size: int = 96, spacing: float = 4.0) -> Phantom:
+def make_phantom(seed: int, *, size: int = 96, spacing: Number = 4.0) -> Phantom:
     """One patient on a RAS cube; the same seed gives the same patient, at any size and spacing the same anatomy."""
     rng = np.random.default_rng([seed, 7])
     build = draw_build(rng)
@@ -156,10 +162,10 @@ def ensure_cohort(out: str | Path, *, num_train: int = 14, num_val: int = 6, see
         log.info("Making %d phantoms in %s", num_train + num_val, out)
         _make_cohort(out, settings)
         return out
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + WAIT
     while not _is_whole(out, settings):
         if time.monotonic() > deadline:
-            raise ValueError(f"phantoms in {str(out)!r} did not appear within ten minutes; see the log of rank 0")
+            raise ValueError(f"phantoms in {str(out)!r} did not appear within {WAIT} s; see the log of rank 0")
         time.sleep(0.2)
     return out
 
@@ -188,28 +194,82 @@ def _make_cohort(out: Path, settings: dict[str, int]) -> None:
         raise ValueError(f"{str(out)!r} holds something that is no phantom cohort; give the phantoms another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    rows, findings = [], {}
-    for index in range(settings["num_train"] + settings["num_val"]):
-        split = "train" if index < settings["num_train"] else "val"
+    try:
+        _fill(beside / "new", settings)
+        if out.exists():  # made with other settings
+            out.rename(beside / "old")
+        (beside / "new").rename(out)
+    finally:
+        shutil.rmtree(beside)
+
+
+def _fill(folder: Path, settings: dict[str, int]) -> None:
+    """The cohort, written as raw scans and taken through `prepare` like any other; findings.json says what is known."""
+    count = settings["num_train"] + settings["num_val"]
+    raw, findings, split = folder.with_name("raw"), {}, {}
+    for index in range(count):
         phantom = make_phantom(settings["seed"] * 100_000 + index)
-        case_id = f"phantom_{index:04d}"
-        sidecar = {"steps": ["phantom"], "phantom_seed": settings["seed"] * 100_000 + index}
-        case = prepared.write_case(
-            beside, case_id, phantom.hu, affine=phantom.affine, windows=DEFAULT_WINDOWS, sidecar=sidecar
-        )
-        rows.append({**prepared.metadata_row(case, windows=DEFAULT_WINDOWS), "patient": case_id, "split": split})
-        findings[case_id] = phantom.findings
-    prepared.write_metadata(beside, rows)
-    prepared.write_failures(beside, [])
-    prepared.write_text(beside / "findings.json", json.dumps(findings, indent=1) + "\n")
-    size, spacing = phantom.hu.shape[0], phantom.spacing[0]
-    config = {"size": size, "spacing": spacing, "windows": list(DEFAULT_WINDOWS), **settings}
-    prepared.write_dataset_config(beside, config)
-    beside.chmod(0o755)
-    if out.exists():  # made with other settings
-        old = out.with_name(f".{out.name}.old.{os.getpid()}")
-        out.rename(old)
-        beside.rename(out)
-        shutil.rmtree(old)
+        name = f"phantom_{index:04d}"
+        if index == count - 1:
+            write_dicom(raw / name, phantom, name=name)
+        else:
+            write_nifti(raw / f"{name}.nii.gz", phantom)
+        split[name] = "train" if index < settings["num_train"] else "val"
+        findings[name] = phantom.findings
+    key = folder.with_name("key")
+    key.write_text("phantoms have no secrets")
+    sizes = cohort.Settings(phantom.hu.shape[0], phantom.spacing[0], keep_names=True)
+    request = cohort.Request(split=split, key_file=str(key), workers=1)
+    report = cohort.prepare(raw, folder.with_name("out"), sizes, request)
+    refused = [(o.source, *o.codes, o.message) for o in report.outcomes if o.status != "ok"]
+    if refused:
+        raise RuntimeError(f"phantoms did not pass the gate: {refused}")
+    (folder.with_name("out") / "raw").rename(folder)
+    raw.rename(folder / "raw")
+    prepared.write_text(folder / "findings.json", json.dumps(findings, indent=1) + "\n")
+    config = json.loads((folder / "dataset_config.json").read_text())
+    prepared.write_dataset_config(folder, {**config, **settings})
+
+
+def write_nifti(path: Path, phantom: Phantom) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nibabel.Nifti1Image(phantom.hu, phantom.affine)
+    image.set_sform(phantom.affine, 1)
+    image.set_qform(phantom.affine, 1)
+    nibabel.save(image, path)
+
+
+def write_dicom(folder: Path, phantom: Phantom, *, name: str) -> None:
+    """A CT series, a file a slice: what a scanner's export looks like."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ phantom.affine
+    uids = {level: generate_uid(entropy_srcs=[name, level]) for level in ("study", "series")}
+    step = float(phantom.spacing[0])
+    for number in range(phantom.hu.shape[2]):
+        ds = Dataset()
+        ds.SOPClassUID, ds.SOPInstanceUID = CT_STORAGE, generate_uid(entropy_srcs=[name, str(number)])
+        ds.StudyInstanceUID, ds.SeriesInstanceUID = uids["study"], uids["series"]
+        ds.PatientID, ds.PatientName = name, "Phantom"
+        ds.Modality, ds.ImageType = "CT", ["ORIGINAL", "PRIMARY", "AXIAL"]
+        pixels = phantom.hu[::-1, ::-1, number].T  # rows run to the back, columns to the left
+        ds.Rows, ds.Columns = pixels.shape
+        last = [phantom.hu.shape[0] - 1, phantom.hu.shape[1] - 1, number, 1]
+        ds.ImagePositionPatient = [float(v) for v in (lps @ last)[:3]]
+        ds.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+        ds.PixelSpacing, ds.SliceThickness, ds.InstanceNumber = [step, step], step, number + 1
+        ds.RescaleSlope, ds.RescaleIntercept, ds.RescaleType = 1, -1024, "HU"
+        ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PixelRepresentation = 1, "MONOCHROME2", 0
+        ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, 12, 11
+        ds.PixelData = (pixels.astype(np.int32) + 1024).astype("<u2").tobytes()
+        ds.file_meta = FileMetaDataset()
+        ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        ds.file_meta.MediaStorageSOPClassUID, ds.file_meta.MediaStorageSOPInstanceUID = CT_STORAGE, ds.SOPInstanceUID
+        _save(ds, folder / f"IM{number:04d}.dcm")
+
+
+def _save(ds: Dataset, path: Path) -> None:
+    if int(pydicom.__version__.split(".")[0]) >= 3:
+        pydicom.dcmwrite(path, ds, enforce_file_format=True)
     else:
-        beside.rename(out)
+        ds.is_little_endian, ds.is_implicit_VR = True, False
+        pydicom.dcmwrite(path, ds, write_like_original=False)

@@ -1,3 +1,4 @@
+<<<<<<< HEAD
 """One raw scan as a RAS volume in HU on a tokenizer's own grid, through the gate and the geometry of `prepare`."""
 
 from pathlib import Path
@@ -26,3 +27,144 @@ def on_grid(volume: Volume, sizes: Preset) -> tuple[Num[np.ndarray, "X Y Z"], Fl
 
 def read_one(path: str | Path, *, sizes: Preset) -> tuple[Num[np.ndarray, "X Y Z"], Float[np.ndarray, "4 4"]]:
     return on_grid(read_volume(path), sizes)
+=======
+"""Whatever a user calls a scan, as one HU volume on RAS axes: a prepared case, a raw scan, or an array in memory.
+
+Raw scans go through the gate of `app.prepare` and onto its default grid, so that a scan gives the same tokens whether
+it was prepared before or not. Knows no network.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import nibabel
+import numpy as np
+from jaxtyping import Float, Num
+
+from app import prepared
+
+
+class Volume(NamedTuple):
+    """HU and where they lie: `affine` takes an index to RAS mm, None where an older dataset does not say."""
+
+    hu: Num[np.ndarray, "X Y Z"]
+    affine: Float[np.ndarray, "4 4"] | None
+
+
+class Scan(NamedTuple):
+    """A volume on RAS axes, with the grid of the scan it came from."""
+
+    name: str
+    volume: Volume
+    source_shape: tuple[int, int, int]
+    source_affine: Float[np.ndarray, "4 4"]
+
+
+def is_case(path: Path) -> bool:
+    """Whether a folder is a prepared case."""
+    return path.is_dir() and (
+        (path / "case.json").is_file() or (path / "windows").is_dir() or any(path.glob("ct_normalized_*.np[yz]"))
+    )
+
+
+def open_scan(scan: Any, windows: Sequence[str]) -> Scan:
+    """One scan: a path, a PreparedCase, or anything with `hu` and `affine`.
+
+    `windows` are those a case without HU must have: what they cannot tell is lost.
+    """
+    if isinstance(scan, str | Path):
+        path = Path(scan)
+        if not is_case(path):
+            found = raw_scans(path)
+            if len(found) > 1:
+                raise ValueError(f"{path} holds {len(found)} scans: tokenize the folder, or name one with --series")
+            return found[0][1]()
+        scan = prepared.open_case(path)
+    if isinstance(scan, prepared.PreparedCase):
+        return _open_case(scan, windows)
+    hu, affine = np.asarray(scan.hu), np.asarray(scan.affine, np.float64)
+    return Scan("scan", onto_ras(Volume(hu, affine)), _sizes(hu.shape), affine)
+
+
+def _open_case(case: prepared.PreparedCase, windows: Sequence[str]) -> Scan:
+    if case.is_hu:
+        volume = Volume(case.hu(), case.affine)
+    elif prepared.windows_are_masks(case, windows):
+        raise ValueError(f"case {case.case_id} holds 0/1 windows, surfaces and not HU: prepare it again from the scan")
+    else:
+        volume = Volume(prepared.windows_as_hu(case, windows), case.affine)
+    side = case.sidecar
+    affine = np.eye(4) if volume.affine is None else volume.affine
+    return Scan(
+        case.case_id,
+        volume,
+        _sizes(side.get("source_shape", volume.hu.shape)),
+        np.array(side.get("source_affine", affine), np.float64),
+    )
+
+
+def raw_scans(path: Path, *, series: str | None = None) -> list[tuple[str, Callable[[], Scan]]]:
+    """Name and opener of every good scan of a file, zip or folder.
+
+    Names come from the content: those of files and folders may tell who was scanned.
+    """
+    from app.prepare import read_scan
+
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    found = []
+    for raw in read_scan(path, series=series):
+        name = raw.source_hash[:16]
+
+        def opened(name: str = name, raw: Any = raw) -> Scan:
+            on_grid = onto_prepared_grid(Volume(raw.hu, raw.affine))
+            return Scan(name, on_grid, _sizes(raw.hu.shape), np.asarray(raw.affine, np.float64))
+
+        found.append((name, opened))
+    return found
+
+
+def onto_prepared_grid(volume: Volume) -> Volume:
+    """On the grid that `prepare` gives by default."""
+    from app.prepare import normalise
+    from app.prepare.cohort import Settings
+
+    made = normalise(volume, Settings().size, Settings().spacing)
+    return Volume(made.hu, made.affine)
+
+
+def onto_ras(volume: Volume) -> Volume:
+    """Unchanged where the axes are R, A, S already; otherwise brought onto the grid of `prepare`."""
+    axes = volume.affine[:3, :3]
+    upright = np.allclose(axes, np.diag(np.diag(axes)), atol=1e-6 * np.abs(axes).max()) and (np.diag(axes) > 0).all()
+    return volume if upright else onto_prepared_grid(volume)
+
+
+def grid_of(path: Path) -> tuple[tuple[int, int, int], Float[np.ndarray, "4 4"]]:
+    """Shape and affine of a scan's own grid."""
+    if is_case(path):
+        case = prepared.open_case(path)
+        if case.affine is None:
+            raise ValueError(f"case {case.case_id} has no case.json and so no place in the world")
+        return _sizes(case.shape), case.affine
+    if path.name.endswith((".nii", ".nii.gz")):
+        try:
+            header = nibabel.load(path)
+        except (OSError, ValueError, nibabel.filebasedimages.ImageFileError) as error:
+            raise ValueError(f"{path.name} cannot be read: {str(error).splitlines()[0]}") from error
+        shape = header.shape + (1,) * (3 - len(header.shape))
+        if len(shape) > 3 and max(shape[3:]) > 1:
+            raise ValueError(f"{path.name} has shape {shape}, a scan has three axes")
+        return _sizes(shape[:3]), np.asarray(header.affine, np.float64)
+    from app.prepare import read_scan
+
+    volumes = read_scan(path)
+    if len(volumes) > 1:
+        raise ValueError(f"{path} holds {len(volumes)} scans, --like needs one")
+    return _sizes(volumes[0].hu.shape), np.asarray(volumes[0].affine, np.float64)
+
+
+def _sizes(shape: Sequence[int]) -> tuple[int, int, int]:
+    return tuple(int(n) for n in shape)
+>>>>>>> main

@@ -28,11 +28,14 @@ from app import checkpoints
 from app.checkpoints import unwrapped
 from app.preflight import fail
 from networks.losses import TokenizerLoss, reconstruction
+from networks.quantizer import MIN_VECTORS_PER_CODE
 from networks.sparse import SparseTensor
 from networks.vqvae import SparseVQVAE
 
 log = logging.getLogger(__name__)
 
+MAX_PASSES = 16  # over the cases, each drawn anew, to fill a codebook at the start
+FUNCTIONS_OF_STEP = (lr_scheduler.LambdaLR, lr_scheduler.OneCycleLR)
 AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -189,22 +192,42 @@ def make_scheduler(
 ) -> lr_scheduler.LRScheduler:
     """cosine, one_cycle, constant, or any class of torch.optim.lr_scheduler with its options; the first two warm up."""
     warmup = round(0.02 * max_steps) if warmup_lr_steps is None else warmup_lr_steps
-    peak = optimizer.param_groups[0]["lr"]
     if name == "one_cycle":
+        peak = optimizer.param_groups[0]["lr"]
         return lr_scheduler.OneCycleLR(optimizer, max_lr=peak, total_steps=max_steps + 1, **(options or {}))
-    if name == "cosine":
-        main = lr_scheduler.CosineAnnealingLR(optimizer, max(max_steps - warmup, 1), eta_min=peak / 100)
-    elif name == "constant":
-        main = lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    else:
+    if name not in ("cosine", "constant"):
         kind = getattr(lr_scheduler, name, None)
         if not (isinstance(kind, type) and issubclass(kind, lr_scheduler.LRScheduler)):
             raise ValueError(f"lr_scheduler must be cosine, one_cycle, constant or a torch scheduler, got {name!r}")
         return kind(optimizer, **(options or {}))
-    if warmup == 0:
-        return main
-    rise = lr_scheduler.LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
-    return lr_scheduler.SequentialLR(optimizer, [rise, main], milestones=[warmup])
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if name == "constant":
+            return 1.0
+        done = min((step - warmup) / max(max_steps - warmup, 1), 1.0)
+        return 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
+
+    return lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def resume_schedule(schedule: lr_scheduler.LRScheduler, stored: dict, *, step: int) -> None:
+    """Takes a schedule to a step. Ours are functions of the step, so that this run's rate and length count."""
+    if not isinstance(schedule, FUNCTIONS_OF_STEP):
+        schedule.load_state_dict(stored)
+    elif step > 0:
+        schedule.load_state_dict({"last_epoch": step - 1, "_step_count": step})
+        schedule.step()
+
+
+def resume_optimizer(optimizer: Optimizer, stored: dict, *, keep_settings: bool) -> None:
+    """Loads what an optimizer gathered; with `keep_settings` its rates stay those of this run's config."""
+    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(stored)
+    if keep_settings:
+        for group, settings in zip(optimizer.param_groups, own, strict=True):
+            group.update(settings)
 
 
 class ValidationStep:
@@ -314,17 +337,22 @@ class CodebookStart:
 
     @torch.no_grad()
     def _lay_codebook(self) -> None:
-        """k-means on encoder outputs of as many training samples as the codebook needs."""
+        """k-means on encoder outputs of training samples, drawn until there are enough for every code.
+
+        One pass over the cases has to hold what k-means takes at least: more passes only vary the same voxels.
+        """
         vq, device = self.network.vq, next(self.network.parameters()).device
-        wanted = self.vectors_per_code * vq.num_embeddings
+        world = idist.get_world_size()
+        one_pass = math.ceil(len(self.loader.dataset) / (self.loader.batch_size * world))
         rows, seen = [], 0
         self.network.eval()
-        for batch in self._loader(4 * math.ceil(wanted / 64)):
+        for number, batch in enumerate(self._loader(MAX_PASSES * one_pass), start=1):
             for part in batch if isinstance(batch, list) else [batch]:
                 latents, _ = self.network.encoder(to_sparse(part, device))
                 rows.append(latents.feats)
-                seen += len(latents) * idist.get_world_size()
-            if seen >= wanted:
+                seen += len(latents) * world
+            too_few = number == one_pass and seen < MIN_VECTORS_PER_CODE * vq.num_embeddings
+            if too_few or seen >= self.vectors_per_code * vq.num_embeddings:
                 break
         rows = torch.cat(rows)
         if not rows.std(0).mean() > 1e-3:
@@ -415,11 +443,16 @@ class StageHandlers:
         for stored in (live, mean):
             sizes = type(self.network.sizes).from_tensor(stored["_extra_state"])
             checkpoints.check_same(sizes, self.network.sizes, source=self.folder.path, skip=set())
+        last = engine.state.epoch_length
+        if step >= last:
+            log.info("nothing left to train: step %d of %d (a larger --max_steps goes on)", step, last)
+            engine.terminate()
+            return
         self.network.load_state_dict(live)
         self.averaged.module.load_state_dict(mean)
         self.averaged.n_averaged.fill_(misc["num_averaged"])
-        self.optimizer.load_state_dict(misc["optimizer"])
-        self.schedule.load_state_dict(misc["schedule"])
+        resume_optimizer(self.optimizer, misc["optimizer"], keep_settings=isinstance(self.schedule, FUNCTIONS_OF_STEP))
+        resume_schedule(self.schedule, misc["schedule"], step=step)
         scaler = getattr(engine._process_function, "scaler", None)
         if scaler is not None and misc["scaler"]:
             scaler.load_state_dict(misc["scaler"])
@@ -458,5 +491,6 @@ class StageHandlers:
         }
         weights = {live: self.network.state_dict(), mean: self.averaged.module.state_dict()}
         checkpoints.save_set(path, step, weights, misc)
+        self.folder.record_best(step)
         checkpoints.prune(path, self.every["keep_last"])
         engine.last_saved_step = step

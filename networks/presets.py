@@ -73,6 +73,9 @@ class Preset:
     @classmethod
     def from_tensor(cls, stored: UInt8[Tensor, " bytes"]) -> "Preset":
         values = json.loads(bytes(stored.tolist()))
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"the stored sizes have {unknown}, which this software does not know: update it")
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 

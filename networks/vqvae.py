@@ -77,12 +77,12 @@ class DownBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, *, pool: str, backend: str):
         super().__init__()
-        self.act_layers = nn.Sequential(GroupNorm(in_channels), SiLU())
+        self.act_layers = nn.Sequential(GroupNorm(in_channels, silu=True))
         self.down = Downsample(pool=pool)
         self.out_layers = nn.Sequential(
             SubmanifoldConv3d(in_channels, out_channels, backend=backend),
-            GroupNorm(out_channels),
-            SiLU(),
+            GroupNorm(out_channels, silu=True),
+            nn.Identity(),  # the activation's place: published names count layers
             SubmanifoldConv3d(out_channels, out_channels, backend=backend),
         )
         self.skip_connection = Linear(in_channels, out_channels)
@@ -183,9 +183,12 @@ class Decoder(_Torso):
         """Values in [-1, 1] on the voxels that `choose` names level by level."""
         return self.expand(self.attend(self.input_layer(latents)), choose)
 
-    def expand(self, x: SparseTensor, choose: ChooseCells) -> SparseTensor:
-        """The rest, after the transformer: convolutions alone, so local."""
+    def expand(
+        self, x: SparseTensor, choose: ChooseCells, *, crop: Callable[[int, SparseTensor], SparseTensor] | None = None
+    ) -> SparseTensor:
+        """The rest, after the transformer: convolutions alone, so local. `crop` may drop voxels before a level."""
         for i, block in enumerate(self.upsample):
+            x = x if crop is None else crop(i, x)
             x = self.run(block, x, choose(i, x))
         x = self.out_layer(x)
         return x.replace(torch.tanh(x.feats.float()))

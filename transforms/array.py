@@ -298,7 +298,7 @@ def _weights(size_in: int, size_out: int, ratio: float) -> Float[np.ndarray, "ou
 
 
 def resample(
-    hu: Num[np.ndarray, "X Y Z"],
+    hu: Shaped[np.ndarray, "X Y Z"],
     *,
     spacing_in: Sequence[Number],
     spacing_out: Number,
@@ -313,11 +313,14 @@ def resample(
     if len(spacing_in) != 3 or min(spacing_in) <= 0 or spacing_out <= 0:
         raise ValueError(f"spacings must be positive, got {tuple(spacing_in)} and {spacing_out}")
     ratios = [spacing_out / step for step in spacing_in]
-    wx, wy, wz = (_weights(n, grid, ratio) for n, ratio in zip(hu.shape, ratios, strict=True))
-    planes = np.empty((hu.shape[0], grid, grid), np.float32)
-    for index in range(hu.shape[0]):  # plane by plane: the input may be a memory map larger than memory
-        planes[index] = wy @ (np.asarray(hu[index], np.float32) - np.float32(air)) @ wz.T
-    array = (wx @ planes.reshape(len(planes), -1)).reshape(grid, grid, grid) + np.float32(air)
+    weights = [_weights(n, grid, ratio) for n, ratio in zip(hu.shape, ratios, strict=True)]
+    turned = hu.flags.f_contiguous  # planes are taken along the slowest axis: the input may be a memory map
+    volume, (first, second, third) = (hu.T, weights[::-1]) if turned else (hu, weights)
+    planes = np.empty((len(volume), grid, grid), np.float32)
+    for index in range(len(volume)):
+        planes[index] = second @ (np.asarray(volume[index], np.float32) - np.float32(air)) @ third.T
+    array = (first @ planes.reshape(len(planes), -1)).reshape(grid, grid, grid) + np.float32(air)
+    array = array.T if turned else array
     if affine is None:
         affine = np.diag([*spacing_in, 1.0])
     index_map = np.diag([*ratios, 1.0])

@@ -146,7 +146,7 @@ def _wrong(row: Mapping[str, Any], windows: Sequence[str], min_points: int) -> d
     return {
         "WINDOW_MISSING": not set(windows) <= set(row["windows"]),
         "CONSTANT": bool(row["constant"]),
-        "OUT_OF_RANGE": low >= 0 and high > 1 or low < -2000,
+        "OUT_OF_RANGE": (low >= 0 and high > 1) or low < -2000,
         "UNDER_MIN_POINTS": row["points"] < min_points,
     }
 
@@ -256,7 +256,8 @@ def lines(checked: Checked) -> Iterable[str]:
             continue
         shape, low_high = " x ".join(map(str, row["shape"])), row.get("hu_range")
         told = f"HU {low_high[0]}..{low_high[1]}" if low_high else "no HU"
-        yield f"{row['case']}  {row['split']}  {shape}  {told}  foreground {row['foreground']:.0%}  {row['points']} points"
+        share = f"foreground {row['foreground']:.0%}  {row['points']} points"
+        yield f"{row['case']}  {row['split']}  {shape}  {told}  {share}"
     for name, value in checked.summary.items():
         yield f"{name}: {value}"
     for problem in checked.problems:

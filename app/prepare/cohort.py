@@ -103,7 +103,11 @@ class Report(NamedTuple):
         return {"cases": [o.as_json() for o in self.outcomes], **counts, "seconds": round(self.seconds, 3)}
 
 
-def prepare(raw: str | Path, out: str | Path, settings: Settings = Settings(), request: Request = Request()) -> Report:
+DEFAULTS = Settings()
+NOTHING_MORE = Request()
+
+
+def prepare(raw: str | Path, out: str | Path, settings: Settings = DEFAULTS, request: Request = NOTHING_MORE) -> Report:
     """Prepares everything below RAW into OUT; raises ValueError for a call that cannot be meant."""
     start = time.perf_counter()
     root, out = os.path.abspath(raw), Path(os.path.abspath(out))

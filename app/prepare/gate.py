@@ -1,12 +1,13 @@
 """The gate: which DICOM slices make which stacks, by their headers alone.
 
-Pure functions from header records to verdicts; no pixel is read here. What only pixels can tell (equal duplicates, values
-that are no HU) is left to `pixels` and `values`. Geometry is LPS, as in the headers, until a stack's affine, which is RAS.
-Rules and limits are the constants below; their codes are in `codes`.
+Pure functions from header records to verdicts; no pixel is read here. What only pixels can tell (equal duplicates,
+values that are no HU) is left to `pixels` and `values`. Geometry is LPS, as in the headers, until a stack's affine,
+which is RAS. Rules and limits are the constants below; their codes are in `codes`.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ SAME_PLACE = 0.01  # share of a step within which two slices lie at one position
 EVEN = 0.02  # share of a step (or of a mm) by which an even stack's slices may lie off
 GAP = 0.05  # share by which a step may differ from a multiple of the usual one to be a gap
 MAX_GAP = 64  # usual steps that may be missing in one place
-DRIFT = 0.05  # mm by which slices may lie off the line of a stack, in the plane
+DRIFT = 0.1  # mm by which slices may lie off the line of a stack, in the plane
 DERIVED = {"SECONDARY", "MPR", "REFORMATTED", "MIP", "MINIP", "MNIP", "VRT", "PROJECTION IMAGE", "SCREEN SAVE"}
 STORAGE = "1.2.840.10008.5.1.4.1.1."
 SECONDARY_CAPTURE = STORAGE + "7"
@@ -45,6 +46,9 @@ class Rules(NamedTuple):
     series: str | None = None
 
 
+NO_RULES = Rules()
+
+
 class Stack(NamedTuple):
     """Slices in order along their normal, and where index (column, row, slice) lies in RAS mm."""
 
@@ -64,7 +68,7 @@ class Verdict(NamedTuple):
     finding: Finding | None = None
 
 
-def judge(slices: Sequence[SliceHeader], rules: Rules = Rules()) -> list[Verdict]:
+def judge(slices: Sequence[SliceHeader], rules: Rules = NO_RULES) -> list[Verdict]:
     """Verdicts over the slices of one folder; every slice is in exactly one of them."""
     verdicts: list[Verdict] = []
     by_series: dict[tuple, list[SliceHeader]] = defaultdict(list)
@@ -276,7 +280,7 @@ def _drop_duplicates(
     steps = np.diff(along[order])
     usual = float(np.median(steps[steps > 1e-3])) if (steps > 1e-3).any() else 1.0
     kept, doubles = [members[order[0]]], []
-    for before, now in zip(order, order[1:], strict=False):
+    for before, now in pairwise(order):
         if along[now] - along[before] <= max(1e-3, SAME_PLACE * usual):
             doubles.append((len(kept) - 1, members[now]))
         else:
@@ -325,10 +329,9 @@ def _shear(members: Sequence[SliceHeader], along: np.ndarray) -> tuple[np.ndarra
     height = along - along[0]
     sideways = positions - positions[0] - height[:, None] * _normal(members[0])
     shear = (height @ sideways) / (height @ height)
-    limit = max(DRIFT, 0.1 * min(members[0].spacing))
-    if np.abs(sideways - height[:, None] * shear).max() > limit:
+    if np.abs(sideways - height[:, None] * shear).max() > DRIFT:
         raise Refused("MIXED_GEOMETRY", "slices do not lie on one line")
-    if np.linalg.norm(shear) * height[-1] <= limit:
+    if np.linalg.norm(shear) * height[-1] <= DRIFT:
         return np.zeros(3), []
     angle = np.degrees(np.arctan(np.linalg.norm(shear)))
     if angle > 60:

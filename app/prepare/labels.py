@@ -1,7 +1,7 @@
-"""Labels that come along with a scan: which files are labels, what their organs are called, where they lie on the grid.
+"""Labels that come along with a scan: which files they are, what their organs are called, where they lie.
 
-Names reach the output only where a mapping, or the anatomical vocabulary below, vouches for them: a file name may hold a
-patient's name. An empty mask is an organ of 0 voxels, not an error.
+Names reach the output only where a mapping, or the anatomical vocabulary below, vouches for them: a file name may hold
+a patient's name. An empty mask is an organ of 0 voxels, not an error.
 """
 
 import re
@@ -23,19 +23,20 @@ LABEL_WORDS = re.compile(
 )
 LABEL_FOLDERS = re.compile(r"(^|[_\-. ])(labels?(tr|ts)?|seg|segmentations?|masks?|organs)$", re.I)
 MAX_LABELS = 4096
-ANATOMY = frozenset(
-    """left right upper middle lower inner outer anterior posterior lobe of the and common internal external superior
-    inferior small large body aorta arch ascending descending adrenal gland atrium appendage autochthon bladder urinary
-    bone bones bowel brachiocephalic trunk vein brain bronchus bronchi cava vena carotid artery arteries cartilage costal
-    clavicula clavicle colon cyst disc discs duodenum effusion esophagus eye face fat femur fibula gallbladder gluteus
-    maximus medius minimus heart hip humerus iliac iliopsoas intestine jugular kidney kidneys lesion lesions liver lung
-    lungs lymph node nodes mandible mediastinum muscle muscles myocardium nodule nodules nose optic nerve orbit
-    pancreas parotid patella pelvis pericardium pleura pleural portal splenic prostate pulmonary rectum rib ribs sacrum
-    scapula seminal vesicles skin skull spinal cord canal spine spleen sternum stomach stone stones subclavian
-    subcutaneous thyroid tibia tissue torso trachea tumor tumour uterus ventricle vertebra vertebrae vessel vessels
-    airway airways whole c1 c2 c3 c4 c5 c6 c7 t1 t2 t3 t4 t5 t6 t7 t8 t9 t10 t11 t12 l1 l2 l3 l4 l5 l6 s1 1 2 3 4 5 6 7 8
-    9 10 11 12""".split()
-)
+ANATOMY_WORDS = """
+    left right upper middle lower inner outer anterior posterior lobe of the and common internal external superior
+    inferior small large body aorta arch ascending descending adrenal gland atrium appendage autochthon bladder
+    urinary bone bones bowel brachiocephalic trunk vein brain bronchus bronchi cava vena carotid artery arteries
+    cartilage costal clavicula clavicle colon cyst disc discs duodenum effusion esophagus eye face fat femur
+    fibula gallbladder gluteus maximus medius minimus heart hip humerus iliac iliopsoas intestine jugular kidney
+    kidneys lesion lesions liver lung lungs lymph node nodes mandible mediastinum muscle muscles myocardium
+    nodule nodules nose optic nerve orbit pancreas parotid patella pelvis pericardium pleura pleural portal
+    splenic prostate pulmonary rectum rib ribs sacrum scapula seminal vesicles skin skull spinal cord canal
+    spine spleen sternum stomach stone stones subclavian subcutaneous thyroid tibia tissue torso trachea tumor
+    tumour uterus ventricle vertebra vertebrae vessel vessels airway airways whole c1 c2 c3 c4 c5 c6 c7 t1 t2 t3
+    t4 t5 t6 t7 t8 t9 t10 t11 t12 l1 l2 l3 l4 l5 l6 s1 1 2 3 4 5 6 7 8 9 10 11 12
+"""
+ANATOMY = frozenset(ANATOMY_WORDS.split())
 
 
 class LabelFile(NamedTuple):
@@ -108,7 +109,7 @@ def _organs_of(label: LabelFile, grid: Grid, *, mapping: Mapping[str, str], keep
     coords = np.argwhere(placed)
     numbers = placed[tuple(coords.T)]
     stem = _bare(label.ref.name)
-    if present.size <= 1 and (stem in mapping or _vouched(stem) or str(stem).isidentifier() and keep_names):
+    if present.size <= 1 and (stem in mapping or _vouched(stem) or (str(stem).isidentifier() and keep_names)):
         return {safe_name(mapping.get(stem, stem)): coords.astype(np.int32)}
     if present.size == 0:
         return {"empty": coords.astype(np.int32)}
@@ -180,7 +181,7 @@ def _segment_frames(ds: pydicom.Dataset) -> dict[int, list[tuple[int, np.ndarray
 
 def _segment_volume(frames: np.ndarray, members: list) -> tuple[np.ndarray, np.ndarray]:
     """A segment's frames as one volume [x, y, z] with its RAS affine; slices without a frame are empty."""
-    _, first, turn, step = members[0]
+    _, _, turn, step = members[0]
     normal = np.cross(*turn)
     heights = np.array([position @ normal for _, position, _, _ in members])
     order = np.argsort(heights)

@@ -15,7 +15,7 @@ import numpy as np
 from app.prepare.codes import Finding, Refused
 from app.prepare.files import Ref, sniff, walk
 from app.prepare.formats import VolumeFile, read_header
-from app.prepare.gate import Rules, Stack, Verdict, judge
+from app.prepare.gate import NO_RULES, Rules, Stack, Verdict, judge
 from app.prepare.headers import SEGMENTATION, SliceHeader, read_headers
 from app.prepare.labels import LabelFile, is_label_name, label_for, looks_like_labels, scan_stem
 
@@ -32,7 +32,7 @@ class Item(NamedTuple):
     labels: tuple[LabelFile, ...] = ()
 
 
-def survey(root: str | Path, rules: Rules = Rules()) -> list[Item]:
+def survey(root: str | Path, rules: Rules = NO_RULES) -> list[Item]:
     """Items below a folder, or of one file, in order of their sources."""
     root = os.path.abspath(root)
     items: list[Item] = []

@@ -57,16 +57,19 @@ class SubmanifoldConv3d(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation per sample. The number of groups is the largest up to 32 that divides the channels."""
+    """Group normalisation per sample, with SiLU after it where asked for: one pass over memory instead of two.
 
-    def __init__(self, channels: int, *, max_groups: int = 32):
+    The number of groups is the largest up to 32 that divides the channels.
+    """
+
+    def __init__(self, channels: int, *, max_groups: int = 32, silu: bool = False):
         super().__init__()
-        self.num_groups = math.gcd(channels, max_groups)
+        self.num_groups, self.silu = math.gcd(channels, max_groups), silu
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: SparseTensor) -> SparseTensor:
-        return ops.group_norm(x, self.num_groups, self.weight, self.bias)
+        return ops.group_norm(x, self.num_groups, self.weight, self.bias, silu=self.silu)
 
 
 class Downsample(nn.Module):

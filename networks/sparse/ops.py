@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from networks.sparse import torch_backend
@@ -113,10 +113,15 @@ class _SubmanifoldConv(torch.autograd.Function):
         return (
             ctx.backend.input_grad(grad, weight, ctx.level) if need_feats else None,
             ctx.backend.weight_grad(feats, grad, ctx.level).to(weight.dtype) if need_weight else None,
-            grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(ctx.bias_dtype) if need_bias else None,
+            _column_sums(grad).to(ctx.bias_dtype) if need_bias else None,
             None,
             None,
         )
+
+
+def _column_sums(grad: Float[Tensor, "N F"]) -> Float[Tensor, " F"]:
+    kernels = _fused("rows", grad)
+    return kernels.column_sums(grad) if kernels else grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
 
 
 def submanifold_conv(
@@ -139,55 +144,99 @@ def submanifold_conv(
         return x.replace(_SubmanifoldConv.apply(feats, weight, bias, x.level, chosen))
 
 
+def _fused(name: str, feats: Float[Tensor, "N ..."]) -> ModuleType | None:
+    """A module of fused kernels, `triton_{name}`, where these features can use it."""
+    if feats.device.type != "cuda" or feats.dtype == torch.float64 or defect("triton", feats.device.index):
+        return None
+    return importlib.import_module(f"networks.sparse.triton_{name}")
+
+
 class _SpreadToChildren(torch.autograd.Function):
-    """Copies each coarse row to its children; backward adds the children up. No atomics, so the order is fixed."""
+    """Copies each coarse row, scaled, to its children; backward adds the children up. The order of sums is fixed."""
 
     @staticmethod
-    def forward(ctx, coarse, cells):
-        ctx.cells = cells
-        return coarse.index_select(0, cells.parent)
+    def forward(ctx, coarse, cells, scale):
+        ctx.cells, ctx.scale = cells, scale
+        kernels = _fused("rows", coarse)
+        if kernels:
+            return kernels.spread(coarse, cells.parent, scale)
+        return (coarse if scale is None else coarse * scale[:, None].to(coarse.dtype)).index_select(0, cells.parent)
 
     @staticmethod
     def backward(ctx, grad):
-        return _SumChildren.apply(grad, ctx.cells), None
+        return _SumChildren.apply(grad, ctx.cells, ctx.scale), None, None
 
 
 class _SumChildren(torch.autograd.Function):
-    """Adds up the children of each coarse row; backward copies to them."""
+    """Adds up the children of each coarse row and scales the sum; backward copies to them."""
 
     @staticmethod
-    def forward(ctx, fine, cells):
-        ctx.cells = cells
+    def forward(ctx, fine, cells, scale):
+        ctx.cells, ctx.scale = cells, scale
+        kernels = _fused("rows", fine)
+        if kernels:
+            return kernels.sum_children(fine, cells.children, scale)
         wide = torch.promote_types(fine.dtype, torch.float32)
         padded = torch.cat([fine, fine.new_zeros((1, fine.shape[1]))])
         total = torch.zeros((len(cells.coarse), fine.shape[1]), dtype=wide, device=fine.device)
         for rows in cells.children:
             total += padded.index_select(0, rows)
-        return total.to(fine.dtype)
+        return (total if scale is None else total * scale[:, None]).to(fine.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        return _SpreadToChildren.apply(grad, ctx.cells), None
+        return _SpreadToChildren.apply(grad, ctx.cells, ctx.scale), None, None
 
 
 def pool(x: SparseTensor, *, legacy: bool = False) -> tuple[SparseTensor, Coarsening]:
     """Mean over the children of each 2x2x2 cell; `legacy` divides by one more, as published weights expect."""
     cells = x.level.coarsening
-    counts = cells.occupied.sum(1, keepdim=True) + int(legacy)
-    return SparseTensor.on(cells.coarse, _SumChildren.apply(x.feats, cells) / counts.to(x.feats.dtype)), cells
+    wide = torch.promote_types(x.feats.dtype, torch.float32)
+    share = x.level.kept(("share", legacy, wide), lambda: 1 / (cells.occupied.sum(1) + int(legacy)).to(wide))
+    return SparseTensor.on(cells.coarse, _SumChildren.apply(x.feats, cells, share)), cells
 
 
 def unpool(x: SparseTensor, cells: Coarsening) -> SparseTensor:
     """Copies each voxel to the children that `cells` names; undoes the grouping of `pool`."""
     if not x.level.same_as(cells.coarse):
         raise ValueError(f"up-sampling needs the coarse level of its plan ({len(cells.coarse)} voxels), got {len(x)}")
-    return SparseTensor.on(cells.fine, _SpreadToChildren.apply(x.feats, cells))
+    return SparseTensor.on(cells.fine, _SpreadToChildren.apply(x.feats, cells, None))
+
+
+class _FusedGroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, feats, weight, bias, chunks, num_groups, eps, silu):
+        kernels, feats = _fused("rows", feats), feats.contiguous()
+        out, stats = kernels.group_norm(feats, chunks, num_groups, weight, bias, eps=eps, silu=silu)
+        ctx.save_for_backward(feats, weight, bias, *stats)
+        ctx.kernels, ctx.chunks, ctx.num_groups, ctx.silu = kernels, chunks, num_groups, silu
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        feats, weight, bias, *stats = ctx.saved_tensors
+        norm = ctx.kernels.Statistics(*stats)
+        grads = ctx.kernels.group_norm_grads(
+            feats, grad.contiguous(), ctx.chunks, norm, ctx.num_groups, weight, bias, silu=ctx.silu
+        )
+        return grads[0], grads[1].to(weight.dtype), grads[2].to(bias.dtype), None, None, None, None
 
 
 def group_norm(
-    x: SparseTensor, num_groups: int, weight: Float[Tensor, " C"], bias: Float[Tensor, " C"], *, eps: float = 1e-5
+    x: SparseTensor,
+    num_groups: int,
+    weight: Float[Tensor, " C"],
+    bias: Float[Tensor, " C"],
+    *,
+    eps: float = 1e-5,
+    silu: bool = False,
 ) -> SparseTensor:
-    """Group normalisation over each sample's own voxels, in float32."""
+    """Group normalisation over each sample's own voxels, in float32, then SiLU where asked for."""
+    kernels = _fused("rows", x.feats)
+    if kernels and len(x):
+        rows = kernels.chunk_rows(x.feats.shape[1])
+        chunks = x.level.kept(("chunks", rows), lambda: kernels.cut(x.level.sample_sizes, rows, x.feats.device))
+        return x.replace(_FusedGroupNorm.apply(x.feats, weight, bias, chunks, num_groups, eps, silu))
     wide = torch.promote_types(x.feats.dtype, torch.float32)
     with torch.autocast(x.feats.device.type, enabled=False):
         parts = [
@@ -198,7 +247,43 @@ def group_norm(
             for rows in x.feats.split(x.level.sample_sizes)
             if rows.shape[0]
         ]
-    return x.replace(torch.cat(parts).to(x.feats.dtype)) if parts else x
+        if not parts:
+            return x
+        out = torch.cat(parts)
+        return x.replace((F.silu(out) if silu else out).to(x.feats.dtype))
+
+
+class _Rearrange(torch.autograd.Function):
+    """Takes rows by number, zeros where the number is one past the end; `back` undoes it, so backward needs no sums."""
+
+    @staticmethod
+    def forward(ctx, values, rows, back):
+        ctx.rows, ctx.back = rows, back
+        return _take(values, rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Rearrange.apply(grad, ctx.back, ctx.rows), None, None
+
+
+def _take(values: Float[Tensor, "N ..."], rows: Int64[Tensor, " M"]) -> Float[Tensor, "M ..."]:
+    return torch.cat([values, values.new_zeros((1, *values.shape[1:]))]).index_select(0, rows)
+
+
+class _FusedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, plan):
+        qkv = qkv.contiguous()
+        out, sums = _fused("attention", qkv).attend(qkv, plan.order, plan.bounds, plan.rows.shape[1])
+        ctx.save_for_backward(qkv, out, sums)
+        ctx.plan = plan
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        plan, kernels = ctx.plan, _fused("attention", grad)
+        where = (plan.order, plan.bounds, plan.rows.shape[1])
+        return kernels.attend_grad(grad.contiguous(), *ctx.saved_tensors, *where), None
 
 
 def window_attention(
@@ -206,9 +291,12 @@ def window_attention(
 ) -> Float[Tensor, "N H D"]:
     """Self-attention among the voxels of each cubic window of the absolute grid."""
     plan = level.windows(window, shift)
-    padded = torch.cat([qkv, qkv.new_zeros((1, *qkv.shape[1:]))])[plan.rows]
-    q, k, v = rearrange(padded, "w l three h d -> three w h l d", three=3)
+    kernels = _fused("attention", qkv)
+    if kernels and qkv.shape[3] <= kernels.MAX_WIDTH:
+        return _FusedAttention.apply(qkv, plan)
+    slots = _Rearrange.apply(qkv, plan.rows.flatten(), plan.slot)
+    q, k, v = rearrange(slots, "(w l) three h d -> three w h l d", three=3, w=plan.rows.shape[0])
     empty = rearrange(plan.rows == len(level), "w l -> w 1 1 l")
     mask = torch.zeros(empty.shape, dtype=q.dtype, device=q.device).masked_fill_(empty, -math.inf)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return rearrange(out, "w h l d -> (w l) h d")[plan.slot]
+    return _Rearrange.apply(rearrange(out, "w h l d -> (w l) h d"), plan.slot, plan.rows.flatten())

@@ -8,20 +8,43 @@ A row number equal to the number of rows means "no such voxel". Knows coordinate
 Letters: B batch, N voxels, M coarse voxels or latents, W windows.
 """
 
+import importlib
+import logging
 import math
 from collections.abc import Callable, Hashable
-from functools import cached_property
+from functools import cache, cached_property
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int, Int32, Int64
 from torch import Tensor
 
+log = logging.getLogger(__name__)
 MIN_BITS = 8  # bits an axis at least, so that small grids can be halved often without losing the sample number
 MAX_TABLE_CELLS = 2**29  # 2 GiB of int32
 THIN = 20.0  # mean neighbours below which sorting rows by neighbourhood pays on a GPU (shells have 9 to 18)
 ORDER_CHUNK = 16384  # rows sorted among themselves: longer sorts better, shorter keeps gathers in the cache
 CENTRE = 13  # index of offset (0, 0, 0) among the 27; the mirror of offset k is 26 - k
+
+
+def map_kernels(device: torch.device) -> ModuleType | None:
+    """The fused twins of what follows, for CUDA; None where they do not work."""
+    return _proven_kernels(device.index) if device.type == "cuda" else None
+
+
+@cache
+def _proven_kernels(index: int) -> ModuleType | None:
+    try:
+        kernels = importlib.import_module("networks.sparse.triton_maps")
+        corner = torch.tensor([[2, 5, 6, 7]], dtype=torch.int32, device=torch.device("cuda", index))
+        if torch.equal(kernels.morton_coords(kernels.morton_keys(corner, 8), 8), corner):
+            return kernels
+        reason = "wrong results"
+    except Exception as error:  # a Triton that is absent, or that cannot compile here, may raise anything
+        reason = f"{type(error).__name__}: {error}"
+    log.warning("maps are built in plain torch: the triton kernels do not work here (%s)", reason.splitlines()[0])
+    return None
 
 
 def neighbour_offsets(device: torch.device | str = "cpu") -> Int64[Tensor, "27 3"]:
@@ -59,12 +82,16 @@ def _gather_bits(key: Int64[Tensor, " N"]) -> Int64[Tensor, " N"]:
 
 def morton_keys(coords: Int[Tensor, "N 4"], bits: int) -> Int64[Tensor, " N"]:
     """Sorting key of (batch, x, y, z) rows for axes of `bits` bits."""
+    if kernels := map_kernels(coords.device):
+        return kernels.morton_keys(coords, bits)
     b, x, y, z = coords.long().unbind(1)
     return (b << (3 * bits)) | (_spread(x) << 2) | (_spread(y) << 1) | _spread(z)
 
 
 def morton_coords(keys: Int64[Tensor, " N"], bits: int) -> Int32[Tensor, "N 4"]:
     """Undoes `morton_keys`."""
+    if kernels := map_kernels(keys.device):
+        return kernels.morton_coords(keys, bits)
     b, xyz = keys >> (3 * bits), keys & ((1 << (3 * bits)) - 1)
     axes = [_gather_bits(xyz >> 2), _gather_bits(xyz >> 1), _gather_bits(xyz)]
     return torch.stack([b, *axes], 1).int()
@@ -99,8 +126,10 @@ class Coarsening(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """Rows grouped by cubic window, padded to the fullest one."""
+    """Rows grouped by cubic window: one window after another, and padded to the fullest one."""
 
+    order: Int64[Tensor, " N"]  # rows, window by window
+    bounds: Int32[Tensor, " W1"]  # where each window starts among them, and the end
     rows: Int64[Tensor, "W L"]  # row in each slot, N where the slot is empty
     slot: Int64[Tensor, " N"]  # position of each row in the flattened slots
 
@@ -143,14 +172,15 @@ class Level:
         bits = bits_for(shape)
         if bits > 20 or 3 * bits + max(batch_size, 1).bit_length() > 63:
             raise ValueError(f"keys of 63 bits cannot hold {batch_size} samples of {shape} voxels")
+        keys = morton_keys(coords, bits)
+        order, mixed = None, False
         if coords.shape[0]:
-            low, high = coords.amin(0).tolist(), coords.amax(0).tolist()
-            limits = (batch_size, *shape)
+            unsorted = (keys[1:] <= keys[:-1]).any().view(1)
+            *bounds, mixed = torch.cat([coords.amin(0).long(), coords.amax(0).long(), unsorted.long()]).tolist()
+            low, high, limits = bounds[:4], bounds[4:], (batch_size, *shape)
             if min(low) < 0 or any(h >= limit for h, limit in zip(high, limits, strict=True)):
                 raise ValueError(f"coords (batch, x, y, z) must lie in 0..{limits} exclusive, got {low}..{high}")
-        keys = morton_keys(coords, bits)
-        order = None
-        if bool((keys[1:] <= keys[:-1]).any()):
+        if mixed:
             keys, order = torch.sort(keys)
             if bool((keys[1:] == keys[:-1]).any()):
                 count = int((keys[1:] == keys[:-1]).sum())
@@ -193,15 +223,38 @@ class Level:
     @cached_property
     def sample_sizes(self) -> list[int]:
         """Voxels of each sample. Rows of a sample are consecutive."""
-        return torch.bincount(self.sample, minlength=self.batch_size).tolist()
+        firsts = torch.arange(self.batch_size + 1, device=self.device) << (3 * self.bits)
+        return torch.searchsorted(self.keys, firsts).diff().tolist()
 
-    @cached_property
+    @property
     def neighbours(self) -> Int32[Tensor, "27 N"]:
         """Row of each of the 27 neighbours of each voxel, N where there is none."""
+        return self._neighbourhood[0]
+
+    @property
+    def mean_neighbours(self) -> float:
+        """Occupied cells among the 27, averaged: about 25 in volumes, 10 to 15 in shells."""
+        return self.kept("mean neighbours", lambda: self._neighbourhood[2].item() / max(len(self), 1))
+
+    @cached_property
+    def _neighbourhood(self) -> tuple[Int32[Tensor, "27 N"], Int32[Tensor, " N"] | None, Int64[Tensor, ""]]:
+        """Neighbours, the bits of `_alive` where they came along, and the number of neighbours."""
         cells = self.batch_size * math.prod(n + 2 for n in self.spatial_shape)
-        if cells <= min(MAX_TABLE_CELLS, 256 * len(self) + 2**20):
-            return self._neighbours_by_table(cells)
-        return self._neighbours_by_search()
+        fits = cells <= min(MAX_TABLE_CELLS, 256 * len(self) + 2**20)
+        if fits and (kernels := map_kernels(self.device)):
+            return kernels.neighbours(self.coords, self.spatial_shape, self.batch_size)
+        table = self._neighbours_by_table(cells) if fits else self._neighbours_by_search()
+        return table, None, (table < len(self)).sum()
+
+    @cached_property
+    def _alive(self) -> Int32[Tensor, " N"]:
+        """Bit k of each row is set where it has a neighbour at offset k."""
+        if self._neighbourhood[1] is not None:
+            return self._neighbourhood[1]
+        bits = torch.zeros(len(self), dtype=torch.int32, device=self.device)
+        for k, row_of in enumerate(self.neighbours):
+            bits |= (row_of < len(self)).int() << k
+        return bits
 
     def _neighbours_by_table(self, cells: int) -> Int32[Tensor, "27 N"]:
         """One look-up table over the grid with an empty margin: a neighbour is a constant step away."""
@@ -233,35 +286,35 @@ class Level:
         return neighbours[:, :num_rows].contiguous()
 
     @cached_property
-    def mean_neighbours(self) -> float:
-        """Occupied cells among the 27, averaged: about 25 in volumes, 10 to 15 in shells."""
-        return (self.neighbours < len(self)).sum().item() / max(len(self), 1)
-
-    @cached_property
     def is_thin(self) -> bool:
         """Whether many of the 27 neighbours are missing, so that work must be chosen row by row."""
         return self.mean_neighbours < THIN
 
     @cached_property
-    def _by_neighbourhood(self) -> tuple[Int32[Tensor, " N"], Int32[Tensor, "27 N"]]:
+    def _by_neighbourhood(self) -> tuple[Int64[Tensor, " N"], Int32[Tensor, "27 N"]]:
         """Rows sorted by which neighbours they have, inside chunks of the key order, and their neighbours."""
-        bits = torch.zeros(len(self), dtype=torch.int64, device=self.device)
-        for k, row_of in enumerate(self.neighbours):
-            bits |= (row_of < len(self)).long() << k
         chunk = torch.arange(len(self), device=self.device) // ORDER_CHUNK
-        order = torch.argsort((chunk << 27) | bits, stable=True)
-        return order.int(), self.neighbours[:, order]
+        order = torch.argsort((chunk << 27) | self._alive, stable=True)
+        return order, self.neighbours[:, order]
 
     def tiles(self, size: int) -> Tiles:
         """Tiles of `size` rows; rows with like neighbourhoods together where neighbours are few."""
         return self.kept(("tiles", size), lambda: self._cut_tiles(size))
 
     def _cut_tiles(self, size: int) -> Tiles:
-        rows, table = self._by_neighbourhood if self.is_thin else (None, self.neighbours)
-        missing = torch.nn.functional.pad(table, (0, -len(self) % size), value=len(self)) == len(self)
-        dead = missing.view(27, -1, size).all(2).T.contiguous()
-        offsets = torch.argsort(dead.byte(), dim=1, stable=True).int()
-        return Tiles(rows, table, offsets, (~dead).sum(1, dtype=torch.int32))
+        order, table, alive = None, self.neighbours, self._alive
+        if self.is_thin:
+            order, table = self._by_neighbourhood
+            alive = alive[order]
+        if kernels := map_kernels(self.device):
+            offsets, counts = kernels.tile_offsets(alive, size)
+        else:
+            dead = torch.ones((27, -(-len(self) // size) * size), dtype=torch.bool, device=self.device)
+            torch.eq(table, len(self), out=dead[:, : len(self)])
+            dead = dead.view(27, -1, size).all(2).T.contiguous()
+            offsets = torch.argsort(dead.byte(), dim=1, stable=True).int()
+            counts = (~dead).sum(1, dtype=torch.int32)
+        return Tiles(None if order is None else order.int(), table, offsets, counts)
 
     @cached_property
     def neighbour_lists(self) -> NeighbourLists:
@@ -321,7 +374,8 @@ class Level:
         rows[slot_sorted] = order
         slot = torch.empty_like(slot_sorted)
         slot[order] = slot_sorted
-        return Windows(rows.view(counts.shape[0], longest), slot)
+        bounds = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+        return Windows(order, bounds, rows.view(counts.shape[0], longest), slot)
 
 
 def align_rows(source: Level, target: Level) -> Int64[Tensor, " M"]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from networks.sparse.topology import CENTRE, Level
 
-BLOCK = 4096  # rows; their gathered features stay in the cache
+BLOCK = 4096  # rows; their gathered features stay in a CPU's cache
+CUDA_BLOCK = 2**18  # rows; fewer kernels to start
 PAIR_BLOCK = 8192
 THIN = 15.0  # mean neighbours below which pair lists win (measured on CPU, 9 to 25 neighbours)
 
@@ -68,12 +69,14 @@ def _products(
                 yield k, slice(None), feats
                 continue
             index = 26 - k if mirrored else k
-            for start in range(0, rows.shape[0], PAIR_BLOCK):
-                block = slice(start, start + PAIR_BLOCK)
+            size = PAIR_BLOCK if feats.device.type == "cpu" else CUDA_BLOCK
+            for start in range(0, rows.shape[0], size):
+                block = slice(start, start + size)
                 yield index, rows[block], feats.index_select(0, near[block])
         return
     padded = torch.cat([feats, feats.new_zeros((1, feats.shape[1]))])
-    for start in range(0, feats.shape[0], BLOCK):
-        block = slice(start, start + BLOCK)
+    size = BLOCK if feats.device.type == "cpu" else CUDA_BLOCK
+    for start in range(0, feats.shape[0], size):
+        block = slice(start, start + size)
         for k in range(27):
             yield 26 - k if mirrored else k, block, padded.index_select(0, level.neighbours[k, block])

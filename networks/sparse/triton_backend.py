@@ -7,6 +7,7 @@ products (error near 1e-6), or as one where `torch.backends.cuda.matmul.allow_tf
 """
 
 import math
+from functools import cache, lru_cache
 from typing import NamedTuple, no_type_check
 
 import torch
@@ -222,10 +223,12 @@ def row_product(
     return parts.sum(0)
 
 
+@cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+@lru_cache(maxsize=1024)
 def _split(num_rows: int, programs: int, depth: int, processors: int) -> tuple[int, int]:
     """How many parts the rows are cut into, and the rows of each: several even waves of programs over the card."""
     most = max(1, min(triton.cdiv(num_rows, 4 * depth), triton.cdiv(10 * processors, programs)))

@@ -30,7 +30,7 @@ def features(coords: torch.Tensor) -> torch.Tensor:
     return torch.sin(coords[:, 1:].float().sum(1, keepdim=True) * scale) * 0.9
 
 
-def sparse_step(side: int, *, backend: str, preset: str) -> tuple[Callable[[], None], SparseVQVAE]:
+def sparse_step(side: int, *, backend: str, preset: str, dtype: torch.dtype) -> tuple[Callable[[], None], SparseVQVAE]:
     torch.manual_seed(0)
     network = make_vqvae(preset, backend=backend).cuda().train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
@@ -41,7 +41,7 @@ def sparse_step(side: int, *, backend: str, preset: str) -> tuple[Callable[[], N
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         x = SparseTensor(feats, coords, (side, side, side), 1)
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast("cuda", dtype):
             loss = loss_function(network(x), x)["loss"]
         loss.backward()
         optimizer.step()
@@ -129,7 +129,7 @@ def profile(step: Callable[[], None]) -> None:
     with recorded(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
         step()
         torch.cuda.synchronize()
-    print(record.key_averages().table(sort_by="cuda_time_total", row_limit=45, max_name_column_width=70))
+    print(record.key_averages().table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=70))
 
 
 def main() -> None:
@@ -142,7 +142,8 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     works, sizes = {}, {}
     for backend in ("triton",) if given.only else ("triton", "spconv"):
-        works[backend], network = sparse_step(given.side, backend=backend, preset=given.preset)
+        dtype = torch.float16 if backend == "spconv" else torch.bfloat16  # spconv has no bfloat16
+        works[backend], network = sparse_step(given.side, backend=backend, preset=given.preset, dtype=dtype)
         sizes[backend] = sum(p.numel() for p in network.parameters()) / 1e6
     dictionary = None
     if not given.only:

@@ -30,9 +30,10 @@ OWNERS = {  # optional or heavy libraries, each behind one door
     "peft": {"networks/qwen.py"},
     "spconv": {"networks/sparse/spconv_backend.py"},
     "cumm": {"networks/sparse/spconv_backend.py"},
-    "triton": {"networks/sparse/triton_backend.py", "networks/code_search.py", "networks/quantizer_triton.py"},
+    "triton": {f"networks/sparse/triton_{part}.py" for part in ("attention", "backend", "maps", "rows")}
+    | {"networks/code_search.py"},
 }
-SPARSE_LAYERS = ("topology", "tensor", "backend", "ops", "modules")  # each may import those before it
+SPARSE_LAYERS = ("kernels", "topology", "tensor", "backend", "ops", "modules")  # each may import those before it
 
 
 def name_of(path):
@@ -76,7 +77,7 @@ def test_heavy_libraries_stay_with_their_owners(path):
 
 def layer_of(module):
     """Place of networks.sparse.X among the layers; None for the package itself."""
-    name = "backend" if module.endswith("_backend") else module
+    name = "backend" if module.endswith("_backend") else "kernels" if module.startswith("triton_") else module
     return SPARSE_LAYERS.index(name) if name in SPARSE_LAYERS else None
 
 
@@ -96,7 +97,9 @@ def test_sparse_core_is_layered():
                 other = layer_of(part)
                 if other is not None:
                     judged += 1
-                    assert other <= own and (other < own or own == 2), f"{path.name} imports {name}"
+                    assert other <= own and (other < own or own == layer_of("torch_backend")), (
+                        f"{path.name} imports {name}"
+                    )
     assert judged >= 6  # the rule has met real imports
 
 
@@ -125,7 +128,7 @@ def at_import(tree):
 
 
 FORBIDDEN_CALLS = re.compile(
-    r"(print|open|input|exec|eval|exit)$|(np|numpy|random|time|subprocess|socket|shutil|warnings|logging)\.(?!getLogger$)"
+    r"(print|open|input|exec|eval|exit)$|np\.(?!(array|diag|eye|iinfo|finfo)$)|(numpy|random|time|subprocess|socket|shutil|warnings|logging)\.(?!getLogger$)"
     r"|torch\.(?!no_grad$|compile$|library)|os\.|sys\.|Path\("
 )
 FORBIDDEN_READS = ("os.environ", "sys.argv", "sys.path", "sys.stdout", "sys.stderr")
@@ -259,7 +262,7 @@ def walk(node, path=""):
 def test_configs_are_short_and_without_tricks(path):
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= MAX_CONFIG_LINES
-    assert max(map(len, text.splitlines())) <= 130
+    assert max(map(len, text.splitlines())) <= 140
     for here, _, value in walk(json.loads(text)):
         if isinstance(value, str):
             assert not re.search(r"\blambda\b", value), f"{here} hides a function"
@@ -299,6 +302,7 @@ def test_stages_share_what_they_must():
             "output_dir",
             "codebook",
             "pretrained_vae_path",
+            "training_stage",
             "init_from",
             "warmup_steps",
             "plan",

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from networks.sparse import torch_backend
+from networks.sparse import topology, torch_backend
 from networks.sparse.topology import Level
 from tests import oracle
 
 triton = pytest.importorskip("triton")
-from networks.sparse import triton_backend  # noqa: E402
+from networks import code_search  # noqa: E402
+from networks.sparse import triton_attention, triton_backend, triton_maps, triton_rows  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that the test below starts")
@@ -77,6 +78,112 @@ def test_interpreted_kernels_take_any_width(channels, columns, generator, assert
     assert_close(triton_backend.forward(feats, weight, None, level), torch_backend.forward(feats, weight, None, level))
     assert_close(triton_backend.input_grad(grad, weight, level), torch_backend.input_grad(grad, weight, level))
     assert_close(triton_backend.weight_grad(feats, grad, level), torch_backend.weight_grad(feats, grad, level))
+
+
+@in_interpreter
+@pytest.mark.parametrize("count", [1, 77, 300])
+def test_interpreted_maps_equal_plain_torch(count, generator):
+    level = scattered((8, 9, 7), count, generator)
+    for bits in (8, 20):
+        coords = torch.randint(2**bits, (count, 4), generator=generator, dtype=torch.int32)
+        coords[:, 0] %= 5
+        keys = topology.morton_keys(coords, bits)
+        assert torch.equal(triton_maps.morton_keys(coords, bits), keys)
+        assert torch.equal(triton_maps.morton_coords(keys, bits), coords)
+    two = torch.cat([level.coords, level.coords + torch.tensor([1, 0, 0, 0], dtype=torch.int32)])
+    level, count = Level.from_coords(two, (8, 9, 7), 2)[0], 2 * count
+    found, alive, number = triton_maps.neighbours(level.coords, (8, 9, 7), 2)
+    assert torch.equal(found, level.neighbours)
+    assert torch.equal(alive, level._alive) and int(number) == int((level.neighbours < count).sum())
+    for size in (16, 128):
+        offsets, counts = triton_maps.tile_offsets(alive, size)
+        for mine, plain in zip((offsets, counts), level.tiles(size)[-2:], strict=True):
+            assert torch.equal(mine, plain) or level.is_thin  # thin levels reorder their rows first
+        for tile, rows in enumerate(level.neighbours.split(size, 1)):
+            there = [k for k in range(27) if (rows[k] < count).any()]
+            assert offsets[tile, : counts[tile]].tolist() == there
+
+
+@in_interpreter
+@pytest.mark.parametrize("channels", [1, 6, 32])
+def test_interpreted_sums_and_copies_of_children(channels, generator, assert_close):
+    cells = scattered((9, 7, 8), 200, generator).coarsening
+    fine = torch.randn(200, channels, generator=generator)
+    coarse, scale = torch.randn(len(cells.coarse), channels, generator=generator), torch.rand(len(cells.coarse))
+    expected = torch.zeros_like(coarse).index_add_(0, cells.parent, fine)
+    assert_close(triton_rows.sum_children(fine, cells.children, None), expected)
+    assert_close(triton_rows.sum_children(fine, cells.children, scale), expected * scale[:, None])
+    assert_close(triton_rows.spread(coarse, cells.parent, None), coarse[cells.parent])
+    assert_close(triton_rows.spread(coarse, cells.parent, scale), (coarse * scale[:, None])[cells.parent])
+
+
+@in_interpreter
+@pytest.mark.parametrize("count", [0, 5, 700])
+def test_interpreted_column_sums(count, generator, assert_close, monkeypatch):
+    monkeypatch.setattr(triton_rows, "ELEMENTS", 64)
+    x = torch.randn(count, 6, generator=generator)
+    assert_close(triton_rows.column_sums(x), x.double().sum(0))
+
+
+@in_interpreter
+@pytest.mark.parametrize("width", [8, 20])
+def test_interpreted_attention_and_its_gradient(width, generator, assert_close, monkeypatch):
+    monkeypatch.setattr(triton_attention, "BLOCK", 16)  # windows of several blocks
+    level = scattered((9, 8, 7), 150, generator)
+    qkv = torch.randn(150, 3, 2, width, generator=generator, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(150, 2, width, generator=generator, dtype=torch.float64)
+    expected = oracle.window_attention(qkv, level.coords, 5, 2)
+    expected.backward(grad)
+    plan = level.windows(5, 2)
+    where = (plan.order, plan.bounds, plan.rows.shape[1])
+    out, sums = triton_attention.attend(qkv.detach().float(), *where)
+    assert_close(out, expected)
+    assert_close(triton_attention.attend_grad(grad.float(), qkv.detach().float(), out, sums, *where), qkv.grad)
+
+
+@in_interpreter
+@pytest.mark.parametrize(("count", "num_codes", "width"), [(0, 4, 3), (1, 1, 16), (150, 300, 8), (130, 37, 20)])
+def test_interpreted_code_search_and_sums(count, num_codes, width, generator, assert_close):
+    rows, codebook = torch.randn(count, width, generator=generator), torch.randn(num_codes, width, generator=generator)
+    codes = code_search.nearest_codes(rows, codebook)
+    distances = oracle.nearest_codes(rows.double(), codebook.double())
+    if count:
+        regret = distances.gather(1, codes[:, None])[:, 0] - distances.min(1).values
+        assert regret.max() < 1e-5
+    counts, sums = code_search.code_sums(rows, codes, num_codes)
+    assert counts.tolist() == torch.bincount(codes, minlength=num_codes).tolist()
+    assert_close(sums, torch.zeros(num_codes, width, dtype=torch.float64).index_add_(0, codes, rows.double()))
+
+
+@in_interpreter
+def test_interpreted_search_takes_the_lowest_of_equal_codes(generator):
+    codebook = torch.randn(5, 8, generator=generator).repeat(60, 1)
+    assert code_search.nearest_codes(codebook[:5].clone(), codebook).tolist() == [0, 1, 2, 3, 4]
+
+
+@in_interpreter
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("channels", [6, 32])
+def test_interpreted_group_norm_and_its_gradients(channels, silu, generator, assert_close, monkeypatch):
+    monkeypatch.setattr(triton_rows, "ELEMENTS", 512)  # several chunks a sample
+    sizes, groups = [70, 0, 1, 29], 2
+    x = 5 + 3 * torch.randn(100, channels, generator=generator)
+    weight, bias = torch.randn(2, channels, generator=generator)
+    grad = torch.randn(100, channels, generator=generator)
+    truth = [t.double().requires_grad_() for t in (x, weight, bias)]
+    parts = [
+        torch.nn.functional.group_norm(part.T[None], groups, *truth[1:])[0].T if part.shape[0] else part
+        for part in truth[0].split(sizes)
+    ]
+    expected = torch.cat(parts)
+    expected = torch.nn.functional.silu(expected) if silu else expected
+    expected.backward(grad.double())
+    chunks = triton_rows.cut(sizes, triton_rows.chunk_rows(channels), x.device)
+    out, stats = triton_rows.group_norm(x, chunks, groups, weight, bias, eps=1e-5, silu=silu)
+    assert_close(out, expected)
+    grads = triton_rows.group_norm_grads(x, grad, chunks, stats, groups, weight, bias, silu=silu)
+    for mine, reference in zip(grads, truth, strict=True):
+        assert_close(mine, reference.grad)
 
 
 def assembly(kernel, dtype, *, warps, stages, **constants):

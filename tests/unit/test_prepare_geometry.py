@@ -26,6 +26,8 @@ AXES = {
     "lps": np.diag([-1.0, -1.0, 1.0]),
     "coronal": np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]]),
     "sagittal": np.array([[0, 0, -1.0], [1, 0, 0], [0, -1, 0]]),
+    "in plane": scans.turned(-20, (0, 0, 1)),
+    "coronal tilt": scans.turned(12, (0, 1, 0)) @ np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]]),
     "oblique": scans.turned(31, (1, -2, 0.5)),
     "sheared": np.array([[1, 0, 0], [0, 1, 0.36], [0, 0, 1]]),
 }
@@ -75,7 +77,7 @@ def test_the_scan_is_in_the_middle(axes):
 
 def test_shrinking_averages_instead_of_skipping(rng):
     noise = rng.normal(0, 100, (48, 48, 48)).astype(np.float32)
-    for axes in ("ras", "oblique"):
+    for axes in ("ras", "in plane", "oblique"):
         affine = scans.centred((1.0, 1.0, 1.0), noise.shape, AXES[axes])
         shrunk = normalise(Scan(noise, affine), 12, 4.0).hu[3:9, 3:9, 3:9].astype(float)
         assert shrunk.std() < 25  # picking single voxels would leave 100, plain linear about 35

@@ -48,6 +48,13 @@ def test_the_centre_stays_where_it_is():
     assert np.allclose(center_in, center_out)
 
 
+def test_the_memory_order_of_the_input_does_not_matter(rng):
+    hu = rng.integers(-1000, 1000, (9, 11, 13)).astype(np.int16)
+    settings = {"spacing_in": (1.0, 2.0, 3.0), "spacing_out": 2.5, "grid": 12}
+    one, other = resample(hu, **settings), resample(np.asfortranarray(hu), **settings)
+    assert np.abs(one.array - other.array).max() < 1e-3 and np.array_equal(one.affine, other.affine)
+
+
 def test_nothing_to_do_changes_nothing(rng):
     hu = rng.integers(-1024, 3000, (9, 9, 9)).astype(np.int16)
     result = resample(hu, spacing_in=(1.5, 1.5, 1.5), spacing_out=1.5, grid=9)

@@ -1,0 +1,298 @@
+"""A trained tokenizer behind two methods: a scan to tokens, tokens back to HU; and the commands made of them.
+
+Whole volumes always: crops are for training. `tokenize` and `reconstruct` are the bodies of the commands of that name
+and give what they print; a mistake of the user ends them in one line, an input that cannot be used is listed.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import torch
+from jaxtyping import Float
+from monai.transforms import Compose
+from rich.console import Console
+from rich.progress import track
+from scipy import ndimage
+
+from app import checkpoints, data, prepared, scans
+from app.preflight import fail
+from app.scans import Scan, Volume
+from app.token_files import CTTokens, latent_to_voxel, read_tokens, write_tokens
+from app.training import choose_device
+from networks.presets import Preset
+from networks.sparse import SparseTensor
+from networks.tiles import Decoded, decode_whole, encode_whole
+from networks.vqvae import SparseVQVAE, Tokens, support_of
+from transforms.array import DROPPED, densify, fill_for, hu_from_windows
+
+log = logging.getLogger(__name__)
+
+MIN_POINTS = 100
+
+
+class CTTokenizer:
+    """Scans to tokens and back.
+
+    Args:
+        network: a trained SparseVQVAE.
+        digest: sha256 of its weights, written into every token file.
+        max_points: voxels in work at a time; a larger volume goes through in parts, with the same result.
+    """
+
+    def __init__(self, network: SparseVQVAE, *, digest: str, max_points: int | None = None):
+        if network.vq is None:
+            raise ValueError("a continuous autoencoder makes no tokens: give the output folder of stage 1 or 2")
+        self.network, self.digest = network.eval(), digest
+        self.max_points = max_points or network.sizes.max_points
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path | None = None, *, device: str | torch.device | None = None, max_points: int | None = None
+    ) -> "CTTokenizer":
+        """From a checkpoint, an output folder or an exported bundle; by default the newest stage under outputs/."""
+        file = checkpoints.find_tokenizer(path)
+        network = checkpoints.load_tokenizer(file)
+        log.info("tokenizer %s", file)
+        made = cls(network, digest=checkpoints.weights_hash(network.state_dict()), max_points=max_points)
+        made.network.to(choose_device() if device is None else device)
+        return made
+
+    @property
+    def sizes(self) -> Preset:
+        return self.network.sizes
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def encode(self, scan: Any, *, support: bool = False) -> CTTokens:
+        """Tokens of a scan: a path (prepared case or raw), a PreparedCase, or anything with `hu` and `affine`.
+
+        With `support` the tokens also carry which voxels there were, so that decoding need not predict them.
+        """
+        scan = scan if isinstance(scan, Scan) else scans.open_scan(scan, self.sizes.windows)
+        x, affine = self.features(scan.volume)
+        tokens = encode_whole(self.network, x, max_points=self.max_points)
+        return CTTokens(
+            codes=tokens.codes.cpu().numpy(),
+            coords=tokens.coords[:, 1:].cpu().numpy(),
+            latent_shape=tokens.latent_shape,
+            affine=affine @ latent_to_voxel(),
+            source_shape=scan.source_shape,
+            source_affine=scan.source_affine,
+            features=self.sizes.features,
+            windows=self.sizes.windows,
+            spacing=float(self.sizes.spacing),
+            keep=self.sizes.keep,
+            tokenizer=self.digest,
+            support=tuple(part.cpu().numpy() for part in support_of(x.level)) if support else None,
+        )
+
+    def features(self, volume: Volume) -> tuple[SparseTensor, Float[np.ndarray, "4 4"]]:
+        """What the network sees of a RAS volume, and the affine of its grid."""
+        sizes = self.sizes
+        if sizes.features != "window":
+            raise ValueError(f"this tokenizer was trained on features {sizes.features}, a scan gives windows")
+        steps = data.preprocessing(
+            resolution=sizes.resolution, spacing=sizes.spacing, keep=sizes.keep, windows=sizes.windows
+        )
+        item = Compose([*steps, *data.sampling(windows=sizes.windows)])({"image": volume.hu, "affine": volume.affine})
+        if len(item["coords"]) < MIN_POINTS:
+            raise ValueError(
+                f"only {len(item['coords'])} voxels are left of the scan, {MIN_POINTS} are needed: is it empty?"
+            )
+        coords = torch.from_numpy(np.pad(item["coords"].astype(np.int32), ((0, 0), (1, 0))))
+        feats = torch.from_numpy(np.ascontiguousarray(item["feats"], np.float32))
+        x = SparseTensor(feats.to(self.device), coords.to(self.device), tuple(item["spatial_shape"]), 1)
+        return x, np.asarray(item["affine"], np.float64)
+
+    def decode(self, tokens: CTTokens | str | Path) -> Volume:
+        """HU on the tokenizer's grid; voxels that no token speaks for are air (-1024)."""
+        tokens = read_tokens(tokens) if isinstance(tokens, str | Path) else tokens
+        return self.to_hu(self.decode_sparse(tokens), tokens)
+
+    def decode_sparse(self, tokens: CTTokens, *, use_support: bool = True) -> Decoded:
+        """Window values on the stored support where the tokens carry one, else on predicted voxels."""
+        self.check(tokens)
+        rows = torch.nn.functional.pad(torch.from_numpy(tokens.coords), (1, 0)).to(self.device)
+        codes = torch.from_numpy(tokens.codes).to(self.device)
+        support = None
+        if use_support and tokens.support is not None:
+            support = [torch.from_numpy(part).to(self.device) for part in tokens.support]
+        given = Tokens(codes, rows, tokens.latent_shape, 1)
+        return decode_whole(self.network, given, support=support, max_points=self.max_points)
+
+    def check(self, tokens: CTTokens) -> None:
+        """Raises unless this very tokenizer made the tokens."""
+        if tokens.tokenizer != self.digest:
+            raise ValueError(
+                f"the tokens were made by tokenizer {tokens.tokenizer[:12]}, this one is {self.digest[:12]}: "
+                "give theirs with --tokenizer, or tokenize the scan again"
+            )
+        levels = 1 if tokens.codes.ndim == 1 else tokens.codes.shape[1]
+        if levels != self.sizes.quantizer_levels or int(tokens.codes.max()) >= self.sizes.num_embeddings:
+            raise ValueError(
+                f"the tokens have {levels} codes a latent up to {int(tokens.codes.max())}, this tokenizer has "
+                f"{self.sizes.quantizer_levels} of {self.sizes.num_embeddings}: the file is damaged"
+            )
+        if tokens.grid_shape != (self.sizes.resolution,) * 3:
+            raise ValueError(
+                f"the tokens lie on a grid of {tokens.grid_shape} voxels, this tokenizer has {self.sizes.resolution} "
+                "a side: the file is damaged"
+            )
+
+    def to_hu(self, decoded: Decoded, tokens: CTTokens) -> Volume:
+        return Volume(dense_hu(decoded.values, self.sizes), tokens.grid_affine)
+
+
+# ---- commands
+
+
+def tokenize(
+    source: str | Path,
+    out: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    support: bool = False,
+    series: str | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Token files of a scan, a prepared case, or every case of a prepared dataset.
+
+    OUT is a file where it ends in .npz and there is one scan, else a folder. Gives an entry a case; one that cannot be
+    used is listed as refused, the rest is done.
+    """
+    source, out = Path(source), Path(out)
+    if not source.exists():
+        fail("NO_SOURCE", f"{source} does not exist", "give a scan, a prepared case or a prepared dataset")
+    made = _loaded(tokenizer)
+    entries = []
+    for name, open_it in _progress(list(_cases_in(source, made.sizes.windows, series)), "tokenize"):
+        path = out if out.suffix == ".npz" else out / f"{name}.npz"
+        if out.suffix == ".npz" and entries:
+            fail("MANY_SCANS", f"{source} holds several scans, {out} is one file", "give a folder as OUT")
+        if path.exists() and not overwrite:
+            entries.append({"case": name, "status": "ok", "tokens": str(path), "message": "there already"})
+            continue
+        try:
+            tokens = made.encode(open_it(), support=support)
+        except ValueError as error:
+            entries.append({"case": name, "status": "refused", "message": str(error)})
+            log.warning("%s refused: %s", name, error)
+            continue
+        write_tokens(path, tokens)
+        entries.append({"case": name, "status": "ok", "tokens": str(path), "count": len(tokens.codes)})
+    return _summary(entries)
+
+
+def _cases_in(source: Path, windows: tuple[str, ...], series: str | None) -> Iterator[tuple[str, Callable[[], Scan]]]:
+    """Name and opener of every scan of a source."""
+    if scans.is_case(source):
+        yield source.name, lambda: scans.open_scan(source, windows)
+    elif source.is_dir() and prepared.find_datasets(source):
+        if series is not None:
+            fail("BAD_VALUE", f"{source} is prepared, so --series names nothing", "leave it out")
+        cases = prepared.find_cases(source)
+        several = len({case.dataset for case in cases}) > 1
+        for case in cases:
+            name = f"{case.dataset}/{case.case_id}" if several else case.case_id
+            yield name, lambda case=case: scans.open_scan(case, windows)
+    else:
+        yield from scans.raw_scans(source, series=series)
+
+
+def reconstruct(
+    tokens: str | Path,
+    out: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    like: str | Path | None = None,
+    use_support: bool = True,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """NIfTI files in HU of a token file or a folder of them, in world coordinates; `like` a scan, on its own grid."""
+    source, out = Path(tokens), Path(out)
+    files = sorted(source.rglob("*.npz")) if source.is_dir() else [source]
+    if not files or not source.exists():
+        fail("NO_TOKENS", f"{source} holds no token file", "make one with `python -m app tokenize SOURCE OUT`")
+    single = out.name.endswith((".nii", ".nii.gz"))
+    if single and len(files) > 1:
+        fail("MANY_SCANS", f"{source} holds {len(files)} token files, {out} is one file", "give a folder as OUT")
+    try:
+        grid = None if like is None else scans.grid_of(Path(like))
+    except ValueError as error:
+        fail("BAD_LIKE", str(error), "give a scan that can be read", status=3)
+    made = _loaded(tokenizer)
+    entries = []
+    for file in _progress(files, "reconstruct"):
+        name = file.relative_to(source).with_suffix("").as_posix() if source.is_dir() else file.stem
+        path = out if single else out / f"{name}.nii.gz"
+        if path.exists() and not overwrite:
+            entries.append({"case": name, "status": "ok", "image": str(path), "message": "there already"})
+            continue
+        try:
+            content = read_tokens(file)
+            decoded = made.decode_sparse(content, use_support=use_support)
+        except ValueError as error:
+            entries.append({"case": name, "status": "refused", "message": str(error)})
+            log.warning("%s refused: %s", name, error)
+            continue
+        volume = made.to_hu(decoded, content)
+        write_nifti(path, volume if grid is None else onto_grid(volume, *grid))
+        entries.append({"case": name, "status": "ok", "image": str(path), "forced_children": decoded.forced})
+    return _summary(entries)
+
+
+def _progress(items: Sequence[Any], what: str) -> Iterable[Any]:
+    """The items, with a bar on standard error where that is a terminal."""
+    console = Console(stderr=True)
+    return track(items, what, console=console, transient=True, disable=not console.is_terminal or len(items) < 2)
+
+
+def _loaded(path: str | Path | None) -> CTTokenizer:
+    try:
+        return CTTokenizer.from_pretrained(path)
+    except ValueError as error:
+        fail("BAD_TOKENIZER", str(error), "give another with --tokenizer")
+
+
+def _summary(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    done = sum(entry["status"] == "ok" for entry in entries)
+    return {"cases": entries, "ok": done, "refused": len(entries) - done}
+
+
+# ---- volumes out
+
+
+def dense_hu(values: SparseTensor, sizes: Preset) -> Float[np.ndarray, "X Y Z"]:
+    """Window values of one volume as HU on the whole grid."""
+    hu = hu_from_windows(values.feats.float().cpu().numpy(), sizes.windows)
+    return densify(hu, values.coords[:, 1:].cpu().numpy(), values.spatial_shape, fill=fill_for(sizes.keep))
+
+
+def onto_grid(volume: Volume, shape: tuple[int, int, int], affine: Float[np.ndarray, "4 4"]) -> Volume:
+    """The volume on another grid, linear, air outside."""
+    there = np.linalg.inv(volume.affine) @ affine
+    hu = ndimage.affine_transform(
+        np.asarray(volume.hu, np.float32), there[:3, :3], there[:3, 3], shape, order=1, mode="constant", cval=DROPPED
+    )
+    return Volume(hu, affine)
+
+
+def write_nifti(path: Path, volume: Volume) -> None:
+    """int16 HU in mm, whole or not at all."""
+    image = nibabel.Nifti1Image(np.clip(np.rint(volume.hu), -32768, 32767).astype(np.int16), volume.affine)
+    image.header.set_xyzt_units("mm")
+    image.set_sform(volume.affine, code=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        nibabel.save(image, beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

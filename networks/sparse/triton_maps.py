@@ -1,0 +1,167 @@
+"""Maps of sparse voxels fused in Triton: keys, coordinates, neighbours, offsets alive in a tile. CUDA.
+
+The same numbers as topology.py computes in plain torch, in one pass over the rows each. Integers only.
+"""
+
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Int, Int32, Int64
+from torch import Tensor
+
+ROWS = 512  # of a program
+
+
+def morton_keys(coords: Int[Tensor, "N 4"], bits: int) -> Int64[Tensor, " N"]:
+    keys = torch.empty(coords.shape[0], dtype=torch.int64, device=coords.device)
+    if keys.numel():
+        with torch.cuda.device_of(coords):
+            _encode[(triton.cdiv(len(keys), ROWS),)](coords.contiguous(), keys, len(keys), bits, ROWS)
+    return keys
+
+
+@no_type_check
+@triton.jit
+def _spread(axis):
+    """Two zero bits between the lowest 21 bits."""
+    axis = (axis | (axis << 32)) & 0x1F00000000FFFF
+    axis = (axis | (axis << 16)) & 0x1F0000FF0000FF
+    axis = (axis | (axis << 8)) & 0x100F00F00F00F00F
+    axis = (axis | (axis << 4)) & 0x10C30C30C30C30C3
+    return (axis | (axis << 2)) & 0x1249249249249249
+
+
+@no_type_check
+@triton.jit
+def _gather_bits(key):
+    """Undoes `_spread`."""
+    key = key & 0x1249249249249249
+    key = (key | (key >> 2)) & 0x10C30C30C30C30C3
+    key = (key | (key >> 4)) & 0x100F00F00F00F00F
+    key = (key | (key >> 8)) & 0x1F0000FF0000FF
+    key = (key | (key >> 16)) & 0x1F00000000FFFF
+    return (key | (key >> 32)) & 0x1FFFFF
+
+
+@no_type_check
+@triton.jit(do_not_specialize=["num_rows"])
+def _encode(coords, keys, num_rows, BITS: tl.constexpr, TILE: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = rows < num_rows
+    b = tl.load(coords + rows * 4, mask=inside, other=0).to(tl.int64)
+    x = tl.load(coords + rows * 4 + 1, mask=inside, other=0).to(tl.int64)
+    y = tl.load(coords + rows * 4 + 2, mask=inside, other=0).to(tl.int64)
+    z = tl.load(coords + rows * 4 + 3, mask=inside, other=0).to(tl.int64)
+    key = (b << (3 * BITS)) | (_spread(x) << 2) | (_spread(y) << 1) | _spread(z)
+    tl.store(keys + rows, key, mask=inside)
+
+
+def morton_coords(keys: Int64[Tensor, " N"], bits: int) -> Int32[Tensor, "N 4"]:
+    coords = torch.empty((len(keys), 4), dtype=torch.int32, device=keys.device)
+    if keys.numel():
+        with torch.cuda.device_of(keys):
+            _decode[(triton.cdiv(len(keys), ROWS),)](keys.contiguous(), coords, len(keys), bits, ROWS)
+    return coords
+
+
+@no_type_check
+@triton.jit(do_not_specialize=["num_rows"])
+def _decode(keys, coords, num_rows, BITS: tl.constexpr, TILE: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = rows < num_rows
+    key = tl.load(keys + rows, mask=inside, other=0)
+    tl.store(coords + rows * 4, (key >> (3 * BITS)).to(tl.int32), mask=inside)
+    key = key & ((1 << (3 * BITS)) - 1)
+    tl.store(coords + rows * 4 + 1, _gather_bits(key >> 2).to(tl.int32), mask=inside)
+    tl.store(coords + rows * 4 + 2, _gather_bits(key >> 1).to(tl.int32), mask=inside)
+    tl.store(coords + rows * 4 + 3, _gather_bits(key).to(tl.int32), mask=inside)
+
+
+def neighbours(
+    coords: Int32[Tensor, "N 4"], spatial_shape: tuple[int, int, int], batch_size: int
+) -> tuple[Int32[Tensor, "27 N"], Int32[Tensor, " N"], Int64[Tensor, ""]]:
+    """Rows of the 27 neighbours by a look-up table, a bit for each that exists, and their number."""
+    num_rows, device = len(coords), coords.device
+    size_x, size_y, size_z = (n + 2 for n in spatial_shape)
+    table = torch.full((batch_size * size_x * size_y * size_z,), num_rows, dtype=torch.int32, device=device)
+    found = torch.empty((27, num_rows), dtype=torch.int32, device=device)
+    alive = torch.empty(num_rows, dtype=torch.int32, device=device)
+    grid = (triton.cdiv(num_rows, ROWS),)
+    counts = torch.empty(grid, dtype=torch.int32, device=device)
+    if num_rows:
+        with torch.cuda.device_of(coords):
+            _fill[grid](coords, table, num_rows, size_x, size_y, size_z, ROWS)
+            _look_up[grid](coords, table, found, alive, counts, num_rows, size_x, size_y, size_z, ROWS)
+    return found, alive, counts.sum()
+
+
+@no_type_check
+@triton.jit
+def _cells(coords, rows, inside, size_x, size_y, size_z):
+    b = tl.load(coords + rows * 4, mask=inside, other=0).to(tl.int64)
+    x = tl.load(coords + rows * 4 + 1, mask=inside, other=0)
+    y = tl.load(coords + rows * 4 + 2, mask=inside, other=0)
+    z = tl.load(coords + rows * 4 + 3, mask=inside, other=0)
+    return ((b * size_x + x + 1) * size_y + y + 1) * size_z + z + 1
+
+
+@no_type_check
+@triton.jit(do_not_specialize=["num_rows", "size_x", "size_y", "size_z"])
+def _fill(coords, table, num_rows, size_x, size_y, size_z, TILE: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = rows < num_rows
+    tl.store(table + _cells(coords, rows, inside, size_x, size_y, size_z), rows.to(tl.int32), mask=inside)
+
+
+@no_type_check
+@triton.jit(do_not_specialize=["num_rows", "size_x", "size_y", "size_z"])
+def _look_up(  # noqa: PLR0913
+    coords, table, found, alive, counts, num_rows, size_x, size_y, size_z, TILE: tl.constexpr
+):
+    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = rows < num_rows
+    cells = _cells(coords, rows, inside, size_x, size_y, size_z)
+    bits = tl.zeros((TILE,), dtype=tl.int32)
+    count = tl.zeros((TILE,), dtype=tl.int32)
+    for k in tl.static_range(27):
+        step = ((k // 9 - 1) * size_y + (k // 3 % 3 - 1)) * size_z + (k % 3 - 1)
+        near = tl.load(table + cells + step, mask=inside, other=num_rows)
+        tl.store(found + k * num_rows.to(tl.int64) + rows, near, mask=inside)
+        there = (near < num_rows).to(tl.int32)
+        bits |= there << k
+        count += there
+    tl.store(alive + rows, bits, mask=inside)
+    tl.store(counts + tl.program_id(0), tl.sum(count))
+
+
+def tile_offsets(alive: Int32[Tensor, " N"], size: int) -> tuple[Int32[Tensor, "T 27"], Int32[Tensor, " T"]]:
+    """For each run of `size` rows the offsets that any of them has, those first, and how many."""
+    tiles = triton.cdiv(len(alive), size)
+    offsets = torch.empty((tiles, 27), dtype=torch.int32, device=alive.device)
+    counts = torch.empty(tiles, dtype=torch.int32, device=alive.device)
+    if tiles:
+        with torch.cuda.device_of(alive):
+            _list_offsets[(tiles,)](alive, offsets, counts, len(alive), size)
+    return offsets, counts
+
+
+@no_type_check
+@triton.jit
+def _either(a, b):
+    return a | b
+
+
+@no_type_check
+@triton.jit(do_not_specialize=["num_rows"])
+def _list_offsets(alive, offsets, counts, num_rows, TILE: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    bits = tl.reduce(tl.load(alive + rows, mask=rows < num_rows, other=0), 0, _either)
+    k = tl.arange(0, 32)
+    there = tl.where(k < 27, (bits >> k) & 1, 0)
+    before = tl.cumsum(there, 0) - there
+    count = tl.sum(there)
+    place = tl.where(there == 1, before, count + k - before)
+    tl.store(offsets + tl.program_id(0).to(tl.int64) * 27 + place, k, mask=k < 27)
+    tl.store(counts + tl.program_id(0), count)

@@ -1,0 +1,379 @@
+"""Samples: the same for (seed, step, case) whatever the workers, the start or the cache; whole when validated."""
+
+import logging
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from app import prepared
+from app.data import (
+    CTDataset,
+    StepSampler,
+    collate,
+    make_dataset,
+    make_train_loader,
+    make_val_loader,
+    preprocessing,
+    sampling,
+)
+from transforms import Resampled, Sparsifyd, Windowsd, array
+
+SETTINGS = {"resolution": 16, "spacing": 8.0}
+
+
+def blob(rng: np.random.Generator, radius: float) -> np.ndarray:
+    """A ball of textured tissue in air."""
+    distance = np.linalg.norm(np.indices((24, 24, 24)) - 11.5, axis=0)
+    return np.where(distance < radius, rng.integers(-80, 200, (24, 24, 24)), -1000).astype(np.int16)
+
+
+@pytest.fixture
+def dataset_dir(tmp_path, rng):
+    """Five training and two validation cases of different size, 24 voxels of 4 mm."""
+    root, rows = tmp_path / "set", []
+    affine = np.diag([4.0, 4.0, 4.0, 1.0])
+    for number in range(7):
+        case = prepared.write_case(root, f"case{number}", blob(rng, 7 + number / 2), affine=affine, windows=["lung"])
+        row = prepared.metadata_row(case, windows=["lung"])
+        rows.append({**row, "split": "val" if number >= 5 else "train"})
+    prepared.write_metadata(root, rows)
+    return root
+
+
+def make(root, *, split: str = "train", seed: int = 0, min_points: int = 100, **options) -> CTDataset:
+    draw = sampling(augment=split == "train", **options)
+    return make_dataset(
+        root, split=split, preprocessing=preprocessing(**SETTINGS), sampling=draw, seed=seed, min_points=min_points
+    )
+
+
+def same(one: dict, other: dict) -> bool:
+    tensors = all(torch.equal(one[key], other[key]) for key in ("feats", "coords", "hu", "affine"))
+    return tensors and one["case_id"] == other["case_id"]
+
+
+def test_a_sample_is_resampling_sparsification_and_windows_of_the_case(dataset_dir):
+    item = make(dataset_dir, split="val")[1]
+    case = prepared.open_case(dataset_dir / "processed" / "case6")
+    volume = array.resample(case.hu(), spacing_in=case.spacing, spacing_out=8.0, grid=16, affine=case.affine)
+    hu = np.rint(volume.array).astype(np.int16)
+    coords, values = array.sparsify(hu, array.body_mask(hu, spacing=8.0))
+    assert np.array_equal(item["coords"], coords) and item["coords"].dtype == torch.int32
+    assert np.array_equal(item["feats"], array.window_values(values, array.DEFAULT_WINDOWS))
+    assert np.array_equal(item["hu"], values) and np.array_equal(item["affine"], volume.affine)
+    assert item["case_id"] == "case6" and item["spatial_shape"] == (16, 16, 16)
+
+
+def test_a_batch_is_what_the_network_takes(dataset_dir):
+    dataset = make(dataset_dir)
+    items = [dataset[(0, n)] for n in range(3)]
+    batch = collate(items)
+    assert batch["feats"].dtype == torch.float32 and batch["coords"].dtype == torch.int32
+    assert batch["batch_size"] == 3 and batch["spatial_shape"] == (16, 16, 16)
+    assert batch["case_id"] == ["case0", "case1", "case2"]
+    for number, item in enumerate(items):
+        rows = batch["coords"][:, 0] == number
+        assert torch.equal(batch["coords"][rows, 1:], item["coords"])
+        assert torch.equal(batch["feats"][rows], item["feats"])
+        assert torch.equal(batch["hu"][rows], item["hu"])
+
+
+@pytest.mark.parametrize(("size", "split", "parts"), [(4, 2, [2, 2]), (3, 2, [2, 1]), (2, 4, [1, 1])])
+def test_micro_batches_are_split_by_sample(dataset_dir, size, split, parts):
+    dataset = make(dataset_dir)
+    items = [dataset[(0, n)] for n in range(size)]
+    micro = collate(items, batch_split=split)
+    assert [part["batch_size"] for part in micro] == parts
+    assert [name for part in micro for name in part["case_id"]] == collate(items)["case_id"]
+    assert torch.equal(torch.cat([part["feats"] for part in micro]), collate(items)["feats"])
+    assert all(part["coords"][:, 0].min() == 0 for part in micro)
+
+
+def test_samples_of_a_batch_share_a_grid(dataset_dir):
+    dataset = make(dataset_dir)
+    other = {**dataset[0], "spatial_shape": (8, 8, 8)}
+    with pytest.raises(ValueError, match="must share a grid"):
+        collate([dataset[0], other])
+
+
+# ---- randomness is a function of (seed, step, case)
+
+
+def test_a_sample_depends_on_seed_step_and_case_and_on_nothing_else(dataset_dir):
+    dataset = make(dataset_dir)
+    first = dataset[(3, 1)]
+    dataset[(9, 2)]  # what was drawn before leaves no trace
+    torch.manual_seed(1)
+    assert same(first, dataset[(3, 1)])
+    assert same(first, make(dataset_dir)[(3, 1)])
+    assert not same(first, dataset[(4, 1)])
+    assert not same(first, make(dataset_dir, seed=1)[(3, 1)])
+
+
+def batches(root, *, workers: int, start: int = 0) -> list[dict]:
+    return list(make_train_loader(make(root), batch_size=2, max_steps=7, start=start, num_workers=workers))
+
+
+def test_a_spawned_worker_gets_a_dataset_that_gives_the_same_samples(dataset_dir):
+    """What spawn does to a dataset: it is pickled. (The forked twin runs below.)"""
+    dataset = make(dataset_dir, max_points=600)
+    first = dataset[(2, 3)]
+    assert same(first, pickle.loads(pickle.dumps(dataset))[(2, 3)])
+
+
+def test_workers_give_the_batches_of_the_main_process(dataset_dir):
+    alone, with_workers = batches(dataset_dir, workers=0), batches(dataset_dir, workers=2)
+    assert len(alone) == len(with_workers) == 7
+    assert all(same(a, b) for a, b in zip(alone, with_workers, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_starts_later_sees_the_rest_of_the_batches(dataset_dir, workers):
+    whole, rest = batches(dataset_dir, workers=0), batches(dataset_dir, workers=workers, start=4)
+    assert len(rest) == 3
+    assert all(same(a, b) for a, b in zip(whole[4:], rest, strict=True))
+
+
+def test_the_start_can_be_set_on_a_loader_that_exists(dataset_dir):
+    loader = make_train_loader(make(dataset_dir), batch_size=2, max_steps=7)
+    loader.sampler.start = 5
+    assert len(loader) == 2
+    assert [b["case_id"] for b in loader] == [b["case_id"] for b in batches(dataset_dir, workers=0)[5:]]
+
+
+def test_every_epoch_hands_out_every_case_once_in_an_order_of_its_own():
+    handed = [index for _, index in StepSampler(5, batch_size=2, max_steps=10, seed=3)]
+    epochs = [handed[i : i + 5] for i in range(0, 20, 5)]
+    assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert handed != [index for _, index in StepSampler(5, batch_size=2, max_steps=10, seed=4)]
+
+
+def test_steps_are_counted_and_batched():
+    steps = [step for step, _ in StepSampler(5, batch_size=3, max_steps=6, start=4)]
+    assert steps == [4, 4, 4, 5, 5, 5]
+    assert len(StepSampler(5, batch_size=3, max_steps=6, start=4)) == 6
+    assert list(StepSampler(5, batch_size=3, max_steps=6, start=9)) == []
+
+
+def test_ranks_share_an_epoch_and_together_are_the_one_gpu_run():
+    alone = list(StepSampler(7, batch_size=4, max_steps=5, seed=1, rank=0, world=1))
+    ranks = [list(StepSampler(7, batch_size=2, max_steps=5, seed=1, rank=r, world=2)) for r in (0, 1)]
+    together = [pair for step in range(5) for rank in ranks for pair in rank[2 * step : 2 * step + 2]]
+    assert together == alone
+
+
+# ---- validation is whole and without chance
+
+
+def test_validation_is_whole_in_order_and_always_the_same(dataset_dir):
+    first, second = (list(make_val_loader(make(dataset_dir, split="val"))) for _ in range(2))
+    assert [b["case_id"] for b in first] == [["case5"], ["case6"]]
+    assert all(same(a, b) for a, b in zip(first, second, strict=True))
+    dataset = make(dataset_dir, split="val")
+    assert [len(b["coords"]) for b in first] == [len(dataset.kept(n)["coords"]) for n in range(2)]
+
+
+def test_training_crops_fit_their_budget_and_validation_does_not_crop(dataset_dir):
+    fine = [Resampled(spacing=4.0, grid=24), Sparsifyd()]
+    draw = sampling(augment=True, max_points=600)
+    train = make_dataset(dataset_dir, split="train", preprocessing=fine, sampling=draw)
+    sizes = [len(train[(step, 4)]["coords"]) for step in range(6)]
+    assert max(sizes) <= 600 < len(train.kept(4)["coords"]) and min(sizes) >= 100
+    val = make_dataset(dataset_dir, split="val", preprocessing=fine, sampling=sampling())
+    assert len(next(iter(make_val_loader(val)))["coords"]) == len(val.kept(0)["coords"]) > 600
+
+
+# ---- the cache
+
+
+def cache_files(root) -> list[str]:
+    return sorted(f.name for f in (root / ".cache").glob("*.pt"))
+
+
+def test_the_cache_survives_and_gives_the_same_sample(dataset_dir, monkeypatch):
+    first = make(dataset_dir)[(0, 1)]
+    monkeypatch.setattr(CTDataset, "_prepare", lambda self, case: pytest.fail("prepared again"))
+    assert same(first, make(dataset_dir)[(0, 1)])
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        [Resampled(spacing=8.0, grid=24), Sparsifyd()],
+        [Resampled(spacing=6.0, grid=16), Sparsifyd()],
+        [Resampled(spacing=8.0, grid=16), Sparsifyd(keep="band")],
+        [Resampled(spacing=8.0, grid=16), Sparsifyd(keep="informative", windows=["brain"])],
+    ],
+)
+def test_a_changed_setting_never_reuses_what_was_cached(dataset_dir, changed):
+    plain = make(dataset_dir)[(0, 1)]
+    dataset = make_dataset(dataset_dir, split="train", preprocessing=changed, sampling=[Windowsd()])
+    assert not torch.equal(dataset[(0, 1)]["coords"], plain["coords"])
+    assert len(cache_files(dataset_dir)) == 2
+
+
+def test_windows_of_the_features_alone_do_not_spoil_the_cache(dataset_dir, monkeypatch):
+    make(dataset_dir)[1]
+    monkeypatch.setattr(CTDataset, "_prepare", lambda self, case: pytest.fail("prepared again"))
+    assert make(dataset_dir, windows=["lung"])[1]["feats"].shape[1] == 1
+
+
+def test_a_case_that_changed_is_not_read_from_the_cache(dataset_dir, rng):
+    before = make(dataset_dir)[1]
+    affine = np.diag([4.0, 4.0, 4.0, 1.0])
+    prepared.write_case(dataset_dir, "case1", blob(rng, 9), affine=affine, windows=["lung"])
+    assert len(make(dataset_dir)[1]["coords"]) > len(before["coords"])
+
+
+def test_without_room_in_memory_the_samples_are_the_same(dataset_dir):
+    whole = make(dataset_dir)
+    tight = make(dataset_dir)
+    tight._memory_left = len(whole.kept(0)["coords"]) * 8 + 200  # room for the smallest case alone
+    assert all(same(whole[(1, n)], tight[(1, n)]) for n in range(5))
+    assert list(tight._memory) == [0]
+
+
+def test_loaders_leave_the_generator_of_the_run_alone(dataset_dir):
+    before = torch.get_rng_state()
+    list(make_train_loader(make(dataset_dir), batch_size=2, max_steps=2))
+    list(make_val_loader(make(dataset_dir, split="val")))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_damaged_cache_file_is_made_again(dataset_dir, caplog):
+    first = make(dataset_dir)[1]
+    (file,) = (dataset_dir / ".cache").glob("*.pt")
+    whole = file.read_bytes()
+    for damage in (whole[:100], b"", b"not a checkpoint"):
+        file.write_bytes(damage)
+        with caplog.at_level(logging.WARNING):
+            assert same(first, make(dataset_dir)[1])
+        assert "damaged" in caplog.text
+        assert torch.load(file, weights_only=True)["coords"].dtype == torch.int16
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(dataset_dir, monkeypatch, caplog):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with caplog.at_level(logging.WARNING):
+        assert len(make(dataset_dir)[1]["coords"]) > 100
+    assert "going on without it" in caplog.text and cache_files(dataset_dir) == []
+
+
+def test_a_transform_that_cannot_say_its_settings_is_refused(dataset_dir):
+    with pytest.raises(ValueError, match="has no `settings`"):
+        make_dataset(dataset_dir, split="train", preprocessing=[lambda item: item], sampling=[Windowsd()])
+
+
+# ---- bad input
+
+
+def test_small_cases_are_skipped_counted_and_said_once(dataset_dir, caplog):
+    sizes = make(dataset_dir).summary()
+    limit = int(sizes["points_median"])
+    dataset = make(dataset_dir, min_points=limit)
+    summary = dataset.summary()
+    assert summary["cases"] == 5 and summary["skipped"] == 2
+    with caplog.at_level(logging.WARNING):
+        item = [dataset[(0, 0)] for _ in range(3)][-1]
+    assert [record.message.split(":")[0] for record in caplog.records] == ["Skipped case0", "Skipped case1"]
+    assert item["case_id"] == "case2" and item["skipped"] == 2  # the next that is large enough stands in
+    assert collate([item, dataset[(0, 3)]])["skipped"] == 2
+    assert len(make_val_loader(dataset)) == 3
+
+
+def test_summary_counts_points_and_what_is_dropped(dataset_dir):
+    dataset = make(dataset_dir)
+    points = [len(dataset.kept(n)["coords"]) for n in range(5)]
+    summary = dataset.summary()
+    assert (summary["points_min"], summary["points_max"]) == (min(points), max(points))
+    assert summary["points_median"] == np.median(points)
+    assert np.isclose(summary["share_dropped"], 1 - np.mean(points) / 16**3)
+
+
+def test_nothing_large_enough_is_one_line_saying_what_to_do(dataset_dir):
+    with pytest.raises(ValueError, match=r"every case has fewer than min_points=5000 voxels .*; lower min_points"):
+        make(dataset_dir, min_points=5000)[0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_constant_features_are_refused(tmp_path, workers):
+    affine = np.diag([4.0, 4.0, 4.0, 1.0])
+    hu = np.full((24, 24, 24), -1000, np.int16)
+    hu[4:20, 4:20, 4:20] = 3000
+    prepared.write_case(tmp_path, "steel", hu, affine=affine, windows=[])
+    prepared.write_metadata(tmp_path, [])
+    cases = prepared.find_cases(tmp_path)
+    inner = [Resampled(spacing=4.0, grid=24), Sparsifyd()]
+    dataset = CTDataset(cases, preprocessing=inner, sampling=[Windowsd(windows=["brain"])])
+    with pytest.raises(ValueError, match=r"^case steel has constant features in windows \['brain'\].*choose other"):
+        next(iter(make_train_loader(dataset, batch_size=1, max_steps=1, num_workers=workers)))
+
+
+def test_a_damaged_case_is_one_line_from_a_worker_too(dataset_dir):
+    (dataset_dir / "processed" / "case6" / "ct_normalized_24.npy").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"^case6/ct_normalized_24.npy cannot be read .*prepare the case again$"):
+        make_val_loader(make(dataset_dir, split="val"), num_workers=2)
+
+
+def test_an_empty_side_and_an_empty_dataset_say_so(dataset_dir, tmp_path):
+    prepared.write_metadata(dataset_dir, [{"case_id": f"case{n}", "split": "train"} for n in range(7)])
+    with pytest.raises(ValueError, match="has no case with split 'val'"):
+        make(dataset_dir, split="val")
+    with pytest.raises(ValueError, match="dataset has no case"):
+        CTDataset([], preprocessing=[], sampling=[])
+    with pytest.raises(ValueError, match="holds no prepared case"):
+        make(tmp_path / "set" / "processed" / "case0")
+
+
+# ---- older trees
+
+
+def older(root, windows: dict[str, np.ndarray]) -> None:
+    folder = root / "processed" / "old" / "windows"
+    folder.mkdir(parents=True)
+    for name, part in windows.items():
+        np.save(folder / array.window_file_name(name), part)
+
+
+def test_graded_windows_of_an_older_tree_are_the_features(tmp_path, rng):
+    hu = blob(rng, 9)
+    names = ["lung", "soft_tissue"]
+    older(tmp_path, {name: array.window(hu, *array.WINDOWS[name]) for name in names})
+    dataset = CTDataset(
+        prepared.find_cases(tmp_path),
+        preprocessing=[Resampled(spacing=4.0, grid=24), Sparsifyd()],
+        sampling=[Windowsd(windows=names)],
+    )
+    item = dataset[0]
+    told = hu[tuple(item["coords"].long().T)]
+    assert np.abs(item["feats"].numpy() - array.window_values(told, names)).max() < 0.01
+    assert len(item["coords"]) > 1000
+
+
+def test_windows_of_zero_and_one_become_signed_bands(tmp_path):
+    distance = np.linalg.norm(np.indices((24, 24, 24)) - 11.5, axis=0)
+    older(tmp_path, {"bone": (distance < 8).astype(np.uint8)})
+    dataset = CTDataset(
+        prepared.find_cases(tmp_path),
+        preprocessing=[Resampled(spacing=4.0, grid=24), Sparsifyd()],
+        sampling=[Windowsd(windows=["bone"])],
+    )
+    item = dataset[0]
+    truth = (distance - 8)[tuple(item["coords"].long().T)]
+    assert "hu" not in item and item["feats"].shape[1] == 1
+    assert (np.sign(item["feats"][:, 0].numpy()) == np.sign(truth))[np.abs(truth) > 0.8].all()
+    assert np.corrcoef(item["feats"][:, 0], truth)[0, 1] > 0.98
+    assert "hu" not in collate([item])
+
+
+def test_a_window_that_an_older_tree_lacks_is_refused_before_any_training(tmp_path):
+    older(tmp_path, {"lung": np.zeros((8, 8, 8), np.float32)})
+    cases = prepared.find_cases(tmp_path)
+    with pytest.raises(ValueError, match="case old lacks window 'bone', it has lung"):
+        CTDataset(cases, preprocessing=[], sampling=[Windowsd(windows=["lung", "bone"])])

@@ -1,0 +1,71 @@
+"""Fused CUDA maps and row operations give what plain torch gives on the CPU."""
+
+import pytest
+import torch
+
+from networks.sparse import SparseTensor, ops, topology
+from networks.sparse.topology import Level, morton_keys
+
+pytestmark = pytest.mark.gpu
+
+
+def levels(seed, *, side=21, filling=0.5, batch_size=3):
+    """The same level on both devices; the middle sample is empty."""
+    made = torch.Generator().manual_seed(seed)
+    grid = torch.rand(batch_size, side, side + 3, side - 2, generator=made) < filling
+    grid[1] = False
+    coords = grid.nonzero()[torch.randperm(int(grid.sum()), generator=made)]
+    shape = (side, side + 3, side - 2)
+    return [Level.from_coords(coords.to(device), shape, batch_size)[0] for device in ("cpu", "cuda")]
+
+
+def test_the_fused_maps_are_in_use():
+    assert topology.map_kernels(torch.device("cuda", 0)) is not None
+
+
+@pytest.mark.parametrize("filling", [0.02, 0.5, 1.0])
+def test_maps_equal_those_of_the_cpu(filling):
+    here, there = levels(0, filling=filling)
+    for name in ("keys", "coords", "neighbours", "_alive"):
+        assert torch.equal(getattr(here, name), getattr(there, name).cpu()), name
+    assert here.mean_neighbours == there.mean_neighbours and here.sample_sizes == there.sample_sizes
+    for mine, plain in zip(there.tiles(64), here.tiles(64), strict=True):
+        assert (mine is None and plain is None) or torch.equal(mine.cpu(), plain)
+    for mine, plain in zip(there.coarsening[2:], here.coarsening[2:], strict=True):
+        assert torch.equal(mine.cpu(), plain)
+    far = torch.tensor([[0, 0, 0, 0], [63, 2**19, 5, 2**20 - 1]])
+    assert torch.equal(morton_keys(far, 20), morton_keys(far.cuda(), 20).cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("operation", ["pool", "legacy pool", "unpool", "norm", "norm silu", "attention"])
+def test_operations_and_gradients_equal_those_of_the_cpu(operation, dtype, assert_close):
+    here, there = levels(1)
+    channels = 96 if operation == "attention" else 32
+    made = torch.Generator().manual_seed(2)
+    rows = len(here.coarsening.coarse) if operation == "unpool" else len(here)
+    feats = (3 + torch.randn(rows, channels, generator=made)).to(dtype)
+    weight, bias = torch.randn(2, channels, generator=made)
+
+    def run(level):
+        inputs = [t.detach().to(level.device).requires_grad_() for t in (feats, weight, bias)]
+        if operation == "unpool":
+            out = ops.unpool(SparseTensor.on(level.coarsening.coarse, inputs[0]), level.coarsening).feats
+        elif operation.endswith("pool"):
+            out = ops.pool(SparseTensor.on(level, inputs[0]), legacy="legacy" in operation)[0].feats
+        elif operation == "attention":
+            out = ops.window_attention(inputs[0].view(-1, 3, 4, 8), level, window=4, shift=2).flatten(1)
+        else:
+            silu = operation == "norm silu"
+            out = ops.group_norm(SparseTensor.on(level, inputs[0]), 8, *inputs[1:], silu=silu).feats
+        (out.float() * torch.arange(1, out.shape[1] + 1, device=out.device)).square().sum().backward()
+        return [out, *(t.grad for t in inputs if t.grad is not None)]
+
+    for mine, plain in zip(run(there), run(here), strict=True):
+        assert_close(mine, plain, dtype=dtype if dtype == torch.bfloat16 else None)
+
+
+def test_bias_gradient_equals_a_plain_sum(assert_close):
+    grad = torch.randn(100_003, 48, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    assert_close(ops._column_sums(grad), grad.double().sum(0))
+    assert torch.equal(ops._column_sums(grad), ops._column_sums(grad))

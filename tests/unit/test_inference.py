@@ -1,0 +1,299 @@
+"""Scans to tokens and back, by path and by command; what cannot be used is refused in one line."""
+
+from types import SimpleNamespace
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+
+from app import checkpoints, data, prepared
+from app.inference import CTTokenizer, onto_grid, reconstruct, tokenize
+from app.prepare import Refused, cohort
+from app.scans import Volume
+from app.token_files import read_tokens, write_tokens
+from app.training import to_sparse
+from networks import make_vqvae
+from networks.vqvae import Tokens
+
+AFFINE = np.array([[6.0, 0, 0, -150], [0, 6.0, 0, -130], [0, 0, 8.0, -900], [0, 0, 0, 1]])
+SHAPE = (50, 44, 30)
+
+
+def hu_volume():
+    """An off-centre ellipsoid of soft tissue with a lung and a bone, in air."""
+    grid = np.stack(np.meshgrid(*[np.arange(n) for n in SHAPE], indexing="ij"), -1)
+    hu = np.full(SHAPE, -1000, np.int16)
+    hu[(((grid - [22, 20, 14]) / [17, 13, 11]) ** 2).sum(-1) < 1] = 40
+    hu[(((grid - [15, 20, 14]) / [5, 6, 7]) ** 2).sum(-1) < 1] = -800
+    hu[30:33, 18:21, 6:22] = 700
+    return hu
+
+
+def make_network(**changes):
+    torch.manual_seed(0)
+    sizes = {"resolution": 48, "widths": (8, 8, 8), "model_channels": 16, "num_embeddings": 8, "num_blocks": 1}
+    network = make_vqvae("tiny", **{**sizes, **changes}).eval()
+    made = CTTokenizer(network, digest="")
+    x, _ = made.features(Volume(hu_volume(), AFFINE))
+    with torch.no_grad():
+        network.vq.start_from(network.encoder(x)[0].feats, generator=torch.Generator().manual_seed(0))
+    return network
+
+
+def save(network, folder, step=5):
+    (folder / "ckpts").mkdir(parents=True)
+    weights = {"vqvae": network.state_dict(), "vqvae_ema0.9999": network.state_dict()}
+    checkpoints.save_set(folder, step, weights, {"step": step})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def output_dir(tmp_path_factory):
+    return save(make_network(), tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """A prepared dataset of two cases."""
+    folder = tmp_path_factory.mktemp("prepared")
+    side = {"source_shape": [60, 60, 60], "source_affine": np.diag([-2.0, -2.0, 5.0, 1.0]).tolist()}
+    for name, shift in (("case_a", 0), ("case_b", 1)):
+        hu = np.roll(hu_volume(), shift, 0)
+        prepared.write_case(folder, name, hu, affine=AFFINE, windows=["lung"], sidecar=side)
+    return folder
+
+
+@pytest.fixture
+def tokenizer(output_dir):
+    return CTTokenizer.from_pretrained(output_dir, device="cpu")
+
+
+def test_encode_gives_the_codes_that_training_sees(tokenizer, dataset):
+    sizes = tokenizer.sizes
+    samples = data.CTDataset(
+        prepared.find_cases(dataset),
+        preprocessing=data.preprocessing(resolution=sizes.resolution, spacing=sizes.spacing, keep=sizes.keep),
+        sampling=data.sampling(),
+    )
+    for number, case in enumerate(prepared.find_cases(dataset)):
+        expected = tokenizer.network.encode(to_sparse(data.collate([samples[number]]), torch.device("cpu")))
+        for scan in (case, case.path, str(case.path), SimpleNamespace(hu=case.hu(), affine=case.affine)):
+            tokens = tokenizer.encode(scan)
+            assert np.array_equal(tokens.codes, expected.codes.numpy())
+            assert np.array_equal(tokens.coords, expected.coords[:, 1:].numpy())
+    assert len(np.unique(tokens.codes)) > 4
+
+
+def test_tokens_know_their_scan_and_their_tokenizer(tokenizer, dataset, output_dir):
+    tokens = tokenizer.encode(dataset / "processed" / "case_a")
+    assert tokens.source_shape == (60, 60, 60) and tokens.source_affine[0, 0] == -2
+    assert (tokens.windows, tokens.keep, tokens.spacing) == (tokenizer.sizes.windows, "body", 8.0)
+    state = checkpoints.read_tensors(checkpoints.averaged_file(output_dir))
+    assert tokens.tokenizer == checkpoints.weights_hash(state) and len(tokens.tokenizer) == 64
+    changed = {name: tensor + 1 if name == "vq.embeddings.weight" else tensor for name, tensor in state.items()}
+    assert checkpoints.weights_hash(changed) != tokens.tokenizer
+
+
+def test_latents_lie_where_the_body_is(tokenizer):
+    tokens = tokenizer.encode(SimpleNamespace(hu=hu_volume(), affine=AFFINE))
+    centre = (tokens.affine @ np.append(tokens.coords.mean(0), 1))[:3]
+    assert np.abs(centre - (AFFINE @ [22, 20, 14, 1])[:3]).max() < 16  # a quarter of a latent
+
+
+def test_decoding_covers_the_grid_in_hu(tokenizer):
+    tokens = tokenizer.encode(SimpleNamespace(hu=hu_volume(), affine=AFFINE), support=True)
+    volume = tokenizer.decode(tokens)
+    x, affine = tokenizer.features(Volume(hu_volume(), AFFINE))
+    assert volume.hu.shape == (48, 48, 48) and np.allclose(volume.affine, affine)
+    kept = np.zeros(volume.hu.shape, bool)
+    kept[tuple(x.coords[:, 1:].numpy().T)] = True
+    assert np.array_equal(volume.hu > -1024, kept)
+    sparse = tokenizer.network.decode(Tokens(torch.from_numpy(tokens.codes), rows(tokens), tokens.latent_shape, 1))
+    assert len(tokenizer.decode_sparse(tokens, use_support=False).values) == len(sparse)
+
+
+def rows(tokens):
+    return torch.nn.functional.pad(torch.from_numpy(tokens.coords), (1, 0))
+
+
+def test_parts_and_tiles_do_not_change_the_result(output_dir):
+    scan = SimpleNamespace(hu=hu_volume(), affine=AFFINE)
+    whole = CTTokenizer.from_pretrained(output_dir, device="cpu")
+    parts = CTTokenizer.from_pretrained(output_dir, device="cpu", max_points=1000)
+    tokens = whole.encode(scan, support=True)
+    assert np.mean(parts.encode(scan).codes == tokens.codes) > 0.99
+    assert np.abs(parts.decode(tokens).hu - whole.decode(tokens).hu).max() < 0.01
+
+
+def test_commands_round_trip_through_files(output_dir, dataset, tmp_path):
+    made = tokenize(dataset, tmp_path / "tokens", tokenizer=output_dir, support=True)
+    assert made["ok"] == 2 and made["refused"] == 0
+    assert sorted(p.name for p in (tmp_path / "tokens").iterdir()) == ["case_a.npz", "case_b.npz"]
+    images = reconstruct(tmp_path / "tokens", tmp_path / "images", tokenizer=output_dir)
+    assert [entry["status"] for entry in images["cases"]] == ["ok", "ok"]
+    image = nibabel.load(tmp_path / "images" / "case_a.nii.gz")
+    assert image.shape == (48, 48, 48) and image.get_data_dtype() == np.int16
+    assert nibabel.aff2axcodes(image.affine) == ("R", "A", "S") and np.allclose(image.header.get_zooms(), 8)
+    inside = np.argwhere(np.asarray(image.dataobj) > -1024)
+    centre = (image.affine @ np.append(inside.mean(0), 1))[:3]
+    assert np.abs(centre - (AFFINE @ [22, 20, 14, 1])[:3]).max() < 4
+    again = tokenize(dataset, tmp_path / "tokens", tokenizer=output_dir)
+    assert {entry.get("message") for entry in again["cases"]} == {"there already"}
+
+
+def test_one_case_to_one_file(output_dir, dataset, tmp_path):
+    tokenize(dataset / "processed" / "case_b", tmp_path / "b.npz", tokenizer=output_dir)
+    reconstruct(tmp_path / "b.npz", tmp_path / "b.nii", tokenizer=output_dir)
+    assert read_tokens(tmp_path / "b.npz").support is None and (tmp_path / "b.nii").is_file()
+
+
+def test_like_puts_it_on_that_scans_own_grid(output_dir, dataset, tmp_path):
+    flipped = AFFINE @ np.array([[-1.0, 0, 0, 49], [0, -1, 0, 43], [0, 0, 1, 0], [0, 0, 0, 1]])  # L P S
+    nibabel.save(nibabel.Nifti1Image(hu_volume()[::-1, ::-1], flipped), tmp_path / "scan.nii.gz")
+    tokenize(dataset / "processed" / "case_a", tmp_path / "a.npz", tokenizer=output_dir, support=True)
+    reconstruct(tmp_path / "a.npz", tmp_path / "a.nii.gz", tokenizer=output_dir, like=tmp_path / "scan.nii.gz")
+    image = nibabel.load(tmp_path / "a.nii.gz")
+    assert image.shape == SHAPE and np.allclose(image.affine, flipped)
+    found, true = np.asarray(image.dataobj) > -900, hu_volume()[::-1, ::-1] > -900
+    assert 2 * (found & true).sum() / (found.sum() + true.sum()) > 0.85  # the body lies on the body
+
+
+def test_a_raw_scan_gives_the_tokens_of_its_prepared_case(output_dir, tmp_path, monkeypatch):
+    small = cohort.Settings(size=64, spacing=6.0)  # the default of 512 voxels is large for a test
+    monkeypatch.setattr(cohort, "Settings", lambda: small)
+    flipped = np.diag([-6.0, -6.0, 8.0, 1.0])
+    nibabel.save(nibabel.Nifti1Image(hu_volume(), flipped), tmp_path / "scan.nii.gz")
+    cohort.prepare(tmp_path / "scan.nii.gz", tmp_path / "prepared", small, cohort.Request(workers=1))
+    tokenize(tmp_path / "prepared", tmp_path / "from_prepared", tokenizer=output_dir)
+    made = tokenize(tmp_path / "scan.nii.gz", tmp_path / "raw.npz", tokenizer=output_dir)
+    (prepared_file,) = (tmp_path / "from_prepared").rglob("*.npz")
+    raw, case = read_tokens(tmp_path / "raw.npz"), read_tokens(prepared_file)
+    assert np.array_equal(raw.codes, case.codes) and np.array_equal(raw.coords, case.coords)
+    assert np.allclose(raw.affine, case.affine)
+    assert raw.source_shape == case.source_shape == SHAPE and np.allclose(raw.source_affine, flipped)
+    assert "scan" not in made["cases"][0]["case"]  # a file's name may tell who was scanned
+
+
+def test_arrays_on_other_axes_are_turned(tokenizer, monkeypatch):
+    monkeypatch.setattr(cohort, "Settings", lambda: SimpleNamespace(size=64, spacing=6.0))
+    upright = tokenizer.encode(SimpleNamespace(hu=hu_volume(), affine=AFFINE))
+    turned = np.ascontiguousarray(hu_volume().transpose(2, 0, 1)[:, ::-1])  # S L A
+    swap = np.array([[0.0, -1, 0, 49], [0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
+    tokens = tokenizer.encode(SimpleNamespace(hu=turned, affine=AFFINE @ swap))
+    here, there = ((t.affine @ np.append(t.coords.mean(0), 1))[:3] for t in (upright, tokens))
+    assert np.abs(here - there).max() < 16
+
+
+def test_a_refused_raw_scan(output_dir, tmp_path):
+    nibabel.save(nibabel.Nifti1Image((hu_volume() > 0).astype(np.uint8), AFFINE), tmp_path / "mask.nii.gz")
+    with pytest.raises(Refused, match="NO_CASES"):
+        tokenize(tmp_path / "mask.nii.gz", tmp_path / "a.npz", tokenizer=output_dir)
+
+
+def test_onto_grid_keeps_world_positions(rng):
+    hu = np.zeros((20, 20, 20), np.float32)
+    hu[5, 12, 8] = 100
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    turned = np.array([[0, -1.0, 0, 38], [1.0, 0, 0, 0], [0, 0, 2.0, 0], [0, 0, 0, 1]])  # another order, finer
+    there = onto_grid(Volume(hu, affine), (40, 40, 20), turned)
+    peak = np.array(np.unravel_index(there.hu.argmax(), there.hu.shape))
+    assert np.allclose((turned @ np.append(peak, 1))[:3], [10, 24, 16])
+
+
+# ---- what is refused
+
+
+def one_line(capsys, code):
+    error = capsys.readouterr().err
+    assert error.startswith(code + ": ") and error.count("\n") == 1, error
+    return error
+
+
+def test_tokens_of_another_tokenizer(output_dir, dataset, tmp_path):
+    other = save(make_network(num_blocks=0), tmp_path / "other")
+    tokenize(dataset / "processed" / "case_a", tmp_path / "a.npz", tokenizer=other)
+    result = reconstruct(tmp_path / "a.npz", tmp_path / "a.nii.gz", tokenizer=output_dir)
+    assert result["refused"] == 1 and not (tmp_path / "a.nii.gz").exists()
+    assert "made by tokenizer" in result["cases"][0]["message"]
+
+
+def test_damaged_support_is_refused_and_the_rest_done(output_dir, dataset, tmp_path):
+    tokenize(dataset, tmp_path / "tokens", tokenizer=output_dir, support=True)
+    with np.load(tmp_path / "tokens" / "case_a.npz") as stored:
+        arrays = dict(stored)
+    np.savez(tmp_path / "tokens" / "case_a.npz", **{**arrays, "support_1": arrays["support_1"][:-3]})
+    result = reconstruct(tmp_path / "tokens", tmp_path / "images", tokenizer=output_dir)
+    assert (result["ok"], result["refused"]) == (1, 1)
+    assert "support_1 must hold" in result["cases"][0]["message"]
+
+
+def test_codes_beyond_the_codebook(tokenizer, dataset, tmp_path):
+    tokens = tokenizer.encode(dataset / "processed" / "case_a")
+    write_tokens(tmp_path / "a.npz", tokens.__class__(**{**tokens.__dict__, "codes": tokens.codes + 1000}))
+    with pytest.raises(ValueError, match="codes a latent up to 10"):
+        tokenizer.decode(tmp_path / "a.npz")
+
+
+def test_case_without_the_windows_of_the_tokenizer(output_dir, tmp_path):
+    """An older tree with one graded window and no HU."""
+    folder = tmp_path / "old" / "processed" / "case_c" / "windows"
+    folder.mkdir(parents=True)
+    np.save(folder / "bone_w1500_l300.npy", prepared.window_bytes(hu_volume(), "bone"))
+    result = tokenize(tmp_path / "old", tmp_path / "tokens", tokenizer=output_dir)
+    assert result["refused"] == 1 and "lacks window 'lung', it has bone" in result["cases"][0]["message"]
+
+
+def test_case_of_surfaces(output_dir, tmp_path):
+    folder = tmp_path / "old" / "processed" / "case_c" / "windows"
+    folder.mkdir(parents=True)
+    for name in ("lung", "bone", "soft_tissue", "brain"):
+        np.save(folder / f"{name}.npy", hu_volume() > 0)
+    result = tokenize(tmp_path / "old", tmp_path / "tokens", tokenizer=output_dir)
+    assert "holds 0/1 windows, surfaces and not HU" in result["cases"][0]["message"]
+
+
+def test_an_empty_scan(tokenizer):
+    with pytest.raises(ValueError, match="only 0 voxels are left of the scan"):
+        tokenizer.encode(SimpleNamespace(hu=np.full((20, 20, 20), -1000, np.int16), affine=np.diag([4.0, 4, 4, 1])))
+
+
+def test_continuous_autoencoder_is_no_tokenizer(tmp_path, dataset, capsys):
+    torch.manual_seed(0)
+    network = make_vqvae("tiny", widths=(8, 8, 8), model_channels=16, codebook="none")
+    with pytest.raises(SystemExit) as caught:
+        tokenize(dataset, tmp_path / "tokens", tokenizer=save(network, tmp_path / "vae"))
+    assert caught.value.code == 2
+    assert "makes no tokens" in one_line(capsys, "BAD_TOKENIZER")
+
+
+def test_no_tokenizer_anywhere(tmp_path, dataset, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        tokenize(dataset, tmp_path / "tokens")
+    assert "vq_stage1.json" in one_line(capsys, "NO_TOKENIZER")
+    with pytest.raises(SystemExit):
+        tokenize(dataset, tmp_path / "tokens", tokenizer="nowhere")
+    assert "nowhere does not exist" in one_line(capsys, "NO_TOKENIZER")
+
+
+def test_default_is_the_newest_stage(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    network = make_network(num_blocks=0)
+    for stage, step in (("vq_stage2", 5), ("vq_stage1", 9)):
+        save(network, tmp_path / "outputs" / stage, step)
+    assert "vq_stage1" in str(checkpoints.find_tokenizer(None))
+    (tmp_path / "bundle" / "models").mkdir(parents=True)
+    torch.save(network.state_dict(), tmp_path / "bundle" / "models" / "model.pt")
+    bundled = CTTokenizer.from_pretrained(tmp_path / "bundle", device="cpu")
+    assert bundled.digest == CTTokenizer.from_pretrained("outputs/vq_stage2", device="cpu").digest
+
+
+def test_missing_inputs(output_dir, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        tokenize(tmp_path / "nothing", tmp_path, tokenizer=output_dir)
+    assert caught.value.code == 2
+    one_line(capsys, "NO_SOURCE")
+    with pytest.raises(SystemExit):
+        reconstruct(tmp_path / "nothing.npz", tmp_path, tokenizer=output_dir)
+    one_line(capsys, "NO_TOKENS")
