@@ -22,10 +22,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from app import align_data, chat, checkpoints
+from app.inference import CTTokenizer
 from app.manifests import check_rows, read_rows
 from app.preflight import fail
 from app.rows import TextRow
-from app.scans import read_one
 from app.volume_tokens import Reducer, TokenSource, hash_path
 from networks import qwen
 from networks.projector import Projector
@@ -108,19 +108,18 @@ class FrozenTokenizer:
 
     Args:
         path: checkpoint, output folder or bundle; None takes the newest output. On the demo a missing one is trained.
-        wanted: False where features are precomputed and nothing has to be encoded.
     """
 
     def __init__(self, path: str | None, *, scale: str, device: torch.device, config: str | None = None):
         if config is not None:
             log.info("vae_config is not needed: the checkpoint carries its sizes")
-        self.file = checkpoints.averaged_file(path or newest_tokenizer(scale))
-        self.hash = hash_path(self.file)
-        self.network: SparseVQVAE = checkpoints.load_tokenizer(self.file).to(device).eval().requires_grad_(False)
-        if self.network.vq is None:
-            fail("NO_CODEBOOK", f"{self.file} is a continuous autoencoder without codes", "give stage 1 or 2")
+        if path is None and not any(map(checkpoints.complete_steps, checkpoints.NEWEST_TOKENIZERS)):
+            train_demo_tokenizer(scale)
+        self.file = checkpoints.find_tokenizer(path)
+        self.ct = CTTokenizer.from_pretrained(self.file, device=device)
+        self.network: SparseVQVAE = self.ct.network.requires_grad_(False)
+        self.hash = self.ct.digest
         self.lookup_on_cpu = copy.deepcopy(self.network.vq).cpu()  # samples are made on the CPU, also in workers
-        log.info("tokenizer %s (%s)", self.file, self.hash[:12])
 
     def vectors(self) -> torch.Tensor:
         """A vector for each code number: what a projector will see the like of."""
@@ -135,16 +134,11 @@ class FrozenTokenizer:
         return Reducer(lookup, width=self.network.sizes.latent_channels, max_tokens=max_tokens, method=method)
 
     def source(self, cache_dir: str | Path) -> TokenSource:
-        read_scan = partial(read_one, sizes=self.network.sizes)
-        return TokenSource(self.network, tokenizer_hash=self.hash, cache_dir=cache_dir, read_scan=read_scan)
+        return TokenSource(self.ct, cache_dir=cache_dir)
 
 
-def newest_tokenizer(scale: str) -> str:
-    """The newest of the stages' outputs; the demo trains stage 1 where there is none."""
-    for folder in checkpoints.NEWEST_TOKENIZERS:
-        if checkpoints.complete_steps(folder):
-            log.info("vae_ckpt: the newest tokenizer is %s", folder)
-            return folder
+def train_demo_tokenizer(scale: str) -> None:
+    """Stage 1 on the built-in phantoms, where there is no tokenizer; with the user's data it is asked for instead."""
     if scale != "demo":
         fail("NO_TOKENIZER", "there is no tokenizer yet", f"first run {TOKENIZER_COMMAND}, or pass --vae_ckpt")
     log.info("no tokenizer yet: training one on the demo first (%s)", TOKENIZER_COMMAND)
@@ -155,7 +149,6 @@ def newest_tokenizer(scale: str) -> str:
         if status := subprocess.run(call, env=alone).returncode:
             fail("NO_TOKENIZER", f"its training ended with status {status}", "see its output above", status=1)
     idist.barrier()
-    return "outputs/vq_stage1"
 
 
 class TrainingText:

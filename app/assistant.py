@@ -4,6 +4,7 @@ Checks that tokenizer, base model and projector belong together, and gives every
 it is not for. Trains nothing and measures nothing.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -15,18 +16,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from app import chat, checkpoints, prepared
+from app import chat, checkpoints, prepared, scans
 from app.align_setup import FrozenTokenizer, identify, make_collate
 from app.align_training import to_device
 from app.preflight import fail
 from app.prepare import Refused
 from app.prepare.gate import Rules
 from app.prepare.survey import survey
-from app.prepare.volume import Volume, read_item
+from app.prepare.volume import read_item
 from app.rows import REPORT_QUESTION
-from app.scans import on_grid
+from app.token_files import read_tokens
 from app.training import choose_device
-from app.volume_tokens import VolumeTokens, encode_hu, hash_path, is_prepared_case, read_token_file
+from app.volume_tokens import VolumeTokens, as_tensors, hash_path
 from networks import qwen
 from networks.projector import Projector
 from networks.tokens import TokenSequence
@@ -102,11 +103,16 @@ class CTAssistant:
             qwen.load_lora(language, adapter)
         model = qwen.VolumeQwen(language, projector, position=settings["position"]).to(device).eval()
         settings = {**settings, "projector_sha256": hash_path(file)}
+        if settings["trained_language"]:
+            weights = hash_path(path / "language_final" / "model.safetensors")
+            settings["base_model"] = {**settings["base_model"], "sha256": weights}
+        if adapter is not None:
+            settings["adapter_sha256"] = hash_path(adapter)
         return cls(model=model, text_tokenizer=text_tokenizer, tokenizer=frozen, settings=settings)
 
     def ask(
         self,
-        scan: "str | Path | Scan | Volume",
+        scan: Any,
         question: str | Sequence[str] | None = None,
         *,
         max_new_tokens: int = 256,
@@ -149,58 +155,55 @@ class CTAssistant:
         ids = self.model.generate(batch, max_new_tokens=max_new_tokens, streamer=streamer)
         return [text.strip() for text in self.text_tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
-    def open(self, source: "str | Path | Volume") -> Scan:
-        """Tokens of one scan with their origin."""
-        if isinstance(source, Volume):
-            hu, affine = on_grid(source, self.tokenizer.network.sizes)
-            origin = {"scan_sha256": source.source_hash, **geometry(source.hu.shape, source.affine)}
-            origin |= {"codes": source.codes}
-            return Scan(source.source or source.source_hash[:12], encode_hu(self.tokenizer.network, hu, affine), origin)
-        path = Path(source)
-        if not path.exists():
-            raise ValueError(f"{path} does not exist: give a scan, a prepared case or a token file")
-        if path.suffix == ".npz":
-            tokens = read_token_file(path, self.tokenizer.hash)
-            return Scan(path.stem, tokens, {"tokens_sha256": hash_path(path)})
-        if is_prepared_case(path):
-            case = prepared.open_case(path)
-            tokens = encode_hu(self.tokenizer.network, case.hu(), case.affine)
-            origin = {"scan_sha256": case.source_hash, **geometry(case.shape, case.affine), "codes": case.codes}
-            return Scan(case.case_id, tokens, origin)
-        scans = list(self.open_all(path))
-        good = [scan for scan in scans if isinstance(scan, Scan)]
-        if len(good) != 1:
-            raise ValueError(
-                f"{path.name} holds {len(good)} scans: give one of them, or a folder with --out for all"
-                if good
-                else f"{path.name} holds no usable scan: {scans[0] if scans else 'nothing there'}"
-            )
-        return good[0]
+    def open(self, source: Any) -> Scan:
+        """Tokens with their origin of a token file, or of what `app.scans` calls a scan."""
+        if isinstance(source, str | Path) and Path(source).suffix == ".npz":
+            return self._of_file(Path(source))
+        windows = self.tokenizer.ct.sizes.windows
+        if isinstance(source, str | Path) and not scans.is_case(Path(source)):
+            origin = {"scan_sha256": hash_path(source)} if Path(source).exists() else {}
+        elif isinstance(source, str | Path):
+            case = prepared.open_case(source)
+            origin = {"scan_sha256": case.source_hash, "codes": case.codes}
+        else:
+            origin = {"scan_sha256": hashlib.sha256(np.ascontiguousarray(source.hu).tobytes()).hexdigest()}
+        return self._of_scan(scans.open_scan(source, windows), origin)
 
-    def open_all(self, path: Path) -> Iterator["Scan | Refused"]:
-        """Everything below a folder: token files, prepared cases, raw scans; what is refused comes as its refusal."""
+    def _of_file(self, path: Path) -> Scan:
+        tokens = read_tokens(path)
+        self.tokenizer.ct.check(tokens)
+        origin = {"tokens_sha256": hash_path(path), **geometry(tokens.source_shape, tokens.source_affine)}
+        return Scan(path.stem, as_tensors(tokens), origin)
+
+    def _of_scan(self, scan: scans.Scan, origin: dict[str, Any]) -> Scan:
+        tokens = as_tensors(self.tokenizer.ct.encode(scan))
+        return Scan(scan.name, tokens, {**origin, **geometry(scan.source_shape, scan.source_affine)})
+
+    def open_all(self, path: Path) -> Iterator[Scan | ValueError]:
+        """Everything of a folder: token files, prepared cases or raw scans; what is refused comes as its refusal."""
         if path.is_dir() and (files := sorted(path.glob("*.npz"))):
-            yield from self._opened(files)
-        elif path.is_dir() and not is_prepared_case(path) and any(path.glob("**/processed")):
-            yield from self._opened([case.path for case in prepared.find_cases(path)])
-        elif is_prepared_case(path):
-            yield self.open(path)
+            yield from map(self._tried, files)
+        elif scans.is_case(path) or path.is_file():
+            yield self._tried(path)
+        elif prepared.find_datasets(path):
+            yield from (self._tried(case.path) for case in prepared.find_cases(path))
         else:
             for item in survey(path):
-                if item.plan is None:
-                    yield Refused(item.finding.code, item.finding.message, skipped=item.finding.kind == "skipped")
-                    continue
                 try:
-                    yield self.open(read_item(item, Rules()))
-                except (Refused, ValueError) as error:
-                    yield error if isinstance(error, Refused) else Refused("CORRUPT_FILE", str(error))
+                    if item.plan is None:
+                        raise Refused(item.finding.code, item.finding.message)
+                    raw = read_item(item, Rules())
+                    on_grid = scans.onto_prepared_grid(scans.Volume(raw.hu, raw.affine))
+                    scan = scans.Scan(raw.source_hash[:16], on_grid, tuple(raw.hu.shape), raw.affine)
+                    yield self._of_scan(scan, {"scan_sha256": raw.source_hash, "codes": raw.codes})
+                except ValueError as error:
+                    yield error
 
-    def _opened(self, paths: Sequence[Path]) -> Iterator["Scan | Refused"]:
-        for path in paths:
-            try:
-                yield self.open(path)
-            except (ValueError, OSError) as error:
-                yield Refused("CORRUPT_FILE", f"{path.name}: {error}")
+    def _tried(self, path: Path) -> Scan | ValueError:
+        try:
+            return self.open(path)
+        except (ValueError, OSError) as error:
+            return ValueError(f"{path.name}: {error}")
 
     def provenance(self, scan: Scan) -> dict[str, Any]:
         """What an answer rests on: scan, tokenizer, models, settings."""
@@ -210,6 +213,7 @@ class CTAssistant:
             "tokenizer_sha256": self.tokenizer.hash,
             "base_model": self.settings["base_model"],
             "projector_sha256": self.settings["projector_sha256"],
+            "adapter_sha256": self.settings.get("adapter_sha256"),
             "settings": {name: self.settings[name] for name in SETTINGS_TOLD},
             "versions": {name: metadata.version(name) for name in ("torch", "transformers", "numpy")},
         }

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from app import align_data, prepared
-from app.align_setup import FrozenTokenizer
 from app.assistant import CTAssistant
 from app.language_evaluation import evaluate_language, table_lines
 from app.manifests import read_rows
 from app.phantom_text import balance
 from app.preflight import fail
 from app.rows import TextRow
-from app.volume_tokens import VolumeTokens, is_prepared_case
+from app.scans import Volume, is_case
+from app.volume_tokens import TokenSource, VolumeTokens
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def evaluate(
     else:
         rows = held_out(data, image_root=image_root, split=options["split"])
         volumes, _ = align_data.encode_rows(rows, source, skip_bad=skip_bad)
-        mirrored = mirrored_cases(rows, volumes, assistant.tokenizer, source)
+        mirrored = mirrored_cases(rows, volumes, source)
     out = Path(output_dir or Path(align) / "evaluation")
     try:
         return evaluate_language(
@@ -79,15 +79,16 @@ def held_out(data: str, *, image_root: str | None, split: str | None) -> list[Te
 
 
 def mirrored_cases(
-    rows: list[TextRow], volumes: dict[str, VolumeTokens], tokenizer: FrozenTokenizer, source
+    rows: list[TextRow], volumes: dict[str, VolumeTokens], source: TokenSource
 ) -> dict[str, VolumeTokens]:
     """Mirrored tokens of prepared cases, whose HU lie on a RAS grid; other images take no part in the mirror test."""
     found: dict[str, VolumeTokens] = {}
     for row in rows:
-        if row.image in volumes and row.image not in found and row.path and is_prepared_case(row.path):
+        if row.image in volumes and row.image not in found and row.path and is_case(row.path):
             case = prepared.open_case(row.path)
-            key = f"{case.case_id}.{case.source_hash[:16]}.mirrored"
-            found[row.image] = source.cached(key, lambda case=case: (case.hu()[::-1].copy(), case.affine))
+            if case.is_hu:
+                key = f"{case.case_id}.{case.source_hash[:16]}.mirrored"
+                found[row.image] = source.cached(key, Volume(case.hu()[::-1].copy(), case.affine))
     return found
 
 

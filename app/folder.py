@@ -104,13 +104,8 @@ class RunFolder:
             scores = {row["step"]: row["val_recon"] for row in kept if row.get("val_recon") and row["step"] in saved}
             checkpoints.write_best(self.path, scores)
 
-<<<<<<< HEAD
     def begin(self, network: nn.Module) -> None:
-        """Writes what is trained: after freezing, so that the last column is true."""
-=======
-    def begin(self, network: SparseVQVAE) -> None:
         """From here on files of an earlier run change. Writes what is trained: freezing has to come before."""
->>>>>>> main
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
         total = sum(p.numel() for p in network.parameters())
         if idist.get_rank() == 0:
@@ -180,7 +175,7 @@ class RunFolder:
 def summary(network: nn.Module) -> str:
     """Name, shape, type and whether it learns: by gradient (True), by moving averages (EMA) or not at all (False)."""
     rows = [(name, p.shape, p.dtype, str(p.requires_grad)) for name, p in network.named_parameters()]
-    rows += [(n, b.shape, b.dtype, "EMA" if n.startswith("vq.") else "False") for n, b in network.named_buffers()]
+    rows += [(name, b.shape, b.dtype, "EMA") for name, b in network.named_buffers()]
     lines = [("Name", "Shape", "Type", "Grad")]
     lines += [(n, "x".join(map(str, s)), str(t).removeprefix("torch."), g) for n, s, t, g in sorted(rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(4)]
