@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -59,6 +60,11 @@ def seed_step(seed: int, step: int, *, rank: int = 0) -> None:
     torch.manual_seed((seed * 1_000_003 + step) * 1009 + rank)
 
 
+def sample_seed(seed: int, step: int, case_id: str) -> int:
+    """Of what is drawn for one sample, so that it does not matter what shares its batch."""
+    return zlib.crc32(f"{seed}/{step}/{case_id}".encode())
+
+
 class TrainStep:
     """`iteration_update`: all micro-batches of a step, then one optimizer step and one codebook update."""
 
@@ -89,7 +95,8 @@ class TrainStep:
         for part in parts:
             x = to_sparse(part, engine.state.device)
             with torch.autocast(engine.state.device.type, dtype=self.amp, enabled=self.amp is not None):
-                terms = engine.loss_function(engine.network(x, quantize=self.quantize), x)
+                seeds = [sample_seed(self.seed, engine.state.iteration, case) for case in part["case_id"]]
+                terms = engine.loss_function(engine.network(x, quantize=self.quantize, seeds=seeds), x)
             share = part["batch_size"] / samples
             if terms["loss"].requires_grad:
                 self.scaler.scale(terms["loss"] * share).backward()

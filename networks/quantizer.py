@@ -144,7 +144,7 @@ class VectorQuantizer(nn.Module):
             values = F.embedding(codes, codebook)
             commitment = (wide - values.detach()).square().mean(1)
             vq = (values - wide.detach()).square().mean(1)
-            if self.learning == "ema" and self.training:
+            if self.learning == "ema" and self.training and torch.is_grad_enabled():  # a look is no step
                 seen = self._on_sphere(wide.detach())
                 self._pending.append((*code_sums(seen, codes, self.num_embeddings), seen))
             estimate = rotated if self.rotation_trick else straight_through
