@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -159,6 +160,8 @@ class ProcessGroup:
         if not dist.is_initialized():
             choose_device()
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if dist.get_rank() != 0:  # one voice on the console
+            logging.getLogger().setLevel(logging.WARNING)
 
     def leave(self) -> None:
         if dist.is_initialized():
@@ -169,7 +172,9 @@ def distribute(network: nn.Module) -> nn.Module:
     """The network with gradients averaged over ranks, where there are several."""
     if idist.get_world_size() == 1 or not trainable(network):
         return network
-    return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+    with warnings.catch_warnings():  # the argument's new name is not in every torch we support
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
 
 def freeze(network: SparseVQVAE, parts: Iterable[str]) -> SparseVQVAE:
@@ -321,11 +326,10 @@ class CodebookStart:
     def _train_autoencoder(self) -> None:
         steps, device = self.warmup["steps"], next(self.network.parameters()).device
         log.info("no autoencoder weights: training one for %d steps before the codebook", steps)
-        optimizer = torch.optim.AdamW(
-            [p for name, p in self.network.named_parameters() if not name.startswith("vq.")],
-            lr=self.warmup["learning_rate"],
-            weight_decay=0.0,
-        )
+        codes = list(self.network.vq.parameters())
+        for parameter in codes:  # without codes they would have no gradient, which ranks wait for
+            parameter.requires_grad_(False)
+        optimizer = torch.optim.AdamW(trainable(self.network), lr=self.warmup["learning_rate"], weight_decay=0.0)
         schedule = make_scheduler(optimizer, name=self.warmup["lr_scheduler"], max_steps=steps)
         trainer = SupervisedTrainer(
             device=device,
@@ -341,6 +345,8 @@ class CodebookStart:
         trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _: schedule.step())
         self.folder.record_steps(trainer, optimizer=optimizer, phase="warmup", every=self.warmup, last=steps)
         trainer.run()
+        for parameter in codes:
+            parameter.requires_grad_(True)
 
     @torch.no_grad()
     def _lay_codebook(self) -> None:
@@ -357,7 +363,7 @@ class CodebookStart:
             for part in batch if isinstance(batch, list) else [batch]:
                 latents, _ = self.network.encoder(to_sparse(part, device))
                 rows.append(latents.feats)
-                seen += len(latents) * world
+                seen += idist.all_reduce(len(latents))
             too_few = number == one_pass and seen < MIN_VECTORS_PER_CODE * vq.num_embeddings
             if too_few or seen >= self.vectors_per_code * vq.num_embeddings:
                 break

@@ -190,6 +190,7 @@ class VectorQuantizer(nn.Module):
     def start_from(self, rows: Float[Tensor, "N D"], *, generator: torch.Generator) -> None:
         """k-means on encoder outputs of all ranks; every rank gets the same codebook."""
         rows = gather_rows(rows.float())
+        rows = rows[rows[:, 0].argsort()]  # an order that does not tell which rank saw a row
         if self.normalize_codes:
             self.radius.copy_(rows.norm(dim=1).mean())
             rows = self._on_sphere(rows)
