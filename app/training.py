@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 
 from app import checkpoints
 from app.checkpoints import unwrapped
-from app.preflight import fail
+from app.preflight import fail, one_line_errors
 from networks.losses import TokenizerLoss, reconstruction
 from networks.quantizer import MIN_VECTORS_PER_CODE
 from networks.sparse import SparseTensor
@@ -160,6 +160,7 @@ class ProcessGroup:
         if not dist.is_initialized():
             choose_device()
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            one_line_errors()  # torch has put its own hook before ours
         if dist.get_rank() != 0:  # one voice on the console
             logging.getLogger().setLevel(logging.WARNING)
 

@@ -61,7 +61,7 @@ def make_cohort(out: Path, *, splits=("train",) * 3 + ("val",) * 2, change=lambd
 
 
 def words(config: str, settings: dict, *, run_id: str = "training") -> list[str]:
-    given = {**TINY, **settings}
+    given = {k: v for k, v in {**TINY, **settings}.items() if v is not None}  # None takes one of TINY's away
     return ["run", run_id, "--config_file", config, *(w for k, v in given.items() for w in (f"--{k}", str(v)))]
 
 

@@ -81,7 +81,7 @@ def test_two_processes_learn_a_codebook_by_gradient(data, place, start_process):
 def test_micro_batches_tell_the_story_of_the_batch(stage, data, place):
     settings = {**STEPS, "max_steps": 4}
     if stage == "vae":
-        del settings["warmup_steps"]
+        settings |= {"warmup_steps": None, "num_embeddings": None}
     for split in (1, 2, 4):
         settings["batch_split"] = split
         end = run_in(
@@ -98,6 +98,7 @@ def test_fewer_validation_cases_than_processes_is_one_line(place, start_process)
     assert end.status != 0
     lines = [line for line in end.err.splitlines() if line.startswith("BAD_VALUE")]
     assert lines and "val split must give each of 2 processes a case" in lines[0]
+    assert "Warm-up" not in end.out and not (place / "out").exists()
 
 
 @pytest.mark.slow

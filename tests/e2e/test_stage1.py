@@ -377,6 +377,7 @@ def test_all_validation_cases_too_small(run_bundle, place):
     data = make_cohort(place / "mixed", change=lambda hu, index: shrunk(hu) if index > 2 else hu)
     end = run_bundle(dataset_dir=data, output_dir="out", **STEPS)
     assert_refused(end, code="[A-Z_]+", naming=["val", "min_points"])
+    assert "Warm-up" not in end.out
 
 
 @pytest.mark.parametrize(
