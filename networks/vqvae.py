@@ -234,6 +234,9 @@ class SparseVQVAE(nn.Module):
 
     def forward(self, x: SparseTensor, *, quantize: bool = True) -> Reconstruction:
         """Encodes and decodes on the input's own voxels. Without quantising, training samples around the mean."""
+        coarsest = x.level.prepare(halvings=3)
+        for block in self.encoder.blocks:
+            coarsest.windows(block.attn.window, block.attn.shift)
         latents, log_var = self.encoder(x)
         zero = latents.feats.new_zeros(())
         codes, vq, commitment, kl = None, zero, zero, zero
