@@ -171,23 +171,42 @@ def tokenize(
     if not source.exists():
         fail("NO_SOURCE", f"{source} does not exist", "give a scan, a prepared case or a prepared dataset")
     made = _loaded(tokenizer)
+    cases, single = list(_cases_in(source, made.sizes.windows, series)), out.suffix == ".npz"
+    if single and len(cases) > 1:
+        fail("MANY_SCANS", f"{source} holds {len(cases)} scans, {out} is one file", "give a folder as OUT")
     entries = []
-    for name, open_it in _progress(list(_cases_in(source, made.sizes.windows, series)), "tokenize"):
-        path = out if out.suffix == ".npz" else out / f"{name}.npz"
-        if out.suffix == ".npz" and entries:
-            fail("MANY_SCANS", f"{source} holds several scans, {out} is one file", "give a folder as OUT")
-        if path.exists() and not overwrite:
-            entries.append({"case": name, "status": "ok", "tokens": str(path), "message": "there already"})
-            continue
+    for name, open_it in _progress(cases, "tokenize"):
+        path = out if single else out / f"{name}.npz"
         try:
-            tokens = made.encode(open_it(), support=support)
+            tokens = None if overwrite else _there_already(path, made)
+            message = "" if tokens is None else "there already"
+            if tokens is None:
+                tokens = made.encode(open_it(), support=support)
+                write_tokens(path, tokens)
         except ValueError as error:
-            entries.append({"case": name, "status": "refused", "message": str(error)})
-            log.warning("%s refused: %s", name, error)
+            entries.append(_refused(name, error))
             continue
-        write_tokens(path, tokens)
-        entries.append({"case": name, "status": "ok", "tokens": str(path), "count": len(tokens.codes)})
+        entries.append(
+            {"case": name, "status": "ok", "tokens": str(path), "count": len(tokens.codes), "message": message}
+        )
     return _summary(entries)
+
+
+def _there_already(path: Path, made: CTTokenizer) -> CTTokens | None:
+    """Tokens of an earlier, interrupted call. Those of another tokenizer are neither taken nor overwritten."""
+    if not path.exists():
+        return None
+    tokens = read_tokens(path)
+    if tokens.tokenizer != made.digest:
+        raise ValueError(
+            f"{path.name} is there already, by tokenizer {tokens.tokenizer[:12]}: --overwrite, or another OUT"
+        )
+    return tokens
+
+
+def _refused(name: str, error: ValueError) -> dict[str, Any]:
+    log.warning("%s refused: %s", name, error)
+    return {"case": name, "status": "refused", "message": str(error)}
 
 
 def _cases_in(source: Path, windows: tuple[str, ...], series: str | None) -> Iterator[tuple[str, Callable[[], Scan]]]:
@@ -232,15 +251,13 @@ def reconstruct(
     for file in _progress(files, "reconstruct"):
         name = file.relative_to(source).with_suffix("").as_posix() if source.is_dir() else file.stem
         path = out if single else out / f"{name}.nii.gz"
-        if path.exists() and not overwrite:
-            entries.append({"case": name, "status": "ok", "image": str(path), "message": "there already"})
-            continue
         try:
+            if path.exists() and not overwrite:  # it may be the user's own scan
+                raise ValueError(f"{path} is there already: --overwrite, or another OUT")
             content = read_tokens(file)
             decoded = made.decode_sparse(content, use_support=use_support)
         except ValueError as error:
-            entries.append({"case": name, "status": "refused", "message": str(error)})
-            log.warning("%s refused: %s", name, error)
+            entries.append(_refused(name, error))
             continue
         volume = made.to_hu(decoded, content)
         write_nifti(path, volume if grid is None else onto_grid(volume, *grid))
@@ -264,6 +281,14 @@ def _loaded(path: str | Path | None) -> CTTokenizer:
 def _summary(entries: list[dict[str, Any]]) -> dict[str, Any]:
     done = sum(entry["status"] == "ok" for entry in entries)
     return {"cases": entries, "ok": done, "refused": len(entries) - done}
+
+
+def lines(done: dict[str, Any]) -> Iterator[str]:
+    """What the commands print of it."""
+    for entry in done["cases"]:
+        told = entry.get("tokens") or entry.get("image") or ""
+        yield "  ".join(part for part in (entry["status"], entry["case"], told, entry.get("message", "")) if part)
+    yield f"{done['ok']} ok, {done['refused']} refused"
 
 
 # ---- volumes out

@@ -218,6 +218,30 @@ def test_tokens_of_another_tokenizer(output_dir, dataset, tmp_path):
     assert "made by tokenizer" in result["cases"][0]["message"]
 
 
+def test_what_is_there_is_neither_mixed_up_nor_overwritten(output_dir, dataset, tmp_path):
+    other = save(make_network(num_blocks=0), tmp_path / "other")
+    case = dataset / "processed" / "case_a"
+    tokenize(case, tmp_path / "a.npz", tokenizer=other)
+    before = (tmp_path / "a.npz").read_bytes()
+    result = tokenize(case, tmp_path / "a.npz", tokenizer=output_dir)
+    assert result["refused"] == 1 and "is there already, by tokenizer" in result["cases"][0]["message"]
+    assert (tmp_path / "a.npz").read_bytes() == before
+    assert tokenize(case, tmp_path / "a.npz", tokenizer=output_dir, overwrite=True)["ok"] == 1
+    (tmp_path / "scan.nii.gz").write_bytes(b"mine")
+    result = reconstruct(tmp_path / "a.npz", tmp_path / "scan.nii.gz", tokenizer=output_dir)
+    assert result["refused"] == 1 and (tmp_path / "scan.nii.gz").read_bytes() == b"mine"
+
+
+def test_several_scans_into_one_file(output_dir, dataset, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        tokenize(dataset, tmp_path / "all.npz", tokenizer=output_dir)
+    assert "holds 2 scans" in one_line(capsys, "MANY_SCANS")
+    tokenize(dataset, tmp_path / "tokens", tokenizer=output_dir)
+    with pytest.raises(SystemExit):
+        reconstruct(tmp_path / "tokens", tmp_path / "all.nii.gz", tokenizer=output_dir)
+    assert "holds 2 token files" in one_line(capsys, "MANY_SCANS")
+
+
 def test_damaged_support_is_refused_and_the_rest_done(output_dir, dataset, tmp_path):
     tokenize(dataset, tmp_path / "tokens", tokenizer=output_dir, support=True)
     with np.load(tmp_path / "tokens" / "case_a.npz") as stored:
