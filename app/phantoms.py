@@ -13,8 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import nibabel
 import numpy as np
+import pydicom
 from jaxtyping import Float, Int
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from scipy import ndimage
 
 from app import prepared
@@ -33,11 +37,12 @@ from app.anatomy import (
     paint_kidneys,
     paint_torso,
 )
-from transforms.array import DEFAULT_WINDOWS
+from app.prepare import cohort
 
 log = logging.getLogger(__name__)
+CT_STORAGE = "1.2.840.10008.5.1.4.1.1.2"
 WAIT = 600  # seconds that other ranks give rank 0
-VERSION = 1  # of the anatomy: a cohort of another version is made again
+VERSION = 2  # of the anatomy: a cohort of another version is made again
 
 
 class Phantom(NamedTuple):
@@ -84,7 +89,7 @@ def paint_nodules(canvas: Canvas, build: Build, torso: Torso, side: str) -> dict
     own = np.argwhere(ndimage.binary_erosion(own, iterations=max(1, round(8 / canvas.step))))
     centers: list[Point] = []
     sizes: list[Number] = []
-    for _ in range(int(build.rng.integers(1, 4))):
+    for _ in range(int(build.rng.integers(1, 4)) if len(own) else 0):  # no room in a lung full of fluid
         for _ in range(20):
             at = tuple(own[build.rng.integers(len(own))])
             center = (float(canvas.x[at]), float(canvas.y[at]), float(canvas.z[at]))
@@ -199,24 +204,72 @@ def _make_cohort(out: Path, settings: dict[str, int]) -> None:
 
 
 def _fill(folder: Path, settings: dict[str, int]) -> None:
-    """The cohort as a prepared dataset, with what is known of each case in findings.json."""
-    rows, findings = [], {}
-    for index in range(settings["num_train"] + settings["num_val"]):
-        split = "train" if index < settings["num_train"] else "val"
-        seed = settings["seed"] * 100_000 + index
-        phantom = make_phantom(seed)
-        case = prepared.write_case(
-            folder,
-            f"phantom_{index:04d}",
-            phantom.hu,
-            affine=phantom.affine,
-            windows=DEFAULT_WINDOWS,
-            sidecar={"steps": [f"phantom {VERSION} seed {seed}"]},
-        )
-        rows.append({**prepared.metadata_row(case, windows=DEFAULT_WINDOWS), "patient": case.case_id, "split": split})
-        findings[case.case_id] = phantom.findings
-    prepared.write_metadata(folder, rows)
-    prepared.write_failures(folder, [])
+    """The cohort, written as raw scans and taken through `prepare` like any other; findings.json says what is known."""
+    count = settings["num_train"] + settings["num_val"]
+    raw, findings, split = folder.with_name("raw"), {}, {}
+    for index in range(count):
+        phantom = make_phantom(settings["seed"] * 100_000 + index)
+        name = f"phantom_{index:04d}"
+        if index == count - 1:
+            write_dicom(raw / name, phantom, name=name)
+        else:
+            write_nifti(raw / f"{name}.nii.gz", phantom)
+        split[name] = "train" if index < settings["num_train"] else "val"
+        findings[name] = phantom.findings
+    key = folder.with_name("key")
+    key.write_text("phantoms have no secrets")
+    sizes = cohort.Settings(phantom.hu.shape[0], phantom.spacing[0], keep_names=True)
+    request = cohort.Request(split=split, key_file=str(key), workers=1)
+    report = cohort.prepare(raw, folder.with_name("out"), sizes, request)
+    refused = [(o.source, *o.codes, o.message) for o in report.outcomes if o.status != "ok"]
+    if refused:
+        raise RuntimeError(f"phantoms did not pass the gate: {refused}")
+    (folder.with_name("out") / "raw").rename(folder)
+    raw.rename(folder / "raw")
     prepared.write_text(folder / "findings.json", json.dumps(findings, indent=1) + "\n")
-    config = {"size": phantom.hu.shape[0], "spacing": phantom.spacing[0], "windows": list(DEFAULT_WINDOWS), **settings}
-    prepared.write_dataset_config(folder, config)
+    config = json.loads((folder / "dataset_config.json").read_text())
+    prepared.write_dataset_config(folder, {**config, **settings})
+
+
+def write_nifti(path: Path, phantom: Phantom) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nibabel.Nifti1Image(phantom.hu, phantom.affine)
+    image.set_sform(phantom.affine, 1)
+    image.set_qform(phantom.affine, 1)
+    nibabel.save(image, path)
+
+
+def write_dicom(folder: Path, phantom: Phantom, *, name: str) -> None:
+    """A CT series, a file a slice: what a scanner's export looks like."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ phantom.affine
+    uids = {level: generate_uid(entropy_srcs=[name, level]) for level in ("study", "series")}
+    step = float(phantom.spacing[0])
+    for number in range(phantom.hu.shape[2]):
+        ds = Dataset()
+        ds.SOPClassUID, ds.SOPInstanceUID = CT_STORAGE, generate_uid(entropy_srcs=[name, str(number)])
+        ds.StudyInstanceUID, ds.SeriesInstanceUID = uids["study"], uids["series"]
+        ds.PatientID, ds.PatientName = name, "Phantom"
+        ds.Modality, ds.ImageType = "CT", ["ORIGINAL", "PRIMARY", "AXIAL"]
+        pixels = phantom.hu[::-1, ::-1, number].T  # rows run to the back, columns to the left
+        ds.Rows, ds.Columns = pixels.shape
+        last = [phantom.hu.shape[0] - 1, phantom.hu.shape[1] - 1, number, 1]
+        ds.ImagePositionPatient = [float(v) for v in (lps @ last)[:3]]
+        ds.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+        ds.PixelSpacing, ds.SliceThickness, ds.InstanceNumber = [step, step], step, number + 1
+        ds.RescaleSlope, ds.RescaleIntercept, ds.RescaleType = 1, -1024, "HU"
+        ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PixelRepresentation = 1, "MONOCHROME2", 0
+        ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, 12, 11
+        ds.PixelData = (pixels.astype(np.int32) + 1024).astype("<u2").tobytes()
+        ds.file_meta = FileMetaDataset()
+        ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        ds.file_meta.MediaStorageSOPClassUID, ds.file_meta.MediaStorageSOPInstanceUID = CT_STORAGE, ds.SOPInstanceUID
+        _save(ds, folder / f"IM{number:04d}.dcm")
+
+
+def _save(ds: Dataset, path: Path) -> None:
+    if int(pydicom.__version__.split(".")[0]) >= 3:
+        pydicom.dcmwrite(path, ds, enforce_file_format=True)
+    else:
+        ds.is_little_endian, ds.is_implicit_VR = True, False
+        pydicom.dcmwrite(path, ds, write_like_original=False)

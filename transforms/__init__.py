@@ -1,6 +1,7 @@
 """One array in, one array out (array.py); the same on dictionaries (dictionary.py).
 
-The dictionary twins are imported when first asked for: they bring MONAI, which takes seconds, and array.py needs none of it.
+The dictionary twins are imported when first asked for: they bring MONAI, which takes seconds, and array.py needs none
+of it.
 """
 
 __all__ = ["RandCropToBudgetd", "RandJitterd", "RandTranslated", "Resampled", "Sparsifyd", "Windowsd"]

@@ -19,6 +19,7 @@ from app.prepare.codes import Finding, Refused, found
 from app.prepare.files import Ref, open_ref, read_bytes
 from app.prepare.gate import MIN_SLICES, SPACING_LIMITS
 
+MAGICS = (b"n+1\0", b"n+2\0", b"ni1\0", b"ni2\0")
 MAX_VOXELS = 1 << 31
 HEADER_BYTES = 1 << 16
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -178,25 +179,26 @@ def _nifti(ref: Ref) -> VolumeFile:
     if len(head) < kind.template_dtype.itemsize:
         raise Refused("CORRUPT_FILE" if head else "EMPTY", "the NIfTI header is cut short")
     header = kind(head[: kind.template_dtype.itemsize], check=False)
-    magic = bytes(header["magic"].tobytes()[:3])
-    if magic not in (b"n+1", b"n+2", b"ni1", b"ni2"):
+    magic = bytes(head[4:8] if two else head[344:348])
+    if int(header["sizeof_hdr"]) != kind.template_dtype.itemsize or magic not in MAGICS:
         raise Refused("CORRUPT_FILE", "no NIfTI magic")
     dims = [int(n) for n in header["dim"]]
     if not 1 <= dims[0] <= 7:
         raise Refused("CORRUPT_FILE", f"{dims[0]} dimensions")
     dtype = _nifti_dtype(header)
-    affine, findings = _nifti_affine(header)
+    with np.errstate(all="ignore"):
+        affine, findings = _nifti_affine(header)
     shape = _three(dims[1 : dims[0] + 1], affine)
     data, offset = ref, int(header["vox_offset"])
     if magic.startswith(b"ni"):
         data = _beside(ref, re.sub(r"\.hdr(\.gz)?$", lambda m: ".img" + (m[1] or ""), ref.name, flags=re.I))
-    elif offset < kind.template_dtype.itemsize:
-        offset = kind.template_dtype.itemsize + 4
-    if not 0 <= offset <= 1 << 30:
+    if not (0 if data != ref else kind.template_dtype.itemsize + 4) <= offset <= 1 << 30:
         raise Refused("CORRUPT_FILE", f"voxels at byte {offset}")
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
-    if slope == 0 or not (math.isfinite(slope) and math.isfinite(intercept)):
-        slope, intercept = 1.0, 0.0
+    if slope == 0 or not math.isfinite(slope):
+        slope, intercept = 1.0, 0.0  # how NIfTI says "not scaled"
+    elif not math.isfinite(intercept):
+        raise Refused("CORRUPT_FILE", "the intercept is not finite")
     encoding = "gzipped" if gzipped else "raw"
     return VolumeFile(ref, data, shape, affine, dtype, offset, encoding, slope, intercept, tuple(findings))
 
@@ -215,7 +217,7 @@ def _nifti_dtype(header: nib.Nifti1Header) -> str:
 
 def _nifti_affine(header: nib.Nifti1Header) -> tuple[np.ndarray, list[Finding]]:
     """The sform where it is set, else the qform; both set and far apart is worth a warning."""
-    sform, qform = int(header["sform_code"]) > 0, int(header["qform_code"]) > 0
+    sform, qform = (1 <= int(header[name]) <= 5 for name in ("sform_code", "qform_code"))
     if not (sform or qform):
         raise Refused("NO_SPACING", "neither sform nor qform is set: orientation unknown")
     by_s = header.get_sform() if sform else None

@@ -1,8 +1,8 @@
 """The gate: which DICOM slices make which stacks, by their headers alone.
 
 Pure functions from header records to verdicts; no pixel is read here. What only pixels can tell (equal duplicates,
-values that are no HU) is left to `pixels` and `values`. Geometry is LPS, as in the headers, until a stack's affine, which
-is RAS. Rules and limits are the constants below; their codes are in `codes`.
+values that are no HU) is left to `pixels` and `values`. Geometry is LPS, as in the headers, until a stack's affine,
+which is RAS. Rules and limits are the constants below; their codes are in `codes`.
 """
 
 from collections import defaultdict
@@ -23,7 +23,7 @@ SAME_PLACE = 0.01  # share of a step within which two slices lie at one position
 EVEN = 0.02  # share of a step (or of a mm) by which an even stack's slices may lie off
 GAP = 0.05  # share by which a step may differ from a multiple of the usual one to be a gap
 MAX_GAP = 64  # usual steps that may be missing in one place
-DRIFT = 0.05  # mm by which slices may lie off the line of a stack, in the plane
+DRIFT = 0.1  # mm by which slices may lie off the line of a stack, in the plane
 DERIVED = {"SECONDARY", "MPR", "REFORMATTED", "MIP", "MINIP", "MNIP", "VRT", "PROJECTION IMAGE", "SCREEN SAVE"}
 STORAGE = "1.2.840.10008.5.1.4.1.1."
 SECONDARY_CAPTURE = STORAGE + "7"
@@ -329,10 +329,9 @@ def _shear(members: Sequence[SliceHeader], along: np.ndarray) -> tuple[np.ndarra
     height = along - along[0]
     sideways = positions - positions[0] - height[:, None] * _normal(members[0])
     shear = (height @ sideways) / (height @ height)
-    limit = max(DRIFT, 0.1 * min(members[0].spacing))
-    if np.abs(sideways - height[:, None] * shear).max() > limit:
+    if np.abs(sideways - height[:, None] * shear).max() > DRIFT:
         raise Refused("MIXED_GEOMETRY", "slices do not lie on one line")
-    if np.linalg.norm(shear) * height[-1] <= limit:
+    if np.linalg.norm(shear) * height[-1] <= DRIFT:
         return np.zeros(3), []
     angle = np.degrees(np.arctan(np.linalg.norm(shear)))
     if angle > 60:

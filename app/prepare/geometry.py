@@ -1,10 +1,10 @@
 """World geometry: any affine onto the RAS, isotropic, air-padded grid that is centred on the scan.
 
 Linear interpolation; along an axis that shrinks, the triangle is stretched to the new step, so that it also smooths.
-Axis-aligned scans take three sparse products, one an axis. Where one axis alone runs true (a tilted gantry, a turn in the
-plane) planes are sampled by one sparse product and mixed by another; what is left is sampled in three axes at once. Axes
-that run askew are smoothed as much by a Gaussian. Within half a voxel of the scan's border the border's value holds; beyond is air.
-Labels take the nearest voxel. Pure functions; indices are [x, y, z].
+Axis-aligned scans take three sparse products, one an axis. Where one axis alone runs true (a tilted gantry, a turn in
+the plane) planes are sampled by one sparse product and mixed by another; what is left is sampled in three axes at once.
+Axes that run askew are smoothed as much by a Gaussian. Within half a voxel of the scan's border the border's value
+holds; beyond is air. Labels take the nearest voxel. Pure functions; indices are [x, y, z].
 """
 
 import math
@@ -159,7 +159,7 @@ def axis_weights(wanted: Float[np.ndarray, " N"], length: int, factor: float) ->
 
 
 def _resample_aligned(hu: np.ndarray, axes: list[tuple[int, Axis]], size: int) -> np.ndarray:
-    """Planes are resampled as the third axis needs them, then mixed along it; [z][y][x] memory, returned as [x, y, z]."""
+    """Planes are resampled as the third axis needs them, then mixed along it; memory [z][y][x], seen as [x, y, z]."""
     source = hu.transpose([axis for axis, _ in axes])
     (_, along_x), (_, along_y), (_, along_z) = axes
     out = np.full((size, size, size), AIR, np.int16)

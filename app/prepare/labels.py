@@ -23,17 +23,19 @@ LABEL_WORDS = re.compile(
 )
 LABEL_FOLDERS = re.compile(r"(^|[_\-. ])(labels?(tr|ts)?|seg|segmentations?|masks?|organs)$", re.I)
 MAX_LABELS = 4096
-ANATOMY_WORDS = """left right upper middle lower inner outer anterior posterior lobe of the and common internal external
-    superior inferior small large body aorta arch ascending descending adrenal gland atrium appendage autochthon bladder
-    urinary bone bones bowel brachiocephalic trunk vein brain bronchus bronchi cava vena carotid artery arteries cartilage
-    costal clavicula clavicle colon cyst disc discs duodenum effusion esophagus eye face fat femur fibula gallbladder
-    gluteus maximus medius minimus heart hip humerus iliac iliopsoas intestine jugular kidney kidneys lesion lesions liver
-    lung lungs lymph node nodes mandible mediastinum muscle muscles myocardium nodule nodules nose optic nerve orbit
-    pancreas parotid patella pelvis pericardium pleura pleural portal splenic prostate pulmonary rectum rib ribs sacrum
-    scapula seminal vesicles skin skull spinal cord canal spine spleen sternum stomach stone stones subclavian
-    subcutaneous thyroid tibia tissue torso trachea tumor tumour uterus ventricle vertebra vertebrae vessel vessels
-    airway airways whole c1 c2 c3 c4 c5 c6 c7 t1 t2 t3 t4 t5 t6 t7 t8 t9 t10 t11 t12 l1 l2 l3 l4 l5 l6 s1
-    1 2 3 4 5 6 7 8 9 10 11 12"""
+ANATOMY_WORDS = """
+    left right upper middle lower inner outer anterior posterior lobe of the and common internal external superior
+    inferior small large body aorta arch ascending descending adrenal gland atrium appendage autochthon bladder
+    urinary bone bones bowel brachiocephalic trunk vein brain bronchus bronchi cava vena carotid artery arteries
+    cartilage costal clavicula clavicle colon cyst disc discs duodenum effusion esophagus eye face fat femur
+    fibula gallbladder gluteus maximus medius minimus heart hip humerus iliac iliopsoas intestine jugular kidney
+    kidneys lesion lesions liver lung lungs lymph node nodes mandible mediastinum muscle muscles myocardium
+    nodule nodules nose optic nerve orbit pancreas parotid patella pelvis pericardium pleura pleural portal
+    splenic prostate pulmonary rectum rib ribs sacrum scapula seminal vesicles skin skull spinal cord canal
+    spine spleen sternum stomach stone stones subclavian subcutaneous thyroid tibia tissue torso trachea tumor
+    tumour uterus ventricle vertebra vertebrae vessel vessels airway airways whole c1 c2 c3 c4 c5 c6 c7 t1 t2 t3
+    t4 t5 t6 t7 t8 t9 t10 t11 t12 l1 l2 l3 l4 l5 l6 s1 1 2 3 4 5 6 7 8 9 10 11 12
+"""
 ANATOMY = frozenset(ANATOMY_WORDS.split())
 
 

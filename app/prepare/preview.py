@@ -1,4 +1,4 @@
-"""A picture of a prepared case: three orthogonal slices in each window, the body's outline, the voxels that are kept."""
+"""A picture of a prepared case: three slices in each window, the body's outline, the voxels kept."""
 
 import os
 from collections.abc import Sequence

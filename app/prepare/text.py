@@ -1,6 +1,6 @@
 """Reports and questions joined to the cases of a prepared dataset: text.jsonl beside its metadata.
 
-Takes csv, json lines or json with a column that names the scan; only the columns in `KEPT` are written, under these names.
+Takes csv or json lines with a column that names the scan; only the columns in `KEPT` are written, under these names.
 """
 
 import csv

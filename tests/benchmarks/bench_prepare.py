@@ -2,9 +2,10 @@
 
 python tests/benchmarks/bench_prepare.py FOLDER [--spacing 1.0] [--full]
 
-Both read the same file, interpolate linearly to the same spacing and write an uncompressed .npy of int16, each run in a
-process of its own. Correctness first: each result is compared with the source, interpolated at its own voxels. Ours also
-pads to a cube. Times are CPU seconds of the one thread, which other load moves little. --full adds a row for the whole of `prepare` (hash, cube, four windows, sidecar). Prints a table and a JSON line.
+Both read the same file, interpolate linearly to the same spacing and write an uncompressed .npy of int16, each run in
+a process of its own. Correctness first: each result is compared with the source, interpolated at its own voxels. Ours
+also pads to a cube. Times are CPU seconds of the one thread, which other load moves little. --full adds a row for the
+whole of `prepare` (hash, cube, four windows, sidecar). Prints a table and a JSON line.
 """
 
 import argparse
@@ -137,22 +138,16 @@ def main() -> None:
             row |= {f"{kind}_{name}": value for name, value in best.items()}
         row["ratio"] = row["monai_seconds"] / row["ours_seconds"]
         rows.append(row)
-        print(
-            f"{row['source']:44} ours {row['ours_seconds']:6.2f} s {row['ours_peak_mib']:6.0f} MiB err {row['ours_mean_error']:.2f}"
-            f"   MONAI {row['monai_seconds']:6.2f} s {row['monai_peak_mib']:6.0f} MiB err {row['monai_mean_error']:.2f}"
-            f"   {row['ratio']:.1f}x" + (f"   prepare {row['full_seconds']:.2f} s" if options.full else ""),
-            flush=True,
-        )
-    print(
-        json.dumps(
-            {
-                "benchmark": "prepare",
-                "spacing": options.spacing,
-                "peer": "MONAI LoadImage+Orientation+Spacing",
-                "rows": rows,
-            }
-        )
-    )
+        told = [
+            "{} {:6.2f} s {:6.0f} MiB, mean error {:.2f}".format(
+                kind, *(row[f"{kind}_{name}"] for name in ("seconds", "peak_mib", "mean_error"))
+            )
+            for kind in ("ours", "monai")
+        ]
+        whole = f"   prepare {row['full_seconds']:.2f} s" if options.full else ""
+        print(f"{row['source']:40} {'   '.join(told)}   {row['ratio']:.1f}x{whole}", flush=True)
+    peer = "MONAI LoadImage+Orientation+Spacing"
+    print(json.dumps({"benchmark": "prepare", "spacing": options.spacing, "peer": peer, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A mixed cohort through `prepare` and `check`: layout, report, ids, labels, text, resumption, dead workers, both formats."""
+"""A mixed cohort through `prepare` and `check`: layout, report, ids, labels, text, resumption, dead workers."""
 
 import csv
 import json
@@ -246,7 +246,7 @@ def test_dicom_segmentations_come_along_and_rtstruct_is_skipped(tmp_path):
     (case,) = prepared.find_cases(tmp_path / "out")
     points = np.argwhere(case.organ("liver")) @ case.affine[:3, :3].T + case.affine[:3, 3]
     corner = np.array(slices[6].ImagePositionPatient, float) * [-1, -1, 1]
-    low, high = corner - [17.5 * 3, 21.5 * 3, 2], corner + [-5.5 * 3, -9.5 * 3, 14]
+    low, high = corner - [17.5 * 3, 21.5 * 3, 2], corner - [5.5 * 3, 9.5 * 3, -14]
     assert len(points) == pytest.approx(12 * 3 * 12 * 3 * 16 / 6**3, rel=0.2)
     assert (points >= low - 1e-6).all() and (points <= high + 1e-6).all()
 
@@ -273,7 +273,8 @@ def test_zarr_holds_the_same_volume_and_gives_the_same_windows(tmp_path):
 def test_text_and_split_are_joined_to_cases(tmp_path):
     raw = raw_cohort(tmp_path / "raw")
     (tmp_path / "text.csv").write_text(
-        "VolumeName,Findings_EN,PatientName\nscan0.nii.gz,No nodule.,Jane\nscan2.nii.gz,A nodule.,Jane\nscan9.nii.gz,x,Jane\n"
+        "VolumeName,Findings_EN,PatientName\n"
+        "scan0.nii.gz,No nodule.,Jane\nscan2.nii.gz,A nodule.,Jane\nscan9.nii.gz,x,Jane\n"
     )
     (tmp_path / "split.csv").write_text("image,split\nscan0.nii.gz,val\nhospital/scan1.nii.gz,train\nP1,val\n")
     split = options.read_split(str(tmp_path / "split.csv"))
@@ -327,7 +328,8 @@ def test_check_tells_what_is_wrong(tmp_path):
 def test_check_reads_a_manifest(tmp_path):
     scans.nifti_scan(tmp_path / "a.nii")
     (tmp_path / "m.csv").write_text(
-        "image,report,split,patient,nodule\na.nii,Clear.,train,p1,0\na.nii,Clear.,train,p1,0\nb.nii,Not given.,val,p1,1\n"
+        "image,report,split,patient,nodule\n"
+        "a.nii,Clear.,train,p1,0\na.nii,Clear.,train,p1,0\nb.nii,Not given.,val,p1,1\n"
     )
     found = check(tmp_path / "m.csv")
     assert {k: found.summary[k] for k in ("num_rows", "matched", "missing", "duplicated", "empty")} == {

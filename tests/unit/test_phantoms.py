@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from app import phantoms
-from app.anatomy import SIDES
+from app import anatomy, phantoms
 from app.phantoms import ensure_cohort, make_phantom
 from app.prepared import find_cases
 from transforms.array import body_mask
 
 SEEDS = range(12)
+SIDES = {"right": 1.0, "left": -1.0}  # the sign of x in RAS, said again
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def painted(seed: int, monkeypatch, paint) -> tuple[phantoms.Phantom, dict, np.n
         return said
 
     monkeypatch.setattr(phantoms, "PAINTERS", (watched,))
-    monkeypatch.setattr(phantoms, "SIDES", dict([list(SIDES.items())[seed % 2]]))
+    monkeypatch.setattr(phantoms, "SIDES", dict([list(anatomy.SIDES.items())[seed % 2]]))
     return make_phantom(seed, size=64, spacing=6.0), said, np.logical_or.reduce(changed) if changed else np.zeros(0)
 
 
@@ -160,6 +160,21 @@ def test_a_cohort_is_made_once_whole_and_with_its_findings(tmp_path, small):
     assert [p.name for p in out.parent.iterdir()] == ["phantoms"]
     ensure_cohort(out, num_train=1, num_val=1, seed=1)
     assert len(find_cases(out)) == 2 and [p.name for p in out.parent.iterdir()] == ["phantoms"]
+
+
+def test_phantoms_pass_the_gate_untouched_as_files_and_as_a_dicom_series(tmp_path, small):
+    out = ensure_cohort(tmp_path / "p", num_train=2, num_val=1)
+    assert sorted(p.name for p in (out / "raw").iterdir()) == [
+        "phantom_0000.nii.gz",
+        "phantom_0001.nii.gz",
+        "phantom_0002",
+    ]
+    assert len(list((out / "raw" / "phantom_0002").glob("*.dcm"))) > 20
+    for number, case in enumerate(find_cases(out)):
+        phantom = phantoms.make_phantom(number)
+        np.testing.assert_array_equal(case.hu(), phantom.hu)
+        np.testing.assert_allclose(case.affine, phantom.affine, atol=1e-6)
+        assert case.codes == ["OK"]
 
 
 def test_no_two_cases_of_a_cohort_are_alike(tmp_path, small):

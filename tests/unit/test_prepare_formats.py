@@ -42,6 +42,7 @@ def test_nifti_slope_is_honoured_once(tmp_path):
     raw = (scans.sample(affine_of(), SHAPE) + 1024).astype("<i2").tobytes(order="F")
     header = image.header.copy()
     header.set_data_dtype(np.int16)
+    header["vox_offset"] = 352
     data = header.binaryblock + b"\0\0\0\0" + raw
     (tmp_path / "s.nii").write_bytes(data)
     (volume,) = read_scan(tmp_path / "s.nii")
@@ -95,7 +96,8 @@ def test_big_endian_compressed_and_detached_files(tmp_path):
     path.write_bytes(head + packed)
     (tmp_path / "d.mhd").write_bytes(head.replace(b"LOCAL", b"d.raw.z").replace(b"= True\nT", b"= True\nT"))
     (tmp_path / "d.raw.z").write_bytes(packed)
-    for name in ("big.nii", "z.mha", "d.mhd"):
+    nib.save(nib.Nifti1Pair(data, affine_of()), tmp_path / "pair.hdr")
+    for name in ("big.nii", "z.mha", "d.mhd", "pair.hdr"):
         (volume,) = read_scan(tmp_path / name)
         np.testing.assert_array_equal(volume.hu, data)
 
@@ -136,6 +138,7 @@ def test_truncated_and_lying_files_are_corrupt(tmp_path):
 def test_a_gzip_bomb_is_read_no_farther_than_its_header_says(tmp_path):
     data = scans.sample(affine_of(), SHAPE)
     image = nib.Nifti1Image(data, affine_of())
+    image.header["vox_offset"] = 352
     body = image.header.binaryblock + b"\0" * 4 + data.tobytes(order="F")
     (tmp_path / "bomb.nii.gz").write_bytes(gzip.compress(body + b"\0" * (64 << 20)))
     (volume,) = read_scan(tmp_path / "bomb.nii.gz")

@@ -1,4 +1,4 @@
-"""The gate's rules on DICOM series written slice by slice: what is fixed, warned, skipped, refused, and the geometry."""
+"""The gate's rules on DICOM series written slice by slice: fixed, warned, skipped, refused, and the geometry."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Compressed, multi-frame and zipped DICOM: every lossless syntax exact, lossy ones warned, the rest named and refused."""
+"""Compressed, multi-frame and zipped DICOM: every lossless syntax exact, lossy warned, the rest refused."""
 
 import base64
 import io

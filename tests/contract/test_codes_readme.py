@@ -1,0 +1,30 @@
+"""The README's table of codes is the code's table: same codes, kinds, meanings and remedies, in the same order."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from app.prepare.codes import CODES
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+
+
+def table(text: str) -> list[tuple[str, ...]]:
+    section = text.split("\n## Codes\n", 1)[1].split("\n## ", 1)[0]
+    rows = re.findall(r"^\| `([A-Z_]+)` \| (.+?) \| (.+?) \| (.+?) \|$", section, re.M)
+    return [tuple(cell.strip() for cell in row) for row in rows]
+
+
+def test_readme_lists_every_code_as_the_program_has_it():
+    text = README.read_text(encoding="utf-8")
+    if "\n## Codes\n" not in text:
+        pytest.skip("the README has no section Codes yet")
+    assert table(text) == [(name, " or ".join(code.kinds), code.meaning, code.remedy) for name, code in CODES.items()]
+
+
+def test_every_code_is_complete():
+    for name, code in CODES.items():
+        assert re.fullmatch(r"[A-Z]+(_[A-Z]+)*", name)
+        assert code.kinds and code.meaning and code.remedy
+        assert "|" not in code.meaning + code.remedy and not code.remedy.endswith(".")
