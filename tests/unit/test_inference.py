@@ -301,6 +301,27 @@ def test_no_tokenizer_anywhere(tmp_path, dataset, capsys, monkeypatch):
     assert "nowhere does not exist" in one_line(capsys, "NO_TOKENIZER")
 
 
+@pytest.mark.parametrize(
+    "damage", ["tensor missing", "tensor of another shape", "cut short", "sizes of a later version"]
+)
+def test_damaged_checkpoints(output_dir, dataset, tmp_path, capsys, damage):
+    state = dict(checkpoints.read_tensors(checkpoints.averaged_file(output_dir)))
+    if damage == "tensor missing":
+        del state["encoder.out_layer.weight"]
+    if damage == "tensor of another shape":
+        state["encoder.out_layer.weight"] = torch.zeros(3, 3)
+    if damage == "sizes of a later version":
+        sizes = bytes(state["_extra_state"].tolist()).replace(b"resolution", b"revolution")
+        state["_extra_state"] = torch.tensor(list(sizes), dtype=torch.uint8)
+    torch.save(state, tmp_path / "model.pt")
+    if damage == "cut short":
+        (tmp_path / "model.pt").write_bytes((tmp_path / "model.pt").read_bytes()[:-500])
+    with pytest.raises(SystemExit) as caught:
+        tokenize(dataset, tmp_path / "tokens", tokenizer=tmp_path / "model.pt")
+    assert caught.value.code == 2
+    one_line(capsys, "BAD_TOKENIZER" if "later" in damage else "BAD_CHECKPOINT")
+
+
 def test_default_is_the_newest_stage(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     network = make_network(num_blocks=0)
