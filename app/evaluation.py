@@ -70,7 +70,7 @@ class TokenizerEvaluation:
 
     def run(self) -> dict[str, Any]:
         started = time.perf_counter()
-        data = self.dataset_dir or str(ensure_cohort("outputs/phantoms", seed=self.seed))
+        data = self.dataset_dir or str(ensure_cohort("outputs/phantoms"))
         cases = prepared.find_cases(data, split=self.split)
         if not cases:
             fail("NO_CASES", f"{data} has no case with split {self.split}", "pass --split train, or '$None' for all")
