@@ -41,13 +41,14 @@ class CTTokenizer:
     Args:
         network: a trained SparseVQVAE.
         digest: sha256 of its weights, written into every token file.
+        source: where it came from, to be said.
         max_points: voxels in work at a time; a larger volume goes through in parts, with the same result.
     """
 
-    def __init__(self, network: SparseVQVAE, *, digest: str, max_points: int | None = None):
+    def __init__(self, network: SparseVQVAE, *, digest: str, source: str = "", max_points: int | None = None):
         if network.vq is None:
             raise ValueError("a continuous autoencoder makes no tokens: give the output folder of stage 1 or 2")
-        self.network, self.digest = network.eval(), digest
+        self.network, self.digest, self.source = network.eval(), digest, source
         self.max_points = max_points or network.sizes.max_points
 
     @classmethod
@@ -58,7 +59,8 @@ class CTTokenizer:
         file = checkpoints.find_tokenizer(path)
         network = checkpoints.load_tokenizer(file)
         log.info("tokenizer %s", file)
-        made = cls(network, digest=checkpoints.weights_hash(network.state_dict()), max_points=max_points)
+        digest = checkpoints.weights_hash(network.state_dict())
+        made = cls(network, digest=digest, source=str(file), max_points=max_points)
         made.network.to(choose_device() if device is None else device)
         return made
 
@@ -189,7 +191,7 @@ def tokenize(
         entries.append(
             {"case": name, "status": "ok", "tokens": str(path), "count": len(tokens.codes), "message": message}
         )
-    return _summary(entries)
+    return _summary(entries, made)
 
 
 def _there_already(path: Path, made: CTTokenizer) -> CTTokens | None:
@@ -262,7 +264,7 @@ def reconstruct(
         volume = made.to_hu(decoded, content)
         write_nifti(path, volume if grid is None else onto_grid(volume, *grid))
         entries.append({"case": name, "status": "ok", "image": str(path), "forced_children": decoded.forced})
-    return _summary(entries)
+    return _summary(entries, made)
 
 
 def _progress(items: Sequence[Any], what: str) -> Iterable[Any]:
@@ -278,9 +280,10 @@ def _loaded(path: str | Path | None) -> CTTokenizer:
         fail("BAD_TOKENIZER", str(error), "give another with --tokenizer")
 
 
-def _summary(entries: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(entries: list[dict[str, Any]], made: CTTokenizer) -> dict[str, Any]:
     done = sum(entry["status"] == "ok" for entry in entries)
-    return {"cases": entries, "ok": done, "refused": len(entries) - done}
+    by = {"file": made.source, "sha256": made.digest}
+    return {"cases": entries, "ok": done, "refused": len(entries) - done, "tokenizer": by}
 
 
 def lines(done: dict[str, Any]) -> Iterator[str]:
@@ -288,7 +291,7 @@ def lines(done: dict[str, Any]) -> Iterator[str]:
     for entry in done["cases"]:
         told = entry.get("tokens") or entry.get("image") or ""
         yield "  ".join(part for part in (entry["status"], entry["case"], told, entry.get("message", "")) if part)
-    yield f"{done['ok']} ok, {done['refused']} refused"
+    yield f"{done['ok']} ok, {done['refused']} refused, by tokenizer {done['tokenizer']['file']}"
 
 
 # ---- volumes out

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from app import checkpoints, data, prepared
-from app.inference import CTTokenizer, onto_grid, reconstruct, tokenize
+from app.inference import CTTokenizer, lines, onto_grid, reconstruct, tokenize
 from app.prepare import Refused, cohort
 from app.scans import Volume
 from app.token_files import read_tokens, write_tokens
@@ -138,6 +138,8 @@ def test_commands_round_trip_through_files(output_dir, dataset, tmp_path):
     inside = np.argwhere(np.asarray(image.dataobj) > -1024)
     centre = (image.affine @ np.append(inside.mean(0), 1))[:3]
     assert np.abs(centre - (AFFINE @ [22, 20, 14, 1])[:3]).max() < 4
+    assert made["tokenizer"]["file"].endswith("ckpts/vqvae_ema0.9999_step0000005.pt")
+    assert list(lines(made))[-1].startswith("2 ok, 0 refused, by tokenizer ")
     again = tokenize(dataset, tmp_path / "tokens", tokenizer=output_dir)
     assert {entry.get("message") for entry in again["cases"]} == {"there already"}
 
