@@ -14,14 +14,14 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ignite.distributed as idist
 import numpy as np
 import torch
 from monai.transforms import Compose
 from torch import distributed
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from app.prepared import PreparedCase, find_cases, windows_are_masks, windows_as_hu
 from transforms import RandCropToBudgetd, RandJitterd, RandTranslated, Resampled, Sparsifyd, Windowsd
@@ -79,6 +79,7 @@ class CTDataset(Dataset):
         self.min_points, self.seed = min_points, seed
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self._settings = _settings_of(preprocessing)
+        self._skipped: set[str] = set()
         self._memory: dict[int, dict[str, Any]] = {}
         self._memory_left = cache_bytes  # in each process: what does not fit is read from the disk again
         for case in self.cases:
@@ -89,7 +90,10 @@ class CTDataset(Dataset):
     def __len__(self) -> int:
         return len(self.cases)
 
-    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, index: int | tuple[int, int]) -> Any:
+        return _or_refusal(lambda: self._sample(index))
+
+    def _sample(self, index: int | tuple[int, int]) -> dict[str, Any]:
         step, number = (0, index) if isinstance(index, int) else index
         for offset in range(len(self.cases)):
             case = self.cases[(number + offset) % len(self.cases)]
@@ -97,7 +101,9 @@ class CTDataset(Dataset):
             if len(item["coords"]) >= self.min_points:
                 item["skipped"] = offset
                 return item
-            log.warning("Skipped %s: %d points, min_points %d", case.case_id, len(item["coords"]), self.min_points)
+            if case.case_id not in self._skipped:  # said once, not at every step
+                self._skipped.add(case.case_id)
+                log.warning("Skipped %s: %d points, min_points %d", case.case_id, len(item["coords"]), self.min_points)
         raise ValueError(
             f"every case has fewer than min_points={self.min_points} voxels (the last has {len(item['coords'])}); "
             "lower min_points or check spacing, resolution and keep"
@@ -274,8 +280,11 @@ class StepSampler(Sampler):
 # ---- batches
 
 
-def collate(items: Sequence[dict[str, Any]], *, batch_split: int = 1) -> dict[str, Any] | list[dict[str, Any]]:
+def collate(items: Sequence[Any], *, batch_split: int = 1) -> Any:
     """Samples to one batch, or with `batch_split` > 1 to a list of micro-batches, split by sample."""
+    for item in items:
+        if isinstance(item, Refusal):
+            return item
     if batch_split > 1:
         parts = np.array_split(np.arange(len(items)), min(batch_split, len(items)))
         return [collate([items[i] for i in part]) for part in parts]
@@ -335,19 +344,42 @@ class _Points(Dataset):
     def __init__(self, dataset: CTDataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, number: int) -> int:
-        return len(self.dataset.kept(number)["coords"])
+    def __getitem__(self, number: int) -> Any:
+        return _or_refusal(lambda: len(self.dataset.kept(number)["coords"]))
 
 
 def _count_points(dataset: CTDataset, numbers: Sequence[int], *, num_workers: int) -> list[int]:
-    loader = DataLoader(
-        _Points(dataset), batch_size=None, sampler=numbers, num_workers=num_workers, generator=torch.Generator()
-    )
-    return [int(count) for count in loader]
+    options = {"num_workers": num_workers, "generator": torch.Generator()}
+    return [int(count) for count in CaseLoader(_Points(dataset), batch_size=None, sampler=numbers, **options)]
+
+
+class Refusal(NamedTuple):
+    """A ValueError on its way out of a worker, where torch would bury its line under a trace."""
+
+    text: str
+
+
+def _or_refusal(make: Callable[[], Any]) -> Any:
+    if get_worker_info() is None:
+        return make()
+    try:
+        return make()
+    except ValueError as error:
+        return Refusal(str(error))
+
+
+class CaseLoader(DataLoader):
+    """A DataLoader that raises a worker's refusal as what it is."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in super().__iter__():
+            if isinstance(batch, Refusal):
+                raise ValueError(batch.text)
+            yield batch
 
 
 def _loader(dataset: CTDataset, sampler: Any, *, batch_size: int, batch_split: int, num_workers: int) -> DataLoader:
-    return DataLoader(
+    return CaseLoader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,

@@ -89,7 +89,7 @@ def paint_nodules(canvas: Canvas, build: Build, torso: Torso, side: str) -> dict
     own = np.argwhere(ndimage.binary_erosion(own, iterations=max(1, round(8 / canvas.step))))
     centers: list[Point] = []
     sizes: list[Number] = []
-    for _ in range(int(build.rng.integers(1, 4))):
+    for _ in range(int(build.rng.integers(1, 4)) if len(own) else 0):  # no room in a lung full of fluid
         for _ in range(20):
             at = tuple(own[build.rng.integers(len(own))])
             center = (float(canvas.x[at]), float(canvas.y[at]), float(canvas.z[at]))

@@ -68,7 +68,6 @@ def make_plan(
     preset: str | None = None,
     windows: list[str] | None = None,
     window_type: str | None = None,
-    seed: int = 0,
 ) -> Plan:
     """Fills what is open and says what was chosen. Makes the built-in phantoms when there is no data."""
     stage = STAGES[training_stage]
@@ -83,7 +82,7 @@ def make_plan(
     preset = preset or ("tiny" if chosen == "demo" else "base")
     if preset not in PRESETS:
         fail("BAD_VALUE", f"preset must be one of {', '.join(PRESETS)}, got {preset!r}", "pass one of these")
-    data = dataset_dir or _phantoms(seed)
+    data = dataset_dir or _phantoms()
     loss_type = table["loss_type"] or ("l1_l2" if stage == "vq_stage2" else "l1")
     log.info("scale %s: %s", chosen, f"your data in {data}" if dataset_dir else f"built-in phantoms in {data}")
     log.info("preset %s, stage %s; a default a flag does not override comes from scale %s", preset, stage, chosen)
@@ -105,7 +104,7 @@ def make_plan(
     )
 
 
-def _phantoms(seed: int) -> str:
+def _phantoms() -> str:
     from app.phantoms import ensure_cohort
 
-    return str(ensure_cohort("outputs/phantoms", seed=seed))
+    return str(ensure_cohort("outputs/phantoms"))

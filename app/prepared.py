@@ -216,7 +216,12 @@ def find_datasets(dataset_dir: str | Path) -> list[Path]:
         raise ValueError(f"dataset_dir {str(root)!r} is no folder; give the OUT of `python -m app prepare RAW OUT`")
     if (root / "processed").is_dir():
         return [root]
-    return sorted(p for p in root.iterdir() if not p.name.startswith(".") and (p / "processed").is_dir())
+    for depth in ("*", "*/*", "*/*/*"):  # older trees nest deeper; a case's own folders are never searched
+        found = [p.parent for p in root.glob(f"{depth}/processed") if p.is_dir()]
+        found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(root).parts)]
+        if found:
+            return sorted(found)
+    return []
 
 
 def find_cases(dataset_dir: str | Path, *, split: str | None = None) -> list[PreparedCase]:

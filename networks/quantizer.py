@@ -6,6 +6,10 @@ Search, losses and sums run in float32 whatever the autocast; N x K distances ar
 Other kinds with the same methods are in fsq.py (no codebook) and residual.py (several codes a row).
 """
 
+import importlib
+import logging
+from functools import cache
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -14,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 
+log = logging.getLogger(__name__)
 SEARCH_CELLS = 2**24  # distances held at a time: 64 MiB of float32
 MIN_VECTORS_PER_CODE = 4
 
@@ -27,6 +32,8 @@ class Quantized(NamedTuple):
 
 def nearest_codes(rows: Float[Tensor, "N D"], codebook: Float[Tensor, "K D"]) -> Int64[Tensor, " N"]:
     """Index of the closest codebook row; the lowest index wins a tie."""
+    if kernels := _fused(rows):
+        return kernels.nearest_codes(rows, codebook)
     half_norms = codebook.square().sum(1) / 2
     chunk = max(SEARCH_CELLS // codebook.shape[0], 1)
     codes = [torch.addmm(half_norms, part, codebook.T, alpha=-1).argmin(1) for part in rows.split(chunk)]
@@ -37,10 +44,34 @@ def code_sums(
     rows: Float[Tensor, "N D"], codes: Int64[Tensor, " N"], num_codes: int
 ) -> tuple[Float[Tensor, " K"], Float[Tensor, "K D"]]:
     """How many rows chose each code, and their sum, added in a fixed order."""
+    if kernels := _fused(rows):
+        return kernels.code_sums(rows, codes, num_codes)
     counts = torch.bincount(codes, minlength=num_codes)
     order = torch.argsort(codes, stable=True)
     sums = torch.segment_reduce(rows[order], "sum", lengths=counts, initial=0.0)
     return counts.to(rows.dtype), sums
+
+
+def _fused(rows: Float[Tensor, "N D"]) -> ModuleType | None:
+    """The Triton search and sums where these rows can use them."""
+    if rows.device.type != "cuda" or rows.dtype != torch.float32:
+        return None
+    kernels = _proven_search(rows.device.index)
+    return kernels if kernels and rows.shape[1] <= kernels.MAX_WIDTH else None
+
+
+@cache
+def _proven_search(index: int) -> ModuleType | None:
+    try:
+        kernels = importlib.import_module("networks.code_search")
+        codebook = torch.eye(16, device=torch.device("cuda", index))
+        if kernels.nearest_codes(codebook[[3, 0, 9]], codebook).tolist() == [3, 0, 9]:
+            return kernels
+        reason = "wrong results"
+    except Exception as error:  # a Triton that is absent, or that cannot compile here, may raise anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    log.warning("codes are searched in plain torch: the triton kernel does not work here (%s)", reason)
+    return None
 
 
 def check_codes(codes: Int[Tensor, "..."], num_codes: int) -> None:

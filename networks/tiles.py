@@ -2,8 +2,8 @@
 
 Exact but for the rounding of sums. The encoder's finest level has no convolution, only a group norm over the sample,
 so its rows go through in parts once for the statistics and once to be halved. The decoder has no norm and, after the
-transformer, nothing but convolutions: tiles of latents with a halo of `HALO` give what the whole gives. The transformer
-sees all latents, an eighth of the resolution, at once.
+transformer, nothing but convolutions: tiles with a halo, cut thinner level by level, give what the whole gives. The
+transformer sees all latents, an eighth of the resolution, at once.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,10 @@ from networks.sparse.modules import GroupNorm
 from networks.sparse.topology import Coarsening, Level, find_rows, morton_keys
 from networks.vqvae import DownBlock, SparseVQVAE, Support, Tokens, children_of
 
-HALO = 3  # latents: the decoder's six convolutions reach 21 voxels
+# Cells around a tile that each level of the decoder still needs: its convolutions reach 8 + 4, 4 + 2 and 2 + 1 voxels,
+# so before them 21, 9 and 3 are left, in cells of 8, 4 and 2.
+HALOS = (3, 3, 2)
+MIN_SIDE = 4  # latents of a tile: below it there would be little but halo
 VOXELS_PER_LATENT = 512
 
 
@@ -107,17 +110,17 @@ def decode_whole(
     stored = None if support is None else _StoredSupport(x.level, support)
     feats, coords, forced, computed = [], [], 0, 0
     for tile in _tiles(x, max_points):
-        rows = tile.rows(x, HALO)
-        low = tile.low(HALO)
+        rows = tile.rows(x.coords[:, 1:], halo=HALOS[0])
+        low = (tile.start - HALOS[0]).clamp(min=0)
         near = x.coords[rows] - F.pad(low, (1, 0))
         shape = tuple((near[:, 1:].amax(0) + 1).tolist())
-        chooser = _Chooser(network, tile, low, stored)
-        values = network.decoder.expand(SparseTensor(x.feats[rows], near, shape, 1), chooser)
+        path = _TilePath(network, tile, low, stored)
+        values = network.decoder.expand(SparseTensor(x.feats[rows], near, shape, 1), path.choose, crop=path.crop)
         absolute = values.coords[:, 1:] + 8 * low
-        core = tile.holds(absolute, 8)
+        core = tile.rows(absolute, scale=8)
         feats.append(values.feats[core])
         coords.append(F.pad(absolute[core], (1, 0)))
-        forced += chooser.forced
+        forced += path.forced
         computed += len(values)
     fine_shape = tuple(8 * n for n in tokens.latent_shape)
     return Decoded(SparseTensor(torch.cat(feats), torch.cat(coords), fine_shape, 1), forced, computed)
@@ -129,31 +132,25 @@ class _Tile(NamedTuple):
     start: Int[Tensor, "3"]
     stop: Int[Tensor, "3"]
 
-    def low(self, halo: int) -> Int[Tensor, "3"]:
-        return (self.start - halo).clamp(min=0)
-
-    def rows(self, x: SparseTensor, halo: int) -> Bool[Tensor, " M"]:
-        at = x.coords[:, 1:]
-        return ((at >= self.start - halo) & (at < self.stop + halo)).all(1)
-
-    def holds(self, coords: Int[Tensor, "N 3"], scale: int) -> Bool[Tensor, " N"]:
-        """Whether cells of `scale` to a latent lie in the box."""
-        return ((coords >= scale * self.start) & (coords < scale * self.stop)).all(1)
+    def rows(self, coords: Int[Tensor, "N 3"], *, scale: int = 1, halo: int = 0) -> Bool[Tensor, " N"]:
+        """Which cells, of `scale` a latent, lie in the box widened by `halo` of them."""
+        return ((coords >= scale * self.start - halo) & (coords < scale * self.stop + halo)).all(1)
 
 
 def _tiles(x: SparseTensor, max_points: int | None) -> list[_Tile]:
     """Cubes of latents with something in them; the largest side whose tiles and halos fit, but at least four."""
     sides = torch.tensor(x.spatial_shape, dtype=torch.int32, device=x.coords.device)
-    side = 1 << (max(x.spatial_shape) - 1).bit_length()
+    side = max(x.spatial_shape)
     while True:
         starts = torch.unique(x.coords[:, 1:] // side, dim=0) * side
         tiles = [_Tile(start, torch.minimum(start + side, sides)) for start in starts]
-        if max_points is None or side <= 4:
+        if max_points is None or side == MIN_SIDE:
             return tiles
-        fullest = max(int(tile.rows(x, HALO if len(tiles) > 1 else 0).sum()) for tile in tiles)
+        # of the finest level, which is the largest, a tile sees less than one latent around it
+        fullest = max(int(tile.rows(x.coords[:, 1:], halo=int(len(tiles) > 1)).sum()) for tile in tiles)
         if fullest * VOXELS_PER_LATENT <= max_points:
             return tiles
-        side //= 2
+        side = max(side * 4 // 5, MIN_SIDE)
 
 
 class _StoredSupport:
@@ -169,19 +166,28 @@ class _StoredSupport:
         return self.children[i][find_rows(self.levels[i].keys, morton_keys(coords, self.levels[i].bits))]
 
 
-class _Chooser:
-    """What the decoder asks in one tile, with the tile's corner at `low`."""
+class _TilePath:
+    """One tile's way through the decoder's levels, in coordinates relative to `low`."""
 
     def __init__(self, network: SparseVQVAE, tile: _Tile, low: Int[Tensor, "3"], stored: _StoredSupport | None):
         self.network, self.tile, self.low, self.stored = network, tile, low, stored
         self.forced = 0
 
-    def __call__(self, i: int, features: SparseTensor) -> Coarsening:
-        scale = 1 << i
+    def absolute(self, i: int, features: SparseTensor) -> Int[Tensor, "N 4"]:
+        return features.coords + F.pad((1 << i) * self.low, (1, 0))
+
+    def crop(self, i: int, features: SparseTensor) -> SparseTensor:
+        """Without the voxels that no voxel of the tile depends on any more."""
+        kept = self.tile.rows(self.absolute(i, features)[:, 1:], scale=1 << i, halo=HALOS[i])
+        level = features.level
+        sizes = {"spatial_shape": level.spatial_shape, "batch_size": 1, "bits": level.bits}
+        return SparseTensor.on(Level(level.keys[kept], **sizes), features.feats[kept])
+
+    def choose(self, i: int, features: SparseTensor) -> Coarsening:
+        absolute = self.absolute(i, features)
         fine_shape = tuple(2 * n for n in features.spatial_shape)
-        absolute = features.coords + F.pad(scale * self.low, (1, 0))
         if self.stored is not None:
             return features.level.subdivide(self.stored.of(i, absolute), fine_shape)
         cells, barren = self.network.subdivision.choose(i, features, fine_shape=fine_shape)
-        self.forced += int((barren & self.tile.holds(absolute[:, 1:], scale)).sum())
+        self.forced += int((barren & self.tile.rows(absolute[:, 1:], scale=1 << i)).sum())
         return cells

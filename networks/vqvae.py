@@ -183,9 +183,12 @@ class Decoder(_Torso):
         """Values in [-1, 1] on the voxels that `choose` names level by level."""
         return self.expand(self.attend(self.input_layer(latents)), choose)
 
-    def expand(self, x: SparseTensor, choose: ChooseCells) -> SparseTensor:
-        """The rest, after the transformer: convolutions alone, so local."""
+    def expand(
+        self, x: SparseTensor, choose: ChooseCells, *, crop: Callable[[int, SparseTensor], SparseTensor] | None = None
+    ) -> SparseTensor:
+        """The rest, after the transformer: convolutions alone, so local. `crop` may drop voxels before a level."""
         for i, block in enumerate(self.upsample):
+            x = x if crop is None else crop(i, x)
             x = self.run(block, x, choose(i, x))
         x = self.out_layer(x)
         return x.replace(torch.tanh(x.feats.float()))

@@ -120,7 +120,7 @@ class _SubmanifoldConv(torch.autograd.Function):
 
 
 def _column_sums(grad: Float[Tensor, "N F"]) -> Float[Tensor, " F"]:
-    kernels = _row_kernels(grad)
+    kernels = _fused("rows", grad)
     return kernels.column_sums(grad) if kernels else grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
 
 
@@ -144,11 +144,11 @@ def submanifold_conv(
         return x.replace(_SubmanifoldConv.apply(feats, weight, bias, x.level, chosen))
 
 
-def _row_kernels(feats: Float[Tensor, "N C"]) -> ModuleType | None:
-    """The fused row operations where these features can use them."""
+def _fused(name: str, feats: Float[Tensor, "N ..."]) -> ModuleType | None:
+    """A module of fused kernels, `triton_{name}`, where these features can use it."""
     if feats.device.type != "cuda" or feats.dtype == torch.float64 or defect("triton", feats.device.index):
         return None
-    return importlib.import_module("networks.sparse.triton_rows")
+    return importlib.import_module(f"networks.sparse.triton_{name}")
 
 
 class _SpreadToChildren(torch.autograd.Function):
@@ -157,7 +157,7 @@ class _SpreadToChildren(torch.autograd.Function):
     @staticmethod
     def forward(ctx, coarse, cells, scale):
         ctx.cells, ctx.scale = cells, scale
-        kernels = _row_kernels(coarse)
+        kernels = _fused("rows", coarse)
         if kernels:
             return kernels.spread(coarse, cells.parent, scale)
         return (coarse if scale is None else coarse * scale[:, None].to(coarse.dtype)).index_select(0, cells.parent)
@@ -173,7 +173,7 @@ class _SumChildren(torch.autograd.Function):
     @staticmethod
     def forward(ctx, fine, cells, scale):
         ctx.cells, ctx.scale = cells, scale
-        kernels = _row_kernels(fine)
+        kernels = _fused("rows", fine)
         if kernels:
             return kernels.sum_children(fine, cells.children, scale)
         wide = torch.promote_types(fine.dtype, torch.float32)
@@ -206,7 +206,7 @@ def unpool(x: SparseTensor, cells: Coarsening) -> SparseTensor:
 class _FusedGroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, feats, weight, bias, chunks, num_groups, eps, silu):
-        kernels, feats = _row_kernels(feats), feats.contiguous()
+        kernels, feats = _fused("rows", feats), feats.contiguous()
         out, stats = kernels.group_norm(feats, chunks, num_groups, weight, bias, eps=eps, silu=silu)
         ctx.save_for_backward(feats, weight, bias, *stats)
         ctx.kernels, ctx.chunks, ctx.num_groups, ctx.silu = kernels, chunks, num_groups, silu
@@ -232,7 +232,7 @@ def group_norm(
     silu: bool = False,
 ) -> SparseTensor:
     """Group normalisation over each sample's own voxels, in float32, then SiLU where asked for."""
-    kernels = _row_kernels(x.feats)
+    kernels = _fused("rows", x.feats)
     if kernels and len(x):
         rows = kernels.chunk_rows(x.feats.shape[1])
         chunks = x.level.kept(("chunks", rows), lambda: kernels.cut(x.level.sample_sizes, rows, x.feats.device))
@@ -270,11 +270,30 @@ def _take(values: Float[Tensor, "N ..."], rows: Int64[Tensor, " M"]) -> Float[Te
     return torch.cat([values, values.new_zeros((1, *values.shape[1:]))]).index_select(0, rows)
 
 
+class _FusedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, plan):
+        qkv = qkv.contiguous()
+        out, sums = _fused("attention", qkv).attend(qkv, plan.order, plan.bounds, plan.rows.shape[1])
+        ctx.save_for_backward(qkv, out, sums)
+        ctx.plan = plan
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        plan, kernels = ctx.plan, _fused("attention", grad)
+        where = (plan.order, plan.bounds, plan.rows.shape[1])
+        return kernels.attend_grad(grad.contiguous(), *ctx.saved_tensors, *where), None
+
+
 def window_attention(
     qkv: Float[Tensor, "N three H D"], level: Level, *, window: int, shift: int
 ) -> Float[Tensor, "N H D"]:
     """Self-attention among the voxels of each cubic window of the absolute grid."""
     plan = level.windows(window, shift)
+    kernels = _fused("attention", qkv)
+    if kernels and qkv.shape[3] <= kernels.MAX_WIDTH:
+        return _FusedAttention.apply(qkv, plan)
     slots = _Rearrange.apply(qkv, plan.rows.flatten(), plan.slot)
     q, k, v = rearrange(slots, "(w l) three h d -> three w h l d", three=3, w=plan.rows.shape[0])
     empty = rearrange(plan.rows == len(level), "w l -> w 1 1 l")

@@ -31,7 +31,7 @@ class SparseTensor:
         if feats.device != coords.device:
             raise ValueError(f"feats and coords must share a device, got {feats.device} and {coords.device}")
         self.level, order = Level.from_coords(coords, spatial_shape, batch_size)
-        self.feats = feats if order is None else feats[order]
+        self.feats = feats if order is None else feats.index_select(0, order)
 
     @classmethod
     def on(cls, level: Level, feats: Float[Tensor, "N C"]) -> "SparseTensor":

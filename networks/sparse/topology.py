@@ -126,8 +126,10 @@ class Coarsening(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """Rows grouped by cubic window, padded to the fullest one."""
+    """Rows grouped by cubic window: one window after another, and padded to the fullest one."""
 
+    order: Int64[Tensor, " N"]  # rows, window by window
+    bounds: Int32[Tensor, " W1"]  # where each window starts among them, and the end
     rows: Int64[Tensor, "W L"]  # row in each slot, N where the slot is empty
     slot: Int64[Tensor, " N"]  # position of each row in the flattened slots
 
@@ -221,7 +223,8 @@ class Level:
     @cached_property
     def sample_sizes(self) -> list[int]:
         """Voxels of each sample. Rows of a sample are consecutive."""
-        return torch.bincount(self.sample, minlength=self.batch_size).tolist()
+        firsts = torch.arange(self.batch_size + 1, device=self.device) << (3 * self.bits)
+        return torch.searchsorted(self.keys, firsts).diff().tolist()
 
     @property
     def neighbours(self) -> Int32[Tensor, "27 N"]:
@@ -371,7 +374,8 @@ class Level:
         rows[slot_sorted] = order
         slot = torch.empty_like(slot_sorted)
         slot[order] = slot_sorted
-        return Windows(rows.view(counts.shape[0], longest), slot)
+        bounds = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+        return Windows(order, bounds, rows.view(counts.shape[0], longest), slot)
 
 
 def align_rows(source: Level, target: Level) -> Int64[Tensor, " M"]:

@@ -273,13 +273,15 @@ def test_a_transform_that_cannot_say_its_settings_is_refused(dataset_dir):
 # ---- bad input
 
 
-def test_small_cases_are_skipped_and_counted(dataset_dir):
+def test_small_cases_are_skipped_counted_and_said_once(dataset_dir, caplog):
     sizes = make(dataset_dir).summary()
     limit = int(sizes["points_median"])
     dataset = make(dataset_dir, min_points=limit)
     summary = dataset.summary()
     assert summary["cases"] == 5 and summary["skipped"] == 2
-    item = dataset[(0, 0)]
+    with caplog.at_level(logging.WARNING):
+        item = [dataset[(0, 0)] for _ in range(3)][-1]
+    assert [record.message.split(":")[0] for record in caplog.records] == ["Skipped case0", "Skipped case1"]
     assert item["case_id"] == "case2" and item["skipped"] == 2  # the next that is large enough stands in
     assert collate([item, dataset[(0, 3)]])["skipped"] == 2
     assert len(make_val_loader(dataset)) == 3
@@ -299,7 +301,8 @@ def test_nothing_large_enough_is_one_line_saying_what_to_do(dataset_dir):
         make(dataset_dir, min_points=5000)[0]
 
 
-def test_constant_features_are_refused(tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_constant_features_are_refused(tmp_path, workers):
     affine = np.diag([4.0, 4.0, 4.0, 1.0])
     hu = np.full((24, 24, 24), -1000, np.int16)
     hu[4:20, 4:20, 4:20] = 3000
@@ -308,8 +311,14 @@ def test_constant_features_are_refused(tmp_path):
     cases = prepared.find_cases(tmp_path)
     inner = [Resampled(spacing=4.0, grid=24), Sparsifyd()]
     dataset = CTDataset(cases, preprocessing=inner, sampling=[Windowsd(windows=["brain"])])
-    with pytest.raises(ValueError, match=r"case steel has constant features in windows \['brain'\].*choose other"):
-        dataset[0]
+    with pytest.raises(ValueError, match=r"^case steel has constant features in windows \['brain'\].*choose other"):
+        next(iter(make_train_loader(dataset, batch_size=1, max_steps=1, num_workers=workers)))
+
+
+def test_a_damaged_case_is_one_line_from_a_worker_too(dataset_dir):
+    (dataset_dir / "processed" / "case6" / "ct_normalized_24.npy").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"^case6/ct_normalized_24.npy cannot be read .*prepare the case again$"):
+        make_val_loader(make(dataset_dir, split="val"), num_workers=2)
 
 
 def test_an_empty_side_and_an_empty_dataset_say_so(dataset_dir, tmp_path):

@@ -17,7 +17,8 @@ from networks.sparse.topology import Level
 from tests import oracle
 
 triton = pytest.importorskip("triton")
-from networks.sparse import triton_backend, triton_maps, triton_rows  # noqa: E402
+from networks import code_search  # noqa: E402
+from networks.sparse import triton_attention, triton_backend, triton_maps, triton_rows  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that the test below starts")
@@ -122,6 +123,42 @@ def test_interpreted_column_sums(count, generator, assert_close, monkeypatch):
     monkeypatch.setattr(triton_rows, "ELEMENTS", 64)
     x = torch.randn(count, 6, generator=generator)
     assert_close(triton_rows.column_sums(x), x.double().sum(0))
+
+
+@in_interpreter
+@pytest.mark.parametrize("width", [8, 20])
+def test_interpreted_attention_and_its_gradient(width, generator, assert_close, monkeypatch):
+    monkeypatch.setattr(triton_attention, "BLOCK", 16)  # windows of several blocks
+    level = scattered((9, 8, 7), 150, generator)
+    qkv = torch.randn(150, 3, 2, width, generator=generator, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(150, 2, width, generator=generator, dtype=torch.float64)
+    expected = oracle.window_attention(qkv, level.coords, 5, 2)
+    expected.backward(grad)
+    plan = level.windows(5, 2)
+    where = (plan.order, plan.bounds, plan.rows.shape[1])
+    out, sums = triton_attention.attend(qkv.detach().float(), *where)
+    assert_close(out, expected)
+    assert_close(triton_attention.attend_grad(grad.float(), qkv.detach().float(), out, sums, *where), qkv.grad)
+
+
+@in_interpreter
+@pytest.mark.parametrize(("count", "num_codes", "width"), [(0, 4, 3), (1, 1, 16), (150, 300, 8), (130, 37, 20)])
+def test_interpreted_code_search_and_sums(count, num_codes, width, generator, assert_close):
+    rows, codebook = torch.randn(count, width, generator=generator), torch.randn(num_codes, width, generator=generator)
+    codes = code_search.nearest_codes(rows, codebook)
+    distances = oracle.nearest_codes(rows.double(), codebook.double())
+    if count:
+        regret = distances.gather(1, codes[:, None])[:, 0] - distances.min(1).values
+        assert regret.max() < 1e-5
+    counts, sums = code_search.code_sums(rows, codes, num_codes)
+    assert counts.tolist() == torch.bincount(codes, minlength=num_codes).tolist()
+    assert_close(sums, torch.zeros(num_codes, width, dtype=torch.float64).index_add_(0, codes, rows.double()))
+
+
+@in_interpreter
+def test_interpreted_search_takes_the_lowest_of_equal_codes(generator):
+    codebook = torch.randn(5, 8, generator=generator).repeat(60, 1)
+    assert code_search.nearest_codes(codebook[:5].clone(), codebook).tolist() == [0, 1, 2, 3, 4]
 
 
 @in_interpreter

@@ -10,10 +10,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import make_cohort, make_place, run_in
 
 from app import checkpoints
 from networks.presets import Preset
+from tests.runs import make_cohort, make_place, run_in
 
 STEPS = {"warmup_steps": 10, "max_steps": 20, "i_save": 10, "val_interval": 10, "i_sample": 20, "keep_last": 3}
 NAMES = ("vqvae", "vqvae_ema0.9999", "misc")

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from app import phantoms
-from app.anatomy import SIDES
+from app import anatomy, phantoms
 from app.phantoms import ensure_cohort, make_phantom
 from app.prepared import find_cases
 from transforms.array import body_mask
 
 SEEDS = range(12)
+SIDES = {"right": 1.0, "left": -1.0}  # the sign of x in RAS, said again
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def painted(seed: int, monkeypatch, paint) -> tuple[phantoms.Phantom, dict, np.n
         return said
 
     monkeypatch.setattr(phantoms, "PAINTERS", (watched,))
-    monkeypatch.setattr(phantoms, "SIDES", dict([list(SIDES.items())[seed % 2]]))
+    monkeypatch.setattr(phantoms, "SIDES", dict([list(anatomy.SIDES.items())[seed % 2]]))
     return make_phantom(seed, size=64, spacing=6.0), said, np.logical_or.reduce(changed) if changed else np.zeros(0)
 
 

@@ -86,6 +86,12 @@ def test_cases_are_found_in_one_dataset_and_in_several(tmp_path, hu, affine):
     assert [c.case_id for c in prepared.find_cases(tmp_path / "b")] == ["1", "2"]
 
 
+def test_datasets_that_lie_deeper_are_found(tmp_path, hu, affine):
+    prepared.write_case(tmp_path / "archive" / "2021" / "chest", "c1", hu, affine=affine, windows=[])
+    prepared.write_case(tmp_path / ".trash", "c2", hu, affine=affine, windows=[])
+    assert [(c.dataset, c.case_id) for c in prepared.find_cases(tmp_path)] == [("chest", "c1")]
+
+
 def test_a_missing_or_empty_folder_says_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="is no folder; give the OUT of"):
         prepared.find_cases(tmp_path / "nothing")

@@ -1,0 +1,241 @@
+"""Rows of text with tokens of scans, as samples and batches for alignment; also a user's own Dataset in two forms.
+
+Form A brings precomputed `feats_3d`, `coords_3d`, `input_ids`, `attention_mask`, `labels`; form B `inputs_3d`
+(`sparse_sdf`, `sparse_index`, `batch_idx`) that the frozen tokenizer encodes. Both leave through the same collate. What
+cannot be used is counted by reason, never replaced in silence.
+"""
+
+import importlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from app import chat
+from app.data import StepSampler
+from app.phantom_text import balance, mirrored, phantom_rows
+from app.phantoms import VERSION, make_phantom
+from app.preflight import fail
+from app.rows import TextRow
+from app.volume_tokens import Reducer, TokenSource, VolumeTokens, encode_sparse
+from networks.sparse import SparseTensor
+from networks.tokens import TokenSequence, reduce_tokens
+
+log = logging.getLogger(__name__)
+
+
+class TextDataset(Dataset):
+    """Samples `{input_ids, labels, volumes, case_id}` of rows whose tokens are known.
+
+    Rows that cannot be learned from (no answer, an answer cut to nothing, a question beyond the context, no volume) are
+    left out; `dropped` counts them by reason.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[TextRow],
+        *,
+        volumes: dict[str, VolumeTokens],
+        reduce: Reducer,
+        tokenizer,
+        fusion: str = "placeholder",
+        max_text_tokens: int = 1024,
+        with_volumes: bool = True,
+    ):
+        self.volumes, self.reduce, self.with_volumes = volumes, reduce, with_volumes
+        self.dropped: Counter[str] = Counter()
+        self.rows, self.encoded = [], []
+        for row in rows:
+            if row.image not in volumes:
+                self.dropped["no volume"] += 1
+                continue
+            try:
+                encoded = chat.encode_chat(
+                    tokenizer,
+                    row.prompt,
+                    answer=row.answer,
+                    num_volumes=int(with_volumes),
+                    fusion=fusion,
+                    max_text_tokens=max_text_tokens,
+                )
+            except ValueError:
+                self.dropped["question too long"] += 1
+                continue
+            if encoded is None:
+                self.dropped["no answer left" if row.answer else "empty answer"] += 1
+                continue
+            self.dropped["answer cut"] += encoded.answer_cut  # kept, with what is left of it
+            self.rows.append(row)
+            self.encoded.append(encoded)
+        if not self.rows:
+            raise ValueError(f"no row can be learned from: {dict(self.dropped)} of {len(rows)}")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int | tuple[int, int]) -> dict:
+        number = index if isinstance(index, int) else index[1]
+        row, encoded = self.rows[number], self.encoded[number]
+        return {
+            "input_ids": encoded.input_ids,
+            "labels": encoded.labels,
+            "volumes": [self.reduce(self.volumes[row.image])] if self.with_volumes else [],
+            "case_id": row.image,
+        }
+
+
+class OwnDataset(Dataset):
+    """A user's torch Dataset of items in form A or B, as samples."""
+
+    def __init__(self, items: Dataset, *, reduce: Reducer, network=None):
+        self.items, self.reduce, self.network = items, reduce, network
+        self.dropped: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int | tuple[int, int]) -> dict:
+        number = index if isinstance(index, int) else index[1]
+        return as_sample(self.items[number], reduce=self.reduce, network=self.network)
+
+
+def as_sample(item: dict, *, reduce: Reducer, network=None) -> dict:
+    """One item of form A or B; its pads are removed, its volumes reduced to the budget."""
+    mask = torch.as_tensor(item["attention_mask"]).bool()
+    ids, labels = (torch.as_tensor(item[name])[mask].tolist() for name in ("input_ids", "labels"))
+    if "feats_3d" in item:
+        volumes = split_volumes(item["feats_3d"], item["coords_3d"], reduce=reduce)
+    elif "inputs_3d" in item:
+        if network is None:
+            raise ValueError("items bring inputs_3d, which a tokenizer has to encode: give vae_ckpt")
+        volumes = [reduce(tokens) for tokens in encode_inputs_3d(network, item["inputs_3d"])]
+    else:
+        raise ValueError(f"an item must hold feats_3d and coords_3d, or inputs_3d, got {', '.join(sorted(item))}")
+    return {"input_ids": ids, "labels": labels, "volumes": volumes, "case_id": str(item.get("case_id", ""))}
+
+
+def split_volumes(feats: Tensor, coords: Tensor, *, reduce: Reducer) -> list[TokenSequence]:
+    """Features of form A by the volume number in the first coordinate."""
+    width = reduce.codebook.shape[1]
+    if feats.shape[1] != width:
+        raise ValueError(f"feats_3d must be (N, {width}) as the tokenizer's codes, got {tuple(feats.shape)}")
+    options = {"max_tokens": reduce.max_tokens, "method": reduce.method}
+    numbers = coords[:, 0].unique().tolist()
+    return [reduce_tokens(feats[coords[:, 0] == n].float(), coords[coords[:, 0] == n, 1:], **options) for n in numbers]
+
+
+def encode_inputs_3d(network, inputs: dict) -> list[VolumeTokens]:
+    """Form B: values on voxels of the tokenizer's own grid."""
+    device = next(network.parameters()).device
+    index, sample = torch.as_tensor(inputs["sparse_index"]), torch.as_tensor(inputs["batch_idx"])
+    coords = torch.cat([sample.view(-1, 1), index], 1).int().to(device)
+    feats = torch.as_tensor(inputs["sparse_sdf"]).float().to(device)
+    grid = (network.sizes.resolution,) * 3
+    return encode_sparse(network, SparseTensor(feats, coords, grid, int(sample.max()) + 1))
+
+
+def load_own_dataset(name: str, options: dict | None = None) -> Dataset:
+    """`package.module.Class` called with its options."""
+    module, _, kind = name.rpartition(".")
+    try:
+        made = getattr(importlib.import_module(module), kind)(**(options or {}))
+    except (ImportError, AttributeError, ValueError) as error:
+        fail("BAD_DATASET", f"{name} cannot be loaded ({error})", "give package.module.Class of a torch Dataset")
+    if not (hasattr(made, "__len__") and hasattr(made, "__getitem__")):
+        fail("BAD_DATASET", f"{name} has no __len__ or __getitem__", "give a torch Dataset")
+    return made
+
+
+def encode_rows(
+    rows: Iterable[TextRow], source: TokenSource, *, skip_bad: bool = False
+) -> tuple[dict[str, VolumeTokens], list[str]]:
+    """Tokens of every image once, before training; what cannot be read is named, and ends the run unless skipped."""
+    wanted = {row.image: row.path for row in rows}
+    volumes, bad = {}, []
+    for image, path in track(wanted.items(), description="Encoding scans", disable=not log.isEnabledFor(logging.INFO)):
+        try:
+            if path is None:
+                raise ValueError("no such file")
+            volumes[image] = source(path)
+        except (ValueError, OSError, KeyError, EOFError) as error:
+            bad.append(image)
+            reason = str(error).splitlines()[0]
+            if not skip_bad:
+                fail("BAD_SCAN", f"{image} cannot be used: {reason}", "repair it, or leave it out with --skip_bad True")
+            log.warning("left out %s: %s", image, reason)
+    if not volumes:
+        fail("NO_CASES", f"none of {len(wanted)} scans can be used", "run `python -m app check` on the data")
+    return volumes, bad
+
+
+def phantom_volumes(
+    source: TokenSource, *, count: int, seed: int, split: str, mirror: bool = False
+) -> tuple[list[TextRow], dict[str, VolumeTokens]]:
+    """The built-in text: `count` phantoms on the tokenizer's grid with report and questions, not yet balanced.
+
+    Training phantoms have even numbers and validation phantoms odd ones, so that they never meet. With `mirror` each is
+    seen in a mirror, with sides swapped in the text.
+    """
+    sizes = source.network.sizes
+    grid = {"size": sizes.resolution, "spacing": sizes.spacing}
+    rows, volumes = [], {}
+    for number in track(range(count), description="Making phantoms", disable=not log.isEnabledFor(logging.INFO)):
+        made = make_phantom(seed * 1_000_000 + 2 * number + (split != "train"), **grid)
+        hu = made.hu[::-1].copy() if mirror else made.hu
+        findings = mirrored(made.findings) if mirror else made.findings
+        name = f"phantom_v{VERSION}_s{seed}_{split}_{number:05d}{'_mirrored' if mirror else ''}"
+        volumes[name] = source.cached(name, partial(both, hu, made.affine))
+        rows += phantom_rows(name, findings, split=split)
+    return rows, volumes
+
+
+def both(hu, affine):
+    return hu, affine
+
+
+def builtin(source: TokenSource, *, count: int, seed: int, split: str) -> tuple[list[TextRow], dict[str, VolumeTokens]]:
+    """Phantoms as they are and, for training, also mirrored; answers balanced."""
+    rows, volumes = phantom_volumes(source, count=count, seed=seed, split=split)
+    if split == "train":
+        more, seen = phantom_volumes(source, count=count, seed=seed, split=split, mirror=True)
+        rows, volumes = rows + more, volumes | seen
+    return balance(rows, seed=seed), volumes
+
+
+def make_loader(
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    max_steps: int,
+    collate: Callable,
+    seed: int = 0,
+    batch_split: int = 1,
+    num_workers: int = 0,
+) -> DataLoader:
+    """One long epoch of `max_steps` batches; each a list of micro-batches split by sample."""
+    sampler = StepSampler(len(dataset), batch_size=batch_size, max_steps=max_steps, seed=seed)
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=partial(split_collate, collate=collate, batch_split=batch_split),
+        persistent_workers=num_workers > 0,
+    )
+
+
+def split_collate(samples: list[dict], *, collate: Callable, batch_split: int) -> list[dict]:
+    """Micro-batches of a batch, each padded to its own longest sample."""
+    per_part = -(-len(samples) // min(batch_split, len(samples)))
+    return [collate(samples[at : at + per_part]) for at in range(0, len(samples), per_part)]
+
+
+def tokens_folder(output_dir: str | Path) -> Path:
+    """Where encoded tokens are kept between runs: beside the output folders, by tokenizer hash."""
+    return Path(output_dir).parent / "tokens"

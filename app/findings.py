@@ -1,0 +1,109 @@
+"""Findings named in a report, by keyword and negation, and how well two reports agree on them.
+
+One table, open to correction: CT-RATE's 18 labels and what the built-in phantoms show. It reads mentions, not meaning;
+its own error against given label columns is printed wherever its scores are (`matcher_error`).
+CRG follows arXiv:2505.17167; its floor is 1/3, which all-negative and all-positive answers both reach.
+"""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+KEYWORDS: dict[str, str] = {
+    "Medical material": r"medical material|catheter|pacemaker|stent|prosthe\w+|sternotomy|surgical (?:clip|suture)\w*|"
+    r"port chamber|\btube\b",
+    "Arterial wall calcification": r"(?:arter\w+|aort\w+|vascular|atherosclero\w+)(?: \w+){0,3} calcifi\w+|"
+    r"calcifi\w+(?: \w+){0,5} (?:aort\w+|arter\w+)|calcified atheroma\w*|atheroma\w* plaque\w*",
+    "Cardiomegaly": r"cardiomegaly|enlarged heart|heart(?: size)? (?:is |appears )?(?:mildly |slightly )?enlarged|"
+    r"increased heart size",
+    "Pericardial effusion": r"pericardial (?:effusion|fluid)",
+    "Coronary artery wall calcification": r"coronary(?: \w+){0,4} (?:calcifi\w+|plaque\w*)|"
+    r"calcifi\w+(?: \w+){0,5} coronary",
+    "Hiatal hernia": r"hiatal hernia|hiatus hernia",
+    "Lymphadenopathy": r"lymphadenopath\w+|(?:enlarged|pathologic\w*) lymph nodes?|"
+    r"lymph nodes? (?:\w+ ){0,3}(?:enlarged|pathologic\w*)",
+    "Emphysema": r"emphysem\w+",
+    "Atelectasis": r"atelecta\w+",
+    "Lung nodule": r"nodul\w+",
+    "Lung opacity": r"opacit\w+|ground[- ]glass",
+    "Pulmonary fibrotic sequela": r"fibrotic|fibrosis|sequela\w*",
+    "Pleural effusion": r"pleural (?:effusion|fluid)|(?<!pericardial )\beffusions?\b",
+    "Mosaic attenuation pattern": r"mosaic (?:attenuation|pattern|perfusion)",
+    "Peribronchial thickening": r"(?:peribronchial|bronchial wall) thicken\w+",
+    "Consolidation": r"consolidat\w+",
+    "Bronchiectasis": r"bronchiecta\w+",
+    "Interlobular septal thickening": r"(?:interlobular )?septal thicken\w+",
+    "Kidney stone": r"(?:kidney|renal)(?: \w+){0,2} (?:stones?|calcul\w+)|nephrolith\w+|"
+    r"(?:stones?|calcul\w+)(?: [\w.]+){0,7} kidneys?",
+}
+# "no" reaches over a list, "not" only to the next comma
+BEFORE = re.compile(
+    r"\b(?:no|without|free of|negative for|absence of|neither|nor|denies|rule[sd]? out|lack of)\b[^:]*$|\bnot\b[^:,]*$"
+)
+AFTER = re.compile(
+    r"^[^,]*?\b(?:(?:is|are|was|were) (?:not|no longer)|not (?:seen|observed|detected|present|identified)|absent|"
+    r"ruled out|(?:has|have) resolved)\b"
+)
+CLAUSE = re.compile(r"[.;\n]+(?!\d)|\bbut\b|\bhowever\b|\balthough\b|\bexcept(?: for)?\b|\bwith the exception of\b")
+
+
+def find_findings(text: str, labels: Sequence[str] | None = None) -> dict[str, bool]:
+    """For each label whether the text states it: at least one mention that is not negated."""
+    clauses = CLAUSE.split(text.lower())
+    return {
+        label: any(states(clause, re.compile(KEYWORDS[label])) for clause in clauses)
+        for label in (KEYWORDS if labels is None else labels)
+    }
+
+
+def states(clause: str, keyword: re.Pattern) -> bool:
+    return any(
+        not BEFORE.search(clause[: hit.start()]) and not AFTER.search(clause[hit.end() :])
+        for hit in keyword.finditer(clause)
+    )
+
+
+def finding_matrix(texts: Sequence[str], labels: Sequence[str]) -> np.ndarray:
+    """(cases, labels) of booleans."""
+    return np.array([list(find_findings(text, labels).values()) for text in texts], dtype=bool).reshape(-1, len(labels))
+
+
+def finding_scores(said: np.ndarray, truth: np.ndarray, weights: np.ndarray | None = None) -> dict[str, float]:
+    """Precision, recall, F1 (micro and macro) and CRG of boolean (cases, labels); `weights` repeats cases.
+
+    Macro is over labels that occur in the truth.
+    """
+    weights = np.ones(len(truth)) if weights is None else weights
+    hits = weights @ (said & truth)
+    false_alarms, misses = weights @ (said & ~truth), weights @ (~said & truth)
+    with np.errstate(invalid="ignore"):
+        f1 = 2 * hits / (2 * hits + false_alarms + misses)
+    occurs = hits + misses > 0
+    return {
+        "precision": ratio(hits.sum(), hits.sum() + false_alarms.sum()),
+        "recall": ratio(hits.sum(), hits.sum() + misses.sum()),
+        "f1_micro": ratio(2 * hits.sum(), 2 * hits.sum() + false_alarms.sum() + misses.sum()),
+        "f1_macro": float(f1[occurs].mean()) if occurs.any() else 0.0,
+        "crg": crg(hits.sum(), false_alarms.sum(), misses.sum(), total=weights.sum() * truth.shape[1]),
+    }
+
+
+def crg(hits: float, false_alarms: float, misses: float, *, total: float) -> float:
+    """Clinically relevant gain: 1 when all is right, 1/3 for all-negative and for all-positive answers."""
+    positives = hits + misses
+    if positives == 0 or positives == total:
+        return float("nan")
+    weight = (total - positives) / (2 * positives)
+    best = positives * weight
+    return float(best / (2 * best - (hits * weight - misses * weight - false_alarms)))
+
+
+def ratio(part: float, whole: float) -> float:
+    return float(part / whole) if whole else 0.0
+
+
+def matcher_error(texts: Sequence[str], truth: np.ndarray, labels: Sequence[str]) -> dict[str, float]:
+    """The matcher's own error on reference reports with known labels: the ceiling of what its scores can mean."""
+    found = finding_matrix(texts, labels)
+    return {**finding_scores(found, truth), "wrong_share": float((found != truth).mean())}

@@ -1,0 +1,196 @@
+"""Scans with text, as rows: a manifest (csv, json, jsonl), a prepared dataset's text.jsonl, or scans with .txt beside.
+
+Column names are matched loosely, published layouts by their header (`layouts.py`). Reads text and finds files; opens no
+scan, knows no tokens and no model. `check_rows` says what is wrong before any time is spent on it.
+"""
+
+import csv
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from app.layouts import read_layout
+from app.prepared import split_of
+from app.rows import (
+    ALIASES,
+    REPORT_QUESTION,
+    TextRow,
+    clean,
+    join_report,
+    label_columns,
+    named,
+    parse_choices,
+    with_letter,
+)
+
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SCAN_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".zip", ".npz")
+
+
+def read_rows(source: str | Path, *, image_root: str | Path | None = None) -> list[TextRow]:
+    """Rows of a manifest file or folder, each with the path of its image where one was found."""
+    source = Path(source)
+    if not source.exists():
+        raise ValueError(f"{source} does not exist: give a csv, json or jsonl manifest, or a folder with text")
+    if source.is_dir():
+        rows, base = read_folder(source), source
+    else:
+        records = list(read_records(source))
+        if not records:
+            raise ValueError(f"{source} holds no rows")
+        base = source.parent
+        rows = read_layout(records, base)
+        if rows is None:
+            rows = [row for record in records for row in general_rows(record, source.name)]
+    find = ImageFinder(base, Path(image_root) if image_root else None)
+    return [complete(row, find) for row in rows]
+
+
+def complete(row: TextRow, find: "ImageFinder") -> TextRow:
+    """With the image's path, and patient and split where the source leaves them open."""
+    patient = row.patient or stem(row.image)
+    split = SPLITS.get(row.split.lower(), row.split) or split_of(patient)
+    return replace(row, path=row.path or find(row.image), patient=patient, split=split)
+
+
+def read_records(file: Path) -> Iterator[dict]:
+    """Rows of csv, jsonl or json as dicts; a json of named lists gives each row its list's name as `split`."""
+    if file.suffix == ".csv":
+        with open(file, newline="", encoding="utf-8-sig") as stream:
+            yield from csv.DictReader(stream)
+        return
+    if file.suffix not in (".json", ".jsonl"):
+        raise ValueError(f"a manifest must be csv, json or jsonl, got {file.name}")
+    with open(file, encoding="utf-8") as stream:
+        try:
+            if file.suffix == ".jsonl":
+                yield from (json.loads(line) for line in stream if line.strip())
+                return
+            content = json.load(stream)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file.name} is not valid JSON: {error}") from None
+    if isinstance(content, dict):
+        for name, records in content.items():
+            yield from ({"split": name, **record} for record in records)
+    else:
+        yield from content
+
+
+def general_rows(record: Mapping, source: str) -> list[TextRow]:
+    """The rows of one record of a manifest of the user's own: a report, a question, or both."""
+    own = named(record)
+    if "image" not in own:
+        raise ValueError(f"{source} names no image: a column must be one of {', '.join(ALIASES['image'])}")
+    common = {
+        "image": str(own["image"]),
+        "patient": str(own.get("patient", "")),
+        "split": str(own.get("split", "")),
+        "labels": label_columns(record),
+    }
+    report = clean(own.get("report")) or join_report(own.get("findings"), own.get("impression"))
+    rows = []
+    if "question" in own:
+        choices = parse_choices(own.get("choices"))
+        answer = with_letter(clean(own.get("answer")), choices)
+        kind = str(own.get("kind", "question"))
+        rows.append(TextRow(question=clean(own["question"]), answer=answer, kind=kind, choices=choices, **common))
+    if report or "question" not in own:
+        rows.append(TextRow(question=REPORT_QUESTION, answer=report, **common))
+    return rows
+
+
+def read_folder(folder: Path) -> list[TextRow]:
+    """A prepared dataset (or several) with text.jsonl, or scans with a .txt of the same name."""
+    manifests = sorted({*folder.glob("text.jsonl"), *folder.glob("*/text.jsonl")})
+    rows = []
+    for manifest in manifests:
+        processed = manifest.parent / "processed"
+        for record in read_records(manifest):
+            for row in general_rows(record, "text.jsonl"):
+                case = processed / row.image
+                rows.append(replace(row, path=case if case.is_dir() else None))
+    if manifests:
+        return rows
+    for text in sorted(folder.rglob("*.txt")):
+        scan = next((p for p in sorted(text.parent.iterdir()) if p != text and stem(p.name) == text.stem), None)
+        if scan is not None:
+            answer = clean(text.read_text(encoding="utf-8"))
+            rows.append(TextRow(str(scan.relative_to(folder)), REPORT_QUESTION, answer, path=scan))
+    if not rows:
+        raise ValueError(f"{folder} holds no text: expected text.jsonl of a prepared dataset, or a .txt beside a scan")
+    return rows
+
+
+def stem(name: str) -> str:
+    """File name without folders and without the ending of a scan."""
+    base = Path(name).name
+    for ending in SCAN_ENDINGS:
+        if base.lower().endswith(ending):
+            return base[: -len(ending)]
+    return base
+
+
+class ImageFinder:
+    """Finds what a row calls its image: a path as given, below manifest or image root, or a name anywhere there.
+
+    A name that several files answer to is not guessed.
+    """
+
+    def __init__(self, base: Path, image_root: Path | None):
+        self.roots = [root for root in (image_root, base) if root is not None]
+        self._names: dict[str, list[Path]] | None = None
+
+    def __call__(self, image: str) -> Path | None:
+        for candidate in [Path(image), *(root / image for root in self.roots)]:
+            if candidate.exists():
+                return candidate
+        places = self.names().get(stem(image), [])
+        return places[0] if len(places) == 1 else None
+
+    def names(self) -> dict[str, list[Path]]:
+        """Scans, token files and prepared cases below the first root, by name; listed once, when first needed."""
+        if self._names is None:
+            self._names = defaultdict(list)
+            for path in self.roots[0].rglob("*"):
+                is_case = path.is_dir() and path.parent.name == "processed"
+                if is_case or (path.name.lower().endswith(SCAN_ENDINGS) and "processed" not in path.parts[:-1]):
+                    self._names[stem(path.name)].append(path)
+        return self._names
+
+
+def check_rows(rows: list[TextRow]) -> dict:
+    """What a manifest holds and what is wrong with it; `problems` are lines for people."""
+    missing = sorted({row.image for row in rows if row.path is None})
+    empty = [row for row in rows if not row.answer]
+    repeated = [key for key, count in Counter((r.image, r.question, r.answer) for r in rows).items() if count > 1]
+    sides = defaultdict(set)
+    for row in rows:
+        sides[row.patient].add(row.split)
+    leaking = sorted(patient for patient, splits in sides.items() if len(splits) > 1)
+    labels = Counter(name for row in {r.image: r for r in rows}.values() for name, value in row.labels.items() if value)
+    problems = [
+        f"{len(items)} {what}, first: {items[0]}. {remedy}."
+        for items, what, remedy in (
+            (missing, "images not found", "Give the folder they are in as image_root"),
+            ([row.image for row in empty], "rows without an answer", "They are skipped"),
+            ([key[0] for key in repeated], "rows that stand there more than once", "Remove the copies"),
+            (leaking, "patients on both sides of a split", "Split by patient"),
+        )
+        if items
+    ]
+    return {
+        "rows": len(rows),
+        "images": len({row.image for row in rows}),
+        "matched": sum(row.path is not None for row in rows),
+        "missing": len(missing),
+        "empty": len(empty),
+        "duplicated": len(repeated),
+        "patients": len(sides),
+        "patients_in_two_splits": len(leaking),
+        "splits": dict(Counter(row.split for row in rows)),
+        "kinds": dict(Counter(row.kind for row in rows)),
+        "labels": dict(labels.most_common()),
+        "problems": problems,
+    }

@@ -1,0 +1,125 @@
+"""Scores of generated text against references, all offline: BLEU, ROUGE, METEOR, CIDEr, exact match, token F1.
+
+BLEU is sacrebleu's, ROUGE is rouge-score's; METEOR is nltk's with the modules exact and stem (synonyms would need a
+download); CIDEr is the D variant of arXiv:1411.5726. Each comes per case, so that intervals can resample
+patients. None of them shows by itself that the image was used: see `controls`.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+from nltk.stem.porter import PorterStemmer
+from nltk.translate.meteor_score import single_meteor_score
+from rouge_score import rouge_scorer
+from sacrebleu.metrics import BLEU
+
+WORD = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+")
+METEOR_NOTE = "exact and stem modules (nltk, alpha 0.9, beta 3, gamma 0.5)"
+CIDER_SIGMA = 6.0
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words and numbers; signs do not count."""
+    return WORD.findall(text.lower())
+
+
+def text_scores(outputs: Sequence[str], references: Sequence[str]) -> dict[str, np.ndarray]:
+    """Every text metric for every case, 0..1 (CIDEr 0..10)."""
+    if len(outputs) != len(references) or not outputs:
+        raise ValueError(f"outputs and references must pair up, got {len(outputs)} and {len(references)}")
+    pairs = list(zip(outputs, references, strict=True))
+    scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False)
+    rouge = [scorer.score(reference, output) for output, reference in pairs]
+    return {
+        **{f"bleu{order}": np.array([sentence_bleu(order, *pair) for pair in pairs]) for order in (1, 4)},
+        **{name: np.array([row[name].fmeasure for row in rouge]) for name in ("rouge1", "rouge2", "rougeL")},
+        "meteor": np.array([meteor(output, reference) for output, reference in pairs]),
+        "cider": cider(outputs, references),
+        "exact_match": np.array([float(words(output) == words(reference)) for output, reference in pairs]),
+        "token_f1": np.array([token_f1(output, reference) for output, reference in pairs]),
+    }
+
+
+def corpus_bleu(outputs: Sequence[str], references: Sequence[str]) -> dict[str, float | str]:
+    """Corpus BLEU-1..4 (0..1) with sacrebleu's signature: the figures to quote."""
+    scores: dict[str, float | str] = {}
+    for order in range(1, 5):
+        metric = BLEU(max_ngram_order=order, lowercase=True)
+        scores[f"corpus_bleu{order}"] = metric.corpus_score(list(outputs), [list(references)]).score / 100
+    scores["bleu_signature"] = str(metric.get_signature())
+    return scores
+
+
+@cache
+def sentence_metric(order: int) -> BLEU:
+    return BLEU(max_ngram_order=order, lowercase=True, effective_order=True, smooth_method="exp")
+
+
+def sentence_bleu(order: int, output: str, reference: str) -> float:
+    return sentence_metric(order).sentence_score(output, [reference]).score / 100
+
+
+class NoSynonyms:
+    """Stands where nltk would ask WordNet; leaves METEOR with its exact and stem modules."""
+
+    @staticmethod
+    def synsets(_word: str) -> list:
+        return []
+
+
+@cache
+def stemmer() -> PorterStemmer:
+    return PorterStemmer()
+
+
+def meteor(output: str, reference: str) -> float:
+    said, wanted = words(output), words(reference)
+    if not said or not wanted:
+        return float(said == wanted)
+    return float(single_meteor_score(wanted, said, stemmer=stemmer(), wordnet=NoSynonyms()))
+
+
+def token_f1(output: str, reference: str) -> float:
+    """F1 of the bags of words."""
+    said, wanted = Counter(words(output)), Counter(words(reference))
+    if not said or not wanted:
+        return float(said == wanted)
+    shared = (said & wanted).total()
+    return 2 * shared / (said.total() + wanted.total())
+
+
+def ngrams(tokens: list[str], order: int) -> Counter:
+    return Counter(tuple(tokens[at : at + order]) for at in range(len(tokens) - order + 1))
+
+
+def cider(outputs: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    """CIDEr-D with one reference a case; document frequencies are those of the references."""
+    said, wanted = [words(text) for text in outputs], [words(text) for text in references]
+    total = np.zeros(len(said))
+    for order in range(1, 5):
+        grams = [(ngrams(a, order), ngrams(b, order)) for a, b in zip(said, wanted, strict=True)]
+        frequency = Counter(gram for _, reference in grams for gram in reference)
+        total += [cider_similarity(a, b, frequency, len(said)) for a, b in grams]
+    gap = np.array([len(a) - len(b) for a, b in zip(said, wanted, strict=True)])
+    return 10 * total / 4 * np.exp(-(gap**2) / (2 * CIDER_SIGMA**2))
+
+
+def cider_similarity(said: Counter, wanted: Counter, frequency: Counter, num_cases: int) -> float:
+    """Cosine of tf-idf vectors; what is said more often than wanted counts as often as wanted."""
+
+    def weigh(grams: Counter) -> dict:
+        return {gram: count * math.log(num_cases / max(1, frequency[gram])) for gram, count in grams.items()}
+
+    a, b = weigh(said), weigh(wanted)
+    norm = math.sqrt(sum(v * v for v in a.values()) * sum(v * v for v in b.values()))
+    return sum(min(value, b[gram]) * b[gram] for gram, value in a.items() if gram in b) / norm if norm else 0.0
+
+
+def diversity(outputs: Sequence[str]) -> dict[str, float]:
+    """How often the model says the same: share of different outputs, and share of the most frequent one."""
+    counts = Counter(" ".join(words(output)) for output in outputs)
+    return {"unique_share": len(counts) / len(outputs), "most_frequent_share": max(counts.values()) / len(outputs)}

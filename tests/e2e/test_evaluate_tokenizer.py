@@ -1,0 +1,105 @@
+"""The tokenizer's card through its bundle: on the built-in phantoms' kind of data, for real, and with mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from app import checkpoints
+from app.evaluation import TokenizerEvaluation
+from app.inference import CTTokenizer
+from app.prepared import find_cases
+from app.scans import open_scan
+from networks import make_vqvae
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def output_dir(tmp_path_factory, cohort):
+    """An untrained tokenizer of two levels whose codebooks lie over real encoder outputs."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    sizes = {"resolution": 24, "spacing": 16.0, "widths": (8, 8, 8), "model_channels": 16, "num_blocks": 1}
+    network = make_vqvae("tiny", **sizes, num_embeddings=4, quantizer_levels=2).eval()
+    made = CTTokenizer(network, digest="")
+    with torch.no_grad():
+        cases = [open_scan(case, network.sizes.windows) for case in find_cases(cohort)]
+        rows = torch.cat([network.encoder(made.features(scan.volume)[0])[0].feats for scan in cases])
+        network.vq.start_from(rows, generator=torch.Generator().manual_seed(0))
+    (folder / "ckpts").mkdir()
+    state = network.state_dict()
+    checkpoints.save_set(folder, 1, {"vqvae": state, "vqvae_ema0.9999": state}, {"step": 1})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def card(output_dir, cohort, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("card")
+    TokenizerEvaluation(dataset_dir=str(cohort), tokenizer=str(output_dir), output_dir=str(folder)).run()
+    return folder
+
+
+def test_card_as_json(card, cohort, output_dir):
+    found = json.loads((card / "tokenizer_card.json").read_text())
+    assert found["data"] == {"dataset": "data", "split": "val", "cases": 2}
+    assert found["tokenizer"]["sizes"]["quantizer_levels"] == found["codes"]["levels"] == 2
+    state = checkpoints.read_tensors(checkpoints.averaged_file(output_dir))
+    assert found["tokenizer"]["sha256"] == checkpoints.weights_hash(state)
+    assert set(found["errors"]) == {"codes alone", "stored support", "shuffled codes"}
+    for row in found["per_case"]:
+        parts = {name: share for name, share in row["share"].items() if name != "foreground"}
+        assert sum(parts.values()) == pytest.approx(1)
+        tissues = row["errors"]["stored support"]["tissues"]
+        # the body's error is that of its parts, weighed by their share
+        body = sum(tissues[name]["mae"] * share for name, share in parts.items() if name != "air" and share > 0)
+        assert tissues["foreground"]["mae"] == pytest.approx(body / row["share"]["foreground"], rel=1e-4)
+    counts = found["code_counts"]
+    assert [sum(level) for level in counts] == [sum(row["tokens"] for row in found["per_case"])] * 2
+    assert found["codes"]["used"] == [sum(n > 0 for n in level) for level in counts]
+    assert found["support"]["foreground_kept"]["mean"] > 0.99  # keep is body
+
+
+def test_card_as_text_and_picture(card):
+    text = (card / "tokenizer_card.md").read_text()
+    for part in ("## Error in HU", "| **body** |", "soft_tissue (W 400, L 50)", "| 1 | ", "Dice of decoded", "case_4"):
+        assert part in text, part
+    assert "nan" not in text
+    assert (card / "tokenizer_card.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_card_lies_beside_the_checkpoint_by_default(output_dir, cohort):
+    TokenizerEvaluation(dataset_dir=str(cohort), tokenizer=str(output_dir), max_cases=1).run()
+    assert (output_dir / "tokenizer_card.md").is_file()
+
+
+def run(place, *words):
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", "bundles/evaluate_tokenizer.json", *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_bundle_run(place, cohort, output_dir):
+    done = run(
+        place, "--dataset_dir", str(cohort), "--tokenizer", str(output_dir), "--output_dir", "card", "--split", "train"
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((place / "card" / "tokenizer_card.json").read_text())["data"]["cases"] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--split", "test"), "BAD_VALUE: split must be train, val or null, got 'test'"),
+        (("--dataset_dir", "COHORT"), "NO_TOKENIZER: there is no tokenizer in outputs/vq_stage2 or outputs/vq_stage1"),
+    ],
+)
+def test_mistakes_are_one_line(place, cohort, words, told):
+    done = run(place, *(str(cohort) if word == "COHORT" else word for word in words))
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith(told), done.stderr[-500:]
+    assert "Traceback" not in done.stderr

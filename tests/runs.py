@@ -1,0 +1,130 @@
+"""Bundle runs for end-to-end tests: a tiny cohort, and `python -m monai.bundle run` in this process or as its own.
+
+Inside this process `python -m monai.bundle run` is repeated step by step (command line, fire, exception hook); what is
+saved is the start-up of five seconds. Every run starts in a folder of its own, from which only `bundles/` can be seen.
+"""
+
+import contextlib
+import io
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from app import phantoms, prepared
+from transforms.array import DEFAULT_WINDOWS
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGE1 = "bundles/vq_stage1.json"
+SIZE, SPACING = 24, 16.0
+TINY = {  # a network and a run that take seconds; any of them can be given otherwise
+    "scale": "demo",
+    "resolution": SIZE,
+    "spacing": SPACING,
+    "num_embeddings": 16,
+    "model_channels": 16,
+    "num_blocks": 1,
+    "batch_size_per_gpu": 1,
+    "i_print": 1,
+    "i_log": 1,
+}
+
+
+class Ended(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """What standard error holds, less Python's warnings."""
+        lines = [line for line in self.err.splitlines() if "Warning" not in line and not line.startswith("  ")]
+        return "\n".join(lines).strip()
+
+
+def make_cohort(out: Path, *, splits=("train",) * 3 + ("val",) * 2, change=lambda hu, index: hu) -> Path:
+    """Phantoms on the very grid that the tiny network takes."""
+    rows = []
+    for index, split in enumerate(splits):
+        made = phantoms.make_phantom(index, size=SIZE, spacing=SPACING)
+        hu = change(made.hu, index)
+        case = prepared.write_case(out, f"case_{index}", hu, affine=made.affine, windows=DEFAULT_WINDOWS)
+        rows.append({**prepared.metadata_row(case, windows=DEFAULT_WINDOWS), "patient": f"p{index}", "split": split})
+    prepared.write_metadata(out, rows)
+    return out
+
+
+def words(config: str, settings: dict, *, run_id: str = "training") -> list[str]:
+    given = {**TINY, **settings}
+    return ["run", run_id, "--config_file", config, *(w for k, v in given.items() for w in (f"--{k}", str(v)))]
+
+
+class _Left(BaseException):
+    """What os._exit becomes while a run is inside this process."""
+
+
+def _leave_unless_forked(exit_now, process: int):
+    """Workers of a data loader are forked from here and do have to exit."""
+
+    def leave(status: int):
+        if os.getpid() != process:
+            exit_now(status)
+        raise _Left(status)
+
+    return leave
+
+
+def run_in(folder: Path, config: str = STAGE1, *, run_id: str = "training", **settings) -> Ended:
+    """Runs a bundle as the command line does, and says how it ended."""
+    out, err, hook = io.StringIO(), io.StringIO(), sys.excepthook
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["python/monai/bundle/__main__.py", *words(config, settings, run_id=run_id)])
+        patch.setattr(os, "_exit", _leave_unless_forked(os._exit, os.getpid()))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            status = _status_of_run()
+        finally:
+            sys.excepthook = hook
+            for worker in multiprocessing.active_children():  # as the end of the process would
+                worker.terminate()
+                worker.join()
+            torch.set_num_threads(threads)
+    return Ended(status, out.getvalue(), err.getvalue())
+
+
+def _status_of_run() -> int:
+    try:
+        runpy.run_module("monai.bundle", run_name="__main__")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except Exception as error:
+        try:
+            sys.excepthook(type(error), error, error.__traceback__)
+        except _Left as left:
+            return left.args[0]
+        return 1
+    return 0
+
+
+def make_place(folder: Path) -> Path:
+    (folder / "bundles").symlink_to(ROOT / "bundles")
+    return folder
+
+
+def start_in(folder: Path, config: str = STAGE1, *, run_id: str = "training", launcher=(), **settings):
+    """The same as a process of its own, left running; what it says is in a file beside its outputs."""
+    command = [sys.executable, *launcher, "-m", "monai.bundle", *words(config, settings, run_id=run_id)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    number = len(list(folder.glob("process_*.log")))
+    with open(folder / f"process_{number}.log", "w") as log:  # a pipe that nobody reads would block the run
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    process.said = Path(log.name)
+    return process

@@ -1,0 +1,214 @@
+"""Manifests and the six public layouts, each on a tiny file exactly as published."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from app.manifests import check_rows, read_rows
+from app.rows import REPORT_QUESTION
+
+CT_RATE_LABELS = [
+    "Medical material",
+    "Arterial wall calcification",
+    "Cardiomegaly",
+    "Pericardial effusion",
+    "Coronary artery wall calcification",
+    "Hiatal hernia",
+    "Lymphadenopathy",
+    "Emphysema",
+    "Atelectasis",
+    "Lung nodule",
+    "Lung opacity",
+    "Pulmonary fibrotic sequela",
+    "Pleural effusion",
+    "Mosaic attenuation pattern",
+    "Peribronchial thickening",
+    "Consolidation",
+    "Bronchiectasis",
+    "Interlobular septal thickening",
+]
+
+
+def write_csv(file: Path, header: list[str], *rows: list) -> Path:
+    with open(file, "w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([header, *rows])
+    return file
+
+
+def touch(file: Path) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(b"")
+    return file
+
+
+def test_ct_rate(tmp_path):
+    """Reports csv, labels csv beside it, nested scans; "Not given." is nothing."""
+    scan = touch(tmp_path / "dataset/valid/valid_53/valid_53_a/valid_53_a_1.nii.gz")
+    reports = write_csv(
+        tmp_path / "validation_reports.csv",
+        ["VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN"],
+        ["valid_53_a_1.nii.gz", "Cough", "Not given.", "A nodule in the left lung.", "Nodule."],
+        ["train_7_b_2.nii.gz", "", "", "Not given.", "Normal."],
+    )
+    write_csv(
+        tmp_path / "valid_predicted_labels.csv",
+        ["VolumeName", *CT_RATE_LABELS],
+        ["valid_53_a_1.nii.gz", *(int(name == "Lung nodule") for name in CT_RATE_LABELS)],
+    )
+    rows = read_rows(reports, image_root=tmp_path / "dataset")
+    assert rows[0].path == scan and rows[1].path is None
+    assert rows[0].answer == "Findings: A nodule in the left lung.\nImpression: Nodule."
+    assert (rows[0].question, rows[0].patient, rows[0].split) == (REPORT_QUESTION, "valid_53", "val")
+    assert [name for name, value in rows[0].labels.items() if value] == ["Lung nodule"] and len(rows[0].labels) == 18
+    assert (rows[1].answer, rows[1].patient, rows[1].split, rows[1].labels) == ("Normal.", "train_7", "train", {})
+
+
+def test_radgenome(tmp_path):
+    table = write_csv(
+        tmp_path / "validation_region_report.csv",
+        ["Volumename", "Anatomy", "Sentence"],
+        ["valid_53_a_1.nii.gz", "lung", "A nodule in the left lung."],
+        ["valid_53_a_1.nii.gz", "", "Whole report."],
+    )
+    rows = read_rows(table)
+    assert [row.question for row in rows] == ["Describe the lung on this CT scan.", REPORT_QUESTION]
+    assert [row.kind for row in rows] == ["region", "report"] and rows[0].patient == "valid_53"
+
+
+def test_3d_rad(tmp_path):
+    columns = "Task,Subtask,VolumeName,Question,Answer,QuestionType,AnswerChoice,Choice A,Choice B,Choice C,Choice D"
+    table = write_csv(
+        tmp_path / "test.csv",
+        columns.split(","),
+        ["Existence", "x", "valid_53_a_1.nii.gz", "Is there a nodule?", "Yes", "Close", "B", "No", "Yes", "-", "-"],
+        ["Observation", "x", "valid_53_a_1.nii.gz", "What is seen?", "A nodule.", "Open", "-", "-", "-", "-", "-"],
+    )
+    closed, open_ = read_rows(table)
+    assert closed.answer == "B. Yes" and closed.prompt == "Is there a nodule?\nA. No\nB. Yes"
+    assert (open_.answer, open_.choices, open_.kind, open_.split) == ("A nodule.", (), "Observation", "val")
+
+
+def test_m3d_vqa(tmp_path):
+    columns = "Image Path,Text,Question Type,Question,Choice A,Choice B,Choice C,Choice D,Answer,Answer Choice"
+    image = touch(tmp_path / "ct_quizze/000007/Axial.npz")
+    table = write_csv(
+        tmp_path / "M3D_VQA_test.csv",
+        columns.split(","),
+        ["ct_quizze/000007/Axial.npz", "", "1", "Which plane?", "Axial", "Sagittal", "Coronal", "None", "Axial", "A"],
+    )
+    (row,) = read_rows(table)
+    assert (row.path, row.patient, row.answer, row.kind) == (image, "ct_quizze/000007", "A. Axial", "1")
+    assert row.choices == ("Axial", "Sagittal", "Coronal", "None")
+
+
+def test_m3d_cap(tmp_path):
+    text = touch(tmp_path / "ct_case/000001/text.txt")
+    text.write_text("presentation: cough; study_findings: A mass in the liver.; discussion: Common.")
+    image = {"image": "ct_case/000001/Axial", "text": "ct_case/000001/text.txt"}
+    manifest = tmp_path / "M3D_Cap.json"
+    manifest.write_text(json.dumps({"train": [image], "validation": [image], "test100": [image]}))
+    rows = read_rows(manifest)
+    assert [row.split for row in rows] == ["train", "val", "test"]
+    assert rows[0].answer == "A mass in the liver." and rows[0].patient == "ct_case/000001"
+
+
+def test_llava(tmp_path):
+    record = {
+        "id": "valid_53_a_1_0",
+        "image": "valid_53_a_1.nii.gz",
+        "type": "conversation",
+        "conversations": [
+            {"from": "human", "value": "<image>\nIs there a nodule?"},
+            {"from": "gpt", "value": "Yes."},
+            {"from": "human", "value": "Where?"},
+            {"from": "gpt", "value": "Left."},
+        ],
+    }
+    (tmp_path / "vqa.json").write_text(json.dumps([record]))
+    rows = read_rows(tmp_path / "vqa.json")
+    assert [(row.question, row.answer) for row in rows] == [("Is there a nodule?", "Yes."), ("Where?", "Left.")]
+    assert rows[0].patient == "valid_53" and rows[0].kind == "conversation"
+
+
+def test_own_manifest_by_loose_names(tmp_path):
+    scan = touch(tmp_path / "scans/a.nii.gz")
+    lines = [
+        {"Image": "scans/a.nii.gz", "Findings": "Clear lungs.", "Impression": "Normal.", "Nodule": 0, "Stone": 1},
+        {
+            "image": "a",
+            "question": "Side?",
+            "answer": "left",
+            "choices": ["left", "right"],
+            "patient": "p",
+            "split": "valid",
+        },
+        {"image": "nowhere.nii", "report": "Text.", "question": "Why?", "answer": "So.", "choices": "x|y"},
+    ]
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text("\n".join(map(json.dumps, lines)))
+    rows = read_rows(manifest)
+    assert rows[0].answer == "Findings: Clear lungs.\nImpression: Normal."
+    assert rows[0].labels == {"Nodule": False, "Stone": True} and rows[0].path == rows[1].path == scan
+    assert (rows[1].answer, rows[1].prompt) == ("A. left", "Side?\nA. left\nB. right")
+    assert (rows[1].patient, rows[1].split) == ("p", "val")
+    assert [(row.question, row.answer, row.path) for row in rows[2:]] == [
+        ("Why?", "So.", None),
+        (REPORT_QUESTION, "Text.", None),
+    ]
+
+
+def test_scans_with_text_beside_and_prepared_datasets(tmp_path):
+    scan = touch(tmp_path / "plain/case1.nii.gz")
+    (tmp_path / "plain/case1.txt").write_text("A report.")
+    (row,) = read_rows(tmp_path / "plain")
+    assert (row.path, row.answer) == (scan, "A report.")
+    case = tmp_path / "out/set/processed/c1"
+    case.mkdir(parents=True)
+    text = {"case_id": "c1", "report": "Clear.", "patient": "p1", "split": "train"}
+    (tmp_path / "out/set/text.jsonl").write_text(json.dumps(text))
+    for folder in (tmp_path / "out", tmp_path / "out/set"):
+        (row,) = read_rows(folder)
+        assert (row.path, row.answer, row.patient, row.split) == (case, "Clear.", "p1", "train")
+
+
+def test_a_name_of_two_files_is_not_guessed(tmp_path):
+    for folder in "ab":
+        touch(tmp_path / folder / "scan.nii.gz")
+    manifest = write_csv(tmp_path / "m.csv", ["image", "report"], ["scan", "x"], ["a/scan.nii.gz", "y"])
+    assert [row.path is None for row in read_rows(manifest)] == [True, False]
+
+
+def test_check_counts_what_is_wrong(tmp_path):
+    touch(tmp_path / "a.nii.gz")
+    manifest = write_csv(
+        tmp_path / "m.csv",
+        ["image", "report", "patient", "split", "nodule"],
+        ["a.nii.gz", "x", "p", "train", "1"],
+        ["a.nii.gz", "x", "p", "train", "1"],
+        ["b.nii.gz", "", "p", "val", "1"],
+    )
+    found = check_rows(read_rows(manifest))
+    assert {key: found[key] for key in ("rows", "images", "matched", "missing", "empty", "duplicated")} == {
+        "rows": 3, "images": 2, "matched": 2, "missing": 1, "empty": 1, "duplicated": 1,
+    }  # fmt: skip
+    assert found["patients_in_two_splits"] == 1 and found["labels"] == {"nodule": 2}
+    assert len(found["problems"]) == 4 and found["problems"][0].startswith("1 images not found, first: b.nii.gz")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("m.csv", "report\nx\n", "m.csv names no image: a column must be one of image, image_path"),
+        ("m.csv", "image,report\n", "m.csv holds no rows|holds no rows"),
+        ("m.jsonl", "{", "m.jsonl is not valid JSON"),
+        ("m.xlsx", "", "a manifest must be csv, json or jsonl, got m.xlsx"),
+    ],
+)
+def test_unreadable_manifests_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_rows(tmp_path / name)
+    with pytest.raises(ValueError, match="does not exist"):
+        read_rows(tmp_path / "nowhere.csv")
