@@ -284,8 +284,8 @@ def test_text_and_split_are_joined_to_cases(tmp_path):
     (file,) = (tmp_path / "out").glob("*/text.jsonl")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [(ids[r.pop("case_id")], r) for r in rows] == [
-        ("hospital/scan0.nii.gz", {"findings": "No nodule."}),
-        ("hospital/scan2.nii.gz", {"findings": "A nodule."}),
+        ("hospital/scan0.nii.gz", {"report": "No nodule."}),
+        ("hospital/scan2.nii.gz", {"report": "A nodule."}),
     ]
     sides = {ids[c.case_id]: c.split for c in prepared.find_cases(tmp_path / "out")}
     assert sides["hospital/scan0.nii.gz"] == "val" and sides["hospital/scan1.nii.gz"] == "train"
@@ -333,8 +333,8 @@ def test_check_reads_a_manifest(tmp_path):
         "a.nii,Clear.,train,p1,0\na.nii,Clear.,train,p1,0\nb.nii,Not given.,val,p1,1\n"
     )
     found = check(tmp_path / "m.csv")
-    assert {k: found.summary[k] for k in ("num_rows", "matched", "missing", "duplicated", "empty")} == {
-        "num_rows": 3, "matched": 2, "missing": 1, "duplicated": 1, "empty": 1,
+    assert {k: found.summary[k] for k in ("rows", "matched", "missing", "duplicated", "empty")} == {
+        "rows": 3, "matched": 2, "missing": 1, "duplicated": 1, "empty": 1,
     }  # fmt: skip
     assert {p.code for p in found.problems} == {"SCANS_MISSING", "DUPLICATED", "EMPTY_TEXT", "SPLIT_LEAKAGE"}
     assert found.summary["labels"] == {"nodule": 1}
