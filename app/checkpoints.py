@@ -230,6 +230,6 @@ def _plain(value: object) -> str:
     return ",".join(value) if isinstance(value, tuple) and value and isinstance(value[0], str) else str(value)
 
 
-def unwrapped(network: nn.Module) -> SparseVQVAE:
+def unwrapped(network: nn.Module) -> nn.Module:
     """The network itself, inside DistributedDataParallel or not."""
     return network.module if hasattr(network, "module") else network
