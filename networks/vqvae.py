@@ -237,6 +237,9 @@ class SparseVQVAE(nn.Module):
 
         `seeds`, one a sample, make a sample's noise its own, however the batch is split over micro-batches or ranks.
         """
+        coarsest = x.level.prepare(halvings=3)
+        for block in self.encoder.blocks:
+            coarsest.windows(block.attn.window, block.attn.shift)
         latents, log_var = self.encoder(x)
         zero = latents.feats.new_zeros(())
         codes, vq, commitment, kl = None, zero, zero, zero

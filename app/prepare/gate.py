@@ -145,8 +145,7 @@ def _reason(header: SliceHeader, rules: Rules) -> Refused | None:
     if kinds & DERIVED and not asked:
         return Refused("NOT_CT", "the image type says secondary, reformatted or projected")
     if header.frames > 1 and not header.position:
-        code = "NO_SPACING" if header.sop_class in ENHANCED_CT else "MULTI_FRAME_UNSUPPORTED"
-        return Refused(code, f"{header.frames} frames without a position each")
+        return Refused("MULTI_FRAME_UNSUPPORTED", f"{header.frames} frames without a position each")
     if header.frames > 1 and header.sop_class == CT:
         return Refused("MULTI_FRAME_UNSUPPORTED", f"{header.frames} frames in a classic CT file")
     return _reason_of_pixels(header, rules) or _reason_of_geometry(header)

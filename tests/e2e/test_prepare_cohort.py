@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -283,8 +284,8 @@ def test_text_and_split_are_joined_to_cases(tmp_path):
     (file,) = (tmp_path / "out").glob("*/text.jsonl")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [(ids[r.pop("case_id")], r) for r in rows] == [
-        ("hospital/scan0.nii.gz", {"findings": "No nodule."}),
-        ("hospital/scan2.nii.gz", {"findings": "A nodule."}),
+        ("hospital/scan0.nii.gz", {"report": "No nodule."}),
+        ("hospital/scan2.nii.gz", {"report": "A nodule."}),
     ]
     sides = {ids[c.case_id]: c.split for c in prepared.find_cases(tmp_path / "out")}
     assert sides["hospital/scan0.nii.gz"] == "val" and sides["hospital/scan1.nii.gz"] == "train"
@@ -332,8 +333,8 @@ def test_check_reads_a_manifest(tmp_path):
         "a.nii,Clear.,train,p1,0\na.nii,Clear.,train,p1,0\nb.nii,Not given.,val,p1,1\n"
     )
     found = check(tmp_path / "m.csv")
-    assert {k: found.summary[k] for k in ("num_rows", "matched", "missing", "duplicated", "empty")} == {
-        "num_rows": 3, "matched": 2, "missing": 1, "duplicated": 1, "empty": 1,
+    assert {k: found.summary[k] for k in ("rows", "matched", "missing", "duplicated", "empty")} == {
+        "rows": 3, "matched": 2, "missing": 1, "duplicated": 1, "empty": 1,
     }  # fmt: skip
     assert {p.code for p in found.problems} == {"SCANS_MISSING", "DUPLICATED", "EMPTY_TEXT", "SPLIT_LEAKAGE"}
     assert found.summary["labels"] == {"nodule": 1}
@@ -419,33 +420,30 @@ def _slow_start(raw, out, key):
 
 
 def kill_and_resume(tmp_path, *, kills: int) -> int:
-    """Runs a cohort, killing it `kills` times at random instants; the number of kills that met a half-done OUT."""
-    raw, key = raw_cohort(tmp_path / "raw", 8), tmp_path / "key"
+    """Kills a cohort run at random instants, resuming it after most; how many of the kills met a half-done OUT."""
+    raw, key = raw_cohort(tmp_path / "raw", 12), tmp_path / "key"
     key.write_text("k")
-    settings = cohort.Settings(size=64, spacing=3.0)
-    cohort.prepare(raw, tmp_path / "whole", settings, cohort.Request(key_file=str(key), workers=1))
-    whole, rng, met = tree(tmp_path / "whole"), np.random.default_rng(3), 0
-    out = tmp_path / "out"
+    settings, request = cohort.Settings(size=64, spacing=3.0), cohort.Request(key_file=str(key), workers=1)
+    cohort.prepare(raw, tmp_path / "whole", settings, request)
+    whole, rng, met, out = tree(tmp_path / "whole"), np.random.default_rng(3), 0, tmp_path / "out"
     for _ in range(kills):
         process = _slow_start(raw, out, key)
         start = time.time()
-        while not out.exists() and process.poll() is None and time.time() - start < 60:
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 1.2))
+        while not list(out.glob("*/processed/.*")) and process.poll() is None and time.time() - start < 60:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.4))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         seen = prepared.find_cases(out) if list(out.glob("*/processed/[!.]*")) else []
         for case in seen:  # whatever is visible is whole
             assert (case.path / "case.json").is_file() and case.hu().shape == (64, 64, 64)
             assert len(list((case.path / "windows").iterdir())) == 4
-        met += len(seen) < 9
-        if met and rng.random() < 0.3:
-            cohort.prepare(raw, out, settings, cohort.Request(key_file=str(key), workers=1))
+        met += len(seen) < 13
+        if len(seen) == 13 or rng.random() < 0.7:  # else the next kill meets what this one left
+            cohort.prepare(raw, out, settings, request)
             assert tree(out) == whole
-            for path in sorted(out.rglob("*"), reverse=True):
-                path.unlink() if path.is_file() else path.rmdir()
-            out.rmdir()
-    cohort.prepare(raw, out, settings, cohort.Request(key_file=str(key), workers=1))
+            shutil.rmtree(out)
+    cohort.prepare(raw, out, settings, request)
     assert tree(out) == whole
     return met
 
