@@ -184,7 +184,11 @@ def load_tokenizer(path: str | Path) -> SparseVQVAE:
     """A network as it was saved, in evaluation mode."""
     state, sizes = read_weights(path)
     network = build_vqvae(sizes)
-    network.load_state_dict(state)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split("\n\t")[1:2]) or "its tensors do not fit its sizes"
+        fail("BAD_CHECKPOINT", f"{path} cannot be loaded ({reason.strip()})", "it may be damaged: use another step")
     return network.eval()
 
 

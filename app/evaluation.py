@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Num
+from jaxtyping import Float
 
 from app import card, checkpoints, prepared, scans
 from app import reconstruction_metrics as measure
@@ -35,13 +35,11 @@ RESAMPLES = 2000
 
 
 class Judged(NamedTuple):
-    """One case: numbers for the card, and volumes for its picture."""
+    """One case: numbers for the card, and a slice for its picture. Volumes are not kept: there may be thousands."""
 
     row: dict[str, Any]
     code_counts: Float[torch.Tensor, "L K"]
-    truth: Num[np.ndarray, "X Y Z"]
-    decoded: dict[str, Float[np.ndarray, "X Y Z"]]  # by way
-    codes: Float[np.ndarray, "x y z"]  # first level on the latent grid, NaN where empty
+    slice: card.Slice
 
 
 class TokenizerEvaluation:
@@ -171,7 +169,7 @@ def judge(made: CTTokenizer, case: prepared.PreparedCase) -> Judged:
         "seconds": seconds,
     }
     counts = count_codes(torch.from_numpy(tokens.codes), sizes.num_embeddings)
-    return Judged(row, counts, truth, volumes, _code_map(tokens))
+    return Judged(row, counts, card.slice_of(truth, volumes, _code_map(tokens)))
 
 
 def rate(tokens: CTTokens, num_codes: int, *, foreground: int) -> dict[str, float]:

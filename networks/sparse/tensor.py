@@ -6,10 +6,17 @@ X Y Z axes (never height, width, depth). Coordinates are int32 (batch, x, y, z).
 """
 
 import torch
-from jaxtyping import Float, Int, Int32
+from jaxtyping import Float, Int, Int32, Int64
 from torch import Tensor
 
-from networks.sparse.topology import Level
+from networks.sparse.topology import Level, map_kernels
+
+
+def _in_order(feats: Float[Tensor, "N C"], order: Int64[Tensor, " N"]) -> Float[Tensor, "N C"]:
+    kernels = map_kernels(feats.device)
+    if kernels and not feats.requires_grad:
+        return kernels.take_rows(feats, order)
+    return feats.index_select(0, order)
 
 
 class SparseTensor:
@@ -31,7 +38,7 @@ class SparseTensor:
         if feats.device != coords.device:
             raise ValueError(f"feats and coords must share a device, got {feats.device} and {coords.device}")
         self.level, order = Level.from_coords(coords, spatial_shape, batch_size)
-        self.feats = feats if order is None else feats.index_select(0, order)
+        self.feats = feats if order is None else _in_order(feats, order)
 
     @classmethod
     def on(cls, level: Level, feats: Float[Tensor, "N C"]) -> "SparseTensor":

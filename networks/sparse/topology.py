@@ -319,6 +319,8 @@ class Level:
     @cached_property
     def neighbour_lists(self) -> NeighbourLists:
         """The pairs of `neighbour_pairs` in tables of fixed shape, so that nothing waits for their lengths."""
+        if kernels := map_kernels(self.device):
+            return NeighbourLists(*kernels.neighbour_lists(self.neighbours))
         there = self.neighbours < len(self)
         place = torch.where(there, there.cumsum(1) - 1, len(self))
         rows = torch.empty((27, len(self) + 1), dtype=torch.int32, device=self.device)  # the last column takes the rest
@@ -349,6 +351,15 @@ class Level:
         children = torch.full((8, keys.shape[0]), len(self), dtype=torch.int64, device=self.device)
         children[octant, parent] = torch.arange(len(self), device=self.device)
         return Coarsening(self, coarse, parent, octant, children)
+
+    def prepare(self, halvings: int) -> "Level":
+        """Builds what must wait for the device, for this level and those below it, and gives the coarsest.
+
+        Called before the first layer, it lets the host run ahead of the device through all of them.
+        """
+        waited_for = (self.is_thin, self.sample_sizes) if self.device.type == "cuda" else ()
+        del waited_for  # kept by the level
+        return self.coarsening.coarse.prepare(halvings - 1) if halvings else self
 
     def subdivide(self, occupied: Bool[Tensor, "M 8"], fine_shape: tuple[int, int, int]) -> Coarsening:
         """The finer level in which exactly the marked children exist; the inverse of `coarsening`."""

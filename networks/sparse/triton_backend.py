@@ -60,9 +60,11 @@ def product_tile(channels: int, columns: int, dtype: torch.dtype, *, thin: bool)
     depth = max(triton.next_power_of_2(channels), 16)
     if dtype == torch.float32:
         return Tile(64, min(width, 128), min(depth, 32), 4, 3)
+    if width <= 32:
+        return Tile(256, width, min(depth, 64), 4, 3)
     if width >= 256 and not thin:
         return Tile(128, 256, min(depth, 64), 8, 3)
-    return Tile(128, min(width, 128), min(depth, 64), 8 if width == 128 else 4, 3)
+    return Tile(128, min(width, 128), min(depth, 64), 8, 3) if width <= 128 else Tile(128, 128, min(depth, 64), 4, 3)
 
 
 def grad_tile(channels: int, columns: int, dtype: torch.dtype) -> Tile:
@@ -70,7 +72,9 @@ def grad_tile(channels: int, columns: int, dtype: torch.dtype) -> Tile:
     width = min(max(triton.next_power_of_2(columns), 16), 128)
     if dtype == torch.float32:
         return Tile(64, width, 32, 4, 3)
-    return Tile(128, width, 64, 4, 3) if max(channels, columns) > 64 else Tile(64, width, 64, 4, 4)
+    if max(channels, columns) <= 32:
+        return Tile(128, width, 32, 4, 3)
+    return Tile(128, width, 64, 4, 3) if max(channels, columns) > 64 else Tile(128, width, 64, 8, 2)
 
 
 def _precision(dtype: torch.dtype) -> str:

@@ -1,6 +1,6 @@
-"""Maps of sparse voxels fused in Triton: keys, coordinates, neighbours, offsets alive in a tile. CUDA.
+"""Maps of sparse voxels fused in Triton: keys, coordinates, neighbours, offsets alive in a tile, lists of pairs. CUDA.
 
-The same numbers as topology.py computes in plain torch, in one pass over the rows each. Integers only.
+The same numbers as topology.py computes in plain torch, in one pass over the rows each.
 """
 
 from typing import no_type_check
@@ -8,7 +8,7 @@ from typing import no_type_check
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Int, Int32, Int64
+from jaxtyping import Int, Int32, Int64, Shaped
 from torch import Tensor
 
 ROWS = 512  # of a program
@@ -165,3 +165,64 @@ def _list_offsets(alive, offsets, counts, num_rows, TILE: tl.constexpr):
     place = tl.where(there == 1, before, count + k - before)
     tl.store(offsets + tl.program_id(0).to(tl.int64) * 27 + place, k, mask=k < 27)
     tl.store(counts + tl.program_id(0), count)
+
+
+def neighbour_lists(
+    found: Int32[Tensor, "27 N"],
+) -> tuple[Int32[Tensor, "27 N"], Int32[Tensor, "27 N"], Int32[Tensor, " 27"]]:
+    """Rows that have each neighbour, that neighbour's row, both packed to the front, and how many."""
+    num_rows = found.shape[1]
+    rows, near = torch.empty_like(found), torch.empty_like(found)
+    blocks = torch.empty((27, triton.cdiv(num_rows, ROWS)), dtype=torch.int32, device=found.device)
+    if num_rows:
+        grid = (blocks.shape[1], 27)
+        with torch.cuda.device_of(found):
+            _count_pairs[grid](found, blocks, num_rows, blocks.shape[1], ROWS)
+            ends = blocks.cumsum(1)
+            _list_pairs[grid](found, ends - blocks, rows, near, num_rows, blocks.shape[1], ROWS)
+    return rows, near, blocks.sum(1, dtype=torch.int32)
+
+
+@no_type_check
+@triton.jit(do_not_specialize=["num_rows", "num_blocks"])
+def _count_pairs(found, blocks, num_rows, num_blocks, TILE: tl.constexpr):
+    places = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    start = found + tl.program_id(1).to(tl.int64) * num_rows
+    near = tl.load(start + places, mask=places < num_rows, other=num_rows)
+    tl.store(blocks + tl.program_id(1) * num_blocks + tl.program_id(0), tl.sum((near < num_rows).to(tl.int32)))
+
+
+@no_type_check
+@triton.jit(do_not_specialize=["num_rows", "num_blocks"])
+def _list_pairs(found, starts, rows_out, near_out, num_rows, num_blocks, TILE: tl.constexpr):
+    places = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    line = tl.program_id(1).to(tl.int64) * num_rows
+    near = tl.load(found + line + places, mask=places < num_rows, other=num_rows)
+    there = (near < num_rows).to(tl.int32)
+    first = tl.load(starts + tl.program_id(1) * num_blocks + tl.program_id(0))
+    at = line + first + tl.cumsum(there, 0) - there
+    tl.store(rows_out + at, places, mask=there == 1)
+    tl.store(near_out + at, near, mask=there == 1)
+
+
+def take_rows(values: Shaped[Tensor, "N C"], rows: Int64[Tensor, " M"]) -> Shaped[Tensor, "M C"]:
+    """values[rows]; several times faster than torch's where rows are narrow."""
+    out = values.new_empty((len(rows), values.shape[1]))
+    width = triton.next_power_of_2(values.shape[1])
+    tile = max(1, 4096 // width)
+    if out.numel():
+        with torch.cuda.device_of(values):
+            grid = (triton.cdiv(len(rows), tile),)
+            _take_rows[grid](values.contiguous(), rows, out, len(rows), values.shape[1], tile, width)
+    return out
+
+
+@no_type_check
+@triton.jit(do_not_specialize=["num_rows"])
+def _take_rows(values, rows, out, num_rows, CHANNELS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
+    places = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    channels = tl.arange(0, WIDTH)
+    keep = (places < num_rows)[:, None] & (channels < CHANNELS)[None, :]
+    row = tl.load(rows + places, mask=places < num_rows, other=0)
+    taken = tl.load(values + row[:, None] * CHANNELS + channels[None, :], mask=keep)
+    tl.store(out + places[:, None] * CHANNELS + channels[None, :], taken, mask=keep)

@@ -69,3 +69,31 @@ def test_bias_gradient_equals_a_plain_sum(assert_close):
     grad = torch.randn(100_003, 48, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     assert_close(ops._column_sums(grad), grad.double().sum(0))
     assert torch.equal(ops._column_sums(grad), ops._column_sums(grad))
+
+
+def test_training_steps_repeat_to_the_bit():
+    from networks.losses import TokenizerLoss
+    from networks.vqvae import make_vqvae
+    from tests.benchmarks.shapes import body
+
+    coords = body(48).cuda()
+    feats = torch.sin(coords.float() * 0.3)
+
+    def train():
+        torch.manual_seed(0)
+        network = make_vqvae("base", num_embeddings=256).cuda().train()
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(4):
+            optimizer.zero_grad()
+            x = SparseTensor(feats, coords, (48, 48, 48), 1)
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = TokenizerLoss()(network(x), x)["loss"]
+            loss.backward()
+            optimizer.step()
+            network.vq.update(generator=generator)
+        return loss.detach(), network.state_dict()
+
+    (loss, once), (again, twice) = train(), train()
+    assert torch.equal(loss, again) and torch.isfinite(loss)
+    assert all(torch.equal(once[name], twice[name]) for name in once)

@@ -95,6 +95,12 @@ def test_interpreted_maps_equal_plain_torch(count, generator):
     found, alive, number = triton_maps.neighbours(level.coords, (8, 9, 7), 2)
     assert torch.equal(found, level.neighbours)
     assert torch.equal(alive, level._alive) and int(number) == int((level.neighbours < count).sum())
+    lists = triton_maps.neighbour_lists(found)
+    for k, (rows, near) in enumerate(level.neighbour_pairs):
+        assert int(lists[2][k]) == len(rows)
+        assert torch.equal(lists[0][k, : len(rows)].long(), rows) and torch.equal(lists[1][k, : len(rows)].long(), near)
+    order = torch.randperm(count, generator=generator)
+    assert torch.equal(triton_maps.take_rows(level.coords, order), level.coords[order])
     for size in (16, 128):
         offsets, counts = triton_maps.tile_offsets(alive, size)
         for mine, plain in zip((offsets, counts), level.tiles(size)[-2:], strict=True):
