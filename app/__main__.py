@@ -53,7 +53,7 @@ def answering(as_json: bool, debug: bool) -> Iterator[Answer]:
         sys.stderr.write(f"{line}\n")
         answer.value, lines = {"error": line, "status": answer.status}, []
     if as_json:
-        out.write(json.dumps(answer.value, ensure_ascii=False) + "\n")
+        out.write(json.dumps(answer.value) + "\n")
     else:
         out.writelines(f"{line}\n" for line in lines)
     out.flush()
@@ -200,4 +200,6 @@ def reconstruct(
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold anything
+    sys.stderr.reconfigure(errors="backslashreplace")
     app(prog_name="python -m app")
