@@ -230,7 +230,7 @@ def resume_schedule(schedule: lr_scheduler.LRScheduler, stored: dict, *, step: i
     if not isinstance(schedule, FUNCTIONS_OF_STEP):
         schedule.load_state_dict(stored)
     elif step > 0:
-        schedule.load_state_dict({"last_epoch": step - 1, "_step_count": step})
+        schedule.load_state_dict({**schedule.state_dict(), "last_epoch": step - 1, "_step_count": step})
         schedule.step()
 
 
