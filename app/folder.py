@@ -7,6 +7,7 @@ metrics.jsonl.
 import json
 import logging
 import os
+import resource
 import shlex
 import sys
 from functools import partial
@@ -15,15 +16,16 @@ from pathlib import Path
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
 from app import checkpoints, pictures, preflight
-from networks.vqvae import SparseVQVAE
 
 log = logging.getLogger(__name__)
 
 MAX_PICTURED = 4
+SHOWN = ("loss", "recon", "vq", "commitment", "correct")  # on the console line, where a step has them
 
 
 class RunFolder:
@@ -103,7 +105,7 @@ class RunFolder:
             scores = {row["step"]: row["val_recon"] for row in kept if row.get("val_recon") and row["step"] in saved}
             checkpoints.write_best(self.path, scores)
 
-    def begin(self, network: SparseVQVAE) -> None:
+    def begin(self, network: nn.Module) -> None:
         """From here on files of an earlier run change. Writes what is trained: freezing has to come before."""
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
         total = sum(p.numel() for p in network.parameters())
@@ -118,12 +120,12 @@ class RunFolder:
 
         def show(trainer: Engine) -> None:
             output = trainer.state.output
-            shown = " ".join(f"{name}={output[name]:.4g}" for name in ("loss", "recon", "vq", "commitment"))
+            shown = " ".join(f"{name}={output[name]:.4g}" for name in SHOWN if name in output)
             log.info("%s %d: %s", "Step" if phase == "train" else "Warm-up step", trainer.state.iteration, shown)
 
         def write(trainer: Engine) -> None:
             row = {"phase": phase, "step": trainer.state.iteration, **trainer.state.output}
-            self._write({**row, "lr": optimizer.param_groups[0]["lr"]}, prefix=phase)
+            self._write({**row, "lr": optimizer.param_groups[0]["lr"], "memory_gib": peak_memory()}, prefix=phase)
 
         self.warmed_up = self.warmed_up or phase == "warmup"
         for record, key in ((show, "i_print"), (write, "i_log")):
@@ -171,7 +173,7 @@ class RunFolder:
         self.writer.flush()
 
 
-def summary(network: SparseVQVAE) -> str:
+def summary(network: nn.Module) -> str:
     """Name, shape, type and whether it learns: by gradient (True), by moving averages (EMA) or not at all (False)."""
     rows = [(name, p.shape, p.dtype, str(p.requires_grad)) for name, p in network.named_parameters()]
     rows += [(name, b.shape, b.dtype, "EMA") for name, b in network.named_buffers()]
@@ -179,6 +181,14 @@ def summary(network: SparseVQVAE) -> str:
     lines += [(n, "x".join(map(str, s)), str(t).removeprefix("torch."), g) for n, s, t, g in sorted(rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(4)]
     return "".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() + "\n" for line in lines)
+
+
+def peak_memory() -> float:
+    """GiB at most so far: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def _due(_engine: Engine, step: int, *, every: int, last: int) -> bool:
