@@ -90,7 +90,9 @@ def _choice(*values: str, optional: bool = False) -> Rule:
 def _is_scheduler(name: str) -> bool:
     from torch.optim import lr_scheduler
 
-    return name in ("cosine", "one_cycle", "constant") or isinstance(getattr(lr_scheduler, name, None), type)
+    kind = getattr(lr_scheduler, name, None)
+    known = isinstance(kind, type) and issubclass(kind, lr_scheduler.LRScheduler)
+    return name in ("cosine", "one_cycle", "constant") or (known and kind is not lr_scheduler.ReduceLROnPlateau)
 
 
 def _are_windows(names: list) -> bool:

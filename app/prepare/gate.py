@@ -18,6 +18,7 @@ from app.prepare.headers import CT, ENHANCED_CT, SliceHeader
 
 MIN_SLICES = 5
 MAX_SIDE = 8192  # pixels a side
+MAX_VOXELS = 1 << 30
 SPACING_LIMITS = (0.01, 50.0)  # mm, in the plane and between slices
 SAME_PLACE = 0.01  # share of a step within which two slices lie at one position
 EVEN = 0.02  # share of a step (or of a mm) by which an even stack's slices may lie off
@@ -257,6 +258,8 @@ def build_stack(members: Sequence[SliceHeader], rules: Rules) -> Stack:
     lps[:3, 3] = first.position
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps
     count = round(places[-1]) + 1 if len(spacing_findings) else len(members)
+    if count * first.rows * first.columns > MAX_VOXELS:
+        raise Refused("CORRUPT_FILE", f"{count} slices of {first.rows} x {first.columns} pixels")
     return Stack(tuple(members), tuple(float(p) for p in places), count, affine + 0.0, tuple(findings), duplicates)
 
 

@@ -51,7 +51,7 @@ def write_sources(out: Path, rows: Iterable[tuple[str, str, str]]) -> Path:
     path = beside(out, "sources.csv")
     table = {}
     if path.exists():
-        with open(path, newline="", encoding="utf-8") as stream:
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as stream:
             table = {tuple(row[:2]): row[2] for row in csv.reader(stream) if len(row) == 3 and row[0] != "dataset"}
     table |= {(dataset, case): source for dataset, case, source in rows}
     made = path.with_name(f".{path.name}.{os.getpid()}")
