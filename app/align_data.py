@@ -23,6 +23,7 @@ from app.phantom_text import balance, mirrored, phantom_rows
 from app.phantoms import VERSION, make_phantom
 from app.preflight import fail
 from app.rows import TextRow
+from app.scans import Volume
 from app.volume_tokens import Reducer, TokenSource, VolumeTokens, encode_sparse
 from networks.sparse import SparseTensor
 from networks.tokens import TokenSequence, reduce_tokens
@@ -122,9 +123,8 @@ def as_sample(item: dict, *, reduce: Reducer, network=None) -> dict:
 
 def split_volumes(feats: Tensor, coords: Tensor, *, reduce: Reducer) -> list[TokenSequence]:
     """Features of form A by the volume number in the first coordinate."""
-    width = reduce.codebook.shape[1]
-    if feats.shape[1] != width:
-        raise ValueError(f"feats_3d must be (N, {width}) as the tokenizer's codes, got {tuple(feats.shape)}")
+    if feats.shape[1] != reduce.width:
+        raise ValueError(f"feats_3d must be (N, {reduce.width}) as the tokenizer's codes, got {tuple(feats.shape)}")
     options = {"max_tokens": reduce.max_tokens, "method": reduce.method}
     numbers = coords[:, 0].unique().tolist()
     return [reduce_tokens(feats[coords[:, 0] == n].float(), coords[coords[:, 0] == n, 1:], **options) for n in numbers]
@@ -182,21 +182,17 @@ def phantom_volumes(
     Training phantoms have even numbers and validation phantoms odd ones, so that they never meet. With `mirror` each is
     seen in a mirror, with sides swapped in the text.
     """
-    sizes = source.network.sizes
+    sizes = source.tokenizer.sizes
     grid = {"size": sizes.resolution, "spacing": sizes.spacing}
     rows, volumes = [], {}
     for number in track(range(count), description="Making phantoms", disable=not log.isEnabledFor(logging.INFO)):
         made = make_phantom(seed * 1_000_000 + 2 * number + (split != "train"), **grid)
-        hu = made.hu[::-1].copy() if mirror else made.hu
+        hu = made.hu[::-1].copy() if mirror else made.hu  # the grid is centred, so its affine stays
         findings = mirrored(made.findings) if mirror else made.findings
         name = f"phantom_v{VERSION}_s{seed}_{split}_{number:05d}{'_mirrored' if mirror else ''}"
-        volumes[name] = source.cached(name, partial(both, hu, made.affine))
+        volumes[name] = source.cached(name, Volume(hu, made.affine))
         rows += phantom_rows(name, findings, split=split)
     return rows, volumes
-
-
-def both(hu, affine):
-    return hu, affine
 
 
 def builtin(source: TokenSource, *, count: int, seed: int, split: str) -> tuple[list[TextRow], dict[str, VolumeTokens]]:

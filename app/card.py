@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -24,6 +24,25 @@ NAME = "tokenizer_card"
 COLOURS = {"codes alone": "#1f6f8b", "stored support": "#9ccbd8", "shuffled codes": "#d98e5f"}
 TISSUE_ORDER = ("air", "lung", "air-tissue border", "fat", "soft tissue", "bone")
 PICTURED_WINDOWS = 3
+
+
+class Slice(NamedTuple):
+    """The coronal plane through the middle of a body, cut to its extent."""
+
+    truth: Num[np.ndarray, "X Z"]
+    decoded: dict[str, Float[np.ndarray, "X Z"]]  # by way
+    codes: Float[np.ndarray, "x z"]  # first level on the latent grid, NaN where empty
+
+
+def slice_of(
+    truth: Num[np.ndarray, "X Y Z"], decoded: dict[str, np.ndarray], codes: Float[np.ndarray, "x y z"]
+) -> Slice:
+    body = np.argwhere(truth > -300)
+    low, high = (body.min(0), body.max(0) + 1) if len(body) else (np.zeros(3, int), np.array(truth.shape))
+    middle = int(np.median(body[:, 1])) if len(body) else truth.shape[1] // 2
+    box = (slice(low[0], high[0]), middle, slice(low[2], high[2]))
+    latent = (slice(low[0] // 8, -(-high[0] // 8)), middle // 8, slice(low[2] // 8, -(-high[2] // 8)))
+    return Slice(truth[box].copy(), {way: hu[box].copy() for way, hu in decoded.items()}, codes[latent].copy())
 
 
 def write(folder: Path, result: dict[str, Any], judged: Sequence[Any]) -> None:
@@ -72,7 +91,8 @@ def markdown(result: dict[str, Any]) -> str:
             "",
             f"{data['cases']} cases of {data['dataset']} (split {data['split']}), whole volumes, "
             f"{sizes['resolution']}³ voxels of {sizes['spacing']:g} mm. Means over cases; in brackets 95 % bootstrap "
-            "intervals over cases. Research use, not for diagnosis.",
+            "intervals over cases. Research use, not for diagnosis."
+            + (f" Not judged: {', '.join(data['not_judged'])}." if data["not_judged"] else ""),
             "",
             *_facts(result),
             *_errors(result),
@@ -208,8 +228,7 @@ def _definitions() -> list[str]:
 def picture(result: dict[str, Any], case: Any, path: Path) -> None:
     """One page: the median case in three windows, errors per tissue beside their control, code use, key numbers."""
     names = list(result["tokenizer"]["sizes"]["windows"])[:PICTURED_WINDOWS]
-    box = _body_slice(case.truth)
-    shape = case.truth[box].shape
+    shape = case.slice.truth.shape
     height = 2.2 * shape[1] / shape[0]
     figure = Figure(figsize=(11.7, min(height, 3.4) * len(names) + 4.1), layout="constrained")
     ratios = {"height_ratios": [*[min(height, 3.4)] * len(names), 3.4], "width_ratios": [1] * 5}
@@ -220,7 +239,7 @@ def picture(result: dict[str, Any], case: Any, path: Path) -> None:
         f"(split {data['split']}). Shown: {case.row['case']}, the case of median error",
         fontsize=11,
     )
-    _slices(figure, grid, case, names, box=box, spacing=result["tokenizer"]["sizes"]["spacing"])
+    _slices(figure, grid, case.slice, names, spacing=result["tokenizer"]["sizes"]["spacing"])
     _tissue_bars(figure.add_subplot(grid[len(names), :3]), result)
     _code_use(figure.add_subplot(grid[len(names), 3:]), result)
     if len(names) > 1:
@@ -230,18 +249,9 @@ def picture(result: dict[str, Any], case: Any, path: Path) -> None:
     part.replace(path)
 
 
-def _body_slice(truth: Num[np.ndarray, "X Y Z"]) -> tuple[slice, int, slice]:
-    """The coronal plane through the middle of the body, cut to its extent."""
-    body = np.argwhere(truth > -300)
-    if not len(body):
-        return slice(None), truth.shape[1] // 2, slice(None)
-    low, high = body.min(0), body.max(0) + 1
-    return slice(int(low[0]), int(high[0])), int(np.median(body[:, 1])), slice(int(low[2]), int(high[2]))
-
-
-def _slices(figure: Figure, grid: GridSpec, case: Any, names: Sequence[str], *, box: tuple, spacing: float) -> None:
+def _slices(figure: Figure, grid: GridSpec, shown: Slice, names: Sequence[str], *, spacing: float) -> None:
     """A row a window: source, decoded, their difference, and the control; beside them the codes of the slice."""
-    truth, alone, mixed = case.truth[box], case.decoded["codes alone"][box], case.decoded["shuffled codes"][box]
+    truth, alone, mixed = shown.truth, shown.decoded["codes alone"], shown.decoded["shuffled codes"]
     for row, name in enumerate(names):
         width = WINDOWS[name][0]
         for column, (title, hu) in enumerate((("source", truth), ("codes alone", alone), ("shuffled codes", mixed))):
@@ -259,10 +269,8 @@ def _slices(figure: Figure, grid: GridSpec, case: Any, names: Sequence[str], *, 
         axis.text(0.02, 0.02, f"± {width / 4:.0f} HU", fontsize=7.5, transform=axis.transAxes, bbox=box_look)
         if row == 0:
             axis.set_title("difference (red: too high)", fontsize=9)
-            low_x, high_x, low_z, high_z = box[0].start or 0, box[0].stop, box[2].start or 0, box[2].stop
-            latent = case.codes[low_x // 8 : -(-high_x // 8), box[1] // 8, low_z // 8 : -(-high_z // 8)]
             axis = figure.add_subplot(grid[row, 4])
-            _show(axis, latent, cmap=matplotlib.colormaps["turbo"].with_extremes(bad="black"))
+            _show(axis, shown.codes, cmap=matplotlib.colormaps["turbo"].with_extremes(bad="black"))
             axis.set_title(f"its codes, {8 * spacing:g} mm each", fontsize=9)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from app.preflight import fail
+from app.preflight import RULES, fail
 from networks.presets import Preset
 from networks.vqvae import SparseVQVAE, build_vqvae
 
@@ -184,7 +184,11 @@ def load_tokenizer(path: str | Path) -> SparseVQVAE:
     """A network as it was saved, in evaluation mode."""
     state, sizes = read_weights(path)
     network = build_vqvae(sizes)
-    network.load_state_dict(state)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split("\n\t")[1:2]) or "its tensors do not fit its sizes"
+        fail("BAD_CHECKPOINT", f"{path} cannot be loaded ({reason.strip()})", "it may be damaged: use another step")
     return network.eval()
 
 
@@ -218,12 +222,18 @@ def check_same(stored: Preset, wanted: Preset, *, source: Path, skip: set[str]) 
             fail(
                 "OTHER_TOKENIZER",
                 f"{source} is for {what} {name} {_plain(old)}, this run has {name} {_plain(new)}",
-                f"pass --{name} {_plain(old)}, or train the earlier stage again",
+                f"pass {_flag(name, old)}, or train the earlier stage again",
             )
 
 
 def _plain(value: object) -> str:
     return ",".join(value) if isinstance(value, tuple) and value and isinstance(value[0], str) else str(value)
+
+
+def _flag(name: str, value: object) -> str:
+    if name not in RULES:  # one of the sizes that only a preset sets
+        return "the --preset it was made with"
+    return f'--{name} "{list(value)}"' if isinstance(value, tuple) else f"--{name} {value}"
 
 
 def unwrapped(network: nn.Module) -> SparseVQVAE:

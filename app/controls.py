@@ -21,7 +21,7 @@ class Gap(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        return "the image helps" if self.low > 0 else "the image hurts" if self.high < 0 else NO_EVIDENCE
+        return "the image helps" if self.low > 0 else "worse than the control" if self.high < 0 else NO_EVIDENCE
 
 
 def derange(patients: Sequence[Hashable], *, seed: int = 0) -> list[int]:

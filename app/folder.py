@@ -15,15 +15,16 @@ from pathlib import Path
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
 from app import checkpoints, pictures, preflight
-from networks.vqvae import SparseVQVAE
 
 log = logging.getLogger(__name__)
 
 MAX_PICTURED = 4
+SHOWN = ("loss", "recon", "vq", "commitment", "correct")  # on the console line, where a step has them
 
 
 class RunFolder:
@@ -103,7 +104,7 @@ class RunFolder:
             scores = {row["step"]: row["val_recon"] for row in kept if row.get("val_recon") and row["step"] in saved}
             checkpoints.write_best(self.path, scores)
 
-    def begin(self, network: SparseVQVAE) -> None:
+    def begin(self, network: nn.Module) -> None:
         """From here on files of an earlier run change. Writes what is trained: freezing has to come before."""
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
         total = sum(p.numel() for p in network.parameters())
@@ -118,7 +119,7 @@ class RunFolder:
 
         def show(trainer: Engine) -> None:
             output = trainer.state.output
-            shown = " ".join(f"{name}={output[name]:.4g}" for name in ("loss", "recon", "vq", "commitment"))
+            shown = " ".join(f"{name}={output[name]:.4g}" for name in SHOWN if name in output)
             log.info("%s %d: %s", "Step" if phase == "train" else "Warm-up step", trainer.state.iteration, shown)
 
         def write(trainer: Engine) -> None:
@@ -171,7 +172,7 @@ class RunFolder:
         self.writer.flush()
 
 
-def summary(network: SparseVQVAE) -> str:
+def summary(network: nn.Module) -> str:
     """Name, shape, type and whether it learns: by gradient (True), by moving averages (EMA) or not at all (False)."""
     rows = [(name, p.shape, p.dtype, str(p.requires_grad)) for name, p in network.named_parameters()]
     rows += [(name, b.shape, b.dtype, "EMA") for name, b in network.named_buffers()]

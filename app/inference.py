@@ -41,13 +41,14 @@ class CTTokenizer:
     Args:
         network: a trained SparseVQVAE.
         digest: sha256 of its weights, written into every token file.
+        source: where it came from, to be said.
         max_points: voxels in work at a time; a larger volume goes through in parts, with the same result.
     """
 
-    def __init__(self, network: SparseVQVAE, *, digest: str, max_points: int | None = None):
+    def __init__(self, network: SparseVQVAE, *, digest: str, source: str = "", max_points: int | None = None):
         if network.vq is None:
             raise ValueError("a continuous autoencoder makes no tokens: give the output folder of stage 1 or 2")
-        self.network, self.digest = network.eval(), digest
+        self.network, self.digest, self.source = network.eval(), digest, source
         self.max_points = max_points or network.sizes.max_points
 
     @classmethod
@@ -58,7 +59,8 @@ class CTTokenizer:
         file = checkpoints.find_tokenizer(path)
         network = checkpoints.load_tokenizer(file)
         log.info("tokenizer %s", file)
-        made = cls(network, digest=checkpoints.weights_hash(network.state_dict()), max_points=max_points)
+        digest = checkpoints.weights_hash(network.state_dict())
+        made = cls(network, digest=digest, source=str(file), max_points=max_points)
         made.network.to(choose_device() if device is None else device)
         return made
 
@@ -171,23 +173,42 @@ def tokenize(
     if not source.exists():
         fail("NO_SOURCE", f"{source} does not exist", "give a scan, a prepared case or a prepared dataset")
     made = _loaded(tokenizer)
+    cases, single = list(_cases_in(source, made.sizes.windows, series)), out.suffix == ".npz"
+    if single and len(cases) > 1:
+        fail("MANY_SCANS", f"{source} holds {len(cases)} scans, {out} is one file", "give a folder as OUT")
     entries = []
-    for name, open_it in _progress(list(_cases_in(source, made.sizes.windows, series)), "tokenize"):
-        path = out if out.suffix == ".npz" else out / f"{name}.npz"
-        if out.suffix == ".npz" and entries:
-            fail("MANY_SCANS", f"{source} holds several scans, {out} is one file", "give a folder as OUT")
-        if path.exists() and not overwrite:
-            entries.append({"case": name, "status": "ok", "tokens": str(path), "message": "there already"})
-            continue
+    for name, open_it in _progress(cases, "tokenize"):
+        path = out if single else out / f"{name}.npz"
         try:
-            tokens = made.encode(open_it(), support=support)
+            tokens = None if overwrite else _there_already(path, made)
+            message = "" if tokens is None else "there already"
+            if tokens is None:
+                tokens = made.encode(open_it(), support=support)
+                write_tokens(path, tokens)
         except ValueError as error:
-            entries.append({"case": name, "status": "refused", "message": str(error)})
-            log.warning("%s refused: %s", name, error)
+            entries.append(_refused(name, error))
             continue
-        write_tokens(path, tokens)
-        entries.append({"case": name, "status": "ok", "tokens": str(path), "count": len(tokens.codes)})
-    return _summary(entries)
+        entries.append(
+            {"case": name, "status": "ok", "tokens": str(path), "count": len(tokens.codes), "message": message}
+        )
+    return _summary(entries, made)
+
+
+def _there_already(path: Path, made: CTTokenizer) -> CTTokens | None:
+    """Tokens of an earlier, interrupted call. Those of another tokenizer are neither taken nor overwritten."""
+    if not path.exists():
+        return None
+    tokens = read_tokens(path)
+    if tokens.tokenizer != made.digest:
+        raise ValueError(
+            f"{path.name} is there already, by tokenizer {tokens.tokenizer[:12]}: --overwrite, or another OUT"
+        )
+    return tokens
+
+
+def _refused(name: str, error: ValueError) -> dict[str, Any]:
+    log.warning("%s refused: %s", name, error)
+    return {"case": name, "status": "refused", "message": str(error)}
 
 
 def _cases_in(source: Path, windows: tuple[str, ...], series: str | None) -> Iterator[tuple[str, Callable[[], Scan]]]:
@@ -232,20 +253,18 @@ def reconstruct(
     for file in _progress(files, "reconstruct"):
         name = file.relative_to(source).with_suffix("").as_posix() if source.is_dir() else file.stem
         path = out if single else out / f"{name}.nii.gz"
-        if path.exists() and not overwrite:
-            entries.append({"case": name, "status": "ok", "image": str(path), "message": "there already"})
-            continue
         try:
+            if path.exists() and not overwrite:  # it may be the user's own scan
+                raise ValueError(f"{path} is there already: --overwrite, or another OUT")
             content = read_tokens(file)
             decoded = made.decode_sparse(content, use_support=use_support)
         except ValueError as error:
-            entries.append({"case": name, "status": "refused", "message": str(error)})
-            log.warning("%s refused: %s", name, error)
+            entries.append(_refused(name, error))
             continue
         volume = made.to_hu(decoded, content)
         write_nifti(path, volume if grid is None else onto_grid(volume, *grid))
         entries.append({"case": name, "status": "ok", "image": str(path), "forced_children": decoded.forced})
-    return _summary(entries)
+    return _summary(entries, made)
 
 
 def _progress(items: Sequence[Any], what: str) -> Iterable[Any]:
@@ -261,9 +280,18 @@ def _loaded(path: str | Path | None) -> CTTokenizer:
         fail("BAD_TOKENIZER", str(error), "give another with --tokenizer")
 
 
-def _summary(entries: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(entries: list[dict[str, Any]], made: CTTokenizer) -> dict[str, Any]:
     done = sum(entry["status"] == "ok" for entry in entries)
-    return {"cases": entries, "ok": done, "refused": len(entries) - done}
+    by = {"file": made.source, "sha256": made.digest}
+    return {"cases": entries, "ok": done, "refused": len(entries) - done, "tokenizer": by}
+
+
+def lines(done: dict[str, Any]) -> Iterator[str]:
+    """What the commands print of it."""
+    for entry in done["cases"]:
+        told = entry.get("tokens") or entry.get("image") or ""
+        yield "  ".join(part for part in (entry["status"], entry["case"], told, entry.get("message", "")) if part)
+    yield f"{done['ok']} ok, {done['refused']} refused, by tokenizer {done['tokenizer']['file']}"
 
 
 # ---- volumes out

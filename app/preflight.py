@@ -12,13 +12,16 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from fire.parser import DefaultParseValue
 from monai.bundle import ConfigParser
+
+from networks.presets import PRESETS
+from transforms.array import WINDOWS
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +63,16 @@ class Rule:
     minimum: float | None = None
     choices: tuple = ()
     optional: bool = False
+    holds: Callable[[Any], bool] = lambda value: True  # for values of the right kind
+
+    def allows(self, value: Any) -> bool:
+        if not isinstance(value, self.kind) or (isinstance(value, bool) and self.kind is not bool):
+            return False
+        if self.choices and value not in self.choices:
+            return False
+        if self.minimum is not None and isinstance(value, int | float) and value < self.minimum:
+            return False
+        return self.holds(value)
 
 
 def _number(minimum: float, *, optional: bool = False) -> Rule:
@@ -70,26 +83,40 @@ def _count(minimum: int, *, optional: bool = False) -> Rule:
     return Rule(int, f"a whole number of at least {minimum}", minimum=minimum, optional=optional)
 
 
-def _choice(*values: str) -> Rule:
-    return Rule(str, f"one of {', '.join(values)}", choices=values)
+def _choice(*values: str, optional: bool = False) -> Rule:
+    return Rule(str, f"one of {', '.join(values)}", choices=values, optional=optional)
+
+
+def _is_scheduler(name: str) -> bool:
+    from torch.optim import lr_scheduler
+
+    kind = getattr(lr_scheduler, name, None)
+    known = isinstance(kind, type) and issubclass(kind, lr_scheduler.LRScheduler)
+    return name in ("cosine", "one_cycle", "constant") or (known and kind is not lr_scheduler.ReduceLROnPlateau)
+
+
+def _are_windows(names: list) -> bool:
+    return bool(names) and all(name in WINDOWS for name in names)
 
 
 RULES = {
     "dataset_dir": Rule(str, "a folder", optional=True),
     "output_dir": Rule(str, "a folder"),
-    "resume": Rule((str, int), "latest or a step", optional=True),
+    "resume": Rule(
+        (str, int), "latest or a step", minimum=0, optional=True, holds=lambda v: v == "latest" or isinstance(v, int)
+    ),
     "seed": _count(0),
     "scale": _choice("auto", "demo", "full"),
-    "preset": Rule(str, "a preset's name", optional=True),
-    "windows": Rule(list, "a list of window names", optional=True),
-    "window_type": Rule(str, "a window's name", optional=True),
+    "preset": _choice(*PRESETS, optional=True),
+    "windows": Rule(list, f"a list like ['lung','bone'] of {', '.join(WINDOWS)}", optional=True, holds=_are_windows),
+    "window_type": _choice(*WINDOWS, optional=True),
     "training_stage": Rule(int, "0, 1 or 2, as the file has it", choices=(0, 1, 2)),
     "features": _choice("window"),
     "keep": _choice("body", "nonzero", "band", "informative"),
     "min_points": _count(1),
     "max_points": _count(1, optional=True),
     "num_workers": _count(0),
-    "resolution": _count(8),
+    "resolution": Rule(int, "a multiple of 8", minimum=8, holds=lambda side: side % 8 == 0),
     "spacing": _number(0.01),
     "model_channels": _count(1),
     "latent_channels": _count(1),
@@ -103,16 +130,16 @@ RULES = {
     "warmup_steps": _count(1),
     "decoder_steps": _count(0),
     "codebook": _choice("ema", "gradient", "fsq"),
-    "rotation_trick": Rule(bool, "true or false"),
-    "normalize_codes": Rule(bool, "true or false"),
+    "rotation_trick": Rule(bool, "True or False"),
+    "normalize_codes": Rule(bool, "True or False"),
     "quantizer_levels": _count(1),
     "max_steps": _count(1),
     "batch_size_per_gpu": _count(1),
     "batch_split": _count(1),
-    "use_checkpoint": Rule(bool, "true or false"),
+    "use_checkpoint": Rule(bool, "True or False"),
     "amp": _choice("off", "bf16", "fp16"),
     "learning_rate": _number(0),
-    "lr_scheduler": Rule(str, "cosine, one_cycle, constant or a torch scheduler"),
+    "lr_scheduler": Rule(str, "cosine, one_cycle, constant or a torch scheduler", holds=_is_scheduler),
     "warmup_lr_steps": _count(0, optional=True),
     "grad_clip": _number(0, optional=True),
     "loss_type": _choice("l1", "l2", "mse", "l1_l2"),
@@ -120,7 +147,7 @@ RULES = {
     "lambda_commitment": _number(0),
     "lambda_kl": _number(0),
     "lambda_subdivision": _number(0),
-    "ema_rate": _number(0),
+    "ema_rate": Rule((int, float), "a number from 0 to 1", minimum=0, holds=lambda rate: rate <= 1),
     "i_print": _count(1),
     "i_log": _count(1),
     "i_sample": _count(1),
@@ -205,11 +232,8 @@ def _check_value(name: str, value: Any) -> None:
     rule = RULES[name]
     if isinstance(value, str) and value[:1] in "$@%":
         return
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    right = isinstance(value, rule.kind) and (rule.kind is bool or not isinstance(value, bool))
-    if right and (not rule.choices or value in rule.choices) and not (number and value < (rule.minimum or value)):
-        return
-    fail("BAD_VALUE", f"{name} must be {rule.says}, got {value!r}", f"pass another --{name}")
+    if not rule.allows(value):
+        fail("BAD_VALUE", f"{name} must be {rule.says}, got {value!r}", f"pass another --{name}")
 
 
 def _unknown(name: str, known: dict, *, under: str = "") -> NoReturn:

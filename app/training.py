@@ -11,6 +11,8 @@ import os
 import subprocess
 import sys
 import time
+import warnings
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from torch.utils.data import DataLoader
 
 from app import checkpoints
 from app.checkpoints import unwrapped
-from app.preflight import fail
+from app.preflight import fail, one_line_errors
 from networks.losses import TokenizerLoss, reconstruction
 from networks.quantizer import MIN_VECTORS_PER_CODE
 from networks.sparse import SparseTensor
@@ -59,6 +61,11 @@ def seed_step(seed: int, step: int, *, rank: int = 0) -> None:
     torch.manual_seed((seed * 1_000_003 + step) * 1009 + rank)
 
 
+def sample_seed(seed: int, step: int, case_id: str) -> int:
+    """Of what is drawn for one sample, so that it does not matter what shares its batch."""
+    return zlib.crc32(f"{seed}/{step}/{case_id}".encode())
+
+
 class TrainStep:
     """`iteration_update`: all micro-batches of a step, then one optimizer step and one codebook update."""
 
@@ -89,7 +96,8 @@ class TrainStep:
         for part in parts:
             x = to_sparse(part, engine.state.device)
             with torch.autocast(engine.state.device.type, dtype=self.amp, enabled=self.amp is not None):
-                terms = engine.loss_function(engine.network(x, quantize=self.quantize), x)
+                seeds = [sample_seed(self.seed, engine.state.iteration, case) for case in part["case_id"]]
+                terms = engine.loss_function(engine.network(x, quantize=self.quantize, seeds=seeds), x)
             share = part["batch_size"] / samples
             if terms["loss"].requires_grad:
                 self.scaler.scale(terms["loss"] * share).backward()
@@ -152,6 +160,9 @@ class ProcessGroup:
         if not dist.is_initialized():
             choose_device()
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            one_line_errors()  # torch has put its own hook before ours
+        if dist.get_rank() != 0:  # one voice on the console
+            logging.getLogger().setLevel(logging.WARNING)
 
     def leave(self) -> None:
         if dist.is_initialized():
@@ -162,7 +173,9 @@ def distribute(network: nn.Module) -> nn.Module:
     """The network with gradients averaged over ranks, where there are several."""
     if idist.get_world_size() == 1 or not trainable(network):
         return network
-    return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+    with warnings.catch_warnings():  # the argument's new name is not in every torch we support
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
 
 def freeze(network: SparseVQVAE, parts: Iterable[str]) -> SparseVQVAE:
@@ -217,7 +230,7 @@ def resume_schedule(schedule: lr_scheduler.LRScheduler, stored: dict, *, step: i
     if not isinstance(schedule, FUNCTIONS_OF_STEP):
         schedule.load_state_dict(stored)
     elif step > 0:
-        schedule.load_state_dict({"last_epoch": step - 1, "_step_count": step})
+        schedule.load_state_dict({**schedule.state_dict(), "last_epoch": step - 1, "_step_count": step})
         schedule.step()
 
 
@@ -309,16 +322,16 @@ class CodebookStart:
         sampler = copy.copy(self.loader.sampler)
         sampler.start, sampler.max_steps = 0, max_steps
         same = ("dataset", "batch_size", "num_workers", "collate_fn", "pin_memory")
-        return DataLoader(sampler=sampler, **{name: getattr(self.loader, name) for name in same})
+        kept = {name: getattr(self.loader, name) for name in same}
+        return type(self.loader)(sampler=sampler, generator=torch.Generator(), **kept)
 
     def _train_autoencoder(self) -> None:
         steps, device = self.warmup["steps"], next(self.network.parameters()).device
         log.info("no autoencoder weights: training one for %d steps before the codebook", steps)
-        optimizer = torch.optim.AdamW(
-            [p for name, p in self.network.named_parameters() if not name.startswith("vq.")],
-            lr=self.warmup["learning_rate"],
-            weight_decay=0.0,
-        )
+        codes = list(self.network.vq.parameters())
+        for parameter in codes:  # without codes they would have no gradient, which ranks wait for
+            parameter.requires_grad_(False)
+        optimizer = torch.optim.AdamW(trainable(self.network), lr=self.warmup["learning_rate"], weight_decay=0.0)
         schedule = make_scheduler(optimizer, name=self.warmup["lr_scheduler"], max_steps=steps)
         trainer = SupervisedTrainer(
             device=device,
@@ -334,6 +347,8 @@ class CodebookStart:
         trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _: schedule.step())
         self.folder.record_steps(trainer, optimizer=optimizer, phase="warmup", every=self.warmup, last=steps)
         trainer.run()
+        for parameter in codes:
+            parameter.requires_grad_(True)
 
     @torch.no_grad()
     def _lay_codebook(self) -> None:
@@ -350,7 +365,7 @@ class CodebookStart:
             for part in batch if isinstance(batch, list) else [batch]:
                 latents, _ = self.network.encoder(to_sparse(part, device))
                 rows.append(latents.feats)
-                seen += len(latents) * world
+                seen += idist.all_reduce(len(latents))
             too_few = number == one_pass and seen < MIN_VECTORS_PER_CODE * vq.num_embeddings
             if too_few or seen >= self.vectors_per_code * vq.num_embeddings:
                 break
@@ -427,6 +442,7 @@ class StageHandlers:
         engine.add_event_handler(completed(event_filter=due("val_interval")), self._validate)
         engine.add_event_handler(completed(event_filter=due("i_sample")), self._picture)
         engine.add_event_handler(completed(event_filter=due("i_save")), self._save)
+        engine.add_event_handler(Events.COMPLETED, self._close)
 
     def _start(self, engine: SupervisedTrainer) -> None:
         step = self.folder.start_step
@@ -475,6 +491,10 @@ class StageHandlers:
         if self.validated_step != engine.state.iteration:
             self._validate(engine)
         self.folder.record_samples(engine.state.iteration, window=self.network.sizes.windows[0])
+
+    def _close(self, engine: SupervisedTrainer) -> None:
+        engine.data_loader.close()
+        self.evaluator.data_loader.close()
 
     def _save(self, engine: SupervisedTrainer) -> None:
         if idist.get_rank() != 0:

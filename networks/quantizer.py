@@ -175,7 +175,7 @@ class VectorQuantizer(nn.Module):
             values = F.embedding(codes, codebook)
             commitment = (wide - values.detach()).square().mean(1)
             vq = (values - wide.detach()).square().mean(1)
-            if self.learning == "ema" and self.training:
+            if self.learning == "ema" and self.training and torch.is_grad_enabled():  # a look is no step
                 seen = self._on_sphere(wide.detach())
                 self._pending.append((*code_sums(seen, codes, self.num_embeddings), seen))
             estimate = rotated if self.rotation_trick else straight_through
@@ -190,6 +190,7 @@ class VectorQuantizer(nn.Module):
     def start_from(self, rows: Float[Tensor, "N D"], *, generator: torch.Generator) -> None:
         """k-means on encoder outputs of all ranks; every rank gets the same codebook."""
         rows = gather_rows(rows.float())
+        rows = rows[rows[:, 0].argsort()]  # an order that does not tell which rank saw a row
         if self.normalize_codes:
             self.radius.copy_(rows.norm(dim=1).mean())
             rows = self._on_sphere(rows)

@@ -232,8 +232,11 @@ class SparseVQVAE(nn.Module):
         self.sizes = sizes
         self.encoder, self.vq, self.decoder, self.subdivision = encoder, vq, decoder, subdivision
 
-    def forward(self, x: SparseTensor, *, quantize: bool = True) -> Reconstruction:
-        """Encodes and decodes on the input's own voxels. Without quantising, training samples around the mean."""
+    def forward(self, x: SparseTensor, *, quantize: bool = True, seeds: list[int] | None = None) -> Reconstruction:
+        """Encodes and decodes on the input's own voxels. Without quantising, training samples around the mean.
+
+        `seeds`, one a sample, make a sample's noise its own, however the batch is split over micro-batches or ranks.
+        """
         coarsest = x.level.prepare(halvings=3)
         for block in self.encoder.blocks:
             coarsest.windows(block.attn.window, block.attn.shift)
@@ -247,8 +250,9 @@ class SparseVQVAE(nn.Module):
             commitment = losses.mean_of_samples(quantized.commitment, latents.level)
         else:
             kl = losses.kl_divergence(latents.feats, log_var, latents.level)
-            noise = torch.randn_like(log_var) if self.training else torch.zeros_like(log_var)
-            values = latents.feats + (0.5 * log_var).exp() * noise
+            values = latents.feats
+            if self.training:
+                values = values + (0.5 * log_var).exp() * noise_like(log_var, latents.level, seeds)
         recon, subdivision = self.decode_on(latents.replace(values), x.level)
         return Reconstruction(recon, codes, latents, vq, commitment, kl, subdivision)
 
@@ -299,6 +303,16 @@ class SparseVQVAE(nn.Module):
         stored = Preset.from_tensor(state)
         if stored != self.sizes:
             raise ValueError(f"the checkpoint was made for {stored}, this network is {self.sizes}")
+
+
+def noise_like(values: Float[Tensor, "M D"], level: Level, seeds: list[int] | None) -> Float[Tensor, "M D"]:
+    """Normal noise; with seeds each sample draws its rows from its own generator."""
+    if seeds is None:
+        return torch.randn_like(values)
+    made = [torch.Generator(values.device).manual_seed(seed) for seed in seeds]
+    shapes = [(size, values.shape[1]) for size in level.sample_sizes]
+    parts = zip(shapes, made, strict=True)
+    return torch.cat([torch.randn(shape, generator=one, device=values.device) for shape, one in parts])
 
 
 def make_vqvae(

@@ -61,7 +61,7 @@ def make_cohort(out: Path, *, splits=("train",) * 3 + ("val",) * 2, change=lambd
 
 
 def words(config: str, settings: dict, *, run_id: str = "training") -> list[str]:
-    given = {**TINY, **settings}
+    given = {k: v for k, v in {**TINY, **settings}.items() if v is not None}  # None takes one of TINY's away
     return ["run", run_id, "--config_file", config, *(w for k, v in given.items() for w in (f"--{k}", str(v)))]
 
 
@@ -123,8 +123,15 @@ def start_in(folder: Path, config: str = STAGE1, *, run_id: str = "training", la
     """The same as a process of its own, left running; what it says is in a file beside its outputs."""
     command = [sys.executable, *launcher, "-m", "monai.bundle", *words(config, settings, run_id=run_id)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    number = len(list(folder.glob("process_*.log")))
-    with open(folder / f"process_{number}.log", "w") as log:  # a pipe that nobody reads would block the run
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    process.said = Path(log.name)
+    number = len(list(folder.glob("process_*.out")))
+    said, complained = (folder / f"process_{number}.{end}" for end in ("out", "err"))
+    with open(said, "w") as out, open(complained, "w") as err:  # a pipe that nobody reads would block the run
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=err)
+    process.said, process.complained = said, complained
     return process
+
+
+def end_of(process: subprocess.Popen, *, seconds: float = 240) -> Ended:
+    """Waits for a started run."""
+    status = process.wait(timeout=seconds)
+    return Ended(status, process.said.read_text(), process.complained.read_text())

@@ -3,8 +3,6 @@
 Nothing is changed. A problem is one line: code, how often, what to do; cases are named by their ids.
 """
 
-import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,12 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from app import prepared
-from app.prepare.text import image_of, read_manifest, stem
+from app.manifests import check_rows, read_rows
 from transforms import array
-
-EMPTY_TEXT = {"", "not given.", "not given", "n/a", "na", "none", "nan", "-"}
-TEXTS = ("report", "findings", "impression", "findings_en", "impressions_en", "answer", "sentence")
-
 
 GRAVE = {"UNREADABLE", "WINDOW_MISSING", "OUT_OF_RANGE", "SPLIT_LEAKAGE", "SCANS_MISSING"}  # exit status 3
 
@@ -185,68 +179,16 @@ def _one_side(splits: Sequence[str]) -> list[Problem]:
 
 
 def check_manifest(path: Path) -> Checked:
-    """Rows matched to files (relative to the manifest), missing, duplicated, empty; patients in two splits; labels."""
-    rows = list(read_manifest(path))
-    if not rows:
-        raise ValueError("the manifest has no rows; it needs a header and a row a scan")
-    images = [image_of(row) for row in rows]
-    if not any(images):
-        raise ValueError(f"the manifest has no column that names a scan, got {', '.join(rows[0])}; call it image")
-    texts = [" ".join(str(row[name]).strip() for name in TEXTS if row.get(name)) for row in rows]
-    there = [_exists(path.parent, image) for image in images]
-    missing = [image for image, found in zip(images, there, strict=True) if not found]
-    seen = Counter(
-        (image, str(row.get("question", "")), text) for image, row, text in zip(images, rows, texts, strict=True)
-    )
-    empty = [image for image, text in zip(images, texts, strict=True) if text.strip().lower() in EMPTY_TEXT]
-    doubled = sum(count - 1 for count in seen.values())
-    problems = []
-    if missing:
-        problems.append(Problem("SCANS_MISSING", f"{len(missing)} of {len(rows)} rows name a scan that is not there"))
-    if doubled:
-        problems.append(Problem("DUPLICATED", f"{doubled} rows repeat another one"))
-    if empty:
-        problems.append(Problem("EMPTY_TEXT", f"{len(empty)} rows have no text"))
-    split = [str(row.get("split") or "") for row in rows]
-    patients = [str(row.get("patient") or "") for row in rows]
-    if any(split):
-        problems += _leaks((p or stem(i), s, "") for p, s, i in zip(patients, split, images, strict=True))
-    summary = {
-        "num_rows": len(rows),
-        "matched": len(rows) - len(missing),
-        "missing": len(missing),
-        "duplicated": doubled,
-        "empty": len(empty),
-        "splits": dict(sorted(Counter(split).items())) if any(split) else {},
-        "labels": _labels(rows),
+    """Rows matched to scans, missing, repeated, empty; patients in two splits; labels."""
+    told = check_rows(read_rows(path))
+    wrong = {
+        "SCANS_MISSING": (told["missing"], "scans that rows name are not there: put the manifest beside their folder"),
+        "DUPLICATED": (told["duplicated"], "rows stand there more than once: remove the copies"),
+        "EMPTY_TEXT": (told["empty"], "rows have no text: they will be skipped"),
+        "SPLIT_LEAKAGE": (told["patients_in_two_splits"], "patients are in more than one split: split by patient"),
     }
-    return Checked("manifest", (), summary, tuple(problem._replace(cases=()) for problem in problems))
-
-
-def _exists(folder: Path, image: str) -> bool:
-    return bool(image) and (os.path.exists(image) or (folder / image).exists())
-
-
-def _labels(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Positives of every column that holds nothing but 0, 1 and -1, and of JSON label lists."""
-    counts: Counter = Counter()
-    for name in rows[0]:
-        values = [str(row.get(name, "")).strip() for row in rows]
-        filled = {value for value in values if value}
-        if filled and filled <= {"0", "1", "-1", "0.0", "1.0", "-1.0"}:
-            counts[name] = sum(value in ("1", "1.0") for value in values)
-    for row in rows:
-        labels = row.get("labels")
-        if isinstance(labels, str) and labels[:1] in "[{":
-            try:
-                labels = json.loads(labels)
-            except ValueError:
-                continue
-        if isinstance(labels, Mapping):
-            counts.update({str(name): int(value == 1) for name, value in labels.items()})
-        elif isinstance(labels, Sequence) and not isinstance(labels, str):
-            counts.update(map(str, labels))
-    return dict(counts)
+    problems = tuple(Problem(code, f"{count} {text}") for code, (count, text) in wrong.items() if count)
+    return Checked("manifest", (), {name: value for name, value in told.items() if name != "problems"}, problems)
 
 
 def lines(checked: Checked) -> Iterable[str]:

@@ -27,7 +27,7 @@ from app.prepare.labels import organ_coords
 from app.prepare.survey import Item, survey
 from app.prepare.text import join_text
 from app.prepare.volume import read_item
-from app.prepare.workers import run_jobs, worker_count
+from app.prepare.workers import busy, only_run, run_jobs, worker_count
 from transforms import array
 
 
@@ -112,9 +112,15 @@ def prepare(raw: str | Path, out: str | Path, settings: Settings = DEFAULTS, req
     start = time.perf_counter()
     root, out = os.path.abspath(raw), Path(os.path.abspath(out))
     _check_call(root, out, settings)
+    with only_run(out):
+        return _prepare(root, out, settings, request, start)
+
+
+def _prepare(root: str, out: Path, settings: Settings, request: Request, start: float) -> Report:
     key = names.read_key(out, request.key_file)
     rules = Rules(settings.allow_gaps, settings.assume_hu, request.series)
-    items = survey(root, rules)
+    with busy("looking at what is there"):
+        items = survey(root, rules)
     named = _name(items, root, key, settings.keep_names)
     _check_settings(out, {dataset for _, dataset, _ in named}, settings, request)
     names.write_sources(out, [(dataset, case, item.source) for item, dataset, case in named])

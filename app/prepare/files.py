@@ -10,6 +10,7 @@ import stat
 import zipfile
 import zlib
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,8 +44,8 @@ def walk(root: str | Path) -> Iterator[Ref | tuple[Ref, Refused]]:
     if not os.path.isdir(root):
         yield from _members_or_file(root)
         return
-    seen = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    seen, closed = set(), []
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=closed.append):
         real = os.path.realpath(folder)
         if real in seen:
             folders.clear()
@@ -55,6 +56,8 @@ def walk(root: str | Path) -> Iterator[Ref | tuple[Ref, Refused]]:
             path = os.path.join(folder, name)
             if not name.startswith(".") and _is_regular(path):
                 yield from _members_or_file(path)
+    for error in closed:
+        yield Ref(error.filename), Refused("CORRUPT_FILE", "the folder cannot be opened")
 
 
 def _is_regular(path: str) -> bool:
@@ -111,16 +114,23 @@ def open_ref(ref: Ref) -> io.BufferedIOBase:
 
 def _read_member(ref: Ref) -> bytes:
     try:
-        with zipfile.ZipFile(ref.path) as archive:
-            info = archive.getinfo(ref.member)
-            _check_members([info])
-            with archive.open(info) as stream:
-                data = stream.read(info.file_size + 1)
+        found = os.stat(ref.path)
+        archive = _archive(ref.path, found.st_mtime_ns, found.st_size)
+        info = archive.getinfo(ref.member)
+        _check_members([info])
+        with archive.open(info) as stream:
+            data = stream.read(info.file_size + 1)
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError, NotImplementedError) as error:
         raise Refused("CORRUPT_FILE", "a member of the zip cannot be read") from error
     if len(data) != info.file_size:
         raise Refused("CORRUPT_FILE", "a member of the zip is not as long as its entry says")
     return data
+
+
+@lru_cache(maxsize=4)
+def _archive(path: str, _changed: int, _size: int) -> zipfile.ZipFile:
+    """An open zip: its directory of thousands of slices is read once, not once a slice."""
+    return zipfile.ZipFile(path)
 
 
 def read_bytes(ref: Ref) -> bytes:

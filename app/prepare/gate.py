@@ -18,6 +18,7 @@ from app.prepare.headers import CT, ENHANCED_CT, SliceHeader
 
 MIN_SLICES = 5
 MAX_SIDE = 8192  # pixels a side
+MAX_VOXELS = 1 << 30
 SPACING_LIMITS = (0.01, 50.0)  # mm, in the plane and between slices
 SAME_PLACE = 0.01  # share of a step within which two slices lie at one position
 EVEN = 0.02  # share of a step (or of a mm) by which an even stack's slices may lie off
@@ -145,8 +146,7 @@ def _reason(header: SliceHeader, rules: Rules) -> Refused | None:
     if kinds & DERIVED and not asked:
         return Refused("NOT_CT", "the image type says secondary, reformatted or projected")
     if header.frames > 1 and not header.position:
-        code = "NO_SPACING" if header.sop_class in ENHANCED_CT else "MULTI_FRAME_UNSUPPORTED"
-        return Refused(code, f"{header.frames} frames without a position each")
+        return Refused("MULTI_FRAME_UNSUPPORTED", f"{header.frames} frames without a position each")
     if header.frames > 1 and header.sop_class == CT:
         return Refused("MULTI_FRAME_UNSUPPORTED", f"{header.frames} frames in a classic CT file")
     return _reason_of_pixels(header, rules) or _reason_of_geometry(header)
@@ -258,6 +258,8 @@ def build_stack(members: Sequence[SliceHeader], rules: Rules) -> Stack:
     lps[:3, 3] = first.position
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps
     count = round(places[-1]) + 1 if len(spacing_findings) else len(members)
+    if count * first.rows * first.columns > MAX_VOXELS:
+        raise Refused("CORRUPT_FILE", f"{count} slices of {first.rows} x {first.columns} pixels")
     return Stack(tuple(members), tuple(float(p) for p in places), count, affine + 0.0, tuple(findings), duplicates)
 
 

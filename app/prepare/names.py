@@ -51,7 +51,7 @@ def write_sources(out: Path, rows: Iterable[tuple[str, str, str]]) -> Path:
     path = beside(out, "sources.csv")
     table = {}
     if path.exists():
-        with open(path, newline="", encoding="utf-8") as stream:
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as stream:
             table = {tuple(row[:2]): row[2] for row in csv.reader(stream) if len(row) == 3 and row[0] != "dataset"}
     table |= {(dataset, case): source for dataset, case, source in rows}
     made = path.with_name(f".{path.name}.{os.getpid()}")
@@ -76,12 +76,8 @@ def dataset_of(item: Item, whole: bool) -> str:
 
 def one_dataset(items: Iterable[Item], root: str) -> bool:
     """Whether scans lie directly in the surveyed path, which makes all of it one dataset."""
-    folders = {item.refs[0].folder for item in items if item.plan is not None}
-    return (
-        root in folders
-        or any(os.path.dirname(folder) == root and os.path.isfile(folder) for folder in folders)
-        or (os.path.isfile(root))
-    )
+    homes = {os.path.dirname(item.refs[0].path) for item in items if item.plan is not None}
+    return root in homes or os.path.isfile(root)
 
 
 def patient_of(item: Item, key: bytes, folders: set[str]) -> str:

@@ -85,7 +85,7 @@ def _is_image_name(ref: Ref) -> bool:
 
 
 def _is_label(ref: Ref, root: str) -> bool:
-    return is_label_name(os.path.relpath(os.path.join(ref.path, ref.member), os.path.dirname(root)))
+    return is_label_name(_relative(ref, root))
 
 
 def _extra(file: VolumeFile) -> tuple[Ref, ...]:
@@ -187,6 +187,9 @@ def _attach(
         homes, finding = _homes(label, items)
         for number in homes:
             wanted[number].append(label)
+        if not homes and finding.kind == "skipped" and not looks_like_labels(label.file):
+            lines.append(Item(_relative(label.ref, root), (label.ref, *_extra(label.file)), plan=label.file))
+            continue  # only its name says labels
         lines.append(Item(_relative(label.ref, root), (label.ref,), finding=finding))
     for header in segmentations:
         near = [n for n, item in enumerate(items) if item.plan is not None and item.series]

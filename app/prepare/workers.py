@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -125,6 +125,29 @@ def _on_cluster(
             except KilledWorker:
                 results.append(step(failed(futures[future])))
     return results
+
+
+@contextmanager
+def only_run(out: Path) -> Iterator[None]:
+    """One run at a time writes to OUT; the lock goes with the process, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks here
+        yield
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out.with_name(f"{out.name}.lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError("another run is writing to this OUT; wait for it, or use another OUT") from error
+        yield
+
+
+def busy(what: str) -> AbstractContextManager:
+    """A spinner on a terminal, nothing elsewhere."""
+    console = Console(stderr=True)
+    return console.status(what) if console.is_terminal else nullcontext()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 from app import prepared
 from app.prepare import cohort, names, options
 from app.prepare.check import check
-from app.prepare.workers import run_jobs, worker_count
+from app.prepare.workers import only_run, run_jobs, worker_count
 from tests import scans
 
 SMALL = cohort.Settings(size=24, spacing=6.0)
@@ -115,6 +116,29 @@ def test_command_line_reports_refusals_in_one_json_object(tmp_path):
     missing = [*command[:4], str(tmp_path / "nowhere"), str(tmp_path / "out2"), "--json"]
     wrong = subprocess.run(missing, capture_output=True, text=True, check=False)
     assert wrong.returncode == 2 and "error" in json.loads(wrong.stdout)
+
+
+def test_file_names_may_hold_anything_and_datasets_are_folders_or_all_of_raw(tmp_path):
+    name = os.fsdecode(b"sc\xffan,\n1.nii.gz")
+    scans.nifti_scan(tmp_path / "raw" / "plain.nii.gz")
+    (tmp_path / "raw" / "plain.nii.gz").rename(tmp_path / "raw" / name)
+    scans.nifti_scan(tmp_path / "raw" / "masks of 1999" / "deep" / "other.nii")
+    for _ in range(2):  # the table of the first run is read by the second
+        result = report(tmp_path / "raw", tmp_path / "out")
+        assert result.count("ok") == 2 and len({o.dataset for o in result.outcomes}) == 1
+    json.dumps(result.as_json()).encode()
+
+
+def test_a_second_run_on_the_same_output_waits_its_turn(tmp_path):
+    raw = raw_cohort(tmp_path / "raw", 1)
+    with only_run(tmp_path / "out"), pytest.raises(ValueError, match="another run is writing"):
+        report(raw, tmp_path / "out")
+    assert report(raw, tmp_path / "out").count("ok") == 2
+
+
+def test_a_scan_that_only_its_name_calls_a_label_is_a_scan(tmp_path):
+    scans.nifti_scan(tmp_path / "raw" / "ds" / "patient_mask_off.nii")
+    assert report(tmp_path / "raw", tmp_path / "out").count("ok") == 1
 
 
 def test_nothing_but_text_is_no_cases(tmp_path):
@@ -283,8 +307,8 @@ def test_text_and_split_are_joined_to_cases(tmp_path):
     (file,) = (tmp_path / "out").glob("*/text.jsonl")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [(ids[r.pop("case_id")], r) for r in rows] == [
-        ("hospital/scan0.nii.gz", {"findings": "No nodule."}),
-        ("hospital/scan2.nii.gz", {"findings": "A nodule."}),
+        ("hospital/scan0.nii.gz", {"report": "No nodule."}),
+        ("hospital/scan2.nii.gz", {"report": "A nodule."}),
     ]
     sides = {ids[c.case_id]: c.split for c in prepared.find_cases(tmp_path / "out")}
     assert sides["hospital/scan0.nii.gz"] == "val" and sides["hospital/scan1.nii.gz"] == "train"
@@ -332,8 +356,8 @@ def test_check_reads_a_manifest(tmp_path):
         "a.nii,Clear.,train,p1,0\na.nii,Clear.,train,p1,0\nb.nii,Not given.,val,p1,1\n"
     )
     found = check(tmp_path / "m.csv")
-    assert {k: found.summary[k] for k in ("num_rows", "matched", "missing", "duplicated", "empty")} == {
-        "num_rows": 3, "matched": 2, "missing": 1, "duplicated": 1, "empty": 1,
+    assert {k: found.summary[k] for k in ("rows", "matched", "missing", "duplicated", "empty")} == {
+        "rows": 3, "matched": 2, "missing": 1, "duplicated": 1, "empty": 1,
     }  # fmt: skip
     assert {p.code for p in found.problems} == {"SCANS_MISSING", "DUPLICATED", "EMPTY_TEXT", "SPLIT_LEAKAGE"}
     assert found.summary["labels"] == {"nodule": 1}
@@ -419,33 +443,30 @@ def _slow_start(raw, out, key):
 
 
 def kill_and_resume(tmp_path, *, kills: int) -> int:
-    """Runs a cohort, killing it `kills` times at random instants; the number of kills that met a half-done OUT."""
-    raw, key = raw_cohort(tmp_path / "raw", 8), tmp_path / "key"
+    """Kills a cohort run at random instants, resuming it after most; how many of the kills met a half-done OUT."""
+    raw, key = raw_cohort(tmp_path / "raw", 12), tmp_path / "key"
     key.write_text("k")
-    settings = cohort.Settings(size=64, spacing=3.0)
-    cohort.prepare(raw, tmp_path / "whole", settings, cohort.Request(key_file=str(key), workers=1))
-    whole, rng, met = tree(tmp_path / "whole"), np.random.default_rng(3), 0
-    out = tmp_path / "out"
+    settings, request = cohort.Settings(size=64, spacing=3.0), cohort.Request(key_file=str(key), workers=1)
+    cohort.prepare(raw, tmp_path / "whole", settings, request)
+    whole, rng, met, out = tree(tmp_path / "whole"), np.random.default_rng(3), 0, tmp_path / "out"
     for _ in range(kills):
         process = _slow_start(raw, out, key)
         start = time.time()
-        while not out.exists() and process.poll() is None and time.time() - start < 60:
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 1.2))
+        while not list(out.glob("*/processed/.*")) and process.poll() is None and time.time() - start < 60:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.4))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         seen = prepared.find_cases(out) if list(out.glob("*/processed/[!.]*")) else []
         for case in seen:  # whatever is visible is whole
             assert (case.path / "case.json").is_file() and case.hu().shape == (64, 64, 64)
             assert len(list((case.path / "windows").iterdir())) == 4
-        met += len(seen) < 9
-        if met and rng.random() < 0.3:
-            cohort.prepare(raw, out, settings, cohort.Request(key_file=str(key), workers=1))
+        met += len(seen) < 13
+        if len(seen) == 13 or rng.random() < 0.7:  # else the next kill meets what this one left
+            cohort.prepare(raw, out, settings, request)
             assert tree(out) == whole
-            for path in sorted(out.rglob("*"), reverse=True):
-                path.unlink() if path.is_file() else path.rmdir()
-            out.rmdir()
-    cohort.prepare(raw, out, settings, cohort.Request(key_file=str(key), workers=1))
+            shutil.rmtree(out)
+    cohort.prepare(raw, out, settings, request)
     assert tree(out) == whole
     return met
 

@@ -13,7 +13,7 @@ import torch
 
 from app import checkpoints
 from networks.presets import Preset
-from tests.runs import make_cohort, make_place, run_in
+from tests.runs import end_of, make_cohort, make_place, run_in
 
 STEPS = {"warmup_steps": 10, "max_steps": 20, "i_save": 10, "val_interval": 10, "i_sample": 20, "keep_last": 3}
 NAMES = ("vqvae", "vqvae_ema0.9999", "misc")
@@ -311,6 +311,18 @@ def test_killed_in_the_warm_up_it_starts_afresh(start_process, place, cohort):
 # ---- refused
 
 
+def test_real_processes_end_with_one_line_and_status_2(start_process, place, cohort):
+    started = [
+        start_process(dataset_dir=cohort, output_dir="a", max_stepz=5),
+        start_process(dataset_dir="nowhere", output_dir="b"),
+    ]
+    for process, naming in zip(started, (["max_stepz", "max_steps"], ["nowhere"]), strict=True):
+        end = end_of(process)
+        assert end.status == 2
+        assert_refused(end, code="[A-Z_]+", naming=naming)
+    assert not (place / "a").exists() and not (place / "b").exists()
+
+
 def test_a_missing_folder_of_data(run_bundle):
     assert_refused(run_bundle(dataset_dir="nowhere", output_dir="out"), code="[A-Z_]+", naming=["nowhere", "prepare"])
 
@@ -365,6 +377,7 @@ def test_all_validation_cases_too_small(run_bundle, place):
     data = make_cohort(place / "mixed", change=lambda hu, index: shrunk(hu) if index > 2 else hu)
     end = run_bundle(dataset_dir=data, output_dir="out", **STEPS)
     assert_refused(end, code="[A-Z_]+", naming=["val", "min_points"])
+    assert "Warm-up" not in end.out
 
 
 @pytest.mark.parametrize(

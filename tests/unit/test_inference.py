@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from app import checkpoints, data, prepared
-from app.inference import CTTokenizer, onto_grid, reconstruct, tokenize
+from app.inference import CTTokenizer, lines, onto_grid, reconstruct, tokenize
 from app.prepare import Refused, cohort
 from app.scans import Volume
 from app.token_files import read_tokens, write_tokens
@@ -138,6 +138,8 @@ def test_commands_round_trip_through_files(output_dir, dataset, tmp_path):
     inside = np.argwhere(np.asarray(image.dataobj) > -1024)
     centre = (image.affine @ np.append(inside.mean(0), 1))[:3]
     assert np.abs(centre - (AFFINE @ [22, 20, 14, 1])[:3]).max() < 4
+    assert made["tokenizer"]["file"].endswith("ckpts/vqvae_ema0.9999_step0000005.pt")
+    assert list(lines(made))[-1].startswith("2 ok, 0 refused, by tokenizer ")
     again = tokenize(dataset, tmp_path / "tokens", tokenizer=output_dir)
     assert {entry.get("message") for entry in again["cases"]} == {"there already"}
 
@@ -218,6 +220,30 @@ def test_tokens_of_another_tokenizer(output_dir, dataset, tmp_path):
     assert "made by tokenizer" in result["cases"][0]["message"]
 
 
+def test_what_is_there_is_neither_mixed_up_nor_overwritten(output_dir, dataset, tmp_path):
+    other = save(make_network(num_blocks=0), tmp_path / "other")
+    case = dataset / "processed" / "case_a"
+    tokenize(case, tmp_path / "a.npz", tokenizer=other)
+    before = (tmp_path / "a.npz").read_bytes()
+    result = tokenize(case, tmp_path / "a.npz", tokenizer=output_dir)
+    assert result["refused"] == 1 and "is there already, by tokenizer" in result["cases"][0]["message"]
+    assert (tmp_path / "a.npz").read_bytes() == before
+    assert tokenize(case, tmp_path / "a.npz", tokenizer=output_dir, overwrite=True)["ok"] == 1
+    (tmp_path / "scan.nii.gz").write_bytes(b"mine")
+    result = reconstruct(tmp_path / "a.npz", tmp_path / "scan.nii.gz", tokenizer=output_dir)
+    assert result["refused"] == 1 and (tmp_path / "scan.nii.gz").read_bytes() == b"mine"
+
+
+def test_several_scans_into_one_file(output_dir, dataset, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        tokenize(dataset, tmp_path / "all.npz", tokenizer=output_dir)
+    assert "holds 2 scans" in one_line(capsys, "MANY_SCANS")
+    tokenize(dataset, tmp_path / "tokens", tokenizer=output_dir)
+    with pytest.raises(SystemExit):
+        reconstruct(tmp_path / "tokens", tmp_path / "all.nii.gz", tokenizer=output_dir)
+    assert "holds 2 token files" in one_line(capsys, "MANY_SCANS")
+
+
 def test_damaged_support_is_refused_and_the_rest_done(output_dir, dataset, tmp_path):
     tokenize(dataset, tmp_path / "tokens", tokenizer=output_dir, support=True)
     with np.load(tmp_path / "tokens" / "case_a.npz") as stored:
@@ -275,6 +301,27 @@ def test_no_tokenizer_anywhere(tmp_path, dataset, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         tokenize(dataset, tmp_path / "tokens", tokenizer="nowhere")
     assert "nowhere does not exist" in one_line(capsys, "NO_TOKENIZER")
+
+
+@pytest.mark.parametrize(
+    "damage", ["tensor missing", "tensor of another shape", "cut short", "sizes of a later version"]
+)
+def test_damaged_checkpoints(output_dir, dataset, tmp_path, capsys, damage):
+    state = dict(checkpoints.read_tensors(checkpoints.averaged_file(output_dir)))
+    if damage == "tensor missing":
+        del state["encoder.out_layer.weight"]
+    if damage == "tensor of another shape":
+        state["encoder.out_layer.weight"] = torch.zeros(3, 3)
+    if damage == "sizes of a later version":
+        sizes = bytes(state["_extra_state"].tolist()).replace(b"resolution", b"revolution")
+        state["_extra_state"] = torch.tensor(list(sizes), dtype=torch.uint8)
+    torch.save(state, tmp_path / "model.pt")
+    if damage == "cut short":
+        (tmp_path / "model.pt").write_bytes((tmp_path / "model.pt").read_bytes()[:-500])
+    with pytest.raises(SystemExit) as caught:
+        tokenize(dataset, tmp_path / "tokens", tokenizer=tmp_path / "model.pt")
+    assert caught.value.code == 2
+    one_line(capsys, "BAD_TOKENIZER" if "later" in damage else "BAD_CHECKPOINT")
 
 
 def test_default_is_the_newest_stage(tmp_path, monkeypatch):

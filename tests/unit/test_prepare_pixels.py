@@ -161,7 +161,7 @@ def test_enhanced_multi_frame_ct_is_read_from_its_functional_groups(tmp_path):
 
 @pytest.mark.parametrize(
     ("how", "code"),
-    [({"stacks": 2}, "MIXED_GEOMETRY"), ({"times": 2}, "FOUR_D"), ({"groups": False}, "NO_SPACING")],
+    [({"stacks": 2}, "MIXED_GEOMETRY"), ({"times": 2}, "FOUR_D"), ({"groups": False}, "MULTI_FRAME_UNSUPPORTED")],
 )
 def test_enhanced_files_of_several_stacks_or_times_are_refused(tmp_path, how, code):
     heights = [4.0 * k for k in range(-7, 8)]

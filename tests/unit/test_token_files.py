@@ -112,6 +112,7 @@ DAMAGED = {
     "support level missing": lambda t: {"support_1": None},
     "support too short": lambda t: {"support_1": t.support[1][:-1]},
     "support empty byte": lambda t: {"support_0": t.support[0] * 0},
+    "support without a child at the end": lambda t: {"support_2": np.append(t.support[2][:-1], np.uint8(0))},
     "support of another volume": lambda t: {"support_0": t.support[0] | 255},
     "support as int": lambda t: {"support_2": t.support[2].astype(np.int32)},
 }

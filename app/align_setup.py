@@ -1,0 +1,309 @@
+"""What an alignment run consists of before its first step: plan, frozen tokenizer, text with tokens, language model.
+
+`scale: auto` is the demo (phantoms and a tiny Qwen trained whole) without data, and the real thing (a stock Qwen-VL,
+projector or LoRA) with it. What a run was made with is written down, so that nothing is ever loaded against another
+tokenizer or base model.
+"""
+
+import copy
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import ignite.distributed as idist
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from app import align_data, chat, checkpoints
+from app.inference import CTTokenizer
+from app.manifests import check_rows, read_rows
+from app.preflight import fail
+from app.rows import TextRow
+from app.volume_tokens import Reducer, TokenSource, hash_path
+from networks import qwen
+from networks.projector import Projector
+from networks.tiny_qwen import build_tiny
+from networks.vqvae import SparseVQVAE
+
+log = logging.getLogger(__name__)
+
+STOCK_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
+TINY_MODELS = {"tiny_qwen2_vl": "qwen2_vl", "tiny_qwen3_vl": "qwen3_vl"}  # built here, from the text
+TOKENIZER_COMMAND = "python -m monai.bundle run training --config_file bundles/vq_stage1.json"
+
+
+@dataclass(frozen=True)
+class AlignPlan:
+    """Defaults of one run."""
+
+    scale: str
+    language: str
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    lr_scheduler: str
+    train_language: bool
+    use_3d_pos: bool
+    num_phantoms: int
+    tiny: dict
+    amp: str
+    num_workers: int
+    i_print: int
+    i_log: int
+    i_save: int
+
+
+def make_align_plan(
+    *,
+    scale: str = "auto",
+    data: str | None = None,
+    dataset: str | None = None,
+    dummy_data: bool = False,
+    vl_model: str | None = None,
+    vae_ckpt: str | None = None,
+) -> AlignPlan:
+    """Fills what is open and says what was chosen."""
+    if scale not in ("auto", "demo", "full"):
+        fail("BAD_VALUE", f"scale must be auto, demo or full, got {scale!r}", "leave --scale out for auto")
+    own = data is not None or dataset is not None
+    chosen = scale if scale != "auto" else ("full" if own else "demo")
+    if chosen == "full" and not own:
+        fail("NO_DATA", "scale full needs text", "pass --data MANIFEST, or leave --scale out for the demo")
+    if data is not None and not Path(data).exists():
+        fail("NO_DATA", f"{data} does not exist", "give a manifest, a prepared dataset with text.jsonl, or a folder")
+    cuda = torch.cuda.is_available()
+    demo = chosen == "demo"
+    log.info("scale %s: %s", chosen, f"text of {data or dataset}" if own else "text of built-in phantoms")
+    language = vl_model or ("tiny_qwen2_vl" if demo else STOCK_MODEL)
+    tiny = language in TINY_MODELS
+    log.info("language model: %s%s", language, ", built here and trained whole" if tiny else "")
+    return AlignPlan(
+        scale=chosen,
+        epochs=4 if demo else 3,
+        batch_size=16 if demo else 2,
+        learning_rate=1e-3 if demo else 1e-4,
+        lr_scheduler="one_cycle" if demo else "cosine",
+        language=language,
+        train_language=tiny,
+        use_3d_pos=tiny,
+        num_phantoms=8 if dummy_data else 160,
+        tiny={"width": 64, "num_layers": 2},
+        amp="bf16" if cuda else "off",
+        num_workers=0 if demo else min(8, max((os.cpu_count() or 2) - 1, 1)),
+        i_print=25 if demo else 100,
+        i_log=25 if demo else 100,
+        i_save=200 if demo else 1000,
+    )
+
+
+class FrozenTokenizer:
+    """The tokenizer as it is given: never trained, always in evaluation mode, known by its hash.
+
+    Args:
+        path: checkpoint, output folder or bundle; None takes the newest output. On the demo a missing one is trained.
+    """
+
+    def __init__(self, path: str | None, *, scale: str, device: torch.device, config: str | None = None):
+        if config is not None:
+            log.info("vae_config is not needed: the checkpoint carries its sizes")
+        if path is None and not any(map(checkpoints.complete_steps, checkpoints.NEWEST_TOKENIZERS)):
+            train_demo_tokenizer(scale)
+        self.file = checkpoints.find_tokenizer(path)
+        self.ct = CTTokenizer.from_pretrained(self.file, device=device)
+        self.network: SparseVQVAE = self.ct.network.requires_grad_(False)
+        self.hash = self.ct.digest
+        self.lookup_on_cpu = copy.deepcopy(self.network.vq).cpu()  # samples are made on the CPU, also in workers
+
+    def vectors(self) -> torch.Tensor:
+        """A vector for each code number: what a projector will see the like of."""
+        codes = torch.arange(self.lookup_on_cpu.num_embeddings)
+        levels = getattr(self.lookup_on_cpu, "levels", None)
+        if isinstance(levels, nn.ModuleList):  # residual: one code a level
+            codes = codes[:, None].expand(-1, len(levels))
+        return self.lookup_on_cpu.lookup(codes).detach().float()
+
+    def reducer(self, *, max_tokens: int, method: str) -> Reducer:
+        lookup = self.lookup_on_cpu.lookup
+        return Reducer(lookup, width=self.network.sizes.latent_channels, max_tokens=max_tokens, method=method)
+
+    def source(self, cache_dir: str | Path) -> TokenSource:
+        return TokenSource(self.ct, cache_dir=cache_dir)
+
+
+def train_demo_tokenizer(scale: str) -> None:
+    """Stage 1 on the built-in phantoms, where there is no tokenizer; with the user's data it is asked for instead."""
+    if scale != "demo":
+        fail("NO_TOKENIZER", "there is no tokenizer yet", f"first run {TOKENIZER_COMMAND}, or pass --vae_ckpt")
+    log.info("no tokenizer yet: training one on the demo first (%s)", TOKENIZER_COMMAND)
+    if idist.get_rank() == 0:
+        config = Path(__file__).resolve().parent.parent / "bundles" / "vq_stage1.json"
+        call = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", str(config)]
+        alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        if status := subprocess.run(call, env=alone).returncode:
+            fail("NO_TOKENIZER", f"its training ended with status {status}", "see its output above", status=1)
+    idist.barrier()
+
+
+class TrainingText:
+    """Rows to learn from and the tokens of their images."""
+
+    def __init__(
+        self,
+        *,
+        plan: AlignPlan,
+        tokenizer: FrozenTokenizer,
+        data: str | None = None,
+        image_root: str | None = None,
+        output_dir: str = "outputs/align",
+        skip_bad: bool = False,
+        num_phantoms: int | None = None,
+        seed: int = 0,
+    ):
+        source = tokenizer.source(align_data.tokens_folder(output_dir))
+        self.bad: list[str] = []
+        if data is None:
+            count = num_phantoms or plan.num_phantoms
+            self.rows, self.volumes = align_data.builtin(source, count=count, seed=seed, split="train")
+            return
+        self.rows = training_rows(data, image_root=image_root)
+        self.volumes, self.bad = align_data.encode_rows(self.rows, source, skip_bad=skip_bad)
+
+    @property
+    def texts(self) -> list[str]:
+        """All that is read and written: what a tokenizer of text is learned from."""
+        return [f"{row.prompt}\n{row.answer}" for row in self.rows]
+
+
+def training_rows(data: str, *, image_root: str | None) -> list[TextRow]:
+    """Rows of the training split of a manifest; its problems are said first."""
+    try:
+        rows = read_rows(data, image_root=image_root)
+    except ValueError as error:
+        fail("BAD_MANIFEST", str(error), "see `python -m app check` on it")
+    found = check_rows(rows)
+    for problem in found["problems"]:
+        log.warning("%s", problem)
+    kept = [row for row in rows if row.split == "train"]
+    log.info("%d rows of %d images to train on, %d rows held out", len(kept), found["images"], len(rows) - len(kept))
+    if not kept:
+        fail("NO_CASES", f"{data} has no row with split train", "add a column split, or more patients")
+    return kept
+
+
+class Language:
+    """The language model and its tokenizer, with what may be trained left trainable.
+
+    A tiny one is built on the text where none is named on the demo. `identity` is what a projector belongs to.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str | None,
+        plan: AlignPlan,
+        texts: Sequence[str],
+        train_language: bool = False,
+        lora: dict | None = None,
+        use_checkpoint: bool = False,
+        seed: int = 0,
+    ):
+        self.name, self.trained = name, train_language
+        half = plan.amp == "bf16" and not train_language
+        if (name or plan.language) in TINY_MODELS:
+            family = TINY_MODELS[name or plan.language]
+            self.model, self.tokenizer = build_tiny(texts, family=family, seed=seed, **plan.tiny)
+            self.identity = {"name": None, "built": family, "seed": seed, **plan.tiny}
+        else:
+            self.name = name or plan.language
+            try:
+                self.model, self.tokenizer = qwen.load_language(
+                    self.name, dtype=torch.bfloat16 if half else torch.float32
+                )
+            except ValueError as error:
+                fail("BAD_MODEL", str(error), "give a hub name or the folder of a Qwen2-VL or Qwen3-VL")
+            self.identity = identify(self.name, self.model)
+        qwen.freeze(self.model)
+        self.adapter = None
+        if lora is not None and lora["use"]:
+            try:
+                self.adapter = qwen.add_lora(self.model, r=lora["r"], alpha=lora["alpha"])
+            except ValueError as error:
+                fail("NO_PEFT", str(error), "pip install peft, or leave out --use_lora")
+        if train_language:
+            for part in (self.model.model.language_model, self.model.lm_head):
+                part.requires_grad_(True)
+        if use_checkpoint:
+            qwen.use_checkpointing(self.model)
+
+    @property
+    def width(self) -> int:
+        return qwen.language_width(self.model)
+
+    def collate(self, *, side: str = "right"):
+        """How samples become batches for this model."""
+        return make_collate(self.model, self.tokenizer, side=side)
+
+
+def make_collate(model: nn.Module, tokenizer, *, side: str = "right"):
+    volume_id = tokenizer.convert_tokens_to_ids(chat.VOLUME_PAD)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return partial(chat.collate, pad_id=pad_id, volume_id=volume_id, side=side, context=qwen.context_length(model))
+
+
+def identify(name: str, model: nn.Module) -> dict:
+    """Name and revision of a model from the hub, or the hash of a folder."""
+    if Path(name).is_dir():
+        return {"name": name, "sha256": hash_path(name)}
+    return {"name": name, "revision": qwen.revision_of(model)}
+
+
+def make_projector(
+    *, tokenizer: FrozenTokenizer, language: Language, num_layers: int = 1, use_3d_pos: bool = False, seed: int = 0
+) -> Projector:
+    """A fresh projector whose outputs have the spread of the language model's own embeddings."""
+    spread, vectors = qwen.embedding_spread(language.model), tokenizer.vectors()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        projector = Projector(
+            vectors.shape[1], language.width, num_layers=num_layers, use_3d_pos=use_3d_pos, position_scale=spread
+        )
+    projector.match_scale(vectors, spread)
+    return projector
+
+
+def make_dataset(
+    *,
+    text: TrainingText,
+    tokenizer: FrozenTokenizer,
+    language: Language,
+    max_3d_tokens: int = 2048,
+    token_reduction: str = "pool",
+    chat_options: dict | None = None,
+    dataset: str | None = None,
+) -> Dataset:
+    """Samples of the rows, or of the user's own Dataset named by its dotted path."""
+    reduce = tokenizer.reducer(max_tokens=max_3d_tokens, method=token_reduction)
+    if dataset is not None:
+        return align_data.OwnDataset(align_data.load_own_dataset(dataset), reduce=reduce, network=tokenizer.network)
+    try:
+        made = align_data.TextDataset(
+            text.rows, volumes=text.volumes, reduce=reduce, tokenizer=language.tokenizer, **(chat_options or {})
+        )
+    except ValueError as error:
+        fail("NO_CASES", str(error), "check answers and max_text_tokens")
+    left_out = {reason: count for reason, count in made.dropped.items() if count}
+    log.info("%d examples%s", len(made), f"; left out or cut: {left_out}" if left_out else "")
+    return made
+
+
+def write_train_args(folder: Path, args: dict) -> None:
+    part = folder / "train_args.json.part"
+    part.write_text(json.dumps(args, indent=2, default=str) + "\n")
+    os.replace(part, folder / "train_args.json")

@@ -1,0 +1,62 @@
+"""The body of the command `ask`: what it prints and writes. A refused scan is listed, the rest is done."""
+
+import csv
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from app.assistant import NOTICE, CTAssistant, Scan
+from app.preflight import fail
+
+log = logging.getLogger(__name__)
+
+
+def ask(
+    source: str,
+    questions: Sequence[str],
+    *,
+    align: str = "outputs/align",
+    tokenizer: str | None = None,
+    out: str | None = None,
+    stream: bool = False,
+    max_new_tokens: int = 256,
+) -> dict[str, Any]:
+    """Answers for a scan, or for every scan of a folder (then into a jsonl file, refusals into failures.csv beside)."""
+    path = Path(source)
+    if not path.exists():
+        fail("NO_SOURCE", f"{source} does not exist", "give a scan, a prepared case or dataset, or token files")
+    if stream and (len(questions) > 1 or out is not None):
+        fail("BAD_CALL", "--stream shows one answer as it is written", "ask one question, without --out")
+    assistant = CTAssistant.from_pretrained(align, tokenizer=tokenizer)
+    answers, failures = [], []
+    for opened in assistant.open_all(path):
+        if not isinstance(opened, Scan):
+            failures.append(" ".join(str(opened).split()))
+            log.warning("refused: %s", failures[-1])
+            continue
+        write = (lambda text: (sys.stderr.write(text), sys.stderr.flush())) if stream else None
+        asked = list(questions) or [None]
+        said = assistant.ask(opened, asked[0] if stream else asked, max_new_tokens=max_new_tokens, write=write)
+        answers += [answer.as_json() for answer in (said if isinstance(said, list) else [said])]
+    if out is not None:
+        write_answers(Path(out), answers, failures)
+    status = 3 if failures else 0
+    return {"answers": answers, "failures": failures, "notice": NOTICE, "status": status}
+
+
+def write_answers(out: Path, answers: Sequence[dict[str, Any]], failures: Sequence[str]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers), encoding="utf-8")
+    with open(out.parent / "failures.csv", "w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([["message"], *([message] for message in failures)])
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """For people: each question with its answer, and the notice once."""
+    shown = []
+    for answer in result["answers"]:
+        shown += [f"{answer['scan']}  {answer['question']}", answer["answer"], ""]
+    return [*shown, f"{len(result['failures'])} scans refused." if result["failures"] else "", NOTICE]

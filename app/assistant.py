@@ -1,0 +1,276 @@
+"""CTAssistant: an aligned language model behind two methods, `from_pretrained` and `ask`.
+
+Checks that tokenizer, base model and projector belong together, and gives every answer with where it came from and what
+it is not for. Trains nothing and measures nothing.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from app import chat, checkpoints, prepared, scans
+from app.align_setup import FrozenTokenizer, identify, make_collate
+from app.align_training import to_device
+from app.preflight import fail
+from app.prepare import Refused
+from app.prepare.gate import Rules
+from app.prepare.survey import survey
+from app.prepare.volume import read_item
+from app.rows import REPORT_QUESTION
+from app.token_files import read_tokens
+from app.training import choose_device
+from app.volume_tokens import VolumeTokens, as_tensors, hash_path
+from networks import qwen
+from networks.projector import Projector
+from networks.tokens import TokenSequence
+
+log = logging.getLogger(__name__)
+
+NOTICE = "Research use only, not for diagnosis."
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Something to ask about: its tokens and where they came from."""
+
+    name: str
+    tokens: VolumeTokens
+    origin: dict[str, Any]  # hash of the scan and geometry of its series; no header text
+
+
+@dataclass(frozen=True)
+class Answer:
+    scan: str
+    question: str
+    answer: str
+    provenance: dict[str, Any]
+    notice: str = NOTICE
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "scan": self.scan,
+            "question": self.question,
+            "answer": self.answer,
+            "notice": self.notice,
+            "provenance": self.provenance,
+        }
+
+
+class CTAssistant:
+    """Answers questions about CT scans, or writes their reports. Build with `from_pretrained`."""
+
+    def __init__(self, *, model: qwen.VolumeQwen, text_tokenizer, tokenizer: FrozenTokenizer, settings: dict[str, Any]):
+        self.model, self.text_tokenizer, self.tokenizer, self.settings = model, text_tokenizer, tokenizer, settings
+        self.reduce = tokenizer.reducer(max_tokens=settings["max_3d_tokens"], method=settings["token_reduction"])
+        self.collate = make_collate(model.language, text_tokenizer, side="left")
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path = "outputs/align", *, tokenizer: str | None = None, device: torch.device | None = None
+    ) -> "CTAssistant":
+        """From the output folder of an alignment run.
+
+        `tokenizer` says where the tokenizer is now, if not where it was then; another one is refused.
+        """
+        path, device = Path(path), device or choose_device()
+        settings = read_settings(path)
+        frozen = FrozenTokenizer(tokenizer or settings["tokenizer_path"], scale="full", device=device)
+        if frozen.hash != settings["tokenizer"]:
+            fail(
+                "OTHER_TOKENIZER",
+                f"{path} was aligned to tokenizer {settings['tokenizer'][:12]}, {frozen.file} is {frozen.hash[:12]}",
+                "give that tokenizer with --tokenizer, or align again",
+            )
+        language, text_tokenizer = load_base(path, settings, device)
+        projector = Projector(
+            settings["in_features"],
+            qwen.language_width(language),
+            num_layers=settings["projector_layers"],
+            use_3d_pos=settings["use_3d_pos"],
+            position_scale=settings["position_scale"],
+        )
+        file, adapter = newest_files(path, settings)
+        projector.load_state_dict(checkpoints.read_tensors(file))
+        if adapter is not None:
+            qwen.load_lora(language, adapter)
+        model = qwen.VolumeQwen(language, projector, position=settings["position"]).to(device).eval()
+        settings = {**settings, "projector_sha256": hash_path(file)}
+        if settings["trained_language"]:
+            weights = hash_path(path / "language_final" / "model.safetensors")
+            settings["base_model"] = {**settings["base_model"], "sha256": weights}
+        if adapter is not None:
+            settings["adapter_sha256"] = hash_path(adapter)
+        return cls(model=model, text_tokenizer=text_tokenizer, tokenizer=frozen, settings=settings)
+
+    def ask(
+        self,
+        scan: Any,
+        question: str | Sequence[str] | None = None,
+        *,
+        max_new_tokens: int = 256,
+        write: Callable[[str], None] | None = None,
+    ) -> Answer | list[Answer]:
+        """An answer from a raw scan, a prepared case or a token file; without a question, a report.
+
+        Several questions give a list. `write` gets the text of a single question piece by piece.
+        """
+        opened = scan if isinstance(scan, Scan) else self.open(scan)
+        questions = [question] if question is None or isinstance(question, str) else list(question)
+        questions = [REPORT_QUESTION if q is None else q for q in questions]
+        if write is not None and len(questions) > 1:
+            raise ValueError(f"one question can be streamed at a time, got {len(questions)}")
+        streamer = None if write is None else qwen.stream_to(self.text_tokenizer, write)
+        texts = self.answer_many(
+            [(q, self.reduce(opened.tokens)) for q in questions], max_new_tokens=max_new_tokens, streamer=streamer
+        )
+        made = [Answer(opened.name, q, text, self.provenance(opened)) for q, text in zip(questions, texts, strict=True)]
+        return made[0] if question is None or isinstance(question, str) else made
+
+    def answer_many(
+        self, asked: Sequence[tuple[str, TokenSequence | None]], *, max_new_tokens: int = 256, streamer=None
+    ) -> list[str]:
+        """Texts for (question, volume) pairs in one batch; a volume of None asks without one."""
+        samples = []
+        for question, volume in asked:
+            try:
+                encoded = chat.encode_chat(
+                    self.text_tokenizer,
+                    question,
+                    num_volumes=int(volume is not None),
+                    fusion=self.settings["fusion"],
+                    max_text_tokens=self.settings["max_text_tokens"],
+                )
+            except ValueError as error:
+                raise ValueError(f"{error}: ask more shortly") from None
+            samples.append({**encoded._asdict(), "volumes": [] if volume is None else [volume]})
+        batch = to_device(self.collate(samples), self.model.device)
+        ids = self.model.generate(batch, max_new_tokens=max_new_tokens, streamer=streamer)
+        return [text.strip() for text in self.text_tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def open(self, source: Any) -> Scan:
+        """Tokens with their origin of a token file, or of what `app.scans` calls a scan."""
+        if isinstance(source, str | Path) and Path(source).suffix == ".npz":
+            return self._of_file(Path(source))
+        windows = self.tokenizer.ct.sizes.windows
+        if isinstance(source, str | Path) and not scans.is_case(Path(source)):
+            origin = {"scan_sha256": hash_path(source)} if Path(source).exists() else {}
+        elif isinstance(source, str | Path):
+            case = prepared.open_case(source)
+            origin = {"scan_sha256": case.source_hash, "codes": case.codes}
+        else:
+            origin = {"scan_sha256": hashlib.sha256(np.ascontiguousarray(source.hu).tobytes()).hexdigest()}
+        return self._of_scan(scans.open_scan(source, windows), origin)
+
+    def _of_file(self, path: Path) -> Scan:
+        tokens = read_tokens(path)
+        self.tokenizer.ct.check(tokens)
+        origin = {"tokens_sha256": hash_path(path), **geometry(tokens.source_shape, tokens.source_affine)}
+        return Scan(path.stem, as_tensors(tokens), origin)
+
+    def _of_scan(self, scan: scans.Scan, origin: dict[str, Any]) -> Scan:
+        tokens = as_tensors(self.tokenizer.ct.encode(scan))
+        return Scan(scan.name, tokens, {**origin, **geometry(scan.source_shape, scan.source_affine)})
+
+    def open_all(self, path: Path) -> Iterator[Scan | ValueError]:
+        """Everything of a folder: token files, prepared cases or raw scans; what is refused comes as its refusal."""
+        if path.is_dir() and (files := sorted(path.glob("*.npz"))):
+            yield from map(self._tried, files)
+        elif scans.is_case(path) or path.is_file():
+            yield self._tried(path)
+        elif prepared.find_datasets(path):
+            yield from (self._tried(case.path) for case in prepared.find_cases(path))
+        else:
+            for item in survey(path):
+                try:
+                    if item.plan is None:
+                        raise Refused(item.finding.code, item.finding.message)
+                    raw = read_item(item, Rules())
+                    on_grid = scans.onto_prepared_grid(scans.Volume(raw.hu, raw.affine))
+                    scan = scans.Scan(raw.source_hash[:16], on_grid, tuple(raw.hu.shape), raw.affine)
+                    yield self._of_scan(scan, {"scan_sha256": raw.source_hash, "codes": raw.codes})
+                except ValueError as error:
+                    yield error
+
+    def _tried(self, path: Path) -> Scan | ValueError:
+        try:
+            return self.open(path)
+        except (ValueError, OSError) as error:
+            return ValueError(f"{path.name}: {error}")
+
+    def provenance(self, scan: Scan) -> dict[str, Any]:
+        """What an answer rests on: scan, tokenizer, models, settings."""
+        return {
+            **scan.origin,
+            "num_tokens": len(scan.tokens.codes),
+            "tokenizer_sha256": self.tokenizer.hash,
+            "base_model": self.settings["base_model"],
+            "projector_sha256": self.settings["projector_sha256"],
+            "adapter_sha256": self.settings.get("adapter_sha256"),
+            "settings": {name: self.settings[name] for name in SETTINGS_TOLD},
+            "versions": {name: metadata.version(name) for name in ("torch", "transformers", "numpy")},
+        }
+
+
+SETTINGS_TOLD = ("max_3d_tokens", "token_reduction", "use_3d_pos", "position", "fusion", "use_lora")
+
+
+def geometry(shape: Sequence[int], affine: np.ndarray | None) -> dict[str, Any]:
+    """Shape, spacing and affine of a series as plain numbers."""
+    if affine is None:
+        return {"shape": [int(n) for n in shape], "spacing": None, "affine": None}
+    affine = np.asarray(affine, np.float64)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    return {
+        "shape": [int(n) for n in shape],
+        "spacing": [round(float(step), 6) for step in spacing],
+        "affine": affine.round(6).tolist(),
+    }
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    file = path / "train_args.json"
+    if not file.is_file():
+        fail(
+            "NO_ALIGNMENT",
+            f"{path} holds no aligned model",
+            "first run python -m monai.bundle run training --config_file bundles/align.json, or pass --align",
+        )
+    return json.loads(file.read_text())
+
+
+def load_base(path: Path, settings: dict[str, Any], device: torch.device) -> tuple[torch.nn.Module, Any]:
+    """The language model that the projector belongs to; another one is refused."""
+    base = settings["base_model"]
+    own = path / "language_final"
+    name = str(own) if own.is_dir() else base["name"]
+    if name is None:
+        fail("NOT_FINISHED", f"the alignment in {path} did not reach its end", "go on with --resume latest")
+    half = settings["amp"] == "bf16" and device.type == "cuda" and not own.is_dir()
+    try:
+        language, text_tokenizer = qwen.load_language(name, dtype=torch.bfloat16 if half else torch.float32)
+    except ValueError as error:
+        fail("BAD_MODEL", str(error), "the base model is kept by name: it must be there or on the hub")
+    if not own.is_dir() and (found := identify(name, language)) != base:
+        fail("OTHER_MODEL", f"{path} was aligned to {base}, {name} is now {found}", "restore that model or align again")
+    return language, text_tokenizer
+
+
+def newest_files(path: Path, settings: dict[str, Any]) -> tuple[Path, Path | None]:
+    """Projector and adapter of the end, else of the last whole epoch."""
+    file = path / "projector_final.pt"
+    if not file.is_file():
+        epochs = sorted(path.glob("projector_epoch*.pt"), key=lambda p: int(p.stem.removeprefix("projector_epoch")))
+        if not epochs:
+            fail("NO_ALIGNMENT", f"{path} has no projector yet", "let an epoch finish")
+        file = epochs[-1]
+        log.info("the run did not end: taking %s", file.name)
+    adapter = path / file.stem.replace("projector", "lora") if settings["use_lora"] else None
+    return file, adapter

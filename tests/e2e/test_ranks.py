@@ -1,0 +1,123 @@
+"""The same training however its samples are split: over micro-batches, over two processes, and resumed on one."""
+
+import json
+import os
+import signal
+import socket
+import time
+
+import pytest
+
+from app import checkpoints
+from tests.runs import STAGE1, end_of, make_cohort, make_place, run_in
+
+STEPS = {"warmup_steps": 4, "max_steps": 6, "i_save": 3, "val_interval": 3}
+BOTH = f"['{STAGE1}','bundles/multi_gpu.json']"
+TOLERANCE = 2e-5  # float32 sums in another order, through ten steps of Adam
+
+
+def torchrun(*options):
+    """Two processes that meet at a port nobody has."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", *options)
+
+
+def told(folder):
+    """What the metrics say, less time and the points that one rank saw."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "points")} for row in rows]
+
+
+def assert_same_story(first, second):
+    assert [(row["phase"], row["step"]) for row in first] == [(row["phase"], row["step"]) for row in second]
+    for one, two in zip(first, second, strict=True):
+        assert one.keys() == two.keys()
+        numbers = {key: value for key, value in one.items() if key != "phase"}
+        for key, value in numbers.items():
+            assert two[key] == pytest.approx(value, rel=TOLERANCE, abs=TOLERANCE), f"{key} at step {one['step']}"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_cohort(tmp_path_factory.mktemp("ranks") / "data", splits=("train",) * 5 + ("val",) * 3)
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    """One process with both samples of each step."""
+    place = make_place(tmp_path_factory.mktemp("alone"))
+    end = run_in(place, dataset_dir=data, output_dir="out", batch_size_per_gpu=2, **STEPS)
+    assert end.status == 0, end.err
+    return place / "out"
+
+
+def test_two_processes_tell_the_story_of_one(data, alone, place, start_process):
+    end = end_of(start_process(BOTH, launcher=torchrun(), dataset_dir=data, output_dir="out", **STEPS))
+    assert end.status == 0, end.err
+    out = place / "out"
+    assert_same_story(told(out), told(alone))
+    assert end.out.count("Step 6: loss=") == 1, "one voice on the console"
+    assert checkpoints.complete_steps(out) == [0, 3, 6] and len(list(out.glob("tb_logs/*"))) == 1
+    assert checkpoints.read_weights(out)[0].keys() == checkpoints.read_weights(alone)[0].keys()
+
+    for name in ("vqvae", "vqvae_ema0.9999", "misc"):  # and goes on in one process
+        checkpoints.step_file(out, name, 6).unlink()
+    end = run_in(place, dataset_dir=data, output_dir="out", batch_size_per_gpu=2, resume="latest", **STEPS)
+    assert end.status == 0 and "resumed at step 3" in end.out
+    assert_same_story(told(out), told(alone))
+
+
+def test_two_processes_learn_a_codebook_by_gradient(data, place, start_process):
+    settings = {**STEPS, "warmup_steps": 2, "max_steps": 2, "codebook": "gradient"}
+    end = end_of(start_process(BOTH, launcher=torchrun(), dataset_dir=data, output_dir="out", **settings))
+    assert end.status == 0, end.err
+    start, stop = (checkpoints.read_tensors(checkpoints.step_file(place / "out", "vqvae", step)) for step in (0, 2))
+    assert (start["vq.embeddings.weight"] != stop["vq.embeddings.weight"]).any()
+
+
+@pytest.mark.parametrize("stage", ["vae", "vq_stage1"])
+def test_micro_batches_tell_the_story_of_the_batch(stage, data, place):
+    settings = {**STEPS, "max_steps": 4}
+    if stage == "vae":
+        settings |= {"warmup_steps": None, "num_embeddings": None}
+    for split in (1, 2, 4):
+        settings["batch_split"] = split
+        end = run_in(
+            place, f"bundles/{stage}.json", dataset_dir=data, output_dir=f"by{split}", batch_size_per_gpu=4, **settings
+        )
+        assert end.status == 0, end.err
+    for split in (2, 4):
+        assert_same_story(told(place / f"by{split}"), told(place / "by1"))
+
+
+def test_fewer_validation_cases_than_processes_is_one_line(place, start_process):
+    data = make_cohort(place / "few", splits=("train",) * 4 + ("val",))
+    end = end_of(start_process(BOTH, launcher=torchrun(), dataset_dir=data, output_dir="out", **STEPS))
+    assert end.status != 0
+    lines = [line for line in end.err.splitlines() if line.startswith("BAD_VALUE")]
+    assert lines and "val split must give each of 2 processes a case" in lines[0]
+    assert "Warm-up" not in end.out and not (place / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_started_again_and_goes_on(data, place, start_process):
+    settings = {**STEPS, "warmup_steps": 2, "max_steps": 60, "i_save": 2}
+    straight = run_in(place, dataset_dir=data, output_dir="alone", batch_size_per_gpu=2, **settings)
+    assert straight.status == 0, straight.err
+    process = start_process(BOTH, launcher=torchrun("--max_restarts=2"), dataset_dir=data, output_dir="out", **settings)
+    deadline = time.monotonic() + 200
+    while not any(step >= 6 for step in checkpoints.complete_steps(place / "out")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(ranks_of(process.pid)[-1], signal.SIGKILL)
+    end = end_of(process)
+    assert end.status == 0, end.err
+    assert "resumed at step" in end.out
+    assert_same_story(told(place / "out"), told(place / "alone"))
+
+
+def ranks_of(launcher):
+    with open(f"/proc/{launcher}/task/{launcher}/children") as file:
+        return [int(number) for number in file.read().split()]

@@ -1,0 +1,253 @@
+"""Pre-flight: a mistaken flag or config ends the run in one line that names the key and the nearest match."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from app import preflight
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGE1 = str(ROOT / "bundles/vq_stage1.json")
+FLAT = [k for k, v in json.loads(Path(STAGE1).read_text()).items() if not isinstance(v, dict | list)]
+
+
+@pytest.fixture
+def check(monkeypatch, capsys):
+    """Runs the check on a command line; gives the line it ended with, or None."""
+
+    def run(*flags, config=STAGE1):
+        line = ["/x/monai/bundle/__main__.py", "run", "training", "--config_file", str(config), *map(str, flags)]
+        monkeypatch.setattr(sys, "argv", line)
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # the check installs its own
+        try:
+            preflight.check()
+        except SystemExit as end:
+            said = capsys.readouterr().err
+            assert end.code == 2 and said.count("\n") == 1
+            assert re.match(r"[A-Z_]+: .+\. .+[.?]+\n$", said), said
+            return said.strip()
+        return None
+
+    return run
+
+
+# ---- flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--max_stepz", "5"], ["UNKNOWN_KEY", "max_stepz", "max_steps"]),
+        (["--windwos", "['lung']"], ["windwos", "windows"]),
+        (["--learning-rte=1"], ["learning_rte", "learning_rate"]),
+        (["--train#trainer#max_epoch", "2"], ["train#trainer", "max_epoch", "max_epochs"]),
+        (["--train::loader::batchsize", "2"], ["batchsize", "batch_size"]),
+        (["--trian#loader", "2"], ["trian", "train"]),
+        (["--preprocessing#0#spacng", "2"], ["spacng", "spacing"]),
+        (["--zzzzqqqq", "1"], ["zzzzqqqq", "It has", "max_steps"]),
+    ],
+)
+def test_an_unknown_key_is_named_with_its_nearest(check, flags, parts):
+    line = check(*flags)
+    for part in parts:
+        assert part in line, line
+
+
+@pytest.mark.parametrize(
+    ("old", "ours"),
+    [
+        ("data_dir", "dataset_dir"),
+        ("lr", "learning_rate"),
+        ("load_dir", "init_from"),
+        ("ckpt", "resume"),
+        ("num_gpus", "torchrun"),
+        ("epochs", "max_steps"),
+        ("embed_dim", "latent_channels"),
+    ],
+)
+def test_names_of_the_original_scripts_lead_to_ours(check, old, ours):
+    line = check(f"--{old}", "3")
+    assert line.startswith("UNKNOWN_KEY") and old in line and ours in line
+
+
+def test_every_name_we_lead_to_exists():
+    known = set(FLAT) | {"torchrun", "init_from"}
+    for ours in preflight.OTHER_NAMES.values():
+        assert ours.split()[0] in known, ours
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--max_steps", "5"],
+        ["--max-steps=5"],
+        ["--seed", "0", "--learning_rate", "0.5", "--grad_clip", "2"],
+        ["--windows", "['lung','bone']", "--keep", "band"],
+        ["--use_checkpoint", "True"],
+        ["--use_checkpoint"],
+        ["--resume", "latest"],
+        ["--resume", "10"],
+        ["--grad_clip", "$None"],
+        ["--learning_rate", "$1e-3 * 2"],
+        ["--max_points", "@resolution"],
+        ["--train#trainer#max_epochs", "1"],
+        ["--validate::loader::num_workers=2"],
+        ["--preprocessing#0#spacing", "2.0"],
+        ["--resume", "None"],
+        ["--dataset_dir", "None"],
+        ["--dataset_dir", "/data/2024"],
+        ["--lr_scheduler", "ExponentialLR", "--lr_scheduler_options", "{'gamma': 0.9}"],
+        ["--logging_file", "False", "--meta_file", "x.json"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_right_passes_in_silence(check, flags):
+    assert check(*flags) is None
+
+
+@pytest.mark.parametrize("key", ["grad_clip", "max_steps", "output_dir", "num_workers"])
+def test_none_that_would_be_dropped_is_said(check, key):
+    line = check(f"--{key}", "None")
+    assert line.startswith("NULL_IGNORED") and f"--{key}" in line and "$None" in line
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("max_steps", "many"),
+        ("max_steps", "0"),
+        ("max_steps", "2.5"),
+        ("max_steps", "True"),
+        ("seed", "-1"),
+        ("learning_rate", "-0.1"),
+        ("learning_rate", "fast"),
+        ("grad_clip", "-1"),
+        ("lambda_vq", "-2"),
+        ("ema_rate", "1.5"),
+        ("keep", "bodies"),
+        ("codebook", "kmeans"),
+        ("amp", "fp32"),
+        ("loss_type", "huber"),
+        ("scale", "big"),
+        ("windows", "lung"),
+        ("windows", "['lungs']"),
+        ("window_type", "lungs"),
+        ("preset", "giant"),
+        ("lr_scheduler", "CosinAnnealingLR"),
+        ("lr_scheduler", "Optimizer"),
+        ("lr_scheduler", "ReduceLROnPlateau"),
+        ("use_checkpoint", "1"),
+        ("use_checkpoint", "false"),
+        ("min_points", "-5"),
+        ("batch_split", "0"),
+        ("resume", "newest"),
+        ("dataset_dir", "7"),
+        ("resolution", "20"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_rule(check, key, value):
+    line = check(f"--{key}", value)
+    assert line is not None, f"--{key} {value} passed"
+    assert line.startswith("BAD_VALUE") and key in line and value.strip("[']") in line
+
+
+def test_every_flat_key_of_a_stage_has_a_rule():
+    free = {"_desc_", "lr_scheduler_options"}
+    assert set(FLAT) - free <= set(preflight.RULES), set(FLAT) - free - set(preflight.RULES)
+
+
+# ---- configs
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A config file with one mistake in it."""
+
+    def write(**content):
+        file = tmp_path / "stage.json"
+        start = {"max_steps": 5, "part": {"_target_": "collections.OrderedDict"}, "training": ["$@part"]}
+        file.write_text(json.dumps({**start, **content}))
+        return file
+
+    return write
+
+
+def test_a_right_config_passes(check, config):
+    assert check(config=config(x=["@max_steps", "$@part['a'] + @part#_target_"], y="mail@example.com")) is None
+
+
+@pytest.mark.parametrize("name", ["initialize", "training", "run", "finalize"])
+def test_a_step_of_plain_text_would_do_nothing(check, config, name):
+    line = check(config=config(**{name: ["$@part", "start.run()"]}))
+    assert line.startswith("PLAIN_STEP") and f"{name}#1" in line and "start.run()" in line
+
+
+@pytest.mark.parametrize("key", ["_Target_", "_target", "target_", "__target__", "_TARGET_"])
+def test_a_misspelt_target_is_seen(check, config, key):
+    line = check(config=config(part={"a": [{key: "torch.nn.Linear"}]}))
+    assert line.startswith("BAD_TARGET_KEY") and key in line and "_target_" in line
+
+
+@pytest.mark.parametrize(
+    ("value", "named", "near"),
+    [
+        ("@max_stepz", "max_stepz", "max_steps"),
+        ("$@part#_targt_ + 1", "part#_targt_", "_target_"),
+        ("$[@max_steps, @prat]", "prat", "part"),
+        ("@training#4", "training#4", "Define it"),
+    ],
+)
+def test_a_reference_to_nothing_is_seen(check, config, value, named, near):
+    line = check(config=config(x=value))
+    assert line.startswith("MISSING_REFERENCE") and named in line and near in line
+
+
+def test_several_files_are_read_as_one(check, config, tmp_path):
+    over = tmp_path / "over.json"
+    over.write_text(json.dumps({"part#extra": "@max_steps", "+training": ["plain"]}))
+    line = check(config=f"['{config()}','{over}']")
+    assert line.startswith("PLAIN_STEP")
+    over.write_text(json.dumps({"part#extra": "@max_steps", "+training": ["$@part"]}))
+    assert check("--part#extra", "3", config=f"['{config()}','{over}']") is None
+
+
+@pytest.mark.parametrize("stage", ["vae", "vq_stage1", "vq_stage2"])
+@pytest.mark.parametrize("overlay", [None, "multi_gpu", "recipe_ct", "recipe_shapellm"])
+def test_our_own_configs_pass(check, stage, overlay):
+    files = [str(ROOT / f"bundles/{name}.json") for name in (stage, overlay) if name]
+    assert check(config=str(files)) is None
+
+
+# ---- around it
+
+
+def test_no_bundle_run_no_check(monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    for argv in (["pytest"], ["/x/monai/bundle/__main__.py", "verify_metadata", "--max_stepz", "1"]):
+        monkeypatch.setattr(sys, "argv", argv)
+        preflight.check()
+
+
+def test_fail_is_one_line_and_a_status(capsys):
+    for status in (2, 3):
+        with pytest.raises(SystemExit) as end:
+            preflight.fail("SOME_CODE", "this is wrong.", "do that", status=status)
+        assert end.value.code == status
+        assert capsys.readouterr().err == "SOME_CODE: this is wrong. Do that.\n"
+
+
+def test_the_resolved_config_holds_overrides_and_the_plan(monkeypatch):
+    from app.plan import make_plan
+
+    flags = ["--max_steps", "7", "--train#trainer#max_epochs", "1", "--dataset_dir", "cohort"]
+    argv = ["/x/monai/bundle/__main__.py", "run", "training", "--config_file", STAGE1, *flags]
+    monkeypatch.setattr(sys, "argv", argv)
+    config = preflight.resolved_config(make_plan(1, dataset_dir="cohort"))
+    assert config["max_steps"] == 7 and config["dataset_dir"] == "cohort"
+    assert config["train"]["trainer"]["max_epochs"] == 1
+    assert config["resolution"] == 256 and config["learning_rate"] == 1e-4 and config["num_embeddings"] == 8192
+    json.dumps(config)
