@@ -53,7 +53,7 @@ def answering(as_json: bool, debug: bool) -> Iterator[Answer]:
         sys.stderr.write(f"{line}\n")
         answer.value, lines = {"error": line, "status": answer.status}, []
     if as_json:
-        out.write(json.dumps(answer.value, ensure_ascii=False) + "\n")
+        out.write(json.dumps(answer.value) + "\n")
     else:
         out.writelines(f"{line}\n" for line in lines)
     out.flush()
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 @app.command(epilog="Example: python -m app prepare scans/ prepared/ --size 256 --spacing 1.5 --workers 4")
-def prepare(  # noqa: PLR0913 - one parameter an option of the command line
+def prepare(
     raw: Annotated[str, typer.Argument(metavar="RAW", help="Folder, zip or file of scans: DICOM, NIfTI, NRRD, MHA.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder for the prepared dataset.")],
     organs: Annotated[str | None, typer.Option(help="organ_mapping.json: names for label values and files.")] = None,
@@ -148,8 +148,59 @@ def check(
         answer.give(checked.as_json(), lines(checked), status=checked.exit_status)
 
 
+@app.command(epilog="Example: python -m app doctor")
+def doctor(as_json: Json = False, seed: Seed = 0, debug: Debug = False) -> None:
+    """What this machine can do: versions, GPU, sparse backends, DICOM decoders, free memory and disk."""
+    with answering(as_json, debug) as answer:
+        from app.doctor import report
+
+        answer.give(report())
+
+
+@app.command(epilog="Example: python -m app tokenize prepared/chest tokens/ --tokenizer outputs/vq_stage2")
+def tokenize(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A scan, a prepared case or a prepared dataset.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder for token files, or one .npz for one scan.")],
+    tokenizer: Annotated[str | None, typer.Option(help="Checkpoint, output folder or bundle; else the newest.")] = None,
+    support: Annotated[bool, typer.Option("--support", help="Also store which voxels there were.")] = False,
+    series: Annotated[str | None, typer.Option(help="Take this DICOM series alone.", metavar="UID")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Make every file again.")] = False,
+    as_json: Json = False,
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> None:
+    """Scans to token files."""
+    with answering(as_json, debug) as answer:
+        from app import inference
+
+        done = inference.tokenize(source, out, tokenizer=tokenizer, support=support, series=series, overwrite=overwrite)
+        answer.give(done, inference.lines(done), status=3 if done["refused"] else 0)
+
+
+@app.command(epilog="Example: python -m app reconstruct tokens/case.npz case.nii.gz --like scan.nii.gz")
+def reconstruct(
+    tokens: Annotated[str, typer.Argument(metavar="TOKENS", help="A token file, or a folder of them.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A .nii or .nii.gz for one file, else a folder.")],
+    tokenizer: Annotated[str | None, typer.Option(help="Checkpoint, output folder or bundle; else the newest.")] = None,
+    like: Annotated[str | None, typer.Option(help="A scan on whose own grid to write.", metavar="SCAN")] = None,
+    codes_alone: Annotated[bool, typer.Option("--codes-alone", help="Leave stored support unused.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Make every file again.")] = False,
+    as_json: Json = False,
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> None:
+    """Token files back to CT volumes in HU, in world coordinates."""
+    with answering(as_json, debug) as answer:
+        from app import inference
+
+        done = inference.reconstruct(
+            tokens, out, tokenizer=tokenizer, like=like, use_support=not codes_alone, overwrite=overwrite
+        )
+        answer.give(done, inference.lines(done), status=3 if done["refused"] else 0)
+
+
 @app.command(epilog='Example: python -m app ask scan.nii.gz "Is there a nodule in the left lung?"')
-def ask(  # noqa: PLR0913 - one parameter an option of the command line
+def ask(
     scan: Annotated[str, typer.Argument(metavar="SCAN", help="Raw scan, prepared case, token file, or a folder.")],
     questions: Annotated[list[str] | None, typer.Argument(metavar="[QUESTION]...", help="None: a report.")] = None,
     align: Annotated[str, typer.Option(help="Output folder of an alignment run.")] = "outputs/align",
@@ -178,7 +229,7 @@ def ask(  # noqa: PLR0913 - one parameter an option of the command line
 
 
 @app.command(epilog="Example: python -m app evaluate reports.csv --align outputs/align --batch-size 8")
-def evaluate(  # noqa: PLR0913 - one parameter an option of the command line
+def evaluate(
     data: Annotated[
         str | None, typer.Argument(metavar="[DATA]", help="Manifest or prepared dataset with text.")
     ] = None,
@@ -214,4 +265,6 @@ def evaluate(  # noqa: PLR0913 - one parameter an option of the command line
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold anything
+    sys.stderr.reconfigure(errors="backslashreplace")
     app(prog_name="python -m app")

@@ -91,7 +91,8 @@ def markdown(result: dict[str, Any]) -> str:
             "",
             f"{data['cases']} cases of {data['dataset']} (split {data['split']}), whole volumes, "
             f"{sizes['resolution']}³ voxels of {sizes['spacing']:g} mm. Means over cases; in brackets 95 % bootstrap "
-            "intervals over cases. Research use, not for diagnosis.",
+            "intervals over cases. Research use, not for diagnosis."
+            + (f" Not judged: {', '.join(data['not_judged'])}." if data["not_judged"] else ""),
             "",
             *_facts(result),
             *_errors(result),

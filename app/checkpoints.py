@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from app.preflight import fail
+from app.preflight import RULES, fail
 from networks.presets import Preset
 from networks.vqvae import SparseVQVAE, build_vqvae
 
@@ -157,7 +157,7 @@ def weights_hash(state: dict) -> str:
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -198,7 +198,7 @@ def start_from(network: SparseVQVAE, path: str | Path, *, codebook: bool) -> Pat
     state, sizes = read_weights(file)
     if codebook and sizes.codebook == "none":
         fail("NO_CODEBOOK", f"{file} is a continuous autoencoder without codes", "give the output folder of stage 1")
-    skip = set() if codebook else CODEBOOK_FIELDS
+    skip = {"rotation_trick"} if codebook else CODEBOOK_FIELDS  # how gradients pass is no part of the weights
     check_same(sizes, network.sizes, source=file, skip=skip)
     own = {name: tensor for name, tensor in state.items() if name != "_extra_state" and not name.startswith("vq.")}
     if codebook:
@@ -222,12 +222,18 @@ def check_same(stored: Preset, wanted: Preset, *, source: Path, skip: set[str]) 
             fail(
                 "OTHER_TOKENIZER",
                 f"{source} is for {what} {name} {_plain(old)}, this run has {name} {_plain(new)}",
-                f"pass --{name} {_plain(old)}, or train the earlier stage again",
+                f"pass {_flag(name, old)}, or train the earlier stage again",
             )
 
 
 def _plain(value: object) -> str:
     return ",".join(value) if isinstance(value, tuple) and value and isinstance(value[0], str) else str(value)
+
+
+def _flag(name: str, value: object) -> str:
+    if name not in RULES:  # one of the sizes that only a preset sets
+        return "the --preset it was made with"
+    return f'--{name} "{list(value)}"' if isinstance(value, tuple) else f"--{name} {value}"
 
 
 def unwrapped(network: nn.Module) -> nn.Module:

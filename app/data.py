@@ -377,6 +377,10 @@ class CaseLoader(DataLoader):
                 raise ValueError(batch.text)
             yield batch
 
+    def close(self) -> None:
+        """Lets the workers go while the interpreter is whole: left to its exit, each can take seconds to give up."""
+        self._iterator = None
+
 
 def _loader(dataset: CTDataset, sampler: Any, *, batch_size: int, batch_split: int, num_workers: int) -> DataLoader:
     return CaseLoader(

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from app import card, checkpoints, prepared, scans
 from app import reconstruction_metrics as measure
@@ -78,17 +78,29 @@ class TokenizerEvaluation:
             cases = [cases[i] for i in np.linspace(0, len(cases) - 1, self.max_cases).round().astype(int)]
         file = self._tokenizer_file()
         made = CTTokenizer.from_pretrained(file, max_points=self.max_points)
-        judged = []
+        judged, refused = [], {}
         for case in cases:
-            judged.append(judge(made, case))
+            try:
+                judged.append(judge(made, case))
+            except ValueError as error:
+                refused[case.case_id] = str(error)
+                log.warning("%s is not judged: %s", case.case_id, error)
+                continue
             whole = judged[-1].row["errors"]["codes alone"]["tissues"]["foreground"]["mae"]
             log.info("%s: MAE %.1f HU from codes alone", case.case_id, whole)
+        if not judged:
+            fail(
+                "NO_CASES",
+                f"none of {len(cases)} cases can be judged; {next(iter(refused.items()))}",
+                "check the dataset",
+            )
         result = summarize(judged, made, seed=self.seed)
         result["tokenizer"] = {"file": file.name, "sha256": made.digest, "sizes": asdict(made.sizes)}
         result["data"] = {
             "dataset": "built-in phantoms" if self.dataset_dir is None else Path(data).name,
             "split": self.split or "all",
-            "cases": len(cases),
+            "cases": len(judged),
+            "not_judged": refused,
         }
         result["software"] = prepared.versions() | {"torch": torch.__version__}
         result["seconds"] = round(time.perf_counter() - started, 1)
@@ -123,6 +135,8 @@ def judge(made: CTTokenizer, case: prepared.PreparedCase) -> Judged:
     )
     truth = on_grid["image"]
     masks = measure.tissue_masks(truth, spacing=sizes.spacing)
+    if not masks["foreground"].any():
+        raise ValueError("no body is found in it")
     started = time.perf_counter()
     tokens = made.encode(scan, support=True)
     encoded = time.perf_counter()
@@ -142,15 +156,6 @@ def judge(made: CTTokenizer, case: prepared.PreparedCase) -> Judged:
     }
     kept, predicted = (_occupied(decoded[way].values) for way in ("stored support", "codes alone"))
     alone = decoded["codes alone"]
-    labels = {
-        name: {
-            "kept": measure.label_share(kept, case.organ(name), label_affine=case.affine, affine=tokens.grid_affine),
-            "decoded": measure.label_share(
-                predicted, case.organ(name), label_affine=case.affine, affine=tokens.grid_affine
-            ),
-        }
-        for name in case.organ_names()
-    }
     row = {
         "case": case.case_id,
         "errors": errors,
@@ -165,11 +170,22 @@ def judge(made: CTTokenizer, case: prepared.PreparedCase) -> Judged:
             "forced_children": alone.forced,
             "computed_of_full_expansion": alone.computed / (512 * len(tokens.codes)),
         },
-        "labels": labels,
+        "labels": _labels_kept(case, tokens, {"kept": kept, "decoded": predicted}),
         "seconds": seconds,
     }
     counts = count_codes(torch.from_numpy(tokens.codes), sizes.num_embeddings)
     return Judged(row, counts, card.slice_of(truth, volumes, _code_map(tokens)))
+
+
+def _labels_kept(
+    case: prepared.PreparedCase, tokens: CTTokens, ways: dict[str, Bool[np.ndarray, "X Y Z"]]
+) -> dict[str, dict[str, float]]:
+    """Share of each organ's voxels that lie where voxels were kept."""
+    found = {}
+    for name in case.organ_names():
+        label, grids = case.organ(name), {"label_affine": case.affine, "affine": tokens.grid_affine}
+        found[name] = {way: measure.label_share(voxels, label, **grids) for way, voxels in ways.items()}
+    return found
 
 
 def rate(tokens: CTTokens, num_codes: int, *, foreground: int) -> dict[str, float]:

@@ -90,7 +90,9 @@ def _choice(*values: str, optional: bool = False) -> Rule:
 def _is_scheduler(name: str) -> bool:
     from torch.optim import lr_scheduler
 
-    return name in ("cosine", "one_cycle", "constant") or isinstance(getattr(lr_scheduler, name, None), type)
+    kind = getattr(lr_scheduler, name, None)
+    known = isinstance(kind, type) and issubclass(kind, lr_scheduler.LRScheduler)
+    return name in ("cosine", "one_cycle", "constant") or (known and kind is not lr_scheduler.ReduceLROnPlateau)
 
 
 def _are_windows(names: list) -> bool:
@@ -135,6 +137,7 @@ RULES = {
     "batch_size_per_gpu": _count(1),
     "batch_split": _count(1),
     "use_checkpoint": Rule(bool, "True or False"),
+    "sparse_backend": Rule(str, "auto, torch, triton or spconv", optional=True),
     "amp": _choice("off", "bf16", "fp16"),
     "learning_rate": _number(0),
     "lr_scheduler": Rule(str, "cosine, one_cycle, constant or a torch scheduler", holds=_is_scheduler),

@@ -230,7 +230,7 @@ def resume_schedule(schedule: lr_scheduler.LRScheduler, stored: dict, *, step: i
     if not isinstance(schedule, FUNCTIONS_OF_STEP):
         schedule.load_state_dict(stored)
     elif step > 0:
-        schedule.load_state_dict({"last_epoch": step - 1, "_step_count": step})
+        schedule.load_state_dict({**schedule.state_dict(), "last_epoch": step - 1, "_step_count": step})
         schedule.step()
 
 
@@ -322,7 +322,8 @@ class CodebookStart:
         sampler = copy.copy(self.loader.sampler)
         sampler.start, sampler.max_steps = 0, max_steps
         same = ("dataset", "batch_size", "num_workers", "collate_fn", "pin_memory")
-        return DataLoader(sampler=sampler, **{name: getattr(self.loader, name) for name in same})
+        kept = {name: getattr(self.loader, name) for name in same}
+        return type(self.loader)(sampler=sampler, generator=torch.Generator(), **kept)
 
     def _train_autoencoder(self) -> None:
         steps, device = self.warmup["steps"], next(self.network.parameters()).device
@@ -441,6 +442,7 @@ class StageHandlers:
         engine.add_event_handler(completed(event_filter=due("val_interval")), self._validate)
         engine.add_event_handler(completed(event_filter=due("i_sample")), self._picture)
         engine.add_event_handler(completed(event_filter=due("i_save")), self._save)
+        engine.add_event_handler(Events.COMPLETED, self._close)
 
     def _start(self, engine: SupervisedTrainer) -> None:
         step = self.folder.start_step
@@ -489,6 +491,10 @@ class StageHandlers:
         if self.validated_step != engine.state.iteration:
             self._validate(engine)
         self.folder.record_samples(engine.state.iteration, window=self.network.sizes.windows[0])
+
+    def _close(self, engine: SupervisedTrainer) -> None:
+        engine.data_loader.close()
+        self.evaluator.data_loader.close()
 
     def _save(self, engine: SupervisedTrainer) -> None:
         if idist.get_rank() != 0:

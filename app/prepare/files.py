@@ -44,8 +44,8 @@ def walk(root: str | Path) -> Iterator[Ref | tuple[Ref, Refused]]:
     if not os.path.isdir(root):
         yield from _members_or_file(root)
         return
-    seen = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    seen, closed = set(), []
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=closed.append):
         real = os.path.realpath(folder)
         if real in seen:
             folders.clear()
@@ -56,6 +56,8 @@ def walk(root: str | Path) -> Iterator[Ref | tuple[Ref, Refused]]:
             path = os.path.join(folder, name)
             if not name.startswith(".") and _is_regular(path):
                 yield from _members_or_file(path)
+    for error in closed:
+        yield Ref(error.filename), Refused("CORRUPT_FILE", "the folder cannot be opened")
 
 
 def _is_regular(path: str) -> bool:

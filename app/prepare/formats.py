@@ -17,10 +17,10 @@ from jaxtyping import Float
 
 from app.prepare.codes import Finding, Refused, found
 from app.prepare.files import Ref, open_ref, read_bytes
-from app.prepare.gate import MIN_SLICES, SPACING_LIMITS
+from app.prepare.gate import MAX_VOXELS, MIN_SLICES, SPACING_LIMITS
 
 MAGICS = (b"n+1\0", b"n+2\0", b"ni1\0", b"ni2\0")
-MAX_VOXELS = 1 << 31
+MAX_PACKED = 200  # what gzip may save on more than 256 MiB; a scan saves ten times at most, a bomb a thousand times
 HEADER_BYTES = 1 << 16
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 NRRD_TYPES = {
@@ -85,6 +85,8 @@ def read_voxels(file: VolumeFile) -> np.ndarray:
     count = math.prod(file.shape)
     try:
         data = _data(file, count * dtype.itemsize)
+    except Refused:
+        raise
     except (zlib.error, OSError, EOFError, ValueError) as error:
         raise Refused("CORRUPT_FILE", "the voxels cannot be read") from error
     if file.encoding == "ascii":
@@ -104,6 +106,8 @@ def read_voxels(file: VolumeFile) -> np.ndarray:
 
 def _data(file: VolumeFile, length: int) -> bytes | memoryview:
     raw = read_bytes(file.data)
+    if file.encoding in ("gzip", "gzipped", "bzip2") and length > max(256 << 20, MAX_PACKED * len(raw)):
+        raise Refused("CORRUPT_FILE", f"{len(raw)} bytes that claim to hold {length}")
     if file.encoding == "gzipped":
         return memoryview(gunzip(raw, file.offset + length))[file.offset :]
     raw = memoryview(raw)[file.offset if file.offset >= 0 else max(0, len(raw) - length) :]

@@ -377,3 +377,13 @@ def test_a_window_that_an_older_tree_lacks_is_refused_before_any_training(tmp_pa
     cases = prepared.find_cases(tmp_path)
     with pytest.raises(ValueError, match="case old lacks window 'bone', it has lung"):
         CTDataset(cases, preprocessing=[], sampling=[Windowsd(windows=["lung", "bone"])])
+
+
+def test_closed_loaders_leave_no_worker_behind(dataset_dir):
+    loader = make_train_loader(make(dataset_dir), batch_size=1, max_steps=8, num_workers=1)
+    batches = iter(loader)
+    next(batches)
+    workers = loader._iterator._workers
+    loader.close()
+    batches.close()
+    assert not any(worker.is_alive() for worker in workers)

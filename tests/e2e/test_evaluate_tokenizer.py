@@ -6,13 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from app import checkpoints
 from app.evaluation import TokenizerEvaluation
 from app.inference import CTTokenizer
-from app.prepared import find_cases
+from app.phantoms import make_phantom
+from app.prepared import find_cases, write_case
 from app.scans import open_scan
 from networks import make_vqvae
 
@@ -46,7 +48,7 @@ def card(output_dir, cohort, tmp_path_factory):
 
 def test_card_as_json(card, cohort, output_dir):
     found = json.loads((card / "tokenizer_card.json").read_text())
-    assert found["data"] == {"dataset": "data", "split": "val", "cases": 2}
+    assert found["data"] == {"dataset": "data", "split": "val", "cases": 2, "not_judged": {}}
     assert found["tokenizer"]["sizes"]["quantizer_levels"] == found["codes"]["levels"] == 2
     state = checkpoints.read_tensors(checkpoints.averaged_file(output_dir))
     assert found["tokenizer"]["sha256"] == checkpoints.weights_hash(state)
@@ -70,6 +72,18 @@ def test_card_as_text_and_picture(card):
         assert part in text, part
     assert "nan" not in text
     assert (card / "tokenizer_card.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_case_that_cannot_be_judged_is_told_and_the_rest_judged(output_dir, tmp_path):
+    hu = make_phantom(7, size=24, spacing=16.0)
+    for name, volume in (("whole", hu.hu), ("empty", np.full_like(hu.hu, -1000))):
+        write_case(tmp_path / "data", name, volume, affine=hu.affine, windows=[], organs={"body": volume > -300})
+    settings = {"dataset_dir": str(tmp_path / "data"), "tokenizer": str(output_dir), "output_dir": str(tmp_path)}
+    found = TokenizerEvaluation(**settings, split=None).run()
+    assert found["data"]["cases"] == 1 and found["data"]["not_judged"] == {"empty": "no body is found in it"}
+    assert "Not judged: empty." in (tmp_path / "tokenizer_card.md").read_text()
+    assert found["labels"]["body"]["kept"]["mean"] > 0.99
+    assert "| body | 100.00 % |" in (tmp_path / "tokenizer_card.md").read_text()
 
 
 def test_the_card_lies_beside_the_checkpoint_by_default(output_dir, cohort):

@@ -18,7 +18,7 @@ import pytest
 from app import prepared
 from app.prepare import cohort, names, options
 from app.prepare.check import check
-from app.prepare.workers import run_jobs, worker_count
+from app.prepare.workers import only_run, run_jobs, worker_count
 from tests import scans
 
 SMALL = cohort.Settings(size=24, spacing=6.0)
@@ -116,6 +116,29 @@ def test_command_line_reports_refusals_in_one_json_object(tmp_path):
     missing = [*command[:4], str(tmp_path / "nowhere"), str(tmp_path / "out2"), "--json"]
     wrong = subprocess.run(missing, capture_output=True, text=True, check=False)
     assert wrong.returncode == 2 and "error" in json.loads(wrong.stdout)
+
+
+def test_file_names_may_hold_anything_and_datasets_are_folders_or_all_of_raw(tmp_path):
+    name = os.fsdecode(b"sc\xffan,\n1.nii.gz")
+    scans.nifti_scan(tmp_path / "raw" / "plain.nii.gz")
+    (tmp_path / "raw" / "plain.nii.gz").rename(tmp_path / "raw" / name)
+    scans.nifti_scan(tmp_path / "raw" / "masks of 1999" / "deep" / "other.nii")
+    for _ in range(2):  # the table of the first run is read by the second
+        result = report(tmp_path / "raw", tmp_path / "out")
+        assert result.count("ok") == 2 and len({o.dataset for o in result.outcomes}) == 1
+    json.dumps(result.as_json()).encode()
+
+
+def test_a_second_run_on_the_same_output_waits_its_turn(tmp_path):
+    raw = raw_cohort(tmp_path / "raw", 1)
+    with only_run(tmp_path / "out"), pytest.raises(ValueError, match="another run is writing"):
+        report(raw, tmp_path / "out")
+    assert report(raw, tmp_path / "out").count("ok") == 2
+
+
+def test_a_scan_that_only_its_name_calls_a_label_is_a_scan(tmp_path):
+    scans.nifti_scan(tmp_path / "raw" / "ds" / "patient_mask_off.nii")
+    assert report(tmp_path / "raw", tmp_path / "out").count("ok") == 1
 
 
 def test_nothing_but_text_is_no_cases(tmp_path):
@@ -301,6 +324,17 @@ def test_one_patient_is_on_one_side(tmp_path):
     report(tmp_path / "raw", tmp_path / "out")
     cases = prepared.find_cases(tmp_path / "out")
     assert len({c.patient for c in cases}) == 2 and len(cases) == 6
+
+
+def test_files_without_a_patient_are_split_by_folder_or_by_ct_rate_name(tmp_path):
+    for source in ("a/one.nii", "a/two.nii", "b/one.nii", "valid_5_a_1.nii.gz", "valid_5_b_2.nii.gz", "imagesTr/x.nii"):
+        scans.nifti_scan(tmp_path / "raw" / "ds" / source)
+    scans.nifti_scan(tmp_path / "raw" / "ds" / "imagesTr" / "y.nii")
+    result = report(tmp_path / "raw", tmp_path / "out")
+    ids = {o.case: o.source.removeprefix("ds/") for o in result.outcomes}
+    who = {ids[case.case_id]: case.patient for case in prepared.find_cases(tmp_path / "out")}
+    assert who["a/one.nii"] == who["a/two.nii"] and who["valid_5_a_1.nii.gz"] == who["valid_5_b_2.nii.gz"]
+    assert len(set(who.values())) == 5
 
 
 def test_check_tells_what_is_wrong(tmp_path):

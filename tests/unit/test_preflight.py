@@ -138,6 +138,8 @@ def test_none_that_would_be_dropped_is_said(check, key):
         ("window_type", "lungs"),
         ("preset", "giant"),
         ("lr_scheduler", "CosinAnnealingLR"),
+        ("lr_scheduler", "Optimizer"),
+        ("lr_scheduler", "ReduceLROnPlateau"),
         ("use_checkpoint", "1"),
         ("use_checkpoint", "false"),
         ("min_points", "-5"),

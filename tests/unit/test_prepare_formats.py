@@ -145,6 +145,16 @@ def test_a_gzip_bomb_is_read_no_farther_than_its_header_says(tmp_path):
     np.testing.assert_array_equal(volume.hu, data)
 
 
+def test_a_bomb_whose_header_claims_it_all_is_refused_unread(tmp_path):
+    header = nib.Nifti1Image(np.zeros((2, 2, 2), np.int16), affine_of()).header
+    header["dim"][1:4], header["vox_offset"] = (1000, 1000, 900), 352
+    header.set_sform(affine_of(), 1)
+    packed = gzip.compress(header.binaryblock + b"\0" * 4 + bytes(8 << 20))
+    (tmp_path / "bomb.nii.gz").write_bytes(packed)
+    with pytest.raises(Refused, match="claim to hold 1800000000"):
+        read_scan(tmp_path / "bomb.nii.gz")
+
+
 @pytest.mark.parametrize("target", ["../secret.raw", "/etc/passwd", "..", "a/b.raw"])
 def test_headers_cannot_name_files_elsewhere(tmp_path, target):
     data = scans.sample(affine_of(), SHAPE)

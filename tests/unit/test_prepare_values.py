@@ -119,6 +119,15 @@ def test_bits_above_those_stored_are_no_part_of_the_value(tmp_path):
     np.testing.assert_array_equal(volume.hu, scans.sample(volume.affine, volume.hu.shape))
 
 
+def test_a_sign_that_was_not_extended_is_extended(tmp_path):
+    slices = scans.series(BitsStored=12, HighBit=11, PixelRepresentation=1, RescaleIntercept=0)
+    for ds in slices:
+        hu = np.frombuffer(ds.PixelData, "<u2").astype(int) - 1024
+        ds.PixelData = (hu & 0xFFF).astype("<u2").tobytes()
+    (volume,) = read_scan(scans.write_series(tmp_path / "s", slices))
+    np.testing.assert_array_equal(volume.hu, scans.sample(volume.affine, volume.hu.shape))
+
+
 def test_a_series_rescaled_twice_or_never_is_refused(tmp_path):
     with pytest.raises(Refused, match="NOT_HU"):
         read_scan(scans.write_series(tmp_path / "never", scans.series(RescaleIntercept=0)))
