@@ -73,6 +73,7 @@ class RunFolder:
             preflight.fail("NO_OUTPUT", f"cannot write to {self.path} ({error.strerror})", "pass another --output_dir")
         file = logging.FileHandler(self.path / "log.txt")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        file.handleError = lambda record: None  # a full disk is said once, by what fails to be saved
         logging.getLogger().addHandler(file)
         (self.path / "command.txt").write_text(shlex.join(sys.argv) + "\n")
         (self.path / "config.json").write_text(json.dumps(preflight.resolved_config(settings), indent=2) + "\n")
@@ -101,7 +102,7 @@ class RunFolder:
         checkpoints.put_aside(self.path, after=self.start_step)
         best = checkpoints.read_best(self.path)
         if best is not None and best > self.start_step:
-            saved = checkpoints.complete_steps(self.path)
+            saved = set(checkpoints.complete_steps(self.path)) - {0}
             scores = {row["step"]: row["val_recon"] for row in kept if row.get("val_recon") and row["step"] in saved}
             checkpoints.write_best(self.path, scores)
 

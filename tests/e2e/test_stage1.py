@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from app import checkpoints
+from app.folder import RunFolder
 from networks.presets import Preset
 from tests.runs import end_of, make_cohort, make_place, run_in
 
@@ -25,7 +26,7 @@ def rows_of(folder, phase="train"):
 
 
 def timeless(rows):
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    return [{key: value for key, value in row.items() if key not in ("seconds", "memory_gib")} for row in rows]
 
 
 def weights_of(folder, step, name="vqvae"):
@@ -348,9 +349,10 @@ def test_a_case_without_the_asked_window(run_bundle, place):
     assert_refused(end, code="[A-Z_]+", naming=["brain", "case_0", "lung"])
 
 
-def test_constant_features(run_bundle, place):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_constant_features(run_bundle, place, workers):
     data = make_cohort(place / "flat", change=lambda hu, index: np.full_like(hu, 40))
-    end = run_bundle(dataset_dir=data, output_dir="out", window_type="lung", **STEPS)
+    end = run_bundle(dataset_dir=data, output_dir="out", window_type="lung", num_workers=workers, **STEPS)
     assert_refused(end, code="[A-Z_]+", naming=["constant", "case_"])
 
 
@@ -437,6 +439,17 @@ def test_a_full_disk_while_saving_keeps_the_last_set(earlier, place, cohort, mon
     monkeypatch.undo()
     end = run_in(place, dataset_dir=cohort, output_dir="out", resume="latest", **settings)
     assert end.status == 0 and "resumed at step 20" in end.out
+
+
+def test_a_full_disk_between_saves_is_one_line(earlier, place, cohort, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "metrics.jsonl")
+
+    monkeypatch.setattr(RunFolder, "_write", full)
+    before = snapshot(earlier)
+    end = run_in(place, dataset_dir=cohort, output_dir="out", resume="latest", **{**STEPS, "max_steps": 30})
+    assert_refused(end, code="DISK_FULL", naming=["metrics.jsonl", "resume latest"])
+    assert snapshot(earlier) == before
 
 
 def test_a_loss_that_is_no_number_names_step_cases_and_last_set(earlier, place, cohort, monkeypatch):
