@@ -40,8 +40,9 @@ def assert_same_weights(first, second):
 
 
 def snapshot(folder):
-    """Checkpoints and metrics with their content; a refused run may add to the log."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix in (".pt", ".jsonl"))
+    """Every file that tells of the run, with its content; a refused one may add to log.txt and tb_logs."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".pt", ".jsonl", ".json", ".txt", ".png"))
+    files = [path for path in files if path.name != "log.txt"]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
@@ -446,10 +447,10 @@ def test_a_full_disk_between_saves_is_one_line(earlier, place, cohort, monkeypat
         raise OSError(28, "No space left on device", "metrics.jsonl")
 
     monkeypatch.setattr(RunFolder, "_write", full)
-    before = snapshot(earlier)
+    before = timeless(rows_of(earlier))
     end = run_in(place, dataset_dir=cohort, output_dir="out", resume="latest", **{**STEPS, "max_steps": 30})
     assert_refused(end, code="DISK_FULL", naming=["metrics.jsonl", "resume latest"])
-    assert snapshot(earlier) == before
+    assert timeless(rows_of(earlier)) == before and checkpoints.complete_steps(earlier) == [0, 10, 20]
 
 
 def test_a_loss_that_is_no_number_names_step_cases_and_last_set(earlier, place, cohort, monkeypatch):
