@@ -16,18 +16,6 @@ FLOATS = ["scale", "parts", "sums", "dots", "mean", "rstd", "gain", "bias", "fla
 LONGS = ["children", "parent", "order", "bounds", "keys"]
 COUNTS = ["num_rows", "num_fine", "num_coarse", "num_codes", "num_blocks", "length"]
 INTEGERS = [*COUNTS, "weight_k", "weight_c", "size_x", "size_y", "size_z"]
-    "num_rows",
-    "num_fine",
-    "num_coarse",
-    "num_codes",
-    "num_blocks",
-    "length",
-    "weight_k",
-    "weight_c",
-    "size_x",
-    "size_y",
-    "size_z",
-]
 
 
 def compiled(kernel, dtype="bf16", *, card=90, warps=4, stages=3, types=None, **constants):
