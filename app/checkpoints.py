@@ -157,7 +157,7 @@ def weights_hash(state: dict) -> str:
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -198,7 +198,7 @@ def start_from(network: SparseVQVAE, path: str | Path, *, codebook: bool) -> Pat
     state, sizes = read_weights(file)
     if codebook and sizes.codebook == "none":
         fail("NO_CODEBOOK", f"{file} is a continuous autoencoder without codes", "give the output folder of stage 1")
-    skip = set() if codebook else CODEBOOK_FIELDS
+    skip = {"rotation_trick"} if codebook else CODEBOOK_FIELDS  # how gradients pass is no part of the weights
     check_same(sizes, network.sizes, source=file, skip=skip)
     own = {name: tensor for name, tensor in state.items() if name != "_extra_state" and not name.startswith("vq.")}
     if codebook:

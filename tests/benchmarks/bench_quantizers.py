@@ -62,12 +62,25 @@ def numbers(card: Path) -> dict[str, float]:
     }
 
 
+def judged(place: Path, name: str, also: Path | None) -> dict[str, dict[str, float]]:
+    """The tokenizer in an output folder on the held-out phantoms and on the other dataset."""
+    sets = {"phantoms": [], "other": ["--dataset_dir", str(also.resolve()), "--split", "$None"] if also else None}
+    found = {}
+    for data, more in sets.items():
+        if more is not None:
+            words = ["--tokenizer", name, "--output_dir", f"{name}/{data}", *more]
+            bundle(place, "run", "evaluate_tokenizer.json", *words)
+            found[data] = numbers(place / name / data)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--also", type=Path, help="another prepared dataset to judge on")
     parser.add_argument("--options", default=",".join(OPTIONS))
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=300, help="of stage 1; 0 takes what lies in OUT")
+    parser.add_argument("--stage2", type=int, default=0, help="steps of stage 2 after it, judged too")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     if not (given.out / "outputs" / "vae").exists():
@@ -75,27 +88,17 @@ def main() -> None:
     rows = {}
     for option in given.options.split(","):
         name = f"outputs/{option.replace(' ', '_')}"
-        words = ["--output_dir", name, "--max_steps", str(given.steps), *OPTIONS[option]]
-        seconds = bundle(given.out, "training", "vq_stage1.json", *words)
-        rows[option] = {"seconds": round(seconds)}
-        sets = {"phantoms": []} | (
-            {"other": ["--dataset_dir", str(given.also.resolve()), "--split", "$None"]} if given.also else {}
-        )
-        for data, more in sets.items():
-            bundle(
-                given.out,
-                "run",
-                "evaluate_tokenizer.json",
-                "--tokenizer",
-                name,
-                "--output_dir",
-                f"{name}/{data}",
-                *more,
-            )
-            rows[option][data] = numbers(given.out / name / data)
-        print(option, rows[option], file=sys.stderr, flush=True)
+        if given.steps:
+            words = ["--output_dir", name, "--max_steps", str(given.steps), *OPTIONS[option]]
+            seconds = bundle(given.out, "training", "vq_stage1.json", *words)
+            rows[option] = {"seconds": round(seconds), **judged(given.out, name, given.also)}
+        if given.stage2:
+            words = ["--init_from", name, "--output_dir", f"{name}_stage2", "--max_steps", str(given.stage2)]
+            seconds = bundle(given.out, "training", "vq_stage2.json", *words, *OPTIONS[option])
+            rows[f"{option}, stage 2"] = {"seconds": round(seconds), **judged(given.out, f"{name}_stage2", given.also)}
+        print(list(rows.items())[-1], file=sys.stderr, flush=True)
     for data in rows[next(iter(rows))].keys() - {"seconds"}:
-        print(f"\n{data}, {rows[next(iter(rows))][data]['cases']} cases: MAE in HU over the body, {given.steps} steps")
+        print(f"\n{data}, {rows[next(iter(rows))][data]['cases']} cases: MAE in HU over the body")
         print(
             "| option | MAE, stored support | MAE, codes alone | shuffled | codes used | perplexity | bits per voxel |"
         )

@@ -1,13 +1,16 @@
 """Scans to tokens and back, by path and by command; what cannot be used is refused in one line."""
 
+import json
 from types import SimpleNamespace
 
 import nibabel
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from app import checkpoints, data, prepared
+from app.__main__ import app
 from app.inference import CTTokenizer, lines, onto_grid, reconstruct, tokenize
 from app.prepare import Refused, cohort
 from app.scans import Volume
@@ -93,6 +96,14 @@ def test_tokens_know_their_scan_and_their_tokenizer(tokenizer, dataset, output_d
     assert tokens.tokenizer == checkpoints.weights_hash(state) and len(tokens.tokenizer) == 64
     changed = {name: tensor + 1 if name == "vq.embeddings.weight" else tensor for name, tensor in state.items()}
     assert checkpoints.weights_hash(changed) != tokens.tokenizer
+
+
+@pytest.mark.parametrize("changes", [{"codebook": "fsq"}, {"normalize_codes": True}, {"quantizer_levels": 2}], ids=str)
+def test_any_quantiser_goes_through_files(tmp_path, dataset, changes):
+    folder = save(make_network(**changes), tmp_path / "run")
+    tokenize(dataset / "processed" / "case_a", tmp_path / "a.npz", tokenizer=folder)
+    assert reconstruct(tmp_path / "a.npz", tmp_path / "a.nii.gz", tokenizer=folder)["ok"] == 1
+    assert read_tokens(tmp_path / "a.npz").codes.ndim == 1 + ("quantizer_levels" in changes)
 
 
 def test_latents_lie_where_the_body_is(tokenizer):
@@ -344,3 +355,24 @@ def test_missing_inputs(output_dir, tmp_path, capsys):
     with pytest.raises(SystemExit):
         reconstruct(tmp_path / "nothing.npz", tmp_path, tokenizer=output_dir)
     one_line(capsys, "NO_TOKENS")
+
+
+# ---- the command line
+
+
+def test_command_line_round_trip(output_dir, dataset, tmp_path):
+    def call(*words):
+        done = CliRunner().invoke(app, [*map(str, words), "--tokenizer", str(output_dir)])
+        return done.exit_code, done.stdout
+
+    case, tokens, image = dataset / "processed" / "case_a", tmp_path / "a.npz", tmp_path / "a.nii.gz"
+    status, out = call("tokenize", case, tokens, "--support", "--json")
+    told = json.loads(out)
+    assert status == 0 and told["cases"][0]["count"] == len(read_tokens(tokens).codes)
+    assert told["tokenizer"]["sha256"] == read_tokens(tokens).tokenizer
+    status, out = call("reconstruct", tokens, image)
+    assert status == 0 and out.splitlines()[0] == f"ok  a  {image}"
+    tokens.write_bytes(tokens.read_bytes()[:100])
+    status, out = call("reconstruct", tokens, tmp_path / "b.nii.gz")
+    assert status == 3 and "a.npz is damaged or no token file" in out.splitlines()[0]
+    assert call("tokenize", tmp_path / "nowhere", tokens)[0] == 2
