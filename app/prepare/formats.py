@@ -21,7 +21,7 @@ from app.prepare.files import Ref, open_ref, read_bytes
 from app.prepare.gate import MAX_VOXELS, MIN_SLICES, SPACING_LIMITS
 
 MAGICS = (b"n+1\0", b"n+2\0", b"ni1\0", b"ni2\0")
-MAX_PACKED = 200  # what gzip may save on more than 256 MiB; a scan saves ten times at most, a bomb a thousand times
+MAX_PACKED = 900  # what gzip may save on more than 256 MiB: labels save a lot, a bomb a thousand times
 HEADER_BYTES = 1 << 16
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 NRRD_TYPES = {
