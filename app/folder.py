@@ -7,6 +7,7 @@ metrics.jsonl.
 import json
 import logging
 import os
+import resource
 import shlex
 import sys
 from functools import partial
@@ -124,7 +125,7 @@ class RunFolder:
 
         def write(trainer: Engine) -> None:
             row = {"phase": phase, "step": trainer.state.iteration, **trainer.state.output}
-            self._write({**row, "lr": optimizer.param_groups[0]["lr"]}, prefix=phase)
+            self._write({**row, "lr": optimizer.param_groups[0]["lr"], "memory_gib": peak_memory()}, prefix=phase)
 
         self.warmed_up = self.warmed_up or phase == "warmup"
         for record, key in ((show, "i_print"), (write, "i_log")):
@@ -180,6 +181,14 @@ def summary(network: nn.Module) -> str:
     lines += [(n, "x".join(map(str, s)), str(t).removeprefix("torch."), g) for n, s, t, g in sorted(rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(4)]
     return "".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() + "\n" for line in lines)
+
+
+def peak_memory() -> float:
+    """GiB at most so far: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def _due(_engine: Engine, step: int, *, every: int, last: int) -> bool:

@@ -11,6 +11,7 @@ import torch
 
 from app.preflight import fail
 from networks.presets import PRESETS, Preset
+from networks.sparse.ops import BACKENDS
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Plan:
     amp: str
     num_workers: int
     windows: list[str]
+    sparse_backend: str
     i_print: int
     i_log: int
     i_sample: int
@@ -68,6 +70,7 @@ def make_plan(
     preset: str | None = None,
     windows: list[str] | None = None,
     window_type: str | None = None,
+    sparse_backend: str | None = None,
 ) -> Plan:
     """Fills what is open and says what was chosen. Makes the built-in phantoms when there is no data."""
     stage = STAGES[training_stage]
@@ -99,6 +102,7 @@ def make_plan(
         loss_type=loss_type,
         amp="bf16" if torch.cuda.is_available() else "off",
         num_workers=0 if chosen == "demo" else min(8, max((os.cpu_count() or 2) - 1, 1)),
+        sparse_backend=choose_backend(sparse_backend),
         windows=list(windows or ([window_type] if window_type else PRESETS[preset].windows)),
         **table["intervals"],
     )
@@ -108,3 +112,21 @@ def _phantoms() -> str:
     from app.phantoms import ensure_cohort
 
     return str(ensure_cohort("outputs/phantoms"))
+
+
+def choose_backend(wanted: str | None) -> str:
+    """The config's choice, else what SPARSE_BACKEND says, else auto. Backends of other projects mean auto."""
+    for name in ("ATTN_BACKEND", "SPCONV_ALGO"):
+        if os.environ.get(name):
+            log.info("%s=%s is not used here: the fastest way is chosen by device", name, os.environ[name])
+    named = wanted or os.environ.get("SPARSE_BACKEND") or "auto"
+    if named in ("auto", *BACKENDS):
+        return named
+    if wanted:
+        fail(
+            "BAD_VALUE",
+            f"sparse_backend must be auto or one of {', '.join(BACKENDS)}, got {wanted!r}",
+            "pass one of these",
+        )
+    log.info("SPARSE_BACKEND=%s is not among auto, %s: taking auto", named, ", ".join(BACKENDS))
+    return "auto"

@@ -137,6 +137,7 @@ RULES = {
     "batch_size_per_gpu": _count(1),
     "batch_split": _count(1),
     "use_checkpoint": Rule(bool, "True or False"),
+    "sparse_backend": Rule(str, "auto, torch, triton or spconv", optional=True),
     "amp": _choice("off", "bf16", "fp16"),
     "learning_rate": _number(0),
     "lr_scheduler": Rule(str, "cosine, one_cycle, constant or a torch scheduler", holds=_is_scheduler),

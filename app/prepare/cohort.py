@@ -181,7 +181,7 @@ def _name(items: Sequence[Item], root: str, key: bytes, keep_names: bool) -> lis
         else:
             dataset = names.hashed(key, "dataset", dataset)
         place = (item.source, item.series)
-        case = names.case_name(item, stacks[place], key, keep_names=keep_names)
+        case = names.case_name(item, names.inside(item, whole), stacks[place], key, keep_names=keep_names)
         stacks[place] += 1
         taken[dataset, case] += 1
         again = taken[dataset, case]
@@ -199,11 +199,15 @@ def _jobs(
     request: Request,
 ) -> list[Job]:
     planned = [entry for entry in named if entry[0].plan is not None]
-    folders = {os.sep.join(item.source.split(os.sep)[:2]) for item, _, _ in planned if item.source.count(os.sep) > 1}
+    whole = names.one_dataset([item for item, _, _ in named], root)
+    folders = defaultdict(set)
+    for item, dataset, _ in planned:
+        folders[dataset].add(names.inside(item, whole).rpartition(os.sep)[0].split(os.sep)[0])
     jobs = []
     for item, dataset, case in planned:
-        patient = names.patient_of(item, key, folders)
-        raw_name = item.source.split(os.sep)[0] if os.sep in item.source else os.path.basename(root)
+        several = len(folders[dataset]) > 1
+        patient = names.patient_of(item, names.inside(item, whole), key, several_folders=several)
+        raw_name = os.path.basename(root) if names.dataset_of(item, whole) == "." else names.dataset_of(item, whole)
         mapping = {**request.organs.get("*", {}), **request.organs.get(raw_name, {})}
         marks = (item.source, os.path.basename(item.source), case, patient, item.patient)
         split = next((request.split[m] for m in marks if m and m in request.split), prepared.split_of(patient))

@@ -20,6 +20,7 @@ MIN_SLICES = 5
 MAX_SIDE = 8192  # pixels a side
 MAX_VOXELS = 1 << 30
 SPACING_LIMITS = (0.01, 50.0)  # mm, in the plane and between slices
+SAME_GEOMETRY = 1e-3  # by which direction cosines, and mm of pixel spacing, of one stack may differ
 SAME_PLACE = 0.01  # share of a step within which two slices lie at one position
 EVEN = 0.02  # share of a step (or of a mm) by which an even stack's slices may lie off
 GAP = 0.05  # share by which a step may differ from a multiple of the usual one to be a gap
@@ -198,15 +199,30 @@ def _split(good: list[SliceHeader]) -> list[list[SliceHeader]] | Refused:
     """One series by geometry, then by kernel where positions repeat; refuses stacks that interlock."""
     if len({header.stack for header in good}) > 1:
         return Refused("MIXED_GEOMETRY", "several stacks in one multi-frame file")
-    groups: dict[tuple, list[SliceHeader]] = defaultdict(list)
+    groups: list[list[SliceHeader]] = []
     for header in good:
-        groups[_geometry(header)].append(header)
-    extents = [(key[0], *_extent(members)) for key, members in groups.items()]
-    for number, (orientation, low, high) in enumerate(extents):
-        for other, other_low, other_high in extents[:number]:
-            if orientation == other and low <= other_high and other_low <= high:
+        home = next((group for group in groups if _same_geometry(group[0], header)), None)
+        if home is None:
+            groups.append([header])
+        else:
+            home.append(header)
+    extents = [_extent(members) for members in groups]
+    for number, (low, high) in enumerate(extents):
+        for other, (other_low, other_high) in enumerate(extents[:number]):
+            same_way = _same(groups[number][0].orientation, groups[other][0].orientation)
+            if same_way and low <= other_high and other_low <= high:
                 return Refused("MIXED_GEOMETRY", "slices of different matrix or pixel spacing interlock")
-    return [part for members in groups.values() for part in _by_kernel(members)]
+    return [part for members in groups for part in _by_kernel(members)]
+
+
+def _same(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return max(abs(a - b) for a, b in zip(one, other, strict=True)) <= SAME_GEOMETRY
+
+
+def _same_geometry(one: SliceHeader, other: SliceHeader) -> bool:
+    """Rounded headers of one scan differ a little; two geometries differ more."""
+    matrix = (one.rows, one.columns) == (other.rows, other.columns)
+    return matrix and _same(one.orientation, other.orientation) and _same(one.spacing, other.spacing)
 
 
 def _extent(members: list[SliceHeader]) -> tuple[float, float]:

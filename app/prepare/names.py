@@ -80,22 +80,30 @@ def one_dataset(items: Iterable[Item], root: str) -> bool:
     return root in homes or os.path.isfile(root)
 
 
-def patient_of(item: Item, key: bytes, folders: set[str]) -> str:
-    """Hash of who it is: DICOM's patient, CT-RATE's file names, one folder a patient, else the file itself."""
+def inside(item: Item, whole: bool) -> str:
+    """An item's source below its dataset."""
+    return item.source if dataset_of(item, whole) == "." else item.source.split(os.sep, 1)[1]
+
+
+def patient_of(item: Item, place: str, key: bytes, *, several_folders: bool) -> str:
+    """Hash of who it is: DICOM's patient, CT-RATE's file names, one folder a patient, else the file itself.
+
+    `place` is the item's path below its dataset; `several_folders`: the dataset holds more than one folder of scans.
+    """
     if item.patient:
         return hashed(key, "patient", item.patient)
-    parts = item.source.split(os.sep)
+    parts = place.split(os.sep)
     rate = re.fullmatch(r"((?:train|valid)_\d+)_[a-z]+_\d+\.nii\.gz", parts[-1])
     if rate:
         return hashed(key, "patient", rate[1])
-    if len(parts) > 2 and len(folders) > 1 and not COLLECTIONS.match(parts[1]):
-        return hashed(key, "patient folder", *parts[:2])
+    if len(parts) > 1 and several_folders and not COLLECTIONS.match(parts[0]):
+        return hashed(key, "patient folder", item.source.removesuffix(place), parts[0])
     return hashed(key, "patient of", item.source)
 
 
-def case_name(item: Item, number: int, key: bytes, *, keep_names: bool) -> str:
+def case_name(item: Item, place: str, number: int, key: bytes, *, keep_names: bool) -> str:
     """A case's id: a hash of where it lies and which series it is; `number` tells stacks of one series apart."""
     if keep_names:
-        stem = re.sub(r"(\.nii)?(\.gz)?$|\.(nrrd|nhdr|mha|mhd|nii|hdr|dcm|zip)$", "", item.source.split(os.sep, 1)[-1])
+        stem = re.sub(r"(\.nii)?(\.gz)?$|\.(nrrd|nhdr|mha|mhd|nii|hdr|dcm|zip)$", "", place)
         return safe_name(stem) + (f"_{number}" if number else "")
     return hashed(key, "case", item.source, item.series, str(number))

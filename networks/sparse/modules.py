@@ -143,7 +143,6 @@ class TransformerBlock(nn.Module):
 
 
 def layer_norm(x: SparseTensor, *, eps: float = 1e-6) -> SparseTensor:
-    """Normalises each voxel's features, in float32, without parameters."""
-    wide = torch.promote_types(x.feats.dtype, torch.float32)
+    """Normalises each voxel's features without parameters; 16-bit inputs are summed in float32 and rounded once."""
     with torch.autocast(x.feats.device.type, enabled=False):
-        return x.replace(F.layer_norm(x.feats.to(wide), x.feats.shape[1:], eps=eps).to(x.feats.dtype))
+        return x.replace(F.layer_norm(x.feats, x.feats.shape[1:], eps=eps))

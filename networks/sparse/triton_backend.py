@@ -54,6 +54,7 @@ def refusal(feats: Float[Tensor, "N C"], columns: int) -> str | None:
     return None
 
 
+@cache
 def product_tile(channels: int, columns: int, dtype: torch.dtype, *, thin: bool) -> Tile:
     """Tile of the forward product and the input gradient; the fastest of a dozen on an H200 (bench_conv.py)."""
     width = max(triton.next_power_of_2(columns), 16)
@@ -67,6 +68,7 @@ def product_tile(channels: int, columns: int, dtype: torch.dtype, *, thin: bool)
     return Tile(128, min(width, 128), min(depth, 64), 8, 3) if width <= 128 else Tile(128, 128, min(depth, 64), 4, 3)
 
 
+@cache
 def grad_tile(channels: int, columns: int, dtype: torch.dtype) -> Tile:
     """Tile of the weight gradient: its rows are input channels, of several offsets where they are few."""
     width = min(max(triton.next_power_of_2(columns), 16), 128)
@@ -98,7 +100,7 @@ def gather_product(
     if num_rows == 0 or columns == 0:
         return out
     plan = level.tiles(tile.rows)
-    grid = (plan.offsets.shape[0] * triton.cdiv(columns, tile.columns),)
+    grid = (plan.offsets.shape[0] * -(-columns // tile.columns),)
     with torch.cuda.device_of(feats):
         _gather_product[grid](
             feats.contiguous(),
@@ -195,16 +197,17 @@ def row_product(
     (num_rows, channels), columns = feats.shape, grad.shape[1]
     if num_rows == 0 or channels == 0 or columns == 0:
         return feats.new_zeros((27, channels, columns), dtype=torch.float32)
-    block = min(max(triton.next_power_of_2(channels), 16), tile.rows)
+    feats = feats.contiguous()
+    if feats.data_ptr() % 16:  # the kernel copies 16 bytes at a time
+        feats = feats.clone()
     listed = level.is_thin
-    offsets = 1 if listed else tile.rows // block  # with lists each offset has rows of its own
     lists = level.neighbour_lists if listed else None
-    programs = triton.cdiv(27, offsets) * triton.cdiv(channels, block) * triton.cdiv(columns, tile.columns)
+    block, offsets, programs = _parts(channels, columns, tile, listed)
     splits, length = _split(num_rows, programs, tile.depth, _processors(feats.device))
     parts = feats.new_empty((splits, 27, channels, columns), dtype=torch.float32)
     with torch.cuda.device_of(feats):
         _row_product[(programs, splits)](
-            feats.contiguous(),
+            feats,
             grad.contiguous(),
             lists.near if listed else level.neighbours,
             lists.rows if listed else None,
@@ -228,6 +231,14 @@ def row_product(
 
 
 @cache
+def _parts(channels: int, columns: int, tile: Tile, listed: bool) -> tuple[int, int, int]:
+    """Channels and offsets of a program, and the programs that cover all 27."""
+    block = min(max(triton.next_power_of_2(channels), 16), tile.rows)
+    offsets = 1 if listed else tile.rows // block  # with lists each offset has rows of its own
+    return block, offsets, triton.cdiv(27, offsets) * triton.cdiv(channels, block) * triton.cdiv(columns, tile.columns)
+
+
+@cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
@@ -235,12 +246,12 @@ def _processors(device: torch.device) -> int:
 @lru_cache(maxsize=1024)
 def _split(num_rows: int, programs: int, depth: int, processors: int) -> tuple[int, int]:
     """How many parts the rows are cut into, and the rows of each: several even waves of programs over the card."""
-    most = max(1, min(triton.cdiv(num_rows, 4 * depth), triton.cdiv(10 * processors, programs)))
-    least = min(most, triton.cdiv(4 * processors, programs))
+    most = max(1, min(-(-num_rows // (4 * depth)), -(-10 * processors // programs)))
+    least = min(most, -(-4 * processors // programs))
     waves = {s: s * programs / processors for s in range(least, most + 1)}
     best = max(waves, key=lambda s: waves[s] / math.ceil(waves[s]))
-    length = triton.cdiv(triton.cdiv(num_rows, best), depth) * depth
-    return triton.cdiv(num_rows, length), length
+    length = -(-num_rows // (best * depth)) * depth
+    return -(-num_rows // length), length
 
 
 @no_type_check

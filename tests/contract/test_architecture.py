@@ -129,7 +129,7 @@ def at_import(tree):
 
 FORBIDDEN_CALLS = re.compile(
     r"(print|open|input|exec|eval|exit)$|np\.(?!(array|diag|eye|iinfo|finfo)$)|(numpy|random|time|subprocess|socket|shutil|warnings|logging)\.(?!getLogger$)"
-    r"|torch\.(?!no_grad$|compile$|library)|os\.|sys\.|Path\("
+    r"|torch\.(?!(no_grad|inference_mode|compile)$|library)|os\.|sys\.|Path\("
 )
 FORBIDDEN_READS = ("os.environ", "sys.argv", "sys.path", "sys.stdout", "sys.stderr")
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from networks.sparse import SparseTensor, SubmanifoldConv3d, ops, torch_backend
+from networks.sparse.modules import layer_norm
 from networks.sparse.topology import Level, align_rows, bits_for, morton_coords, morton_keys
 from tests import oracle
 
@@ -175,6 +176,18 @@ def test_group_norm_is_per_sample(generator, assert_close):
     weight, bias = torch.randn(2, 8, generator=generator, dtype=torch.float64)
     x = SparseTensor(feats, coords, (6, 6, 6), 3)
     assert_close(ops.group_norm(x, 4, weight, bias).feats, oracle.group_norm(x.feats, x.coords, 4, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layer_norm_sums_in_float32(dtype, generator, assert_close):
+    feats = (100 + torch.randn(30, 64, generator=generator)).to(dtype)
+    x = SparseTensor(feats, random_coords((4, 4, 4), (30,), generator), (4, 4, 4), 1)
+    exact = x.feats.double()
+    exact = (exact - exact.mean(1, keepdim=True)) / (exact.var(1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer_norm(x).feats
+    assert out.dtype == dtype
+    assert_close(out, exact, dtype=torch.bfloat16 if dtype == torch.bfloat16 else None)
 
 
 @pytest.mark.parametrize("shift", [0, 2])

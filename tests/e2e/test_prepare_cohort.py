@@ -326,6 +326,17 @@ def test_one_patient_is_on_one_side(tmp_path):
     assert len({c.patient for c in cases}) == 2 and len(cases) == 6
 
 
+def test_files_without_a_patient_are_split_by_folder_or_by_ct_rate_name(tmp_path):
+    for source in ("a/one.nii", "a/two.nii", "b/one.nii", "valid_5_a_1.nii.gz", "valid_5_b_2.nii.gz", "imagesTr/x.nii"):
+        scans.nifti_scan(tmp_path / "raw" / "ds" / source)
+    scans.nifti_scan(tmp_path / "raw" / "ds" / "imagesTr" / "y.nii")
+    result = report(tmp_path / "raw", tmp_path / "out")
+    ids = {o.case: o.source.removeprefix("ds/") for o in result.outcomes}
+    who = {ids[case.case_id]: case.patient for case in prepared.find_cases(tmp_path / "out")}
+    assert who["a/one.nii"] == who["a/two.nii"] and who["valid_5_a_1.nii.gz"] == who["valid_5_b_2.nii.gz"]
+    assert len(set(who.values())) == 5
+
+
 def test_check_tells_what_is_wrong(tmp_path):
     raw = raw_cohort(tmp_path / "raw", 2)
     report(

@@ -9,14 +9,14 @@ from networks.presets import PRESETS
 
 @pytest.fixture(autouse=True)
 def no_phantoms(monkeypatch):
-    monkeypatch.setattr(phantoms, "ensure_cohort", lambda out, *, seed: f"{out} of seed {seed}")
+    monkeypatch.setattr(phantoms, "ensure_cohort", lambda out: out)
 
 
 @pytest.mark.parametrize(("stage", "name"), list(enumerate(plan.STAGES)))
 def test_without_data_it_is_the_demo(stage, name):
-    made = make_plan(stage, seed=3)
+    made = make_plan(stage)
     assert (made.scale, made.preset, made.sizes) == ("demo", "tiny", PRESETS["tiny"])
-    assert made.dataset_dir == "outputs/phantoms of seed 3" and made.num_workers == 0
+    assert made.dataset_dir == "outputs/phantoms" and made.num_workers == 0
     assert made.max_steps == plan.DEMO["max_steps"][name] < 2000 and made.learning_rate > 0
     assert made.i_save <= made.max_steps and made.val_interval <= made.max_steps
 
@@ -56,3 +56,17 @@ def test_what_cannot_be_is_one_line(settings, says, capsys):
         make_plan(1, **settings)
     line = capsys.readouterr().err
     assert end.value.code == 2 and line.startswith(says) and line.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "environment", "chosen"),
+    [(None, None, "auto"), (None, "spconv", "spconv"), ("torch", "spconv", "torch"), (None, "torchsparse", "auto")],
+)
+def test_the_key_wins_over_the_environment_and_foreign_backends_mean_auto(
+    key, environment, chosen, monkeypatch, caplog
+):
+    if environment:
+        monkeypatch.setenv("SPARSE_BACKEND", environment)
+    with caplog.at_level("INFO"):
+        assert make_plan(1, sparse_backend=key).sparse_backend == chosen
+    assert ("SPARSE_BACKEND=torchsparse is not among" in caplog.text) == (environment == "torchsparse")

@@ -147,6 +147,14 @@ def test_interlocking_geometries_are_refused_and_separate_stacks_split(tmp_path)
     ]
 
 
+def test_headers_rounded_differently_are_one_stack(tmp_path):
+    slices = scans.series()
+    for number, ds in enumerate(slices):
+        ds.ImageOrientationPatient = [1, 0.0004 + 0.0002 * (number % 2), 0, -0.0004 - 0.0002 * (number % 2), 1, 0]
+        ds.PixelSpacing = [3.00004 + 0.00002 * (number % 2)] * 2
+    assert outcomes(scans.write_series(tmp_path / "s", slices)) == [("stack", 15)]
+
+
 def test_slices_off_the_line_are_refused(tmp_path):
     slices = scans.series()
     slices[5].ImagePositionPatient = [p + d for p, d in zip(slices[5].ImagePositionPatient, (2, 0, 0), strict=True)]
