@@ -166,14 +166,16 @@ class TrainingText:
         image_root: str | None = None,
         output_dir: str = "outputs/align",
         skip_bad: bool = False,
-        num_phantoms: int | None = None,
-        seed: int = 0,
+        phantoms: dict | None = None,
     ):
         source = tokenizer.source(align_data.tokens_folder(output_dir))
         self.bad: list[str] = []
         if data is None:
-            count = num_phantoms or plan.num_phantoms
-            self.rows, self.volumes = align_data.builtin(source, count=count, seed=seed, split="train")
+            settings = {"count": plan.num_phantoms, "seed": 0, "about": None} | (phantoms or {})
+            try:
+                self.rows, self.volumes = align_data.builtin(source, split="train", **settings)
+            except ValueError as error:
+                fail("BAD_VALUE", str(error), "name findings of the phantoms")
             return
         self.rows = training_rows(data, image_root=image_root)
         self.volumes, self.bad = align_data.encode_rows(self.rows, source, skip_bad=skip_bad)
