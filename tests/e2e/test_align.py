@@ -9,11 +9,11 @@ import pytest
 import torch
 from monai.bundle import run
 
-from app import ask as asking
-from app import evaluate_language
-from app.assistant import NOTICE, CTAssistant
 from app.inference import CTTokenizer
-from app.rows import REPORT_QUESTION
+from app.language import ask as asking
+from app.language import evaluate_language
+from app.language.assistant import NOTICE, CTAssistant
+from app.language.rows import REPORT_QUESTION
 from app.scans import Volume
 from app.token_files import write_tokens
 from networks import make_vqvae

@@ -5,14 +5,14 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from app import align_data
-from app.align_data import OwnDataset, TextDataset, as_sample, encode_rows, make_loader
-from app.align_setup import make_collate
 from app.inference import CTTokenizer
-from app.rows import TextRow
+from app.language import align_data
+from app.language.align_data import OwnDataset, TextDataset, as_sample, encode_rows, make_loader
+from app.language.align_setup import make_collate
+from app.language.rows import TextRow
+from app.language.volume_tokens import Reducer, TokenSource, extract_3d_latent_and_indices
 from app.scans import Volume
 from app.token_files import read_tokens, write_tokens
-from app.volume_tokens import Reducer, TokenSource, extract_3d_latent_and_indices
 from networks import make_vqvae
 from networks.tiny_qwen import build_tiny
 
@@ -138,7 +138,7 @@ def test_rows_that_cannot_be_learned_from_are_counted_by_reason(ct, language, re
 
 class TokenSourceInMemory:
     def __init__(self, ct):
-        from app.volume_tokens import as_tensors
+        from app.language.volume_tokens import as_tensors
 
         self.tokens = as_tensors(ct.encode(scan(0)))
 

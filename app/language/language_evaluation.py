@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from app.assistant import NOTICE, CTAssistant
-from app.controls import CONTROLS, Gap, constant_answers, derange, mean_gap, paired_gap, swap_sides
-from app.findings import finding_matrix, finding_scores, matcher_error
-from app.rows import TextRow
-from app.text_metrics import METEOR_NOTE, corpus_bleu, diversity, text_scores, token_f1, words
-from app.volume_tokens import VolumeTokens
+from app.language.assistant import NOTICE, CTAssistant
+from app.language.controls import CONTROLS, Gap, constant_answers, derange, mean_gap, paired_gap, swap_sides
+from app.language.findings import finding_matrix, finding_scores, matcher_error
+from app.language.rows import TextRow
+from app.language.text_metrics import METEOR_NOTE, corpus_bleu, diversity, text_scores, token_f1, words
+from app.language.volume_tokens import VolumeTokens
 from networks.tokens import TokenSequence
 
 log = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ def report_scores(rows: Sequence[TextRow], answers: dict[str, list[str]]) -> dic
 def report_findings(rows: Sequence[TextRow], texts: dict[str, list[str]], patients: Sequence[str]) -> dict[str, Any]:
     """Findings against label columns where the data has them, else against the matcher's reading of the reference."""
     labels = sorted({name for row in rows for name in row.labels})
-    from app.findings import KEYWORDS
+    from app.language.findings import KEYWORDS
 
     known = [name for name in labels if name in KEYWORDS]
     has_labels = bool(known) and all(set(known) <= set(row.labels) for row in rows)
