@@ -158,14 +158,13 @@ def _leaks(rows: Iterable[tuple[str, str, str]]) -> list[Problem]:
 
 
 def _failures(path: Path) -> list[Problem]:
-    rows = [
-        row for folder in prepared.find_datasets(path) for row in prepared.read_rows(folder / "failures.csv").values()
-    ]
+    files = [*path.glob("failures.csv"), *path.glob("*/failures.csv")]
+    rows = [row for file in files for row in prepared.read_rows(file).values()]
     codes = Counter(row.get("codes") or row.get("status", "") for row in rows)
     told = ", ".join(f"{code} {count}" for code, count in sorted(codes.items()))
-    return (
-        [Problem("INPUTS_REFUSED", f"{len(rows)} inputs never became cases ({told}); see failures.csv")] if rows else []
-    )
+    if not rows:
+        return []
+    return [Problem("INPUTS_REFUSED", f"{len(rows)} inputs never became cases ({told}): see failures.csv")]
 
 
 def _one_side(splits: Sequence[str]) -> list[Problem]:

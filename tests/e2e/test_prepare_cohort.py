@@ -364,6 +364,11 @@ def test_check_tells_what_is_wrong(tmp_path):
     bad = check(tmp_path / "out")
     assert {p.code for p in bad.problems} == {"UNREADABLE", "SPLIT_LEAKAGE"} and bad.exit_status == 3
     assert next(p for p in bad.problems if p.code == "UNREADABLE").cases == ("scan0", "scan1")
+    (tmp_path / "out" / "abroad").mkdir()
+    row = "source,status,codes,message,remedy\nx,refused,NOT_HU,m,r\n"
+    (tmp_path / "out" / "abroad" / "failures.csv").write_text(row)
+    refused = next(p for p in check(tmp_path / "out").problems if p.code == "INPUTS_REFUSED")
+    assert "1 inputs" in refused.message and "NOT_HU 1" in refused.message
     few = check(tmp_path / "out", min_points=10**6)
     assert "UNDER_MIN_POINTS" in {p.code for p in few.problems}
 
