@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -379,7 +380,8 @@ def _spacing(affine: np.ndarray) -> list[float]:
 
 def versions() -> dict[str, str]:
     """Software that shaped the numbers."""
-    return {"python": platform.python_version(), "numpy": np.__version__}
+    names = ("numpy", "scipy", "nibabel", "pydicom")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
 
 
 def metadata_row(case: PreparedCase, *, windows: Sequence[str], status: str = "ok") -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from app import prepared
-from app.manifests import check_rows, read_rows
+from app.language.manifests import check_rows, read_rows
 from transforms import array
 
 GRAVE = {"UNREADABLE", "WINDOW_MISSING", "OUT_OF_RANGE", "SPLIT_LEAKAGE", "SCANS_MISSING"}  # exit status 3
@@ -158,14 +158,13 @@ def _leaks(rows: Iterable[tuple[str, str, str]]) -> list[Problem]:
 
 
 def _failures(path: Path) -> list[Problem]:
-    rows = [
-        row for folder in prepared.find_datasets(path) for row in prepared.read_rows(folder / "failures.csv").values()
-    ]
+    files = [*path.glob("failures.csv"), *path.glob("*/failures.csv")]
+    rows = [row for file in files for row in prepared.read_rows(file).values()]
     codes = Counter(row.get("codes") or row.get("status", "") for row in rows)
     told = ", ".join(f"{code} {count}" for code, count in sorted(codes.items()))
-    return (
-        [Problem("INPUTS_REFUSED", f"{len(rows)} inputs never became cases ({told}); see failures.csv")] if rows else []
-    )
+    if not rows:
+        return []
+    return [Problem("INPUTS_REFUSED", f"{len(rows)} inputs never became cases ({told}): see failures.csv")]
 
 
 def _one_side(splits: Sequence[str]) -> list[Problem]:

@@ -127,7 +127,7 @@ def _prepare(root: str, out: Path, settings: Settings, request: Request, start: 
     _clear_leftovers(out)
     jobs = _jobs(named, root, out, key, settings, rules, request)
     outcomes = [_not_planned(*entry) for entry in named if entry[0].plan is None]
-    workers = worker_count(request.workers, _bytes_for(jobs, settings), len(jobs))
+    workers = 0 if request.cluster else worker_count(request.workers, _bytes_for(jobs, settings), len(jobs))
     outcomes += run_jobs(prepare_case, jobs, failed=_failed, workers=workers, cluster=request.cluster)
     if not any(o.status in ("ok", "refused", "failed") for o in outcomes):
         outcomes.append(Outcome("", "", ".", "refused", ("NO_CASES",), "nothing below RAW is a CT volume"))

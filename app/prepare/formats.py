@@ -9,6 +9,7 @@ import math
 import os
 import re
 import zlib
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import nibabel as nib
@@ -20,7 +21,7 @@ from app.prepare.files import Ref, open_ref, read_bytes
 from app.prepare.gate import MAX_VOXELS, MIN_SLICES, SPACING_LIMITS
 
 MAGICS = (b"n+1\0", b"n+2\0", b"ni1\0", b"ni2\0")
-MAX_PACKED = 200  # what gzip may save on more than 256 MiB; a scan saves ten times at most, a bomb a thousand times
+MAX_PACKED = 900  # what gzip may save on more than 256 MiB: labels save a lot, a bomb a thousand times
 HEADER_BYTES = 1 << 16
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 NRRD_TYPES = {
@@ -80,11 +81,13 @@ def read_header(ref: Ref, kind: str) -> VolumeFile:
 
 
 def read_voxels(file: VolumeFile) -> np.ndarray:
-    """Voxels indexed [x, y, z], slope applied; raises Refused where the file holds fewer than its header says."""
+    """Voxels indexed [x, y, z], slope applied; raises Refused where the file holds fewer than its header says, or a
+    slice more: then header and voxels are not of one scan."""
     dtype = np.dtype(file.dtype)
     count = math.prod(file.shape)
+    length, plane = count * dtype.itemsize, file.shape[0] * file.shape[1] * dtype.itemsize
     try:
-        data = _data(file, count * dtype.itemsize)
+        data = _data(file, length, spare=plane)
     except Refused:
         raise
     except (zlib.error, OSError, EOFError, ValueError) as error:
@@ -92,8 +95,8 @@ def read_voxels(file: VolumeFile) -> np.ndarray:
     if file.encoding == "ascii":
         values = _ascii(data, count, dtype)
     else:
-        if len(data) < count * dtype.itemsize:
-            raise Refused("CORRUPT_FILE", f"{len(data)} bytes of voxels, the header wants {count * dtype.itemsize}")
+        if not length <= len(data) < length + plane:
+            raise Refused("CORRUPT_FILE", f"{len(data)} bytes of voxels, the header wants {length}")
         values = np.frombuffer(data, dtype, count)
     values = values.reshape(file.shape, order="F")
     if values.dtype.byteorder == ">":
@@ -104,17 +107,18 @@ def read_voxels(file: VolumeFile) -> np.ndarray:
     return values
 
 
-def _data(file: VolumeFile, length: int) -> bytes | memoryview:
+def _data(file: VolumeFile, length: int, *, spare: int) -> bytes | memoryview:
+    """The bytes of the voxels, and up to `spare` more where there are."""
     raw = read_bytes(file.data)
     if file.encoding in ("gzip", "gzipped", "bzip2") and length > max(256 << 20, MAX_PACKED * len(raw)):
         raise Refused("CORRUPT_FILE", f"{len(raw)} bytes that claim to hold {length}")
     if file.encoding == "gzipped":
-        return memoryview(gunzip(raw, file.offset + length))[file.offset :]
+        return memoryview(gunzip(raw, file.offset + length + spare))[file.offset :]
     raw = memoryview(raw)[file.offset if file.offset >= 0 else max(0, len(raw) - length) :]
     if file.encoding == "gzip":
-        return gunzip(raw, length)
+        return gunzip(raw, length + spare)
     if file.encoding == "bzip2":
-        return bz2.BZ2Decompressor().decompress(bytes(raw), length)
+        return bz2.BZ2Decompressor().decompress(bytes(raw), length + spare)
     return raw
 
 
@@ -267,12 +271,10 @@ def _nrrd(ref: Ref) -> VolumeFile:
         head = stream.read(HEADER_BYTES)
     match = re.search(rb"\r?\n\r?\n", head)
     text = (head[: match.start()] if match else head).decode("latin-1")
-    fields = {}
-    for line in text.splitlines()[1:]:
-        if line.startswith("#") or ":=" in line or ":" not in line:
-            continue
-        name, value = line.split(":", 1)
-        fields[name.strip().lower()] = value.strip()
+    magic, *lines = text.splitlines()
+    if re.fullmatch(r"NRRD000[1-5]", magic.strip()) is None:
+        raise Refused("CORRUPT_FILE", "no NRRD magic")
+    fields = _fields((line for line in lines if not line.startswith("#") and ":=" not in line), ":")
     data_file = fields.get("data file", fields.get("datafile"))
     if match is None and data_file is None:
         raise Refused("CORRUPT_FILE", "the NRRD header has no end")
@@ -293,8 +295,13 @@ def _nrrd(ref: Ref) -> VolumeFile:
         raise Refused("CORRUPT_FILE", "skipped lines are not read")
     data = ref if data_file is None else _beside(ref, data_file)
     offset = offset + match.end() if data is ref and offset >= 0 else offset
-    order = ">" if fields.get("endian", "little").lower() == "big" else "<"
-    dtype = order + NRRD_TYPES[fields["type"].lower()]
+    kind = NRRD_TYPES[fields["type"].lower()]
+    order = {"little": "<", "big": ">"}.get(fields.get("endian", "").lower())
+    if order is None and (kind.endswith("1") or fields["encoding"].lower() in ("ascii", "text", "txt")):
+        order = "<"  # a byte has no order
+    if order is None:
+        raise Refused("CORRUPT_FILE", "the byte order is missing or unknown")
+    dtype = order + kind
     return VolumeFile(ref, data, shape, affine, dtype, offset, encoding[fields["encoding"].lower()])
 
 
@@ -307,11 +314,10 @@ def _no_colours(fields: dict[str, str], sizes: list[int]) -> None:
 
 
 def _nrrd_affine(fields: dict[str, str]) -> np.ndarray:
-    directions = re.findall(r"\(([^)]*)\)|none", fields.get("space directions", ""))
-    vectors = [[float(part) for part in text.split(",")] for text in directions if text]
-    if not vectors:
+    if "space directions" not in fields:
         raise Refused("NO_SPACING", "no space directions: orientation unknown")
-    origin = [float(part) for part in fields.get("space origin", "(0,0,0)").strip("()").split(",")]
+    vectors = _vectors(fields["space directions"])
+    (origin,) = _vectors(fields.get("space origin", "(0,0,0)"))
     space = fields.get("space", "").lower()
     letters = {"lps": "lps", "ras": "ras", "las": "las", "right-anterior-superior": "ras"}
     letters |= {"left-posterior-superior": "lps", "left-anterior-superior": "las"}
@@ -324,6 +330,25 @@ def _nrrd_affine(fields: dict[str, str]) -> np.ndarray:
     return np.diag([*signs, 1.0]) @ affine + 0.0
 
 
+def _vectors(text: str) -> list[list[float]]:
+    """(a,b,c) (d,e,f) ...; `none` stands for an axis that is not in space."""
+    if re.fullmatch(r"\s*(none|\([^()]*\))(\s*(none|\([^()]*\)))*\s*", text) is None:
+        raise Refused("CORRUPT_FILE", "a vector that is not written (a,b,c)")
+    return [[float(part) for part in vector.split(",")] for vector in re.findall(r"\(([^()]*)\)", text)]
+
+
+def _fields(lines: Iterable[str], mark: str) -> dict[str, str]:
+    """Lines `name: value` with lower-case names; a line without the mark, or a name that comes twice, is damage."""
+    fields: dict[str, str] = {}
+    for line in lines:
+        name, found_mark, value = line.partition(mark)
+        name = name.strip().lower()
+        if not found_mark or name in fields:
+            raise Refused("CORRUPT_FILE", "a header line without a value, or one that comes twice")
+        fields[name] = value.strip()
+    return fields
+
+
 # ---- MetaImage
 
 
@@ -333,38 +358,44 @@ def _mha(ref: Ref) -> VolumeFile:
     match = re.search(rb"(?m)^ElementDataFile\s*=\s*([^\r\n]*)\r?\n?", head)
     if match is None:
         raise Refused("CORRUPT_FILE", "the MetaImage header has no end")
-    lines = head[: match.start()].decode("latin-1").splitlines()
-    fields = {name.strip(): value.strip() for name, _, value in (line.partition("=") for line in lines)}
-    sizes = [int(word) for word in fields["DimSize"].split()]
-    if int(fields["NDims"]) != len(sizes):
+    fields = _fields(head[: match.start()].decode("latin-1").splitlines(), "=")
+    sizes = [int(word) for word in fields["dimsize"].split()]
+    if int(fields["ndims"]) != len(sizes):
         raise Refused("CORRUPT_FILE", "NDims and DimSize disagree")
-    if int(fields.get("ElementNumberOfChannels", "1")) != 1:
+    if int(fields.get("elementnumberofchannels", "1")) != 1:
         raise Refused("RGB", "several values a voxel")
     affine = _mha_affine(fields, len(sizes))
     shape = _three(sizes, affine)
-    if fields["ElementType"] not in META_TYPES:
+    if fields["elementtype"] not in META_TYPES:
         raise Refused("CORRUPT_FILE", "an unknown voxel type")
-    if fields.get("BinaryData", "True").lower() != "true":
+    if not _yes(fields, "binarydata", default=True):
         raise Refused("CORRUPT_FILE", "text voxels are not read")
-    big = fields.get("BinaryDataByteOrderMSB", fields.get("ElementByteOrderMSB", "False")).lower() == "true"
-    packed = fields.get("CompressedData", "False").lower() == "true"
+    big = _yes(fields, "binarydatabyteordermsb", default=_yes(fields, "elementbyteordermsb", default=False))
+    packed = _yes(fields, "compresseddata", default=False)
     name = match[1].decode("latin-1").strip()
     data = ref if name.upper() == "LOCAL" else _beside(ref, name)
-    offset = match.end() if data is ref else int(fields.get("HeaderSize", "0"))
-    dtype = (">" if big else "<") + META_TYPES[fields["ElementType"]]
+    offset = match.end() if data is ref else int(fields.get("headersize", "0"))
+    dtype = (">" if big else "<") + META_TYPES[fields["elementtype"]]
     return VolumeFile(ref, data, shape, affine, dtype, offset, "gzip" if packed else "raw")
+
+
+def _yes(fields: dict[str, str], name: str, *, default: bool) -> bool:
+    value = fields.get(name, str(default)).lower()
+    if value not in ("true", "false"):
+        raise Refused("CORRUPT_FILE", "a header value that is neither True nor False")
+    return value == "true"
 
 
 def _mha_affine(fields: dict[str, str], dims: int) -> np.ndarray:
     if dims < 3:
         return np.eye(4)  # refused for its shape in a moment
-    spacing = fields.get("ElementSpacing", fields.get("ElementSize"))
+    spacing = fields.get("elementspacing", fields.get("elementsize"))
     if spacing is None:
         raise Refused("NO_SPACING", "no ElementSpacing")
     steps = np.array([float(word) for word in spacing.split()])[:3]
-    turn = next((fields[name] for name in ("TransformMatrix", "Rotation", "Orientation") if name in fields), None)
+    turn = next((fields[name] for name in ("transformmatrix", "rotation", "orientation") if name in fields), None)
     matrix = np.array([float(w) for w in turn.split()]).reshape(dims, dims)[:3, :3] if turn else np.eye(3)
-    origin = next((fields[name] for name in ("Offset", "Position", "Origin") if name in fields), "0 0 0")
+    origin = next((fields[name] for name in ("offset", "position", "origin") if name in fields), "0 0 0")
     affine = np.eye(4)
     affine[:3, :3] = matrix.T * steps
     affine[:3, 3] = [float(word) for word in origin.split()][:3]

@@ -86,7 +86,11 @@ def organ_coords(
     """Organ name to the grid voxels it covers, sorted; organs of 0 voxels included."""
     parts: dict[str, list[np.ndarray]] = {}
     for label in labels:
-        for name, coords in _organs_of(label, grid, mapping=mapping, keep_names=keep_names).items():
+        try:
+            organs = _organs_of(label, grid, mapping=mapping, keep_names=keep_names)
+        except Refused as refused:
+            raise Refused(refused.code, f"labels beside it: {refused.message}") from refused
+        for name, coords in organs.items():
             parts.setdefault(name, []).append(coords)
     return {name: np.unique(np.concatenate(found), axis=0) for name, found in sorted(parts.items())}
 

@@ -55,7 +55,9 @@ def survey(root: str | Path, rules: Rules = NO_RULES) -> list[Item]:
                     segmentations.append(headers[0])
                 else:
                     slices[ref.folder] += headers
-            elif rules.series is None:
+            elif rules.series is not None:
+                raise Refused("NOT_CT", "not the series that --series asks for", skipped=True)
+            else:
                 volumes.append((ref, read_header(ref, kind)))
         except Refused as reason:
             if _is_label(ref, root) and reason.code == "TOO_FEW_SLICES":

@@ -146,6 +146,7 @@ def main() -> None:
         ]
         whole = f"   prepare {row['full_seconds']:.2f} s" if options.full else ""
         print(f"{row['source']:40} {'   '.join(told)}   {row['ratio']:.1f}x{whole}", flush=True)
+    rows = [{name: None if value != value else value for name, value in row.items()} for row in rows]  # NaN is no JSON
     peer = "MONAI LoadImage+Orientation+Spacing"
     print(json.dumps({"benchmark": "prepare", "spacing": options.spacing, "peer": peer, "rows": rows}))
 

@@ -230,6 +230,14 @@ def test_labels_come_along_on_the_same_grid(tmp_path):
     assert case.organ("liver").sum() == pytest.approx(18 * 16 * 14 * 6 * 6 * 8 / 6**3, rel=0.15)
 
 
+def test_damaged_labels_are_named_not_dropped(tmp_path):
+    scans.nifti_scan(tmp_path / "raw" / "ct.nii")
+    path = scans.write_nifti(tmp_path / "raw" / "ct_seg.nii", AFFINE, np.ones((36, 32, 28), np.uint8))
+    path.write_bytes(path.read_bytes()[:-500])
+    outcome = by_source(report(tmp_path / "raw", tmp_path / "out"))["ct.nii"]
+    assert outcome.codes == ("CORRUPT_FILE",) and outcome.message.startswith("labels beside it")
+
+
 def test_dicom_segmentations_come_along_and_rtstruct_is_skipped(tmp_path):
     folder = scans.write_series(tmp_path / "raw" / "ds" / "ct", scans.series())
     seg = scans.dicom_slice(np.zeros((32, 36), np.uint16), (0, 0, 0), SOPClassUID="1.2.840.10008.5.1.4.1.1.66.4")
@@ -356,6 +364,11 @@ def test_check_tells_what_is_wrong(tmp_path):
     bad = check(tmp_path / "out")
     assert {p.code for p in bad.problems} == {"UNREADABLE", "SPLIT_LEAKAGE"} and bad.exit_status == 3
     assert next(p for p in bad.problems if p.code == "UNREADABLE").cases == ("scan0", "scan1")
+    (tmp_path / "out" / "abroad").mkdir()
+    row = "source,status,codes,message,remedy\nx,refused,NOT_HU,m,r\n"
+    (tmp_path / "out" / "abroad" / "failures.csv").write_text(row)
+    refused = next(p for p in check(tmp_path / "out").problems if p.code == "INPUTS_REFUSED")
+    assert "1 inputs" in refused.message and "NOT_HU 1" in refused.message
     few = check(tmp_path / "out", min_points=10**6)
     assert "UNDER_MIN_POINTS" in {p.code for p in few.problems}
 

@@ -141,8 +141,12 @@ def test_a_gzip_bomb_is_read_no_farther_than_its_header_says(tmp_path):
     image.header["vox_offset"] = 352
     body = image.header.binaryblock + b"\0" * 4 + data.tobytes(order="F")
     (tmp_path / "bomb.nii.gz").write_bytes(gzip.compress(body + b"\0" * (64 << 20)))
-    (volume,) = read_scan(tmp_path / "bomb.nii.gz")
-    np.testing.assert_array_equal(volume.hu, data)
+    with pytest.raises(Refused, match=f"{data.nbytes + data[:, :, 0].nbytes} bytes of voxels"):
+        read_scan(tmp_path / "bomb.nii.gz")
+    (tmp_path / "padded.nii.gz").write_bytes(gzip.compress(body + b"\0" * 16))
+    np.testing.assert_array_equal(read_scan(tmp_path / "padded.nii.gz")[0].hu, data)
+    cut = scans.write_nrrd(tmp_path / "s.nrrd", affine_of(), data, encoding="raw", sizes="20 18 15")
+    assert refusal(cut) == "CORRUPT_FILE"
 
 
 def test_a_bomb_whose_header_claims_it_all_is_refused_unread(tmp_path):
