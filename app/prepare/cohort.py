@@ -175,13 +175,13 @@ def _name(items: Sequence[Item], root: str, key: bytes, keep_names: bool) -> lis
     whole = names.one_dataset(items, root)
     out, taken, stacks = [], Counter(), Counter()
     for item in items:
-        dataset = names.dataset_of(item, whole)
+        folder = dataset = names.dataset_of(item, root, whole=whole)
         if keep_names:
             dataset = names.safe_name(os.path.basename(root) if dataset == "." else dataset)
         else:
             dataset = names.hashed(key, "dataset", dataset)
         place = (item.source, item.series)
-        case = names.case_name(item, names.inside(item, whole), stacks[place], key, keep_names=keep_names)
+        case = names.case_name(item, names.inside(item, folder), stacks[place], key, keep_names=keep_names)
         stacks[place] += 1
         taken[dataset, case] += 1
         again = taken[dataset, case]
@@ -202,12 +202,14 @@ def _jobs(
     whole = names.one_dataset([item for item, _, _ in named], root)
     folders = defaultdict(set)
     for item, dataset, _ in planned:
-        folders[dataset].add(names.inside(item, whole).rpartition(os.sep)[0].split(os.sep)[0])
+        place = names.inside(item, names.dataset_of(item, root, whole=whole))
+        folders[dataset].add(place.rpartition(os.sep)[0].split(os.sep)[0])
     jobs = []
     for item, dataset, case in planned:
-        several = len(folders[dataset]) > 1
-        patient = names.patient_of(item, names.inside(item, whole), key, several_folders=several)
-        raw_name = os.path.basename(root) if names.dataset_of(item, whole) == "." else names.dataset_of(item, whole)
+        folder = names.dataset_of(item, root, whole=whole)
+        place, several = names.inside(item, folder), len(folders[dataset]) > 1
+        patient = names.patient_of(item, place, key, several_folders=several)
+        raw_name = os.path.basename(root) if folder == "." else folder
         mapping = {**request.organs.get("*", {}), **request.organs.get(raw_name, {})}
         marks = (item.source, os.path.basename(item.source), case, patient, item.patient)
         split = next((request.split[m] for m in marks if m and m in request.split), prepared.split_of(patient))
