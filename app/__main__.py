@@ -214,7 +214,7 @@ def ask(
 ) -> None:
     """An answer from a scan; without a question, a report. Research use only, not for diagnosis."""
     with answering(as_json, debug) as answer:
-        from app import ask as asking
+        from app.language import ask as asking
 
         result = asking.ask(
             scan,
@@ -248,8 +248,8 @@ def evaluate(
 ) -> None:
     """Scores of an aligned model beside what they are worth without the image."""
     with answering(as_json, debug) as answer:
-        from app import evaluate_language
-        from app.language_evaluation import table_lines
+        from app.language import evaluate_language
+        from app.language.language_evaluation import table_lines
 
         options = {"seed": seed, "split": split, "num_phantoms": num_phantoms}
         result = evaluate_language.evaluate(

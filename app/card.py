@@ -145,7 +145,8 @@ def _errors(result: dict[str, Any]) -> list[str]:
         "## Error in HU, on every voxel of the grid",
         "",
         *_table(("tissue", "share of grid", *(f"MAE, {way}" for way in ways), "RMSE, codes alone"), rows),
-        f"With the codes exchanged at random inside each case the error in the body is {ratio:.1f} times as large: "
+        f"With the codes exchanged at random inside each case the error in the body is {ratio:.1f} times that of the "
+        f"true codes on the same support: "
         f"{verdict}. {told(result['clipped_share'], '.2f', percent=True)} of the body lies beyond all windows and "
         "is compared clipped.",
         "",
@@ -215,8 +216,9 @@ def _definitions() -> list[str]:
         "whatever voxels the tokenizer keeps; tissues are its parts by HU: lung below -500, air-tissue border to -150, "
         "fat to -30, soft tissue to 150, bone (and contrast, metal) above; air is the rest of the grid. A voxel that "
         "was dropped counts with the HU it stands for. PSNR and SSIM are over the body with the window's width as data "
-        "range. *Codes alone*: the network itself says where voxels are. *Stored support*: it is told. Bits count each "
-        "code and one bit a latent of the grid for where codes are. Perplexity is the number of codes that equal use "
+        "range. *Codes alone*: the network itself says where voxels are. *Stored support*: it is told. *Shuffled "
+        "codes*: it is told, but codes have changed places at random. Bits count each code and one bit a latent of the "
+        "grid for where codes are. Perplexity is the number of codes that equal use "
         "would need.",
         "",
     ]
@@ -292,8 +294,9 @@ def _tissue_bars(axis: Axes, result: dict[str, Any]) -> None:
         place = np.arange(len(names)) + (i - 1) * 0.27
         axis.bar(place, mean, 0.27, color=COLOURS[way], label=way, yerr=whisker, error_kw={"lw": 0.8, "capsize": 1.5})
         if way != "stored support":
-            for x, value in zip(place, mean, strict=True):
-                axis.annotate(f"{value:.0f}", (x, value), (0, 4), textcoords="offset points", ha="center", fontsize=7)
+            for x, value, above in zip(place, mean, whisker[1], strict=True):
+                top = (x, value + above)
+                axis.annotate(f"{value:.0f}", top, (0, 2), textcoords="offset points", ha="center", fontsize=7)
     labels = [
         {"foreground": "body", "air-tissue border": "air-tissue\nborder", "soft tissue": "soft\ntissue"}.get(n, n)
         for n in names

@@ -236,6 +236,6 @@ def _flag(name: str, value: object) -> str:
     return f'--{name} "{list(value)}"' if isinstance(value, tuple) else f"--{name} {value}"
 
 
-def unwrapped(network: nn.Module) -> SparseVQVAE:
+def unwrapped(network: nn.Module) -> nn.Module:
     """The network itself, inside DistributedDataParallel or not."""
     return network.module if hasattr(network, "module") else network

@@ -408,6 +408,11 @@ def make_dataset(
     cases = find_cases(dataset_dir, split=split)
     if not cases:
         raise ValueError(f"dataset_dir {str(dataset_dir)!r} has no case with split {split!r}; see its metadata.csv")
+    mark = hashlib.sha256(json.dumps([[case.case_id, case.source_hash] for case in cases]).encode()).hexdigest()
+    if len(set(idist.all_gather(mark))) > 1:
+        raise ValueError(
+            f"dataset_dir {str(dataset_dir)!r} does not hold the same cases for every process; give all the same data"
+        )
     return CTDataset(
         cases,
         preprocessing=preprocessing,

@@ -51,6 +51,7 @@ class RunFolder:
         if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
             resume = "latest"  # torchrun started this process again after a failure
         self.path, self.name = Path(path), name
+        self.settings = settings
         self.names = (name, f"{name}_ema{ema_rate:g}")
         self.start_step = checkpoints.step_to_resume(path, resume)
         self.warmed_up = False
@@ -58,10 +59,10 @@ class RunFolder:
         self.writer: SummaryWriter | None = None
         self.samples: list[pictures.Sample] = []
         if idist.get_rank() == 0:
-            self._open(resume, settings)
+            self._open(resume)
         idist.barrier()
 
-    def _open(self, resume: str | int | None, settings: object) -> None:
+    def _open(self, resume: str | int | None) -> None:
         if self.start_step is None:
             if resume is not None:
                 log.info("nothing to resume in %s: starting fresh", self.path)
@@ -73,11 +74,16 @@ class RunFolder:
             preflight.fail("NO_OUTPUT", f"cannot write to {self.path} ({error.strerror})", "pass another --output_dir")
         file = logging.FileHandler(self.path / "log.txt")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        file.handleError = lambda record: None  # a full disk is said once, by what fails to be saved
         logging.getLogger().addHandler(file)
-        (self.path / "command.txt").write_text(shlex.join(sys.argv) + "\n")
-        (self.path / "config.json").write_text(json.dumps(preflight.resolved_config(settings), indent=2) + "\n")
+        if self.start_step is None:
+            self._describe()
         purged = None if self.start_step is None else self.start_step + 1
         self.writer = SummaryWriter(str(self.path / "tb_logs"), purge_step=purged)
+
+    def _describe(self) -> None:
+        (self.path / "command.txt").write_text(shlex.join(sys.argv) + "\n")
+        (self.path / "config.json").write_text(json.dumps(preflight.resolved_config(self.settings), indent=2) + "\n")
 
     def _move_aside(self) -> None:
         """An earlier run in the same place is kept, under another name."""
@@ -101,7 +107,7 @@ class RunFolder:
         checkpoints.put_aside(self.path, after=self.start_step)
         best = checkpoints.read_best(self.path)
         if best is not None and best > self.start_step:
-            saved = checkpoints.complete_steps(self.path)
+            saved = set(checkpoints.complete_steps(self.path)) - {0}
             scores = {row["step"]: row["val_recon"] for row in kept if row.get("val_recon") and row["step"] in saved}
             checkpoints.write_best(self.path, scores)
 
@@ -111,6 +117,7 @@ class RunFolder:
         total = sum(p.numel() for p in network.parameters())
         if idist.get_rank() == 0:
             if self.start_step is not None:
+                self._describe()
                 self._cut_after_start()
             (self.path / f"{self.name}_model_summary.txt").write_text(summary(network))
         log.info("=== %s: %s parameters, %s trainable ===", self.path.name, f"{total:,}", f"{trained:,}")

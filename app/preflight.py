@@ -6,6 +6,7 @@ other exception would reach the user as MONAI's forty-line chain.
 """
 
 import difflib
+import errno
 import json
 import logging
 import os
@@ -306,10 +307,14 @@ def one_line_errors() -> None:
         cause = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        if _is_refusal(cause):
+        said = _refusal(cause)
+        if said is not None:
             log.debug("".join(traceback.format_exception(kind, error, trace)))
-            first = str(cause).strip().splitlines()[0]
-            _leave(f"BAD_VALUE: {first}\n", 2)
+            _leave(f"BAD_VALUE: {said}\n", 2)
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            _leave(
+                f"DISK_FULL: {cause.strerror}: {cause.filename or 'output_dir'}. Free space, then --resume latest.\n", 2
+            )
         if type(cause).__name__ == "OutOfMemoryError":
             advice = "lower, in this order: batch_size_per_gpu, max_points, resolution; or set use_checkpoint true"
             _leave(f"OUT_OF_MEMORY: {str(cause).splitlines()[0]} {advice}.\n", 2)
@@ -318,11 +323,19 @@ def one_line_errors() -> None:
     sys.excepthook = hook
 
 
-def _is_refusal(error: BaseException) -> bool:
-    frames = traceback.extract_tb(error.__traceback__)
+def _refusal(error: BaseException) -> str | None:
+    """What a refusal of ours says; None for any other error. A loader's worker sends its trace as text, cause first."""
+    text, refused = str(error).strip(), isinstance(error, ValueError)
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    if " in DataLoader worker process " in text:
+        cause = re.split(r"\n\n(?:The above exception|During handling)", text)[0]
+        files = re.findall(r'^ *File "(.+?)", line', cause, re.MULTILINE)
+        _, refused, text = cause.rpartition("\nValueError: ")
     here = Path(__file__).resolve().parent.parent
-    ours = any(Path(frames[-1].filename).is_relative_to(here / part) for part in ("app", "transforms", "networks"))
-    return isinstance(error, ValueError) and bool(frames) and ours
+    ours = bool(files) and any(
+        Path(files[-1]).is_relative_to(here / part) for part in ("app", "transforms", "networks")
+    )
+    return text.splitlines()[0] if refused and ours and text else None
 
 
 def _leave(line: str, status: int) -> NoReturn:

@@ -4,6 +4,7 @@ score(x, c) = |c|^2 / 2 - x . c, smallest wins, the lowest index on a tie. Each 
 three of the four products are added (error near 2^-21 of |x||c|): plain TF32 was seen to pick wrong codes.
 """
 
+from functools import cache
 from typing import no_type_check
 
 import torch
@@ -15,7 +16,18 @@ from torch import Tensor
 
 ROWS = 128  # of a program
 STEP = 4096  # numbers of a table that a step reads: 128 codes of 32
-MAX_WIDTH = 128  # of a code: wider tiles leave no room to read ahead
+
+
+def stages(width: int, device: torch.device) -> int:
+    """Steps of a table that fit into a program's shared memory beside its rows, at most 3; 0 where none does."""
+    depth = max(triton.next_power_of_2(width), 16)
+    return max(0, min(3, (shared_memory(device) // (8 * depth) - ROWS) // min(STEP // depth, 128)))
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes a program may use."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 2**17
 
 
 def nearest_codes(rows: Float32[Tensor, "N D"], codebook: Float32[Tensor, "K D"]) -> Int64[Tensor, " N"]:
@@ -44,7 +56,7 @@ def nearest_codes(rows: Float32[Tensor, "N D"], codebook: Float32[Tensor, "K D"]
             ROWS=ROWS,
             CODES=step,
             num_warps=8,
-            num_stages=3,
+            num_stages=stages(width, rows.device),
         )
     return found
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from app import prepared
-from app.manifests import check_rows, read_rows
+from app.language.manifests import check_rows, read_rows
 from transforms import array
 
 GRAVE = {"UNREADABLE", "WINDOW_MISSING", "OUT_OF_RANGE", "SPLIT_LEAKAGE", "SCANS_MISSING"}  # exit status 3

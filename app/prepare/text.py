@@ -1,7 +1,7 @@
 """Reports and questions joined to the cases of a prepared dataset: text.jsonl beside its metadata.
 
-Which columns and layouts are understood is `app.manifests`' matter; here rows find their case. Of a row only text,
-choices and labels are written: who the patient is and which split a case is in, the dataset says.
+Which columns and layouts are understood is `app.language.manifests`' matter; here rows find their case. Of a row only
+text, choices and labels are written: who the patient is and which split a case is in, the dataset says.
 """
 
 import json
@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from app import prepared
-from app.manifests import read_rows, stem
-from app.rows import REPORT_QUESTION, TextRow
+from app.language.manifests import read_rows, stem
+from app.language.rows import REPORT_QUESTION, TextRow
 
 
 def join_text(manifest: str, out: Path, cases: Mapping[tuple[str, str], str]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from networks.sparse.topology import CENTRE, Level
 
-BLOCK = 4096  # rows; their gathered features stay in a CPU's cache
+BLOCK = 2048  # rows; their gathered features stay in a CPU's cache
 CUDA_BLOCK = 2**18  # rows; fewer kernels to start
 PAIR_BLOCK = 8192
 THIN = 15.0  # mean neighbours below which pair lists win (measured on CPU, 9 to 25 neighbours)

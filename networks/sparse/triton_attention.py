@@ -12,7 +12,8 @@ import triton.language as tl
 from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor
 
-BLOCK = 64  # queries, and keys, of a step
+BLOCK = 64  # queries, and keys, of a step; fewer where heads are wide
+BLOCK_BYTES = 8192  # of a block of queries: four such and two of scores fit the shared memory of any card
 MAX_WIDTH = 128  # of a head
 
 
@@ -25,7 +26,8 @@ def attend(
     sums = qkv.new_empty((num_rows, heads), dtype=torch.float32)
     if num_rows:
         with torch.cuda.device_of(qkv):
-            _attend[_grid(bounds, longest, heads)](qkv, order, bounds, out, sums, **_shape(qkv))
+            shape = _shape(qkv)
+            _attend[_grid(bounds, longest, shape)](qkv, order, bounds, out, sums, **shape)
     return out, sums
 
 
@@ -40,26 +42,28 @@ def attend_grad(
 ) -> Float[Tensor, "N 3 H D"]:
     grads, dots = torch.empty_like(qkv), torch.empty_like(sums)
     if len(qkv):
-        grid, shape = _grid(bounds, longest, qkv.shape[2]), _shape(qkv)
+        shape = _shape(qkv)
+        grid = _grid(bounds, longest, shape)
         with torch.cuda.device_of(qkv):
             _grad_queries[grid](grad, qkv, out, sums, dots, order, bounds, grads, **shape)
             _grad_keys[grid](grad, qkv, sums, dots, order, bounds, grads, **shape)
     return grads
 
 
-def _grid(bounds: Int32[Tensor, " W1"], longest: int, heads: int) -> tuple[int, int, int]:
-    return len(bounds) - 1, triton.cdiv(longest, BLOCK), heads
+def _grid(bounds: Int32[Tensor, " W1"], longest: int, shape: dict[str, object]) -> tuple[int, int, int]:
+    return len(bounds) - 1, triton.cdiv(longest, shape["BLOCK"]), shape["HEADS"]
 
 
 def _shape(qkv: Float[Tensor, "N 3 H D"]) -> dict[str, object]:
     heads, width = qkv.shape[2:]
+    depth = max(triton.next_power_of_2(width), 16)
     return {
         "HEADS": heads,
         "WIDTH": width,
-        "DEPTH": max(triton.next_power_of_2(width), 16),
+        "DEPTH": depth,
         "SCALE": width**-0.5,
         "PRECISION": "tf32x3" if qkv.dtype == torch.float32 else "ieee",
-        "BLOCK": BLOCK,
+        "BLOCK": max(16, min(BLOCK, BLOCK_BYTES // (depth * qkv.element_size()))),
     }
 
 

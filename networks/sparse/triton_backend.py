@@ -18,6 +18,7 @@ from torch import Tensor
 
 from networks.sparse.topology import Level
 
+SPARE = 4096  # bytes of shared memory for what is no tile
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -35,16 +36,19 @@ def forward(
     feats: Float[Tensor, "N C"], weight: Float[Tensor, "27 C F"], bias: Float[Tensor, " F"] | None, level: Level
 ) -> Float[Tensor, "N F"]:
     tile = product_tile(weight.shape[1], weight.shape[2], feats.dtype, thin=level.is_thin)
+    tile = fitted(tile, feats.dtype, shared_memory(feats.device))
     return gather_product(feats, weight, bias, level, mirrored=False, tile=tile)
 
 
 def input_grad(grad: Float[Tensor, "N F"], weight: Float[Tensor, "27 C F"], level: Level) -> Float[Tensor, "N C"]:
     tile = product_tile(weight.shape[2], weight.shape[1], grad.dtype, thin=level.is_thin)
+    tile = fitted(tile, grad.dtype, shared_memory(grad.device))
     return gather_product(grad, weight.mT, None, level, mirrored=True, tile=tile)
 
 
 def weight_grad(feats: Float[Tensor, "N C"], grad: Float[Tensor, "N F"], level: Level) -> Float[Tensor, "27 C F"]:
-    return row_product(feats, grad, level, tile=grad_tile(feats.shape[1], grad.shape[1], feats.dtype))
+    tile = grad_tile(feats.shape[1], grad.shape[1], feats.dtype)
+    return row_product(feats, grad, level, tile=fitted(tile, feats.dtype, shared_memory(feats.device)))
 
 
 def refusal(feats: Float[Tensor, "N C"], columns: int) -> str | None:
@@ -77,6 +81,25 @@ def grad_tile(channels: int, columns: int, dtype: torch.dtype) -> Tile:
     if max(channels, columns) <= 32:
         return Tile(128, width, 32, 4, 3)
     return Tile(128, width, 64, 4, 3) if max(channels, columns) > 64 else Tile(128, width, 64, 8, 2)
+
+
+@cache
+def fitted(tile: Tile, dtype: torch.dtype, room: int) -> Tile:
+    """The tile made to fit a smaller card: fewer steps read ahead, then fewer columns, then fewer rows."""
+    while tile.stages * (tile.rows + tile.columns) * tile.depth * dtype.itemsize > room - SPARE:
+        if tile.stages > 2:
+            tile = tile._replace(stages=tile.stages - 1)
+        elif tile.columns > 64:
+            tile = tile._replace(columns=tile.columns // 2)
+        else:
+            tile = tile._replace(rows=tile.rows // 2)
+    return tile
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes a program may use: 227 KiB on an H100 or H200, 99 on an RTX 4090, 163 on an A100."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 2**17
 
 
 def _precision(dtype: torch.dtype) -> str:

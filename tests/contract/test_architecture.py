@@ -218,16 +218,32 @@ def readme_tree():
     return block[1] if block else None
 
 
+def paths_of(tree):
+    """Full paths of a tree that is indented by two blanks a level; folders end with a slash."""
+    stack, found = [], set()
+    for line in tree.splitlines():
+        match = re.match(r"( *)([\w./]+)(?:\s|$)", line)
+        if match:
+            del stack[len(match[1]) // 2 :]
+            found.add("".join(stack) + match[2])
+            stack.append(match[2])
+    return found
+
+
 def test_readme_tree_is_what_lies_on_disk():
     tree = readme_tree()
     if tree is None:
         pytest.skip('README.md has no ```text block under "## The house" yet')
-    told = set(re.findall(r"[\w./-]*\b\w+\.py\b", tree))
-    told = {name.rsplit("/", 1)[-1] for name in told}
-    real = {path.name for path in SOURCES if path.name != "__init__.py"} | {"oracle.py", "conftest.py"}
-    assert told - {"__init__.py"} == real, f"only in README: {sorted(told - real)}; only on disk: {sorted(real - told)}"
-    for folder in set(re.findall(r"^\s*([\w./]+)/(?:\s|$)", tree, re.MULTILINE)):
-        assert list(ROOT.glob(f"**/{folder}")), f"README's tree has {folder}/, which does not exist"
+    told = paths_of(tree)
+    assert not {path for path in told if not (ROOT / path).exists()}, "only in README"
+    real = {name_of(path) for path in SOURCES if path.name != "__init__.py"}
+    assert {path for path in told if path.endswith(".py") and not path.startswith("tests/")} == real
+    assert {"tests/oracle.py", "tests/conftest.py", "bundles/"} <= told
+
+
+def test_a_readme_tree_is_read_with_its_folders():
+    tree = "app/      people\n  a.py    one\n  deep/   room\n    b.py  two\nnetworks/\n  c.py\n"
+    assert paths_of(tree) == {"app/", "app/a.py", "app/deep/", "app/deep/b.py", "networks/", "networks/c.py"}
 
 
 def project_table():

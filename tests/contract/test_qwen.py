@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from app.chat import collate, encode_chat
+from app.language.chat import collate, encode_chat
 from networks.projector import Projector
 from networks.qwen import (
     VolumeQwen,

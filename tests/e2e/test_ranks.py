@@ -27,7 +27,7 @@ def torchrun(*options):
 def told(folder):
     """What the metrics say, less time and the points that one rank saw."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "points")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "memory_gib", "points")} for row in rows]
 
 
 def assert_same_story(first, second):
@@ -69,6 +69,7 @@ def test_two_processes_tell_the_story_of_one(data, alone, place, start_process):
     assert_same_story(told(out), told(alone))
 
 
+@pytest.mark.slow
 def test_two_processes_learn_a_codebook_by_gradient(data, place, start_process):
     settings = {**STEPS, "warmup_steps": 2, "max_steps": 2, "codebook": "gradient"}
     end = end_of(start_process(BOTH, launcher=torchrun(), dataset_dir=data, output_dir="out", **settings))
@@ -99,6 +100,15 @@ def test_fewer_validation_cases_than_processes_is_one_line(place, start_process)
     lines = [line for line in end.err.splitlines() if line.startswith("BAD_VALUE")]
     assert lines and "val split must give each of 2 processes a case" in lines[0]
     assert "Warm-up" not in end.out and not (place / "out").exists()
+
+
+@pytest.mark.slow
+def test_processes_with_different_data_are_one_line(data, place, start_process):
+    make_cohort(place / "other", splits=("train",) * 5 + ("val",) * 3, change=lambda hu, index: hu + index)
+    split = f"$'{data}' if __import__('os').environ['RANK'] == '0' else 'other'"
+    end = end_of(start_process(BOTH, launcher=torchrun(), dataset_dir=split, output_dir="out", **STEPS))
+    assert end.status != 0 and "Step 1" not in end.out
+    assert any("the same cases for every process" in line for line in end.err.splitlines())
 
 
 @pytest.mark.slow

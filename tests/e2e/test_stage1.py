@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from app import checkpoints
+from app.folder import RunFolder
 from networks.presets import Preset
 from tests.runs import end_of, make_cohort, make_place, run_in
 
@@ -25,7 +26,7 @@ def rows_of(folder, phase="train"):
 
 
 def timeless(rows):
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    return [{key: value for key, value in row.items() if key not in ("seconds", "memory_gib")} for row in rows]
 
 
 def weights_of(folder, step, name="vqvae"):
@@ -39,8 +40,9 @@ def assert_same_weights(first, second):
 
 
 def snapshot(folder):
-    """Checkpoints and metrics with their content; a refused run may add to the log."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix in (".pt", ".jsonl"))
+    """Every file that tells of the run, with its content; a refused one may add to log.txt and tb_logs."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".pt", ".jsonl", ".json", ".txt", ".png"))
+    files = [path for path in files if path.name != "log.txt"]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
@@ -348,9 +350,10 @@ def test_a_case_without_the_asked_window(run_bundle, place):
     assert_refused(end, code="[A-Z_]+", naming=["brain", "case_0", "lung"])
 
 
-def test_constant_features(run_bundle, place):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_constant_features(run_bundle, place, workers):
     data = make_cohort(place / "flat", change=lambda hu, index: np.full_like(hu, 40))
-    end = run_bundle(dataset_dir=data, output_dir="out", window_type="lung", **STEPS)
+    end = run_bundle(dataset_dir=data, output_dir="out", window_type="lung", num_workers=workers, **STEPS)
     assert_refused(end, code="[A-Z_]+", naming=["constant", "case_"])
 
 
@@ -437,6 +440,17 @@ def test_a_full_disk_while_saving_keeps_the_last_set(earlier, place, cohort, mon
     monkeypatch.undo()
     end = run_in(place, dataset_dir=cohort, output_dir="out", resume="latest", **settings)
     assert end.status == 0 and "resumed at step 20" in end.out
+
+
+def test_a_full_disk_between_saves_is_one_line(earlier, place, cohort, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "metrics.jsonl")
+
+    monkeypatch.setattr(RunFolder, "_write", full)
+    before = timeless(rows_of(earlier))
+    end = run_in(place, dataset_dir=cohort, output_dir="out", resume="latest", **{**STEPS, "max_steps": 30})
+    assert_refused(end, code="DISK_FULL", naming=["metrics.jsonl", "resume latest"])
+    assert timeless(rows_of(earlier)) == before and checkpoints.complete_steps(earlier) == [0, 10, 20]
 
 
 def test_a_loss_that_is_no_number_names_step_cases_and_last_set(earlier, place, cohort, monkeypatch):

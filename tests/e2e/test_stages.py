@@ -22,7 +22,7 @@ def run(place, stage, cohort, *overlays, **settings):
 
 def rows_of(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    return [{key: value for key, value in row.items() if key not in ("seconds", "memory_gib")} for row in rows]
 
 
 def weights_of(folder, step, name="vqvae"):

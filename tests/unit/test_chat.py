@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from app.chat import VOLUME_PAD, collate, encode_chat, expand, neutralise
+from app.language.chat import VOLUME_PAD, collate, encode_chat, expand, neutralise
 from networks.tiny_qwen import SPECIAL_TOKENS, train_tokenizer
 from networks.tokens import TokenSequence
 

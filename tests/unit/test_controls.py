@@ -5,8 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from app.controls import NO_EVIDENCE, constant_answers, derange, mean_gap, paired_gap, swap_sides
-from app.text_metrics import token_f1
+from app.language.controls import NO_EVIDENCE, constant_answers, derange, mean_gap, paired_gap, swap_sides
+from app.language.text_metrics import token_f1
 
 
 @pytest.mark.parametrize("seed", range(5))

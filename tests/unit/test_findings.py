@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from app.findings import KEYWORDS, crg, find_findings, finding_matrix, finding_scores, matcher_error
+from app.language.findings import KEYWORDS, crg, find_findings, finding_matrix, finding_scores, matcher_error
 
 
 @pytest.mark.parametrize(

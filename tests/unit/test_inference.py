@@ -335,6 +335,15 @@ def test_damaged_checkpoints(output_dir, dataset, tmp_path, capsys, damage):
     one_line(capsys, "BAD_TOKENIZER" if "later" in damage else "BAD_CHECKPOINT")
 
 
+def test_a_later_stage_may_change_how_gradients_pass_and_nothing_else(output_dir, capsys):
+    network = make_network(rotation_trick=True)
+    checkpoints.start_from(network, output_dir, codebook=True)
+    assert torch.equal(network.vq.codebook, make_network().vq.codebook)
+    with pytest.raises(SystemExit):
+        checkpoints.start_from(make_network(quantizer_levels=2), output_dir, codebook=True)
+    assert "quantizer_levels" in one_line(capsys, "OTHER_TOKENIZER")
+
+
 def test_default_is_the_newest_stage(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     network = make_network(num_blocks=0)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from app.manifests import check_rows, read_rows
-from app.rows import REPORT_QUESTION
+from app.language.manifests import check_rows, read_rows
+from app.language.rows import REPORT_QUESTION
 
 CT_RATE_LABELS = [
     "Medical material",

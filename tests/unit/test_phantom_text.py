@@ -5,9 +5,9 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from app.findings import KEYWORDS, find_findings
-from app.phantom_text import LABELS, balance, mirrored, phantom_report, phantom_rows, questions
-from app.rows import REPORT_QUESTION
+from app.language.findings import KEYWORDS, find_findings
+from app.language.phantom_text import LABELS, balance, mirrored, phantom_report, phantom_rows, questions
+from app.language.rows import REPORT_QUESTION
 
 NODULES = {"finding": "nodule", "organ": "lung", "side": "left", "count": 2, "size_mm": [15.0, 25.0]}
 EFFUSION = {"finding": "pleural effusion", "side": "right", "count": 1, "size_mm": [], "size": "moderate"}

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from app.text_metrics import cider, corpus_bleu, diversity, meteor, text_scores, token_f1
+from app.language.text_metrics import cider, corpus_bleu, diversity, meteor, text_scores, token_f1
 
 REPORTS = ["The left lung has two nodules.", "No pleural effusion.", "A stone of 6 mm in the right kidney."]
 

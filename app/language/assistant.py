@@ -16,18 +16,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from app import chat, checkpoints, prepared, scans
-from app.align_setup import FrozenTokenizer, identify, make_collate
-from app.align_training import to_device
+from app import checkpoints, prepared, scans
+from app.language import chat
+from app.language.align_setup import FrozenTokenizer, identify, make_collate
+from app.language.align_training import to_device
+from app.language.rows import REPORT_QUESTION
+from app.language.volume_tokens import VolumeTokens, as_tensors, hash_path
 from app.preflight import fail
 from app.prepare import Refused
 from app.prepare.gate import Rules
 from app.prepare.survey import survey
 from app.prepare.volume import read_item
-from app.rows import REPORT_QUESTION
 from app.token_files import read_tokens
 from app.training import choose_device
-from app.volume_tokens import VolumeTokens, as_tensors, hash_path
 from networks import qwen
 from networks.projector import Projector
 from networks.tokens import TokenSequence

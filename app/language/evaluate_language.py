@@ -4,15 +4,16 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from app import align_data, prepared
-from app.assistant import CTAssistant
-from app.language_evaluation import evaluate_language, table_lines
-from app.manifests import read_rows
-from app.phantom_text import balance
+from app import prepared
+from app.language import align_data
+from app.language.assistant import CTAssistant
+from app.language.language_evaluation import evaluate_language, table_lines
+from app.language.manifests import read_rows
+from app.language.phantom_text import balance
+from app.language.rows import TextRow
+from app.language.volume_tokens import TokenSource, VolumeTokens
 from app.preflight import fail
-from app.rows import TextRow
 from app.scans import Volume, is_case
-from app.volume_tokens import TokenSource, VolumeTokens
 
 log = logging.getLogger(__name__)
 

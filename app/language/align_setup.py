@@ -21,12 +21,13 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from app import align_data, chat, checkpoints
+from app import checkpoints
 from app.inference import CTTokenizer
-from app.manifests import check_rows, read_rows
+from app.language import align_data, chat
+from app.language.manifests import check_rows, read_rows
+from app.language.rows import TextRow
+from app.language.volume_tokens import Reducer, TokenSource, hash_path
 from app.preflight import fail
-from app.rows import TextRow
-from app.volume_tokens import Reducer, TokenSource, hash_path
 from networks import qwen
 from networks.projector import Projector
 from networks.tiny_qwen import build_tiny
@@ -143,7 +144,7 @@ def train_demo_tokenizer(scale: str) -> None:
         fail("NO_TOKENIZER", "there is no tokenizer yet", f"first run {TOKENIZER_COMMAND}, or pass --vae_ckpt")
     log.info("no tokenizer yet: training one on the demo first (%s)", TOKENIZER_COMMAND)
     if idist.get_rank() == 0:
-        config = Path(__file__).resolve().parent.parent / "bundles" / "vq_stage1.json"
+        config = Path(__file__).resolve().parents[2] / "bundles" / "vq_stage1.json"
         call = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", str(config)]
         alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         if status := subprocess.run(call, env=alone).returncode:

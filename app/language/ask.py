@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from app.assistant import NOTICE, CTAssistant, Scan
+from app.language.assistant import NOTICE, CTAssistant, Scan
 from app.preflight import fail
 
 log = logging.getLogger(__name__)

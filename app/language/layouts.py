@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from app.rows import REPORT_QUESTION, TextRow, clean, join_report, label_columns, lettered
+from app.language.rows import REPORT_QUESTION, TextRow, clean, join_report, label_columns, lettered
 
 CT_RATE_NAME = re.compile(r"(?P<patient>(?P<split>train|valid)_\d+)_(?P<scan>[a-z]+)_(?P<recon>\d+)")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}

@@ -9,8 +9,8 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
-from app.controls import swap_sides
-from app.rows import REPORT_QUESTION, TextRow
+from app.language.controls import swap_sides
+from app.language.rows import REPORT_QUESTION, TextRow
 
 SIDES = ("left", "right")
 PLACES = {

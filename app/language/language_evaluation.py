@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from app.assistant import NOTICE, CTAssistant
-from app.controls import CONTROLS, Gap, constant_answers, derange, mean_gap, paired_gap, swap_sides
-from app.findings import finding_matrix, finding_scores, matcher_error
-from app.rows import TextRow
-from app.text_metrics import METEOR_NOTE, corpus_bleu, diversity, text_scores, token_f1, words
-from app.volume_tokens import VolumeTokens
+from app.language.assistant import NOTICE, CTAssistant
+from app.language.controls import CONTROLS, Gap, constant_answers, derange, mean_gap, paired_gap, swap_sides
+from app.language.findings import finding_matrix, finding_scores, matcher_error
+from app.language.rows import TextRow
+from app.language.text_metrics import METEOR_NOTE, corpus_bleu, diversity, text_scores, token_f1, words
+from app.language.volume_tokens import VolumeTokens
 from networks.tokens import TokenSequence
 
 log = logging.getLogger(__name__)
@@ -66,8 +66,9 @@ def evaluate_language(
             said = Answers(out / "answers_mirrored.jsonl", asked, seen, assistant).complete("mirrored", **options)
             at = {id(row): number for number, row in enumerate(rows)}
             result["mirror"] = mirror_scores(asked, [answers["real"][at[id(row)]] for row in asked], said)
+    result = without_nan(result)
     part = out / "language.json.part"
-    part.write_text(json.dumps(result, indent=2) + "\n")
+    part.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
     os.replace(part, out / "language.json")
     (out / "language.md").write_text("\n".join(table_lines(result)) + "\n")
     draw_bars(result, out / "language.png")
@@ -189,7 +190,7 @@ def report_scores(rows: Sequence[TextRow], answers: dict[str, list[str]]) -> dic
 def report_findings(rows: Sequence[TextRow], texts: dict[str, list[str]], patients: Sequence[str]) -> dict[str, Any]:
     """Findings against label columns where the data has them, else against the matcher's reading of the reference."""
     labels = sorted({name for row in rows for name in row.labels})
-    from app.findings import KEYWORDS
+    from app.language.findings import KEYWORDS
 
     known = [name for name in labels if name in KEYWORDS]
     has_labels = bool(known) and all(set(known) <= set(row.labels) for row in rows)
@@ -227,6 +228,17 @@ def tell(gap: Gap) -> dict[str, Any]:
     return {"difference": gap.difference, "low": gap.low, "high": gap.high, "verdict": gap.verdict}
 
 
+def without_nan(value: Any) -> Any:
+    """Scores that do not exist (CRG where every label is positive) as null: JSON knows no NaN."""
+    if isinstance(value, dict):
+        return {name: without_nan(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
 # ---- for people
 
 
@@ -238,7 +250,7 @@ def table_lines(result: dict[str, Any]) -> list[str]:
     rule = "|---|" + "---|" * len(columns)
 
     def row(name: str, values: dict[str, float]) -> str:
-        return f"| {name} | " + " | ".join(f"{values[c]:.3f}" for c in columns) + " |"
+        return f"| {name} | " + " | ".join(shown(values[c]) for c in columns) + " |"
 
     questions, reports = result["questions"], result["reports"]
     if questions:
@@ -254,7 +266,7 @@ def table_lines(result: dict[str, Any]) -> list[str]:
         found = reports["findings"]["scores"]
         for name in ("precision", "recall", "f1_micro", "f1_macro", "crg"):
             lines.append(row(f"findings: {name}", {c: found[c][name] for c in columns}))
-        floors = ", ".join(f"{c.replace('_', '-')} {found[c]['crg']:.3f}" for c in ("all_negative", "all_positive"))
+        floors = ", ".join(f"{c.replace('_', '-')} {shown(found[c]['crg'])}" for c in ("all_negative", "all_positive"))
         lines += ["", f"CRG floors: {floors}. Findings are judged against {reports['findings']['truth']}."]
         if reports["findings"]["matcher_error"]:
             wrong = reports["findings"]["matcher_error"]
@@ -271,6 +283,8 @@ def table_lines(result: dict[str, Any]) -> list[str]:
 
 
 def gap_line(name: str, control: str, gap: dict[str, Any]) -> str:
+    if gap["difference"] is None:
+        return f"- {name}, real minus {control.replace('_', ' ')}: not defined here"
     interval = f"{gap['difference']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"
     return f"- {name}, real minus {control.replace('_', ' ')}: {interval}: {gap['verdict']}"
 

@@ -17,14 +17,14 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from app import chat
 from app.data import StepSampler
-from app.phantom_text import balance, mirrored, phantom_rows
+from app.language import chat
+from app.language.phantom_text import balance, mirrored, phantom_rows
+from app.language.rows import TextRow
+from app.language.volume_tokens import Reducer, TokenSource, VolumeTokens, encode_sparse
 from app.phantoms import VERSION, make_phantom
 from app.preflight import fail
-from app.rows import TextRow
 from app.scans import Volume
-from app.volume_tokens import Reducer, TokenSource, VolumeTokens, encode_sparse
 from networks.sparse import SparseTensor
 from networks.tokens import TokenSequence, reduce_tokens
 

@@ -11,9 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from app.layouts import read_layout
-from app.prepared import split_of
-from app.rows import (
+from app.language.layouts import read_layout
+from app.language.rows import (
     ALIASES,
     REPORT_QUESTION,
     TextRow,
@@ -24,6 +23,7 @@ from app.rows import (
     parse_choices,
     with_letter,
 )
+from app.prepared import split_of
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 SCAN_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".zip", ".npz")

@@ -19,8 +19,8 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.utils.data import Dataset
 
 from app import checkpoints
-from app.align_setup import FrozenTokenizer, Language, write_train_args
 from app.checkpoints import unwrapped
+from app.language.align_setup import FrozenTokenizer, Language, write_train_args
 from app.training import AMP_TYPES, TrainStep, mean_of_ranks, seed_step
 from networks.qwen import save_language
 

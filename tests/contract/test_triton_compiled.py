@@ -1,0 +1,162 @@
+"""The Triton kernels compiled without a GPU: Hopper's matrix instructions are in them, and they fit each card."""
+
+import os
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+from networks import code_search  # noqa: E402
+from networks.sparse import triton_attention, triton_backend, triton_maps, triton_rows  # noqa: E402
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ROOM = {90: 232448, 80: 166912, 89: 101376}  # bytes of shared memory on an H200, an A100, an RTX 4090
+FLOATS = ["scale", "parts", "sums", "dots", "mean", "rstd", "gain", "bias", "flat", "tilt", "high", "low", "halves"]
+LONGS = ["children", "parent", "order", "bounds", "keys"]
+COUNTS = ["num_rows", "num_fine", "num_coarse", "num_codes", "num_blocks", "length"]
+INTEGERS = [*COUNTS, "weight_k", "weight_c", "size_x", "size_y", "size_z"]
+
+
+def compiled(kernel, dtype="bf16", *, card=90, warps=4, stages=3, types=None, **constants):
+    """Arguments are aligned as torch's allocator aligns them; `types` overrides what their names suggest."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    named = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(LONGS, "*i64") | dict.fromkeys(INTEGERS, "i32")
+    named |= dict.fromkeys(constants, "constexpr") | (types or {})
+    signature = {name: named.get(name, f"*{dtype}") for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
+    fixed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=aligned)
+    target, options = GPUTarget("cuda", card, 32), {"num_warps": warps, "num_stages": stages}
+    return triton.compile(source, target=target, options=options)
+
+
+MAPS = dict.fromkeys(("neighbours", "order", "offsets", "counts", "list_rows", "list_counts"), "*i32")
+
+
+def forward(channels, columns, dtype, *, card=90, thin=False):
+    tile = triton_backend.product_tile(channels, columns, DTYPES[dtype], thin=thin)
+    tile = triton_backend.fitted(tile, DTYPES[dtype], ROOM[card])
+    return compiled(
+        triton_backend._gather_product,
+        dtype,
+        card=card,
+        warps=tile.warps,
+        stages=tile.stages,
+        types=MAPS | {"bias": f"*{dtype}"} | ({} if thin else {"order": "constexpr"}),
+        CHANNELS=channels,
+        COLUMNS=columns,
+        HAS_BIAS=True,
+        ORDERED=thin,
+        MIRRORED=False,
+        PRECISION="tf32x3" if dtype == "fp32" else "ieee",
+        TILE_ROWS=tile.rows,
+        TILE_COLUMNS=tile.columns,
+        DEPTH=tile.depth,
+        weight_f=1,
+        **({} if thin else {"order": None}),
+    )
+
+
+def weight_gradient(channels, columns, dtype, *, card=90, thin=False):
+    tile = triton_backend.grad_tile(channels, columns, DTYPES[dtype])
+    tile = triton_backend.fitted(tile, DTYPES[dtype], ROOM[card])
+    block, offsets, _ = triton_backend._parts(channels, columns, tile, thin)
+    return compiled(
+        triton_backend._row_product,
+        dtype,
+        card=card,
+        warps=tile.warps,
+        stages=tile.stages,
+        types=MAPS | {"out": "*fp32"} | ({} if thin else {"list_rows": "constexpr", "list_counts": "constexpr"}),
+        CHANNELS=channels,
+        COLUMNS=columns,
+        LISTED=thin,
+        PRECISION="tf32x3" if dtype == "fp32" else "ieee",
+        OFFSETS=offsets,
+        BLOCK=block,
+        TILE_COLUMNS=tile.columns,
+        DEPTH=tile.depth,
+        ALIGNED=8,
+        **({} if thin else {"list_rows": None, "list_counts": None}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("channels", "dtype", "thin"),
+    [(64, "bf16", False), (256, "bf16", False), (256, "fp16", True), (64, "fp32", False)],
+)
+def test_forward_has_wgmma_and_wide_copies(channels, dtype, thin):
+    ptx = forward(channels, channels, dtype, thin=thin).asm["ptx"]
+    assert "wgmma.mma_async" in ptx
+    assert "cp.async.cg.shared.global" in ptx  # 16-byte gathers that run ahead of the products
+
+
+@pytest.mark.parametrize(
+    ("channels", "dtype", "thin"),
+    [(32, "bf16", False), (32, "bf16", True), (64, "bf16", True), (256, "fp16", False)],
+)
+def test_weight_gradient_has_wgmma_and_wide_copies(channels, dtype, thin):
+    ptx = weight_gradient(channels, channels, dtype, thin=thin).asm["ptx"]
+    # 32 rows of sums (thin lists of 32 channels) are below the 64 of a wgmma
+    assert ("wgmma.mma_async" in ptx) == (not thin or channels > 32)
+    assert "cp.async.cg.shared.global" in ptx
+
+
+@pytest.mark.parametrize("card", [80, 89])
+@pytest.mark.parametrize("make", [forward, weight_gradient])
+@pytest.mark.parametrize(("channels", "dtype"), [(256, "bf16"), (256, "fp32")])
+def test_convolution_fits_the_card(make, channels, dtype, card):
+    assert make(channels, channels, dtype, card=card).metadata.shared <= ROOM[card]
+
+
+@pytest.mark.parametrize("width", [32, 128])
+@pytest.mark.parametrize("card", ROOM)
+def test_code_search_has_wgmma_and_fits_the_card(width, card, monkeypatch):
+    monkeypatch.setattr(code_search, "shared_memory", lambda device: ROOM[card])
+    stages = code_search.stages(width, torch.device("cuda", 0))
+    if stages == 0:
+        assert (card, width) == (89, 128)  # searched in plain torch there
+        return
+    made = compiled(
+        code_search._search,
+        "fp32",
+        card=card,
+        warps=8,
+        stages=stages,
+        types={"found": "*i64"},
+        WIDTH=width,
+        DEPTH=width,
+        ROWS=code_search.ROWS,
+        CODES=min(code_search.STEP // width, 128),
+    )
+    assert made.metadata.shared <= ROOM[card]
+    assert ("wgmma.mma_async" in made.asm["ptx"]) == (card == 90)
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(32, "bf16"), (128, "bf16"), (128, "fp32")])
+@pytest.mark.parametrize("kernel", ["_attend", "_grad_queries", "_grad_keys"])
+def test_attention_fits_the_smallest_card(kernel, width, dtype):
+    shape = triton_attention._shape(torch.empty(1, 3, 4, width, dtype=DTYPES[dtype]))
+    made = compiled(getattr(triton_attention, kernel), dtype, card=89, types={"bounds": "*i32"}, **shape)
+    assert made.metadata.shared <= ROOM[89]
+
+
+def test_row_operations_and_maps_compile():
+    rows = {"CHANNELS": 32, "WIDTH": 32, "TILE": 128}
+    bounds = {"bounds": "*i32"}
+    compiled(triton_rows._sum_children, SCALED=True, **rows)
+    compiled(triton_rows._spread, SCALED=True, **rows)
+    compiled(triton_rows._column_sums, **rows)
+    compiled(triton_rows._moments, types=bounds, **rows)
+    for kernel in (triton_rows._normalize, triton_rows._grad_moments, triton_rows._grad_input):
+        compiled(kernel, types=bounds, SILU=True, **rows)
+    for kernel in (triton_maps._encode, triton_maps._decode):
+        compiled(kernel, "i32", BITS=8, TILE=512)
+    for kernel in (triton_maps._fill, triton_maps._look_up, triton_maps._count_pairs, triton_maps._list_offsets):
+        compiled(kernel, "i32", TILE=512)
+    compiled(triton_maps._list_pairs, "i32", types={"starts": "*i64"}, TILE=512)
+    compiled(triton_maps._take_rows, "fp32", types={"rows": "*i64"}, CHANNELS=4, TILE=1024, WIDTH=4)
+    compiled(code_search._segment_sums, "fp32", WIDTH=32, DEPTH=32, ROWS=64)

@@ -1,0 +1,212 @@
+"""bundles/align.json for real on a manifest of token files, then resuming, asking and evaluating with what it left."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from monai.bundle import run
+
+from app.inference import CTTokenizer
+from app.language import ask as asking
+from app.language import evaluate_language
+from app.language.assistant import NOTICE, CTAssistant
+from app.language.rows import REPORT_QUESTION
+from app.scans import Volume
+from app.token_files import write_tokens
+from networks import make_vqvae
+from networks.qwen import save_language
+from networks.tiny_qwen import build_tiny
+
+CONFIG = str(Path(__file__).resolve().parents[2] / "bundles" / "align.json")
+NUM_CASES = 12
+
+
+def make_volume(seed: int) -> Volume:
+    """Bright on the left or on the right."""
+    rng = np.random.default_rng(seed)
+    hu = rng.normal(-300, 40, (32, 32, 32)).astype(np.int16)
+    half = slice(0, 16) if seed % 2 else slice(16, 32)
+    hu[half] += 400
+    affine = np.diag([8.0, 8.0, 8.0, 1.0])
+    affine[:3, 3] = -124
+    return Volume(hu, affine)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A tokenizer, a Qwen3-VL on disk, and a manifest of token files with questions and reports."""
+    home = tmp_path_factory.mktemp("home")
+    torch.manual_seed(0)
+    network = make_vqvae("tiny", resolution=32, keep="nonzero", num_embeddings=16, num_blocks=1)
+    torch.save(network.state_dict(), home / "tokenizer.pt")
+    ct = CTTokenizer.from_pretrained(home / "tokenizer.pt")
+    lines = []
+    for number in range(NUM_CASES):
+        write_tokens(home / f"scans/case{number}.npz", ct.encode(make_volume(number)))
+        side = "left" if number % 2 else "right"
+        common = {
+            "image": f"scans/case{number}.npz",
+            "split": "val" if number > 7 else "train",
+            "patient": f"p{number}",
+        }
+        lines.append({**common, "question": "On which side?", "answer": side, "type": "side"})
+        lines.append(
+            {
+                **common,
+                "report": "Pleural effusion on the left." if number % 2 else "A nodule on the right.",
+                "Pleural effusion": number % 2,
+                "Lung nodule": 1,
+            }
+        )
+    (home / "text.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    language, tokenizer = build_tiny([json.dumps(line) for line in lines], family="qwen3_vl", width=32)
+    save_language(language, tokenizer, home / "qwen")
+    return home
+
+
+def align(home: Path, out: Path, **changes) -> None:
+    settings = {
+        "data": str(home / "text.jsonl"),
+        "vl_model": str(home / "qwen"),
+        "vae_ckpt": str(home / "tokenizer.pt"),
+        "output_dir": str(out),
+        "num_workers": 0,
+        "i_save": 4,
+        "i_log": 1,
+        "use_lora": True,
+        "epochs": 2,
+        "learning_rate": 1e-3,
+        "max_3d_tokens": 40,
+    }
+    run(run_id="training", config_file=CONFIG, **{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def aligned(home):
+    align(home, home / "aligned")
+    return home / "aligned"
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "lora_final" / "adapter_model.safetensors") | torch.load(folder / "projector_final.pt")
+
+
+def test_outputs_of_a_run(home, aligned):
+    """16 rows in batches of 2, twice over: 16 steps; files of each epoch and of the end, and what they belong to."""
+    names = {path.name for path in aligned.iterdir()}
+    assert {f"projector_{end}.pt" for end in ("epoch0", "epoch1", "final")} <= names
+    assert {f"lora_{end}" for end in ("epoch0", "epoch1", "final")} <= names
+    assert not any(name.endswith(".part") for name in names) and "language_final" not in names
+    told = json.loads((aligned / "train_args.json").read_text())
+    assert told["tokenizer"] == CTTokenizer.from_pretrained(home / "tokenizer.pt").digest
+    assert len(told["base_model"]["sha256"]) == 64 and told["use_lora"] and told["in_features"] == 8
+    rows = [json.loads(line) for line in (aligned / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 17)) and rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+    kept = torch.load(aligned / "ckpts" / "align_step0000016.pt")
+    assert all(name.startswith("projector.") or "lora_" in name for name in kept)
+    final, epoch = torch.load(aligned / "projector_final.pt"), torch.load(aligned / "projector_epoch0.pt")
+    assert sorted(final) == ["proj.bias", "proj.weight"] and not torch.equal(final["proj.weight"], epoch["proj.weight"])
+
+
+def test_resuming_gives_the_run_that_was_not_interrupted(home, aligned):
+    again = home / "again"
+    shutil.copytree(aligned, again)
+    for path in [*again.glob("ckpts/*_step*"), *again.glob("*_final*")]:
+        if path.name.endswith("final") or "final" in path.stem or int(path.stem[-7:]) > 8:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert sorted(path.name for path in again.glob("ckpts/misc_*")) == [f"misc_step000000{n}.pt" for n in (4, 8)]
+    align(home, again, resume="latest")
+    one, other = weights_of(aligned), weights_of(again)
+    assert set(one) == set(other)
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+    steps = [json.loads(line)["step"] for line in (again / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 17))
+
+
+def test_answers_carry_where_they_come_from(home, aligned, tmp_path):
+    assistant = CTAssistant.from_pretrained(aligned)
+    volume = make_volume(9)
+    answers = assistant.ask(volume, ["On which side?", "On which side is it?"], max_new_tokens=4)
+    assert [answer.question for answer in answers] == ["On which side?", "On which side is it?"]
+    alone = assistant.ask(volume, "On which side?", max_new_tokens=4)
+    assert (
+        alone.answer
+        == answers[0].answer
+        == assistant.ask(home / "scans/case9.npz", "On which side?", max_new_tokens=4).answer
+    )
+    told = alone.as_json()
+    assert told["notice"] == NOTICE and "not for diagnosis" in NOTICE
+    record = told["provenance"]
+    assert len(record["scan_sha256"]) == 64 and record["shape"] == [32, 32, 32] and record["spacing"] == [8.0] * 3
+    assert record["tokenizer_sha256"] == assistant.tokenizer.hash and len(record["projector_sha256"]) == 64
+    assert len(record["adapter_sha256"]) == 64 and record["settings"]["max_3d_tokens"] == 40
+    pieces = []
+    streamed = assistant.ask(volume, "On which side?", max_new_tokens=4, write=pieces.append)
+    assert "".join(pieces).strip() == streamed.answer == alone.answer
+    assert assistant.ask(volume, max_new_tokens=2).question == REPORT_QUESTION
+
+
+def test_a_folder_gives_jsonl_and_failures(home, aligned, tmp_path):
+    folder = tmp_path / "mixed"
+    shutil.copytree(home / "scans", folder)
+    (folder / "case3.npz").write_bytes(b"broken")
+    result = asking.ask(str(folder), ["On which side?"], align=str(aligned), out=str(tmp_path / "out/answers.jsonl"))
+    lines = [json.loads(line) for line in (tmp_path / "out/answers.jsonl").read_text().splitlines()]
+    assert len(lines) == NUM_CASES - 1 and result["status"] == 3
+    assert "case3.npz" in (tmp_path / "out/failures.csv").read_text()
+
+
+def test_what_does_not_belong_together_is_refused(home, aligned, tmp_path, capsys):
+    torch.manual_seed(1)
+    torch.save(
+        make_vqvae("tiny", resolution=32, keep="nonzero", num_embeddings=16, num_blocks=1).state_dict(),
+        tmp_path / "other.pt",
+    )
+    moved = tmp_path / "moved"
+    shutil.copytree(aligned, moved)
+    told = json.loads((moved / "train_args.json").read_text())
+    told["base_model"]["sha256"] = "0" * 64
+    (moved / "train_args.json").write_text(json.dumps(told))
+    calls = {
+        "OTHER_TOKENIZER": lambda: CTAssistant.from_pretrained(aligned, tokenizer=str(tmp_path / "other.pt")),
+        "OTHER_MODEL": lambda: CTAssistant.from_pretrained(moved),
+        "NO_ALIGNMENT": lambda: CTAssistant.from_pretrained(tmp_path),
+        "BAD_MODEL": lambda: align(home, tmp_path / "out", vl_model=str(tmp_path)),
+        "NO_DATA": lambda: align(home, tmp_path / "out", data=str(tmp_path / "gone.csv")),
+    }
+    for code, call in calls.items():
+        with pytest.raises(SystemExit) as end:
+            call()
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert end.value.code == 2 and said.startswith(f"{code}: "), said
+
+
+def test_evaluation_writes_scores_beside_controls_and_goes_on_where_it_was(home, aligned, monkeypatch):
+    options = {"options": {"max_new_tokens": 6}, "align": str(aligned)}
+    result = evaluate_language.evaluate(str(home / "text.jsonl"), **options)
+    out = aligned / "evaluation"
+    assert result == json.loads((out / "language.json").read_text()) and (out / "language.png").stat().st_size > 1000
+    assert result["rows"] == 8 and result["patients"] == 4
+    assert set(result["questions"]["accuracy"]) == {"real", "shuffled", "blank", "question_only", "constant"}
+    floors = result["reports"]["findings"]["scores"]
+    assert result["reports"]["findings"]["truth"] == "label columns" and {"all_negative", "all_positive"} <= set(floors)
+    table = (out / "language.md").read_text()
+    assert "no evidence the image is used" in table and "question only" in table and NOTICE in table
+    wanted = {
+        line["row"]: line["answer"] for line in map(json.loads, (out / "answers_real.jsonl").read_text().splitlines())
+    }
+    assert len(wanted) == 8
+    lines = (out / "answers_shuffled.jsonl").read_text().splitlines()
+    (out / "answers_shuffled.jsonl").write_text("\n".join([*lines[:5], lines[5][:20]]))
+    asked = []
+    monkeypatch.setattr(
+        CTAssistant, "answer_many", lambda _self, batch, **_: asked.extend(batch) or ["again"] * len(batch)
+    )
+    evaluate_language.evaluate(str(home / "text.jsonl"), **options)
+    assert len(asked) == 3
