@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 import traceback
 from collections import Counter, defaultdict
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from app import prepared
+from app.language.manifests import read_rows
 from app.prepare import names, preview
 from app.prepare.codes import CODES, Refused, bare
 from app.prepare.files import hash_of
@@ -117,6 +117,7 @@ def prepare(raw: str | Path, out: str | Path, settings: Settings = DEFAULTS, req
 
 
 def _prepare(root: str, out: Path, settings: Settings, request: Request, start: float) -> Report:
+    text = read_rows(request.text) if request.text is not None else []  # what is wrong with it is said before the work
     key = names.read_key(out, request.key_file)
     rules = Rules(settings.allow_gaps, settings.assume_hu, request.series)
     with busy("looking at what is there"):
@@ -135,7 +136,7 @@ def _prepare(root: str, out: Path, settings: Settings, request: Request, start: 
     _write_tables(out, outcomes, settings, request)
     if request.text is not None:
         cases = {(o.dataset, o.case): o.source for o in outcomes if o.status == "ok"}
-        join_text(request.text, out, cases)
+        join_text(text, out, cases)
     return Report(tuple(outcomes), time.perf_counter() - start)
 
 
@@ -394,7 +395,3 @@ def lines(report: Report, keep_names: bool) -> Iterator[str]:
         yield f"{o.status:8} {what}  {' '.join(o.codes)}{tail}"
     counts = ", ".join(f"{report.count(status)} {status}" for status in ("ok", "skipped", "refused", "failed"))
     yield f"{counts} in {report.seconds:.1f} s"
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
