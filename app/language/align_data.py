@@ -175,7 +175,7 @@ def encode_rows(
 
 
 def phantom_volumes(
-    source: TokenSource, *, count: int, seed: int, split: str, mirror: bool = False
+    source: TokenSource, *, count: int, seed: int, split: str, mirror: bool = False, about: Sequence[str] | None = None
 ) -> tuple[list[TextRow], dict[str, VolumeTokens]]:
     """The built-in text: `count` phantoms on the tokenizer's grid with report and questions, not yet balanced.
 
@@ -191,15 +191,18 @@ def phantom_volumes(
         findings = mirrored(made.findings) if mirror else made.findings
         name = f"phantom_v{VERSION}_s{seed}_{split}_{number:05d}{'_mirrored' if mirror else ''}"
         volumes[name] = source.cached(name, Volume(hu, made.affine))
-        rows += phantom_rows(name, findings, split=split)
+        rows += phantom_rows(name, findings, split=split, about=about)
     return rows, volumes
 
 
-def builtin(source: TokenSource, *, count: int, seed: int, split: str) -> tuple[list[TextRow], dict[str, VolumeTokens]]:
+def builtin(
+    source: TokenSource, *, count: int, seed: int, split: str, about: Sequence[str] | None = None
+) -> tuple[list[TextRow], dict[str, VolumeTokens]]:
     """Phantoms as they are and, for training, also mirrored; answers balanced."""
-    rows, volumes = phantom_volumes(source, count=count, seed=seed, split=split)
+    settings = {"count": count, "seed": seed, "split": split, "about": about}
+    rows, volumes = phantom_volumes(source, **settings)
     if split == "train":
-        more, seen = phantom_volumes(source, count=count, seed=seed, split=split, mirror=True)
+        more, seen = phantom_volumes(source, **settings, mirror=True)
         rows, volumes = rows + more, volumes | seen
     return balance(rows, seed=seed), volumes
 

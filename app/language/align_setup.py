@@ -67,13 +67,15 @@ def make_align_plan(
     data: str | None = None,
     dataset: str | None = None,
     dummy_data: bool = False,
+    dummy_samples: int = 50,
     vl_model: str | None = None,
-    vae_ckpt: str | None = None,
 ) -> AlignPlan:
-    """Fills what is open and says what was chosen."""
+    """Fills what is open and says what was chosen. `dummy_data` is the demo on `dummy_samples` phantoms."""
     if scale not in ("auto", "demo", "full"):
         fail("BAD_VALUE", f"scale must be auto, demo or full, got {scale!r}", "leave --scale out for auto")
     own = data is not None or dataset is not None
+    if dummy_data and own:
+        fail("BAD_VALUE", "dummy_data and data are both given", "give one of them")
     chosen = scale if scale != "auto" else ("full" if own else "demo")
     if chosen == "full" and not own:
         fail("NO_DATA", "scale full needs text", "pass --data MANIFEST, or leave --scale out for the demo")
@@ -94,7 +96,7 @@ def make_align_plan(
         language=language,
         train_language=tiny,
         use_3d_pos=tiny,
-        num_phantoms=8 if dummy_data else 160,
+        num_phantoms=dummy_samples if dummy_data else 160,
         tiny={"width": 64, "num_layers": 2},
         amp="bf16" if cuda else "off",
         num_workers=0 if demo else min(8, max((os.cpu_count() or 2) - 1, 1)),
@@ -164,14 +166,16 @@ class TrainingText:
         image_root: str | None = None,
         output_dir: str = "outputs/align",
         skip_bad: bool = False,
-        num_phantoms: int | None = None,
-        seed: int = 0,
+        phantoms: dict | None = None,
     ):
         source = tokenizer.source(align_data.tokens_folder(output_dir))
         self.bad: list[str] = []
         if data is None:
-            count = num_phantoms or plan.num_phantoms
-            self.rows, self.volumes = align_data.builtin(source, count=count, seed=seed, split="train")
+            settings = {"count": plan.num_phantoms, "seed": 0, "about": None} | (phantoms or {})
+            try:
+                self.rows, self.volumes = align_data.builtin(source, split="train", **settings)
+            except ValueError as error:
+                fail("BAD_VALUE", str(error), "name findings of the phantoms")
             return
         self.rows = training_rows(data, image_root=image_root)
         self.volumes, self.bad = align_data.encode_rows(self.rows, source, skip_bad=skip_bad)

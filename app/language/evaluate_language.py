@@ -38,6 +38,7 @@ def evaluate(
     mirrored: dict[str, VolumeTokens] = {}
     if data is None:
         fresh = {"count": options["num_phantoms"], "seed": options["seed"], "split": "val"}
+        fresh["about"] = assistant.settings.get("about")
         rows, volumes = align_data.phantom_volumes(source, **fresh)
         rows = balance(rows, seed=options["seed"])
         mirrored = align_data.phantom_volumes(source, **fresh, mirror=True)[1]

@@ -25,18 +25,24 @@ NUMBERS = ("no", "one", "two", "three")
 LABELS = {"pleural effusion": "Pleural effusion", "nodule": "Lung nodule", "kidney stone": "Kidney stone"}
 
 
-def phantom_rows(case_id: str, findings: Sequence[Mapping], *, split: str) -> list[TextRow]:
-    """The report and all questions of one phantom, unbalanced."""
-    labels = {label: any(f["finding"] == name for f in findings) for name, label in LABELS.items()}
+def phantom_rows(
+    case_id: str, findings: Sequence[Mapping], *, split: str, about: Sequence[str] | None = None
+) -> list[TextRow]:
+    """The report and all questions of one phantom, unbalanced; `about` keeps to some kinds of finding."""
+    names = list(PLACES) if about is None else list(about)
+    if unknown := sorted(set(names) - set(PLACES)):
+        raise ValueError(f"about must be among {', '.join(PLACES)}, got {', '.join(unknown)}")
+    findings = [finding for finding in findings if finding["finding"] in names]
+    labels = {LABELS[name]: any(f["finding"] == name for f in findings) for name in names}
     common = {"image": case_id, "patient": case_id, "split": split, "labels": labels}
-    report = TextRow(question=REPORT_QUESTION, answer=phantom_report(findings), kind="report", **common)
-    asked = [TextRow(question=q, answer=a, kind=kind, **common) for kind, q, a in questions(findings)]
+    report = TextRow(question=REPORT_QUESTION, answer=phantom_report(findings, names), kind="report", **common)
+    asked = [TextRow(question=q, answer=a, kind=kind, **common) for kind, q, a in questions(findings, names)]
     return [report, *asked]
 
 
-def phantom_report(findings: Sequence[Mapping]) -> str:
+def phantom_report(findings: Sequence[Mapping], names: Sequence[str] = tuple(PLACES)) -> str:
     """A sentence for each kind of finding and side, normal or not, in a fixed order."""
-    return " ".join(statement(name, side, at_side(findings, name, side)) for name in PLACES for side in SIDES)
+    return " ".join(statement(name, side, at_side(findings, name, side)) for name in names for side in SIDES)
 
 
 def at_side(findings: Sequence[Mapping], name: str, side: str) -> Mapping | None:
@@ -61,10 +67,10 @@ def size_class(finding: Mapping) -> str:
     return "large" if max(finding["size_mm"]) >= LARGE_MM[finding["finding"]] else "small"
 
 
-def questions(findings: Sequence[Mapping]) -> list[tuple[str, str, str]]:
+def questions(findings: Sequence[Mapping], about: Sequence[str] = tuple(PLACES)) -> list[tuple[str, str, str]]:
     """(kind, question, answer) of everything that has one answer."""
     asked = []
-    for name in PLACES:
+    for name in about:
         shown = {side: at_side(findings, name, side) for side in SIDES}
         for side, finding in shown.items():
             place = PLACES[name].format(side=side)

@@ -78,3 +78,18 @@ def test_the_finding_matcher_reads_these_reports_without_error(seed):
     found = find_findings(rows[0].answer)
     assert {label: found[label] for label in LABELS.values()} == rows[0].labels
     assert not any(found[label] for label in KEYWORDS if label not in LABELS.values())
+
+
+def test_text_can_keep_to_some_findings():
+    rows = phantom_rows("p", [NODULES, EFFUSION], split="train", about=["pleural effusion"])
+    assert rows[0].answer == "No pleural effusion on the left side. Moderate pleural effusion on the right side."
+    assert rows[0].labels == {"Pleural effusion": True}
+    assert {row.question for row in rows[1:]} == {
+        "Is there a pleural effusion on the left side?",
+        "Is there a pleural effusion on the right side?",
+        "How large is the largest pleural effusion on the right side?",
+        "On which side is the pleural effusion?",
+        "Which organ is affected?",
+    }
+    with pytest.raises(ValueError, match="about must be among pleural effusion, nodule, kidney stone, got fracture"):
+        phantom_rows("p", [], split="train", about=["fracture"])
