@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 import traceback
 from collections import Counter, defaultdict
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from app import prepared
+from app.language.manifests import read_rows
 from app.prepare import names, preview
 from app.prepare.codes import CODES, Refused, bare
 from app.prepare.files import hash_of
@@ -117,6 +117,7 @@ def prepare(raw: str | Path, out: str | Path, settings: Settings = DEFAULTS, req
 
 
 def _prepare(root: str, out: Path, settings: Settings, request: Request, start: float) -> Report:
+    text = read_rows(request.text) if request.text is not None else []  # what is wrong with it is said before the work
     key = names.read_key(out, request.key_file)
     rules = Rules(settings.allow_gaps, settings.assume_hu, request.series)
     with busy("looking at what is there"):
@@ -135,7 +136,7 @@ def _prepare(root: str, out: Path, settings: Settings, request: Request, start: 
     _write_tables(out, outcomes, settings, request)
     if request.text is not None:
         cases = {(o.dataset, o.case): o.source for o in outcomes if o.status == "ok"}
-        join_text(request.text, out, cases)
+        join_text(text, out, cases)
     return Report(tuple(outcomes), time.perf_counter() - start)
 
 
@@ -175,13 +176,13 @@ def _name(items: Sequence[Item], root: str, key: bytes, keep_names: bool) -> lis
     whole = names.one_dataset(items, root)
     out, taken, stacks = [], Counter(), Counter()
     for item in items:
-        dataset = names.dataset_of(item, whole)
+        folder = dataset = names.dataset_of(item, root, whole=whole)
         if keep_names:
             dataset = names.safe_name(os.path.basename(root) if dataset == "." else dataset)
         else:
             dataset = names.hashed(key, "dataset", dataset)
         place = (item.source, item.series)
-        case = names.case_name(item, names.inside(item, whole), stacks[place], key, keep_names=keep_names)
+        case = names.case_name(item, names.inside(item, folder), stacks[place], key, keep_names=keep_names)
         stacks[place] += 1
         taken[dataset, case] += 1
         again = taken[dataset, case]
@@ -202,12 +203,14 @@ def _jobs(
     whole = names.one_dataset([item for item, _, _ in named], root)
     folders = defaultdict(set)
     for item, dataset, _ in planned:
-        folders[dataset].add(names.inside(item, whole).rpartition(os.sep)[0].split(os.sep)[0])
+        place = names.inside(item, names.dataset_of(item, root, whole=whole))
+        folders[dataset].add(place.rpartition(os.sep)[0].split(os.sep)[0])
     jobs = []
     for item, dataset, case in planned:
-        several = len(folders[dataset]) > 1
-        patient = names.patient_of(item, names.inside(item, whole), key, several_folders=several)
-        raw_name = os.path.basename(root) if names.dataset_of(item, whole) == "." else names.dataset_of(item, whole)
+        folder = names.dataset_of(item, root, whole=whole)
+        place, several = names.inside(item, folder), len(folders[dataset]) > 1
+        patient = names.patient_of(item, place, key, several_folders=several)
+        raw_name = os.path.basename(root) if folder == "." else folder
         mapping = {**request.organs.get("*", {}), **request.organs.get(raw_name, {})}
         marks = (item.source, os.path.basename(item.source), case, patient, item.patient)
         split = next((request.split[m] for m in marks if m and m in request.split), prepared.split_of(patient))
@@ -392,7 +395,3 @@ def lines(report: Report, keep_names: bool) -> Iterator[str]:
         yield f"{o.status:8} {what}  {' '.join(o.codes)}{tail}"
     counts = ", ".join(f"{report.count(status)} {status}" for status in ("ok", "skipped", "refused", "failed"))
     yield f"{counts} in {report.seconds:.1f} s"
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

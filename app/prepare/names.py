@@ -69,9 +69,10 @@ def hashed(key: bytes, *parts: str) -> str:
     return hmac.new(key, text, hashlib.sha256).hexdigest()[:16]
 
 
-def dataset_of(item: Item, whole: bool) -> str:
-    """First folder level of an item's source; the surveyed folder itself where it holds scans directly."""
-    return "." if whole or os.sep not in item.source else item.source.split(os.sep)[0]
+def dataset_of(item: Item, root: str, *, whole: bool) -> str:
+    """The first folder below the surveyed one that holds the item; the surveyed one itself where it holds scans."""
+    folder = os.path.relpath(os.path.dirname(item.refs[0].path), root)
+    return "." if whole or folder in (".", "..") else folder.split(os.sep)[0]
 
 
 def one_dataset(items: Iterable[Item], root: str) -> bool:
@@ -80,9 +81,9 @@ def one_dataset(items: Iterable[Item], root: str) -> bool:
     return root in homes or os.path.isfile(root)
 
 
-def inside(item: Item, whole: bool) -> str:
-    """An item's source below its dataset."""
-    return item.source if dataset_of(item, whole) == "." else item.source.split(os.sep, 1)[1]
+def inside(item: Item, dataset: str) -> str:
+    """An item's source below its dataset's folder; a series that is the folder keeps its name."""
+    return item.source.removeprefix(dataset + os.sep)
 
 
 def patient_of(item: Item, place: str, key: bytes, *, several_folders: bool) -> str:

@@ -8,15 +8,15 @@ import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from app import prepared
-from app.language.manifests import read_rows, stem
+from app.language.manifests import stem
 from app.language.rows import REPORT_QUESTION, TextRow
 
 
-def join_text(manifest: str, out: Path, cases: Mapping[tuple[str, str], str]) -> None:
+def join_text(rows: Sequence[TextRow], out: Path, cases: Mapping[tuple[str, str], str]) -> None:
     """Writes OUT/{dataset}/text.jsonl for rows whose scan became a case; says how many did not.
 
     `cases`: (dataset, case) to its source.
@@ -27,7 +27,7 @@ def join_text(manifest: str, out: Path, cases: Mapping[tuple[str, str], str]) ->
             by_name[name].add(home)
     lines: dict[str, list[str]] = defaultdict(list)
     missing = several = 0
-    for row in read_rows(manifest):
+    for row in rows:
         names = (row.image, os.path.basename(row.image), stem(row.image))
         homes = next((by_name[name] for name in names if name in by_name), set())
         if len(homes) == 1:
@@ -35,8 +35,8 @@ def join_text(manifest: str, out: Path, cases: Mapping[tuple[str, str], str]) ->
             lines[dataset].append(json.dumps({"case_id": case, **_kept(row)}, ensure_ascii=False, sort_keys=True))
         else:
             missing, several = missing + (not homes), several + bool(homes)
-    for dataset, rows in lines.items():
-        prepared.write_text(out / dataset / "text.jsonl", "\n".join(rows) + "\n")
+    for dataset, texts in lines.items():
+        prepared.write_text(out / dataset / "text.jsonl", "\n".join(texts) + "\n")
     joined = sum(map(len, lines.values()))
     sys.stderr.write(f"text: {joined} rows joined, {missing} without a case, {several} that fit several cases\n")
 

@@ -129,6 +129,21 @@ def test_file_names_may_hold_anything_and_datasets_are_folders_or_all_of_raw(tmp
     json.dumps(result.as_json()).encode()
 
 
+def test_each_folder_below_raw_is_a_dataset_even_where_it_is_one_series(tmp_path):
+    scans.write_series(tmp_path / "raw" / "one", scans.series())
+    scans.write_series(tmp_path / "raw" / "two" / "deep" / "er", scans.series(SeriesInstanceUID="1.5"))
+    scans.write_series(tmp_path / "raw" / "few", scans.series()[:3])
+    result = report(tmp_path / "raw", tmp_path / "out", SMALL._replace(keep_names=True))
+    assert [(o.dataset, o.case, o.source, o.status) for o in result.outcomes] == [
+        ("few", "few", "few", "refused"),
+        ("one", "one", "one", "ok"),
+        ("two", "deep_er", "two/deep/er", "ok"),
+    ]
+    assert "few,refused,TOO_FEW_SLICES" in (tmp_path / "out" / "few" / "failures.csv").read_text()
+    whole = report(tmp_path / "raw" / "one", tmp_path / "out1", SMALL._replace(keep_names=True))
+    assert [(o.dataset, o.case) for o in whole.outcomes] == [("one", "one")]
+
+
 def test_a_second_run_on_the_same_output_waits_its_turn(tmp_path):
     raw = raw_cohort(tmp_path / "raw", 1)
     with only_run(tmp_path / "out"), pytest.raises(ValueError, match="another run is writing"):
@@ -365,8 +380,8 @@ def test_check_tells_what_is_wrong(tmp_path):
     assert {p.code for p in bad.problems} == {"UNREADABLE", "SPLIT_LEAKAGE"} and bad.exit_status == 3
     assert next(p for p in bad.problems if p.code == "UNREADABLE").cases == ("scan0", "scan1")
     (tmp_path / "out" / "abroad").mkdir()
-    row = "source,status,codes,message,remedy\nx,refused,NOT_HU,m,r\n"
-    (tmp_path / "out" / "abroad" / "failures.csv").write_text(row)
+    table = "source,status,codes,message,remedy\nx,refused,NOT_HU,m,r\n"
+    (tmp_path / "out" / "abroad" / "failures.csv").write_text(table)
     refused = next(p for p in check(tmp_path / "out").problems if p.code == "INPUTS_REFUSED")
     assert "1 inputs" in refused.message and "NOT_HU 1" in refused.message
     few = check(tmp_path / "out", min_points=10**6)

@@ -80,7 +80,7 @@ def test_two_processes_learn_a_codebook_by_gradient(data, place, start_process):
 
 @pytest.mark.parametrize("stage", ["vae", "vq_stage1"])
 def test_micro_batches_tell_the_story_of_the_batch(stage, data, place):
-    settings = {**STEPS, "max_steps": 4}
+    settings = {**STEPS, "warmup_steps": 2, "max_steps": 3}
     if stage == "vae":
         settings |= {"warmup_steps": None, "num_embeddings": None}
     for split in (1, 2, 4):
@@ -93,6 +93,7 @@ def test_micro_batches_tell_the_story_of_the_batch(stage, data, place):
         assert_same_story(told(place / f"by{split}"), told(place / "by1"))
 
 
+@pytest.mark.slow
 def test_fewer_validation_cases_than_processes_is_one_line(place, start_process):
     data = make_cohort(place / "few", splits=("train",) * 4 + ("val",))
     end = end_of(start_process(BOTH, launcher=torchrun(), dataset_dir=data, output_dir="out", **STEPS))

@@ -299,6 +299,7 @@ def test_killed_at_ten_moments_it_goes_on_from_the_last_whole_set(pair, start_pr
     kill_and_resume([draw.uniform(0, 4) for _ in range(2)], start_process, place, cohort, uninterrupted)
 
 
+@pytest.mark.slow
 def test_killed_in_the_warm_up_it_starts_afresh(start_process, place, cohort):
     settings = {**OFTEN, "warmup_steps": 5000}
     process = start_process(dataset_dir=cohort, output_dir="out", **settings)

@@ -48,7 +48,7 @@ def test_encoding_in_parts_gives_the_same_codes(max_points, pool, generator):
 
 
 @pytest.mark.parametrize("stored", [True, False])
-def test_decoding_in_tiles_gives_the_same_values(stored, generator, assert_close):
+def test_decoding_in_tiles_gives_the_same_values(stored, generator):
     network, x = tiny(generator), volume(generator)
     tokens = network.encode(x)
     support = support_of(x.level) if stored else None
@@ -56,8 +56,10 @@ def test_decoding_in_tiles_gives_the_same_values(stored, generator, assert_close
     tiled = decode_whole(network, tokens, support=support, max_points=512 * 100)
     once = decode_whole(network, tokens, support=support)
     assert tiled.values.level.same_as(whole.level)
-    assert_close(tiled.values.feats, whole.feats)
-    assert_close(once.values.feats, whole.feats)
+    # Other row blocks round otherwise, and seven convolutions without norms carry it on: 0.15 HU in the lung window,
+    # a fifth of what one missing halo cell does (next test).
+    for values in (tiled.values.feats, once.values.feats):
+        assert (values - whole.feats).abs().max() < 2e-4
     assert once.computed == len(whole) < tiled.computed
     assert tiled.forced == once.forced
     if stored:
