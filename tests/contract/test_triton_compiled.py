@@ -12,7 +12,8 @@ from networks.sparse import triton_attention, triton_backend, triton_maps, trito
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROOM = {90: 232448, 80: 166912, 89: 101376}  # bytes of shared memory on an H200, an A100, an RTX 4090
-FLOATS = ["scale", "parts", "sums", "dots", "mean", "rstd", "gain", "bias", "flat", "tilt", "high", "low", "halves"]
+FLOATS = ["scale", "parts", "sums", "sums_along", "dots", "mean", "rstd", "bias", "flat", "tilt"]
+FLOATS += ["high", "low", "halves"]
 LONGS = ["children", "parent", "order", "bounds", "keys"]
 COUNTS = ["num_rows", "num_fine", "num_coarse", "num_codes", "num_blocks", "length"]
 INTEGERS = [*COUNTS, "weight_k", "weight_c", "size_x", "size_y", "size_z"]
@@ -153,6 +154,9 @@ def test_row_operations_and_maps_compile():
     compiled(triton_rows._moments, types=bounds, **rows)
     for kernel in (triton_rows._normalize, triton_rows._grad_moments, triton_rows._grad_input):
         compiled(kernel, types=bounds, SILU=True, **rows)
+    groups = {"CHANNELS": 32, "GROUP": 1, "BLOCK": 16, "WIDTH": 16, "TILE": 128}
+    for kernel in (triton_rows._combine, triton_rows._combine_grads):
+        compiled(kernel, "fp32", types=bounds | {"starts": "*i32", "eps": "fp32"}, **groups)
     for kernel in (triton_maps._encode, triton_maps._decode):
         compiled(kernel, "i32", BITS=8, TILE=512)
     for kernel in (triton_maps._fill, triton_maps._look_up, triton_maps._count_pairs, triton_maps._list_offsets):

@@ -169,10 +169,13 @@ def test_interpreted_search_takes_the_lowest_of_equal_codes(generator):
 
 @in_interpreter
 @pytest.mark.parametrize("silu", [False, True])
-@pytest.mark.parametrize("channels", [6, 32])
-def test_interpreted_group_norm_and_its_gradients(channels, silu, generator, assert_close, monkeypatch):
-    monkeypatch.setattr(triton_rows, "ELEMENTS", 512)  # several chunks a sample
-    sizes, groups = [70, 0, 1, 29], 2
+@pytest.mark.parametrize(("channels", "groups", "chunks_in_all"), [(6, 2, 512), (6, 2, 2), (32, 16, 3), (40, 2, 3)])
+def test_interpreted_group_norm_and_its_gradients(  # noqa: PLR0913
+    channels, groups, chunks_in_all, silu, generator, assert_close, monkeypatch
+):
+    monkeypatch.setattr(triton_rows, "ELEMENTS", 512)
+    monkeypatch.setattr(triton_rows, "CHUNKS", chunks_in_all)  # one step a chunk, or several
+    sizes = [70, 0, 1, 29]
     x = 5 + 3 * torch.randn(100, channels, generator=generator)
     weight, bias = torch.randn(2, channels, generator=generator)
     grad = torch.randn(100, channels, generator=generator)
