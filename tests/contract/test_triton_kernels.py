@@ -170,7 +170,7 @@ def test_interpreted_search_takes_the_lowest_of_equal_codes(generator):
 @in_interpreter
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize(("channels", "groups", "chunks_in_all"), [(6, 2, 512), (6, 2, 2), (32, 16, 3), (40, 2, 3)])
-def test_interpreted_group_norm_and_its_gradients(  # noqa: PLR0913
+def test_interpreted_group_norm_and_its_gradients(
     channels, groups, chunks_in_all, silu, generator, assert_close, monkeypatch
 ):
     monkeypatch.setattr(triton_rows, "ELEMENTS", 512)
