@@ -22,6 +22,7 @@ from networks.sparse.modules import (
     Downsample,
     GroupNorm,
     Linear,
+    RowLinear,
     SiLU,
     SubmanifoldConv3d,
     TransformerBlock,
@@ -199,7 +200,7 @@ class SubdivisionHeads(nn.ModuleList):
 
     def __init__(self, sizes: Preset):
         channels = (sizes.model_channels, *sizes.widths[:0:-1])
-        super().__init__(nn.Linear(width, 8) for width in channels)
+        super().__init__(RowLinear(width, 8) for width in channels)
 
     def choose(
         self, i: int, x: SparseTensor, *, fine_shape: tuple[int, int, int]

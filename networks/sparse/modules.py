@@ -13,7 +13,14 @@ from networks.sparse.tensor import SparseTensor
 from networks.sparse.topology import Coarsening
 
 
-class Linear(nn.Linear):
+class RowLinear(nn.Linear):
+    """A linear map of rows."""
+
+    def forward(self, rows: Float[Tensor, "N C"]) -> Float[Tensor, "N F"]:
+        return ops.linear(rows, self.weight, self.bias)
+
+
+class Linear(RowLinear):
     """A linear map of every voxel's features."""
 
     def forward(self, x: SparseTensor) -> SparseTensor:
@@ -109,8 +116,8 @@ class Attention(nn.Module):
         if channels % num_heads:
             raise ValueError(f"channels must be a multiple of num_heads = {num_heads}, got {channels}")
         self.num_heads, self.window, self.shift = num_heads, window, shift
-        self.to_qkv = nn.Linear(channels, 3 * channels)
-        self.to_out = nn.Linear(channels, channels)
+        self.to_qkv = RowLinear(channels, 3 * channels)
+        self.to_out = RowLinear(channels, channels)
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         qkv = rearrange(self.to_qkv(x.feats), "n (three h d) -> n three h d", three=3, h=self.num_heads)
@@ -122,7 +129,7 @@ class Mlp(nn.Module):
     def __init__(self, channels: int, *, ratio: int = 4):
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(channels, ratio * channels), nn.GELU(approximate="tanh"), nn.Linear(ratio * channels, channels)
+            RowLinear(channels, ratio * channels), nn.GELU(approximate="tanh"), RowLinear(ratio * channels, channels)
         )
 
     def forward(self, x: SparseTensor) -> SparseTensor:

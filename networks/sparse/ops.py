@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from networks.sparse import torch_backend
 from networks.sparse.tensor import SparseTensor
@@ -99,21 +100,25 @@ def _announce(name: str, dtype: torch.dtype, reasons: tuple[str, ...]) -> None:
 
 
 class _SubmanifoldConv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, feats, weight, bias, level, backend):
-        ctx.save_for_backward(feats, weight)
-        ctx.level, ctx.backend, ctx.bias_dtype = level, backend, None if bias is None else bias.dtype
-        return backend.forward(feats, weight, bias, level)
+    """Casts its weight itself, so that the weight's gradient is never rounded to the features' type on its way."""
 
     @staticmethod
+    def forward(ctx, feats, weight, bias, level, backend):
+        cast = weight.to(feats.dtype)
+        ctx.save_for_backward(feats, cast)
+        ctx.level, ctx.backend, ctx.dtypes = level, backend, (weight.dtype, None if bias is None else bias.dtype)
+        return backend.forward(feats, cast, bias, level)
+
+    @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         feats, weight = ctx.saved_tensors
         grad = grad.contiguous()
         need_feats, need_weight, need_bias, *_ = ctx.needs_input_grad
         return (
             ctx.backend.input_grad(grad, weight, ctx.level) if need_feats else None,
-            ctx.backend.weight_grad(feats, grad, ctx.level).to(weight.dtype) if need_weight else None,
-            _column_sums(grad).to(ctx.bias_dtype) if need_bias else None,
+            ctx.backend.weight_grad(feats, grad, ctx.level).to(ctx.dtypes[0]) if need_weight else None,
+            _column_sums(grad).to(ctx.dtypes[1]) if need_bias else None,
             None,
             None,
         )
@@ -131,10 +136,10 @@ def submanifold_conv(
     feats = x.feats
     if feats.shape[1] != weight.shape[1]:
         raise ValueError(f"weight {tuple(weight.shape)} needs features of {weight.shape[1]}, got {feats.shape[1]}")
-    if torch.is_autocast_enabled(feats.device.type):
-        dtype = torch.get_autocast_dtype(feats.device.type)
-        feats, weight = feats.to(dtype), weight.to(dtype)
-    if feats.dtype != weight.dtype or feats.device != weight.device:
+    dtype = _autocast_dtype(feats)
+    if dtype:
+        feats = feats.to(dtype)
+    if (feats.dtype != weight.dtype and not dtype) or feats.device != weight.device:
         raise ValueError(
             f"features and weight must share dtype and device, got {feats.dtype} on {feats.device} "
             f"and {weight.dtype} on {weight.device}"
@@ -142,6 +147,43 @@ def submanifold_conv(
     with torch.autocast(feats.device.type, enabled=False):  # a backend sums in float32, whatever the inputs are
         chosen = choose_backend(backend, feats, weight.shape[2])
         return x.replace(_SubmanifoldConv.apply(feats, weight, bias, x.level, chosen))
+
+
+def _autocast_dtype(feats: Float[Tensor, "N C"]) -> torch.dtype | None:
+    kind = feats.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+class _MixedLinear(torch.autograd.Function):
+    """A linear map of 16-bit rows whose parameters' gradients are summed and kept in float32: no casts between."""
+
+    @staticmethod
+    def forward(ctx, feats, weight, bias):
+        cast = weight.to(feats.dtype)
+        ctx.save_for_backward(feats, cast)
+        return F.linear(feats, cast, bias.to(feats.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        feats, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        need_feats, need_weight, need_bias = ctx.needs_input_grad
+        return (
+            grad @ weight if need_feats else None,
+            torch.mm(grad.T, feats, out_dtype=torch.float32) if need_weight else None,
+            _column_sums(grad) if need_bias else None,
+        )
+
+
+def linear(
+    feats: Float[Tensor, "N C"], weight: Float[Tensor, "F C"], bias: Float[Tensor, " F"]
+) -> Float[Tensor, "N F"]:
+    """A linear map of every row."""
+    dtype = _autocast_dtype(feats)
+    if dtype and weight.dtype == torch.float32 and _fused("rows", feats):
+        return _MixedLinear.apply(feats.to(dtype), weight, bias)
+    return F.linear(feats, weight, bias)
 
 
 def _fused(name: str, feats: Float[Tensor, "N ..."]) -> ModuleType | None:
@@ -274,16 +316,14 @@ class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, plan):
         qkv = qkv.contiguous()
-        out, sums = _fused("attention", qkv).attend(qkv, plan.order, plan.bounds, plan.rows.shape[1])
+        out, sums = _fused("attention", qkv).attend(qkv, *plan)
         ctx.save_for_backward(qkv, out, sums)
         ctx.plan = plan
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        plan, kernels = ctx.plan, _fused("attention", grad)
-        where = (plan.order, plan.bounds, plan.rows.shape[1])
-        return kernels.attend_grad(grad.contiguous(), *ctx.saved_tensors, *where), None
+        return _fused("attention", grad).attend_grad(grad.contiguous(), *ctx.saved_tensors, *ctx.plan), None
 
 
 def window_attention(
@@ -294,9 +334,10 @@ def window_attention(
     kernels = _fused("attention", qkv)
     if kernels and qkv.shape[3] <= kernels.MAX_WIDTH:
         return _FusedAttention.apply(qkv, plan)
-    slots = _Rearrange.apply(qkv, plan.rows.flatten(), plan.slot)
-    q, k, v = rearrange(slots, "(w l) three h d -> three w h l d", three=3, w=plan.rows.shape[0])
-    empty = rearrange(plan.rows == len(level), "w l -> w 1 1 l")
+    rows, slot = level.kept(("slots", window, shift), plan.padded)
+    slots = _Rearrange.apply(qkv, rows.flatten(), slot)
+    q, k, v = rearrange(slots, "(w l) three h d -> three w h l d", three=3, w=rows.shape[0])
+    empty = rearrange(rows == len(level), "w l -> w 1 1 l")
     mask = torch.zeros(empty.shape, dtype=q.dtype, device=q.device).masked_fill_(empty, -math.inf)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return _Rearrange.apply(rearrange(out, "w h l d -> (w l) h d"), plan.slot, plan.rows.flatten())
+    return _Rearrange.apply(rearrange(out, "w h l d -> (w l) h d"), slot, rows.flatten())

@@ -117,8 +117,7 @@ class Coarsening(NamedTuple):
     fine: "Level"
     coarse: "Level"
     parent: Int64[Tensor, " N"]  # coarse row of each fine row
-    octant: Int64[Tensor, " N"]  # 4(x&1) + 2(y&1) + (z&1)
-    children: Int64[Tensor, "8 M"]  # fine row of each child, N where it is empty
+    children: Int64[Tensor, "8 M"]  # fine row of each child 4(x&1) + 2(y&1) + (z&1), N where it is empty
 
     @property
     def occupied(self) -> Bool[Tensor, "M 8"]:
@@ -126,12 +125,23 @@ class Coarsening(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """Rows grouped by cubic window: one window after another, and padded to the fullest one."""
+    """Rows grouped by cubic window, one window after another."""
 
     order: Int64[Tensor, " N"]  # rows, window by window
     bounds: Int32[Tensor, " W1"]  # where each window starts among them, and the end
-    rows: Int64[Tensor, "W L"]  # row in each slot, N where the slot is empty
-    slot: Int64[Tensor, " N"]  # position of each row in the flattened slots
+    most: int  # rows that a window can hold
+
+    def padded(self) -> tuple[Int64[Tensor, "W L"], Int64[Tensor, " N"]]:
+        """Row in each slot of windows as long as the fullest, N where it is empty; and each row's slot."""
+        counts, num_rows, device = self.bounds.diff().long(), self.order.shape[0], self.order.device
+        longest = int(counts.max()) if num_rows else 0
+        window = torch.repeat_interleave(torch.arange(len(counts), device=device), counts)
+        slot_sorted = window * longest + torch.arange(num_rows, device=device) - self.bounds[window]
+        rows = torch.full((len(counts) * longest,), num_rows, dtype=torch.int64, device=device)
+        rows[slot_sorted] = self.order
+        slot = torch.empty_like(slot_sorted)
+        slot[self.order] = slot_sorted
+        return rows.view(len(counts), longest), slot
 
 
 class Tiles(NamedTuple):
@@ -223,6 +233,8 @@ class Level:
     @cached_property
     def sample_sizes(self) -> list[int]:
         """Voxels of each sample. Rows of a sample are consecutive."""
+        if self.batch_size == 1:
+            return [len(self)]
         firsts = torch.arange(self.batch_size + 1, device=self.device) << (3 * self.bits)
         return torch.searchsorted(self.keys, firsts).diff().tolist()
 
@@ -242,7 +254,7 @@ class Level:
         cells = self.batch_size * math.prod(n + 2 for n in self.spatial_shape)
         fits = cells <= min(MAX_TABLE_CELLS, 256 * len(self) + 2**20)
         if fits and (kernels := map_kernels(self.device)):
-            return kernels.neighbours(self.coords, self.spatial_shape, self.batch_size)
+            return kernels.neighbours(self.keys, self.bits, self.spatial_shape, self.batch_size)
         table = self._neighbours_by_table(cells) if fits else self._neighbours_by_search()
         return table, None, (table < len(self)).sum()
 
@@ -291,11 +303,13 @@ class Level:
         return self.mean_neighbours < THIN
 
     @cached_property
-    def _by_neighbourhood(self) -> tuple[Int64[Tensor, " N"], Int32[Tensor, "27 N"]]:
-        """Rows sorted by which neighbours they have, inside chunks of the key order, and their neighbours."""
+    def _by_neighbourhood(self) -> tuple[Int32[Tensor, " N"], Int32[Tensor, "27 N"], Int32[Tensor, " N"]]:
+        """Rows sorted by which neighbours they have, inside chunks of the key order; their neighbours and bits."""
+        if kernels := map_kernels(self.device):
+            return kernels.by_neighbourhood(self.neighbours, self._alive, ORDER_CHUNK)
         chunk = torch.arange(len(self), device=self.device) // ORDER_CHUNK
         order = torch.argsort((chunk << 27) | self._alive, stable=True)
-        return order, self.neighbours[:, order]
+        return order.int(), self.neighbours[:, order], self._alive[order]
 
     def tiles(self, size: int) -> Tiles:
         """Tiles of `size` rows; rows with like neighbourhoods together where neighbours are few."""
@@ -304,8 +318,7 @@ class Level:
     def _cut_tiles(self, size: int) -> Tiles:
         order, table, alive = None, self.neighbours, self._alive
         if self.is_thin:
-            order, table = self._by_neighbourhood
-            alive = alive[order]
+            order, table, alive = self._by_neighbourhood
         if kernels := map_kernels(self.device):
             offsets, counts = kernels.tile_offsets(alive, size)
         else:
@@ -314,7 +327,7 @@ class Level:
             dead = dead.view(27, -1, size).all(2).T.contiguous()
             offsets = torch.argsort(dead.byte(), dim=1, stable=True).int()
             counts = (~dead).sum(1, dtype=torch.int32)
-        return Tiles(None if order is None else order.int(), table, offsets, counts)
+        return Tiles(order, table, offsets, counts)
 
     @cached_property
     def neighbour_lists(self) -> NeighbourLists:
@@ -344,13 +357,15 @@ class Level:
         """This level grouped by 2x2x2 cells."""
         if self.bits == 1:
             raise ValueError(f"a level of {self.spatial_shape} voxels cannot be halved again")
-        octant = self.keys & 7
-        keys, parent = torch.unique_consecutive(self.keys >> 3, return_inverse=True)
+        if kernels := map_kernels(self.device):
+            keys, parent, children = kernels.group_cells(self.keys)
+        else:
+            keys, parent = torch.unique_consecutive(self.keys >> 3, return_inverse=True)
+            children = torch.full((8, keys.shape[0]), len(self), dtype=torch.int64, device=self.device)
+            children[self.keys & 7, parent] = torch.arange(len(self), device=self.device)
         shape = tuple((n + 1) // 2 for n in self.spatial_shape)
         coarse = Level(keys, spatial_shape=shape, batch_size=self.batch_size, bits=self.bits - 1)
-        children = torch.full((8, keys.shape[0]), len(self), dtype=torch.int64, device=self.device)
-        children[octant, parent] = torch.arange(len(self), device=self.device)
-        return Coarsening(self, coarse, parent, octant, children)
+        return Coarsening(self, coarse, parent, children)
 
     def prepare(self, halvings: int) -> "Level":
         """Builds what must wait for the device, for this level and those below it, and gives the coarsest.
@@ -368,7 +383,7 @@ class Level:
         fine = Level(keys, spatial_shape=fine_shape, batch_size=self.batch_size, bits=self.bits + 1)
         children = torch.full((8, len(self)), len(fine), dtype=torch.int64, device=self.device)
         children[octant, parent] = torch.arange(len(fine), device=self.device)
-        return Coarsening(fine, self, parent, octant, children)
+        return Coarsening(fine, self, parent, children)
 
     def windows(self, size: int, shift: int) -> Windows:
         """Rows grouped by cubic windows of `size` voxels on the absolute grid, moved by `shift`."""
@@ -377,16 +392,9 @@ class Level:
     def _group_windows(self, size: int, shift: int) -> Windows:
         cell = torch.cat([self.coords[:, :1], (self.coords[:, 1:] + shift) // size], 1)
         keys, order = torch.sort(morton_keys(cell, self.bits + 1), stable=True)
-        _, window, counts = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)
-        starts = counts.cumsum(0) - counts
-        longest = int(counts.max()) if len(self) else 0
-        slot_sorted = window * longest + torch.arange(len(self), device=self.device) - starts[window]
-        rows = torch.full((counts.shape[0] * longest,), len(self), dtype=torch.int64, device=self.device)
-        rows[slot_sorted] = order
-        slot = torch.empty_like(slot_sorted)
-        slot[order] = slot_sorted
-        bounds = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
-        return Windows(order, bounds, rows.view(counts.shape[0], longest), slot)
+        inner = (keys[1:] != keys[:-1]).nonzero().squeeze(1).int() + 1
+        ends = [inner.new_zeros(1), inner, inner.new_full((min(len(self), 1),), len(self))]
+        return Windows(order, torch.cat(ends), min(size**3, len(self)))
 
 
 def align_rows(source: Level, target: Level) -> Int64[Tensor, " M"]:

@@ -18,7 +18,7 @@ MAX_WIDTH = 128  # of a head
 
 
 def attend(
-    qkv: Float[Tensor, "N 3 H D"], order: Int64[Tensor, " N"], bounds: Int32[Tensor, " W1"], longest: int
+    qkv: Float[Tensor, "N 3 H D"], order: Int64[Tensor, " N"], bounds: Int32[Tensor, " W1"], most: int
 ) -> tuple[Float[Tensor, "N H D"], Float32[Tensor, "N H"]]:
     """Values, and the logarithm (base 2) of each softmax's sum."""
     num_rows, _, heads, width = qkv.shape
@@ -27,7 +27,7 @@ def attend(
     if num_rows:
         with torch.cuda.device_of(qkv):
             shape = _shape(qkv)
-            _attend[_grid(bounds, longest, shape)](qkv, order, bounds, out, sums, **shape)
+            _attend[_grid(bounds, most, shape)](qkv, order, bounds, out, sums, **shape)
     return out, sums
 
 
@@ -38,20 +38,20 @@ def attend_grad(
     sums: Float32[Tensor, "N H"],
     order: Int64[Tensor, " N"],
     bounds: Int32[Tensor, " W1"],
-    longest: int,
+    most: int,
 ) -> Float[Tensor, "N 3 H D"]:
     grads, dots = torch.empty_like(qkv), torch.empty_like(sums)
     if len(qkv):
         shape = _shape(qkv)
-        grid = _grid(bounds, longest, shape)
+        grid = _grid(bounds, most, shape)
         with torch.cuda.device_of(qkv):
             _grad_queries[grid](grad, qkv, out, sums, dots, order, bounds, grads, **shape)
             _grad_keys[grid](grad, qkv, sums, dots, order, bounds, grads, **shape)
     return grads
 
 
-def _grid(bounds: Int32[Tensor, " W1"], longest: int, shape: dict[str, object]) -> tuple[int, int, int]:
-    return len(bounds) - 1, triton.cdiv(longest, shape["BLOCK"]), shape["HEADS"]
+def _grid(bounds: Int32[Tensor, " W1"], most: int, shape: dict[str, object]) -> tuple[int, int, int]:
+    return len(bounds) - 1, triton.cdiv(most, shape["BLOCK"]), shape["HEADS"]
 
 
 def _shape(qkv: Float[Tensor, "N 3 H D"]) -> dict[str, object]:

@@ -80,10 +80,10 @@ def _decode(keys, coords, num_rows, BITS: tl.constexpr, TILE: tl.constexpr):
 
 
 def neighbours(
-    coords: Int32[Tensor, "N 4"], spatial_shape: tuple[int, int, int], batch_size: int
+    keys: Int64[Tensor, " N"], bits: int, spatial_shape: tuple[int, int, int], batch_size: int
 ) -> tuple[Int32[Tensor, "27 N"], Int32[Tensor, " N"], Int64[Tensor, ""]]:
     """Rows of the 27 neighbours by a look-up table, a bit for each that exists, and their number."""
-    num_rows, device = len(coords), coords.device
+    num_rows, device = len(keys), keys.device
     size_x, size_y, size_z = (n + 2 for n in spatial_shape)
     table = torch.full((batch_size * size_x * size_y * size_z,), num_rows, dtype=torch.int32, device=device)
     found = torch.empty((27, num_rows), dtype=torch.int32, device=device)
@@ -91,38 +91,47 @@ def neighbours(
     grid = (triton.cdiv(num_rows, ROWS),)
     counts = torch.empty(grid, dtype=torch.int32, device=device)
     if num_rows:
-        with torch.cuda.device_of(coords):
-            _fill[grid](coords, table, num_rows, size_x, size_y, size_z, ROWS)
-            _look_up[grid](coords, table, found, alive, counts, num_rows, size_x, size_y, size_z, ROWS)
+        with torch.cuda.device_of(keys):
+            _fill[grid](keys, table, num_rows, size_x, size_y, size_z, bits, ROWS)
+            _look_up[grid](keys, table, found, alive, counts, num_rows, size_x, size_y, size_z, bits, ROWS)
     return found, alive, counts.sum()
 
 
 @no_type_check
 @triton.jit
-def _cells(coords, rows, inside, size_x, size_y, size_z):
-    b = tl.load(coords + rows * 4, mask=inside, other=0).to(tl.int64)
-    x = tl.load(coords + rows * 4 + 1, mask=inside, other=0)
-    y = tl.load(coords + rows * 4 + 2, mask=inside, other=0)
-    z = tl.load(coords + rows * 4 + 3, mask=inside, other=0)
+def _cells(keys, rows, inside, size_x, size_y, size_z, BITS: tl.constexpr):
+    key = tl.load(keys + rows, mask=inside, other=0)
+    b, xyz = key >> (3 * BITS), key & ((1 << (3 * BITS)) - 1)
+    x, y, z = _gather_bits(xyz >> 2), _gather_bits(xyz >> 1), _gather_bits(xyz)
     return ((b * size_x + x + 1) * size_y + y + 1) * size_z + z + 1
 
 
 @no_type_check
 @triton.jit(do_not_specialize=["num_rows", "size_x", "size_y", "size_z"])
-def _fill(coords, table, num_rows, size_x, size_y, size_z, TILE: tl.constexpr):
+def _fill(keys, table, num_rows, size_x, size_y, size_z, BITS: tl.constexpr, TILE: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = rows < num_rows
-    tl.store(table + _cells(coords, rows, inside, size_x, size_y, size_z), rows.to(tl.int32), mask=inside)
+    tl.store(table + _cells(keys, rows, inside, size_x, size_y, size_z, BITS), rows.to(tl.int32), mask=inside)
 
 
 @no_type_check
 @triton.jit(do_not_specialize=["num_rows", "size_x", "size_y", "size_z"])
 def _look_up(  # noqa: PLR0913
-    coords, table, found, alive, counts, num_rows, size_x, size_y, size_z, TILE: tl.constexpr
+    keys,
+    table,
+    found,
+    alive,
+    counts,
+    num_rows,
+    size_x,
+    size_y,
+    size_z,
+    BITS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = rows < num_rows
-    cells = _cells(coords, rows, inside, size_x, size_y, size_z)
+    cells = _cells(keys, rows, inside, size_x, size_y, size_z, BITS)
     bits = tl.zeros((TILE,), dtype=tl.int32)
     count = tl.zeros((TILE,), dtype=tl.int32)
     for k in tl.static_range(27):
@@ -134,6 +143,87 @@ def _look_up(  # noqa: PLR0913
         count += there
     tl.store(alive + rows, bits, mask=inside)
     tl.store(counts + tl.program_id(0), tl.sum(count))
+
+
+def group_cells(
+    keys: Int64[Tensor, " N"],
+) -> tuple[Int64[Tensor, " M"], Int64[Tensor, " N"], Int64[Tensor, "8 M"]]:
+    """Keys of the cells that sorted keys lie in, each row's cell, and each cell's rows by octant (N: none)."""
+    num_rows, device = len(keys), keys.device
+    firsts = torch.empty(num_rows, dtype=torch.int32, device=device)
+    parent = torch.empty(num_rows, dtype=torch.int64, device=device)
+    if num_rows == 0:
+        return keys.clone(), parent, keys.new_empty((8, 0))
+    grid = (triton.cdiv(num_rows, ROWS),)
+    with torch.cuda.device_of(keys):
+        _mark_firsts[grid](keys, firsts, num_rows, ROWS)
+        numbers = firsts.cumsum(0, dtype=torch.int32)
+        num_cells = int(numbers[-1])
+        cells = torch.empty(num_cells, dtype=torch.int64, device=device)
+        children = torch.full((8, num_cells), num_rows, dtype=torch.int64, device=device)
+        _group[grid](keys, numbers, cells, parent, children, num_rows, num_cells, ROWS)
+    return cells, parent, children
+
+
+@no_type_check
+@triton.jit(do_not_specialize=["num_rows"])
+def _mark_firsts(keys, firsts, num_rows, TILE: tl.constexpr):
+    """1 where a row is the first of its cell."""
+    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = rows < num_rows
+    cell = tl.load(keys + rows, mask=inside, other=0) >> 3
+    before = tl.load(keys + rows - 1, mask=inside & (rows > 0), other=-1) >> 3
+    tl.store(firsts + rows, (cell != before).to(tl.int32), mask=inside)
+
+
+@no_type_check
+@triton.jit(do_not_specialize=["num_rows", "num_cells"])
+def _group(keys, numbers, cells, parent, children, num_rows, num_cells, TILE: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = rows < num_rows
+    key = tl.load(keys + rows, mask=inside, other=0)
+    cell = tl.load(numbers + rows, mask=inside, other=1).to(tl.int64) - 1
+    tl.store(parent + rows, cell, mask=inside)
+    tl.store(cells + cell, key >> 3, mask=inside)  # all rows of a cell write the same number
+    tl.store(children + (key & 7) * num_cells.to(tl.int64) + cell, rows, mask=inside)
+
+
+def by_neighbourhood(
+    found: Int32[Tensor, "27 N"], alive: Int32[Tensor, " N"], chunk: int
+) -> tuple[Int32[Tensor, " N"], Int32[Tensor, "27 N"], Int32[Tensor, " N"]]:
+    """Rows sorted by their bits inside runs of `chunk` rows; their neighbours and bits in that order."""
+    num_rows = len(alive)
+    keys = torch.empty(num_rows, dtype=torch.int64, device=alive.device)
+    rows, bits, table = torch.empty_like(alive), torch.empty_like(alive), torch.empty_like(found)
+    if num_rows:
+        with torch.cuda.device_of(alive):
+            grid = (triton.cdiv(num_rows, ROWS),)
+            _sorting_keys[grid](alive, keys, num_rows, chunk, ROWS)
+            keys, order = torch.sort(keys, stable=True)
+            _take_columns[grid](found, keys, order, rows, bits, table, num_rows, ROWS)
+    return rows, table, bits
+
+
+@no_type_check
+@triton.jit(do_not_specialize=["num_rows"])
+def _sorting_keys(alive, keys, num_rows, CHUNK: tl.constexpr, TILE: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    bits = tl.load(alive + rows, mask=rows < num_rows, other=0).to(tl.int64)
+    tl.store(keys + rows, ((rows // CHUNK) << 27) | bits, mask=rows < num_rows)
+
+
+@no_type_check
+@triton.jit(do_not_specialize=["num_rows"])
+def _take_columns(found, keys, order, rows_out, bits_out, out, num_rows, TILE: tl.constexpr):
+    places = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = places < num_rows
+    row = tl.load(order + places, mask=inside, other=0)
+    tl.store(rows_out + places, row.to(tl.int32), mask=inside)
+    bits = tl.load(keys + places, mask=inside, other=0) & ((1 << 27) - 1)
+    tl.store(bits_out + places, bits.to(tl.int32), mask=inside)
+    for k in tl.static_range(27):
+        line = k * num_rows.to(tl.int64)
+        tl.store(out + line + places, tl.load(found + line + row, mask=inside, other=0), mask=inside)
 
 
 def tile_offsets(alive: Int32[Tensor, " N"], size: int) -> tuple[Int32[Tensor, "T 27"], Int32[Tensor, " T"]]:
@@ -174,13 +264,14 @@ def neighbour_lists(
     num_rows = found.shape[1]
     rows, near = torch.empty_like(found), torch.empty_like(found)
     blocks = torch.empty((27, triton.cdiv(num_rows, ROWS)), dtype=torch.int32, device=found.device)
+    counts = torch.zeros(27, dtype=torch.int32, device=found.device)
     if num_rows:
         grid = (blocks.shape[1], 27)
         with torch.cuda.device_of(found):
             _count_pairs[grid](found, blocks, num_rows, blocks.shape[1], ROWS)
-            ends = blocks.cumsum(1)
-            _list_pairs[grid](found, ends - blocks, rows, near, num_rows, blocks.shape[1], ROWS)
-    return rows, near, blocks.sum(1, dtype=torch.int32)
+            ends = blocks.cumsum(1, dtype=torch.int32)
+            _list_pairs[grid](found, ends, rows, near, counts, num_rows, blocks.shape[1], ROWS)
+    return rows, near, counts
 
 
 @no_type_check
@@ -194,15 +285,17 @@ def _count_pairs(found, blocks, num_rows, num_blocks, TILE: tl.constexpr):
 
 @no_type_check
 @triton.jit(do_not_specialize=["num_rows", "num_blocks"])
-def _list_pairs(found, starts, rows_out, near_out, num_rows, num_blocks, TILE: tl.constexpr):
+def _list_pairs(found, ends, rows_out, near_out, counts, num_rows, num_blocks, TILE: tl.constexpr):
     places = tl.program_id(0) * TILE + tl.arange(0, TILE)
     line = tl.program_id(1).to(tl.int64) * num_rows
     near = tl.load(found + line + places, mask=places < num_rows, other=num_rows)
     there = (near < num_rows).to(tl.int32)
-    first = tl.load(starts + tl.program_id(1) * num_blocks + tl.program_id(0))
-    at = line + first + tl.cumsum(there, 0) - there
+    end = tl.load(ends + tl.program_id(1) * num_blocks + tl.program_id(0))
+    at = line + end - tl.sum(there) + tl.cumsum(there, 0) - there
     tl.store(rows_out + at, places, mask=there == 1)
     tl.store(near_out + at, near, mask=there == 1)
+    if tl.program_id(0) == num_blocks - 1:
+        tl.store(counts + tl.program_id(1), end)
 
 
 def take_rows(values: Shaped[Tensor, "N C"], rows: Int64[Tensor, " M"]) -> Shaped[Tensor, "M C"]:

@@ -96,7 +96,9 @@ def test_parent_key_is_the_key_shifted(generator):
     assert cells.coarse.spatial_shape == (10, 6, 4)
     assert torch.equal(cells.coarse.keys, cells.coarse.keys.sort().values)
     low = level.coords[:, 1:] & 1
-    assert torch.equal(cells.octant, (4 * low[:, 0] + 2 * low[:, 1] + low[:, 2]).long())
+    octant = (4 * low[:, 0] + 2 * low[:, 1] + low[:, 2]).long()
+    assert torch.equal(cells.children[octant, cells.parent], torch.arange(len(level)))
+    assert int(cells.occupied.sum()) == len(level)
 
 
 def test_subdividing_by_occupancy_undoes_coarsening(problem):

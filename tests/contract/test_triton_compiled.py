@@ -15,7 +15,7 @@ ROOM = {90: 232448, 80: 166912, 89: 101376}  # bytes of shared memory on an H200
 FLOATS = ["scale", "parts", "sums", "sums_along", "dots", "mean", "rstd", "bias", "flat", "tilt"]
 FLOATS += ["high", "low", "halves"]
 LONGS = ["children", "parent", "order", "bounds", "keys"]
-COUNTS = ["num_rows", "num_fine", "num_coarse", "num_codes", "num_blocks", "length"]
+COUNTS = ["num_rows", "num_fine", "num_coarse", "num_codes", "num_blocks", "num_cells", "length"]
 INTEGERS = [*COUNTS, "weight_k", "weight_c", "size_x", "size_y", "size_z"]
 
 
@@ -159,8 +159,13 @@ def test_row_operations_and_maps_compile():
         compiled(kernel, "fp32", types=bounds | {"starts": "*i32", "eps": "fp32"}, **groups)
     for kernel in (triton_maps._encode, triton_maps._decode):
         compiled(kernel, "i32", BITS=8, TILE=512)
-    for kernel in (triton_maps._fill, triton_maps._look_up, triton_maps._count_pairs, triton_maps._list_offsets):
+    for kernel in (triton_maps._fill, triton_maps._look_up):
+        compiled(kernel, "i32", BITS=8, TILE=512)
+    for kernel in (triton_maps._count_pairs, triton_maps._list_offsets, triton_maps._mark_firsts):
         compiled(kernel, "i32", TILE=512)
-    compiled(triton_maps._list_pairs, "i32", types={"starts": "*i64"}, TILE=512)
+    compiled(triton_maps._group, "i32", types={"cells": "*i64"}, TILE=512)
+    compiled(triton_maps._sorting_keys, "i32", CHUNK=16384, TILE=512)
+    compiled(triton_maps._take_columns, "i32", TILE=512)
+    compiled(triton_maps._list_pairs, "i32", TILE=512)
     compiled(triton_maps._take_rows, "fp32", types={"rows": "*i64"}, CHANNELS=4, TILE=1024, WIDTH=4)
     compiled(code_search._segment_sums, "fp32", WIDTH=32, DEPTH=32, ROWS=64)

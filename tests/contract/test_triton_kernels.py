@@ -82,7 +82,7 @@ def test_interpreted_kernels_take_any_width(channels, columns, generator, assert
 
 @in_interpreter
 @pytest.mark.parametrize("count", [1, 77, 300])
-def test_interpreted_maps_equal_plain_torch(count, generator):
+def test_interpreted_maps_equal_plain_torch(count, generator, monkeypatch):
     level = scattered((8, 9, 7), count, generator)
     for bits in (8, 20):
         coords = torch.randint(2**bits, (count, 4), generator=generator, dtype=torch.int32)
@@ -92,13 +92,20 @@ def test_interpreted_maps_equal_plain_torch(count, generator):
         assert torch.equal(triton_maps.morton_coords(keys, bits), coords)
     two = torch.cat([level.coords, level.coords + torch.tensor([1, 0, 0, 0], dtype=torch.int32)])
     level, count = Level.from_coords(two, (8, 9, 7), 2)[0], 2 * count
-    found, alive, number = triton_maps.neighbours(level.coords, (8, 9, 7), 2)
+    found, alive, number = triton_maps.neighbours(level.keys, level.bits, (8, 9, 7), 2)
     assert torch.equal(found, level.neighbours)
     assert torch.equal(alive, level._alive) and int(number) == int((level.neighbours < count).sum())
     lists = triton_maps.neighbour_lists(found)
     for k, (rows, near) in enumerate(level.neighbour_pairs):
         assert int(lists[2][k]) == len(rows)
         assert torch.equal(lists[0][k, : len(rows)].long(), rows) and torch.equal(lists[1][k, : len(rows)].long(), near)
+    keys, parent, children = triton_maps.group_cells(level.keys)
+    cells = level.coarsening
+    assert torch.equal(keys, cells.coarse.keys)
+    assert torch.equal(parent, cells.parent) and torch.equal(children, cells.children)
+    monkeypatch.setattr(topology, "ORDER_CHUNK", 64)
+    for mine, plain in zip(triton_maps.by_neighbourhood(found, alive, 64), level._by_neighbourhood, strict=True):
+        assert torch.equal(mine, plain)
     order = torch.randperm(count, generator=generator)
     assert torch.equal(triton_maps.take_rows(level.coords, order), level.coords[order])
     for size in (16, 128):
@@ -141,10 +148,9 @@ def test_interpreted_attention_and_its_gradient(width, generator, assert_close, 
     expected = oracle.window_attention(qkv, level.coords, 5, 2)
     expected.backward(grad)
     plan = level.windows(5, 2)
-    where = (plan.order, plan.bounds, plan.rows.shape[1])
-    out, sums = triton_attention.attend(qkv.detach().float(), *where)
+    out, sums = triton_attention.attend(qkv.detach().float(), *plan)
     assert_close(out, expected)
-    assert_close(triton_attention.attend_grad(grad.float(), qkv.detach().float(), out, sums, *where), qkv.grad)
+    assert_close(triton_attention.attend_grad(grad.float(), qkv.detach().float(), out, sums, *plan), qkv.grad)
 
 
 @in_interpreter
