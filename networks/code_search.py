@@ -5,17 +5,17 @@ three of the four products are added (error near 2^-21 of |x||c|): plain TF32 wa
 """
 
 from functools import cache
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
-from jaxtyping import Float32, Int64
+from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
 ROWS = 128  # of a program
 STEP = 4096  # numbers of a table that a step reads: 128 codes of 32
+WARPS = 8
 
 
 def stages(width: int, device: torch.device) -> int:
@@ -30,68 +30,113 @@ def shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 2**17
 
 
+class Nearest(NamedTuple):
+    """The closest codebook row of each row."""
+
+    codes: Int64[Tensor, " N"]
+    values: Float32[Tensor, "N D"]
+    errors: Float32[Tensor, " N"]  # mean squared difference
+
+
 def nearest_codes(rows: Float32[Tensor, "N D"], codebook: Float32[Tensor, "K D"]) -> Int64[Tensor, " N"]:
     """Index of the closest codebook row."""
+    return _nearest(rows, codebook, read=False)[0]
+
+
+def nearest(rows: Float32[Tensor, "N D"], codebook: Float32[Tensor, "K D"]) -> Nearest:
+    """The closest codebook row, read in the pass that finds it."""
+    return Nearest(*_nearest(rows, codebook, read=True))
+
+
+def _nearest(
+    rows: Float32[Tensor, "N D"], codebook: Float32[Tensor, "K D"], *, read: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     (num_rows, width), num_codes = rows.shape, codebook.shape[0]
+    rows, codebook = rows.contiguous(), codebook.contiguous()
     found = torch.empty(num_rows, dtype=torch.int64, device=rows.device)
+    values, errors = (torch.empty_like(rows), rows.new_empty(num_rows)) if read else (None, None)
     if num_rows == 0:
-        return found
+        return found, values, errors
     depth = max(triton.next_power_of_2(width), 16)
     step = min(STEP // depth, 128)
     padded = triton.cdiv(num_codes, step) * step
-    table = F.pad(codebook, (0, depth - width, 0, padded - num_codes))
-    high = _upper_bits(table)
-    halves = F.pad(codebook.square().sum(1) / 2, (0, padded - num_codes), value=torch.inf)
+    table, halves = rows.new_empty((2, padded, depth)), rows.new_empty(padded)
     with torch.cuda.device_of(rows):
+        _split_table[(padded // step,)](codebook, table, halves, num_codes, padded, width, depth, step)
         _search[(triton.cdiv(num_rows, ROWS),)](
-            rows.contiguous(),
-            high,
-            table - high,
+            rows,
+            table,
             halves,
+            codebook,
             found,
+            values,
+            errors,
             num_rows,
             padded,
             WIDTH=width,
             DEPTH=depth,
             ROWS=ROWS,
             CODES=step,
-            num_warps=8,
+            READ=read,
+            num_warps=WARPS,
             num_stages=stages(width, rows.device),
         )
-    return found
+    return found, values, errors
 
 
-def _upper_bits(values: Float32[Tensor, "K D"]) -> Float32[Tensor, "K D"]:
+@no_type_check
+@triton.jit
+def _upper_bits(values):
     """The part that TF32 holds exactly: 10 bits of the mantissa."""
-    return (values.view(torch.int32) & -8192).view(torch.float32)
+    return (values.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@no_type_check
+@triton.jit
+def _split_table(
+    codebook, table, halves, num_codes, padded, WIDTH: tl.constexpr, DEPTH: tl.constexpr, CODES: tl.constexpr
+):
+    """Both parts of the codebook and half of each code's square, infinite where there is no code."""
+    codes, depth = tl.program_id(0).to(tl.int64) * CODES + tl.arange(0, CODES), tl.arange(0, DEPTH)
+    keep = (codes < num_codes)[:, None] & (depth < WIDTH)[None, :]
+    values = tl.load(codebook + codes[:, None] * WIDTH + depth[None, :], mask=keep, other=0.0)
+    high = _upper_bits(values)
+    at = table + codes[:, None] * DEPTH + depth[None, :]
+    tl.store(at, high)
+    tl.store(at + padded.to(tl.int64) * DEPTH, values - high)
+    tl.store(halves + codes, tl.where(codes < num_codes, tl.sum(values * values, 1) / 2, float("inf")))
 
 
 @no_type_check
 @triton.jit(do_not_specialize=["num_rows"])
 def _search(  # noqa: PLR0913
     rows,
-    high,
-    low,
+    table,
     halves,
+    codebook,
     found,
+    values,
+    errors,
     num_rows,
     num_codes,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
     ROWS: tl.constexpr,
     CODES: tl.constexpr,
+    READ: tl.constexpr,
 ):
     places = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     depth, lane = tl.arange(0, DEPTH), tl.arange(0, CODES)
     keep = (places < num_rows)[:, None] & (depth < WIDTH)[None, :]
     x = tl.load(rows + places[:, None] * WIDTH + depth[None, :], mask=keep, other=0.0)
-    x_high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    x_high = _upper_bits(x)
     x_low = x - x_high
+    low = table + num_codes.to(tl.int64) * DEPTH
     best = tl.full((ROWS, CODES), float("inf"), dtype=tl.float32)
     start_of_best = tl.zeros((ROWS, CODES), dtype=tl.int32)
     for start in range(0, num_codes, CODES):
         at = (start + lane)[:, None] * DEPTH + depth[None, :]
-        c_high, c_low = tl.trans(tl.load(high + at)), tl.trans(tl.load(low + at))
+        c_high, c_low = tl.trans(tl.load(table + at)), tl.trans(tl.load(low + at))
         product = tl.dot(x_low, c_high, input_precision="tf32")
         product = tl.dot(x_high, c_low, product, input_precision="tf32")
         product = tl.dot(x_high, c_high, product, input_precision="tf32")
@@ -101,35 +146,119 @@ def _search(  # noqa: PLR0913
         start_of_best = tl.where(better, start, start_of_best)
     least = tl.min(best, 1)
     candidates = tl.where(best == least[:, None], start_of_best + lane[None, :], 2147483647)
-    tl.store(found + places, tl.min(candidates, 1).to(tl.int64), mask=places < num_rows)
+    code = tl.min(candidates, 1).to(tl.int64)
+    tl.store(found + places, code, mask=places < num_rows)
+    if READ:
+        value = tl.load(codebook + code[:, None] * WIDTH + depth[None, :], mask=keep, other=0.0)
+        tl.store(values + places[:, None] * WIDTH + depth[None, :], value, mask=keep)
+        x = tl.load(rows + places[:, None] * WIDTH + depth[None, :], mask=keep, other=0.0)
+        tl.store(errors + places, tl.sum((x - value) * (x - value), 1) / WIDTH, mask=places < num_rows)
 
 
 def code_sums(
     rows: Float32[Tensor, "N D"], codes: Int64[Tensor, " N"], num_codes: int
 ) -> tuple[Float32[Tensor, " K"], Float32[Tensor, "K D"]]:
     """How many rows chose each code, and their sum, added in a fixed order."""
-    width = rows.shape[1]
-    narrow = codes.to(torch.int16 if num_codes < 2**15 else torch.int32)  # fewer passes to sort
-    ordered, order = torch.sort(narrow, stable=True)
-    bounds = torch.searchsorted(ordered, torch.arange(num_codes + 1, dtype=narrow.dtype, device=rows.device))
-    sums = rows.new_empty((num_codes, width))
+    (num_rows, width), narrow = rows.shape, torch.int16 if num_codes < 2**15 else torch.int32
+    ordered, order = torch.sort(codes.to(narrow), stable=True)  # fewer passes to sort
+    counts, sums = rows.new_empty(num_codes), rows.new_empty((num_codes, width))
+    depth = triton.next_power_of_2(width)
+    halvings = num_rows.bit_length()
     with torch.cuda.device_of(rows):
         _segment_sums[(num_codes,)](
-            rows.contiguous(), order, bounds, sums, WIDTH=width, DEPTH=triton.next_power_of_2(width), ROWS=64
+            rows.contiguous(), ordered, order, counts, sums, num_rows, halvings, WIDTH=width, DEPTH=depth, ROWS=64
         )
-    return bounds.diff().to(rows.dtype), sums
+    return counts, sums
 
 
 @no_type_check
 @triton.jit
-def _segment_sums(rows, order, bounds, sums, WIDTH: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr):
-    code = tl.program_id(0).to(tl.int64)
-    depth = tl.arange(0, DEPTH)
-    end = tl.load(bounds + code + 1)
+def _first_at_least(ordered, code, num_rows, halvings):
+    """Where `code` or what is above it begins among sorted codes."""
+    low, high = num_rows * 0, num_rows
+    for _ in range(halvings):
+        middle = (low + high) // 2
+        below = tl.load(ordered + middle, mask=middle < num_rows, other=2147483647).to(tl.int32) < code
+        low, high = tl.where(below, middle + 1, low), tl.where(below, high, middle)
+    return low
+
+
+@no_type_check
+@triton.jit(do_not_specialize=["num_rows", "halvings"])
+def _segment_sums(  # noqa: PLR0913
+    rows,
+    ordered,
+    order,
+    counts,
+    sums,
+    num_rows,
+    halvings,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    code, depth = tl.program_id(0), tl.arange(0, DEPTH)
+    first = _first_at_least(ordered, code, num_rows, halvings)
+    end = _first_at_least(ordered, code + 1, num_rows, halvings)
     total = tl.zeros((ROWS, DEPTH), dtype=tl.float32)
-    for start in range(tl.load(bounds + code), end, ROWS):
+    for start in range(first, end, ROWS):
         places = start + tl.arange(0, ROWS)
         row = tl.load(order + places, mask=places < end, other=0)
         keep = (places < end)[:, None] & (depth < WIDTH)[None, :]
         total += tl.load(rows + row[:, None] * WIDTH + depth[None, :], mask=keep, other=0.0)
-    tl.store(sums + code * WIDTH + depth, tl.sum(total, 0), mask=depth < WIDTH)
+    tl.store(counts + code, (end - first).to(tl.float32))
+    tl.store(sums + code.to(tl.int64) * WIDTH + depth, tl.sum(total, 0), mask=depth < WIDTH)
+
+
+def advance(
+    averages: tuple[Float32[Tensor, " K"], Float32[Tensor, "K D"], Float32[Tensor, "K D"]],
+    counts: Float32[Tensor, " K"],
+    sums: Float32[Tensor, "K D"],
+    *,
+    share: float,
+    rate: float,
+    least: float,
+) -> Bool[Tensor, " K"]:
+    """Moves the mean counts and sums by `rate` towards this step's in units of `share`, and the codes with them.
+
+    `averages` are mean counts, mean sums and codes, changed in place. Gives the codes whose count is not above `least`.
+    """
+    num_codes, width = sums.shape
+    depth = triton.next_power_of_2(width)
+    tile = max(1, 1024 // depth)
+    unused = torch.empty(num_codes, dtype=torch.bool, device=sums.device)
+    with torch.cuda.device_of(sums):
+        _advance[(triton.cdiv(num_codes, tile),)](
+            *averages, counts, sums, unused, num_codes, share, rate, least, WIDTH=width, DEPTH=depth, TILE=tile
+        )
+    return unused
+
+
+@no_type_check
+@triton.jit(do_not_specialize=["share", "rate", "least"])
+def _advance(  # noqa: PLR0913
+    mean_count,
+    mean_sum,
+    codes_out,
+    counts,
+    sums,
+    unused,
+    num_codes,
+    share,
+    rate,
+    least,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    codes, depth = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, DEPTH)
+    inside = codes < num_codes
+    count = tl.load(mean_count + codes, mask=inside, other=1.0)
+    count += rate * (tl.load(counts + codes, mask=inside, other=0.0) / share - count)
+    at, keep = codes[:, None] * WIDTH + depth[None, :], inside[:, None] & (depth < WIDTH)[None, :]
+    total = tl.load(mean_sum + at, mask=keep, other=0.0)
+    total += rate * (tl.load(sums + at, mask=keep, other=0.0) / share - total)
+    tl.store(mean_count + codes, count, mask=inside)
+    tl.store(mean_sum + at, total, mask=keep)
+    tl.store(codes_out + at, total / count[:, None], mask=keep)
+    tl.store(unused + codes, count <= least, mask=inside)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
@@ -72,6 +72,22 @@ def _proven_search(index: int) -> ModuleType | None:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
     log.warning("codes are searched in plain torch: the triton kernel does not work here (%s)", reason)
     return None
+
+
+class _FusedQuantize(torch.autograd.Function):
+    """Codes, their values with the gradient of the rows, and the mean squared difference, in one pass."""
+
+    @staticmethod
+    def forward(ctx, rows, codebook, kernels):
+        found = kernels.nearest(rows, codebook)
+        ctx.mark_non_differentiable(found.codes)
+        ctx.save_for_backward(rows, found.values)
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx, _, grad_values, grad_errors):
+        rows, values = ctx.saved_tensors
+        return torch.addcmul(grad_values, rows - values, grad_errors[:, None], value=2 / rows.shape[1]), None, None
 
 
 def check_codes(codes: Int[Tensor, "..."], num_codes: int) -> None:
@@ -170,16 +186,32 @@ class VectorQuantizer(nn.Module):
     def forward(self, rows: Float[Tensor, "N D"]) -> Quantized:
         with torch.autocast(rows.device.type, enabled=False):
             wide = rows.float()
-            codebook = self.codebook
-            codes = nearest_codes(wide.detach(), codebook.detach())  # codes of one length: the nearest direction
-            values = F.embedding(codes, codebook)
-            commitment = (wide - values.detach()).square().mean(1)
-            vq = (values - wide.detach()).square().mean(1)
+            found = self._by_gradient(wide) if self.learning == "gradient" else self._by_averages(wide)
             if self.learning == "ema" and self.training and torch.is_grad_enabled():  # a look is no step
                 seen = self._on_sphere(wide.detach())
-                self._pending.append((*code_sums(seen, codes, self.num_embeddings), seen))
-            estimate = rotated if self.rotation_trick else straight_through
-            return Quantized(estimate(wide, values), codes, vq, commitment)
+                self._pending.append((*code_sums(seen, found.codes, self.num_embeddings), seen))
+            return found
+
+    def _by_gradient(self, rows: Float[Tensor, "N D"]) -> Quantized:
+        codebook = self.codebook
+        codes = nearest_codes(rows.detach(), codebook.detach())  # codes of one length: the nearest direction
+        values = F.embedding(codes, codebook)
+        commitment = (rows - values.detach()).square().mean(1)
+        vq = (values - rows.detach()).square().mean(1)
+        return Quantized(self._estimate(rows, values), codes, vq, commitment)
+
+    def _by_averages(self, rows: Float[Tensor, "N D"]) -> Quantized:
+        if (kernels := _fused(rows)) and not self.rotation_trick:
+            codes, values, commitment = _FusedQuantize.apply(rows, self.codebook, kernels)
+        else:
+            codes = nearest_codes(rows.detach(), self.codebook)
+            values = F.embedding(codes, self.codebook)
+            commitment = (rows - values).square().mean(1)
+            values = self._estimate(rows, values)
+        return Quantized(values, codes, commitment.detach(), commitment)
+
+    def _estimate(self, rows: Float[Tensor, "N D"], values: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        return (rotated if self.rotation_trick else straight_through)(rows, values)
 
     def lookup(self, codes: Int[Tensor, " N"]) -> Float[Tensor, "N D"]:
         """Codebook rows of codes."""
@@ -210,30 +242,37 @@ class VectorQuantizer(nn.Module):
         """
         if self.learning != "ema":
             return 0
-        counts = torch.zeros_like(self.mean_count)
-        sums = torch.zeros_like(self.mean_sum)
-        for part_counts, part_sums, _ in self._pending:
-            counts += part_counts
-            sums += part_sums
-        rows = torch.cat([self.embeddings.weight[:0], *(part for *_, part in self._pending)])
-        self._pending.clear()
+        pending, self._pending = self._pending, []
+        total = sum(len(rows) for *_, rows in pending)
+        counts = _added([counts for counts, *_ in pending], self.mean_count)
+        sums = _added([sums for _, sums, _ in pending], self.mean_sum)
         if dist.is_initialized():
             dist.all_reduce(counts)
             dist.all_reduce(sums)
-        if not counts.sum() > 0:
+            total = int(counts.sum())
+        if total == 0:
             return 0
         # Counts are kept in units of an even share, so that `revive_below` does not depend on the batch.
-        share = counts.sum() / self.num_embeddings
+        unused = self._advance(counts, sums, share=total / self.num_embeddings)
+        revived = int(unused.sum())
+        if revived:
+            fresh = self._draw(
+                torch.cat([self.embeddings.weight[:0], *(rows for *_, rows in pending)]), revived, generator
+            )
+            self.mean_count[unused] = 1.0  # a fair chance before the next revival
+            self.mean_sum[unused] = fresh
+            self.embeddings.weight[unused] = self._on_sphere(fresh)
+        return revived
+
+    def _advance(self, counts: Float[Tensor, " K"], sums: Float[Tensor, "K D"], *, share: float) -> Bool[Tensor, " K"]:
+        """Moves averages and codes; gives the codes that too few rows chose."""
+        if (kernels := _fused(sums)) and not self.normalize_codes:
+            averages = self.mean_count, self.mean_sum, self.embeddings.weight
+            return kernels.advance(averages, counts, sums, share=share, rate=1 - self.decay, least=self.revive_below)
         self.mean_count.lerp_(counts / share, 1 - self.decay)
         self.mean_sum.lerp_(sums / share, 1 - self.decay)
-        used = self.mean_count > self.revive_below
-        revived = int((~used).sum())
-        if revived:
-            fresh = self._draw(rows, revived, generator)
-            self.mean_count[~used] = 1.0  # a fair chance before the next revival
-            self.mean_sum[~used] = fresh
         self.embeddings.weight.copy_(self._on_sphere(self.mean_sum / self.mean_count[:, None]))
-        return revived
+        return self.mean_count <= self.revive_below
 
     def _draw(self, rows: Float[Tensor, "N D"], count: int, generator: torch.Generator) -> Float[Tensor, "R D"]:
         """Random rows of this step, the same on every rank."""
@@ -246,6 +285,12 @@ class VectorQuantizer(nn.Module):
     def extra_repr(self) -> str:
         options = [name for name in ("rotation_trick", "normalize_codes") if getattr(self, name)]
         return ", ".join([f"{self.num_embeddings}, {self.embedding_dim}, codebook={self.learning}", *options])
+
+
+def _added(parts: list[Tensor], like: Tensor) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    return torch.stack(parts).sum(0) if parts else torch.zeros_like(like)
 
 
 class _Table(nn.Module):

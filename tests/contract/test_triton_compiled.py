@@ -125,11 +125,12 @@ def test_code_search_has_wgmma_and_fits_the_card(width, card, monkeypatch):
         code_search._search,
         "fp32",
         card=card,
-        warps=8,
+        warps=code_search.WARPS,
         stages=stages,
         types={"found": "*i64"},
         WIDTH=width,
         DEPTH=width,
+        READ=True,
         ROWS=code_search.ROWS,
         CODES=min(code_search.STEP // width, 128),
     )
@@ -168,4 +169,7 @@ def test_row_operations_and_maps_compile():
     compiled(triton_maps._take_columns, "i32", TILE=512)
     compiled(triton_maps._list_pairs, "i32", TILE=512)
     compiled(triton_maps._take_rows, "fp32", types={"rows": "*i64"}, CHANNELS=4, TILE=1024, WIDTH=4)
-    compiled(code_search._segment_sums, "fp32", WIDTH=32, DEPTH=32, ROWS=64)
+    codes = {"ordered": "*i16", "halvings": "i32", "share": "fp32", "rate": "fp32", "least": "fp32", "unused": "*i1"}
+    compiled(code_search._segment_sums, "fp32", types=codes, WIDTH=32, DEPTH=32, ROWS=64)
+    compiled(code_search._advance, "fp32", types=codes, WIDTH=32, DEPTH=32, TILE=32)
+    compiled(code_search._split_table, "fp32", types={"padded": "i32"}, WIDTH=20, DEPTH=32, CODES=128)

@@ -18,6 +18,7 @@ from tests import oracle
 
 triton = pytest.importorskip("triton")
 from networks import code_search  # noqa: E402
+from networks.quantizer import VectorQuantizer  # noqa: E402
 from networks.sparse import triton_attention, triton_backend, triton_maps, triton_rows  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -165,6 +166,26 @@ def test_interpreted_code_search_and_sums(count, num_codes, width, generator, as
     counts, sums = code_search.code_sums(rows, codes, num_codes)
     assert counts.tolist() == torch.bincount(codes, minlength=num_codes).tolist()
     assert_close(sums, torch.zeros(num_codes, width, dtype=torch.float64).index_add_(0, codes, rows.double()))
+    found = code_search.nearest(rows, codebook)
+    assert torch.equal(found.codes, codes) and torch.equal(found.values, codebook[codes])
+    assert_close(found.errors, (rows.double() - codebook[codes].double()).square().mean(1))
+
+
+@in_interpreter
+def test_interpreted_averages_advance_as_in_plain_torch(generator, assert_close):
+    fused, plain = (VectorQuantizer(37, 6) for _ in range(2))
+    plain.load_state_dict(fused.state_dict())
+    counts, sums = torch.rand(37, generator=generator), torch.randn(37, 6, generator=generator)
+    counts[::3] = 0
+    averages = fused.mean_count, fused.mean_sum, fused.embeddings.weight
+    for _ in range(300):
+        unused = code_search.advance(averages, counts, sums, share=0.4, rate=0.01, least=0.05)
+        assert torch.equal(unused, plain._advance(counts, sums, share=0.4))
+    assert unused.tolist() == (counts == 0).tolist()
+    for name, values in plain.state_dict().items():
+        if name != "embeddings.weight":  # of codes with a count near zero, where rounding counts
+            assert_close(fused.state_dict()[name], values)
+    assert_close(fused.codebook[~unused], plain.codebook[~unused])
 
 
 @in_interpreter
