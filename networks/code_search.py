@@ -178,7 +178,7 @@ def _first_at_least(ordered, code, num_rows, halvings):
     low, high = num_rows * 0, num_rows
     for _ in range(halvings):
         middle = (low + high) // 2
-        below = tl.load(ordered + middle, mask=middle < num_rows, other=2147483647).to(tl.int32) < code
+        below = (tl.load(ordered + middle, mask=middle < num_rows, other=0).to(tl.int32) < code) & (middle < num_rows)
         low, high = tl.where(below, middle + 1, low), tl.where(below, high, middle)
     return low
 
