@@ -23,6 +23,7 @@ from networks.sparse.topology import Coarsening, Level
 
 BACKENDS = ("triton", "spconv", "torch")  # the order "auto" tries
 PROOF_TOLERANCE = 1e-2  # float16 in, float32 or float16 sums of 27 * 16 products
+MANY_NUMBERS = 2**24  # below it torch's one launch ends before two faster kernels are started
 log = logging.getLogger(__name__)
 
 
@@ -125,7 +126,7 @@ class _SubmanifoldConv(torch.autograd.Function):
 
 
 def _column_sums(grad: Float[Tensor, "N F"]) -> Float[Tensor, " F"]:
-    kernels = _fused("rows", grad)
+    kernels = _fused("rows", grad) if grad.numel() > MANY_NUMBERS else None
     return kernels.column_sums(grad) if kernels else grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
 
 

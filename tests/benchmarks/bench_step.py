@@ -4,7 +4,8 @@
 
 Beside it: MONAI's dense VQVAE (equal parameters, equal compression, and its 64/128/256 widths), and the original
 design: 100k voxels thinned at random, every latent expanded to 512 voxels, rows matched through a dictionary
-(extrapolated from a tenth) or through sorted keys. Every step makes its maps anew, as training does.
+(extrapolated from a tenth) or through sorted keys. Every step makes its maps anew, and steps follow one another, as in
+training.
 """
 
 import argparse
@@ -141,7 +142,7 @@ def main() -> None:
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
     works, sizes = {}, {}
-    for backend in ("triton",) if given.only else ("triton", "spconv"):
+    for backend in ("triton",) if given.only else ("triton", "spconv", "torch"):
         dtype = torch.float16 if backend == "spconv" else torch.bfloat16  # spconv has no bfloat16
         works[backend], network = sparse_step(given.side, backend=backend, preset=given.preset, dtype=dtype)
         sizes[backend] = sum(p.numel() for p in network.parameters()) / 1e6
@@ -160,7 +161,7 @@ def main() -> None:
             failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             del works[name]
         torch.cuda.empty_cache()
-    times = interleaved(works, device="cuda", rounds=7, budget_ms=4000)
+    times = interleaved(works, device="cuda", rounds=7, budget_ms=4000, turn_ms=500)
     if dictionary is not None:
         times["original, dictionary"] = times["original, sorted keys"] + 1e3 * dictionary()
     if given.profile:

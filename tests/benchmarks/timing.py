@@ -30,13 +30,18 @@ def once(work: Work, device: str, *, calls: int = 1) -> float:
     return begin.elapsed_time(end) / calls
 
 
-def interleaved(works: dict[str, Work], *, device: str, rounds: int = 9, budget_ms: float = 300) -> dict[str, float]:
-    """Median milliseconds of each; all take turns, so that a drifting clock meets them alike. Slow ones run less."""
+def interleaved(
+    works: dict[str, Work], *, device: str, rounds: int = 9, budget_ms: float = 300, turn_ms: float = 4
+) -> dict[str, float]:
+    """Median milliseconds of each; all take turns, so that a drifting clock meets them alike. Slow ones run less.
+
+    A turn queues calls one behind the other for `turn_ms`, so that starting the first kernel does not count.
+    """
     calls, times = {}, {}
     for name, work in works.items():
         work()  # compiles, tunes, fills caches
         first = once(work, device)
-        calls[name] = max(1, round(4 / first))  # at least 4 ms a turn, so that starting a kernel does not count
+        calls[name] = max(1, round(turn_ms / first))
         times[name] = []
     for turn in range(rounds):
         for name, work in works.items():
