@@ -57,7 +57,7 @@ def _fused(rows: Float[Tensor, "N D"]) -> ModuleType | None:
     if rows.device.type != "cuda" or rows.dtype != torch.float32:
         return None
     kernels = _proven_search(rows.device.index)
-    return kernels if kernels and kernels.stages(rows.shape[1], rows.device) else None
+    return kernels if kernels and kernels.tile_for(rows.shape[1], rows.device, few=False).stages else None
 
 
 @cache

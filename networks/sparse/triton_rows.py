@@ -6,6 +6,7 @@ float64) and in a fixed order, so repeats are equal to the bit. Knows rows and t
 
 from typing import NamedTuple, no_type_check
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +14,7 @@ from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor
 
 ELEMENTS = 8192  # of a program's tile
-CHUNKS = 512  # of a batch, about: four programs for each processor of a large card
+CHUNKS = 1024  # of a batch, about: eight programs for each processor of a large card
 
 
 def sum_children(
@@ -136,14 +137,16 @@ class Chunks(NamedTuple):
 def cut(sample_sizes: list[int], rows: int, device: torch.device) -> Chunks:
     """Chunks of a multiple of `rows` rows."""
     length = rows * max(1, triton.cdiv(sum(sample_sizes), rows * CHUNKS))
-    bounds, starts, start = [], [0], 0
-    for sample, size in enumerate(sample_sizes):
-        bounds += [(sample, first, min(first + length, start + size)) for first in range(start, start + size, length)]
-        start += size
-        starts.append(len(bounds))
-    flat = torch.tensor([*(number for chunk in bounds for number in chunk), *starts], dtype=torch.int32)
+    firsts = [np.arange(0, size, length, dtype=np.int32) for size in sample_sizes]
+    offsets = np.cumsum([0, *sample_sizes])
+    bounds = [
+        np.stack([np.full_like(first, sample), first, np.minimum(first + length, size)], 1) + [0, offset, offset]
+        for sample, (first, size, offset) in enumerate(zip(firsts, sample_sizes, offsets[:-1], strict=True))
+    ]
+    starts = np.cumsum([0, *map(len, firsts)])
+    flat = torch.from_numpy(np.concatenate([np.concatenate(bounds).ravel(), starts]).astype(np.int32))
     flat = flat.to(device, non_blocking=True)
-    return Chunks(flat[: 3 * len(bounds)].view(-1, 3), flat[3 * len(bounds) :].clone())
+    return Chunks(flat[: -len(starts)].view(-1, 3), flat[-len(starts) :].clone())
 
 
 def chunk_rows(channels: int) -> int:

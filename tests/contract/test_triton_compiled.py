@@ -113,26 +113,27 @@ def test_convolution_fits_the_card(make, channels, dtype, card):
     assert make(channels, channels, dtype, card=card).metadata.shared <= ROOM[card]
 
 
-@pytest.mark.parametrize("width", [32, 128])
+@pytest.mark.parametrize(("few", "width"), [(True, 32), (False, 16), (False, 64), (False, 128)])
 @pytest.mark.parametrize("card", ROOM)
-def test_code_search_has_wgmma_and_fits_the_card(width, card, monkeypatch):
+def test_code_search_has_wgmma_and_fits_the_card(few, width, card, monkeypatch):
     monkeypatch.setattr(code_search, "shared_memory", lambda device: ROOM[card])
-    stages = code_search.stages(width, torch.device("cuda", 0))
-    if stages == 0:
+    code_search.tile_for.cache_clear()
+    tile = code_search.tile_for(width, torch.device("cuda", 0), few=few)
+    if tile.stages == 0:
         assert (card, width) == (89, 128)  # searched in plain torch there
         return
     made = compiled(
         code_search._search,
         "fp32",
         card=card,
-        warps=code_search.WARPS,
-        stages=stages,
+        warps=tile.warps,
+        stages=tile.stages,
         types={"found": "*i64"},
         WIDTH=width,
         DEPTH=width,
         READ=True,
-        ROWS=code_search.ROWS,
-        CODES=min(code_search.STEP // width, 128),
+        ROWS=tile.rows,
+        CODES=tile.codes,
     )
     assert made.metadata.shared <= ROOM[card]
     assert ("wgmma.mma_async" in made.asm["ptx"]) == (card == 90)
