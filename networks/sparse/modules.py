@@ -151,5 +151,5 @@ class TransformerBlock(nn.Module):
 
 def layer_norm(x: SparseTensor, *, eps: float = 1e-6) -> SparseTensor:
     """Normalises each voxel's features without parameters; 16-bit inputs are summed in float32 and rounded once."""
-    with torch.autocast(x.feats.device.type, enabled=False):
+    with ops.without_autocast(x.feats.device.type):
         return x.replace(F.layer_norm(x.feats, x.feats.shape[1:], eps=eps))

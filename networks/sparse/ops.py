@@ -7,6 +7,8 @@ that works where the features are; an explicit choice is never replaced by anoth
 import importlib
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from types import ModuleType
 
@@ -15,7 +17,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from networks.sparse import torch_backend
 from networks.sparse.tensor import SparseTensor
@@ -48,6 +49,7 @@ def choose_backend(name: str, feats: Float[Tensor, "N C"], columns: int) -> Modu
     raise AssertionError("backend torch refuses nothing")
 
 
+@cache
 def _module(name: str) -> ModuleType:
     return importlib.import_module(f"networks.sparse.{name}_backend")
 
@@ -111,8 +113,8 @@ class _SubmanifoldConv(torch.autograd.Function):
         return backend.forward(feats, cast, bias, level)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        _refuse_second_derivative()
         feats, weight = ctx.saved_tensors
         grad = grad.contiguous()
         need_feats, need_weight, need_bias, *_ = ctx.needs_input_grad
@@ -123,6 +125,11 @@ class _SubmanifoldConv(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():  # as `once_differentiable` would, without its cost on every layer of every step
+        raise RuntimeError("this layer has no second derivative: call backward without create_graph")
 
 
 def _column_sums(grad: Float[Tensor, "N F"]) -> Float[Tensor, " F"]:
@@ -145,9 +152,20 @@ def submanifold_conv(
             f"features and weight must share dtype and device, got {feats.dtype} on {feats.device} "
             f"and {weight.dtype} on {weight.device}"
         )
-    with torch.autocast(feats.device.type, enabled=False):  # a backend sums in float32, whatever the inputs are
+    with without_autocast(feats.device.type):  # a backend sums in float32, whatever the inputs are
         chosen = choose_backend(backend, feats, weight.shape[2])
         return x.replace(_SubmanifoldConv.apply(feats, weight, bias, x.level, chosen))
+
+
+@contextmanager
+def without_autocast(kind: str) -> Iterator[None]:
+    """What `torch.autocast(kind, enabled=False)` does; that one asks the driver for its devices each time."""
+    enabled = torch.is_autocast_enabled(kind)
+    torch.set_autocast_enabled(kind, False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(kind, enabled)
 
 
 def _autocast_dtype(feats: Float[Tensor, "N C"]) -> torch.dtype | None:
@@ -165,8 +183,8 @@ class _MixedLinear(torch.autograd.Function):
         return F.linear(feats, cast, bias.to(feats.dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        _refuse_second_derivative()
         feats, weight = ctx.saved_tensors
         grad = grad.contiguous()
         need_feats, need_weight, need_bias = ctx.needs_input_grad
@@ -191,6 +209,11 @@ def _fused(name: str, feats: Float[Tensor, "N ..."]) -> ModuleType | None:
     """A module of fused kernels, `triton_{name}`, where these features can use it."""
     if feats.device.type != "cuda" or feats.dtype == torch.float64 or defect("triton", feats.device.index):
         return None
+    return _kernels(name)
+
+
+@cache
+def _kernels(name: str) -> ModuleType:
     return importlib.import_module(f"networks.sparse.triton_{name}")
 
 
@@ -281,7 +304,7 @@ def group_norm(
         chunks = x.level.kept(("chunks", rows), lambda: kernels.cut(x.level.sample_sizes, rows, x.feats.device))
         return x.replace(_FusedGroupNorm.apply(x.feats, weight, bias, chunks, num_groups, eps, silu))
     wide = torch.promote_types(x.feats.dtype, torch.float32)
-    with torch.autocast(x.feats.device.type, enabled=False):
+    with without_autocast(x.feats.device.type):
         parts = [
             rearrange(
                 F.group_norm(rearrange(rows.to(wide), "n c -> 1 c n"), num_groups, weight.to(wide), bias.to(wide), eps),

@@ -138,11 +138,11 @@ def cut(sample_sizes: list[int], rows: int, device: torch.device) -> Chunks:
     """Chunks of a multiple of `rows` rows."""
     length = rows * max(1, triton.cdiv(sum(sample_sizes), rows * CHUNKS))
     firsts = [np.arange(0, size, length, dtype=np.int32) for size in sample_sizes]
-    offsets = np.cumsum([0, *sample_sizes])
-    bounds = [
-        np.stack([np.full_like(first, sample), first, np.minimum(first + length, size)], 1) + [0, offset, offset]
-        for sample, (first, size, offset) in enumerate(zip(firsts, sample_sizes, offsets[:-1], strict=True))
-    ]
+    bounds, offset = [np.empty((0, 3), dtype=np.int32)], 0
+    for sample, (first, size) in enumerate(zip(firsts, sample_sizes, strict=True)):
+        end = np.minimum(first + length, size)
+        bounds.append(np.stack([np.full_like(first, sample), offset + first, offset + end], 1))
+        offset += size
     starts = np.cumsum([0, *map(len, firsts)])
     flat = torch.from_numpy(np.concatenate([np.concatenate(bounds).ravel(), starts]).astype(np.int32))
     flat = flat.to(device, non_blocking=True)
