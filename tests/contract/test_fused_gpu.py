@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from networks.sparse import SparseTensor, ops, topology
+from networks.quantizer import VectorQuantizer
+from networks.sparse import SparseTensor, modules, ops, topology
 from networks.sparse.topology import Level, morton_keys
 
 pytestmark = pytest.mark.gpu
@@ -97,3 +98,56 @@ def test_training_steps_repeat_to_the_bit():
     (loss, once), (again, twice) = train(), train()
     assert torch.equal(loss, again) and torch.isfinite(loss)
     assert all(torch.equal(once[name], twice[name]) for name in once)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_of_mixed_layers_get_float32_gradients(dtype, assert_close):
+    """Products of 16-bit numbers are exact in float32: only the order of sums may differ from float64."""
+    here, there = levels(3)
+    made = torch.Generator().manual_seed(4)
+    feats = torch.randn(len(here), 24, generator=made).to(dtype)
+    for layer in (modules.Linear(24, 40), modules.SubmanifoldConv3d(24, 40)):
+        layer.cuda()
+        x = SparseTensor.on(there, feats.cuda().requires_grad_())
+        with torch.autocast("cuda", dtype):
+            out = layer(x).feats
+        assert out.dtype == dtype
+        grad = torch.randn(out.shape, generator=made).to(dtype)
+        out.backward(grad.cuda())
+        exact = type(layer)(24, 40).double()
+        exact.load_state_dict({name: value.to(dtype).double().cpu() for name, value in layer.state_dict().items()})
+        exact(SparseTensor.on(here, feats.double())).feats.backward(grad.double())
+        for mine, plain in zip(layer.parameters(), exact.parameters(), strict=True):
+            assert mine.grad.dtype == torch.float32
+            assert_close(mine.grad, plain.grad, dtype=torch.float32)
+
+
+def test_a_second_derivative_is_refused():
+    _, there = levels(3)
+    layer = modules.SubmanifoldConv3d(8, 8).cuda()
+    feats = torch.randn(len(there), 8, device="cuda", requires_grad=True)
+    total = layer(SparseTensor.on(there, feats)).feats.square().sum()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(total, feats, create_graph=True)
+
+
+@pytest.mark.parametrize("num_codes", [7, 300])
+def test_the_fused_quantiser_learns_as_the_plain_one(num_codes, assert_close):
+    made = torch.Generator().manual_seed(5)
+    plain = VectorQuantizer(num_codes, 12).train()
+    fused = VectorQuantizer(num_codes, 12).cuda().train()
+    fused.load_state_dict(plain.state_dict())
+    for step in range(3):
+        rows = torch.randn(1000, 12, generator=made)
+        grad = torch.randn(1000, 12, generator=made)
+        sides = []
+        for vq in (fused, plain):
+            given = rows.to(vq.codebook.device).requires_grad_()
+            out = vq(given)
+            ((out.values * grad.to(given.device)).sum() + 3 * out.commitment.sum()).backward()
+            assert not out.vq.requires_grad
+            vq.update(generator=torch.Generator().manual_seed(step))
+            sides.append([out.codes, out.values, out.vq, out.commitment, given.grad, vq.mean_count, vq.codebook])
+        assert torch.equal(sides[0][0].cpu(), sides[1][0])
+        for mine, other in zip(sides[0][1:], sides[1][1:], strict=True):
+            assert_close(mine, other)
