@@ -13,6 +13,8 @@ import triton.language as tl
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
+from networks.sparse.triton_launch import quick
+
 FEW_ROWS = 2**15
 
 
@@ -104,6 +106,7 @@ def _upper_bits(values):
 
 
 @no_type_check
+@quick
 @triton.jit
 def _split_table(
     codebook, table, halves, num_codes, padded, WIDTH: tl.constexpr, DEPTH: tl.constexpr, CODES: tl.constexpr
@@ -120,6 +123,7 @@ def _split_table(
 
 
 @no_type_check
+@quick
 @triton.jit(do_not_specialize=["num_rows"])
 def _search(  # noqa: PLR0913
     rows,
@@ -196,6 +200,7 @@ def _first_at_least(ordered, code, num_rows, halvings):
 
 
 @no_type_check
+@quick
 @triton.jit(do_not_specialize=["num_rows", "halvings"])
 def _segment_sums(  # noqa: PLR0913
     rows,
@@ -247,6 +252,7 @@ def advance(
 
 
 @no_type_check
+@quick
 @triton.jit(do_not_specialize=["share", "rate", "least"])
 def _advance(  # noqa: PLR0913
     mean_count,

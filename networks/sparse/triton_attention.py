@@ -12,6 +12,8 @@ import triton.language as tl
 from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor
 
+from networks.sparse.triton_launch import quick
+
 BLOCK = 64  # queries, and keys, of a step; fewer where heads are wide
 BLOCK_BYTES = 8192  # of a block of queries: four such and two of scores fit the shared memory of any card
 MAX_WIDTH = 128  # of a head
@@ -104,6 +106,7 @@ def _store(  # noqa: PLR0913
 
 
 @no_type_check
+@quick
 @triton.jit
 def _attend(  # noqa: PLR0913
     qkv,
@@ -143,6 +146,7 @@ def _attend(  # noqa: PLR0913
 
 
 @no_type_check
+@quick
 @triton.jit
 def _grad_queries(  # noqa: PLR0913
     grad,
@@ -183,6 +187,7 @@ def _grad_queries(  # noqa: PLR0913
 
 
 @no_type_check
+@quick
 @triton.jit
 def _grad_keys(  # noqa: PLR0913
     grad,

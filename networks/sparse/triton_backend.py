@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from networks.sparse.topology import Level
+from networks.sparse.triton_launch import quick
 
 SPARE = 4096  # bytes of shared memory for what is no tile
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -152,6 +153,7 @@ def gather_product(
 
 
 @no_type_check  # jaxtyping's import hook would otherwise break compilation
+@quick
 @triton.jit(do_not_specialize=["num_rows"])
 def _gather_product(  # noqa: PLR0913
     feats,
@@ -308,6 +310,7 @@ def _pairs(  # noqa: PLR0913
 
 
 @no_type_check
+@quick
 @triton.jit(do_not_specialize=["num_rows", "length"])
 def _row_product(  # noqa: PLR0913
     feats,

@@ -11,6 +11,8 @@ import triton.language as tl
 from jaxtyping import Int, Int32, Int64, Shaped
 from torch import Tensor
 
+from networks.sparse.triton_launch import quick
+
 ROWS = 512  # of a program
 
 
@@ -46,6 +48,7 @@ def _gather_bits(key):
 
 
 @no_type_check
+@quick
 @triton.jit(do_not_specialize=["num_rows"])
 def _encode(coords, keys, num_rows, BITS: tl.constexpr, TILE: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -67,6 +70,7 @@ def morton_coords(keys: Int64[Tensor, " N"], bits: int) -> Int32[Tensor, "N 4"]:
 
 
 @no_type_check
+@quick
 @triton.jit(do_not_specialize=["num_rows"])
 def _decode(keys, coords, num_rows, BITS: tl.constexpr, TILE: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -107,6 +111,7 @@ def _cells(keys, rows, inside, size_x, size_y, size_z, BITS: tl.constexpr):
 
 
 @no_type_check
+@quick
 @triton.jit(do_not_specialize=["num_rows", "size_x", "size_y", "size_z"])
 def _fill(keys, table, num_rows, size_x, size_y, size_z, BITS: tl.constexpr, TILE: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -115,6 +120,7 @@ def _fill(keys, table, num_rows, size_x, size_y, size_z, BITS: tl.constexpr, TIL
 
 
 @no_type_check
+@quick
 @triton.jit(do_not_specialize=["num_rows", "size_x", "size_y", "size_z"])
 def _look_up(  # noqa: PLR0913
     keys,
@@ -166,6 +172,7 @@ def group_cells(
 
 
 @no_type_check
+@quick
 @triton.jit(do_not_specialize=["num_rows"])
 def _mark_firsts(keys, firsts, num_rows, TILE: tl.constexpr):
     """1 where a row is the first of its cell."""
@@ -177,6 +184,7 @@ def _mark_firsts(keys, firsts, num_rows, TILE: tl.constexpr):
 
 
 @no_type_check
+@quick
 @triton.jit(do_not_specialize=["num_rows", "num_cells"])
 def _group(keys, numbers, cells, parent, children, num_rows, num_cells, TILE: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -205,6 +213,7 @@ def by_neighbourhood(
 
 
 @no_type_check
+@quick
 @triton.jit(do_not_specialize=["num_rows"])
 def _sorting_keys(alive, keys, num_rows, CHUNK: tl.constexpr, TILE: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -213,6 +222,7 @@ def _sorting_keys(alive, keys, num_rows, CHUNK: tl.constexpr, TILE: tl.constexpr
 
 
 @no_type_check
+@quick
 @triton.jit(do_not_specialize=["num_rows"])
 def _take_columns(found, keys, order, rows_out, bits_out, out, num_rows, TILE: tl.constexpr):
     places = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -244,6 +254,7 @@ def _either(a, b):
 
 
 @no_type_check
+@quick
 @triton.jit(do_not_specialize=["num_rows"])
 def _list_offsets(alive, offsets, counts, num_rows, TILE: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -275,6 +286,7 @@ def neighbour_lists(
 
 
 @no_type_check
+@quick
 @triton.jit(do_not_specialize=["num_rows", "num_blocks"])
 def _count_pairs(found, blocks, num_rows, num_blocks, TILE: tl.constexpr):
     places = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -284,6 +296,7 @@ def _count_pairs(found, blocks, num_rows, num_blocks, TILE: tl.constexpr):
 
 
 @no_type_check
+@quick
 @triton.jit(do_not_specialize=["num_rows", "num_blocks"])
 def _list_pairs(found, ends, rows_out, near_out, counts, num_rows, num_blocks, TILE: tl.constexpr):
     places = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -311,6 +324,7 @@ def take_rows(values: Shaped[Tensor, "N C"], rows: Int64[Tensor, " M"]) -> Shape
 
 
 @no_type_check
+@quick
 @triton.jit(do_not_specialize=["num_rows"])
 def _take_rows(values, rows, out, num_rows, CHANNELS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
     places = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)

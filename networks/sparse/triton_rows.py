@@ -13,6 +13,8 @@ import triton.language as tl
 from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor
 
+from networks.sparse.triton_launch import quick
+
 ELEMENTS = 8192  # of a program's tile
 CHUNKS = 1024  # of a batch, about: eight programs for each processor of a large card
 
@@ -34,6 +36,7 @@ def sum_children(
 
 
 @no_type_check
+@quick
 @triton.jit(do_not_specialize=["num_fine", "num_coarse"])
 def _sum_children(  # noqa: PLR0913
     fine,
@@ -78,6 +81,7 @@ def spread(
 
 
 @no_type_check
+@quick
 @triton.jit(do_not_specialize=["num_fine"])
 def _spread(  # noqa: PLR0913
     coarse,
@@ -114,6 +118,7 @@ def column_sums(x: Float[Tensor, "N C"]) -> Float32[Tensor, " C"]:
 
 
 @no_type_check
+@quick
 @triton.jit(do_not_specialize=["num_rows", "length"])
 def _column_sums(x, parts, num_rows, length, CHANNELS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
     channels = tl.arange(0, WIDTH)
@@ -239,6 +244,7 @@ def _store_pair(parts, first, second, CHANNELS: tl.constexpr, WIDTH: tl.constexp
 
 
 @no_type_check
+@quick
 @triton.jit
 def _moments(x, bounds, parts, CHANNELS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
     """Mean of each channel over the chunk, and the squares about it.
@@ -283,6 +289,7 @@ def _over_group(values, channels, there, GROUP: tl.constexpr):
 
 
 @no_type_check
+@quick
 @triton.jit
 def _combine(  # noqa: PLR0913
     parts,
@@ -321,6 +328,7 @@ def _combine(  # noqa: PLR0913
 
 
 @no_type_check
+@quick
 @triton.jit
 def _normalize(  # noqa: PLR0913
     x,
@@ -390,6 +398,7 @@ def _upstream(x, grad, at, keep, centre, gain, lift, SILU: tl.constexpr):
 
 
 @no_type_check
+@quick
 @triton.jit
 def _grad_moments(  # noqa: PLR0913
     x,
@@ -419,6 +428,7 @@ def _grad_moments(  # noqa: PLR0913
 
 
 @no_type_check
+@quick
 @triton.jit
 def _combine_grads(  # noqa: PLR0913
     parts,
@@ -461,6 +471,7 @@ def _combine_grads(  # noqa: PLR0913
 
 
 @no_type_check
+@quick
 @triton.jit
 def _grad_input(  # noqa: PLR0913
     x,

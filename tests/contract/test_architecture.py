@@ -30,10 +30,18 @@ OWNERS = {  # optional or heavy libraries, each behind one door
     "peft": {"networks/qwen.py"},
     "spconv": {"networks/sparse/spconv_backend.py"},
     "cumm": {"networks/sparse/spconv_backend.py"},
-    "triton": {f"networks/sparse/triton_{part}.py" for part in ("attention", "backend", "maps", "rows")}
+    "triton": {f"networks/sparse/triton_{part}.py" for part in ("attention", "backend", "launch", "maps", "rows")}
     | {"networks/code_search.py"},
 }
-SPARSE_LAYERS = ("kernels", "topology", "tensor", "backend", "ops", "modules")  # each may import those before it
+SPARSE_LAYERS = (
+    "launch",
+    "kernels",
+    "topology",
+    "tensor",
+    "backend",
+    "ops",
+    "modules",
+)  # each may import those before it
 
 
 def name_of(path):
@@ -77,7 +85,8 @@ def test_heavy_libraries_stay_with_their_owners(path):
 
 def layer_of(module):
     """Place of networks.sparse.X among the layers; None for the package itself."""
-    name = "backend" if module.endswith("_backend") else "kernels" if module.startswith("triton_") else module
+    name = "launch" if module == "triton_launch" else module
+    name = "backend" if module.endswith("_backend") else "kernels" if name.startswith("triton_") else name
     return SPARSE_LAYERS.index(name) if name in SPARSE_LAYERS else None
 
 

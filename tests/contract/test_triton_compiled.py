@@ -24,6 +24,7 @@ def compiled(kernel, dtype="bf16", *, card=90, warps=4, stages=3, types=None, **
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    kernel = kernel.kernel
     named = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(LONGS, "*i64") | dict.fromkeys(INTEGERS, "i32")
     named |= dict.fromkeys(constants, "constexpr") | (types or {})
     signature = {name: named.get(name, f"*{dtype}") for name in kernel.arg_names}
