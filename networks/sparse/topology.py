@@ -182,14 +182,17 @@ class Level:
         bits = bits_for(shape)
         if bits > 20 or 3 * bits + max(batch_size, 1).bit_length() > 63:
             raise ValueError(f"keys of 63 bits cannot hold {batch_size} samples of {shape} voxels")
-        keys = morton_keys(coords, bits)
-        order, mixed = None, False
-        if coords.shape[0]:
-            unsorted = (keys[1:] <= keys[:-1]).any().view(1)
-            *bounds, mixed = torch.cat([coords.amin(0).long(), coords.amax(0).long(), unsorted.long()]).tolist()
-            low, high, limits = bounds[:4], bounds[4:], (batch_size, *shape)
-            if min(low) < 0 or any(h >= limit for h, limit in zip(high, limits, strict=True)):
-                raise ValueError(f"coords (batch, x, y, z) must lie in 0..{limits} exclusive, got {low}..{high}")
+        limits = (batch_size, *shape)
+        if kernels := map_kernels(coords.device):
+            keys, outside, mixed = kernels.checked_keys(coords, bits, limits)
+        else:
+            keys = morton_keys(coords, bits)
+            outside = bool(((coords < 0) | (coords >= torch.tensor(limits, device=coords.device))).any())
+            mixed = bool((keys[1:] <= keys[:-1]).any())
+        if outside:
+            low, high = coords.amin(0).tolist(), coords.amax(0).tolist()
+            raise ValueError(f"coords (batch, x, y, z) must lie in 0..{limits} exclusive, got {low}..{high}")
+        order = None
         if mixed:
             keys, order = torch.sort(keys)
             if bool((keys[1:] == keys[:-1]).any()):

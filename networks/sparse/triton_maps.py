@@ -48,17 +48,73 @@ def _gather_bits(key):
 
 
 @no_type_check
+@triton.jit
+def _key_of(b, x, y, z, BITS: tl.constexpr):
+    return (b << (3 * BITS)) | (_spread(x) << 2) | (_spread(y) << 1) | _spread(z)
+
+
+@no_type_check
+@triton.jit
+def _axes(coords, rows, inside):
+    """Sample, x, y and z of some rows."""
+    b = tl.load(coords + rows * 4, mask=inside, other=0).to(tl.int64)
+    x = tl.load(coords + rows * 4 + 1, mask=inside, other=0).to(tl.int64)
+    y = tl.load(coords + rows * 4 + 2, mask=inside, other=0).to(tl.int64)
+    return b, x, y, tl.load(coords + rows * 4 + 3, mask=inside, other=0).to(tl.int64)
+
+
+@no_type_check
 @quick
 @triton.jit(do_not_specialize=["num_rows"])
 def _encode(coords, keys, num_rows, BITS: tl.constexpr, TILE: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = rows < num_rows
-    b = tl.load(coords + rows * 4, mask=inside, other=0).to(tl.int64)
-    x = tl.load(coords + rows * 4 + 1, mask=inside, other=0).to(tl.int64)
-    y = tl.load(coords + rows * 4 + 2, mask=inside, other=0).to(tl.int64)
-    z = tl.load(coords + rows * 4 + 3, mask=inside, other=0).to(tl.int64)
-    key = (b << (3 * BITS)) | (_spread(x) << 2) | (_spread(y) << 1) | _spread(z)
+    b, x, y, z = _axes(coords, rows, inside)
+    tl.store(keys + rows, _key_of(b, x, y, z, BITS), mask=inside)
+
+
+def checked_keys(
+    coords: Int[Tensor, "N 4"], bits: int, limits: tuple[int, int, int, int]
+) -> tuple[Int64[Tensor, " N"], bool, bool]:
+    """Keys, whether any coordinate lies outside 0..limits, and whether the keys are not in rising order."""
+    keys = torch.empty(coords.shape[0], dtype=torch.int64, device=coords.device)
+    if not keys.numel():
+        return keys, False, False
+    grid = (triton.cdiv(len(keys), ROWS),)
+    faults = torch.empty((2, *grid), dtype=torch.int32, device=coords.device)
+    with torch.cuda.device_of(coords):
+        _encode_checked[grid](coords.contiguous(), keys, faults, len(keys), *limits, grid[0], bits, ROWS)
+    outside, mixed = faults.amax(1).tolist()
+    return keys, outside > 0, mixed > 0
+
+
+@no_type_check
+@quick
+@triton.jit(do_not_specialize=["num_rows", "size_b", "size_x", "size_y", "size_z", "num_blocks"])
+def _encode_checked(  # noqa: PLR0913
+    coords,
+    keys,
+    faults,
+    num_rows,
+    size_b,
+    size_x,
+    size_y,
+    size_z,
+    num_blocks,
+    BITS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = rows < num_rows
+    b, x, y, z = _axes(coords, rows, inside)
+    key = _key_of(b, x, y, z, BITS)
     tl.store(keys + rows, key, mask=inside)
+    outside = (b < 0) | (b >= size_b) | (x < 0) | (x >= size_x) | (y < 0) | (y >= size_y) | (z < 0) | (z >= size_z)
+    tl.store(faults + tl.program_id(0), tl.max((outside & inside).to(tl.int32), 0))
+    later = inside & (rows > 0)
+    b, x, y, z = _axes(coords, rows - 1, later)
+    falls = later & (key <= _key_of(b, x, y, z, BITS))
+    tl.store(faults + num_blocks + tl.program_id(0), tl.max(falls.to(tl.int32), 0))
 
 
 def morton_coords(keys: Int64[Tensor, " N"], bits: int) -> Int32[Tensor, "N 4"]:

@@ -50,6 +50,20 @@ def interleaved(
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
+def device_ms(work: Work, *, calls: int = 10) -> float:
+    """Milliseconds that a CUDA card works a call, by the profiler: what is left when no host holds it up."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    work()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as record:
+        for _ in range(calls):
+            work()
+        torch.cuda.synchronize()
+    return sum(event.device_time for event in record.events() if event.device_type == DeviceType.CUDA) / calls / 1e3
+
+
 def dense_rate() -> float:
     """TFLOP/s of a bf16 matrix product of 8192 cubed on random data."""
     a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)

@@ -160,6 +160,7 @@ def test_row_operations_and_maps_compile():
     groups = {"CHANNELS": 32, "GROUP": 1, "BLOCK": 16, "WIDTH": 16, "TILE": 128}
     for kernel in (triton_rows._combine, triton_rows._combine_grads):
         compiled(kernel, "fp32", types=bounds | {"starts": "*i32", "eps": "fp32"}, **groups)
+    compiled(triton_maps._encode_checked, "i32", types={"size_b": "i32"}, BITS=8, TILE=512)
     for kernel in (triton_maps._encode, triton_maps._decode):
         compiled(kernel, "i32", BITS=8, TILE=512)
     for kernel in (triton_maps._fill, triton_maps._look_up):

@@ -91,6 +91,15 @@ def test_interpreted_maps_equal_plain_torch(count, generator, monkeypatch):
         keys = topology.morton_keys(coords, bits)
         assert torch.equal(triton_maps.morton_keys(coords, bits), keys)
         assert torch.equal(triton_maps.morton_coords(keys, bits), coords)
+        keys, outside, mixed = triton_maps.checked_keys(coords, bits, (5, *[2**bits] * 3))
+        assert torch.equal(keys, topology.morton_keys(coords, bits)) and not outside
+        assert mixed == bool((keys[1:] <= keys[:-1]).any())
+        for axis in range(4):
+            for wrong in (-1, (5, *[2**bits] * 3)[axis]):
+                far = coords.clone()
+                far[-1, axis] = wrong
+                assert triton_maps.checked_keys(far, bits, (5, *[2**bits] * 3))[1]
+    assert triton_maps.checked_keys(level.coords, level.bits, (1, 8, 9, 7))[1:] == (False, False)
     two = torch.cat([level.coords, level.coords + torch.tensor([1, 0, 0, 0], dtype=torch.int32)])
     level, count = Level.from_coords(two, (8, 9, 7), 2)[0], 2 * count
     found, alive, number = triton_maps.neighbours(level.keys, level.bits, (8, 9, 7), 2)
