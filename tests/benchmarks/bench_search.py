@@ -3,7 +3,8 @@
     python -m tests.benchmarks.bench_search
 
 Ours: a training forward of `VectorQuantizer` and its `update`. The peer: one training forward with its EMA codebook.
-Where the peer does not fit the card, its columns are empty. Correct means that no row's code is farther than the nearest by more than float32 rounding, judged in float64.
+Where the peer does not fit the card, its columns are empty. Correct means that no row's code is farther than the
+nearest by more than float32 rounding, judged in float64.
 """
 
 import math
