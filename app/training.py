@@ -91,7 +91,8 @@ class TrainStep:
         seed_step(self.seed, engine.state.iteration, rank=idist.get_rank())
         engine.network.train()
         engine.optimizer.zero_grad(set_to_none=True)
-        totals: dict[str, float] = {}
+        names: list[str] = []
+        sums: torch.Tensor | float = 0.0
         points = 0
         for part in parts:
             x = to_sparse(part, engine.state.device)
@@ -101,13 +102,13 @@ class TrainStep:
             share = part["batch_size"] / samples
             if terms["loss"].requires_grad:
                 self.scaler.scale(terms["loss"] * share).backward()
-            for name, term in terms.items():
-                totals[name] = totals.get(name, 0.0) + float(term.detach()) * share
+            names = list(terms)
+            sums = sums + torch.stack([term.detach().double() for term in terms.values()]) * share
             points += len(x)
-        case_ids = [case for part in parts for case in part["case_id"]]
-        totals = mean_of_ranks(totals)
-        self._stop_if_not_finite(engine, totals, case_ids)
         self._optimize(engine)
+        totals = mean_of_ranks(dict(zip(names, sums.tolist(), strict=True)))  # waits for the device, once
+        case_ids = [case for part in parts for case in part["case_id"]]
+        self._stop_if_not_finite(engine, totals, case_ids)
         return {**totals, "points": points, "seconds": time.perf_counter() - started}
 
     def _optimize(self, engine: SupervisedTrainer) -> None:
@@ -193,11 +194,12 @@ def trainable(network: nn.Module) -> list[nn.Parameter]:
 def average(network: nn.Module, *, ema_rate: float) -> AveragedModel:
     """Averaged parameters with decay min(rate, (1 + n) / (10 + n)); buffers, so the codebook too, are copies."""
 
-    def blend(averaged: torch.Tensor, current: torch.Tensor, num_averaged: torch.Tensor) -> torch.Tensor:
-        n = float(num_averaged)
-        return torch.lerp(current, averaged, min(ema_rate, (1 + n) / (10 + n)))
+    def blend(averaged: list[torch.Tensor], current: list[torch.Tensor], _: torch.Tensor) -> None:
+        n = int(model.n_averaged)  # on the CPU; the copy that torch hands over would have to be waited for
+        torch._foreach_lerp_(averaged, current, 1 - min(ema_rate, (1 + n) / (10 + n)))
 
-    return AveragedModel(unwrapped(network), avg_fn=blend)
+    model = AveragedModel(unwrapped(network), multi_avg_fn=blend)
+    return model
 
 
 def make_scheduler(
