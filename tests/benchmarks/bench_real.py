@@ -2,13 +2,11 @@
 
     python -m tests.benchmarks.bench_real DATA OUT --minutes 15 [--part ours|monai|table]
 
-DATA is a prepared dataset with train and val. The parts can run at the same time, each on a card of its own
-(CUDA_VISIBLE_DEVICES), and `table` at any time after; without --part all three follow one another. Both networks get
-the same minutes of wall clock, samples (windows, augmentation, crops), batch and number of codes, and are judged on
-the same voxels of whole scans with the stored support: HU told by the windows, -1024 where a voxel was dropped. Ours
-runs its three stages as bundles, start-up included. MONAI's trains as it ships; with `--start kmeans` it learns
-without codes first and its codebook is laid by k-means, as ours is. Writes OUT/{name}/result.json and slices, then
-OUT/real.md and OUT/real.png.
+DATA is a prepared dataset with train and val. Parts may run at the same time, each on its own card; `table` is last.
+Both get the same minutes of wall clock, samples, batch and number of codes, and are judged on the same voxels of whole
+scans with the stored support: HU told by the windows, -1024 where a voxel was dropped. Ours runs its three bundles,
+start-up included. MONAI's trains as it ships; with `--start kmeans` it begins as ours does: without codes, then a
+codebook by k-means. Writes OUT/{name}/result.json and slices, OUT/real.md and OUT/real.png.
 """
 
 import argparse
