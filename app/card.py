@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.ticker import NullFormatter
 
-from app.prepared import write_text
+from app.prepared_writer import write_text
 from transforms.array import WINDOWS, window
 
 NAME = "tokenizer_card"

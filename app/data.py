@@ -47,9 +47,11 @@ def sampling(
     crop: int | None = None,
 ) -> list[Transform]:
     """From kept voxels to features; moved before cropped, so that crops start at multiples of eight."""
-    chain: list[Transform] = [RandTranslated(), RandJitterd()] if augment else []
+    chain: list[Transform] = [RandTranslated()] if augment else []
     if max_points is not None or crop is not None:
         chain.append(RandCropToBudgetd(max_points=max_points, max_side=crop))
+    if augment:
+        chain.append(RandJitterd())  # after the crop: noise for voxels that are cut off is time lost
     return [*chain, Windowsd("values", windows=windows)]
 
 
@@ -118,7 +120,7 @@ class CTDataset(Dataset):
         for transform in self.sampling.transforms:  # not Compose's call: it hides a refusal behind a RuntimeError
             item = transform(item)
         feats = item["feats"]
-        if len(feats) >= self.min_points and np.ptp(feats, axis=0).max(initial=0) == 0:
+        if len(feats) >= self.min_points and _constant(feats):
             raise ValueError(
                 f"case {case.case_id} has constant features in windows {list(self.windows)}: nothing can be learned "
                 "from them; choose other windows or another keep, and see `python -m app check`"
@@ -208,6 +210,11 @@ class CTDataset(Dataset):
             "points_max": max(points),
             "share_dropped": 1 - float(np.mean(points)) / grid,
         }
+
+
+def _constant(feats: np.ndarray) -> bool:
+    """Whether all rows are the same; nearly always the first few tell that they are not."""
+    return all(bool((part == feats[0]).all()) for part in (feats[:1000], feats))
 
 
 def _settings_of(transforms: Sequence[Transform]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from scipy import ndimage
 
-from app import prepared
+from app import prepared_writer
 from app.anatomy import (
     SIDES,
     Build,
@@ -226,9 +226,9 @@ def _fill(folder: Path, settings: dict[str, int]) -> None:
         raise RuntimeError(f"phantoms did not pass the gate: {refused}")
     (folder.with_name("out") / "raw").rename(folder)
     raw.rename(folder / "raw")
-    prepared.write_text(folder / "findings.json", json.dumps(findings, indent=1) + "\n")
+    prepared_writer.write_text(folder / "findings.json", json.dumps(findings, indent=1) + "\n")
     config = json.loads((folder / "dataset_config.json").read_text())
-    prepared.write_dataset_config(folder, {**config, **settings})
+    prepared_writer.write_dataset_config(folder, {**config, **settings})
 
 
 def write_nifti(path: Path, phantom: Phantom) -> None:

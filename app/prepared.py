@@ -1,43 +1,25 @@
-"""The prepared layout on disk: the one reader and the one writer of OUT/{dataset}/processed/{case}.
+"""The prepared layout on disk, OUT/{dataset}/processed/{case}: its one reader. prepared_writer.py writes it.
 
-Knows files, not what is in them: no gate, no resampling, no features. A case appears whole or not at all (written
-beside, then renamed). Older trees are read too: window files of 0/1 or of floats, any size, no sidecar; their volumes
-are never taken for HU.
+Knows files, not what is in them: no gate, no resampling, no features. Older trees are read too: window files of 0/1 or
+of floats, any size, no sidecar; their volumes are never taken for HU.
 """
 
 import csv
 import hashlib
-import io
 import json
-import os
 import platform
 import re
-import shutil
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num, Shaped
 
-from transforms.array import AIR, WINDOWS, hu_from_windows, sparsify, window, window_bounds, window_file_name
+from transforms.array import AIR, WINDOWS, hu_from_windows, window, window_bounds
 
-METADATA_COLUMNS = (
-    "case_id",
-    "patient",
-    "split",
-    "source_hash",
-    "shape",
-    "spacing",
-    "hu_range",
-    "windows",
-    "codes",
-    "status",
-)
-FAILURE_COLUMNS = ("source", "status", "codes", "message", "remedy")
 SPLITS = ("train", "val")
 _WINDOW_FILE = re.compile(r"(?P<name>.+)_w(?P<width>-?\d+)_l(?P<level>-?\d+)\.np[yz]")
 
@@ -157,6 +139,16 @@ class PreparedCase:
         return {name: found[name] for name in WINDOWS if name in found}
 
 
+def window_bytes(hu: Num[np.ndarray, "X Y Z"], name: str) -> np.ndarray:
+    """A window as uint8, 0..255 across its width."""
+    window_bounds(name)
+    if hu.dtype == np.int16:  # by table: every int16 has one byte
+        every = np.arange(1 << 16, dtype=np.uint16).view(np.int16)
+        table = np.rint(window(every, *WINDOWS[name]) * 255).astype(np.uint8)
+        return table[hu.T.view(np.uint16)].T
+    return np.rint(window(hu, *WINDOWS[name]) * 255).astype(np.uint8)
+
+
 def windows_as_hu(case: PreparedCase, names: Sequence[str]) -> Float[np.ndarray, "X Y Z"]:
     """HU told by graded window files of a case without HU; where every window is empty it is air."""
     parts = np.stack([_unit(case.window(name)) for name in names], -1)
@@ -267,140 +259,6 @@ def split_of(patient: str) -> str:
     return "val" if int(hashlib.sha256(patient.encode()).hexdigest()[:8], 16) % 10 == 0 else "train"
 
 
-# ---- writing
-
-
-def window_bytes(hu: Num[np.ndarray, "X Y Z"], name: str) -> np.ndarray:
-    """A window as uint8, 0..255 across its width."""
-    window_bounds(name)
-    if hu.dtype == np.int16:  # by table: every int16 has one byte
-        every = np.arange(1 << 16, dtype=np.uint16).view(np.int16)
-        table = np.rint(window(every, *WINDOWS[name]) * 255).astype(np.uint8)
-        return table[hu.T.view(np.uint16)].T
-    return np.rint(window(hu, *WINDOWS[name]) * 255).astype(np.uint8)
-
-
-def write_case(
-    dataset_dir: str | Path,
-    case_id: str,
-    hu: Int[np.ndarray, "X Y Z"],
-    *,
-    affine: Float[np.ndarray, "4 4"],
-    windows: Sequence[str],
-    sidecar: Mapping[str, Any] | None = None,
-    organs: Mapping[str, np.ndarray] | None = None,
-    file_format: Literal["npy", "zarr"] = "npy",
-) -> PreparedCase:
-    """Writes one case, whole or not at all; an existing one is replaced.
-
-    `sidecar` adds what only the source knows: codes, source_hash, source_shape, source_spacing, source_affine, steps.
-    `organs` are masks on the volume's grid, or the (N, 3) voxels that they cover. As zarr the volume is stored alone,
-    in compressed chunks, and windows are made when read.
-    """
-    processed = Path(dataset_dir) / "processed"
-    processed.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{case_id}.", dir=processed))
-    try:
-        _write_volume(beside, hu, windows=windows, file_format=file_format)
-        _write_organs(beside, organs or {}, hu.shape)
-        record = _sidecar(case_id, hu, affine, sidecar or {})
-        (beside / "case.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-        beside.chmod(0o755)
-        target = processed / case_id
-        if target.exists():
-            old = beside.with_name(beside.name + ".old")
-            target.rename(old)
-            beside.rename(target)
-            shutil.rmtree(old)
-        else:
-            beside.rename(target)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-    return open_case(target)
-
-
-def _write_volume(folder: Path, hu: np.ndarray, *, windows: Sequence[str], file_format: str) -> None:
-    name = f"ct_normalized_{max(hu.shape)}"
-    if file_format == "zarr":
-        _write_zarr(folder / f"{name}.zarr", hu)
-        return
-    np.save(folder / f"{name}.npy", np.asarray(hu, np.int16))  # in the memory order it has
-    (folder / "windows").mkdir()
-    for window_name in windows:
-        np.save(folder / "windows" / window_file_name(window_name), window_bytes(hu, window_name))
-
-
-def _write_zarr(path: Path, hu: np.ndarray) -> None:
-    import numcodecs
-    import zarr
-
-    array = zarr.open(
-        str(path),
-        mode="w",
-        shape=hu.shape,
-        chunks=tuple(min(64, n) for n in hu.shape),
-        dtype="<i2",
-        compressor=numcodecs.Blosc("zstd", 5, numcodecs.Blosc.SHUFFLE),
-        fill_value=AIR,
-        write_empty_chunks=False,
-    )
-    array[:] = hu
-
-
-def _write_organs(folder: Path, organs: Mapping[str, np.ndarray], shape: Sequence[int]) -> None:
-    if organs:
-        (folder / "organs").mkdir()
-    for name, mask in organs.items():
-        coords = mask if mask.ndim == 2 else sparsify(mask, mask).coords
-        np.savez_compressed(folder / "organs" / f"{name}.npz", coords=coords, shape=np.array(shape, np.int32))
-
-
-def _sidecar(case_id: str, hu: np.ndarray, affine: np.ndarray, source: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "codes": ["OK"],
-        "source_hash": source.get("source_hash") or hashlib.sha256(np.ascontiguousarray(hu).tobytes()).hexdigest(),
-        "source_shape": list(hu.shape),
-        "source_spacing": _spacing(affine),
-        "source_affine": np.asarray(affine).tolist(),
-        "steps": [],
-        **source,
-        "case_id": case_id,
-        "shape": list(hu.shape),
-        "spacing": _spacing(affine),
-        "affine": np.asarray(affine).tolist(),
-        "hu_range": [int(hu.min()), int(hu.max())],
-        "versions": versions(),
-    }
-
-
-def _spacing(affine: np.ndarray) -> list[float]:
-    return [round(float(step), 6) for step in np.linalg.norm(np.asarray(affine)[:3, :3], axis=0)]
-
-
-def versions() -> dict[str, str]:
-    """Software that shaped the numbers."""
-    names = ("numpy", "scipy", "nibabel", "pydicom")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
-
-
-def metadata_row(case: PreparedCase, *, windows: Sequence[str], status: str = "ok") -> dict[str, str]:
-    """The row of metadata.csv of a written case; lists are joined by blanks."""
-    side = case.sidecar
-    return {
-        "case_id": case.case_id,
-        "patient": case.patient,
-        "split": case.split,
-        "source_hash": case.source_hash,
-        "shape": " ".join(map(str, case.shape)),
-        "spacing": " ".join(f"{step:g}" for step in side["spacing"]),
-        "hu_range": " ".join(map(str, side["hu_range"])),
-        "windows": " ".join(windows),
-        "codes": " ".join(case.codes),
-        "status": status,
-    }
-
-
 def read_rows(file: Path) -> dict[str, dict[str, str]]:
     """Rows of a metadata.csv by case; none where the file is missing. Older trees name the case in the first column."""
     if not file.is_file():
@@ -412,31 +270,7 @@ def read_rows(file: Path) -> dict[str, dict[str, str]]:
         return {row[column]: row for row in reader if row.get(column)}
 
 
-def write_metadata(dataset_dir: str | Path, rows: Iterable[Mapping[str, str]]) -> None:
-    _write_csv(Path(dataset_dir) / "metadata.csv", METADATA_COLUMNS, rows)
-
-
-def write_failures(dataset_dir: str | Path, rows: Iterable[Mapping[str, str]]) -> None:
-    _write_csv(Path(dataset_dir) / "failures.csv", FAILURE_COLUMNS, rows)
-
-
-def write_dataset_config(dataset_dir: str | Path, settings: Mapping[str, Any]) -> None:
-    """dataset_config.json: the settings that made the dataset, with the software's versions."""
-    text = json.dumps({**settings, "versions": versions()}, indent=1, sort_keys=True) + "\n"
-    write_text(Path(dataset_dir) / "dataset_config.json", text)
-
-
-def _write_csv(file: Path, columns: Sequence[str], rows: Iterable[Mapping[str, str]]) -> None:
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(file, buffer.getvalue())
-
-
-def write_text(file: Path, text: str) -> None:
-    """A file that is old or new, never half."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(file)
+def versions() -> dict[str, str]:
+    """Software that shaped the numbers."""
+    names = ("numpy", "scipy", "nibabel", "pydicom")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}

@@ -1,42 +1,31 @@
-"""Training as MONAI's SupervisedTrainer runs it: one iteration, what starts and freezes a network, and the handlers.
+"""Training as MONAI's SupervisedTrainer runs it: one iteration, and what it takes: device, ranks, average, schedule.
 
-Nothing here loops over steps or saves the engine. Randomness of a step is a function of (seed, step), so that a resumed
-run is the same run: the trainer's iteration is the step, and batches come from a sampler that starts anywhere.
+Nothing here loops over steps: stage_start.py is what comes before the first, stage_handlers.py what hangs on each.
+Randomness of a step is a function of (seed, step), so that a resumed run is the same run.
 """
 
-import copy
-import logging
 import math
 import os
-import subprocess
-import sys
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Iterable
 
 import ignite.distributed as idist
 import torch
 import torch.distributed as dist
-from ignite.engine import Engine, Events
+from ignite.engine import Engine
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader
 
-from app import checkpoints
 from app.checkpoints import unwrapped
 from app.preflight import fail, one_line_errors
 from networks.losses import TokenizerLoss, reconstruction
-from networks.quantizer import MIN_VECTORS_PER_CODE
 from networks.sparse import SparseTensor
 from networks.vqvae import SparseVQVAE
 
-log = logging.getLogger(__name__)
-
-MAX_PASSES = 16  # over the cases, each drawn anew, to fill a codebook at the start
 FUNCTIONS_OF_STEP = (lr_scheduler.LambdaLR, lr_scheduler.OneCycleLR)
 AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -91,7 +80,8 @@ class TrainStep:
         seed_step(self.seed, engine.state.iteration, rank=idist.get_rank())
         engine.network.train()
         engine.optimizer.zero_grad(set_to_none=True)
-        totals: dict[str, float] = {}
+        names: list[str] = []
+        sums: torch.Tensor | float = 0.0
         points = 0
         for part in parts:
             x = to_sparse(part, engine.state.device)
@@ -101,13 +91,13 @@ class TrainStep:
             share = part["batch_size"] / samples
             if terms["loss"].requires_grad:
                 self.scaler.scale(terms["loss"] * share).backward()
-            for name, term in terms.items():
-                totals[name] = totals.get(name, 0.0) + float(term.detach()) * share
+            names = list(terms)
+            sums = sums + torch.stack([term.detach().double() for term in terms.values()]) * share
             points += len(x)
-        case_ids = [case for part in parts for case in part["case_id"]]
-        totals = mean_of_ranks(totals)
-        self._stop_if_not_finite(engine, totals, case_ids)
         self._optimize(engine)
+        totals = mean_of_ranks(dict(zip(names, sums.tolist(), strict=True)))  # waits for the device, once
+        case_ids = [case for part in parts for case in part["case_id"]]
+        self._stop_if_not_finite(engine, totals, case_ids)
         return {**totals, "points": points, "seconds": time.perf_counter() - started}
 
     def _optimize(self, engine: SupervisedTrainer) -> None:
@@ -193,11 +183,12 @@ def trainable(network: nn.Module) -> list[nn.Parameter]:
 def average(network: nn.Module, *, ema_rate: float) -> AveragedModel:
     """Averaged parameters with decay min(rate, (1 + n) / (10 + n)); buffers, so the codebook too, are copies."""
 
-    def blend(averaged: torch.Tensor, current: torch.Tensor, num_averaged: torch.Tensor) -> torch.Tensor:
-        n = float(num_averaged)
-        return torch.lerp(current, averaged, min(ema_rate, (1 + n) / (10 + n)))
+    def blend(averaged: list[torch.Tensor], current: list[torch.Tensor], _: torch.Tensor) -> None:
+        n = int(model.n_averaged)  # on the CPU; the copy that torch hands over would have to be waited for
+        torch._foreach_lerp_(averaged, current, 1 - min(ema_rate, (1 + n) / (10 + n)))
 
-    return AveragedModel(unwrapped(network), avg_fn=blend)
+    model = AveragedModel(unwrapped(network), multi_avg_fn=blend)
+    return model
 
 
 def make_scheduler(
@@ -280,237 +271,3 @@ def shuffled_rows(values: torch.Tensor, latents: SparseTensor) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     parts = values.split(latents.level.sample_sizes)
     return torch.cat([part[torch.randperm(len(part), generator=generator).to(part.device)] for part in parts])
-
-
-class CodebookStart:
-    """What stage 1 needs before its first step: a trained autoencoder, and a codebook laid over its outputs.
-
-    Weights come from `pretrained_vae_path` (auto: stage 0's output where there is one); without any, the autoencoder is
-    trained first for `warmup_steps`, a phase of its own. Does nothing when the run resumes.
-    """
-
-    def __init__(
-        self,
-        *,
-        network: SparseVQVAE,
-        folder,
-        pretrained_vae_path: str | None,
-        loader: DataLoader,
-        loss_function: TokenizerLoss,
-        warmup: dict,
-        vectors_per_code: int = 64,
-    ):
-        self.network, self.folder, self.path = network, folder, pretrained_vae_path
-        self.loader, self.loss_function, self.warmup = loader, loss_function, warmup
-        self.vectors_per_code = vectors_per_code
-
-    def run(self) -> None:
-        if self.folder.start_step is not None:
-            return
-        path = self.path
-        if path == "auto":
-            path = "outputs/vae" if checkpoints.complete_steps("outputs/vae") else None
-        if path is None:
-            self._train_autoencoder()
-        else:
-            file = checkpoints.start_from(self.network, path, codebook=False)
-            log.info("autoencoder weights from %s", file)
-        self._lay_codebook()
-
-    def _loader(self, max_steps: int) -> DataLoader:
-        """The training loader over other steps."""
-        sampler = copy.copy(self.loader.sampler)
-        sampler.start, sampler.max_steps = 0, max_steps
-        same = ("dataset", "batch_size", "num_workers", "collate_fn", "pin_memory")
-        kept = {name: getattr(self.loader, name) for name in same}
-        return type(self.loader)(sampler=sampler, generator=torch.Generator(), **kept)
-
-    def _train_autoencoder(self) -> None:
-        steps, device = self.warmup["steps"], next(self.network.parameters()).device
-        log.info("no autoencoder weights: training one for %d steps before the codebook", steps)
-        codes = list(self.network.vq.parameters())
-        for parameter in codes:  # without codes they would have no gradient, which ranks wait for
-            parameter.requires_grad_(False)
-        optimizer = torch.optim.AdamW(trainable(self.network), lr=self.warmup["learning_rate"], weight_decay=0.0)
-        schedule = make_scheduler(optimizer, name=self.warmup["lr_scheduler"], max_steps=steps)
-        trainer = SupervisedTrainer(
-            device=device,
-            max_epochs=1,
-            epoch_length=steps,
-            train_data_loader=self._loader(steps),
-            network=distribute(self.network),
-            optimizer=optimizer,
-            loss_function=self.loss_function,
-            iteration_update=TrainStep(quantize=False, seed=self.warmup["seed"], amp=self.warmup["amp"]),
-            decollate=False,
-        )
-        trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _: schedule.step())
-        self.folder.record_steps(trainer, optimizer=optimizer, phase="warmup", every=self.warmup, last=steps)
-        trainer.run()
-        for parameter in codes:
-            parameter.requires_grad_(True)
-
-    @torch.no_grad()
-    def _lay_codebook(self) -> None:
-        """k-means on encoder outputs of training samples, drawn until there are enough for every code.
-
-        One pass over the cases has to hold what k-means takes at least: more passes only vary the same voxels.
-        """
-        vq, device = self.network.vq, next(self.network.parameters()).device
-        world = idist.get_world_size()
-        one_pass = math.ceil(len(self.loader.dataset) / (self.loader.batch_size * world))
-        rows, seen = [], 0
-        self.network.eval()
-        for number, batch in enumerate(self._loader(MAX_PASSES * one_pass), start=1):
-            for part in batch if isinstance(batch, list) else [batch]:
-                latents, _ = self.network.encoder(to_sparse(part, device))
-                rows.append(latents.feats)
-                seen += idist.all_reduce(len(latents))
-            too_few = number == one_pass and seen < MIN_VECTORS_PER_CODE * vq.num_embeddings
-            if too_few or seen >= self.vectors_per_code * vq.num_embeddings:
-                break
-        rows = torch.cat(rows)
-        if not rows.std(0).mean() > 1e-3:
-            fail(
-                "CONSTANT_ENCODER",
-                f"the encoder gives the same output everywhere (spread {rows.std(0).mean():.2g})",
-                "give trained weights with --pretrained_vae_path, or null to train the autoencoder first",
-            )
-        try:
-            vq.start_from(rows, generator=torch.Generator().manual_seed(self.warmup["seed"]))
-        except ValueError as error:
-            fail("TOO_LITTLE_DATA", str(error).split(":")[0], "give more cases or lower --num_embeddings")
-        log.info("codebook of %d codes laid over %d encoder outputs", vq.num_embeddings, rows.shape[0])
-
-
-class Stage2Start:
-    """Weights of stage 1. On the demo a missing stage 1 is trained first; with the user's data it is refused."""
-
-    def __init__(self, *, network: SparseVQVAE, folder, init_from: str, scale: str):
-        self.network, self.folder, self.init_from, self.scale = network, folder, init_from, scale
-
-    def run(self) -> None:
-        if self.folder.start_step is not None:
-            return
-        path = Path(self.init_from)
-        if not path.is_file() and not checkpoints.complete_steps(path):
-            command = "python -m monai.bundle run training --config_file bundles/vq_stage1.json"
-            if self.scale != "demo" or path != Path("outputs/vq_stage1"):
-                fail("NO_STAGE1", f"{path} has no checkpoint of stage 1", f"first run {command} with your dataset_dir")
-            log.info("no stage 1 yet: training it on the demo first (%s)", command)
-            if idist.get_rank() == 0:
-                config = Path(__file__).resolve().parent.parent / "bundles" / "vq_stage1.json"
-                call = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", str(config)]
-                alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-                if status := subprocess.run(call, env=alone).returncode:
-                    fail("NO_STAGE1", f"stage 1 ended with status {status}", "see its output above", status=1)
-            idist.barrier()
-        log.info("weights from %s", checkpoints.start_from(self.network, path, codebook=True))
-
-
-class StageHandlers:
-    """All that hangs on the trainer, in the order in which it has to happen.
-
-    After each step: schedule, average, log; where due: validate, picture, save.
-    """
-
-    def __init__(
-        self,
-        *,
-        folder,
-        network: nn.Module,
-        averaged: AveragedModel,
-        optimizer: Optimizer,
-        schedule: lr_scheduler.LRScheduler,
-        evaluator: SupervisedEvaluator,
-        every: dict,
-    ):
-        self.folder, self.network, self.averaged = folder, unwrapped(network), averaged
-        self.optimizer, self.schedule, self.evaluator, self.every = optimizer, schedule, evaluator, every
-        self.validated_step: int | None = None
-
-    def attach(self, engine: SupervisedTrainer) -> None:
-        last = engine.state.epoch_length
-
-        def due(key: str) -> Callable[[Engine, int], bool]:
-            return lambda _, step: step % self.every[key] == 0 or step == last
-
-        engine.add_event_handler(Events.STARTED, self._start)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._advance)
-        self.folder.record_steps(engine, optimizer=self.optimizer, phase="train", every=self.every, last=last)
-        completed = Events.ITERATION_COMPLETED
-        engine.add_event_handler(completed(event_filter=due("val_interval")), self._validate)
-        engine.add_event_handler(completed(event_filter=due("i_sample")), self._picture)
-        engine.add_event_handler(completed(event_filter=due("i_save")), self._save)
-        engine.add_event_handler(Events.COMPLETED, self._close)
-
-    def _start(self, engine: SupervisedTrainer) -> None:
-        step = self.folder.start_step
-        if step is None:
-            self.averaged.module.load_state_dict(self.network.state_dict())
-            self.folder.begin(self.network)
-            self._validate(engine)
-            if self.folder.warmed_up:
-                self._save(engine)
-            return
-        weights = {name: checkpoints.step_file(self.folder.path, name, step) for name in self.folder.names}
-        live, mean = (checkpoints.read_tensors(path) for path in weights.values())
-        misc = checkpoints.read_tensors(checkpoints.step_file(self.folder.path, "misc", step))
-        for stored in (live, mean):
-            sizes = type(self.network.sizes).from_tensor(stored["_extra_state"])
-            checkpoints.check_same(sizes, self.network.sizes, source=self.folder.path, skip=set())
-        last = engine.state.epoch_length
-        if step >= last:
-            log.info("nothing left to train: step %d of %d (a larger --max_steps goes on)", step, last)
-            engine.terminate()
-            return
-        self.network.load_state_dict(live)
-        self.averaged.module.load_state_dict(mean)
-        self.averaged.n_averaged.fill_(misc["num_averaged"])
-        resume_optimizer(self.optimizer, misc["optimizer"], keep_settings=isinstance(self.schedule, FUNCTIONS_OF_STEP))
-        resume_schedule(self.schedule, misc["schedule"], step=step)
-        scaler = getattr(engine._process_function, "scaler", None)
-        if scaler is not None and misc["scaler"]:
-            scaler.load_state_dict(misc["scaler"])
-        engine.state.iteration = step
-        engine.data_loader.sampler.start = step
-        engine.last_saved_step = step
-        self.folder.begin(self.network)
-        log.info("resumed at step %d", step)
-
-    def _advance(self, engine: SupervisedTrainer) -> None:
-        self.schedule.step()
-        self.averaged.update_parameters(self.network)
-
-    def _validate(self, engine: SupervisedTrainer) -> None:
-        self.evaluator.run()
-        self.validated_step = engine.state.iteration
-        self.folder.record_validation(engine.state.iteration, self.evaluator.state.metrics)
-
-    def _picture(self, engine: SupervisedTrainer) -> None:
-        if self.validated_step != engine.state.iteration:
-            self._validate(engine)
-        self.folder.record_samples(engine.state.iteration, window=self.network.sizes.windows[0])
-
-    def _close(self, engine: SupervisedTrainer) -> None:
-        engine.data_loader.close()
-        self.evaluator.data_loader.close()
-
-    def _save(self, engine: SupervisedTrainer) -> None:
-        if idist.get_rank() != 0:
-            return
-        step, path = engine.state.iteration, Path(self.folder.path)
-        live, mean = self.folder.names
-        scaler = getattr(engine._process_function, "scaler", None)
-        misc = {
-            "step": step,
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "scaler": scaler.state_dict() if scaler is not None else {},
-            "num_averaged": int(self.averaged.n_averaged),
-        }
-        weights = {live: self.network.state_dict(), mean: self.averaged.module.state_dict()}
-        checkpoints.save_set(path, step, weights, misc)
-        self.folder.record_best(step)
-        checkpoints.prune(path, self.every["keep_last"])
-        engine.last_saved_step = step

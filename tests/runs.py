@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from app import phantoms, prepared
+from app import phantoms, prepared_writer
 from transforms.array import DEFAULT_WINDOWS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,9 +54,11 @@ def make_cohort(out: Path, *, splits=("train",) * 3 + ("val",) * 2, change=lambd
     for index, split in enumerate(splits):
         made = phantoms.make_phantom(index, size=SIZE, spacing=SPACING)
         hu = change(made.hu, index)
-        case = prepared.write_case(out, f"case_{index}", hu, affine=made.affine, windows=DEFAULT_WINDOWS)
-        rows.append({**prepared.metadata_row(case, windows=DEFAULT_WINDOWS), "patient": f"p{index}", "split": split})
-    prepared.write_metadata(out, rows)
+        case = prepared_writer.write_case(out, f"case_{index}", hu, affine=made.affine, windows=DEFAULT_WINDOWS)
+        rows.append(
+            {**prepared_writer.metadata_row(case, windows=DEFAULT_WINDOWS), "patient": f"p{index}", "split": split}
+        )
+    prepared_writer.write_metadata(out, rows)
     return out
 
 

@@ -331,6 +331,11 @@ def resample(
 # ---- crops and augmentation of sparse voxels
 
 
+def columns(coords: Integer[np.ndarray, "N 3"]) -> list[Integer[np.ndarray, " N"]]:
+    """x, y and z apart: NumPy is up to twenty times slower at comparing or reducing millions of rows of three."""
+    return [coords[:, axis] for axis in range(3)]
+
+
 class Box(NamedTuple):
     start: tuple[int, int, int]
     stop: tuple[int, int, int]
@@ -351,9 +356,10 @@ def crop_box(
         raise ValueError(f"max_points must be at least {BLOCK**3}, the voxels of one latent block, got {max_points}")
     if max_side is not None and (max_side < BLOCK or max_side % BLOCK):
         raise ValueError(f"crop side must be a multiple of {BLOCK} voxels, got {max_side}")
-    blocks = np.asarray(coords, np.int64) // BLOCK
-    extent = blocks.max(0) + 1
-    counts = np.bincount(np.ravel_multi_index(blocks.T, extent), minlength=int(extent.prod())).reshape(extent)
+    x, y, z = (column // BLOCK for column in columns(coords))
+    extent = np.array([int(blocks.max()) + 1 for blocks in (x, y, z)])
+    cells = (x.astype(np.int64) * extent[1] + y) * extent[2] + z
+    counts = np.bincount(cells, minlength=int(extent.prod())).reshape(extent)
     sums = np.pad(counts.cumsum(0).cumsum(1).cumsum(2), ((1, 0),) * 3)  # summed volume: any box in eight look-ups
     limit = len(coords) if max_points is None else max_points
     side = max(extent) if max_side is None else max_side // BLOCK
@@ -391,14 +397,17 @@ def crop_to_budget(
 ) -> Int[np.ndarray, " M"]:
     """Rows in one contiguous box of at most `max_points` voxels, all where they fit; coordinates stay absolute."""
     start, stop = crop_box(coords, center=center, max_points=max_points, max_side=max_side)
-    return np.flatnonzero(((coords >= np.array(start)) & (coords < np.array(stop))).all(1))
+    x, y, z = (
+        (column >= low) & (column < high) for column, low, high in zip(columns(coords), start, stop, strict=True)
+    )
+    return np.flatnonzero(x & y & z)
 
 
 def translate(coords: Integer[np.ndarray, "N 3"], shift: Voxel, shape: Sequence[int]) -> Integer[np.ndarray, "N 3"]:
     """Coordinates moved by whole voxels, as far as the grid allows: nothing leaves it, left stays left."""
-    room_low = -coords.min(0).astype(np.int64)
-    room_high = np.asarray(shape, np.int64) - 1 - coords.max(0)
-    return (coords + np.clip(np.asarray(shift, np.int64), room_low, room_high)).astype(coords.dtype)
+    room_low = [-int(column.min()) for column in columns(coords)]
+    room_high = [size - 1 - int(column.max()) for column, size in zip(columns(coords), shape, strict=True)]
+    return coords + np.clip(np.asarray(shift, np.int64), room_low, room_high).astype(coords.dtype)
 
 
 def jitter(

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from app import prepared
+from app import prepared, prepared_writer
 from app.language.manifests import read_rows
 from app.prepare import names, preview
 from app.prepare.codes import CODES, Refused, bare
@@ -321,7 +321,7 @@ def _make(job: Job, recipe: str) -> dict[str, Any]:
     del volume
     if job.preview:
         preview.write(job.folder, job.case, on_grid.hu, settings.windows, settings.spacing)
-    case = prepared.write_case(
+    case = prepared_writer.write_case(
         job.folder,
         job.case,
         on_grid.hu,
@@ -354,10 +354,10 @@ def _write_tables(out: Path, outcomes: Sequence[Outcome], settings: Settings, re
         organs = organs if settings.keep_names else {"*": organs.get("*", {})} if organs else {}
         config = {"size": settings.size, "spacing": settings.spacing, "windows": _window_table(settings.windows)}
         config |= {"settings": _settings_json(settings), "organ_mapping": organs}
-        prepared.write_dataset_config(folder, config)
-        prepared.write_metadata(folder, _rows(folder, settings))
+        prepared_writer.write_dataset_config(folder, config)
+        prepared_writer.write_metadata(folder, _rows(folder, settings))
         failures = [o for o in members if o.status in ("refused", "failed")]
-        prepared.write_failures(folder, [_failure(o, settings.keep_names) for o in failures])
+        prepared_writer.write_failures(folder, [_failure(o, settings.keep_names) for o in failures])
 
 
 def _window_table(windows: Iterable[str]) -> dict[str, list[int]]:
@@ -369,7 +369,7 @@ def _rows(folder: Path, settings: Settings) -> Iterator[dict[str, str]]:
     for path in sorted(processed.iterdir()) if processed.is_dir() else ():
         if not path.name.startswith("."):
             case = prepared.open_case(path)
-            row = prepared.metadata_row(case, windows=settings.windows)
+            row = prepared_writer.metadata_row(case, windows=settings.windows)
             side = case.sidecar
             yield {**row, "patient": side.get("patient", case.patient), "split": side.get("split", case.split)}
 

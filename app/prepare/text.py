@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from app import prepared
+from app import prepared_writer
 from app.language.manifests import stem
 from app.language.rows import REPORT_QUESTION, TextRow
 
@@ -36,7 +36,7 @@ def join_text(rows: Sequence[TextRow], out: Path, cases: Mapping[tuple[str, str]
         else:
             missing, several = missing + (not homes), several + bool(homes)
     for dataset, texts in lines.items():
-        prepared.write_text(out / dataset / "text.jsonl", "\n".join(texts) + "\n")
+        prepared_writer.write_text(out / dataset / "text.jsonl", "\n".join(texts) + "\n")
     joined = sum(map(len, lines.values()))
     sys.stderr.write(f"text: {joined} rows joined, {missing} without a case, {several} that fit several cases\n")
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from app import prepared
+from app import prepared, prepared_writer
 from app.data import (
     CTDataset,
     StepSampler,
@@ -35,10 +35,12 @@ def dataset_dir(tmp_path, rng):
     root, rows = tmp_path / "set", []
     affine = np.diag([4.0, 4.0, 4.0, 1.0])
     for number in range(7):
-        case = prepared.write_case(root, f"case{number}", blob(rng, 7 + number / 2), affine=affine, windows=["lung"])
-        row = prepared.metadata_row(case, windows=["lung"])
+        case = prepared_writer.write_case(
+            root, f"case{number}", blob(rng, 7 + number / 2), affine=affine, windows=["lung"]
+        )
+        row = prepared_writer.metadata_row(case, windows=["lung"])
         rows.append({**row, "split": "val" if number >= 5 else "train"})
-    prepared.write_metadata(root, rows)
+    prepared_writer.write_metadata(root, rows)
     return root
 
 
@@ -224,7 +226,7 @@ def test_windows_of_the_features_alone_do_not_spoil_the_cache(dataset_dir, monke
 def test_a_case_that_changed_is_not_read_from_the_cache(dataset_dir, rng):
     before = make(dataset_dir)[1]
     affine = np.diag([4.0, 4.0, 4.0, 1.0])
-    prepared.write_case(dataset_dir, "case1", blob(rng, 9), affine=affine, windows=["lung"])
+    prepared_writer.write_case(dataset_dir, "case1", blob(rng, 9), affine=affine, windows=["lung"])
     assert len(make(dataset_dir)[1]["coords"]) > len(before["coords"])
 
 
@@ -306,8 +308,8 @@ def test_constant_features_are_refused(tmp_path, workers):
     affine = np.diag([4.0, 4.0, 4.0, 1.0])
     hu = np.full((24, 24, 24), -1000, np.int16)
     hu[4:20, 4:20, 4:20] = 3000
-    prepared.write_case(tmp_path, "steel", hu, affine=affine, windows=[])
-    prepared.write_metadata(tmp_path, [])
+    prepared_writer.write_case(tmp_path, "steel", hu, affine=affine, windows=[])
+    prepared_writer.write_metadata(tmp_path, [])
     cases = prepared.find_cases(tmp_path)
     inner = [Resampled(spacing=4.0, grid=24), Sparsifyd()]
     dataset = CTDataset(cases, preprocessing=inner, sampling=[Windowsd(windows=["brain"])])
@@ -322,7 +324,7 @@ def test_a_damaged_case_is_one_line_from_a_worker_too(dataset_dir):
 
 
 def test_an_empty_side_and_an_empty_dataset_say_so(dataset_dir, tmp_path):
-    prepared.write_metadata(dataset_dir, [{"case_id": f"case{n}", "split": "train"} for n in range(7)])
+    prepared_writer.write_metadata(dataset_dir, [{"case_id": f"case{n}", "split": "train"} for n in range(7)])
     with pytest.raises(ValueError, match="has no case with split 'val'"):
         make(dataset_dir, split="val")
     with pytest.raises(ValueError, match="dataset has no case"):

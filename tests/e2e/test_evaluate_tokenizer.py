@@ -14,7 +14,8 @@ from app import checkpoints
 from app.evaluation import TokenizerEvaluation
 from app.inference import CTTokenizer
 from app.phantoms import make_phantom
-from app.prepared import find_cases, write_case
+from app.prepared import find_cases
+from app.prepared_writer import write_case
 from app.scans import open_scan
 from networks import make_vqvae
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from app import checkpoints, data, prepared
+from app import checkpoints, data, prepared, prepared_writer
 from app.__main__ import app
 from app.inference import CTTokenizer, lines, onto_grid, reconstruct, tokenize
 from app.prepare import Refused, cohort
@@ -63,7 +63,7 @@ def dataset(tmp_path_factory):
     side = {"source_shape": [60, 60, 60], "source_affine": np.diag([-2.0, -2.0, 5.0, 1.0]).tolist()}
     for name, shift in (("case_a", 0), ("case_b", 1)):
         hu = np.roll(hu_volume(), shift, 0)
-        prepared.write_case(folder, name, hu, affine=AFFINE, windows=["lung"], sidecar=side)
+        prepared_writer.write_case(folder, name, hu, affine=AFFINE, windows=["lung"], sidecar=side)
     return folder
 
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from app import prepared
+from app import prepared, prepared_writer
 from transforms.array import DEFAULT_WINDOWS, WINDOWS, window, window_values
 
 
@@ -25,7 +25,7 @@ def affine() -> np.ndarray:
 def test_a_case_is_written_as_the_contract_names_it(tmp_path, hu, affine):
     organs = {"liver": hu > 0}
     source = {"codes": ["TILT_CORRECTED"], "source_hash": "abc", "source_shape": [9, 9, 3]}
-    case = prepared.write_case(
+    case = prepared_writer.write_case(
         tmp_path / "set", "c1", hu, affine=affine, windows=DEFAULT_WINDOWS, sidecar=source, organs=organs
     )
     files = sorted(str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file())
@@ -48,7 +48,7 @@ def test_a_case_is_written_as_the_contract_names_it(tmp_path, hu, affine):
 
 
 def test_what_is_written_is_read_back(tmp_path, hu, affine):
-    prepared.write_case(tmp_path, "c1", hu, affine=affine, windows=["lung"], organs={"liver": hu > 0})
+    prepared_writer.write_case(tmp_path, "c1", hu, affine=affine, windows=["lung"], organs={"liver": hu > 0})
     case = prepared.open_case(tmp_path / "processed" / "c1")
     assert np.array_equal(case.hu(), hu) and isinstance(case.hu(), np.memmap)
     assert np.array_equal(case.affine, affine) and case.shape == (12, 12, 12) and case.spacing == (2.0, 2.0, 2.0)
@@ -59,10 +59,10 @@ def test_what_is_written_is_read_back(tmp_path, hu, affine):
 
 
 def test_rows_have_the_columns_of_the_contract(tmp_path, hu, affine):
-    case = prepared.write_case(tmp_path, "c1", hu, affine=affine, windows=["lung", "bone"])
-    row = prepared.metadata_row(case, windows=["lung", "bone"])
-    prepared.write_metadata(tmp_path, [{**row, "patient": "p,1", "split": "val"}])
-    prepared.write_failures(tmp_path, [])
+    case = prepared_writer.write_case(tmp_path, "c1", hu, affine=affine, windows=["lung", "bone"])
+    row = prepared_writer.metadata_row(case, windows=["lung", "bone"])
+    prepared_writer.write_metadata(tmp_path, [{**row, "patient": "p,1", "split": "val"}])
+    prepared_writer.write_failures(tmp_path, [])
     header, line = csv.reader((tmp_path / "metadata.csv").open())
     assert ",".join(header) == "case_id,patient,split,source_hash,shape,spacing,hu_range,windows,codes,status"
     assert line[1:3] == ["p,1", "val"] and line[4:6] == ["12 12 12", "2 2 2"] and line[7:] == ["lung bone", "OK", "ok"]
@@ -74,7 +74,7 @@ def test_rows_have_the_columns_of_the_contract(tmp_path, hu, affine):
 def test_cases_are_found_in_one_dataset_and_in_several(tmp_path, hu, affine):
     for dataset in ("b", "a"):
         for case in ("2", "1"):
-            prepared.write_case(tmp_path / dataset, case, hu, affine=affine, windows=[])
+            prepared_writer.write_case(tmp_path / dataset, case, hu, affine=affine, windows=[])
     (tmp_path / "a" / "processed" / ".1.half").mkdir()
     (tmp_path / ".cache").mkdir()
     assert [(c.dataset, c.case_id) for c in prepared.find_cases(tmp_path)] == [
@@ -87,8 +87,8 @@ def test_cases_are_found_in_one_dataset_and_in_several(tmp_path, hu, affine):
 
 
 def test_datasets_that_lie_deeper_are_found(tmp_path, hu, affine):
-    prepared.write_case(tmp_path / "archive" / "2021" / "chest", "c1", hu, affine=affine, windows=[])
-    prepared.write_case(tmp_path / ".trash", "c2", hu, affine=affine, windows=[])
+    prepared_writer.write_case(tmp_path / "archive" / "2021" / "chest", "c1", hu, affine=affine, windows=[])
+    prepared_writer.write_case(tmp_path / ".trash", "c2", hu, affine=affine, windows=[])
     assert [(c.dataset, c.case_id) for c in prepared.find_cases(tmp_path)] == [("chest", "c1")]
 
 
@@ -102,22 +102,22 @@ def test_a_missing_or_empty_folder_says_what_to_do(tmp_path):
 
 
 def test_a_case_cut_short_is_never_visible(tmp_path, hu, affine, monkeypatch):
-    prepared.write_case(tmp_path, "c1", hu, affine=affine, windows=["lung"])
+    prepared_writer.write_case(tmp_path, "c1", hu, affine=affine, windows=["lung"])
 
     def full_disk(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepared, "_sidecar", full_disk)
+    monkeypatch.setattr(prepared_writer, "_sidecar", full_disk)
     for name in ("c1", "c2"):  # one that replaces and one that is new
         with pytest.raises(OSError, match="No space left"):
-            prepared.write_case(tmp_path, name, hu * 0, affine=affine, windows=["lung"])
+            prepared_writer.write_case(tmp_path, name, hu * 0, affine=affine, windows=["lung"])
     assert [p.name for p in (tmp_path / "processed").iterdir()] == ["c1"]
     assert np.array_equal(prepared.find_cases(tmp_path)[0].hu(), hu)
 
 
 def test_a_case_written_again_is_replaced(tmp_path, hu, affine):
-    prepared.write_case(tmp_path, "c1", hu, affine=affine, windows=["lung"])
-    prepared.write_case(tmp_path, "c1", hu + 1, affine=affine, windows=["bone"])
+    prepared_writer.write_case(tmp_path, "c1", hu, affine=affine, windows=["lung"])
+    prepared_writer.write_case(tmp_path, "c1", hu + 1, affine=affine, windows=["bone"])
     (case,) = prepared.find_cases(tmp_path)
     assert np.array_equal(case.hu(), hu + 1)
     assert [p.name for p in (tmp_path / "processed").iterdir()] == ["c1"]
@@ -127,14 +127,15 @@ def test_a_case_written_again_is_replaced(tmp_path, hu, affine):
 def test_the_same_case_is_the_same_bytes(tmp_path, hu, affine):
     organs = {"liver": hu > 0}
     cases = [
-        prepared.write_case(tmp_path / d, "c", hu, affine=affine, windows=["lung"], organs=organs) for d in ("a", "b")
+        prepared_writer.write_case(tmp_path / d, "c", hu, affine=affine, windows=["lung"], organs=organs)
+        for d in ("a", "b")
     ]
     files = [{f.name: f.read_bytes() for f in case.path.rglob("*") if f.is_file()} for case in cases]
     assert files[0] == files[1] and len(files[0]) == 4
 
 
 def test_a_damaged_file_is_one_clear_line(tmp_path, hu, affine):
-    case = prepared.write_case(tmp_path, "c1", hu, affine=affine, windows=["lung"])
+    case = prepared_writer.write_case(tmp_path, "c1", hu, affine=affine, windows=["lung"])
     (case.path / "ct_normalized_12.npy").write_bytes(b"\x93NUMPY\x01\x00garbage")
     with pytest.raises(ValueError, match=r"c1/ct_normalized_12.npy cannot be read .*; prepare the case again"):
         case.hu()
@@ -144,7 +145,7 @@ def test_a_damaged_file_is_one_clear_line(tmp_path, hu, affine):
 
 
 def test_a_pickle_is_not_run(tmp_path, hu, affine):
-    case = prepared.write_case(tmp_path, "c1", hu, affine=affine, windows=[])
+    case = prepared_writer.write_case(tmp_path, "c1", hu, affine=affine, windows=[])
     np.save(case.path / "ct_normalized_12.npy", np.array([print], object), allow_pickle=True)
     with pytest.raises(ValueError, match="cannot be read"):
         case.hu()

@@ -1,0 +1,129 @@
+"""All that hangs on a trainer of the tokenizer's stages: schedule and average after each step, and what falls due.
+
+Nothing here saves the engine: a resumed run sets the trainer's iteration and the sampler's start (see checkpoints.py).
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import ignite.distributed as idist
+from ignite.engine import Engine, Events
+from monai.engines import SupervisedEvaluator, SupervisedTrainer
+from torch import nn
+from torch.optim import Optimizer, lr_scheduler
+from torch.optim.swa_utils import AveragedModel
+
+from app import checkpoints
+from app.checkpoints import unwrapped
+from app.training import FUNCTIONS_OF_STEP, resume_optimizer, resume_schedule
+
+log = logging.getLogger(__name__)
+
+
+class StageHandlers:
+    """All that hangs on the trainer, in the order in which it has to happen.
+
+    After each step: schedule, average, log; where due: validate, picture, save.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder,
+        network: nn.Module,
+        averaged: AveragedModel,
+        optimizer: Optimizer,
+        schedule: lr_scheduler.LRScheduler,
+        evaluator: SupervisedEvaluator,
+        every: dict,
+    ):
+        self.folder, self.network, self.averaged = folder, unwrapped(network), averaged
+        self.optimizer, self.schedule, self.evaluator, self.every = optimizer, schedule, evaluator, every
+        self.validated_step: int | None = None
+
+    def attach(self, engine: SupervisedTrainer) -> None:
+        last = engine.state.epoch_length
+
+        def due(key: str) -> Callable[[Engine, int], bool]:
+            return lambda _, step: step % self.every[key] == 0 or step == last
+
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._advance)
+        self.folder.record_steps(engine, optimizer=self.optimizer, phase="train", every=self.every, last=last)
+        completed = Events.ITERATION_COMPLETED
+        engine.add_event_handler(completed(event_filter=due("val_interval")), self._validate)
+        engine.add_event_handler(completed(event_filter=due("i_sample")), self._picture)
+        engine.add_event_handler(completed(event_filter=due("i_save")), self._save)
+        engine.add_event_handler(Events.COMPLETED, self._close)
+
+    def _start(self, engine: SupervisedTrainer) -> None:
+        step = self.folder.start_step
+        if step is None:
+            self.averaged.module.load_state_dict(self.network.state_dict())
+            self.folder.begin(self.network)
+            self._validate(engine)
+            if self.folder.warmed_up:
+                self._save(engine)
+            return
+        weights = {name: checkpoints.step_file(self.folder.path, name, step) for name in self.folder.names}
+        live, mean = (checkpoints.read_tensors(path) for path in weights.values())
+        misc = checkpoints.read_tensors(checkpoints.step_file(self.folder.path, "misc", step))
+        for stored in (live, mean):
+            sizes = type(self.network.sizes).from_tensor(stored["_extra_state"])
+            checkpoints.check_same(sizes, self.network.sizes, source=self.folder.path, skip=set())
+        last = engine.state.epoch_length
+        if step >= last:
+            log.info("nothing left to train: step %d of %d (a larger --max_steps goes on)", step, last)
+            engine.terminate()
+            return
+        self.network.load_state_dict(live)
+        self.averaged.module.load_state_dict(mean)
+        self.averaged.n_averaged.fill_(misc["num_averaged"])
+        resume_optimizer(self.optimizer, misc["optimizer"], keep_settings=isinstance(self.schedule, FUNCTIONS_OF_STEP))
+        resume_schedule(self.schedule, misc["schedule"], step=step)
+        scaler = getattr(engine._process_function, "scaler", None)
+        if scaler is not None and misc["scaler"]:
+            scaler.load_state_dict(misc["scaler"])
+        engine.state.iteration = step
+        engine.data_loader.sampler.start = step
+        engine.last_saved_step = step
+        self.folder.begin(self.network)
+        log.info("resumed at step %d", step)
+
+    def _advance(self, engine: SupervisedTrainer) -> None:
+        self.schedule.step()
+        self.averaged.update_parameters(self.network)
+
+    def _validate(self, engine: SupervisedTrainer) -> None:
+        self.evaluator.run()
+        self.validated_step = engine.state.iteration
+        self.folder.record_validation(engine.state.iteration, self.evaluator.state.metrics)
+
+    def _picture(self, engine: SupervisedTrainer) -> None:
+        if self.validated_step != engine.state.iteration:
+            self._validate(engine)
+        self.folder.record_samples(engine.state.iteration, window=self.network.sizes.windows[0])
+
+    def _close(self, engine: SupervisedTrainer) -> None:
+        engine.data_loader.close()
+        self.evaluator.data_loader.close()
+
+    def _save(self, engine: SupervisedTrainer) -> None:
+        if idist.get_rank() != 0:
+            return
+        step, path = engine.state.iteration, Path(self.folder.path)
+        live, mean = self.folder.names
+        scaler = getattr(engine._process_function, "scaler", None)
+        misc = {
+            "step": step,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else {},
+            "num_averaged": int(self.averaged.n_averaged),
+        }
+        weights = {live: self.network.state_dict(), mean: self.averaged.module.state_dict()}
+        checkpoints.save_set(path, step, weights, misc)
+        self.folder.record_best(step)
+        checkpoints.prune(path, self.every["keep_last"])
+        engine.last_saved_step = step
