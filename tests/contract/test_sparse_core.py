@@ -63,6 +63,23 @@ def test_convolution_and_both_gradients_equal_the_dense_oracle(
         assert_close(mine.grad, expected_grad, dtype=dtype)
 
 
+def test_many_blocks_of_rows_equal_the_dense_oracle(generator, assert_close, monkeypatch):
+    """Blocks large enough to be convolved by oneDNN, which torch passes by for small images; the last is ragged."""
+    monkeypatch.setattr(torch_backend, "BLOCK", 175 * 16)
+    monkeypatch.setattr(torch_backend, "THIN", -1.0)
+    level, _ = Level.from_coords(random_coords((9, 10, 11), (500, 400), generator), (9, 10, 11), 2)
+    feats = torch.randn(900, 16, generator=generator)
+    weight = torch.randn(27, 16, 24, generator=generator)
+    upstream = torch.randn(900, 24, generator=generator)
+    truth = [feats.double().requires_grad_(), weight.double().requires_grad_()]
+    expected = oracle.submanifold_conv(truth[0], level.coords, level.spatial_shape, 2, truth[1], None)
+    (expected * upstream).sum().backward()
+    out, feats_grad, weight_grad = ops._all_three(torch_backend, feats, weight, upstream, level)
+    assert_close(out, expected)
+    assert_close(weight_grad, truth[1].grad)
+    assert_close(feats_grad, truth[0].grad)
+
+
 def _sorting(coords, x):
     """Row of `coords` for each row of x."""
     row_of = {tuple(c): i for i, c in enumerate(coords.tolist())}
@@ -223,12 +240,21 @@ def test_convolution_moves_with_its_input(generator):
     assert torch.allclose(moved, here.roll((7, 3, 9), (2, 3, 4)), atol=1e-6)
 
 
-def test_repeats_are_equal_to_the_bit_for_any_number_of_threads(generator):
-    coords = random_coords((24, 24, 24), (6000, 4000), generator)
-    x = SparseTensor(torch.randn(10000, 16, generator=generator), coords, (24, 24, 24), 2)
-    conv = SubmanifoldConv3d(16, 16)
-    first = conv(x).feats
-    assert all(torch.equal(conv(x).feats, first) for _ in range(3))
+@pytest.mark.parametrize("thin", [False, True], ids=["blocks", "pairs"])
+def test_repeats_are_equal_to_the_bit_for_any_number_of_threads(thin, generator, monkeypatch):
+    monkeypatch.setattr(torch_backend, "THIN", 28.0 if thin else -1.0)
+    level, _ = Level.from_coords(random_coords((24, 24, 24), (6000, 4000), generator), (24, 24, 24), 2)
+    feats, upstream = torch.randn(2, 10000, 16, generator=generator)
+    weight = torch.randn(27, 16, 16, generator=generator)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3, 2):
+            torch.set_num_threads(number)
+            results.append(ops._all_three(torch_backend, feats, weight, upstream, level))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(one, first) for one, first in zip(other, results[0], strict=True))
 
 
 def test_alignment_finds_rows_and_misses(generator):
