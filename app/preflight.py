@@ -228,7 +228,8 @@ def one_line_errors() -> None:
         said = _refusal(cause)
         if said is not None:
             log.debug("".join(traceback.format_exception(kind, error, trace)))
-            _leave(f"BAD_VALUE: {said}\n", 2)
+            code = getattr(cause, "code", "BAD_VALUE")
+            _leave(f"{code}: {said.removeprefix(f'{code}: ')}\n", 2)
         if _files_of(cause)[-1:] == ["<string>"]:  # it failed in a config's own `$` expression
             what = f"{type(cause).__name__}: {cause}".splitlines()[0]
             _leave(f"BAD_EXPRESSION: {_expression(error)} gives {what}. Correct it in the config or on the line.\n", 2)
