@@ -10,12 +10,14 @@ import hashlib
 import json
 import os
 import re
+import zipfile
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from app.preflight import RULES, fail
+from app.preflight import fail
+from app.rules import RULES
 from networks.presets import Preset
 from networks.vqvae import SparseVQVAE, build_vqvae
 
@@ -125,8 +127,10 @@ def read_tensors(path: str | Path) -> dict:
     except FileNotFoundError:
         fail("NO_CHECKPOINT", f"{path} does not exist", "train it first, or name another file or output folder")
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        fail("BAD_CHECKPOINT", f"{path} cannot be read ({reason})", "it may be cut short: use an older step")
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        if not zipfile.is_zipfile(path):  # what torch says then is about pickles, or a page long
+            reason = "it is no checkpoint, or not a whole one"
+        fail("BAD_CHECKPOINT", f"{path} cannot be read ({reason})", "if it was cut short, use an older step")
 
 
 def averaged_file(path: str | Path) -> Path:
@@ -148,7 +152,11 @@ def read_weights(path: str | Path) -> tuple[dict, Preset]:
     state = read_tensors(path)
     if not isinstance(state, dict) or "_extra_state" not in state:
         fail("FOREIGN_CHECKPOINT", f"{path} does not say what it was made for", "use a checkpoint of this project")
-    return state, Preset.from_tensor(state["_extra_state"])
+    try:
+        return state, Preset.from_tensor(state["_extra_state"])
+    except (AttributeError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        fail("BAD_CHECKPOINT", f"the sizes in {path} cannot be read ({reason})", "it is damaged: use another step")
 
 
 def weights_hash(state: dict) -> str:
@@ -187,9 +195,13 @@ def load_tokenizer(path: str | Path) -> SparseVQVAE:
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        reason = " ".join(str(error).split("\n\t")[1:2]) or "its tensors do not fit its sizes"
-        fail("BAD_CHECKPOINT", f"{path} cannot be loaded ({reason.strip()})", "it may be damaged: use another step")
+        fail("BAD_CHECKPOINT", f"{path} does not fit ({_first_misfit(error)})", "it may be damaged: use another step")
     return network.eval()
+
+
+def _first_misfit(error: RuntimeError) -> str:
+    """The first of what `load_state_dict` complains about."""
+    return (" ".join(str(error).split("\n\t")[1:2]) or "its tensors do not fit its sizes").strip().rstrip(".")
 
 
 def start_from(network: SparseVQVAE, path: str | Path, *, codebook: bool) -> Path:
@@ -203,10 +215,16 @@ def start_from(network: SparseVQVAE, path: str | Path, *, codebook: bool) -> Pat
     own = {name: tensor for name, tensor in state.items() if name != "_extra_state" and not name.startswith("vq.")}
     if codebook:
         own |= {name: tensor for name, tensor in state.items() if name.startswith("vq.")}
-    left = network.load_state_dict(own, strict=False)
+    try:
+        left = network.load_state_dict(own, strict=False)
+    except RuntimeError as error:
+        fail("BAD_CHECKPOINT", f"{file} does not fit ({_first_misfit(error)})", "it may be damaged: use another step")
     missing = [n for n in left.missing_keys if n != "_extra_state" and (codebook or not n.startswith("vq."))]
     if missing or left.unexpected_keys:
-        raise ValueError(f"{file} does not fit: missing {missing}, left over {left.unexpected_keys}")
+        what = (
+            f"it lacks {', '.join(missing) or 'nothing'}, it has besides {', '.join(left.unexpected_keys) or 'nothing'}"
+        )
+        fail("BAD_CHECKPOINT", f"{file} does not fit ({what})", "it may be damaged: use another step")
     return file
 
 

@@ -414,7 +414,10 @@ def make_dataset(
     """The cases of one side of a prepared dataset, cached beside it."""
     cases = find_cases(dataset_dir, split=split)
     if not cases:
-        raise ValueError(f"dataset_dir {str(dataset_dir)!r} has no case with split {split!r}; see its metadata.csv")
+        raise ValueError(
+            f"dataset_dir {str(dataset_dir)!r} has no case with split {split!r}: name some in the column split "
+            "of its metadata.csv, or prepare it with --split"
+        )
     mark = hashlib.sha256(json.dumps([[case.case_id, case.source_hash] for case in cases]).encode()).hexdigest()
     if len(set(idist.all_gather(mark))) > 1:
         raise ValueError(

@@ -21,6 +21,7 @@ from scipy import ndimage
 
 from app import checkpoints, data, prepared, scans
 from app.preflight import fail
+from app.refusals import RefusedInput, code_of, text_of
 from app.scans import Scan, Volume
 from app.token_files import CTTokens, latent_to_voxel, read_tokens, write_tokens
 from app.training import choose_device
@@ -105,8 +106,9 @@ class CTTokenizer:
         )
         item = Compose([*steps, *data.sampling(windows=sizes.windows)])({"image": volume.hu, "affine": volume.affine})
         if len(item["coords"]) < MIN_POINTS:
-            raise ValueError(
-                f"only {len(item['coords'])} voxels are left of the scan, {MIN_POINTS} are needed: is it empty?"
+            raise RefusedInput(
+                "EMPTY",
+                f"only {len(item['coords'])} voxels are left of the scan, {MIN_POINTS} are needed: is it empty?",
             )
         coords = torch.from_numpy(np.pad(item["coords"].astype(np.int32), ((0, 0), (1, 0))))
         feats = torch.from_numpy(np.ascontiguousarray(item["feats"], np.float32))
@@ -131,22 +133,29 @@ class CTTokenizer:
 
     def check(self, tokens: CTTokens) -> None:
         """Raises unless this very tokenizer made the tokens."""
+        sizes = self.sizes
         if tokens.tokenizer != self.digest:
-            raise ValueError(
+            raise RefusedInput(
+                "OTHER_TOKENIZER",
                 f"the tokens were made by tokenizer {tokens.tokenizer[:12]}, this one is {self.digest[:12]}: "
-                "give theirs with --tokenizer, or tokenize the scan again"
+                "give theirs with --tokenizer, or tokenize the scan again",
             )
         levels = 1 if tokens.codes.ndim == 1 else tokens.codes.shape[1]
-        if levels != self.sizes.quantizer_levels or int(tokens.codes.max()) >= self.sizes.num_embeddings:
-            raise ValueError(
-                f"the tokens have {levels} codes a latent up to {int(tokens.codes.max())}, this tokenizer has "
-                f"{self.sizes.quantizer_levels} of {self.sizes.num_embeddings}: the file is damaged"
-            )
-        if tokens.grid_shape != (self.sizes.resolution,) * 3:
-            raise ValueError(
-                f"the tokens lie on a grid of {tokens.grid_shape} voxels, this tokenizer has {self.sizes.resolution} "
-                "a side: the file is damaged"
-            )
+        top = int(tokens.codes.max())
+        pairs = {
+            "codes a latent": (levels, sizes.quantizer_levels),
+            "codes up to": (top, min(top, sizes.num_embeddings - 1)),
+            "a grid of": (tokens.grid_shape, (sizes.resolution,) * 3),
+            **{
+                name: (getattr(tokens, name), getattr(sizes, name))
+                for name in ("features", "windows", "spacing", "keep")
+            },
+        }
+        for name, (told, own) in pairs.items():
+            if told != own:
+                raise RefusedInput(
+                    "DAMAGED_TOKENS", f"the tokens tell {name} {told}, their tokenizer {own}: tokenize the scan again"
+                )
 
     def to_hu(self, decoded: Decoded, tokens: CTTokens) -> Volume:
         return Volume(dense_hu(decoded.values, self.sizes), tokens.grid_affine)
@@ -189,7 +198,14 @@ def tokenize(
             entries.append(_refused(name, error))
             continue
         entries.append(
-            {"case": name, "status": "ok", "tokens": str(path), "count": len(tokens.codes), "message": message}
+            {
+                "case": name,
+                "status": "ok",
+                "codes": ["OK"],
+                "tokens": str(path),
+                "count": len(tokens.codes),
+                "message": message,
+            }
         )
     return _summary(entries, made)
 
@@ -200,15 +216,14 @@ def _there_already(path: Path, made: CTTokenizer) -> CTTokens | None:
         return None
     tokens = read_tokens(path)
     if tokens.tokenizer != made.digest:
-        raise ValueError(
-            f"{path.name} is there already, by tokenizer {tokens.tokenizer[:12]}: --overwrite, or another OUT"
+        raise RefusedInput(
+            "EXISTS", f"{path.name} is there already, by tokenizer {tokens.tokenizer[:12]}: --overwrite, or another OUT"
         )
     return tokens
 
 
 def _refused(name: str, error: ValueError) -> dict[str, Any]:
-    log.warning("%s refused: %s", name, error)
-    return {"case": name, "status": "refused", "message": str(error)}
+    return {"case": name, "status": "refused", "codes": [code_of(error)], "message": text_of(error)}
 
 
 def _cases_in(source: Path, windows: tuple[str, ...], series: str | None) -> Iterator[tuple[str, Callable[[], Scan]]]:
@@ -255,7 +270,7 @@ def reconstruct(
         path = out if single else out / f"{name}.nii.gz"
         try:
             if path.exists() and not overwrite:  # it may be the user's own scan
-                raise ValueError(f"{path} is there already: --overwrite, or another OUT")
+                raise RefusedInput("EXISTS", f"{path} is there already: --overwrite, or another OUT")
             content = read_tokens(file)
             decoded = made.decode_sparse(content, use_support=use_support)
         except ValueError as error:
@@ -263,7 +278,8 @@ def reconstruct(
             continue
         volume = made.to_hu(decoded, content)
         write_nifti(path, volume if grid is None else onto_grid(volume, *grid))
-        entries.append({"case": name, "status": "ok", "image": str(path), "forced_children": decoded.forced})
+        ok = {"case": name, "status": "ok", "codes": ["OK"], "image": str(path)}
+        entries.append({**ok, "forced_children": decoded.forced})
     return _summary(entries, made)
 
 
@@ -289,8 +305,10 @@ def _summary(entries: list[dict[str, Any]], made: CTTokenizer) -> dict[str, Any]
 def lines(done: dict[str, Any]) -> Iterator[str]:
     """What the commands print of it."""
     for entry in done["cases"]:
-        told = entry.get("tokens") or entry.get("image") or ""
-        yield "  ".join(part for part in (entry["status"], entry["case"], told, entry.get("message", "")) if part)
+        told, message = entry.get("tokens") or entry.get("image") or "", entry.get("message", "")
+        if entry["status"] == "refused":
+            message = f"{entry['codes'][0]}: {message}"
+        yield "  ".join(part for part in (entry["status"], entry["case"], told, message) if part)
     yield f"{done['ok']} ok, {done['refused']} refused, by tokenizer {done['tokenizer']['file']}"
 
 

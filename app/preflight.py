@@ -7,13 +7,15 @@ other exception would reach the user as MONAI's forty-line chain.
 
 import difflib
 import errno
+import inspect
 import json
 import logging
 import os
+import pydoc
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,8 +23,7 @@ from typing import Any, NoReturn
 from fire.parser import DefaultParseValue
 from monai.bundle import ConfigParser
 
-from networks.presets import PRESETS
-from transforms.array import WINDOWS
+from app.rules import OTHER_NAMES, RULES
 
 log = logging.getLogger(__name__)
 
@@ -30,138 +31,13 @@ RUN_ARGUMENTS = {
     "run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking", "args_file",
 }  # fmt: skip
 STEP_LISTS = ("initialize", "run", "training", "finalize")
-
-# Names of the original training scripts, and common other names, with ours.
-OTHER_NAMES = {
-    "data_dir": "dataset_dir",
-    "data": "dataset_dir",
-    "lr": "learning_rate",
-    "load_dir": "init_from (another stage) or resume (this one)",
-    "ckpt": "resume",
-    "num_gpus": "torchrun --nproc_per_node with bundles/multi_gpu.json",
-    "num_nodes": "torchrun --nnodes with bundles/multi_gpu.json",
-    "epochs": "max_steps",
-    "max_epochs": "max_steps",
-    "batch_size": "batch_size_per_gpu",
-    "embed_dim": "latent_channels",
-    "embedding_dim": "latent_channels",
-    "latent_dim": "latent_channels",
-    "codebook_size": "num_embeddings",
-    "fp16_mode": "amp",
-    "optimizer_lr": "learning_rate",
-    "finetune_ckpt": "init_from",
-    "window": "window_type",
-    "workers": "num_workers",
-}
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What a flat key may be."""
-
-    kind: type | tuple[type, ...]
-    says: str
-    minimum: float | None = None
-    choices: tuple = ()
-    optional: bool = False
-    holds: Callable[[Any], bool] = lambda value: True  # for values of the right kind
-
-    def allows(self, value: Any) -> bool:
-        if not isinstance(value, self.kind) or (isinstance(value, bool) and self.kind is not bool):
-            return False
-        if self.choices and value not in self.choices:
-            return False
-        if self.minimum is not None and isinstance(value, int | float) and value < self.minimum:
-            return False
-        return self.holds(value)
-
-
-def _number(minimum: float, *, optional: bool = False) -> Rule:
-    return Rule((int, float), f"a number of at least {minimum:g}", minimum=minimum, optional=optional)
-
-
-def _count(minimum: int, *, optional: bool = False) -> Rule:
-    return Rule(int, f"a whole number of at least {minimum}", minimum=minimum, optional=optional)
-
-
-def _choice(*values: str, optional: bool = False) -> Rule:
-    return Rule(str, f"one of {', '.join(values)}", choices=values, optional=optional)
-
-
-def _is_scheduler(name: str) -> bool:
-    from torch.optim import lr_scheduler
-
-    kind = getattr(lr_scheduler, name, None)
-    known = isinstance(kind, type) and issubclass(kind, lr_scheduler.LRScheduler)
-    return name in ("cosine", "one_cycle", "constant") or (known and kind is not lr_scheduler.ReduceLROnPlateau)
-
-
-def _are_windows(names: list) -> bool:
-    return bool(names) and all(name in WINDOWS for name in names)
-
-
-RULES = {
-    "dataset_dir": Rule(str, "a folder", optional=True),
-    "output_dir": Rule(str, "a folder"),
-    "resume": Rule(
-        (str, int), "latest or a step", minimum=0, optional=True, holds=lambda v: v == "latest" or isinstance(v, int)
-    ),
-    "seed": _count(0),
-    "scale": _choice("auto", "demo", "full"),
-    "preset": _choice(*PRESETS, optional=True),
-    "windows": Rule(list, f"a list like ['lung','bone'] of {', '.join(WINDOWS)}", optional=True, holds=_are_windows),
-    "window_type": _choice(*WINDOWS, optional=True),
-    "training_stage": Rule(int, "0, 1 or 2, as the file has it", choices=(0, 1, 2)),
-    "features": _choice("window"),
-    "keep": _choice("body", "nonzero", "band", "informative"),
-    "min_points": _count(1),
-    "max_points": _count(1, optional=True),
-    "num_workers": _count(0),
-    "resolution": Rule(int, "a multiple of 8", minimum=8, holds=lambda side: side % 8 == 0),
-    "spacing": _number(0.01),
-    "model_channels": _count(1),
-    "latent_channels": _count(1),
-    "num_embeddings": _count(2),
-    "num_blocks": _count(0),
-    "pretrained_vae_path": Rule(str, "auto, null or a path", optional=True),
-    "init_from": Rule(str, "a path", optional=True),
-    "tokenizer": Rule(str, "a checkpoint, an output folder or a bundle", optional=True),
-    "split": Rule(str, "train, val or null", choices=("train", "val"), optional=True),
-    "max_cases": _count(1, optional=True),
-    "warmup_steps": _count(1),
-    "decoder_steps": _count(0),
-    "codebook": _choice("ema", "gradient", "fsq"),
-    "rotation_trick": Rule(bool, "True or False"),
-    "normalize_codes": Rule(bool, "True or False"),
-    "quantizer_levels": _count(1),
-    "max_steps": _count(1),
-    "batch_size_per_gpu": _count(1),
-    "batch_split": _count(1),
-    "use_checkpoint": Rule(bool, "True or False"),
-    "sparse_backend": Rule(str, "auto, torch, triton or spconv", optional=True),
-    "amp": _choice("off", "bf16", "fp16"),
-    "learning_rate": _number(0),
-    "lr_scheduler": Rule(str, "cosine, one_cycle, constant or a torch scheduler", holds=_is_scheduler),
-    "warmup_lr_steps": _count(0, optional=True),
-    "grad_clip": _number(0, optional=True),
-    "loss_type": _choice("l1", "l2", "mse", "l1_l2"),
-    "lambda_vq": _number(0),
-    "lambda_commitment": _number(0),
-    "lambda_kl": _number(0),
-    "lambda_subdivision": _number(0),
-    "ema_rate": Rule((int, float), "a number from 0 to 1", minimum=0, holds=lambda rate: rate <= 1),
-    "i_print": _count(1),
-    "i_log": _count(1),
-    "i_sample": _count(1),
-    "i_save": _count(1),
-    "val_interval": _count(1),
-    "keep_last": _count(1),
-}
+SPECIAL_KEYS = ("_target_", "_requires_", "_disabled_", "_desc_", "_mode_", "_wrapper_")  # that MONAI knows
 
 
 def fail(code: str, what: str, remedy: str, *, status: int = 2) -> NoReturn:
     """Ends the process with one line on standard error: 2 the call or a config is wrong, 3 an input was refused."""
-    sys.stderr.write(f"{code}: {what.rstrip('.')}. {remedy[:1].upper()}{remedy[1:].rstrip('.')}.\n")
+    remedy = remedy[:1].upper() + remedy[1:].rstrip(".")
+    sys.stderr.write(f"{code}: {what.rstrip('.')}. {remedy}{'' if remedy.endswith('?') else '.'}\n")
     sys.stderr.flush()
     raise SystemExit(status)
 
@@ -170,6 +46,7 @@ def fail(code: str, what: str, remedy: str, *, status: int = 2) -> NoReturn:
 class CommandLine:
     """A `python -m monai.bundle run` call, read again."""
 
+    run_id: str
     config: dict[str, Any]  # the config files merged, without overrides
     overrides: dict[str, Any]
     raw: dict[str, str]  # overrides as they were typed
@@ -194,7 +71,8 @@ def read_command_line(argv: list[str]) -> CommandLine | None:
     files = DefaultParseValue(raw.get("config_file", "[]"))
     config = ConfigParser.load_config_files(files)
     overrides = {name: DefaultParseValue(value) for name, value in raw.items() if name not in RUN_ARGUMENTS}
-    return CommandLine(config, overrides, {name: raw[name] for name in overrides})
+    first = argv[2] if len(argv) > 2 and not argv[2].startswith("--") else "run"
+    return CommandLine(raw.get("run_id", first), config, overrides, {name: raw[name] for name in overrides})
 
 
 def check() -> None:
@@ -203,6 +81,11 @@ def check() -> None:
     call = read_command_line(sys.argv)
     if call is None:
         return
+    if call.run_id not in call.config:
+        steps = [name for name in STEP_LISTS if name in call.config]
+        near = difflib.get_close_matches(call.run_id, steps, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(steps)}"
+        fail("UNKNOWN_RUN", f"this config has no {call.run_id} to run", hint)
     _check_structure(call.config)
     for name, value in call.overrides.items():
         _check_override(name, value, call)
@@ -221,9 +104,13 @@ def _check_override(name: str, value: Any, call: CommandLine) -> None:
             _unknown(part, node, under="#".join(path[:depth]))
         if isinstance(node, dict | list):
             node = node[int(part) if isinstance(node, list) else part]
-    if call.raw[name] == "None":
+    if call.raw[name] in ("None", "$None"):
         rule = RULES.get(name)
-        if rule is not None and rule.optional and node is None:
+        if rule is not None and not rule.optional:
+            fail(
+                "BAD_VALUE", f"{name} cannot be null, it must be {rule.says}", f"pass another --{name} or leave it out"
+            )
+        if call.raw[name] == "$None" or node is None:
             return
         fail("NULL_IGNORED", f"MONAI ignores --{name} None and keeps {node!r}", f"write --{name} '$None' to set null")
     if len(path) == 1 and name in RULES:
@@ -252,8 +139,12 @@ def _check_structure(config: dict[str, Any]) -> None:
             if isinstance(step, str) and step[:1] not in ("$", "@", "%"):
                 fail("PLAIN_STEP", f"{name}#{i} is plain text and would do nothing: {step!r}", "begin it with $")
     for path, key, value in _walk(config):
-        if isinstance(key, str) and key != "_target_" and re.fullmatch(r"_*target_*", key, re.IGNORECASE):
-            fail("BAD_TARGET_KEY", f"{path} holds {key}, which MONAI would pass over", "write _target_")
+        if isinstance(key, str) and key not in SPECIAL_KEYS:
+            meant = difflib.get_close_matches(key.lower(), SPECIAL_KEYS, n=1, cutoff=0.8)
+            if meant and (key.startswith("_") or key.endswith("_")):
+                fail("BAD_TARGET_KEY", f"{path} holds {key}, which MONAI would pass over", f"write {meant[0]}")
+        if isinstance(value, dict) and "_target_" in value:
+            _check_component(path, value)
         if not isinstance(value, str) or value[:1] not in "$@":
             continue
         for reference in re.findall(r"@([A-Za-z_]\w*(?:(?:#|::)\w+)*)", value):
@@ -265,6 +156,33 @@ def _check_structure(config: dict[str, Any]) -> None:
                     hint = f"did you mean {near[0]}?" if near else "define it, or remove the reference"
                     fail("MISSING_REFERENCE", f"{path} refers to @{reference}, which does not exist", hint)
                 node = node[int(part)] if isinstance(node, list) else node[part]
+
+
+def _check_component(path: str, node: dict[str, Any]) -> None:
+    """That what `_target_` names is there, and takes the arguments it is given."""
+    name = node["_target_"]
+    if not isinstance(name, str) or name[:1] in ("$", "@") or "." not in name:  # MONAI's own go by one word
+        return
+    try:
+        made = pydoc.locate(name)
+    except pydoc.ErrorDuringImport as error:
+        fail("BAD_TARGET", f"{path} names {name}, which cannot be imported ({error.value})", "install what it needs")
+    if made is None:
+        module, _, last = name.rpartition(".")
+        near = difflib.get_close_matches(last, dir(pydoc.locate(module)) if pydoc.locate(module) else [], n=1)
+        hint = f"did you mean {module}.{near[0]}?" if near else "give the dotted path of a class or function"
+        fail("BAD_TARGET", f"{path} names {name}, which does not exist", hint)
+    try:
+        takes = inspect.signature(made).parameters
+    except (TypeError, ValueError):  # written in C: it says nothing of its arguments
+        return
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
+        return
+    for key in node:
+        if not key.startswith("_") and key not in takes:
+            near = difflib.get_close_matches(key, list(takes), n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(takes)}"
+            fail("UNKNOWN_ARGUMENT", f"{path} gives {key}, which {name} does not take", hint)
 
 
 def _walk(node: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -310,11 +228,17 @@ def one_line_errors() -> None:
         said = _refusal(cause)
         if said is not None:
             log.debug("".join(traceback.format_exception(kind, error, trace)))
-            _leave(f"BAD_VALUE: {said}\n", 2)
+            code = getattr(cause, "code", "BAD_VALUE")
+            _leave(f"{code}: {said.removeprefix(f'{code}: ')}\n", 2)
+        if _files_of(cause)[-1:] == ["<string>"]:  # it failed in a config's own `$` expression
+            what = f"{type(cause).__name__}: {cause}".splitlines()[0]
+            _leave(f"BAD_EXPRESSION: {_expression(error)} gives {what}. Correct it in the config or on the line.\n", 2)
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             _leave(
                 f"DISK_FULL: {cause.strerror}: {cause.filename or 'output_dir'}. Free space, then --resume latest.\n", 2
             )
+        if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            _leave(f"NO_ACCESS: {cause.strerror}: {cause.filename}. Check the path and who may use it.\n", 2)
         if type(cause).__name__ == "OutOfMemoryError":
             advice = "lower, in this order: batch_size_per_gpu, max_points, resolution; or set use_checkpoint true"
             _leave(f"OUT_OF_MEMORY: {str(cause).splitlines()[0]} {advice}.\n", 2)
@@ -325,8 +249,7 @@ def one_line_errors() -> None:
 
 def _refusal(error: BaseException) -> str | None:
     """What a refusal of ours says; None for any other error. A loader's worker sends its trace as text, cause first."""
-    text, refused = str(error).strip(), isinstance(error, ValueError)
-    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    text, refused, files = str(error).strip(), isinstance(error, ValueError), _files_of(error)
     if " in DataLoader worker process " in text:
         cause = re.split(r"\n\n(?:The above exception|During handling)", text)[0]
         files = re.findall(r'^ *File "(.+?)", line', cause, re.MULTILINE)
@@ -336,6 +259,21 @@ def _refusal(error: BaseException) -> str | None:
         Path(files[-1]).is_relative_to(here / part) for part in ("app", "transforms", "networks")
     )
     return text.splitlines()[0] if refused and ours and text else None
+
+
+def _files_of(error: BaseException) -> list[str]:
+    """Where it went through, outermost first."""
+    return [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+
+
+def _expression(error: BaseException | None) -> str:
+    """The expression that MONAI says it could not evaluate, the innermost of several."""
+    found = "an expression"
+    while error is not None:
+        if match := re.match(r"Failed to evaluate \w+:\s*'?(.+?)'?$", str(error), re.DOTALL):
+            found = match[1]
+        error = error.__cause__
+    return found
 
 
 def _leave(line: str, status: int) -> NoReturn:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num, Shaped
 
+from app.refusals import RefusedInput
 from transforms.array import AIR, WINDOWS, hu_from_windows, window, window_bounds
 
 SPLITS = ("train", "val")
@@ -102,8 +103,9 @@ class PreparedCase:
         if self.is_hu:
             return window_bytes(self.hu(), name)
         has = ", ".join(self._window_files()) or "none"
-        raise ValueError(
-            f"case {self.case_id} lacks window {name!r}, it has {has}; choose among those or prepare it again"
+        raise RefusedInput(
+            "OTHER_WINDOWS",
+            f"case {self.case_id} lacks window {name!r}, it has {has}; choose among those or prepare it again",
         )
 
     def organ_names(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Num
 
 from app import prepared
+from app.refusals import RefusedInput
 
 
 class Volume(NamedTuple):
@@ -61,7 +62,8 @@ def _open_case(case: prepared.PreparedCase, windows: Sequence[str]) -> Scan:
     if case.is_hu:
         volume = Volume(case.hu(), case.affine)
     elif prepared.windows_are_masks(case, windows):
-        raise ValueError(f"case {case.case_id} holds 0/1 windows, surfaces and not HU: prepare it again from the scan")
+        text = f"case {case.case_id} holds 0/1 windows, surfaces and not HU: prepare it again from the scan"
+        raise RefusedInput("NOT_HU", text)
     else:
         volume = Volume(prepared.windows_as_hu(case, windows), case.affine)
     side = case.sidecar

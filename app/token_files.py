@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int32, UInt8
 from numpy.lib import format as npy
 
+from app.refusals import RefusedInput
 from networks.sparse.topology import bits_for, morton_keys
 
 VERSION = 1
@@ -98,14 +99,14 @@ def read_tokens(path: str | Path) -> CTTokens:
         arrays = _read_arrays(path)
         tokens = _tokens_of(arrays)
     except FileNotFoundError:
-        raise ValueError(f"token file {path} does not exist") from None
+        raise RefusedInput("NO_TOKENS", f"token file {path} does not exist") from None
     except UNREADABLE as error:
         reason = (
             f"it has no {error}"
             if isinstance(error, KeyError)
             else (str(error).strip() or type(error).__name__).splitlines()[0]
         )
-        raise ValueError(f"{path.name} is damaged or no token file: {reason}") from error
+        raise RefusedInput("DAMAGED_TOKENS", f"{path.name} is damaged or no token file: {reason}") from error
     return tokens
 
 

@@ -86,7 +86,7 @@ class TrainStep:
         points = 0
         for part in parts:
             x = to_sparse(part, engine.state.device)
-            with torch.autocast(engine.state.device.type, dtype=self.amp, enabled=self.amp is not None):
+            with torch.autocast(x.feats.device.type, dtype=self.amp, enabled=self.amp is not None):
                 seeds = [sample_seed(self.seed, engine.state.iteration, case) for case in part["case_id"]]
                 terms = engine.loss_function(engine.network(x, quantize=self.quantize, seeds=seeds), x)
             share = part["batch_size"] / samples
@@ -146,7 +146,7 @@ class ProcessGroup:
             fail(
                 "NO_TORCHRUN",
                 "bundles/multi_gpu.json runs under torchrun",
-                "torchrun --nproc_per_node=N -m monai.bundle …",
+                "start it with torchrun --nproc_per_node=N -m monai.bundle …",
             )
         if not dist.is_initialized():
             choose_device()
@@ -204,7 +204,10 @@ def make_scheduler(
         kind = getattr(lr_scheduler, name, None)
         if not (isinstance(kind, type) and issubclass(kind, lr_scheduler.LRScheduler)):
             raise ValueError(f"lr_scheduler must be cosine, one_cycle, constant or a torch scheduler, got {name!r}")
-        return kind(optimizer, **(options or {}))
+        try:
+            return kind(optimizer, **(options or {}))
+        except (TypeError, ValueError) as error:  # what torch says of arguments is one line
+            raise ValueError(f"lr_scheduler {name} with lr_scheduler_options {options}: {error}") from None
 
     def factor(step: int) -> float:
         if step < warmup:

@@ -150,13 +150,15 @@ def test_the_original_recipes_run(earlier, place, cohort, stage, overlay):
     )
 
 
-@pytest.mark.parametrize("settings", [{"amp": "bf16"}, {"use_checkpoint": True}, {"codebook": "fsq"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"amp": "bf16"}, {"use_checkpoint": True}, {"codebook": "fsq"}, {"device": "cpu"}], ids=str
+)
 def test_switches_run(earlier, place, cohort, settings):
     end = run(place, "vq_stage1", cohort, output_dir="switched", **settings)
     assert end.status == 0, end.err
     rows = [row for row in rows_of(place / "switched") if "loss" in row]
     plain = [row for row in rows_of(earlier / "vq_stage1") if "loss" in row]
-    if "use_checkpoint" in settings:
+    if "use_checkpoint" in settings or "device" in settings:
         assert rows == plain
     else:
         assert all(abs(a["loss"] - b["loss"]) < 0.3 for a, b in zip(rows, plain, strict=True))
@@ -170,6 +172,42 @@ def refusal(end):
 def test_stage_2_from_a_stage_0_file_is_refused(earlier, place, cohort):
     line = refusal(run(place, "vq_stage2", cohort, output_dir="new", init_from="outputs/vae"))
     assert line.startswith("NO_CODEBOOK") and "stage 1" in line
+
+
+def spoilt(state, how):
+    """A checkpoint that loads, with something wrong inside."""
+    if how == "lacks":
+        return {name: tensor for name, tensor in state.items() if name != "encoder.out_layer.bias"}
+    if how == "shape":
+        return {**state, "encoder.out_layer.bias": torch.zeros(3)}
+    return {**state, "_extra_state": torch.zeros(5, dtype=torch.uint8)}
+
+
+@pytest.mark.parametrize("how", ["lacks", "shape", "sizes"])
+def test_a_checkpoint_with_something_wrong_inside_is_refused(earlier, place, cohort, how):
+    state = checkpoints.read_tensors(checkpoints.averaged_file(earlier / "vq_stage1"))
+    torch.save(spoilt(state, how), place / "spoilt.pt")
+    line = refusal(run(place, "vq_stage2", cohort, output_dir="new", init_from="spoilt.pt"))
+    assert line.startswith("BAD_CHECKPOINT") and "spoilt.pt" in line
+    assert ("encoder.out_layer.bias" in line) == (how != "sizes")
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(place, cohort):
+    (place / "text.pt").write_text("hello")
+    line = refusal(run(place, "vq_stage2", cohort, output_dir="new", init_from="text.pt"))
+    assert line.startswith("BAD_CHECKPOINT: text.pt cannot be read (it is no checkpoint")
+
+
+@pytest.mark.parametrize("options", [None, "{'gama': 0.9}"])
+def test_wrong_options_of_a_schedule_are_one_line(place, cohort, options):
+    line = refusal(run(place, "vae", cohort, lr_scheduler="ExponentialLR", lr_scheduler_options=options))
+    assert line.startswith("BAD_VALUE: lr_scheduler ExponentialLR") and "gam" in line
+
+
+@pytest.mark.parametrize(("value", "says"), [("$1/0", "division by zero"), ("$foo", "'foo' is not defined")])
+def test_an_expression_that_fails_is_one_line(place, cohort, value, says):
+    line = refusal(run(place, "vae", cohort, learning_rate=value))
+    assert line.startswith(f"BAD_EXPRESSION: {value} gives ") and says in line
 
 
 def test_stage_2_without_stage_1_is_refused_on_the_users_data(place, cohort):

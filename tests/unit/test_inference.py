@@ -1,6 +1,7 @@
 """Scans to tokens and back, by path and by command; what cannot be used is refused in one line."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import nibabel
@@ -229,6 +230,8 @@ def test_tokens_of_another_tokenizer(output_dir, dataset, tmp_path):
     result = reconstruct(tmp_path / "a.npz", tmp_path / "a.nii.gz", tokenizer=output_dir)
     assert result["refused"] == 1 and not (tmp_path / "a.nii.gz").exists()
     assert "made by tokenizer" in result["cases"][0]["message"]
+    assert result["cases"][0]["codes"] == ["OTHER_TOKENIZER"]
+    assert next(lines(result)).startswith("refused  a  OTHER_TOKENIZER: the tokens were made by")
 
 
 def test_what_is_there_is_neither_mixed_up_nor_overwritten(output_dir, dataset, tmp_path):
@@ -268,8 +271,16 @@ def test_damaged_support_is_refused_and_the_rest_done(output_dir, dataset, tmp_p
 def test_codes_beyond_the_codebook(tokenizer, dataset, tmp_path):
     tokens = tokenizer.encode(dataset / "processed" / "case_a")
     write_tokens(tmp_path / "a.npz", tokens.__class__(**{**tokens.__dict__, "codes": tokens.codes + 1000}))
-    with pytest.raises(ValueError, match="codes a latent up to 10"):
+    with pytest.raises(ValueError, match=r"tell codes up to 10\d\d, their tokenizer 7: tokenize the scan again"):
         tokenizer.decode(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("change", [{"windows": ("lung",)}, {"keep": "band"}, {"spacing": 1.0}], ids=str)
+def test_tokens_that_say_other_things_than_their_tokenizer(tokenizer, dataset, change):
+    tokens = tokenizer.encode(dataset / "processed" / "case_a")
+    with pytest.raises(ValueError, match=f"the tokens tell {next(iter(change))} .* tokenize the scan again") as refused:
+        tokenizer.decode(replace(tokens, **change))
+    assert refused.value.code == "DAMAGED_TOKENS"
 
 
 def test_case_without_the_windows_of_the_tokenizer(output_dir, tmp_path):
@@ -279,6 +290,7 @@ def test_case_without_the_windows_of_the_tokenizer(output_dir, tmp_path):
     np.save(folder / "bone_w1500_l300.npy", prepared.window_bytes(hu_volume(), "bone"))
     result = tokenize(tmp_path / "old", tmp_path / "tokens", tokenizer=output_dir)
     assert result["refused"] == 1 and "lacks window 'lung', it has bone" in result["cases"][0]["message"]
+    assert result["cases"][0]["codes"] == ["OTHER_WINDOWS"]
 
 
 def test_case_of_surfaces(output_dir, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from app import preflight
+from app import preflight, rules
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGE1 = str(ROOT / "bundles/vq_stage1.json")
@@ -27,7 +27,7 @@ def check(monkeypatch, capsys):
         except SystemExit as end:
             said = capsys.readouterr().err
             assert end.code == 2 and said.count("\n") == 1
-            assert re.match(r"[A-Z_]+: .+\. .+[.?]+\n$", said), said
+            assert re.match(r"[A-Z_]+: .+\. .+[.?]\n$", said) and "?." not in said, said
             return said.strip()
         return None
 
@@ -75,7 +75,7 @@ def test_names_of_the_original_scripts_lead_to_ours(check, old, ours):
 
 def test_every_name_we_lead_to_exists():
     known = set(FLAT) | {"torchrun", "init_from"}
-    for ours in preflight.OTHER_NAMES.values():
+    for ours in rules.OTHER_NAMES.values():
         assert ours.split()[0] in known, ours
 
 
@@ -109,10 +109,30 @@ def test_what_is_right_passes_in_silence(check, flags):
     assert check(*flags) is None
 
 
-@pytest.mark.parametrize("key", ["grad_clip", "max_steps", "output_dir", "num_workers"])
-def test_none_that_would_be_dropped_is_said(check, key):
-    line = check(f"--{key}", "None")
-    assert line.startswith("NULL_IGNORED") and f"--{key}" in line and "$None" in line
+@pytest.mark.parametrize("key", ["grad_clip", "pretrained_vae_path", "codebook_size", "lr_scheduler_options"])
+def test_none_is_set_or_said(check, key):
+    if key == "grad_clip" or key == "pretrained_vae_path":  # may be null, but MONAI would drop it
+        line = check(f"--{key}", "None")
+        assert line.startswith("NULL_IGNORED") and f"--{key}" in line and "$None" in line
+        assert check(f"--{key}", "$None") is None
+    elif key == "codebook_size":
+        assert check(f"--{key}", "None").startswith("UNKNOWN_KEY")
+    else:  # null already
+        assert check(f"--{key}", "None") is None
+
+
+@pytest.mark.parametrize("key", ["max_steps", "output_dir", "num_workers", "lambda_vq"])
+@pytest.mark.parametrize("null", ["None", "$None"])
+def test_null_where_it_cannot_be(check, key, null):
+    line = check(f"--{key}", null)
+    assert line.startswith(f"BAD_VALUE: {key} cannot be null") and f"--{key}" in line
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "7"])
+def test_a_device_that_is_not_here(check, device):
+    assert check("--device", "cpu") is None
+    line = check("--device", device)
+    assert line.startswith("BAD_VALUE: device must be cpu") and device in line
 
 
 @pytest.mark.parametrize(
@@ -157,7 +177,7 @@ def test_a_wrong_value_is_named_with_its_rule(check, key, value):
 
 def test_every_flat_key_of_a_stage_has_a_rule():
     free = {"_desc_", "lr_scheduler_options"}
-    assert set(FLAT) - free <= set(preflight.RULES), set(FLAT) - free - set(preflight.RULES)
+    assert set(FLAT) - free <= set(rules.RULES), set(FLAT) - free - set(rules.RULES)
 
 
 # ---- configs
@@ -186,7 +206,34 @@ def test_a_step_of_plain_text_would_do_nothing(check, config, name):
     assert line.startswith("PLAIN_STEP") and f"{name}#1" in line and "start.run()" in line
 
 
-@pytest.mark.parametrize("key", ["_Target_", "_target", "target_", "__target__", "_TARGET_"])
+@pytest.mark.parametrize(
+    ("target", "near"),
+    [
+        ("networks.losses.TokenzerLoss", "did you mean networks.losses.TokenizerLoss?"),
+        ("networkz.losses.TokenizerLoss", "Give the dotted path"),
+    ],
+)
+def test_a_target_that_is_not_there(check, config, target, near):
+    line = check(config=config(part={"_target_": target}))
+    assert line.startswith("BAD_TARGET: ") and target in line and near.lower() in line.lower()
+
+
+def test_an_argument_that_nobody_takes(check, config):
+    line = check(config=config(part={"_target_": "networks.losses.TokenizerLoss", "lambda_vqq": 1}))
+    assert line.startswith("UNKNOWN_ARGUMENT") and "part gives lambda_vqq" in line and "lambda_vq?" in line
+    assert check(config=config(part={"_target_": "networks.losses.TokenizerLoss", "lambda_vq": 1})) is None
+
+
+def test_a_run_that_is_not_there(check, config, monkeypatch, capsys):
+    argv = ["/x/monai/bundle/__main__.py", "run", "trainin", "--config_file", str(config())]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit):
+        preflight.check()
+    said = capsys.readouterr().err
+    assert said == "UNKNOWN_RUN: this config has no trainin to run. Did you mean training?\n"
+
+
+@pytest.mark.parametrize("key", ["_Target_", "_target", "target_", "__target__", "_TARGET_", "_taget_"])
 def test_a_misspelt_target_is_seen(check, config, key):
     line = check(config=config(part={"a": [{key: "torch.nn.Linear"}]}))
     assert line.startswith("BAD_TARGET_KEY") and key in line and "_target_" in line

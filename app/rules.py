@@ -1,0 +1,146 @@
+"""What each flat key of a training bundle may be, and what other projects call it. preflight.py holds runs to it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from networks.presets import PRESETS
+from transforms.array import WINDOWS
+
+# Names of the original training scripts, and common other names, with ours.
+OTHER_NAMES = {
+    "data_dir": "dataset_dir",
+    "data": "dataset_dir",
+    "lr": "learning_rate",
+    "load_dir": "init_from (another stage) or resume (this one)",
+    "ckpt": "resume",
+    "num_gpus": "torchrun --nproc_per_node with bundles/multi_gpu.json",
+    "num_nodes": "torchrun --nnodes with bundles/multi_gpu.json",
+    "epochs": "max_steps",
+    "max_epochs": "max_steps",
+    "batch_size": "batch_size_per_gpu",
+    "embed_dim": "latent_channels",
+    "embedding_dim": "latent_channels",
+    "latent_dim": "latent_channels",
+    "codebook_size": "num_embeddings",
+    "fp16_mode": "amp",
+    "optimizer_lr": "learning_rate",
+    "finetune_ckpt": "init_from",
+    "window": "window_type",
+    "workers": "num_workers",
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a flat key may be."""
+
+    kind: type | tuple[type, ...]
+    says: str
+    minimum: float | None = None
+    choices: tuple = ()
+    optional: bool = False
+    holds: Callable[[Any], bool] = lambda value: True  # for values of the right kind
+
+    def allows(self, value: Any) -> bool:
+        if not isinstance(value, self.kind) or (isinstance(value, bool) and self.kind is not bool):
+            return False
+        if self.choices and value not in self.choices:
+            return False
+        if self.minimum is not None and isinstance(value, int | float) and value < self.minimum:
+            return False
+        return self.holds(value)
+
+
+def _number(minimum: float, *, optional: bool = False) -> Rule:
+    return Rule((int, float), f"a number of at least {minimum:g}", minimum=minimum, optional=optional)
+
+
+def _count(minimum: int, *, optional: bool = False) -> Rule:
+    return Rule(int, f"a whole number of at least {minimum}", minimum=minimum, optional=optional)
+
+
+def _choice(*values: str, optional: bool = False) -> Rule:
+    return Rule(str, f"one of {', '.join(values)}", choices=values, optional=optional)
+
+
+def _is_scheduler(name: str) -> bool:
+    from torch.optim import lr_scheduler
+
+    kind = getattr(lr_scheduler, name, None)
+    known = isinstance(kind, type) and issubclass(kind, lr_scheduler.LRScheduler)
+    return name in ("cosine", "one_cycle", "constant") or (known and kind is not lr_scheduler.ReduceLROnPlateau)
+
+
+def _is_device(name: str) -> bool:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        return False
+    return device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count())
+
+
+def _are_windows(names: list) -> bool:
+    return bool(names) and all(name in WINDOWS for name in names)
+
+
+RULES = {
+    "dataset_dir": Rule(str, "a folder", optional=True),
+    "output_dir": Rule(str, "a folder"),
+    "resume": Rule(
+        (str, int), "latest or a step", minimum=0, optional=True, holds=lambda v: v == "latest" or isinstance(v, int)
+    ),
+    "seed": _count(0),
+    "scale": _choice("auto", "demo", "full"),
+    "preset": _choice(*PRESETS, optional=True),
+    "windows": Rule(list, f"a list like ['lung','bone'] of {', '.join(WINDOWS)}", optional=True, holds=_are_windows),
+    "window_type": _choice(*WINDOWS, optional=True),
+    "training_stage": Rule(int, "0, 1 or 2, as the file has it", choices=(0, 1, 2)),
+    "features": _choice("window"),
+    "keep": _choice("body", "nonzero", "band", "informative"),
+    "min_points": _count(1),
+    "max_points": _count(1, optional=True),
+    "num_workers": _count(0),
+    "resolution": Rule(int, "a multiple of 8", minimum=8, holds=lambda side: side % 8 == 0),
+    "spacing": _number(0.01),
+    "model_channels": _count(1),
+    "latent_channels": _count(1),
+    "num_embeddings": _count(2),
+    "num_blocks": _count(0),
+    "pretrained_vae_path": Rule(str, "auto, null or a path", optional=True),
+    "init_from": Rule(str, "a path"),
+    "device": Rule(str, "cpu, or a CUDA device of this machine such as cuda:0", holds=_is_device),
+    "tokenizer": Rule(str, "a checkpoint, an output folder or a bundle", optional=True),
+    "split": Rule(str, "train, val or null", choices=("train", "val"), optional=True),
+    "max_cases": _count(1, optional=True),
+    "warmup_steps": _count(1),
+    "decoder_steps": _count(0),
+    "codebook": _choice("ema", "gradient", "fsq"),
+    "rotation_trick": Rule(bool, "True or False"),
+    "normalize_codes": Rule(bool, "True or False"),
+    "quantizer_levels": _count(1),
+    "max_steps": _count(1),
+    "batch_size_per_gpu": _count(1),
+    "batch_split": _count(1),
+    "use_checkpoint": Rule(bool, "True or False"),
+    "sparse_backend": Rule(str, "auto, torch, triton or spconv", optional=True),
+    "amp": _choice("off", "bf16", "fp16"),
+    "learning_rate": _number(0),
+    "lr_scheduler": Rule(str, "cosine, one_cycle, constant or a torch scheduler", holds=_is_scheduler),
+    "warmup_lr_steps": _count(0, optional=True),
+    "grad_clip": _number(0, optional=True),
+    "loss_type": _choice("l1", "l2", "mse", "l1_l2"),
+    "lambda_vq": _number(0),
+    "lambda_commitment": _number(0),
+    "lambda_kl": _number(0),
+    "lambda_subdivision": _number(0),
+    "ema_rate": Rule((int, float), "a number from 0 to 1", minimum=0, holds=lambda rate: rate <= 1),
+    "i_print": _count(1),
+    "i_log": _count(1),
+    "i_sample": _count(1),
+    "i_save": _count(1),
+    "val_interval": _count(1),
+    "keep_last": _count(1),
+}
