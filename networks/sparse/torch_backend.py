@@ -14,7 +14,7 @@ from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from networks.sparse.topology import Level
+from networks.sparse.topology import CENTRE, Level
 
 BLOCK = 2**16  # numbers gathered for an offset; those for all 27 stay in a CPU's cache
 CUDA_BLOCK = 2**22  # fewer kernels to start
@@ -41,6 +41,7 @@ def weight_grad(feats: Float[Tensor, "N C"], grad: Float[Tensor, "N F"], level: 
     wide = _accumulator(feats.dtype)
     out = torch.zeros((27, feats.shape[1], grad.shape[1]), dtype=wide, device=feats.device)
     if level.mean_neighbours < THIN:
+        torch.mm(feats.to(wide).mT, grad.to(wide), out=out[CENTRE])
         for k, rows, near in _pairs(feats, level):
             out[k].addmm_(near.to(wide).mT, grad[rows].to(wide))
     elif feats.device.type == "cpu":
@@ -66,6 +67,7 @@ def _gather_multiply(
     wide = weight.dtype
     out = torch.zeros((feats.shape[0], weight.shape[2]), dtype=wide, device=feats.device)
     if level.mean_neighbours < THIN:
+        torch.mm(feats.to(wide), weight[CENTRE], out=out)
         for k, rows, near in _pairs(feats, level):  # rows of one offset are distinct: the order of additions is fixed
             out.index_add_(0, rows, near.to(wide) @ weight[k])
     elif feats.device.type == "cpu":
@@ -81,12 +83,13 @@ def _gather_multiply(
 
 def _pairs(
     feats: Float[Tensor, "N C"], level: Level
-) -> Iterator[tuple[int, slice | Int64[Tensor, " P"], Float[Tensor, "P C"]]]:
-    """Offset by offset, rows that have a neighbour there and the neighbours' features."""
-    size = PAIR_BLOCK if feats.device.type == "cpu" else CUDA_BLOCK // feats.shape[1]
+) -> Iterator[tuple[int, Int64[Tensor, " P"], Float[Tensor, "P C"]]]:
+    """Offset by offset but for the centre, rows that have a neighbour there and the neighbours' features."""
+    size = PAIR_BLOCK if feats.device.type == "cpu" else 27 * CUDA_BLOCK // feats.shape[1]
     for k, (rows, near) in enumerate(level.neighbour_pairs):
-        for some, others in zip(rows.split(size), near.split(size), strict=True):
-            yield k, some, feats.index_select(0, others)
+        if k != CENTRE:
+            for some, others in zip(rows.split(size), near.split(size), strict=True):
+                yield k, some, feats.index_select(0, others)
 
 
 def _neighbourhoods(feats: Float[Tensor, "N C"], level: Level) -> Iterator[tuple[slice, Float[Tensor, "27 R C"]]]:
