@@ -44,16 +44,9 @@ def weight_grad(feats: Float[Tensor, "N C"], grad: Float[Tensor, "N F"], level: 
         torch.mm(feats.to(wide).mT, grad.to(wide), out=out[CENTRE])
         for k, rows, near in _pairs(feats, level):
             out[k].addmm_(near.to(wide).mT, grad[rows].to(wide))
-    elif feats.device.type == "cpu":
-        kernel = _kernel(out)
-        for rows, near in _neighbourhoods(feats, level):
-            image, upstream = _image(near.to(wide)), _image(grad[rows].to(wide)[None])
-            kernel += torch.nn.grad.conv2d_weight(image, kernel.shape, upstream)
-        out = rearrange(kernel, "f c k 1 -> k c f").contiguous()
     else:
         for rows, near in _neighbourhoods(feats, level):
-            for k in range(27):
-                out[k].addmm_(near[k].to(wide).mT, grad[rows].to(wide))
+            out.baddbmm_(near.to(wide).mT, grad[rows].to(wide).expand(27, -1, -1))
     return out
 
 
@@ -71,9 +64,12 @@ def _gather_multiply(
         for k, rows, near in _pairs(feats, level):  # rows of one offset are distinct: the order of additions is fixed
             out.index_add_(0, rows, near.to(wide) @ weight[k])
     elif feats.device.type == "cpu":
-        kernel = _kernel(weight)
+        # 27 x R pixels under a kernel of 27 x 1, channels last in memory: the convolution is the sum over k. oneDNN,
+        # which runs it, keeps such sums in registers and takes wider instructions than the matrix product does.
+        kernel = rearrange(weight, "k c f -> f c k 1").contiguous(memory_format=torch.channels_last)
         for rows, near in _neighbourhoods(feats, level):
-            out[rows] = rearrange(F.conv2d(_image(near.to(wide)), kernel), "1 f 1 r -> r f")
+            image = rearrange(near.to(wide)[None], "1 k r c -> 1 c k r")
+            out[rows] = rearrange(F.conv2d(image, kernel), "1 f 1 r -> r f")
     else:
         for rows, near in _neighbourhoods(feats, level):
             for k in range(27):
@@ -103,15 +99,3 @@ def _neighbourhoods(feats: Float[Tensor, "N C"], level: Level) -> Iterator[tuple
         table = level.neighbours[:, rows].flatten()
         near = torch.index_select(padded, 0, table, out=buffer[: len(table)])
         yield rows, near.view(27, -1, channels)
-
-
-def _image(features: Float[Tensor, "K R C"]) -> Float[Tensor, "1 C K R"]:
-    """K x R pixels, channels last in memory. Under a kernel of K x 1 their convolution is the sum over K of products.
-
-    oneDNN keeps such sums in registers and uses wider instructions than the matrix product does: twice as fast.
-    """
-    return features[None].permute(0, 3, 1, 2)
-
-
-def _kernel(weight: Float[Tensor, "K C F"]) -> Float[Tensor, "F C K 1"]:
-    return rearrange(weight, "k c f -> f c k 1").contiguous(memory_format=torch.channels_last)
