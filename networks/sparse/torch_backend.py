@@ -14,7 +14,7 @@ from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from networks.sparse.topology import Level
+from networks.sparse.topology import CENTRE, Level
 
 BLOCK = 2**16  # numbers gathered for an offset; those for all 27 stay in a CPU's cache
 CUDA_BLOCK = 2**22  # fewer kernels to start
@@ -41,18 +41,12 @@ def weight_grad(feats: Float[Tensor, "N C"], grad: Float[Tensor, "N F"], level: 
     wide = _accumulator(feats.dtype)
     out = torch.zeros((27, feats.shape[1], grad.shape[1]), dtype=wide, device=feats.device)
     if level.mean_neighbours < THIN:
+        torch.mm(feats.to(wide).mT, grad.to(wide), out=out[CENTRE])
         for k, rows, near in _pairs(feats, level):
             out[k].addmm_(near.to(wide).mT, grad[rows].to(wide))
-    elif feats.device.type == "cpu":
-        kernel = _kernel(out)
-        for rows, near in _neighbourhoods(feats, level):
-            image, upstream = _image(near.to(wide)), _image(grad[rows].to(wide)[None])
-            kernel += torch.nn.grad.conv2d_weight(image, kernel.shape, upstream)
-        out = rearrange(kernel, "f c k 1 -> k c f").contiguous()
     else:
         for rows, near in _neighbourhoods(feats, level):
-            for k in range(27):
-                out[k].addmm_(near[k].to(wide).mT, grad[rows].to(wide))
+            out.baddbmm_(near.to(wide).mT, grad[rows].to(wide).expand(27, -1, -1))
     return out
 
 
@@ -66,12 +60,16 @@ def _gather_multiply(
     wide = weight.dtype
     out = torch.zeros((feats.shape[0], weight.shape[2]), dtype=wide, device=feats.device)
     if level.mean_neighbours < THIN:
+        torch.mm(feats.to(wide), weight[CENTRE], out=out)
         for k, rows, near in _pairs(feats, level):  # rows of one offset are distinct: the order of additions is fixed
             out.index_add_(0, rows, near.to(wide) @ weight[k])
     elif feats.device.type == "cpu":
-        kernel = _kernel(weight)
+        # 27 x R pixels under a kernel of 27 x 1, channels last in memory: the convolution is the sum over k. oneDNN,
+        # which runs it, keeps such sums in registers and takes wider instructions than the matrix product does.
+        kernel = rearrange(weight, "k c f -> f c k 1").contiguous(memory_format=torch.channels_last)
         for rows, near in _neighbourhoods(feats, level):
-            out[rows] = rearrange(F.conv2d(_image(near.to(wide)), kernel), "1 f 1 r -> r f")
+            image = rearrange(near.to(wide)[None], "1 k r c -> 1 c k r")
+            out[rows] = rearrange(F.conv2d(image, kernel), "1 f 1 r -> r f")
     else:
         for rows, near in _neighbourhoods(feats, level):
             for k in range(27):
@@ -81,12 +79,13 @@ def _gather_multiply(
 
 def _pairs(
     feats: Float[Tensor, "N C"], level: Level
-) -> Iterator[tuple[int, slice | Int64[Tensor, " P"], Float[Tensor, "P C"]]]:
-    """Offset by offset, rows that have a neighbour there and the neighbours' features."""
-    size = PAIR_BLOCK if feats.device.type == "cpu" else CUDA_BLOCK // feats.shape[1]
+) -> Iterator[tuple[int, Int64[Tensor, " P"], Float[Tensor, "P C"]]]:
+    """Offset by offset but for the centre, rows that have a neighbour there and the neighbours' features."""
+    size = PAIR_BLOCK if feats.device.type == "cpu" else 27 * CUDA_BLOCK // feats.shape[1]
     for k, (rows, near) in enumerate(level.neighbour_pairs):
-        for some, others in zip(rows.split(size), near.split(size), strict=True):
-            yield k, some, feats.index_select(0, others)
+        if k != CENTRE:
+            for some, others in zip(rows.split(size), near.split(size), strict=True):
+                yield k, some, feats.index_select(0, others)
 
 
 def _neighbourhoods(feats: Float[Tensor, "N C"], level: Level) -> Iterator[tuple[slice, Float[Tensor, "27 R C"]]]:
@@ -100,15 +99,3 @@ def _neighbourhoods(feats: Float[Tensor, "N C"], level: Level) -> Iterator[tuple
         table = level.neighbours[:, rows].flatten()
         near = torch.index_select(padded, 0, table, out=buffer[: len(table)])
         yield rows, near.view(27, -1, channels)
-
-
-def _image(features: Float[Tensor, "K R C"]) -> Float[Tensor, "1 C K R"]:
-    """K x R pixels, channels last in memory. Under a kernel of K x 1 their convolution is the sum over K of products.
-
-    oneDNN keeps such sums in registers and uses wider instructions than the matrix product does: twice as fast.
-    """
-    return features[None].permute(0, 3, 1, 2)
-
-
-def _kernel(weight: Float[Tensor, "K C F"]) -> Float[Tensor, "F C K 1"]:
-    return rearrange(weight, "k c f -> f c k 1").contiguous(memory_format=torch.channels_last)

@@ -1,10 +1,11 @@
 """The torch backend on one and two CPU threads beside spconv's CPU forward on one (it gives wrong rows on more).
 
-    python -m tests.benchmarks.bench_cpu [--cases body-66k body-197k shell-58k] [--channels 32 64 128]
+    python -m tests.benchmarks.bench_cpu [--cases body-66k body-197k shell-58k] [--channels 32 64 128] [--forward-only]
 
 First sampled rows are compared with float64 sums, and the gradients by the law that a linear map and its transpose
 give equal inner products. spconv's columns need the package `spconv`; its backward raises on a CPU. "CPU ms" is
-processor time, which a neighbour on a shared machine disturbs less than the clock on the wall.
+processor time, which a neighbour on a shared machine disturbs less than the clock on the wall. "cores" is how much
+faster a plain matrix product is on two threads in the same turns: what the second core was worth meanwhile.
 """
 
 import argparse
@@ -60,7 +61,7 @@ def on(threads: int, work: Work, cpu_ms: list[float]) -> Work:
     return timed
 
 
-def measure(level: Level, channels: int) -> dict[str, float]:
+def measure(level: Level, channels: int, *, gradients: bool) -> dict[str, float]:
     made = torch.Generator().manual_seed(0)
     feats, upstream = torch.randn(2, len(level), channels, generator=made)
     weight = torch.randn(27, channels, channels, generator=made) / 30
@@ -78,7 +79,11 @@ def measure(level: Level, channels: int) -> dict[str, float]:
     limit = 1e-5 * (out.double().norm() * upstream.double().norm()).item()
     assert abs(inner(feats, feats_grad) - there) < limit and abs(inner(weight, weight_grad) - there) < limit
 
-    plans = {"fwd 1": (1, forward), "fwd 2": (2, forward), "fwd+grads 1": (1, all_three), "fwd+grads 2": (2, all_three)}
+    square = torch.randn(1024, 1024, generator=made)
+    plans = {"mm 1": (1, lambda: square @ square), "mm 2": (2, lambda: square @ square)}
+    plans |= {"fwd 1": (1, forward), "fwd 2": (2, forward)}
+    if gradients:
+        plans |= {"fwd+grads 1": (1, all_three), "fwd+grads 2": (2, all_three)}
     if importlib.util.find_spec("spconv"):
         torch.set_num_threads(1)
         plans["spconv fwd 1"] = (1, peer(level, feats, weight))
@@ -86,9 +91,9 @@ def measure(level: Level, channels: int) -> dict[str, float]:
     cpu_ms = {name: [] for name in plans}
     works = {name: on(threads, work, cpu_ms[name]) for name, (threads, work) in plans.items()}
     wall = interleaved(works, device="cpu", rounds=5, budget_ms=1500)
-    found = {f"{name} ms": ms for name, ms in wall.items()}
-    for name, (threads, _) in plans.items():
-        if threads == 1:
+    found = {"cores": wall.pop("mm 1") / wall.pop("mm 2")} | {f"{name} ms": ms for name, ms in wall.items()}
+    for name in wall:
+        if name.endswith("1"):
             found[f"{name} CPU ms"] = statistics.median(cpu_ms[name][1:])
     if "spconv fwd 1" in plans:
         found["ratio 1:1"] = wall["spconv fwd 1"] / wall["fwd 1"]
@@ -101,6 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--channels", nargs="+", type=int, default=[32, 64, 128])
+    parser.add_argument("--forward-only", action="store_true")
     asked = parser.parse_args()
     warnings.filterwarnings("ignore")
     rows = []
@@ -110,7 +116,7 @@ def main() -> None:
         for channels in asked.channels:
             row = {"case": case, "N": len(level), "neighbours": level.mean_neighbours, "C": channels}
             with torch.no_grad():
-                rows.append(row | measure(level, channels))
+                rows.append(row | measure(level, channels, gradients=not asked.forward_only))
     finish("cpu", rows, device="cpu")
 
 
