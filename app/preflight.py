@@ -86,6 +86,12 @@ def check() -> None:
         near = difflib.get_close_matches(call.run_id, steps, n=1)
         hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(steps)}"
         fail("UNKNOWN_RUN", f"this config has no {call.run_id} to run", hint)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "process_group" not in call.config:
+        fail(
+            "NO_OVERLAY",
+            f"torchrun started {os.environ['WORLD_SIZE']} processes, this config is for one: each would do it all",
+            "lay bundles/multi_gpu.json over it: --config_file \"['bundles/….json','bundles/multi_gpu.json']\"",
+        )
     _check_structure(call.config)
     for name, value in call.overrides.items():
         _check_override(name, value, call)
@@ -234,9 +240,8 @@ def one_line_errors() -> None:
             what = f"{type(cause).__name__}: {cause}".splitlines()[0]
             _leave(f"BAD_EXPRESSION: {_expression(error)} gives {what}. Correct it in the config or on the line.\n", 2)
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            _leave(
-                f"DISK_FULL: {cause.strerror}: {cause.filename or 'output_dir'}. Free space, then --resume latest.\n", 2
-            )
+            place, again = cause.filename or "output_dir", "Free space and run again, training with --resume latest"
+            _leave(f"DISK_FULL: {cause.strerror}: {place}. {again}.\n", 2)
         if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             _leave(f"NO_ACCESS: {cause.strerror}: {cause.filename}. Check the path and who may use it.\n", 2)
         if type(cause).__name__ == "OutOfMemoryError":

@@ -78,7 +78,9 @@ class CodebookStart:
         codes = list(self.network.vq.parameters())
         for parameter in codes:  # without codes they would have no gradient, which ranks wait for
             parameter.requires_grad_(False)
-        optimizer = torch.optim.AdamW(trainable(self.network), lr=self.warmup["learning_rate"], weight_decay=0.0)
+        optimizer = torch.optim.AdamW(
+            trainable(self.network), lr=self.warmup["learning_rate"], weight_decay=0.0, fused=device.type == "cuda"
+        )
         schedule = make_scheduler(optimizer, name=self.warmup["lr_scheduler"], max_steps=steps)
         trainer = SupervisedTrainer(
             device=device,

@@ -4,6 +4,7 @@ Nothing here loops over steps: stage_start.py is what comes before the first, st
 Randomness of a step is a function of (seed, step), so that a resumed run is the same run.
 """
 
+import logging
 import math
 import os
 import time
