@@ -228,13 +228,14 @@ def one_line_errors() -> None:
     usual = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        cause = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        said = _refusal(cause)
-        if said is not None:
+        chain = [error]
+        while chain[-1].__cause__ is not None:
+            chain.append(chain[-1].__cause__)
+        cause = chain[-1]
+        refused = next((part for part in reversed(chain) if _refusal(part) is not None), None)
+        if refused is not None:
             log.debug("".join(traceback.format_exception(kind, error, trace)))
-            code = getattr(cause, "code", "BAD_VALUE")
+            code, said = getattr(refused, "code", "BAD_VALUE"), _refusal(refused)
             _leave(f"{code}: {said.removeprefix(f'{code}: ')}\n", 2)
         if _files_of(cause)[-1:] == ["<string>"]:  # it failed in a config's own `$` expression
             what = f"{type(cause).__name__}: {cause}".splitlines()[0]
@@ -245,7 +246,7 @@ def one_line_errors() -> None:
         if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             _leave(f"NO_ACCESS: {cause.strerror}: {cause.filename}. Check the path and who may use it.\n", 2)
         if type(cause).__name__ == "OutOfMemoryError":
-            advice = "lower, in this order: batch_size_per_gpu, max_points, resolution; or set use_checkpoint true"
+            advice = "lower, in this order: batch_size_per_gpu, max_points, resolution; or pass --use_checkpoint True"
             _leave(f"OUT_OF_MEMORY: {str(cause).splitlines()[0]} {advice}.\n", 2)
         usual(kind, error, trace)
 

@@ -128,7 +128,11 @@ class CodebookStart:
         try:
             vq.start_from(rows, generator=torch.Generator().manual_seed(self.warmup["seed"]))
         except ValueError as error:
-            fail("TOO_LITTLE_DATA", str(error).split(":")[0], "give more cases or lower --num_embeddings")
+            fail(
+                "TOO_LITTLE_DATA",
+                str(error).split(":")[0],
+                "give more cases, larger crops (--max_points) or fewer codes (--num_embeddings)",
+            )
         log.info("codebook of %d codes laid over %d encoder outputs", vq.num_embeddings, rows.shape[0])
 
 
