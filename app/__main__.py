@@ -6,6 +6,7 @@ the exit status (0 done, 1 a fault of ours, 2 the call is wrong, 3 some input wa
 """
 
 import contextlib
+import errno
 import json
 import sys
 import traceback
@@ -66,7 +67,9 @@ def _one_line(error: Exception) -> tuple[int, str]:
 
     if isinstance(error, Refused):
         return 3, str(error)
-    if isinstance(error, ValueError | FileNotFoundError | NotADirectoryError | PermissionError):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return 2, "DISK_FULL: no space left on the disk of OUT. Free some and run again: what is done is kept."
+    if isinstance(error, ValueError | FileNotFoundError | FileExistsError | NotADirectoryError | PermissionError):
         return 2, f"WRONG_CALL: {' '.join(str(error).split())}"
     return 1, f"FAULT: {type(error).__name__}. This is our mistake; run again with --debug and report it."
 

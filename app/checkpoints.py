@@ -62,6 +62,8 @@ def write_atomically(content: dict, path: Path) -> None:
         kept = complete_steps(path.parent.parent)
         last = f"the last complete step is {kept[-1]}" if kept else "no complete step exists yet"
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        if isinstance(error, RuntimeError) and "unexpected pos" in reason:  # a write that came out short
+            reason = "No space left on device"
         fail("SAVE_FAILED", f"could not write {path} ({reason}); {last}", "free disk space, then --resume latest")
 
 
@@ -152,6 +154,10 @@ def read_weights(path: str | Path) -> tuple[dict, Preset]:
     state = read_tensors(path)
     if not isinstance(state, dict) or "_extra_state" not in state:
         fail("FOREIGN_CHECKPOINT", f"{path} does not say what it was made for", "use a checkpoint of this project")
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    spoilt = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if spoilt:
+        fail("BAD_CHECKPOINT", f"{path} holds values that are no numbers, in {spoilt[0]}", "use an older step")
     try:
         return state, Preset.from_tensor(state["_extra_state"])
     except (AttributeError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:

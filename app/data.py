@@ -5,6 +5,7 @@ is a function of (seed, step, case), so a resumed run sees the samples of the ru
 tensors: `feats` (N, C), `coords` (N, 4), `hu` (N,) where HU are known, `spatial_shape`, `batch_size`, `case_id`.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -194,7 +195,8 @@ class CTDataset(Dataset):
             torch.save(item, beside)
             beside.replace(file)
         except OSError as error:
-            beside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                beside.unlink()
             log.warning("Cache folder %s cannot be written (%s): going on without it", self.cache_dir, error)
             self.cache_dir = None
 

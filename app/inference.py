@@ -185,6 +185,7 @@ def tokenize(
     cases, single = list(_cases_in(source, made.sizes.windows, series)), out.suffix == ".npz"
     if single and len(cases) > 1:
         fail("MANY_SCANS", f"{source} holds {len(cases)} scans, {out} is one file", "give a folder as OUT")
+    _check_folder(out.parent if single else out)
     entries = []
     for name, open_it in _progress(cases, "tokenize"):
         path = out if single else out / f"{name}.npz"
@@ -208,6 +209,15 @@ def tokenize(
             }
         )
     return _summary(entries, made)
+
+
+def _check_folder(path: Path) -> None:
+    """Before any work: a folder can be made, or is there."""
+    for part in (path, *path.parents):
+        if part.exists():
+            if not part.is_dir():
+                fail("NO_OUTPUT", f"{part} is a file, OUT needs a folder there", "give another OUT")
+            return
 
 
 def _there_already(path: Path, made: CTTokenizer) -> CTTokens | None:
@@ -259,6 +269,7 @@ def reconstruct(
     single = out.name.endswith((".nii", ".nii.gz"))
     if single and len(files) > 1:
         fail("MANY_SCANS", f"{source} holds {len(files)} token files, {out} is one file", "give a folder as OUT")
+    _check_folder(out.parent if single else out)
     try:
         grid = None if like is None else scans.grid_of(Path(like))
     except ValueError as error:

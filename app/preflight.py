@@ -86,6 +86,12 @@ def check() -> None:
         near = difflib.get_close_matches(call.run_id, steps, n=1)
         hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(steps)}"
         fail("UNKNOWN_RUN", f"this config has no {call.run_id} to run", hint)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "process_group" not in call.config:
+        fail(
+            "NO_OVERLAY",
+            f"torchrun started {os.environ['WORLD_SIZE']} processes, this config is for one: each would do it all",
+            "lay bundles/multi_gpu.json over it: --config_file \"['bundles/….json','bundles/multi_gpu.json']\"",
+        )
     _check_structure(call.config)
     for name, value in call.overrides.items():
         _check_override(name, value, call)
@@ -222,25 +228,25 @@ def one_line_errors() -> None:
     usual = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        cause = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        said = _refusal(cause)
-        if said is not None:
+        chain = [error]
+        while chain[-1].__cause__ is not None:
+            chain.append(chain[-1].__cause__)
+        cause = chain[-1]
+        refused = next((part for part in reversed(chain) if _refusal(part) is not None), None)
+        if refused is not None:
             log.debug("".join(traceback.format_exception(kind, error, trace)))
-            code = getattr(cause, "code", "BAD_VALUE")
+            code, said = getattr(refused, "code", "BAD_VALUE"), _refusal(refused)
             _leave(f"{code}: {said.removeprefix(f'{code}: ')}\n", 2)
         if _files_of(cause)[-1:] == ["<string>"]:  # it failed in a config's own `$` expression
             what = f"{type(cause).__name__}: {cause}".splitlines()[0]
             _leave(f"BAD_EXPRESSION: {_expression(error)} gives {what}. Correct it in the config or on the line.\n", 2)
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            _leave(
-                f"DISK_FULL: {cause.strerror}: {cause.filename or 'output_dir'}. Free space, then --resume latest.\n", 2
-            )
+            place, again = cause.filename or "output_dir", "Free space and run again, training with --resume latest"
+            _leave(f"DISK_FULL: {cause.strerror}: {place}. {again}.\n", 2)
         if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             _leave(f"NO_ACCESS: {cause.strerror}: {cause.filename}. Check the path and who may use it.\n", 2)
         if type(cause).__name__ == "OutOfMemoryError":
-            advice = "lower, in this order: batch_size_per_gpu, max_points, resolution; or set use_checkpoint true"
+            advice = "lower, in this order: batch_size_per_gpu, max_points, resolution; or pass --use_checkpoint True"
             _leave(f"OUT_OF_MEMORY: {str(cause).splitlines()[0]} {advice}.\n", 2)
         usual(kind, error, trace)
 

@@ -80,7 +80,10 @@ class PreparedCase:
             raise ValueError(
                 f"case {self.case_id} has no case.json: its volume cannot be taken for HU; use its windows"
             )
-        return _load(file)
+        volume = _load(file)
+        if volume.dtype.kind not in "iu":
+            raise ValueError(f"{self.path.name}/{file.name} holds {volume.dtype}, HU are int16; prepare the case again")
+        return volume
 
     def hu_crop(self, start: Sequence[int], shape: Sequence[int]) -> Int[np.ndarray, "X Y Z"]:
         """A box of the volume; only the part of the file that holds it is read."""
@@ -181,13 +184,20 @@ def _unit(array: np.ndarray) -> np.ndarray:
 def _load(file: Path) -> np.ndarray:
     try:
         if file.suffix == ".zarr":
-            return _open_zarr(file)[:]
-        if file.suffix == ".npz":
+            array = _open_zarr(file)[:]
+        elif file.suffix == ".npz":
             with np.load(file, allow_pickle=False) as stored:
-                return stored[stored.files[0]]
-        return np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, IndexError) as error:
-        raise ValueError(f"{file.parent.name}/{file.name} cannot be read ({error}); prepare the case again") from error
+                array = stored[stored.files[0]]
+        else:
+            array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, IndexError, RuntimeError) as error:
+        reason = "it is no array of numbers" if "pickle" in str(error) or "Python objects" in str(error) else error
+        raise ValueError(f"{file.parent.name}/{file.name} cannot be read ({reason}); prepare the case again") from error
+    if array.ndim != 3:
+        raise ValueError(
+            f"{file.parent.name}/{file.name} has shape {array.shape}, three axes are needed; prepare it again"
+        )
+    return array
 
 
 def _open_zarr(file: Path):
@@ -252,8 +262,18 @@ def _case(path: Path, dataset: str, row: Mapping[str, str]) -> PreparedCase:
         sidecar = json.loads(file.read_text()) if file.is_file() else {}
     except ValueError as error:
         raise ValueError(f"{path.name}/case.json cannot be read ({error}); prepare the case again") from error
+    if not isinstance(sidecar, dict) or not _is_affine(sidecar.get("affine", np.eye(4).tolist())):
+        raise ValueError(f"{path.name}/case.json must hold an object with an invertible affine; prepare the case again")
     patient = row.get("patient") or path.name
     return PreparedCase(path, dataset, path.name, patient, row.get("split") or split_of(patient), sidecar)
+
+
+def _is_affine(stored: Any) -> bool:
+    try:
+        matrix = np.array(stored, np.float64)
+    except (TypeError, ValueError):
+        return False
+    return matrix.shape == (4, 4) and bool(np.isfinite(matrix).all()) and abs(np.linalg.det(matrix)) > 1e-12
 
 
 def split_of(patient: str) -> str:
@@ -265,11 +285,14 @@ def read_rows(file: Path) -> dict[str, dict[str, str]]:
     """Rows of a metadata.csv by case; none where the file is missing. Older trees name the case in the first column."""
     if not file.is_file():
         return {}
-    with open(file, newline="", encoding="utf-8") as stream:
-        reader = csv.DictReader(stream)
-        first = (reader.fieldnames or [""])[0]
-        column = "case_id" if "case_id" in (reader.fieldnames or []) else first
-        return {row[column]: row for row in reader if row.get(column)}
+    try:
+        with open(file, newline="", encoding="utf-8") as stream:
+            reader = csv.DictReader(stream)
+            first = (reader.fieldnames or [""])[0]
+            column = "case_id" if "case_id" in (reader.fieldnames or []) else first
+            return {row[column]: row for row in reader if row.get(column)}
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{file.parent.name}/{file.name} is no UTF-8 csv ({error}); prepare again") from error
 
 
 def versions() -> dict[str, str]:

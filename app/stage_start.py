@@ -78,7 +78,9 @@ class CodebookStart:
         codes = list(self.network.vq.parameters())
         for parameter in codes:  # without codes they would have no gradient, which ranks wait for
             parameter.requires_grad_(False)
-        optimizer = torch.optim.AdamW(trainable(self.network), lr=self.warmup["learning_rate"], weight_decay=0.0)
+        optimizer = torch.optim.AdamW(
+            trainable(self.network), lr=self.warmup["learning_rate"], weight_decay=0.0, fused=device.type == "cuda"
+        )
         schedule = make_scheduler(optimizer, name=self.warmup["lr_scheduler"], max_steps=steps)
         trainer = SupervisedTrainer(
             device=device,
@@ -126,7 +128,11 @@ class CodebookStart:
         try:
             vq.start_from(rows, generator=torch.Generator().manual_seed(self.warmup["seed"]))
         except ValueError as error:
-            fail("TOO_LITTLE_DATA", str(error).split(":")[0], "give more cases or lower --num_embeddings")
+            fail(
+                "TOO_LITTLE_DATA",
+                str(error).split(":")[0],
+                "give more cases, larger crops (--max_points) or fewer codes (--num_embeddings)",
+            )
         log.info("codebook of %d codes laid over %d encoder outputs", vq.num_embeddings, rows.shape[0])
 
 

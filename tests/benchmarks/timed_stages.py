@@ -47,7 +47,7 @@ class TimedStages:
             "i_log": 50,
             "i_sample": steps,
             "val_interval": steps,  # nothing is chosen by what the judge will see: the last step counts
-            "i_save": max(steps // 8, 1),
+            "i_save": max(steps // 8, 1) if folder == "run" else steps,  # saving would count as steps in a trial
             **self.settings[stage],
         }
         if stage == "vq_stage1":

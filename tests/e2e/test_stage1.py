@@ -358,6 +358,57 @@ def test_constant_features(run_bundle, place, workers):
     assert_refused(end, code="[A-Z_]+", naming=["constant", "case_"])
 
 
+def spoil(case, how):
+    """One case of a dataset damaged; what the refusal has to name."""
+    volume, side = next(case.glob("ct_normalized_*")), case / "case.json"
+    if how == "volume cut short":
+        volume.write_bytes(volume.read_bytes()[:5000])
+    if how == "volume of text":
+        volume.write_text("hello")
+    if how == "volume of two axes":
+        np.save(volume, np.zeros((24, 24), np.int16))
+    if how == "volume of floats":
+        np.save(volume, np.full((24, 24, 24), np.nan, np.float32))
+    if how == "sidecar cut short":
+        side.write_text(side.read_text()[:40])
+    if how == "sidecar of a list":
+        side.write_text("[]")
+    if how == "affine of zeros":
+        side.write_text(json.dumps({**json.loads(side.read_text()), "affine": [[0] * 4] * 4}))
+    return [case.name, volume.name if how.startswith("volume") else side.name, "prepare"]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *("volume cut short", "volume of text", "volume of two axes", "volume of floats"),
+        *("sidecar cut short", "sidecar of a list", "affine of zeros"),
+    ],
+)
+def test_a_damaged_case(run_bundle, place, cohort, how):
+    data = place / "damaged"
+    shutil.copytree(cohort, data)
+    naming = spoil(data / "processed" / "case_0", how)
+    end = run_bundle(dataset_dir=data, output_dir="out", num_workers=0, **STEPS)
+    assert_refused(end, code="BAD_VALUE", naming=naming)
+
+
+def test_a_table_of_cases_that_is_no_text(run_bundle, place, cohort):
+    data = place / "damaged"
+    shutil.copytree(cohort, data)
+    (data / "metadata.csv").write_bytes(b"\xff\xfe\x00")
+    end = run_bundle(dataset_dir=data, output_dir="out", **STEPS)
+    assert_refused(end, code="BAD_VALUE", naming=["metadata.csv", "UTF-8"])
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(run_bundle, place, cohort):
+    data = place / "full"
+    shutil.copytree(cohort, data, ignore=shutil.ignore_patterns(".cache"))
+    (data / ".cache").write_text("x")
+    end = run_bundle(dataset_dir=data, output_dir="out", **{**STEPS, "warmup_steps": 2, "max_steps": 1})
+    assert end.status == 0 and "cannot be written" in end.out, end.err
+
+
 def test_fewer_points_than_min_points_everywhere(run_bundle, cohort):
     end = run_bundle(dataset_dir=cohort, output_dir="out", min_points=1_000_000, **STEPS)
     assert_refused(end, code="[A-Z_]+", naming=["min_points", "1000000"])

@@ -258,6 +258,14 @@ def test_several_scans_into_one_file(output_dir, dataset, tmp_path, capsys):
     assert "holds 2 token files" in one_line(capsys, "MANY_SCANS")
 
 
+def test_out_where_a_file_lies(output_dir, dataset, tmp_path, capsys):
+    (tmp_path / "mine").write_text("x")
+    with pytest.raises(SystemExit):
+        tokenize(dataset, tmp_path / "mine" / "deeper", tokenizer=output_dir)
+    assert "mine is a file" in one_line(capsys, "NO_OUTPUT")
+    assert (tmp_path / "mine").read_text() == "x"
+
+
 def test_damaged_support_is_refused_and_the_rest_done(output_dir, dataset, tmp_path):
     tokenize(dataset, tmp_path / "tokens", tokenizer=output_dir, support=True)
     with np.load(tmp_path / "tokens" / "case_a.npz") as stored:
@@ -327,7 +335,7 @@ def test_no_tokenizer_anywhere(tmp_path, dataset, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "damage", ["tensor missing", "tensor of another shape", "cut short", "sizes of a later version"]
+    "damage", ["tensor missing", "tensor of another shape", "cut short", "sizes of a later version", "no numbers"]
 )
 def test_damaged_checkpoints(output_dir, dataset, tmp_path, capsys, damage):
     state = dict(checkpoints.read_tensors(checkpoints.averaged_file(output_dir)))
@@ -335,6 +343,8 @@ def test_damaged_checkpoints(output_dir, dataset, tmp_path, capsys, damage):
         del state["encoder.out_layer.weight"]
     if damage == "tensor of another shape":
         state["encoder.out_layer.weight"] = torch.zeros(3, 3)
+    if damage == "no numbers":
+        state["vq.embeddings.weight"] = state["vq.embeddings.weight"] * torch.nan
     if damage == "sizes of a later version":
         sizes = bytes(state["_extra_state"].tolist()).replace(b"resolution", b"revolution")
         state["_extra_state"] = torch.tensor(list(sizes), dtype=torch.uint8)

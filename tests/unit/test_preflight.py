@@ -224,6 +224,13 @@ def test_an_argument_that_nobody_takes(check, config):
     assert check(config=config(part={"_target_": "networks.losses.TokenizerLoss", "lambda_vq": 1})) is None
 
 
+def test_several_processes_need_the_overlay(check, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = check()
+    assert line.startswith("NO_OVERLAY: torchrun started 2 processes") and "multi_gpu.json" in line
+    assert check(config=f"['{STAGE1}','{ROOT / 'bundles/multi_gpu.json'}']") is None
+
+
 def test_a_run_that_is_not_there(check, config, monkeypatch, capsys):
     argv = ["/x/monai/bundle/__main__.py", "run", "trainin", "--config_file", str(config())]
     monkeypatch.setattr(sys, "argv", argv)
