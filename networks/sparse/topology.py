@@ -355,9 +355,14 @@ class Level:
             pairs.append((rows, row_of[rows].long()))
         return pairs
 
-    @cached_property
+    @property
     def coarsening(self) -> Coarsening:
         """This level grouped by 2x2x2 cells."""
+        return Coarsening(self, *self._cells)
+
+    @cached_property
+    def _cells(self) -> tuple["Level", Int64[Tensor, " N"], Int64[Tensor, "8 M"]]:
+        """The coarse level, parents and children. Knows not this level, or neither would be freed by counting."""
         if self.bits == 1:
             raise ValueError(f"a level of {self.spatial_shape} voxels cannot be halved again")
         if kernels := map_kernels(self.device):
@@ -368,7 +373,7 @@ class Level:
             children[self.keys & 7, parent] = torch.arange(len(self), device=self.device)
         shape = tuple((n + 1) // 2 for n in self.spatial_shape)
         coarse = Level(keys, spatial_shape=shape, batch_size=self.batch_size, bits=self.bits - 1)
-        return Coarsening(self, coarse, parent, children)
+        return coarse, parent, children
 
     def prepare(self, halvings: int) -> "Level":
         """Builds what must wait for the device, for this level and those below it, and gives the coarsest.

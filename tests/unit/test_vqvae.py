@@ -1,5 +1,8 @@
 """The sparse VQ-VAE: published structure, decoding on wanted voxels, batch laws, memory for time."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -39,6 +42,22 @@ def alone(x, sample):
 
 
 # ---- structure
+
+
+def test_a_step_leaves_no_maps_behind():
+    """Maps are most of a step's memory: they go with the tensor, not when the garbage collector comes round."""
+    network = make_vqvae("tiny").train()
+    coords = torch.nn.functional.pad(torch.ones(16, 16, 16).nonzero(), (1, 0))
+    gc.collect()
+    gc.disable()
+    try:
+        x = SparseTensor(torch.rand(4096, 4), coords, (16, 16, 16), 1)
+        levels = [weakref.ref(level) for level in (x.level, x.level.coarsening.coarse, x.level.prepare(3))]
+        TokenizerLoss()(network(x), x)["loss"].backward()
+        del x
+        assert [level() for level in levels] == [None, None, None]
+    finally:
+        gc.enable()
 
 
 def test_the_published_structure_is_pinned():
