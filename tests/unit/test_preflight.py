@@ -66,6 +66,9 @@ def test_an_unknown_key_is_named_with_its_nearest(check, flags, parts):
         ("num_gpus", "torchrun"),
         ("epochs", "max_steps"),
         ("embed_dim", "latent_channels"),
+        ("auto_retry", "--max_restarts"),
+        ("master_port", "torchrun"),
+        ("tryrun", "max_steps"),
     ],
 )
 def test_names_of_the_original_scripts_lead_to_ours(check, old, ours):
