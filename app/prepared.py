@@ -273,7 +273,7 @@ def _is_affine(stored: Any) -> bool:
         matrix = np.array(stored, np.float64)
     except (TypeError, ValueError):
         return False
-    return matrix.shape == (4, 4) and bool(np.isfinite(matrix).all()) and abs(np.linalg.det(matrix)) > 1e-12
+    return matrix.shape == (4, 4) and bool(np.isfinite(matrix).all() and abs(np.linalg.det(matrix)) > 1e-12)
 
 
 def split_of(patient: str) -> str:
