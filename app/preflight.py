@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from fire.parser import DefaultParseValue
 from monai.bundle import ConfigParser
 
+from app.language.phantom_text import PLACES
 from networks.presets import PRESETS
 from transforms.array import WINDOWS
 
@@ -31,27 +32,39 @@ RUN_ARGUMENTS = {
 }  # fmt: skip
 STEP_LISTS = ("initialize", "run", "training", "finalize")
 
-# Names of the original training scripts, and common other names, with ours.
+# Names of the original scripts, and common other names, with ours: the first that a run has is told.
 OTHER_NAMES = {
-    "data_dir": "dataset_dir",
-    "data": "dataset_dir",
-    "lr": "learning_rate",
-    "load_dir": "init_from (another stage) or resume (this one)",
-    "ckpt": "resume",
-    "num_gpus": "torchrun --nproc_per_node with bundles/multi_gpu.json",
-    "num_nodes": "torchrun --nnodes with bundles/multi_gpu.json",
-    "epochs": "max_steps",
-    "max_epochs": "max_steps",
-    "batch_size": "batch_size_per_gpu",
-    "embed_dim": "latent_channels",
-    "embedding_dim": "latent_channels",
-    "latent_dim": "latent_channels",
-    "codebook_size": "num_embeddings",
-    "fp16_mode": "amp",
-    "optimizer_lr": "learning_rate",
-    "finetune_ckpt": "init_from",
-    "window": "window_type",
-    "workers": "num_workers",
+    "data_dir": ("dataset_dir", "data"),
+    "data_path": ("data", "dataset_dir"),
+    "data": ("dataset_dir",),
+    "dataset_dir": ("data",),
+    "lr": ("learning_rate",),
+    "load_dir": (
+        "init_from (another stage) or resume (this one)",
+        "pretrained_vae_path (another stage) or resume (this one)",
+        "resume",
+    ),
+    "ckpt": ("resume",),
+    "num_gpus": ("torchrun --nproc_per_node with bundles/multi_gpu.json",),
+    "num_nodes": ("torchrun --nnodes with bundles/multi_gpu.json",),
+    "epochs": ("max_steps",),
+    "max_epochs": ("max_steps", "epochs"),
+    "max_steps": ("epochs",),
+    "batch_size": ("batch_size_per_gpu",),
+    "batch_size_per_gpu": ("batch_size",),
+    "embed_dim": ("latent_channels",),
+    "embedding_dim": ("latent_channels",),
+    "latent_dim": ("latent_channels",),
+    "codebook_size": ("num_embeddings",),
+    "fp16_mode": ("amp",),
+    "optimizer_lr": ("learning_rate",),
+    "finetune_ckpt": ("init_from",),
+    "tokenizer": ("vae_ckpt",),
+    "align": ("align_dir",),
+    "projector_ckpt": ("align_dir", "resume"),
+    "model": ("vl_model",),
+    "window": ("window_type",),
+    "workers": ("num_workers",),
 }
 
 
@@ -63,7 +76,6 @@ class Rule:
     says: str
     minimum: float | None = None
     choices: tuple = ()
-    optional: bool = False
     holds: Callable[[Any], bool] = lambda value: True  # for values of the right kind
 
     def allows(self, value: Any) -> bool:
@@ -76,16 +88,20 @@ class Rule:
         return self.holds(value)
 
 
-def _number(minimum: float, *, optional: bool = False) -> Rule:
-    return Rule((int, float), f"a number of at least {minimum:g}", minimum=minimum, optional=optional)
+def _number(minimum: float) -> Rule:
+    return Rule((int, float), f"a number of at least {minimum:g}", minimum=minimum)
 
 
-def _count(minimum: int, *, optional: bool = False) -> Rule:
-    return Rule(int, f"a whole number of at least {minimum}", minimum=minimum, optional=optional)
+def _count(minimum: int) -> Rule:
+    return Rule(int, f"a whole number of at least {minimum}", minimum=minimum)
 
 
-def _choice(*values: str, optional: bool = False) -> Rule:
-    return Rule(str, f"one of {', '.join(values)}", choices=values, optional=optional)
+def _choice(*values: str) -> Rule:
+    return Rule(str, f"one of {', '.join(values)}", choices=values)
+
+
+def _switch() -> Rule:
+    return Rule(bool, "True or False")
 
 
 def _is_scheduler(name: str) -> bool:
@@ -100,22 +116,24 @@ def _are_windows(names: list) -> bool:
     return bool(names) and all(name in WINDOWS for name in names)
 
 
+def _are_findings(names: list) -> bool:
+    return bool(names) and all(name in PLACES for name in names)
+
+
 RULES = {
-    "dataset_dir": Rule(str, "a folder", optional=True),
+    "dataset_dir": Rule(str, "a folder"),
     "output_dir": Rule(str, "a folder"),
-    "resume": Rule(
-        (str, int), "latest or a step", minimum=0, optional=True, holds=lambda v: v == "latest" or isinstance(v, int)
-    ),
+    "resume": Rule((str, int), "latest or a step", minimum=0, holds=lambda v: v == "latest" or isinstance(v, int)),
     "seed": _count(0),
     "scale": _choice("auto", "demo", "full"),
-    "preset": _choice(*PRESETS, optional=True),
-    "windows": Rule(list, f"a list like ['lung','bone'] of {', '.join(WINDOWS)}", optional=True, holds=_are_windows),
-    "window_type": _choice(*WINDOWS, optional=True),
+    "preset": _choice(*PRESETS),
+    "windows": Rule(list, f"a list like ['lung','bone'] of {', '.join(WINDOWS)}", holds=_are_windows),
+    "window_type": _choice(*WINDOWS),
     "training_stage": Rule(int, "0, 1 or 2, as the file has it", choices=(0, 1, 2)),
     "features": _choice("window"),
     "keep": _choice("body", "nonzero", "band", "informative"),
     "min_points": _count(1),
-    "max_points": _count(1, optional=True),
+    "max_points": _count(1),
     "num_workers": _count(0),
     "resolution": Rule(int, "a multiple of 8", minimum=8, holds=lambda side: side % 8 == 0),
     "spacing": _number(0.01),
@@ -123,27 +141,27 @@ RULES = {
     "latent_channels": _count(1),
     "num_embeddings": _count(2),
     "num_blocks": _count(0),
-    "pretrained_vae_path": Rule(str, "auto, null or a path", optional=True),
-    "init_from": Rule(str, "a path", optional=True),
-    "tokenizer": Rule(str, "a checkpoint, an output folder or a bundle", optional=True),
-    "split": Rule(str, "train, val or null", choices=("train", "val"), optional=True),
-    "max_cases": _count(1, optional=True),
+    "pretrained_vae_path": Rule(str, "auto, null or a path"),
+    "init_from": Rule(str, "a path"),
+    "tokenizer": Rule(str, "a checkpoint, an output folder or a bundle"),
+    "split": Rule(str, "the name of a split"),
+    "max_cases": _count(1),
     "warmup_steps": _count(1),
     "decoder_steps": _count(0),
     "codebook": _choice("ema", "gradient", "fsq"),
-    "rotation_trick": Rule(bool, "True or False"),
-    "normalize_codes": Rule(bool, "True or False"),
+    "rotation_trick": _switch(),
+    "normalize_codes": _switch(),
     "quantizer_levels": _count(1),
     "max_steps": _count(1),
     "batch_size_per_gpu": _count(1),
     "batch_split": _count(1),
-    "use_checkpoint": Rule(bool, "True or False"),
-    "sparse_backend": Rule(str, "auto, torch, triton or spconv", optional=True),
+    "use_checkpoint": _switch(),
+    "sparse_backend": Rule(str, "auto, torch, triton or spconv"),
     "amp": _choice("off", "bf16", "fp16"),
     "learning_rate": _number(0),
     "lr_scheduler": Rule(str, "cosine, one_cycle, constant or a torch scheduler", holds=_is_scheduler),
-    "warmup_lr_steps": _count(0, optional=True),
-    "grad_clip": _number(0, optional=True),
+    "warmup_lr_steps": _count(0),
+    "grad_clip": _number(0),
     "loss_type": _choice("l1", "l2", "mse", "l1_l2"),
     "lambda_vq": _number(0),
     "lambda_commitment": _number(0),
@@ -156,6 +174,35 @@ RULES = {
     "i_save": _count(1),
     "val_interval": _count(1),
     "keep_last": _count(1),
+    # alignment and its evaluation
+    "data": Rule(str, "a manifest, a prepared dataset with text, or a folder"),
+    "dataset": Rule(str, "the dotted path of a torch Dataset", holds=lambda name: "." in name),
+    "image_root": Rule(str, "a folder"),
+    "align_dir": Rule(str, "the output folder of an alignment run"),
+    "vl_model": Rule(str, "a Qwen2-VL or Qwen3-VL by hub name or path"),
+    "vae_ckpt": Rule(str, "a tokenizer: a checkpoint, an output folder or a bundle"),
+    "vae_config": Rule((str, dict), "a path"),
+    "dummy_data": _switch(),
+    "dummy_samples": _count(1),
+    "skip_bad": _switch(),
+    "max_3d_tokens": _count(1),
+    "max_text_tokens": _count(1),
+    "max_new_tokens": _count(1),
+    "token_reduction": _choice("pool", "merge", "fps", "truncate"),
+    "use_3d_pos": _switch(),
+    "position": _choice("1d", "mrope3d"),
+    "fusion": _choice("placeholder", "prefix"),
+    "projector_layers": _count(1),
+    "with_volumes": _switch(),
+    "train_language": _switch(),
+    "use_lora": _switch(),
+    "lora_r": _count(1),
+    "lora_alpha": _count(1),
+    "num_phantoms": _count(2),
+    "about": Rule(list, f"a list like ['nodule'] of {', '.join(PLACES)}", holds=_are_findings),
+    "epochs": _count(1),
+    "batch_size": _count(1),
+    "weight_decay": _number(0),
 }
 
 
@@ -210,10 +257,17 @@ def check() -> None:
 
 def _check_override(name: str, value: Any, call: CommandLine) -> None:
     path = re.split(r"::|#", name)
-    if path[0] not in call.config:
-        ours = OTHER_NAMES.get(path[0])
-        if ours:
-            fail("UNKNOWN_KEY", f"this run has no key {path[0]}", f"here it is {ours}")
+    is_part = isinstance(call.config.get(name), dict) and not (isinstance(value, dict) or str(value)[:1] in "$@%")
+    if path[0] not in call.config or is_part:
+        known = [ours for ours in OTHER_NAMES.get(path[0], ()) if ours.split()[0] in {*call.config, "torchrun"}]
+        if known:
+            fail("UNKNOWN_KEY", f"this run has no key {path[0]}", f"here it is {known[0]}")
+        if is_part:
+            fail(
+                "UNKNOWN_KEY",
+                f"{name} is a part of this config, not a setting",
+                "override it with a dict, or by # keys",
+            )
         _unknown(path[0], call.config)
     node: Any = call.config
     for depth, part in enumerate(path):
@@ -222,8 +276,7 @@ def _check_override(name: str, value: Any, call: CommandLine) -> None:
         if isinstance(node, dict | list):
             node = node[int(part) if isinstance(node, list) else part]
     if call.raw[name] == "None":
-        rule = RULES.get(name)
-        if rule is not None and rule.optional and node is None:
+        if node is None:  # what the file has is null already
             return
         fail("NULL_IGNORED", f"MONAI ignores --{name} None and keeps {node!r}", f"write --{name} '$None' to set null")
     if len(path) == 1 and name in RULES:
