@@ -6,17 +6,21 @@ cannot be used is counted by reason, never replaced in silence.
 """
 
 import importlib
+import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
+import ignite.distributed as idist
 import torch
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from app import prepared
 from app.data import StepSampler
 from app.language import chat
 from app.language.phantom_text import balance, mirrored, phantom_rows
@@ -158,20 +162,36 @@ def encode_rows(
     """Tokens of every image once, before training; what cannot be read is named, and ends the run unless skipped."""
     wanted = {row.image: row.path for row in rows}
     volumes, bad = {}, []
-    for image, path in track(wanted.items(), description="Encoding scans", disable=not log.isEnabledFor(logging.INFO)):
+
+    def encode(image: str) -> None:
         try:
-            if path is None:
+            if wanted[image] is None:
                 raise ValueError("no such file")
-            volumes[image] = source(path)
+            volumes[image] = source(wanted[image])
         except (ValueError, OSError, KeyError, EOFError) as error:
             bad.append(image)
             reason = str(error).splitlines()[0]
             if not skip_bad:
                 fail("BAD_SCAN", f"{image} cannot be used: {reason}", "repair it, or leave it out with --skip_bad True")
             log.warning("left out %s: %s", image, reason)
+
+    visit_in_shares(list(wanted), encode, says="Encoding scans")
+    bad = [image for image in wanted if image in set(bad)]  # each once, though visited twice
     if not volumes:
         fail("NO_CASES", f"none of {len(wanted)} scans can be used", "run `python -m app check` on the data")
     return volumes, bad
+
+
+def visit_in_shares(items: Sequence, visit: Callable[[Any], None], *, says: str) -> None:
+    """Visits all items; of several processes each first visits a share, so that all then find the rest on disk."""
+    rank, world = idist.get_rank(), idist.get_world_size()
+    shown = log.isEnabledFor(logging.INFO)
+    if world > 1:
+        for item in track(items[rank::world], description=f"{says} (one of {world} shares)", disable=not shown):
+            visit(item)
+        idist.barrier()
+    for item in track(items, description=says, disable=not shown):
+        visit(item)
 
 
 def phantom_volumes(
@@ -182,17 +202,35 @@ def phantom_volumes(
     Training phantoms have even numbers and validation phantoms odd ones, so that they never meet. With `mirror` each is
     seen in a mirror, with sides swapped in the text.
     """
+    rows, volumes = {}, {}
+
+    def visit(number: int) -> None:
+        name = f"phantom_v{VERSION}_s{seed}_{split}_{number:05d}"
+        findings, tokens = phantom_case(source, name, number=seed * 1_000_000 + 2 * number + (split != "train"))
+        if mirror:
+            findings, name = mirrored(findings), f"{name}_mirrored"
+        volumes[name] = tokens[mirror]
+        rows[name] = phantom_rows(name, findings, split=split, about=about)
+
+    visit_in_shares(range(count), visit, says="Making phantoms")
+    return [row for name in sorted(rows) for row in rows[name]], volumes
+
+
+def phantom_case(
+    source: TokenSource, name: str, *, number: int
+) -> tuple[list[dict], tuple[VolumeTokens, VolumeTokens]]:
+    """Findings of one phantom, its tokens and those of its mirror image; made once, then read."""
     sizes = source.tokenizer.sizes
-    grid = {"size": sizes.resolution, "spacing": sizes.spacing}
-    rows, volumes = [], {}
-    for number in track(range(count), description="Making phantoms", disable=not log.isEnabledFor(logging.INFO)):
-        made = make_phantom(seed * 1_000_000 + 2 * number + (split != "train"), **grid)
-        hu = made.hu[::-1].copy() if mirror else made.hu  # the grid is centred, so its affine stays
-        findings = mirrored(made.findings) if mirror else made.findings
-        name = f"phantom_v{VERSION}_s{seed}_{split}_{number:05d}{'_mirrored' if mirror else ''}"
-        volumes[name] = source.cached(name, Volume(hu, made.affine))
-        rows += phantom_rows(name, findings, split=split, about=about)
-    return rows, volumes
+    made = lru_cache(1)(lambda: make_phantom(number, size=sizes.resolution, spacing=sizes.spacing))
+    file = source.cache_dir / f"{name}.json"
+    tokens = (
+        source.cached(name, lambda: Volume(made().hu, made().affine)),
+        # the grid is centred, so that the affine of the mirror image is the same
+        source.cached(f"{name}_mirrored", lambda: Volume(made().hu[::-1].copy(), made().affine)),
+    )
+    if not file.is_file():
+        prepared.write_text(file, json.dumps(made().findings) + "\n")
+    return json.loads(file.read_text(encoding="utf-8")), tokens
 
 
 def builtin(

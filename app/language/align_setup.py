@@ -219,6 +219,8 @@ class Language:
         use_checkpoint: bool = False,
         seed: int = 0,
     ):
+        if train_language and lora is not None and lora["use"]:
+            fail("BAD_VALUE", "use_lora and train_language are both on", "turn one of them off: --train_language False")
         self.name, self.trained = name, train_language
         half = plan.amp == "bf16" and not train_language
         if (name or plan.language) in TINY_MODELS:
@@ -246,6 +248,11 @@ class Language:
                 part.requires_grad_(True)
         if use_checkpoint:
             qwen.use_checkpointing(self.model)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether nobody but this run has it: it was built here, or its weights are changed."""
+        return self.trained or self.identity["name"] is None
 
     @property
     def width(self) -> int:
@@ -277,7 +284,12 @@ def make_projector(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         projector = Projector(
-            vectors.shape[1], language.width, num_layers=num_layers, use_3d_pos=use_3d_pos, position_scale=spread
+            vectors.shape[1],
+            language.width,
+            num_layers=num_layers,
+            use_3d_pos=use_3d_pos,
+            position_scale=spread,
+            position_grid=tokenizer.network.sizes.resolution // 8,
         )
     projector.match_scale(vectors, spread)
     return projector

@@ -142,6 +142,7 @@ class AlignHandlers:
             "tokenizer": self.tokenizer.hash,
             "in_features": self.network.projector.in_features,
             "position_scale": self.network.projector.position_scale,
+            "position_grid": self.network.projector.position_grid,
         }
 
     def _save_epoch(self, engine: SupervisedTrainer) -> None:
@@ -150,7 +151,7 @@ class AlignHandlers:
 
     def _save_final(self, _engine: SupervisedTrainer) -> None:
         self._write("final")
-        if self.language.trained and idist.get_rank() == 0:
+        if self.language.is_own and idist.get_rank() == 0:
             save_language(self.language.model, self.language.tokenizer, Path(self.folder.path) / "language_final")
 
     def _write(self, suffix: str) -> None:

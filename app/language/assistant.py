@@ -97,15 +97,19 @@ class CTAssistant:
             num_layers=settings["projector_layers"],
             use_3d_pos=settings["use_3d_pos"],
             position_scale=settings["position_scale"],
+            position_grid=settings["position_grid"],
         )
         file, adapter = newest_files(path, settings)
-        projector.load_state_dict(checkpoints.read_tensors(file))
+        try:
+            projector.load_state_dict(checkpoints.read_tensors(file))
+        except RuntimeError:
+            fail("BAD_PROJECTOR", f"{file} is not the projector that {path} describes", "align again")
         if adapter is not None:
             qwen.load_lora(language, adapter)
         model = qwen.VolumeQwen(language, projector, position=settings["position"]).to(device).eval()
         settings = {**settings, "projector_sha256": hash_path(file)}
-        if settings["trained_language"]:
-            weights = hash_path(path / "language_final" / "model.safetensors")
+        if (own := path / "language_final").is_dir():
+            weights = hash_path(own)
             settings["base_model"] = {**settings["base_model"], "sha256": weights}
         if adapter is not None:
             settings["adapter_sha256"] = hash_path(adapter)
@@ -141,20 +145,27 @@ class CTAssistant:
         """Texts for (question, volume) pairs in one batch; a volume of None asks without one."""
         samples = []
         for question, volume in asked:
-            try:
-                encoded = chat.encode_chat(
-                    self.text_tokenizer,
-                    question,
-                    num_volumes=int(volume is not None),
-                    fusion=self.settings["fusion"],
-                    max_text_tokens=self.settings["max_text_tokens"],
-                )
-            except ValueError as error:
-                raise ValueError(f"{error}: ask more shortly") from None
+            encoded = self.encode(question, num_volumes=int(volume is not None))
             samples.append({**encoded._asdict(), "volumes": [] if volume is None else [volume]})
         batch = to_device(self.collate(samples), self.model.device)
         ids = self.model.generate(batch, max_new_tokens=max_new_tokens, streamer=streamer)
         return [text.strip() for text in self.text_tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def encode(self, question: str, *, num_volumes: int = 1) -> chat.Encoded:
+        """A question as the model reads it; one that is too long raises."""
+        settings = {name: self.settings[name] for name in ("fusion", "max_text_tokens")}
+        try:
+            return chat.encode_chat(self.text_tokenizer, question, num_volumes=num_volumes, **settings)
+        except ValueError as error:
+            raise ValueError(f"{error}: ask more shortly") from None
+
+    def fits(self, question: str) -> bool:
+        """Whether a question is short enough to be asked."""
+        try:
+            self.encode(question)
+        except ValueError:
+            return False
+        return True
 
     def open(self, source: Any) -> Scan:
         """Tokens with their origin of a token file, or of what `app.scans` calls a scan."""
@@ -244,7 +255,10 @@ def read_settings(path: Path) -> dict[str, Any]:
             f"{path} holds no aligned model",
             "first run python -m monai.bundle run training --config_file bundles/align.json, or pass --align",
         )
-    return json.loads(file.read_text())
+    try:
+        return json.loads(file.read_text())
+    except ValueError:
+        fail("NO_ALIGNMENT", f"{file} is damaged", "align again")
 
 
 def load_base(path: Path, settings: dict[str, Any], device: torch.device) -> tuple[torch.nn.Module, Any]:

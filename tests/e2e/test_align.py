@@ -1,14 +1,20 @@
 """bundles/align.json for real on a manifest of token files, then resuming, asking and evaluating with what it left."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from monai.bundle import run
+from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from app.__main__ import app
 from app.inference import CTTokenizer
 from app.language import ask as asking
 from app.language import evaluate_language
@@ -17,10 +23,12 @@ from app.language.rows import REPORT_QUESTION
 from app.scans import Volume
 from app.token_files import write_tokens
 from networks import make_vqvae
+from networks.projector import Projector
 from networks.qwen import save_language
 from networks.tiny_qwen import build_tiny
+from tests.runs import ROOT, TINY, end_of, torchrun
 
-CONFIG = str(Path(__file__).resolve().parents[2] / "bundles" / "align.json")
+CONFIG = str(ROOT / "bundles" / "align.json")
 NUM_CASES = 12
 
 
@@ -91,8 +99,6 @@ def aligned(home):
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
     return load_file(folder / "lora_final" / "adapter_model.safetensors") | torch.load(folder / "projector_final.pt")
 
 
@@ -201,7 +207,7 @@ def test_evaluation_writes_scores_beside_controls_and_goes_on_where_it_was(home,
     wanted = {
         line["row"]: line["answer"] for line in map(json.loads, (out / "answers_real.jsonl").read_text().splitlines())
     }
-    assert len(wanted) == 8
+    assert len(wanted) == 8 and result["left_out"] == {}
     lines = (out / "answers_shuffled.jsonl").read_text().splitlines()
     (out / "answers_shuffled.jsonl").write_text("\n".join([*lines[:5], lines[5][:20]]))
     asked = []
@@ -210,3 +216,144 @@ def test_evaluation_writes_scores_beside_controls_and_goes_on_where_it_was(home,
     )
     evaluate_language.evaluate(str(home / "text.jsonl"), **options)
     assert len(asked) == 3
+
+
+def test_an_answer_is_asked_again_when_it_was_shown_another_volume_or_cut_shorter(home, aligned, monkeypatch, tmp_path):
+    asked = []
+
+    def answer(_self, batch, **_):
+        asked.extend(batch)
+        return ["left"] * len(batch)
+
+    monkeypatch.setattr(CTAssistant, "answer_many", answer)
+    counts = []
+    for options in ({"seed": 0}, {"seed": 0}, {"seed": 1}, {"seed": 1, "max_new_tokens": 9}):
+        asked.clear()
+        evaluate_language.evaluate(
+            str(home / "text.jsonl"), align=str(aligned), output_dir=str(tmp_path), options=options
+        )
+        counts.append(len(asked))
+    everything = 4 * 8
+    assert counts[0] == counts[3] == everything and counts[1] == 0
+    assert 0 < counts[2] <= 8, "only the shuffled volumes depend on the seed"
+
+
+def test_rows_that_cannot_be_asked_are_left_out_and_counted(home, aligned, tmp_path):
+    lines = [json.loads(line) for line in (home / "text.jsonl").read_text().splitlines()]
+    lines = [{**line, "image": str(home / line["image"])} for line in lines]
+    held = [line for line in lines if line["split"] == "val"]
+    lines += [{**held[0], "question": "side " * 2000}, {**held[0], "answer": ""}]
+    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    options = {"max_new_tokens": 1}
+    result = evaluate_language.evaluate(str(tmp_path / "text.jsonl"), align=str(aligned), options=options)
+    assert result["rows"] == 8 and result["left_out"] == {"question too long": 1, "empty answer": 1}
+    assert "8 rows of 4 patients, 1 left out (question too long)" in (aligned / "evaluation/language.md").read_text()
+
+
+# ---- as commands
+
+
+def say(*call, status=0) -> str:
+    """Standard output of `python -m app …` inside this process."""
+    done = CliRunner().invoke(app, [*map(str, call)])
+    assert done.exit_code == status, done.output
+    return done.stdout if status == 0 else done.stderr
+
+
+def test_ask_as_a_command(home, aligned, tmp_path):
+    scan, where = home / "scans/case9.npz", ["--align", aligned, "--max-new-tokens", 4]
+    answer = CTAssistant.from_pretrained(aligned).ask(scan, "On which side?", max_new_tokens=4)
+    told = json.loads(say("ask", scan, "On which side?", *where, "--json"))
+    assert told["answers"] == [answer.as_json()] and told["failures"] == [] and told["notice"] == NOTICE
+    for_people = say("ask", scan, "On which side?", "Is there a nodule?", *where)
+    assert f"case9  On which side?\n{answer.answer}\n" in for_people and for_people.strip().endswith(NOTICE)
+    assert REPORT_QUESTION in say("ask", scan, *where, "--stream")
+    assert "question takes" in say("ask", scan, "side " * 3000, *where, status=2)
+    assert say("ask", tmp_path / "gone.nii", *where, status=2).startswith("NO_SOURCE: ")
+    assert say("ask", scan, "--align", tmp_path, status=2).startswith("NO_ALIGNMENT: ")
+    (tmp_path / "bad.npz").write_bytes(b"PK nothing")
+    assert "1 scans refused" in CliRunner().invoke(app, ["ask", str(tmp_path), "--align", str(aligned)]).stdout
+
+
+def test_evaluate_as_a_command_that_is_a_process(home, aligned, tmp_path):
+    call = [sys.executable, "-m", "app", "evaluate", home / "text.jsonl", "--align", aligned, "--out", tmp_path]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*map(str, call), "--max-new-tokens", "3", "--json"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads((tmp_path / "language.json").read_text())
+    assert "Traceback" not in done.stderr
+
+
+# ---- what is kept and what is refused
+
+
+def test_a_tiny_model_that_was_not_trained_is_kept_too(home, tmp_path):
+    settings = {"vl_model": "tiny_qwen2_vl", "train_language": False, "use_lora": False, "epochs": 1}
+    align(home, tmp_path / "out", **settings)
+    assistant = CTAssistant.from_pretrained(tmp_path / "out")
+    assert assistant.ask(home / "scans/case9.npz", "On which side?", max_new_tokens=2).notice == NOTICE
+    assert len(assistant.settings["base_model"]["sha256"]) == 64
+
+
+def test_projectors_of_another_width_and_damaged_records_are_one_line(home, aligned, tmp_path, capsys):
+    shutil.copytree(aligned, tmp_path / "moved")
+    torch.save(Projector(16, 32).state_dict(), tmp_path / "moved/projector_final.pt")
+    shutil.copytree(aligned, tmp_path / "damaged")
+    (tmp_path / "damaged/train_args.json").write_text('{"tokenizer"')
+    calls = {
+        "BAD_PROJECTOR": lambda: CTAssistant.from_pretrained(tmp_path / "moved"),
+        "NO_ALIGNMENT": lambda: CTAssistant.from_pretrained(tmp_path / "damaged"),
+        "BAD_VALUE": lambda: align(home, tmp_path / "out", train_language=True),
+    }
+    for code, call in calls.items():
+        with pytest.raises(SystemExit) as end:
+            call()
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert end.value.code == 2 and said.startswith(f"{code}: "), said
+
+
+def test_low_rank_layers_without_peft_are_one_line(home, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SystemExit):
+        align(home, tmp_path / "out")
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("NO_PEFT: use_lora needs the package peft")
+
+
+# ---- several processes
+
+
+def test_two_processes_align_as_one_does(home, place, start_process):
+    """Built-in phantoms, a tiny language model trained whole: the same losses and weights, one voice, one writer."""
+    settings = {
+        "vl_model": "tiny_qwen2_vl",
+        "vae_ckpt": home / "tokenizer.pt",
+        "num_phantoms": 6,
+        "epochs": 1,
+        "num_workers": 0,
+        "learning_rate": 1e-3,
+        **dict.fromkeys(TINY),
+        **{"i_print": 1, "i_log": 1, "i_save": 3},
+    }
+    both = "['bundles/align.json','bundles/multi_gpu.json']"
+    process = start_process(both, launcher=torchrun(), output_dir="both/align", batch_size=2, **settings)
+    alone = start_process("bundles/align.json", output_dir="alone/align", batch_size=4, **settings)
+    for end in map(end_of, (process, alone)):
+        assert end.status == 0, end.err
+        assert end.out.count("Step 2: loss=") == 1
+    one, two = place / "alone/align", place / "both/align"
+    assert sorted(p.relative_to(one) for p in one.rglob("*") if "tb_logs" not in str(p)) == sorted(
+        p.relative_to(two) for p in two.rglob("*") if "tb_logs" not in str(p)
+    )
+    losses = [[json.loads(line)["loss"] for line in (out / "metrics.jsonl").open()] for out in (one, two)]
+    assert len(losses[0]) > 3 and losses[1] == pytest.approx(losses[0], rel=1e-5)
+    weights = [load_file(out / "language_final/model.safetensors") for out in (one, two)]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5)
+    tokens = [sorted(p.name for p in (out.parent / "tokens").rglob("*.*")) for out in (one, two)]
+    assert tokens[0] == tokens[1] and len(tokens[0]) == 6 * 3

@@ -145,12 +145,12 @@ class TokenSourceInMemory:
 
 def test_tokens_are_kept_under_the_tokenizers_hash_and_damaged_ones_made_again(ct, tmp_path):
     source = TokenSource(ct, cache_dir=tmp_path)
-    first = source.cached("one", scan(0))
+    first = source.cached("one", lambda: scan(0))
     file = tmp_path / ("a" * 16) / "one.npz"
     stored = file.read_bytes()
-    assert torch.equal(source.cached("one", scan(1)).codes, first.codes)  # kept: the scan is not looked at
+    assert torch.equal(source.cached("one", lambda: scan(1)).codes, first.codes)  # kept: the scan is not looked at
     file.write_bytes(stored[: len(stored) // 2])
-    assert torch.equal(source.cached("one", scan(0)).codes, first.codes)
+    assert torch.equal(source.cached("one", lambda: scan(0)).codes, first.codes)
     assert file.read_bytes() == stored
     other = CTTokenizer(ct.network, digest="b" * 64)
     with pytest.raises(ValueError, match="made by tokenizer aaaaaaaaaaaa, this one is bbbbbbbbbbbb"):
