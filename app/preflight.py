@@ -116,6 +116,11 @@ def _are_windows(names: list) -> bool:
     return bool(names) and all(name in WINDOWS for name in names)
 
 
+def _are_sizes(sizes: dict) -> bool:
+    counts = all(type(count) is int and count > 0 for count in sizes.values())
+    return counts and set(sizes) <= {"width", "num_layers"} and sizes.get("width", 32) % 32 == 0
+
+
 def _are_findings(names: list) -> bool:
     return bool(names) and all(name in PLACES for name in names)
 
@@ -200,6 +205,7 @@ RULES = {
     "lora_alpha": _count(1),
     "num_phantoms": _count(2),
     "about": Rule(list, f"a list like ['nodule'] of {', '.join(PLACES)}", holds=_are_findings),
+    "tiny": Rule(dict, "like {'width': 64, 'num_layers': 2}, width a multiple of 32", holds=_are_sizes),
     "epochs": _count(1),
     "batch_size": _count(1),
     "weight_decay": _number(0),

@@ -217,6 +217,7 @@ class Language:
         train_language: bool = False,
         lora: dict | None = None,
         use_checkpoint: bool = False,
+        tiny: dict | None = None,
         seed: int = 0,
     ):
         if train_language and lora is not None and lora["use"]:
@@ -225,8 +226,9 @@ class Language:
         half = plan.amp == "bf16" and not train_language
         if (name or plan.language) in TINY_MODELS:
             family = TINY_MODELS[name or plan.language]
-            self.model, self.tokenizer = build_tiny(texts, family=family, seed=seed, **plan.tiny)
-            self.identity = {"name": None, "built": family, "seed": seed, **plan.tiny}
+            sizes = plan.tiny | (tiny or {})
+            self.model, self.tokenizer = build_tiny(texts, family=family, seed=seed, **sizes)
+            self.identity = {"name": None, "built": family, "seed": seed, **sizes}
         else:
             self.name = name or plan.language
             try:

@@ -212,6 +212,9 @@ def test_a_wrong_value_is_named_with_its_rule(check, key, value):
         ("about", "nodule"),
         ("about", "['fracture']"),
         ("about", "[]"),
+        ("tiny", "{'width': 40}"),
+        ("tiny", "{'depth': 3}"),
+        ("tiny", "3"),
         ("epochs", "0"),
         ("epochs", "1.5"),
         ("batch_size", "0"),
@@ -242,7 +245,7 @@ def test_a_wrong_value_for_an_evaluation_is_named_with_its_rule(check, key, valu
         ["--about", "['nodule','kidney stone']", "--use_lora", "True", "--lora_alpha", "16"],
         ["--vae_config", "config.json", "--dataset", "mine.sets.Reports", "--weight_decay", "0"],
         ["--data", "None", "--vl_model", "None", "--about", "None"],
-        ["--grad_clip", "$None", "--epochs", "$2+1"],
+        ["--grad_clip", "$None", "--epochs", "$2+1", "--tiny", "{'num_layers': 3}"],
     ],
     ids=" ".join,
 )
