@@ -45,6 +45,7 @@ class Scan:
     name: str
     tokens: VolumeTokens
     origin: dict[str, Any]  # hash of the scan and geometry of its series; no header text
+    source: str = ""  # where it was found, below what was asked about
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,13 @@ class Answer:
     question: str
     answer: str
     provenance: dict[str, Any]
+    source: str = ""
     notice: str = NOTICE
 
     def as_json(self) -> dict[str, Any]:
         return {
             "scan": self.scan,
+            "source": self.source,
             "question": self.question,
             "answer": self.answer,
             "notice": self.notice,
@@ -97,7 +100,7 @@ class CTAssistant:
             num_layers=settings["projector_layers"],
             use_3d_pos=settings["use_3d_pos"],
             position_scale=settings["position_scale"],
-            position_grid=settings["position_grid"],
+            position_grid=settings.get("position_grid", 128),  # 128 where it was not recorded
         )
         file, adapter = newest_files(path, settings)
         try:
@@ -136,7 +139,8 @@ class CTAssistant:
         texts = self.answer_many(
             [(q, self.reduce(opened.tokens)) for q in questions], max_new_tokens=max_new_tokens, streamer=streamer
         )
-        made = [Answer(opened.name, q, text, self.provenance(opened)) for q, text in zip(questions, texts, strict=True)]
+        about = {"scan": opened.name, "source": opened.source, "provenance": self.provenance(opened)}
+        made = [Answer(question=q, answer=text, **about) for q, text in zip(questions, texts, strict=True)]
         return made[0] if question is None or isinstance(question, str) else made
 
     def answer_many(
@@ -172,6 +176,7 @@ class CTAssistant:
         if isinstance(source, str | Path) and Path(source).suffix == ".npz":
             return self._of_file(Path(source))
         windows = self.tokenizer.ct.sizes.windows
+        name = Path(source).name if isinstance(source, str | Path) else ""
         if isinstance(source, str | Path) and not scans.is_case(Path(source)):
             origin = {"scan_sha256": hash_path(source)} if Path(source).exists() else {}
         elif isinstance(source, str | Path):
@@ -179,17 +184,17 @@ class CTAssistant:
             origin = {"scan_sha256": case.source_hash, "codes": case.codes}
         else:
             origin = {"scan_sha256": hashlib.sha256(np.ascontiguousarray(source.hu).tobytes()).hexdigest()}
-        return self._of_scan(scans.open_scan(source, windows), origin)
+        return self._of_scan(scans.open_scan(source, windows), origin, source=name)
 
     def _of_file(self, path: Path) -> Scan:
         tokens = read_tokens(path)
         self.tokenizer.ct.check(tokens)
         origin = {"tokens_sha256": hash_path(path), **geometry(tokens.source_shape, tokens.source_affine)}
-        return Scan(path.stem, as_tensors(tokens), origin)
+        return Scan(path.stem, as_tensors(tokens), origin, path.name)
 
-    def _of_scan(self, scan: scans.Scan, origin: dict[str, Any]) -> Scan:
+    def _of_scan(self, scan: scans.Scan, origin: dict[str, Any], *, source: str) -> Scan:
         tokens = as_tensors(self.tokenizer.ct.encode(scan))
-        return Scan(scan.name, tokens, {**origin, **geometry(scan.source_shape, scan.source_affine)})
+        return Scan(scan.name, tokens, {**origin, **geometry(scan.source_shape, scan.source_affine)}, source)
 
     def open_all(self, path: Path) -> Iterator[Scan | ValueError]:
         """Everything of a folder: token files, prepared cases or raw scans; what is refused comes as its refusal."""
@@ -207,9 +212,9 @@ class CTAssistant:
                     raw = read_item(item, Rules())
                     on_grid = scans.onto_prepared_grid(scans.Volume(raw.hu, raw.affine))
                     scan = scans.Scan(raw.source_hash[:16], on_grid, tuple(raw.hu.shape), raw.affine)
-                    yield self._of_scan(scan, {"scan_sha256": raw.source_hash, "codes": raw.codes})
+                    yield self._of_scan(scan, {"scan_sha256": raw.source_hash, "codes": raw.codes}, source=item.source)
                 except ValueError as error:
-                    yield error
+                    yield ValueError(f"{item.source}: {error}")
 
     def _tried(self, path: Path) -> Scan | ValueError:
         try:
