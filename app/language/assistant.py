@@ -206,6 +206,8 @@ class CTAssistant:
             yield from (self._tried(case.path) for case in prepared.find_cases(path))
         else:
             for item in survey(path):
+                if item.finding is not None and item.finding.kind == "skipped":
+                    continue  # no scan at all: text, labels, a localizer beside its scan
                 try:
                     if item.plan is None:
                         raise Refused(item.finding.code, item.finding.message)

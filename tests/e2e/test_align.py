@@ -20,6 +20,7 @@ from app.language import ask as asking
 from app.language import evaluate_language
 from app.language.assistant import NOTICE, CTAssistant
 from app.language.rows import REPORT_QUESTION
+from app.phantoms import make_phantom, write_nifti
 from app.scans import Volume
 from app.token_files import write_tokens
 from networks import make_vqvae
@@ -166,6 +167,19 @@ def test_a_folder_gives_jsonl_and_failures(home, aligned, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "out/answers.jsonl").read_text().splitlines()]
     assert len(lines) == NUM_CASES - 1 and result["status"] == 3
     assert "case3.npz" in (tmp_path / "out/failures.csv").read_text()
+
+
+def test_a_folder_of_raw_scans_is_asked_scan_by_scan(aligned, tmp_path):
+    """What is no scan is passed over; what is one and cannot be read is refused by name."""
+    for number in (8, 9):
+        write_nifti(tmp_path / f"scan{number}.nii.gz", make_phantom(number, size=32, spacing=12.0))
+    (tmp_path / "notes.txt").write_text("nothing")
+    (tmp_path / "broken.nii.gz").write_text("nothing")
+    result = asking.ask(str(tmp_path), ["On which side?"], align=str(aligned), max_new_tokens=4)
+    assert [answer["source"] for answer in result["answers"]] == ["scan8.nii.gz", "scan9.nii.gz"]
+    assert len(result["failures"]) == 1 and result["failures"][0].startswith("broken.nii.gz: CORRUPT_FILE")
+    alone = asking.ask(str(tmp_path / "scan9.nii.gz"), ["On which side?"], align=str(aligned), max_new_tokens=4)
+    assert alone["answers"][0]["answer"] == result["answers"][1]["answer"] and alone["status"] == 0
 
 
 def test_what_does_not_belong_together_is_refused(home, aligned, tmp_path, capsys):
