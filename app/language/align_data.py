@@ -11,6 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -96,18 +97,31 @@ class TextDataset(Dataset):
 
 
 class OwnDataset(Dataset):
-    """A user's torch Dataset of items in form A or B, as samples."""
+    """A user's torch Dataset of items in form A or B, as samples.
 
-    def __init__(self, items: Dataset, *, reduce: Reducer, network=None):
-        self.items, self.reduce, self.network = items, reduce, network
-        self.dropped: Counter[str] = Counter()
+    An item that cannot be read ends the run by its number; with `skip_bad` the next one that can takes its place.
+    """
+
+    def __init__(self, items: Dataset, *, reduce: Reducer, network=None, skip_bad: bool = False):
+        self.items, self.reduce, self.network, self.skip_bad = items, reduce, network, skip_bad
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict:
-        number = index if isinstance(index, int) else index[1]
-        return as_sample(self.items[number], reduce=self.reduce, network=self.network)
+        wanted = index if isinstance(index, int) else index[1]
+        for number in chain(range(wanted, len(self)), range(wanted)):
+            try:
+                return as_sample(self.items[number], reduce=self.reduce, network=self.network)
+            except (ValueError, OSError, KeyError, EOFError, RuntimeError) as error:
+                reason = str(error).strip().split("\n")[0]
+                if not self.skip_bad:
+                    raise ValueError(
+                        f"item {number} of the dataset cannot be used ({type(error).__name__}: {reason}); "
+                        f"repair it, or pass --skip_bad True"
+                    ) from None
+                log.warning("left out item %d of the dataset: %s", number, reason)
+        raise ValueError(f"no item of the dataset can be used, of {len(self)}")
 
 
 def as_sample(item: dict, *, reduce: Reducer, network=None) -> dict:

@@ -26,7 +26,7 @@ from app.inference import CTTokenizer
 from app.language import align_data, chat
 from app.language.manifests import check_rows, read_rows
 from app.language.rows import TextRow
-from app.language.volume_tokens import Reducer, TokenSource, hash_path
+from app.language.volume_tokens import Reducer, TokenSource, VolumeTokens, hash_path
 from app.preflight import fail
 from networks import qwen
 from networks.projector import Projector
@@ -74,6 +74,8 @@ def make_align_plan(
     if scale not in ("auto", "demo", "full"):
         fail("BAD_VALUE", f"scale must be auto, demo or full, got {scale!r}", "leave --scale out for auto")
     own = data is not None or dataset is not None
+    if data is not None and dataset is not None:
+        fail("BAD_VALUE", "data and dataset are both given", "give one of them")
     if dummy_data and own:
         fail("BAD_VALUE", "dummy_data and data are both given", "give one of them")
     chosen = scale if scale != "auto" else ("full" if own else "demo")
@@ -155,7 +157,7 @@ def train_demo_tokenizer(scale: str) -> None:
 
 
 class TrainingText:
-    """Rows to learn from and the tokens of their images."""
+    """Rows to learn from and the tokens of their images; none where the user brings a Dataset of samples."""
 
     def __init__(
         self,
@@ -163,6 +165,7 @@ class TrainingText:
         plan: AlignPlan,
         tokenizer: FrozenTokenizer,
         data: str | None = None,
+        dataset: str | None = None,
         image_root: str | None = None,
         output_dir: str = "outputs/align",
         skip_bad: bool = False,
@@ -170,6 +173,10 @@ class TrainingText:
     ):
         source = tokenizer.source(align_data.tokens_folder(output_dir))
         self.bad: list[str] = []
+        self.rows: list[TextRow] = []
+        self.volumes: dict[str, VolumeTokens] = {}
+        if dataset is not None:
+            return
         if data is None:
             settings = {"count": plan.num_phantoms, "seed": 0, "about": None} | (phantoms or {})
             try:
@@ -306,11 +313,13 @@ def make_dataset(
     token_reduction: str = "pool",
     chat_options: dict | None = None,
     dataset: str | None = None,
+    skip_bad: bool = False,
 ) -> Dataset:
     """Samples of the rows, or of the user's own Dataset named by its dotted path."""
     reduce = tokenizer.reducer(max_tokens=max_3d_tokens, method=token_reduction)
     if dataset is not None:
-        return align_data.OwnDataset(align_data.load_own_dataset(dataset), reduce=reduce, network=tokenizer.network)
+        own = align_data.load_own_dataset(dataset)
+        return align_data.OwnDataset(own, reduce=reduce, network=tokenizer.network, skip_bad=skip_bad)
     try:
         made = align_data.TextDataset(
             text.rows, volumes=text.volumes, reduce=reduce, tokenizer=language.tokenizer, **(chat_options or {})

@@ -17,7 +17,7 @@ import numpy as np
 from rich.progress import track
 
 from app.language.assistant import NOTICE, CTAssistant
-from app.language.controls import CONTROLS, Gap, constant_answers, derange, mean_gap, paired_gap, swap_sides
+from app.language.controls import CONTROLS, USED, Gap, constant_answers, derange, mean_gap, paired_gap, swap_sides
 from app.language.findings import finding_matrix, finding_scores, matcher_error
 from app.language.rows import TextRow
 from app.language.text_metrics import METEOR_NOTE, corpus_bleu, diversity, text_scores, token_f1, words
@@ -193,7 +193,7 @@ def question_scores(rows: Sequence[TextRow], answers: dict[str, list[str]]) -> d
         kind: {"rows": int((kinds == kind).sum()), **{c: float(hits[c][kinds == kind].mean()) for c in columns}}
         for kind in sorted(set(kinds.tolist()))
     }
-    gaps = {control: tell(mean_gap(hits["real"], hits[control], patients)) for control in CONTROLS}
+    gaps = {control: tell(mean_gap(hits["real"], hits[control], patients), control) for control in CONTROLS}
     f1 = {c: float(np.mean([token_f1(answers[c][at], answers["reference"][at]) for at in asked])) for c in columns}
     overall = {c: float(hits[c].mean()) for c in columns}
     said = diversity([answers["real"][at] for at in asked])
@@ -213,7 +213,9 @@ def report_scores(rows: Sequence[TextRow], answers: dict[str, list[str]]) -> dic
     for c in columns:
         table[c] |= corpus_bleu(texts[c], texts["reference"])
     gaps = {
-        control: {name: tell(mean_gap(scores["real"][name], scores[control][name], patients)) for name in REPORT_GAPS}
+        control: {
+            name: tell(mean_gap(scores["real"][name], scores[control][name], patients), control) for name in REPORT_GAPS
+        }
         for control in CONTROLS
     }
     result = {"rows": len(asked), "meteor": METEOR_NOTE, "scores": table, "gaps": gaps, **diversity(texts["real"])}
@@ -244,7 +246,7 @@ def report_findings(rows: Sequence[TextRow], texts: dict[str, list[str]], patien
             def both(weights: np.ndarray, name: str = name, control: str = control) -> tuple[float, float]:
                 return tuple(finding_scores(said[c], truth, weights)[name] for c in ("real", control))
 
-            gaps[control][name] = tell(paired_gap(both, patients))
+            gaps[control][name] = tell(paired_gap(both, patients), control)
     source = "label columns" if has_labels else "the matcher's reading of the reference reports"
     error = matcher_error(texts["reference"], truth, names) if has_labels else None
     return {"labels": names, "truth": source, "matcher_error": error, "scores": scores, "gaps": gaps}
@@ -257,8 +259,9 @@ def mirror_scores(rows: Sequence[TextRow], real: Sequence[str], mirrored: Sequen
     return {"asked": len(rows), "right": len(was_right), "flipped": float(np.mean(flipped)) if flipped else None}
 
 
-def tell(gap: Gap) -> dict[str, Any]:
-    return {"difference": gap.difference, "low": gap.low, "high": gap.high, "verdict": gap.verdict}
+def tell(gap: Gap, control: str) -> dict[str, Any]:
+    verdict = USED if control == "shuffled" and gap.low > 0 else gap.verdict
+    return {"difference": gap.difference, "low": gap.low, "high": gap.high, "verdict": verdict}
 
 
 def without_nan(value: Any) -> Any:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from monai.bundle import run
 from safetensors.torch import load_file
+from torch.utils.data import Dataset
 from typer.testing import CliRunner
 
 from app.__main__ import app
@@ -338,6 +339,46 @@ def test_low_rank_layers_without_peft_are_one_line(home, tmp_path, capsys, monke
     with pytest.raises(SystemExit):
         align(home, tmp_path / "out")
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("NO_PEFT: use_lora needs the package peft")
+
+
+# ---- the same in other ways
+
+
+class OwnItems(Dataset):
+    """What a user could write: samples in form A with the ids of the model's own tokenizer."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, number):
+        ids = torch.arange(3, 13)
+        generator = torch.Generator().manual_seed(number)
+        cells = torch.randint(0, 4, (5, 3), generator=generator)
+        return {
+            "feats_3d": torch.randn(5, 8, generator=generator),
+            "coords_3d": torch.nn.functional.pad(cells, (1, 0)),
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "labels": torch.where(ids > 8, ids, -100),
+        }
+
+
+def test_a_dataset_of_the_users_own_by_its_dotted_path(home, tmp_path):
+    align(home, tmp_path / "out", data=None, dataset="tests.e2e.test_align.OwnItems", use_lora=False, epochs=3)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "out/metrics.jsonl").open()]
+    assert len(losses) == 9 and losses[-1] < losses[0]
+    assert not (tmp_path / "tokens").exists(), "no phantom was made"
+
+
+def test_micro_batches_give_the_step_of_the_batch(home, tmp_path):
+    ended = []
+    for split in (1, 2, 4):
+        align(home, tmp_path / f"by{split}", batch_split=split, batch_size=4, use_lora=False, epochs=1)
+        rows = [json.loads(line) for line in (tmp_path / f"by{split}/metrics.jsonl").open()]
+        ended.append(([row["loss"] for row in rows], torch.load(tmp_path / f"by{split}/projector_final.pt")))
+    for losses, weights in ended[1:]:
+        assert losses == pytest.approx(ended[0][0], rel=1e-5)
+        torch.testing.assert_close(weights["proj.weight"], ended[0][1]["proj.weight"], rtol=1e-4, atol=1e-6)
 
 
 # ---- several processes

@@ -119,6 +119,25 @@ def test_own_datasets_are_found_by_name_and_batched_with_several_volumes(ct, lan
         assert end.value.code == 2 and says in capsys.readouterr().err
 
 
+class OneBroken(TwoItems):
+    def __getitem__(self, number):
+        if number == 1:
+            raise OSError("disk\nof item 1")
+        return self.items[number]
+
+
+def test_an_item_that_cannot_be_read_in_the_middle_of_an_epoch_is_named(language, reduce, caplog):
+    feats = {"feats_3d": torch.randn(2, 8), "coords_3d": torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1]])}
+    items = [{**feats, **text_part(language[1]), "case_id": name} for name in "abc"]
+    with pytest.raises(ValueError, match=r"item 1 of the dataset cannot be used \(OSError: disk\); repair it"):
+        OwnDataset(OneBroken(items), reduce=reduce)[(0, 1)]
+    kept = OwnDataset(OneBroken(items), reduce=reduce, skip_bad=True)
+    assert [kept[number]["case_id"] for number in range(3)] == ["a", "c", "c"]
+    assert caplog.text.count("left out item 1 of the dataset: disk") == 1
+    with pytest.raises(ValueError, match="no item of the dataset can be used, of 2"):
+        OwnDataset(TwoItems([{}, {}]), reduce=reduce, skip_bad=True)[0]
+
+
 def test_rows_that_cannot_be_learned_from_are_counted_by_reason(ct, language, reduce):
     tokens = TokenSourceInMemory(ct).tokens
     rows = [
