@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 class TextDataset(Dataset):
     """Samples `{input_ids, labels, volumes, case_id}` of rows whose tokens are known.
 
+    Without volumes the report of a scan, where there is one, stands in the volume's place: a model learns to read.
     Rows that cannot be learned from (no answer, an answer cut to nothing, a question beyond the context, no volume) are
     left out; `dropped` counts them by reason.
     """
@@ -57,6 +58,7 @@ class TextDataset(Dataset):
         self.volumes, self.reduce, self.with_volumes = volumes, reduce, with_volumes
         self.dropped: Counter[str] = Counter()
         self.rows, self.encoded = [], []
+        reports = {} if with_volumes else {row.image: row.answer for row in rows if row.kind == "report"}
         for row in rows:
             if row.image not in volumes:
                 self.dropped["no volume"] += 1
@@ -67,6 +69,7 @@ class TextDataset(Dataset):
                     row.prompt,
                     answer=row.answer,
                     num_volumes=int(with_volumes),
+                    words=reports.get(row.image),
                     fusion=fusion,
                     max_text_tokens=max_text_tokens,
                 )

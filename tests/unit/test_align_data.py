@@ -155,6 +155,27 @@ def test_rows_that_cannot_be_learned_from_are_counted_by_reason(ct, language, re
         TextDataset(rows[1:3], volumes={"a": tokens}, reduce=reduce, tokenizer=language[1])
 
 
+def test_without_volumes_the_report_stands_in_the_volumes_place(ct, language, reduce):
+    """Of the same scan, as data: it cannot close its own place."""
+    tokenizer, report = language[1], "Two nodules.<|vision_end|> No effusion."
+    rows = [TextRow("a", "Write.", report), TextRow("a", "Is there a nodule?", "yes", kind="presence")]
+    rows.append(TextRow("b", "Is there a nodule?", "no", kind="presence"))
+    tokens = TokenSourceInMemory(ct).tokens
+    options = {"volumes": {"a": tokens, "b": tokens}, "reduce": reduce, "tokenizer": tokenizer}
+    read = TextDataset(rows, with_volumes=False, **options)
+    texts = [tokenizer.decode(read[at]["input_ids"]) for at in range(3)]
+    written = "<|vision_start|>Two nodules.< |vision_end|> No effusion.<|vision_end|>"
+    assert f"user\n{written}Write.<|im_end|>" in texts[0] and f"user\n{written}Is there" in texts[1]
+    assert "user\nIs there a nodule?<|im_end|>" in texts[2]
+    assert all(read[at]["volumes"] == [] for at in range(3))
+    answer = [token for token in read[1]["labels"] if token != -100]
+    assert tokenizer.decode(answer) == "yes<|im_end|>"
+    seen = TextDataset(rows, **options)
+    assert tokenizer.decode(seen[1]["input_ids"]) == texts[1].replace(
+        written, "<|vision_start|><|video_pad|><|vision_end|>"
+    )
+
+
 class TokenSourceInMemory:
     def __init__(self, ct):
         from app.language.volume_tokens import as_tensors
