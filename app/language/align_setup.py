@@ -6,6 +6,7 @@ tokenizer or base model.
 """
 
 import copy
+import hashlib
 import json
 import logging
 import os
@@ -235,7 +236,9 @@ class Language:
             family = TINY_MODELS[name or plan.language]
             sizes = plan.tiny | (tiny or {})
             self.model, self.tokenizer = build_tiny(texts, family=family, seed=seed, **sizes)
+            words = json.dumps(self.tokenizer.get_vocab(), sort_keys=True).encode()
             self.identity = {"name": None, "built": family, "seed": seed, **sizes}
+            self.identity["vocabulary"] = hashlib.sha256(words).hexdigest()  # it follows from the text
         else:
             self.name = name or plan.language
             try:
@@ -329,6 +332,16 @@ def make_dataset(
     left_out = {reason: count for reason, count in made.dropped.items() if count}
     log.info("%d examples%s", len(made), f"; left out or cut: {left_out}" if left_out else "")
     return made
+
+
+def check_same(folder: Path, args: dict) -> None:
+    """A run goes on with the tokenizer and the base model that it began with."""
+    file = folder / "train_args.json"
+    began = json.loads(file.read_text()) if file.is_file() else args
+    for name, code in (("tokenizer", "OTHER_TOKENIZER"), ("base_model", "OTHER_MODEL")):
+        if began[name] != args[name]:
+            what = f"the run in {folder} began with {name} {began[name]}, this one has {args[name]}"
+            fail(code, what, "resume with the same settings, or start afresh in another --output_dir")
 
 
 def write_train_args(folder: Path, args: dict) -> None:

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from app import checkpoints
 from app.checkpoints import unwrapped
-from app.language.align_setup import FrozenTokenizer, Language, write_train_args
+from app.language.align_setup import FrozenTokenizer, Language, check_same, write_train_args
 from app.training import AMP_TYPES, TrainStep, mean_of_ranks, seed_step
 from networks.qwen import save_language
 
@@ -112,6 +112,7 @@ class AlignHandlers:
     def _start(self, engine: SupervisedTrainer) -> None:
         step = self.folder.start_step
         if step is not None:
+            check_same(Path(self.folder.path), self._record())
             stored = checkpoints.read_tensors(checkpoints.step_file(self.folder.path, self.folder.name, step))
             misc = checkpoints.read_tensors(checkpoints.step_file(self.folder.path, "misc", step))
             own = trained_state(self.network)

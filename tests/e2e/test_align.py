@@ -137,6 +137,34 @@ def test_resuming_gives_the_run_that_was_not_interrupted(home, aligned):
     assert steps == list(range(1, 17))
 
 
+def test_a_run_does_not_go_on_with_another_tokenizer_or_vocabulary(home, aligned, tmp_path, capsys):
+    torch.manual_seed(1)
+    other = make_vqvae("tiny", resolution=32, keep="nonzero", num_embeddings=16, num_blocks=1)
+    torch.save(other.state_dict(), tmp_path / "other.pt")
+    (tmp_path / "scans").mkdir()
+    ct = CTTokenizer.from_pretrained(tmp_path / "other.pt")
+    lines = [json.loads(line) for line in (home / "text.jsonl").read_text().splitlines()]
+    for number in range(NUM_CASES):
+        write_tokens(tmp_path / f"scans/case{number}.npz", ct.encode(make_volume(number)))
+    shutil.copy(home / "text.jsonl", tmp_path)
+    shutil.copytree(aligned, tmp_path / "run")
+    words = [{**line, "answer": "leftwards leftwards"} if "answer" in line else line for line in lines]
+    (home / "words.jsonl").write_text("\n".join(map(json.dumps, words)))
+    tiny = {"vl_model": "tiny_qwen2_vl", "train_language": True, "use_lora": False, "epochs": 1}
+    align(home, tmp_path / "tiny", **tiny)
+    calls = {
+        "OTHER_TOKENIZER": ("run", {"vae_ckpt": str(tmp_path / "other.pt"), "data": str(tmp_path / "text.jsonl")}),
+        "OTHER_MODEL": ("tiny", {**tiny, "data": str(home / "words.jsonl"), "epochs": 2}),
+    }
+    for code, (folder, changes) in calls.items():
+        before = (tmp_path / folder / "train_args.json").read_text()
+        with pytest.raises(SystemExit) as end:
+            align(home, tmp_path / folder, resume="latest", **changes)
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert end.value.code == 2 and said.startswith(f"{code}: the run in"), said
+        assert (tmp_path / folder / "train_args.json").read_text() == before
+
+
 def test_answers_carry_where_they_come_from(home, aligned, tmp_path):
     assistant = CTAssistant.from_pretrained(aligned)
     volume = make_volume(9)
