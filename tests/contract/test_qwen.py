@@ -220,7 +220,7 @@ def test_images_beside_volumes_equal_the_stock_model(family):
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_checkpointing_gives_the_same_gradients(family, lora):
-    gradients = []
+    gradients, visits = [], []
     for checkpointing in (False, True):
         torch.manual_seed(0)
         model, tokenizer = make_model(family)
@@ -230,8 +230,11 @@ def test_checkpointing_gives_the_same_gradients(family, lora):
         if checkpointing:
             use_checkpointing(model.language)
         model.train()
+        first = model.language.model.language_model.layers[0].mlp
+        first.register_forward_pre_hook(lambda *_, at=len(gradients): visits.append(at))
         model(make_batch(tokenizer, THREE)).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert visits == [0, 1, 1], "a layer is computed again in backward, and only with checkpointing"
     plain, recomputed = gradients
     assert set(plain) == set(recomputed) and any("lora" in name for name in plain) == lora
     assert plain["projector.proj.weight"].abs().max() > 0
