@@ -70,8 +70,12 @@ def make_align_plan(
     dummy_data: bool = False,
     dummy_samples: int = 50,
     vl_model: str | None = None,
+    use_lora: bool = False,
 ) -> AlignPlan:
-    """Fills what is open and says what was chosen. `dummy_data` is the demo on `dummy_samples` phantoms."""
+    """Fills what is open and says what was chosen. `dummy_data` is the demo on `dummy_samples` phantoms.
+
+    What the end of the preparations needs (a Qwen-VL, peft) is looked for here, before scans are encoded for hours.
+    """
     if scale not in ("auto", "demo", "full"):
         fail("BAD_VALUE", f"scale must be auto, demo or full, got {scale!r}", "leave --scale out for auto")
     own = data is not None or dataset is not None
@@ -89,7 +93,18 @@ def make_align_plan(
     log.info("scale %s: %s", chosen, f"text of {data or dataset}" if own else "text of built-in phantoms")
     language = vl_model or ("tiny_qwen2_vl" if demo else STOCK_MODEL)
     tiny = language in TINY_MODELS
-    log.info("language model: %s%s", language, ", built here and trained whole" if tiny else "")
+    whole = tiny and not use_lora
+    log.info("language model: %s%s%s", language, ", built here" * tiny, " and trained whole" * whole)
+    try:
+        if not tiny:
+            qwen.family_of(language)
+    except ValueError as error:
+        fail("BAD_MODEL", str(error), "give a hub name or the folder of a Qwen2-VL or Qwen3-VL")
+    try:
+        if use_lora:
+            qwen.import_peft()
+    except ValueError as error:
+        fail("NO_PEFT", str(error), "pip install peft, or leave out --use_lora")
     return AlignPlan(
         scale=chosen,
         epochs=4 if demo else 3,
@@ -97,7 +112,7 @@ def make_align_plan(
         learning_rate=1e-3 if demo else 1e-4,
         lr_scheduler="one_cycle" if demo else "cosine",
         language=language,
-        train_language=tiny,
+        train_language=whole,
         use_3d_pos=tiny,
         num_phantoms=dummy_samples if dummy_data else 160,
         tiny={"width": 64, "num_layers": 2},
@@ -251,10 +266,7 @@ class Language:
         qwen.freeze(self.model)
         self.adapter = None
         if lora is not None and lora["use"]:
-            try:
-                self.adapter = qwen.add_lora(self.model, r=lora["r"], alpha=lora["alpha"])
-            except ValueError as error:
-                fail("NO_PEFT", str(error), "pip install peft, or leave out --use_lora")
+            self.adapter = qwen.add_lora(self.model, r=lora["r"], alpha=lora["alpha"])
         if train_language:
             for part in (self.model.model.language_model, self.model.lm_head):
                 part.requires_grad_(True)

@@ -153,7 +153,9 @@ class AlignHandlers:
     def _save_final(self, _engine: SupervisedTrainer) -> None:
         self._write("final")
         if self.language.is_own and idist.get_rank() == 0:
-            save_language(self.language.model, self.language.tokenizer, Path(self.folder.path) / "language_final")
+            adapter = self.language.adapter  # kept in a folder of its own: taken out of the model that is saved
+            model = self.language.model if adapter is None else adapter.unload()
+            save_language(model, self.language.tokenizer, Path(self.folder.path) / "language_final")
 
     def _write(self, suffix: str) -> None:
         """The projector and, where there is one, the adapter; written beside and renamed."""

@@ -99,7 +99,7 @@ def test_what_does_not_belong_together_is_refused(home, aligned, tmp_path, capsy
         "OTHER_TOKENIZER": lambda: CTAssistant.from_pretrained(aligned, tokenizer=str(tmp_path / "other.pt")),
         "OTHER_MODEL": lambda: CTAssistant.from_pretrained(moved),
         "NO_ALIGNMENT": lambda: CTAssistant.from_pretrained(tmp_path),
-        "BAD_MODEL": lambda: align(home, tmp_path / "out", vl_model=str(tmp_path)),
+        "BAD_MODEL": lambda: align(home, tmp_path / "out", vl_model=str(tmp_path), vae_ckpt="looked at later"),
         "NO_DATA": lambda: align(home, tmp_path / "out", data=str(tmp_path / "gone.csv")),
     }
     for code, call in calls.items():
@@ -112,10 +112,13 @@ def test_what_does_not_belong_together_is_refused(home, aligned, tmp_path, capsy
 # ---- what is kept and what is refused
 
 
-def test_a_tiny_model_that_was_not_trained_is_kept_too(home, tmp_path):
-    settings = {"vl_model": "tiny_qwen2_vl", "train_language": False, "use_lora": False, "epochs": 1}
-    align(home, tmp_path / "out", **settings)
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_tiny_model_that_was_not_trained_whole_is_kept_too(lora, home, tmp_path):
+    settings = {"vl_model": "tiny_qwen2_vl", "use_lora": lora, "epochs": 1}
+    align(home, tmp_path / "out", **settings if lora else {**settings, "train_language": False})
+    assert not json.loads((tmp_path / "out/train_args.json").read_text())["trained_language"]
     assistant = CTAssistant.from_pretrained(tmp_path / "out")
+    assert any("lora_" in name for name, _ in assistant.model.named_parameters()) == lora
     assert assistant.ask(home / "scans/case9.npz", "On which side?", max_new_tokens=2).notice == NOTICE
     assert len(assistant.settings["base_model"]["sha256"]) == 64
 
@@ -140,7 +143,7 @@ def test_projectors_of_another_width_and_damaged_records_are_one_line(home, alig
 def test_low_rank_layers_without_peft_are_one_line(home, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(SystemExit):
-        align(home, tmp_path / "out")
+        align(home, tmp_path / "out", vae_ckpt=str(tmp_path / "looked at later"))
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("NO_PEFT: use_lora needs the package peft")
 
 
