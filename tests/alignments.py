@@ -1,6 +1,7 @@
 """Alignment for end-to-end tests: a tokenizer, a tiny Qwen3-VL on disk, a manifest of token files, a run on them."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ def make_home(home: Path) -> Path:
 def align(home: Path, out: Path, **changes) -> None:
     settings = {
         "data": str(home / "text.jsonl"),
-        "vl_model": str(home / "qwen"),
+        "vl_model": os.path.relpath(home / "qwen"),
         "vae_ckpt": str(home / "tokenizer.pt"),
         "output_dir": str(out),
         "num_workers": 0,

@@ -294,9 +294,9 @@ def make_collate(model: nn.Module, tokenizer, *, side: str = "right"):
 
 
 def identify(name: str, model: nn.Module) -> dict:
-    """Name and revision of a model from the hub, or the hash of a folder."""
+    """Name and revision of a model from the hub, or place and hash of a folder."""
     if Path(name).is_dir():
-        return {"name": name, "sha256": hash_path(name)}
+        return {"name": str(Path(name).resolve()), "sha256": hash_path(name)}
     return {"name": name, "revision": qwen.revision_of(model)}
 
 

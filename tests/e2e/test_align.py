@@ -31,6 +31,7 @@ def test_outputs_of_a_run(home, aligned):
     assert not any(name.endswith(".part") for name in names) and "language_final" not in names
     told = json.loads((aligned / "train_args.json").read_text())
     assert told["tokenizer"] == CTTokenizer.from_pretrained(home / "tokenizer.pt").digest
+    assert told["base_model"]["name"] == str((home / "qwen").resolve()), "found from any working directory"
     assert len(told["base_model"]["sha256"]) == 64 and told["use_lora"] and told["in_features"] == 8
     rows = [json.loads(line) for line in (aligned / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 17)) and rows[-1]["loss"] < 0.8 * rows[0]["loss"]
