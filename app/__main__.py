@@ -228,7 +228,7 @@ def ask(
             stream=stream,
             max_new_tokens=max_new_tokens,
         )
-        answer.give(result, asking.lines(result), status=result.pop("status"))
+        answer.give(result, asking.lines(result, streamed=stream), status=result.pop("status"))
 
 
 @app.command(epilog="Example: python -m app evaluate reports.csv --align outputs/align --batch-size 8")

@@ -99,10 +99,18 @@ def check() -> None:
 
 def _check_override(name: str, value: Any, call: CommandLine) -> None:
     path = re.split(r"::|#", name)
-    if path[0] not in call.config:
-        ours = OTHER_NAMES.get(path[0])
-        if ours:
-            fail("UNKNOWN_KEY", f"this run has no key {path[0]}", f"here it is {ours}")
+    given_whole = isinstance(value, dict) or str(value)[:1] in "$@%" or name in RULES
+    is_part = isinstance(call.config.get(name), dict) and not given_whole
+    if path[0] not in call.config or is_part:
+        known = [ours for ours in OTHER_NAMES.get(path[0], ()) if ours.split()[0] in {*call.config, "torchrun"}]
+        if known:
+            fail("UNKNOWN_KEY", f"this run has no key {path[0]}", f"here it is {known[0]}")
+        if is_part:
+            fail(
+                "UNKNOWN_KEY",
+                f"{name} is a part of this config, not a setting",
+                "override it with a dict, or by # keys",
+            )
         _unknown(path[0], call.config)
     node: Any = call.config
     for depth, part in enumerate(path):
@@ -111,12 +119,14 @@ def _check_override(name: str, value: Any, call: CommandLine) -> None:
         if isinstance(node, dict | list):
             node = node[int(part) if isinstance(node, list) else part]
     if call.raw[name] in ("None", "$None"):
+        if node is None:  # what the file has is null already
+            return
         rule = RULES.get(name)
         if rule is not None and not rule.optional:
             fail(
                 "BAD_VALUE", f"{name} cannot be null, it must be {rule.says}", f"pass another --{name} or leave it out"
             )
-        if call.raw[name] == "$None" or node is None:
+        if call.raw[name] == "$None":
             return
         fail("NULL_IGNORED", f"MONAI ignores --{name} None and keeps {node!r}", f"write --{name} '$None' to set null")
     if len(path) == 1 and name in RULES:

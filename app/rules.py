@@ -1,39 +1,51 @@
-"""What each flat key of a training bundle may be, and what other projects call it. preflight.py holds runs to it."""
+"""What each flat key of a bundle may be, and what other projects call it. preflight.py holds runs to it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from app.language.phantom_text import PLACES
 from networks.presets import PRESETS
 from transforms.array import WINDOWS
 
-# Names of the original training scripts, and common other names, with ours.
+# Names of the original scripts, and common other names, with ours: the first that a run has is told.
 OTHER_NAMES = {
-    "data_dir": "dataset_dir",
-    "data": "dataset_dir",
-    "lr": "learning_rate",
-    "load_dir": "init_from (another stage) or resume (this one)",
-    "ckpt": "resume",
-    "num_gpus": "torchrun --nproc_per_node with bundles/multi_gpu.json",
-    "num_nodes": "torchrun --nnodes with bundles/multi_gpu.json",
-    "node_rank": "torchrun --node_rank with bundles/multi_gpu.json",
-    "master_addr": "torchrun --master_addr with bundles/multi_gpu.json",
-    "master_port": "torchrun --master_port with bundles/multi_gpu.json",
-    "auto_retry": "torchrun --max_restarts with bundles/multi_gpu.json",
-    "tryrun": "max_steps with a small number",
-    "data_path": "dataset_dir (in align.json data)",
-    "epochs": "max_steps",
-    "max_epochs": "max_steps",
-    "batch_size": "batch_size_per_gpu",
-    "embed_dim": "latent_channels",
-    "embedding_dim": "latent_channels",
-    "latent_dim": "latent_channels",
-    "codebook_size": "num_embeddings",
-    "fp16_mode": "amp",
-    "optimizer_lr": "learning_rate",
-    "finetune_ckpt": "init_from",
-    "window": "window_type",
-    "workers": "num_workers",
+    "data_dir": ("dataset_dir", "data"),
+    "data_path": ("data", "dataset_dir"),
+    "data": ("dataset_dir",),
+    "dataset_dir": ("data",),
+    "lr": ("learning_rate",),
+    "load_dir": (
+        "init_from (another stage) or resume (this one)",
+        "pretrained_vae_path (another stage) or resume (this one)",
+        "resume",
+    ),
+    "ckpt": ("resume",),
+    "num_gpus": ("torchrun --nproc_per_node with bundles/multi_gpu.json",),
+    "num_nodes": ("torchrun --nnodes with bundles/multi_gpu.json",),
+    "node_rank": ("torchrun --node_rank with bundles/multi_gpu.json",),
+    "master_addr": ("torchrun --master_addr with bundles/multi_gpu.json",),
+    "master_port": ("torchrun --master_port with bundles/multi_gpu.json",),
+    "auto_retry": ("torchrun --max_restarts with bundles/multi_gpu.json",),
+    "tryrun": ("max_steps with a small number", "epochs with a small number"),
+    "epochs": ("max_steps",),
+    "max_epochs": ("max_steps", "epochs"),
+    "max_steps": ("epochs",),
+    "batch_size": ("batch_size_per_gpu",),
+    "batch_size_per_gpu": ("batch_size",),
+    "embed_dim": ("latent_channels",),
+    "embedding_dim": ("latent_channels",),
+    "latent_dim": ("latent_channels",),
+    "codebook_size": ("num_embeddings",),
+    "fp16_mode": ("amp",),
+    "optimizer_lr": ("learning_rate",),
+    "finetune_ckpt": ("init_from",),
+    "tokenizer": ("vae_ckpt",),
+    "align": ("align_dir",),
+    "projector_ckpt": ("align_dir", "resume"),
+    "model": ("vl_model",),
+    "window": ("window_type",),
+    "workers": ("num_workers",),
 }
 
 
@@ -70,6 +82,10 @@ def _choice(*values: str, optional: bool = False) -> Rule:
     return Rule(str, f"one of {', '.join(values)}", choices=values, optional=optional)
 
 
+def _switch() -> Rule:
+    return Rule(bool, "True or False")
+
+
 def _is_scheduler(name: str) -> bool:
     from torch.optim import lr_scheduler
 
@@ -90,6 +106,15 @@ def _is_device(name: str) -> bool:
 
 def _are_windows(names: list) -> bool:
     return bool(names) and all(name in WINDOWS for name in names)
+
+
+def _are_sizes(sizes: dict) -> bool:
+    counts = all(type(count) is int and count > 0 for count in sizes.values())
+    return counts and set(sizes) <= {"width", "num_layers"} and sizes.get("width", 32) % 32 == 0
+
+
+def _are_findings(names: list) -> bool:
+    return bool(names) and all(name in PLACES for name in names)
 
 
 RULES = {
@@ -119,18 +144,18 @@ RULES = {
     "init_from": Rule(str, "a path"),
     "device": Rule(str, "cpu, or a CUDA device of this machine such as cuda:0", holds=_is_device),
     "tokenizer": Rule(str, "a checkpoint, an output folder or a bundle", optional=True),
-    "split": Rule(str, "train, val or null", choices=("train", "val"), optional=True),
+    "split": Rule(str, "the name of a split such as train or val", optional=True),
     "max_cases": _count(1, optional=True),
     "warmup_steps": _count(1),
     "decoder_steps": _count(0),
     "codebook": _choice("ema", "gradient", "fsq"),
-    "rotation_trick": Rule(bool, "True or False"),
-    "normalize_codes": Rule(bool, "True or False"),
+    "rotation_trick": _switch(),
+    "normalize_codes": _switch(),
     "quantizer_levels": _count(1),
     "max_steps": _count(1),
     "batch_size_per_gpu": _count(1),
     "batch_split": _count(1),
-    "use_checkpoint": Rule(bool, "True or False"),
+    "use_checkpoint": _switch(),
     "sparse_backend": Rule(str, "auto, torch, triton or spconv", optional=True),
     "amp": _choice("off", "bf16", "fp16"),
     "learning_rate": _number(0),
@@ -149,4 +174,34 @@ RULES = {
     "i_save": _count(1),
     "val_interval": _count(1),
     "keep_last": _count(1),
+    # alignment and its evaluation
+    "data": Rule(str, "a manifest, a prepared dataset with text, or a folder", optional=True),
+    "dataset": Rule(str, "the dotted path of a torch Dataset", optional=True, holds=lambda name: "." in name),
+    "image_root": Rule(str, "a folder", optional=True),
+    "align_dir": Rule(str, "the output folder of an alignment run"),
+    "vl_model": Rule(str, "a Qwen2-VL or Qwen3-VL by hub name or path", optional=True),
+    "vae_ckpt": Rule(str, "a tokenizer: a checkpoint, an output folder or a bundle", optional=True),
+    "vae_config": Rule((str, dict), "a path", optional=True),
+    "dummy_data": _switch(),
+    "dummy_samples": _count(1),
+    "skip_bad": _switch(),
+    "max_3d_tokens": _count(1),
+    "max_text_tokens": _count(1),
+    "max_new_tokens": _count(1),
+    "token_reduction": _choice("pool", "merge", "fps", "truncate"),
+    "use_3d_pos": _switch(),
+    "position": _choice("1d", "mrope3d"),
+    "fusion": _choice("placeholder", "prefix"),
+    "projector_layers": _count(1),
+    "with_volumes": _switch(),
+    "train_language": _switch(),
+    "use_lora": _switch(),
+    "lora_r": _count(1),
+    "lora_alpha": _count(1),
+    "num_phantoms": _count(2),
+    "about": Rule(list, f"a list like ['nodule'] of {', '.join(PLACES)}", optional=True, holds=_are_findings),
+    "tiny": Rule(dict, "like {'width': 64, 'num_layers': 2}, width a multiple of 32", optional=True, holds=_are_sizes),
+    "epochs": _count(1),
+    "batch_size": _count(1),
+    "weight_decay": _number(0),
 }

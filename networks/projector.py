@@ -10,16 +10,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-LONGEST_WAVE = 256.0  # latent cells; longer than any preset's grid, so that the slowest wave tells the ends apart
 
+def encode_positions(coords: Int[Tensor, "T 3"], width: int, *, grid: int = 128) -> Float[Tensor, "T E"]:
+    """Fixed sinusoids of x, y, z side by side; leftover columns are zero.
 
-def encode_positions(coords: Int[Tensor, "T 3"], width: int) -> Float[Tensor, "T E"]:
-    """Fixed sinusoids of x, y, z side by side, wavelengths from 2 cells to LONGEST_WAVE; leftover columns are zero."""
+    Wavelengths go from 2 cells to twice the grid's `grid` cells a side: the slowest tells the ends apart, and none is
+    so slow that it says nothing within the grid.
+    """
     num_waves = width // 6
     if num_waves < 1:
         raise ValueError(f"a 3D position encoding needs a width of at least 6, got {width}")
     exponent = torch.linspace(0, 1, num_waves, device=coords.device)
-    frequency = math.pi * (2.0 / LONGEST_WAVE) ** exponent
+    frequency = math.pi * (1 / grid) ** exponent
     phase = coords.float()[:, :, None] * frequency
     waves = torch.cat([phase.sin(), phase.cos()], 2).flatten(1)
     return nn.functional.pad(waves, (0, width - waves.shape[1]))
@@ -36,11 +38,12 @@ class Projector(nn.Module):
         num_layers: int = 1,
         use_3d_pos: bool = False,
         position_scale: float = 1.0,
+        position_grid: int = 128,
     ):
         super().__init__()
         if num_layers < 1:
             raise ValueError(f"projector_layers must be at least 1, got {num_layers}")
-        self.use_3d_pos, self.position_scale = use_3d_pos, position_scale
+        self.use_3d_pos, self.position_scale, self.position_grid = use_3d_pos, position_scale, position_grid
         layers: list[nn.Module] = [nn.Linear(in_features, out_features)]
         for _ in range(num_layers - 1):
             layers += [nn.GELU(), nn.Linear(out_features, out_features)]
@@ -61,7 +64,8 @@ class Projector(nn.Module):
         if self.use_3d_pos:
             if coords is None:
                 raise ValueError("use_3d_pos needs the coordinates of the tokens, got none")
-            embeds = embeds + self.position_scale * encode_positions(coords, embeds.shape[1]).to(embeds.dtype)
+            places = encode_positions(coords, embeds.shape[1], grid=self.position_grid)
+            embeds = embeds + self.position_scale * places.to(embeds.dtype)
         return embeds
 
     @torch.no_grad()

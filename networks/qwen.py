@@ -196,9 +196,8 @@ def embedding_spread(language: nn.Module) -> float:
     return float(language.get_input_embeddings().weight.detach().float().std())
 
 
-def load_language(name: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, object]:
-    """A stock Qwen-VL and its text tokenizer, by hub name or path. No remote code, safetensors only."""
-    transformers_logging.disable_progress_bar()
+def family_of(name: str | Path) -> str:
+    """Which Qwen-VL a hub name or path is, by its config alone; anything else raises."""
     try:
         family = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
     except (OSError, ValueError) as error:
@@ -206,6 +205,13 @@ def load_language(name: str | Path, *, dtype: torch.dtype = torch.float32) -> tu
         raise ValueError(f"vl_model must be a Qwen2-VL or Qwen3-VL by hub name or path, got {name}: {first}") from None
     if family not in FAMILIES:
         raise ValueError(f"vl_model must be a Qwen2-VL or Qwen3-VL, got {name} of type {family}")
+    return family
+
+
+def load_language(name: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, object]:
+    """A stock Qwen-VL and its text tokenizer, by hub name or path. No remote code, safetensors only."""
+    transformers_logging.disable_progress_bar()
+    family = family_of(name)
     try:
         language = FAMILIES[family].from_pretrained(name, dtype=dtype, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)

@@ -9,6 +9,7 @@ import io
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +132,14 @@ def start_in(folder: Path, config: str = STAGE1, *, run_id: str = "training", la
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=err)
     process.said, process.complained = said, complained
     return process
+
+
+def torchrun(*options):
+    """Two processes that meet at a port nobody has."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", *options)
 
 
 def end_of(process: subprocess.Popen, *, seconds: float = 240) -> Ended:

@@ -6,17 +6,22 @@ cannot be used is counted by reason, never replaced in silence.
 """
 
 import importlib
+import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
+import ignite.distributed as idist
 import torch
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from app import prepared
 from app.data import StepSampler
 from app.language import chat
 from app.language.phantom_text import balance, mirrored, phantom_rows
@@ -34,6 +39,7 @@ log = logging.getLogger(__name__)
 class TextDataset(Dataset):
     """Samples `{input_ids, labels, volumes, case_id}` of rows whose tokens are known.
 
+    Without volumes the report of a scan, where there is one, stands in the volume's place: a model learns to read.
     Rows that cannot be learned from (no answer, an answer cut to nothing, a question beyond the context, no volume) are
     left out; `dropped` counts them by reason.
     """
@@ -52,6 +58,7 @@ class TextDataset(Dataset):
         self.volumes, self.reduce, self.with_volumes = volumes, reduce, with_volumes
         self.dropped: Counter[str] = Counter()
         self.rows, self.encoded = [], []
+        reports = {} if with_volumes else {row.image: row.answer for row in rows if row.kind == "report"}
         for row in rows:
             if row.image not in volumes:
                 self.dropped["no volume"] += 1
@@ -62,6 +69,7 @@ class TextDataset(Dataset):
                     row.prompt,
                     answer=row.answer,
                     num_volumes=int(with_volumes),
+                    words=reports.get(row.image),
                     fusion=fusion,
                     max_text_tokens=max_text_tokens,
                 )
@@ -92,18 +100,31 @@ class TextDataset(Dataset):
 
 
 class OwnDataset(Dataset):
-    """A user's torch Dataset of items in form A or B, as samples."""
+    """A user's torch Dataset of items in form A or B, as samples.
 
-    def __init__(self, items: Dataset, *, reduce: Reducer, network=None):
-        self.items, self.reduce, self.network = items, reduce, network
-        self.dropped: Counter[str] = Counter()
+    An item that cannot be read ends the run by its number; with `skip_bad` the next one that can takes its place.
+    """
+
+    def __init__(self, items: Dataset, *, reduce: Reducer, network=None, skip_bad: bool = False):
+        self.items, self.reduce, self.network, self.skip_bad = items, reduce, network, skip_bad
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict:
-        number = index if isinstance(index, int) else index[1]
-        return as_sample(self.items[number], reduce=self.reduce, network=self.network)
+        wanted = index if isinstance(index, int) else index[1]
+        for number in chain(range(wanted, len(self)), range(wanted)):
+            try:
+                return as_sample(self.items[number], reduce=self.reduce, network=self.network)
+            except (ValueError, OSError, KeyError, EOFError, RuntimeError) as error:
+                reason = str(error).strip().split("\n")[0]
+                if not self.skip_bad:
+                    raise ValueError(
+                        f"item {number} of the dataset cannot be used ({type(error).__name__}: {reason}); "
+                        f"repair it, or pass --skip_bad True"
+                    ) from None
+                log.warning("left out item %d of the dataset: %s", number, reason)
+        raise ValueError(f"no item of the dataset can be used, of {len(self)}")
 
 
 def as_sample(item: dict, *, reduce: Reducer, network=None) -> dict:
@@ -158,20 +179,36 @@ def encode_rows(
     """Tokens of every image once, before training; what cannot be read is named, and ends the run unless skipped."""
     wanted = {row.image: row.path for row in rows}
     volumes, bad = {}, []
-    for image, path in track(wanted.items(), description="Encoding scans", disable=not log.isEnabledFor(logging.INFO)):
+
+    def encode(image: str) -> None:
         try:
-            if path is None:
+            if wanted[image] is None:
                 raise ValueError("no such file")
-            volumes[image] = source(path)
+            volumes[image] = source(wanted[image])
         except (ValueError, OSError, KeyError, EOFError) as error:
             bad.append(image)
             reason = str(error).splitlines()[0]
             if not skip_bad:
                 fail("BAD_SCAN", f"{image} cannot be used: {reason}", "repair it, or leave it out with --skip_bad True")
             log.warning("left out %s: %s", image, reason)
+
+    visit_in_shares(list(wanted), encode, says="Encoding scans")
+    bad = [image for image in wanted if image in set(bad)]  # each once, though visited twice
     if not volumes:
         fail("NO_CASES", f"none of {len(wanted)} scans can be used", "run `python -m app check` on the data")
     return volumes, bad
+
+
+def visit_in_shares(items: Sequence, visit: Callable[[Any], None], *, says: str) -> None:
+    """Visits all items; of several processes each first visits a share, so that all then find the rest on disk."""
+    rank, world = idist.get_rank(), idist.get_world_size()
+    shown = log.isEnabledFor(logging.INFO)
+    if world > 1:
+        for item in track(items[rank::world], description=f"{says} (one of {world} shares)", disable=not shown):
+            visit(item)
+        idist.barrier()
+    for item in track(items, description=says, disable=not shown):
+        visit(item)
 
 
 def phantom_volumes(
@@ -182,17 +219,35 @@ def phantom_volumes(
     Training phantoms have even numbers and validation phantoms odd ones, so that they never meet. With `mirror` each is
     seen in a mirror, with sides swapped in the text.
     """
+    rows, volumes = {}, {}
+
+    def visit(number: int) -> None:
+        name = f"phantom_v{VERSION}_s{seed}_{split}_{number:05d}"
+        findings, tokens = phantom_case(source, name, number=seed * 1_000_000 + 2 * number + (split != "train"))
+        if mirror:
+            findings, name = mirrored(findings), f"{name}_mirrored"
+        volumes[name] = tokens[mirror]
+        rows[name] = phantom_rows(name, findings, split=split, about=about)
+
+    visit_in_shares(range(count), visit, says="Making phantoms")
+    return [row for name in sorted(rows) for row in rows[name]], volumes
+
+
+def phantom_case(
+    source: TokenSource, name: str, *, number: int
+) -> tuple[list[dict], tuple[VolumeTokens, VolumeTokens]]:
+    """Findings of one phantom, its tokens and those of its mirror image; made once, then read."""
     sizes = source.tokenizer.sizes
-    grid = {"size": sizes.resolution, "spacing": sizes.spacing}
-    rows, volumes = [], {}
-    for number in track(range(count), description="Making phantoms", disable=not log.isEnabledFor(logging.INFO)):
-        made = make_phantom(seed * 1_000_000 + 2 * number + (split != "train"), **grid)
-        hu = made.hu[::-1].copy() if mirror else made.hu  # the grid is centred, so its affine stays
-        findings = mirrored(made.findings) if mirror else made.findings
-        name = f"phantom_v{VERSION}_s{seed}_{split}_{number:05d}{'_mirrored' if mirror else ''}"
-        volumes[name] = source.cached(name, Volume(hu, made.affine))
-        rows += phantom_rows(name, findings, split=split, about=about)
-    return rows, volumes
+    made = lru_cache(1)(lambda: make_phantom(number, size=sizes.resolution, spacing=sizes.spacing))
+    file = source.cache_dir / f"{name}.json"
+    tokens = (
+        source.cached(name, lambda: Volume(made().hu, made().affine)),
+        # the grid is centred, so that the affine of the mirror image is the same
+        source.cached(f"{name}_mirrored", lambda: Volume(made().hu[::-1].copy(), made().affine)),
+    )
+    if not file.is_file():
+        prepared.write_text(file, json.dumps(made().findings) + "\n")
+    return json.loads(file.read_text(encoding="utf-8")), tokens
 
 
 def builtin(

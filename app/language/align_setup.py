@@ -6,6 +6,7 @@ tokenizer or base model.
 """
 
 import copy
+import hashlib
 import json
 import logging
 import os
@@ -26,7 +27,7 @@ from app.inference import CTTokenizer
 from app.language import align_data, chat
 from app.language.manifests import check_rows, read_rows
 from app.language.rows import TextRow
-from app.language.volume_tokens import Reducer, TokenSource, hash_path
+from app.language.volume_tokens import Reducer, TokenSource, VolumeTokens, hash_path
 from app.preflight import fail
 from networks import qwen
 from networks.projector import Projector
@@ -69,11 +70,17 @@ def make_align_plan(
     dummy_data: bool = False,
     dummy_samples: int = 50,
     vl_model: str | None = None,
+    use_lora: bool = False,
 ) -> AlignPlan:
-    """Fills what is open and says what was chosen. `dummy_data` is the demo on `dummy_samples` phantoms."""
+    """Fills what is open and says what was chosen. `dummy_data` is the demo on `dummy_samples` phantoms.
+
+    What the end of the preparations needs (a Qwen-VL, peft) is looked for here, before scans are encoded for hours.
+    """
     if scale not in ("auto", "demo", "full"):
         fail("BAD_VALUE", f"scale must be auto, demo or full, got {scale!r}", "leave --scale out for auto")
     own = data is not None or dataset is not None
+    if data is not None and dataset is not None:
+        fail("BAD_VALUE", "data and dataset are both given", "give one of them")
     if dummy_data and own:
         fail("BAD_VALUE", "dummy_data and data are both given", "give one of them")
     chosen = scale if scale != "auto" else ("full" if own else "demo")
@@ -86,7 +93,18 @@ def make_align_plan(
     log.info("scale %s: %s", chosen, f"text of {data or dataset}" if own else "text of built-in phantoms")
     language = vl_model or ("tiny_qwen2_vl" if demo else STOCK_MODEL)
     tiny = language in TINY_MODELS
-    log.info("language model: %s%s", language, ", built here and trained whole" if tiny else "")
+    whole = tiny and not use_lora
+    log.info("language model: %s%s%s", language, ", built here" * tiny, " and trained whole" * whole)
+    try:
+        if not tiny:
+            qwen.family_of(language)
+    except ValueError as error:
+        fail("BAD_MODEL", str(error), "give a hub name or the folder of a Qwen2-VL or Qwen3-VL")
+    try:
+        if use_lora:
+            qwen.import_peft()
+    except ValueError as error:
+        fail("NO_PEFT", str(error), "pip install peft, or leave out --use_lora")
     return AlignPlan(
         scale=chosen,
         epochs=4 if demo else 3,
@@ -94,7 +112,7 @@ def make_align_plan(
         learning_rate=1e-3 if demo else 1e-4,
         lr_scheduler="one_cycle" if demo else "cosine",
         language=language,
-        train_language=tiny,
+        train_language=whole,
         use_3d_pos=tiny,
         num_phantoms=dummy_samples if dummy_data else 160,
         tiny={"width": 64, "num_layers": 2},
@@ -155,7 +173,7 @@ def train_demo_tokenizer(scale: str) -> None:
 
 
 class TrainingText:
-    """Rows to learn from and the tokens of their images."""
+    """Rows to learn from and the tokens of their images; none where the user brings a Dataset of samples."""
 
     def __init__(
         self,
@@ -163,6 +181,7 @@ class TrainingText:
         plan: AlignPlan,
         tokenizer: FrozenTokenizer,
         data: str | None = None,
+        dataset: str | None = None,
         image_root: str | None = None,
         output_dir: str = "outputs/align",
         skip_bad: bool = False,
@@ -170,6 +189,10 @@ class TrainingText:
     ):
         source = tokenizer.source(align_data.tokens_folder(output_dir))
         self.bad: list[str] = []
+        self.rows: list[TextRow] = []
+        self.volumes: dict[str, VolumeTokens] = {}
+        if dataset is not None:
+            return
         if data is None:
             settings = {"count": plan.num_phantoms, "seed": 0, "about": None} | (phantoms or {})
             try:
@@ -217,14 +240,20 @@ class Language:
         train_language: bool = False,
         lora: dict | None = None,
         use_checkpoint: bool = False,
+        tiny: dict | None = None,
         seed: int = 0,
     ):
+        if train_language and lora is not None and lora["use"]:
+            fail("BAD_VALUE", "use_lora and train_language are both on", "turn one of them off: --train_language False")
         self.name, self.trained = name, train_language
         half = plan.amp == "bf16" and not train_language
         if (name or plan.language) in TINY_MODELS:
             family = TINY_MODELS[name or plan.language]
-            self.model, self.tokenizer = build_tiny(texts, family=family, seed=seed, **plan.tiny)
-            self.identity = {"name": None, "built": family, "seed": seed, **plan.tiny}
+            sizes = plan.tiny | (tiny or {})
+            self.model, self.tokenizer = build_tiny(texts, family=family, seed=seed, **sizes)
+            words = json.dumps(self.tokenizer.get_vocab(), sort_keys=True).encode()
+            self.identity = {"name": None, "built": family, "seed": seed, **sizes}
+            self.identity["vocabulary"] = hashlib.sha256(words).hexdigest()  # it follows from the text
         else:
             self.name = name or plan.language
             try:
@@ -237,15 +266,17 @@ class Language:
         qwen.freeze(self.model)
         self.adapter = None
         if lora is not None and lora["use"]:
-            try:
-                self.adapter = qwen.add_lora(self.model, r=lora["r"], alpha=lora["alpha"])
-            except ValueError as error:
-                fail("NO_PEFT", str(error), "pip install peft, or leave out --use_lora")
+            self.adapter = qwen.add_lora(self.model, r=lora["r"], alpha=lora["alpha"])
         if train_language:
             for part in (self.model.model.language_model, self.model.lm_head):
                 part.requires_grad_(True)
         if use_checkpoint:
             qwen.use_checkpointing(self.model)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether nobody but this run has it: it was built here, or its weights are changed."""
+        return self.trained or self.identity["name"] is None
 
     @property
     def width(self) -> int:
@@ -263,9 +294,9 @@ def make_collate(model: nn.Module, tokenizer, *, side: str = "right"):
 
 
 def identify(name: str, model: nn.Module) -> dict:
-    """Name and revision of a model from the hub, or the hash of a folder."""
+    """Name and revision of a model from the hub, or place and hash of a folder."""
     if Path(name).is_dir():
-        return {"name": name, "sha256": hash_path(name)}
+        return {"name": str(Path(name).resolve()), "sha256": hash_path(name)}
     return {"name": name, "revision": qwen.revision_of(model)}
 
 
@@ -277,7 +308,12 @@ def make_projector(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         projector = Projector(
-            vectors.shape[1], language.width, num_layers=num_layers, use_3d_pos=use_3d_pos, position_scale=spread
+            vectors.shape[1],
+            language.width,
+            num_layers=num_layers,
+            use_3d_pos=use_3d_pos,
+            position_scale=spread,
+            position_grid=tokenizer.network.sizes.resolution // 8,
         )
     projector.match_scale(vectors, spread)
     return projector
@@ -292,11 +328,13 @@ def make_dataset(
     token_reduction: str = "pool",
     chat_options: dict | None = None,
     dataset: str | None = None,
+    skip_bad: bool = False,
 ) -> Dataset:
     """Samples of the rows, or of the user's own Dataset named by its dotted path."""
     reduce = tokenizer.reducer(max_tokens=max_3d_tokens, method=token_reduction)
     if dataset is not None:
-        return align_data.OwnDataset(align_data.load_own_dataset(dataset), reduce=reduce, network=tokenizer.network)
+        own = align_data.load_own_dataset(dataset)
+        return align_data.OwnDataset(own, reduce=reduce, network=tokenizer.network, skip_bad=skip_bad)
     try:
         made = align_data.TextDataset(
             text.rows, volumes=text.volumes, reduce=reduce, tokenizer=language.tokenizer, **(chat_options or {})
@@ -306,6 +344,16 @@ def make_dataset(
     left_out = {reason: count for reason, count in made.dropped.items() if count}
     log.info("%d examples%s", len(made), f"; left out or cut: {left_out}" if left_out else "")
     return made
+
+
+def check_same(folder: Path, args: dict) -> None:
+    """A run goes on with the tokenizer and the base model that it began with."""
+    file = folder / "train_args.json"
+    began = json.loads(file.read_text()) if file.is_file() else args
+    for name, code in (("tokenizer", "OTHER_TOKENIZER"), ("base_model", "OTHER_MODEL")):
+        if began[name] != args[name]:
+            what = f"the run in {folder} began with {name} {began[name]}, this one has {args[name]}"
+            fail(code, what, "resume with the same settings, or start afresh in another --output_dir")
 
 
 def write_train_args(folder: Path, args: dict) -> None:

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from app import checkpoints
 from app.checkpoints import unwrapped
-from app.language.align_setup import FrozenTokenizer, Language, write_train_args
+from app.language.align_setup import FrozenTokenizer, Language, check_same, write_train_args
 from app.training import AMP_TYPES, TrainStep, mean_of_ranks, seed_step
 from networks.qwen import save_language
 
@@ -112,6 +112,7 @@ class AlignHandlers:
     def _start(self, engine: SupervisedTrainer) -> None:
         step = self.folder.start_step
         if step is not None:
+            check_same(Path(self.folder.path), self._record())
             stored = checkpoints.read_tensors(checkpoints.step_file(self.folder.path, self.folder.name, step))
             misc = checkpoints.read_tensors(checkpoints.step_file(self.folder.path, "misc", step))
             own = trained_state(self.network)
@@ -142,6 +143,7 @@ class AlignHandlers:
             "tokenizer": self.tokenizer.hash,
             "in_features": self.network.projector.in_features,
             "position_scale": self.network.projector.position_scale,
+            "position_grid": self.network.projector.position_grid,
         }
 
     def _save_epoch(self, engine: SupervisedTrainer) -> None:
@@ -150,8 +152,10 @@ class AlignHandlers:
 
     def _save_final(self, _engine: SupervisedTrainer) -> None:
         self._write("final")
-        if self.language.trained and idist.get_rank() == 0:
-            save_language(self.language.model, self.language.tokenizer, Path(self.folder.path) / "language_final")
+        if self.language.is_own and idist.get_rank() == 0:
+            adapter = self.language.adapter  # kept in a folder of its own: taken out of the model that is saved
+            model = self.language.model if adapter is None else adapter.unload()
+            save_language(model, self.language.tokenizer, Path(self.folder.path) / "language_final")
 
     def _write(self, suffix: str) -> None:
         """The projector and, where there is one, the adapter; written beside and renamed."""

@@ -37,10 +37,12 @@ def ask(
             failures.append(" ".join(str(opened).split()))
             log.warning("refused: %s", failures[-1])
             continue
-        write = (lambda text: (sys.stderr.write(text), sys.stderr.flush())) if stream else None
+        write = (lambda text: (sys.stdout.write(text), sys.stdout.flush())) if stream else None
         asked = list(questions) or [None]
         said = assistant.ask(opened, asked[0] if stream else asked, max_new_tokens=max_new_tokens, write=write)
         answers += [answer.as_json() for answer in (said if isinstance(said, list) else [said])]
+        if stream:
+            sys.stdout.write("\n")
     if out is not None:
         write_answers(Path(out), answers, failures)
     status = 3 if failures else 0
@@ -54,9 +56,10 @@ def write_answers(out: Path, answers: Sequence[dict[str, Any]], failures: Sequen
         csv.writer(stream).writerows([["message"], *([message] for message in failures)])
 
 
-def lines(result: dict[str, Any]) -> list[str]:
-    """For people: each question with its answer, and the notice once."""
+def lines(result: dict[str, Any], *, streamed: bool = False) -> list[str]:
+    """For people: each question with its answer, unless it was streamed, and the notice once."""
     shown = []
-    for answer in result["answers"]:
-        shown += [f"{answer['scan']}  {answer['question']}", answer["answer"], ""]
-    return [*shown, f"{len(result['failures'])} scans refused." if result["failures"] else "", NOTICE]
+    for answer in [] if streamed else result["answers"]:
+        shown += [f"{answer['source'] or answer['scan']}: {answer['question']}", answer["answer"], ""]
+    refused = [f"{len(result['failures'])} scans refused.", ""] if result["failures"] else []
+    return [*shown, *refused, NOTICE]

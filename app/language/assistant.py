@@ -45,6 +45,7 @@ class Scan:
     name: str
     tokens: VolumeTokens
     origin: dict[str, Any]  # hash of the scan and geometry of its series; no header text
+    source: str = ""  # where it was found, below what was asked about
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,13 @@ class Answer:
     question: str
     answer: str
     provenance: dict[str, Any]
+    source: str = ""
     notice: str = NOTICE
 
     def as_json(self) -> dict[str, Any]:
         return {
             "scan": self.scan,
+            "source": self.source,
             "question": self.question,
             "answer": self.answer,
             "notice": self.notice,
@@ -97,15 +100,19 @@ class CTAssistant:
             num_layers=settings["projector_layers"],
             use_3d_pos=settings["use_3d_pos"],
             position_scale=settings["position_scale"],
+            position_grid=settings.get("position_grid", 128),  # 128 where it was not recorded
         )
         file, adapter = newest_files(path, settings)
-        projector.load_state_dict(checkpoints.read_tensors(file))
+        try:
+            projector.load_state_dict(checkpoints.read_tensors(file))
+        except RuntimeError:
+            fail("BAD_PROJECTOR", f"{file} is not the projector that {path} describes", "align again")
         if adapter is not None:
             qwen.load_lora(language, adapter)
         model = qwen.VolumeQwen(language, projector, position=settings["position"]).to(device).eval()
         settings = {**settings, "projector_sha256": hash_path(file)}
-        if settings["trained_language"]:
-            weights = hash_path(path / "language_final" / "model.safetensors")
+        if (own := path / "language_final").is_dir():
+            weights = hash_path(own)
             settings["base_model"] = {**settings["base_model"], "sha256": weights}
         if adapter is not None:
             settings["adapter_sha256"] = hash_path(adapter)
@@ -132,7 +139,8 @@ class CTAssistant:
         texts = self.answer_many(
             [(q, self.reduce(opened.tokens)) for q in questions], max_new_tokens=max_new_tokens, streamer=streamer
         )
-        made = [Answer(opened.name, q, text, self.provenance(opened)) for q, text in zip(questions, texts, strict=True)]
+        about = {"scan": opened.name, "source": opened.source, "provenance": self.provenance(opened)}
+        made = [Answer(question=q, answer=text, **about) for q, text in zip(questions, texts, strict=True)]
         return made[0] if question is None or isinstance(question, str) else made
 
     def answer_many(
@@ -141,26 +149,34 @@ class CTAssistant:
         """Texts for (question, volume) pairs in one batch; a volume of None asks without one."""
         samples = []
         for question, volume in asked:
-            try:
-                encoded = chat.encode_chat(
-                    self.text_tokenizer,
-                    question,
-                    num_volumes=int(volume is not None),
-                    fusion=self.settings["fusion"],
-                    max_text_tokens=self.settings["max_text_tokens"],
-                )
-            except ValueError as error:
-                raise ValueError(f"{error}: ask more shortly") from None
+            encoded = self.encode(question, num_volumes=int(volume is not None))
             samples.append({**encoded._asdict(), "volumes": [] if volume is None else [volume]})
         batch = to_device(self.collate(samples), self.model.device)
         ids = self.model.generate(batch, max_new_tokens=max_new_tokens, streamer=streamer)
         return [text.strip() for text in self.text_tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def encode(self, question: str, *, num_volumes: int = 1) -> chat.Encoded:
+        """A question as the model reads it; one that is too long raises."""
+        settings = {name: self.settings[name] for name in ("fusion", "max_text_tokens")}
+        try:
+            return chat.encode_chat(self.text_tokenizer, question, num_volumes=num_volumes, **settings)
+        except ValueError as error:
+            raise ValueError(f"{error}: ask more shortly") from None
+
+    def fits(self, question: str) -> bool:
+        """Whether a question is short enough to be asked."""
+        try:
+            self.encode(question)
+        except ValueError:
+            return False
+        return True
 
     def open(self, source: Any) -> Scan:
         """Tokens with their origin of a token file, or of what `app.scans` calls a scan."""
         if isinstance(source, str | Path) and Path(source).suffix == ".npz":
             return self._of_file(Path(source))
         windows = self.tokenizer.ct.sizes.windows
+        name = Path(source).name if isinstance(source, str | Path) else ""
         if isinstance(source, str | Path) and not scans.is_case(Path(source)):
             origin = {"scan_sha256": hash_path(source)} if Path(source).exists() else {}
         elif isinstance(source, str | Path):
@@ -168,17 +184,17 @@ class CTAssistant:
             origin = {"scan_sha256": case.source_hash, "codes": case.codes}
         else:
             origin = {"scan_sha256": hashlib.sha256(np.ascontiguousarray(source.hu).tobytes()).hexdigest()}
-        return self._of_scan(scans.open_scan(source, windows), origin)
+        return self._of_scan(scans.open_scan(source, windows), origin, source=name)
 
     def _of_file(self, path: Path) -> Scan:
         tokens = read_tokens(path)
         self.tokenizer.ct.check(tokens)
         origin = {"tokens_sha256": hash_path(path), **geometry(tokens.source_shape, tokens.source_affine)}
-        return Scan(path.stem, as_tensors(tokens), origin)
+        return Scan(path.stem, as_tensors(tokens), origin, path.name)
 
-    def _of_scan(self, scan: scans.Scan, origin: dict[str, Any]) -> Scan:
+    def _of_scan(self, scan: scans.Scan, origin: dict[str, Any], *, source: str) -> Scan:
         tokens = as_tensors(self.tokenizer.ct.encode(scan))
-        return Scan(scan.name, tokens, {**origin, **geometry(scan.source_shape, scan.source_affine)})
+        return Scan(scan.name, tokens, {**origin, **geometry(scan.source_shape, scan.source_affine)}, source)
 
     def open_all(self, path: Path) -> Iterator[Scan | ValueError]:
         """Everything of a folder: token files, prepared cases or raw scans; what is refused comes as its refusal."""
@@ -190,15 +206,17 @@ class CTAssistant:
             yield from (self._tried(case.path) for case in prepared.find_cases(path))
         else:
             for item in survey(path):
+                if item.finding is not None and item.finding.kind == "skipped":
+                    continue  # no scan at all: text, labels, a localizer beside its scan
                 try:
                     if item.plan is None:
                         raise Refused(item.finding.code, item.finding.message)
                     raw = read_item(item, Rules())
                     on_grid = scans.onto_prepared_grid(scans.Volume(raw.hu, raw.affine))
                     scan = scans.Scan(raw.source_hash[:16], on_grid, tuple(raw.hu.shape), raw.affine)
-                    yield self._of_scan(scan, {"scan_sha256": raw.source_hash, "codes": raw.codes})
+                    yield self._of_scan(scan, {"scan_sha256": raw.source_hash, "codes": raw.codes}, source=item.source)
                 except ValueError as error:
-                    yield error
+                    yield ValueError(f"{item.source}: {error}")
 
     def _tried(self, path: Path) -> Scan | ValueError:
         try:
@@ -244,7 +262,10 @@ def read_settings(path: Path) -> dict[str, Any]:
             f"{path} holds no aligned model",
             "first run python -m monai.bundle run training --config_file bundles/align.json, or pass --align",
         )
-    return json.loads(file.read_text())
+    try:
+        return json.loads(file.read_text())
+    except ValueError:
+        fail("NO_ALIGNMENT", f"{file} is damaged", "align again")
 
 
 def load_base(path: Path, settings: dict[str, Any], device: torch.device) -> tuple[torch.nn.Module, Any]:

@@ -39,18 +39,22 @@ def encode_chat(
     *,
     answer: str | None = None,
     num_volumes: int = 1,
+    words: str | None = None,
     image_tokens: Sequence[int] = (),
     fusion: str = "placeholder",
     max_text_tokens: int = 1024,
 ) -> Encoded | None:
     """Ids of one question, with the answer and its end token as labels where there is one.
 
+    `words` stand where a volume would and say what it shows: so a model can learn to read before it learns to see.
     None where nothing of the answer would be left within `max_text_tokens`; a question that long raises.
     """
     if fusion not in FUSIONS:
         raise ValueError(f"fusion must be one of {', '.join(FUSIONS)}, got {fusion}")
     images = "".join(f"<|vision_start|>{IMAGE_PAD * count}<|vision_end|>" for count in image_tokens)
     volumes = VOLUME * num_volumes if fusion == "placeholder" else VOLUME_PAD * num_volumes
+    if words is not None:
+        volumes += VOLUME.replace(VOLUME_PAD, neutralise(words, tokenizer))
     content = images + neutralise(question, tokenizer)
     messages = [{"role": "user", "content": volumes + content if fusion == "placeholder" else content}]
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -12,6 +12,8 @@ import numpy as np
 
 CONTROLS = ("shuffled", "blank", "question_only", "constant")
 NO_EVIDENCE = "no evidence the image is used"
+BETTER = "better than the control"
+USED = "the image is used"  # said of shuffled volumes alone: the other controls also differ in what a model is used to
 
 
 class Gap(NamedTuple):
@@ -21,7 +23,7 @@ class Gap(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        return "the image helps" if self.low > 0 else "worse than the control" if self.high < 0 else NO_EVIDENCE
+        return BETTER if self.low > 0 else "worse than the control" if self.high < 0 else NO_EVIDENCE
 
 
 def derange(patients: Sequence[Hashable], *, seed: int = 0) -> list[int]:

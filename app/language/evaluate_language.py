@@ -1,6 +1,7 @@
 """What `evaluate` runs on: an aligned model, rows of text with their tokens, and mirrored scans where there are HU."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from app.language.language_evaluation import evaluate_language, table_lines
 from app.language.manifests import read_rows
 from app.language.phantom_text import balance
 from app.language.rows import TextRow
-from app.language.volume_tokens import TokenSource, VolumeTokens
+from app.language.volume_tokens import TokenSource, VolumeTokens, case_key
 from app.preflight import fail
 from app.scans import Volume, is_case
 
@@ -89,9 +90,13 @@ def mirrored_cases(
         if row.image in volumes and row.image not in found and row.path and is_case(row.path):
             case = prepared.open_case(row.path)
             if case.is_hu:
-                key = f"{case.case_id}.{case.source_hash[:16]}.mirrored"
-                found[row.image] = source.cached(key, Volume(case.hu()[::-1].copy(), case.affine))
+                found[row.image] = source.cached(f"{case_key(row.path)}.mirrored", partial(mirror_image, case))
     return found
+
+
+def mirror_image(case: prepared.PreparedCase) -> Volume:
+    """The patient seen in a mirror; the grid is centred and keeps its affine."""
+    return Volume(case.hu()[::-1].copy(), case.affine)
 
 
 def print_table(result: dict[str, Any]) -> None:

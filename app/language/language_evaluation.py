@@ -4,9 +4,11 @@ Generates each column once, line by line on disk, so that a stopped run goes on 
 `text_metrics` and `findings`, what to compare them with from `controls`; pictures and words for people are at the end.
 """
 
+import hashlib
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import numpy as np
 from rich.progress import track
 
 from app.language.assistant import NOTICE, CTAssistant
-from app.language.controls import CONTROLS, Gap, constant_answers, derange, mean_gap, paired_gap, swap_sides
+from app.language.controls import CONTROLS, USED, Gap, constant_answers, derange, mean_gap, paired_gap, swap_sides
 from app.language.findings import finding_matrix, finding_scores, matcher_error
 from app.language.rows import TextRow
 from app.language.text_metrics import METEOR_NOTE, corpus_bleu, diversity, text_scores, token_f1, words
@@ -43,9 +45,9 @@ def evaluate_language(
     """Scores of every column with their gaps; also written to `out` as JSON, Markdown and PNG."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    rows = [row for row in rows if row.answer and row.image in volumes]
+    rows, left_out = usable(rows, volumes, assistant)
     if not rows:
-        raise ValueError("nothing to evaluate: no row has both an answer and a usable volume")
+        raise ValueError(f"nothing to evaluate: {dict(left_out)} of {left_out.total()} rows")
     reduced = {image: assistant.reduce(tokens) for image, tokens in volumes.items()}
     given = volume_columns(rows, reduced, seed=seed)
     answers: dict[str, list[str]] = {"reference": [row.answer for row in rows]}
@@ -57,6 +59,7 @@ def evaluate_language(
         answers["reference"], [row.question for row in rows], [row.patient for row in rows], closeness
     )
     result = {"rows": len(rows), "patients": len({row.patient for row in rows}), "notice": NOTICE}
+    result["left_out"] = dict(left_out)
     result |= {"questions": question_scores(rows, answers), "reports": report_scores(rows, answers)}
     if mirrored:
         asked = [row for row in rows if row.image in mirrored and swap_sides(row.answer) != row.answer]
@@ -73,6 +76,25 @@ def evaluate_language(
     (out / "language.md").write_text("\n".join(table_lines(result)) + "\n")
     draw_bars(result, out / "language.png")
     return result
+
+
+def usable(
+    rows: Sequence[TextRow], volumes: dict[str, VolumeTokens], assistant: CTAssistant
+) -> tuple[list[TextRow], Counter[str]]:
+    """Rows that can be asked and judged, and how many cannot, by reason."""
+    kept, left_out = [], Counter()
+    for row in rows:
+        if not row.answer:
+            left_out["empty answer"] += 1
+        elif row.image not in volumes:
+            left_out["no volume"] += 1
+        elif not assistant.fits(row.prompt):
+            left_out["question too long"] += 1
+        else:
+            kept.append(row)
+    for reason, count in left_out.items():
+        log.warning("%d rows left out: %s", count, reason)
+    return kept, left_out
 
 
 def volume_columns(
@@ -95,16 +117,24 @@ def volume_columns(
 
 
 class Answers:
-    """The answers of one column on disk, a line each; what is there for the same question and model is kept."""
+    """The answers of one column on disk, a line each.
+
+    What is there is kept if it came of the same: question, tokens shown, model, and length allowed.
+    """
 
     def __init__(
         self, file: Path, rows: Sequence[TextRow], volumes: Sequence[TokenSequence | None], assistant: CTAssistant
     ):
         self.file, self.rows, self.volumes, self.assistant = file, rows, volumes, assistant
-        self.model = assistant.settings["projector_sha256"][:16]
+        self.model = assistant.settings["projector_sha256"]
 
     def complete(self, column: str, *, batch_size: int, max_new_tokens: int) -> list[str]:
-        known = self._read()
+        shown = {id(volume): fingerprint(volume) for volume in self.volumes}
+        origins = [
+            hashlib.sha256(repr((self.model, row.prompt, shown[id(volume)], max_new_tokens)).encode()).hexdigest()[:16]
+            for row, volume in zip(self.rows, self.volumes, strict=True)
+        ]
+        known = self._read(origins)
         open_ = [at for at in range(len(self.rows)) if at not in known]
         open_.sort(key=lambda at: (self.rows[at].kind, len(self.rows[at].prompt)))  # alike ones share a batch
         batches = [open_[at : at + batch_size] for at in range(0, len(open_), batch_size)]
@@ -115,12 +145,12 @@ class Answers:
                 for at, text in zip(batch, said, strict=True):
                     known[at] = text
                     row = self.rows[at]
-                    line = {"row": at, "image": row.image, "question": row.prompt, "answer": text, "model": self.model}
+                    line = {"row": at, "image": row.image, "question": row.prompt, "answer": text, "of": origins[at]}
                     stream.write(json.dumps(line, ensure_ascii=False) + "\n")
                 stream.flush()
         return [known[at] for at in range(len(self.rows))]
 
-    def _read(self) -> dict[int, str]:
+    def _read(self, origins: Sequence[str]) -> dict[int, str]:
         known: dict[int, str] = {}
         if not self.file.is_file():
             return known
@@ -129,14 +159,17 @@ class Answers:
                 line = json.loads(text)
             except json.JSONDecodeError:  # the line at which a run was stopped
                 continue
-            at = line["row"]
-            same = at < len(self.rows) and (line["image"], line["question"]) == (
-                self.rows[at].image,
-                self.rows[at].prompt,
-            )
-            if same and line["model"] == self.model:
-                known[at] = line["answer"]
+            if line["row"] < len(origins) and line.get("of") == origins[line["row"]]:
+                known[line["row"]] = line["answer"]
         return known
+
+
+def fingerprint(volume: TokenSequence | None) -> str:
+    """Hash of what the model is shown."""
+    digest = hashlib.sha256()
+    for part in volume or ():
+        digest.update(part.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def closeness(candidate: str, pool: Sequence[str]) -> float:
@@ -160,7 +193,7 @@ def question_scores(rows: Sequence[TextRow], answers: dict[str, list[str]]) -> d
         kind: {"rows": int((kinds == kind).sum()), **{c: float(hits[c][kinds == kind].mean()) for c in columns}}
         for kind in sorted(set(kinds.tolist()))
     }
-    gaps = {control: tell(mean_gap(hits["real"], hits[control], patients)) for control in CONTROLS}
+    gaps = {control: tell(mean_gap(hits["real"], hits[control], patients), control) for control in CONTROLS}
     f1 = {c: float(np.mean([token_f1(answers[c][at], answers["reference"][at]) for at in asked])) for c in columns}
     overall = {c: float(hits[c].mean()) for c in columns}
     said = diversity([answers["real"][at] for at in asked])
@@ -180,7 +213,9 @@ def report_scores(rows: Sequence[TextRow], answers: dict[str, list[str]]) -> dic
     for c in columns:
         table[c] |= corpus_bleu(texts[c], texts["reference"])
     gaps = {
-        control: {name: tell(mean_gap(scores["real"][name], scores[control][name], patients)) for name in REPORT_GAPS}
+        control: {
+            name: tell(mean_gap(scores["real"][name], scores[control][name], patients), control) for name in REPORT_GAPS
+        }
         for control in CONTROLS
     }
     result = {"rows": len(asked), "meteor": METEOR_NOTE, "scores": table, "gaps": gaps, **diversity(texts["real"])}
@@ -211,7 +246,7 @@ def report_findings(rows: Sequence[TextRow], texts: dict[str, list[str]], patien
             def both(weights: np.ndarray, name: str = name, control: str = control) -> tuple[float, float]:
                 return tuple(finding_scores(said[c], truth, weights)[name] for c in ("real", control))
 
-            gaps[control][name] = tell(paired_gap(both, patients))
+            gaps[control][name] = tell(paired_gap(both, patients), control)
     source = "label columns" if has_labels else "the matcher's reading of the reference reports"
     error = matcher_error(texts["reference"], truth, names) if has_labels else None
     return {"labels": names, "truth": source, "matcher_error": error, "scores": scores, "gaps": gaps}
@@ -224,8 +259,9 @@ def mirror_scores(rows: Sequence[TextRow], real: Sequence[str], mirrored: Sequen
     return {"asked": len(rows), "right": len(was_right), "flipped": float(np.mean(flipped)) if flipped else None}
 
 
-def tell(gap: Gap) -> dict[str, Any]:
-    return {"difference": gap.difference, "low": gap.low, "high": gap.high, "verdict": gap.verdict}
+def tell(gap: Gap, control: str) -> dict[str, Any]:
+    verdict = USED if control == "shuffled" and gap.low > 0 else gap.verdict
+    return {"difference": gap.difference, "low": gap.low, "high": gap.high, "verdict": verdict}
 
 
 def without_nan(value: Any) -> Any:
@@ -245,7 +281,8 @@ def shown(value: float | None) -> str:
 def table_lines(result: dict[str, Any]) -> list[str]:
     """Markdown: every score beside its controls, then the gaps in words."""
     columns = [*GENERATED, "constant"]
-    lines = [f"{result['rows']} rows of {result['patients']} patients. {NOTICE}", ""]
+    left_out = "".join(f", {count} left out ({reason})" for reason, count in result["left_out"].items())
+    lines = [f"{result['rows']} rows of {result['patients']} patients{left_out}. {NOTICE}", ""]
     head = "| | " + " | ".join(column.replace("_", " ") for column in columns) + " |"
     rule = "|---|" + "---|" * len(columns)
 

@@ -72,19 +72,18 @@ class TokenSource:
         if path.suffix == ".npz":
             return self.read(path)
         if scans.is_case(path):
-            case = prepared.open_case(path)
-            return self.cached(f"{case.case_id}.{case.source_hash[:16]}", case)
-        return self.cached(f"scan.{hash_path(path)[:24]}", path)
+            return self.cached(case_key(path), lambda: prepared.open_case(path))
+        return self.cached(f"scan.{hash_path(path)[:24]}", lambda: path)
 
-    def cached(self, key: str, scan: Any) -> VolumeTokens:
-        """Tokens kept under this key, or of the scan, encoded now and kept."""
+    def cached(self, key: str, scan: Callable[[], Any]) -> VolumeTokens:
+        """Tokens kept under this key; else those of `scan()`, encoded now and kept."""
         file = self.cache_dir / f"{key}.npz"
         if file.is_file():
             try:
                 return self.read(file)
             except ValueError:
                 log.warning("cached tokens %s are damaged and are made again", file.name)
-        tokens = self.tokenizer.encode(scan)
+        tokens = self.tokenizer.encode(scan())
         write_tokens(file, tokens)
         return as_tensors(tokens)
 
@@ -92,6 +91,12 @@ class TokenSource:
         tokens = read_tokens(file)
         self.tokenizer.check(tokens)
         return as_tensors(tokens)
+
+
+def case_key(path: Path) -> str:
+    """Name of a prepared case that changes when it is prepared in another way."""
+    sidecar = path / "case.json"
+    return f"{path.name}.{hash_path(sidecar if sidecar.is_file() else path)[:16]}"
 
 
 def as_tensors(tokens: CTTokens) -> VolumeTokens:

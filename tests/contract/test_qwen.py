@@ -1,7 +1,11 @@
 """3D tokens in tiny Qwen2-VL and Qwen3-VL of true architecture: equal to the stock models wherever they should be."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors import safe_open
 from torch.nn import functional as F
 
 from app.language.chat import collate, encode_chat
@@ -216,7 +220,7 @@ def test_images_beside_volumes_equal_the_stock_model(family):
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_checkpointing_gives_the_same_gradients(family, lora):
-    gradients = []
+    gradients, visits = [], []
     for checkpointing in (False, True):
         torch.manual_seed(0)
         model, tokenizer = make_model(family)
@@ -226,8 +230,11 @@ def test_checkpointing_gives_the_same_gradients(family, lora):
         if checkpointing:
             use_checkpointing(model.language)
         model.train()
+        first = model.language.model.language_model.layers[0].mlp
+        first.register_forward_pre_hook(lambda *_, at=checkpointing: visits.append(at))
         model(make_batch(tokenizer, THREE)).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert visits == [False, True, True], "a layer is computed again in backward, and only with checkpointing"
     plain, recomputed = gradients
     assert set(plain) == set(recomputed) and any("lora" in name for name in plain) == lora
     assert plain["projector.proj.weight"].abs().max() > 0
@@ -274,6 +281,41 @@ def test_saved_models_load_with_the_stock_classes(family, tmp_path):
     assert text.endswith("<|im_start|>user\nIs it 8 mm²?<|im_end|>\n<|im_start|>assistant\n")
     assert text.startswith("<|im_start|>system\n") == (family == "qwen2_vl")
     assert reloaded(text).input_ids == tokenizer(text).input_ids
+
+
+def as_published(folder: Path) -> None:
+    """Rewrites a saved Qwen2-VL's config in the form in which the published models carry it: flat, `rope_scaling`."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    scaling = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    text |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+    vision = config["vision_config"]
+    vision |= {"in_chans": vision.pop("in_channels"), "spatial_patch_size": vision["patch_size"]}
+    for name in ("model_type", "rope_parameters"):
+        del vision[name]
+    del text["model_type"], text["layer_types"]
+    file.write_text(json.dumps({**text, **config, "torch_dtype": "bfloat16", "transformers_version": "4.41.2"}))
+
+
+def test_the_published_form_of_a_qwen2_vl_loads(tmp_path):
+    """Flat config, keys without `language_model`, no lm_head beside tied embeddings: as on the hub."""
+    model, tokenizer = make_model("qwen2_vl")
+    for parameter in model.language.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    save_language(model.language, tokenizer, tmp_path)
+    as_published(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as stored:
+        names = set(stored.keys())
+    assert {"model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.bias", "visual.merger.ln_q.weight"} <= names
+    assert "lm_head.weight" not in names
+    language, _ = load_language(tmp_path)
+    again = VolumeQwen(language, model.projector, position="mrope3d").eval()
+    ours = VolumeQwen(model.language, model.projector, position="mrope3d").eval()
+    batch = make_batch(tokenizer, THREE)
+    assert torch.equal(again.hidden_states(batch), ours.hidden_states(batch))
+    assert again.end_tokens() == tokenizer.convert_tokens_to_ids(["<|im_end|>"])
 
 
 def test_a_question_without_a_volume_is_the_stock_model(made):

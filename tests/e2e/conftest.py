@@ -5,12 +5,25 @@ from pathlib import Path
 
 import pytest
 
-from tests import runs
+from tests import alignments, runs
 
 
 @pytest.fixture(scope="session")
 def cohort(tmp_path_factory) -> Path:
     return runs.make_cohort(tmp_path_factory.mktemp("cohort") / "data")
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory) -> Path:
+    """A tokenizer, a Qwen3-VL on disk, and a manifest of token files with questions and reports."""
+    return alignments.make_home(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="session")
+def aligned(home) -> Path:
+    """A model aligned on it; whoever changes it takes a copy."""
+    alignments.align(home, home / "aligned")
+    return home / "aligned"
 
 
 @pytest.fixture

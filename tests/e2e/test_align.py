@@ -1,98 +1,25 @@
-"""bundles/align.json for real on a manifest of token files, then resuming, asking and evaluating with what it left."""
+"""bundles/align.json for real on a manifest of token files: what it leaves, resumes, refuses, and over processes."""
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from monai.bundle import run
+from safetensors.torch import load_file
+from torch.utils.data import Dataset
 
 from app.inference import CTTokenizer
-from app.language import ask as asking
-from app.language import evaluate_language
 from app.language.assistant import NOTICE, CTAssistant
-from app.language.rows import REPORT_QUESTION
-from app.scans import Volume
 from app.token_files import write_tokens
 from networks import make_vqvae
-from networks.qwen import save_language
-from networks.tiny_qwen import build_tiny
-
-CONFIG = str(Path(__file__).resolve().parents[2] / "bundles" / "align.json")
-NUM_CASES = 12
-
-
-def make_volume(seed: int) -> Volume:
-    """Bright on the left or on the right."""
-    rng = np.random.default_rng(seed)
-    hu = rng.normal(-300, 40, (32, 32, 32)).astype(np.int16)
-    half = slice(0, 16) if seed % 2 else slice(16, 32)
-    hu[half] += 400
-    affine = np.diag([8.0, 8.0, 8.0, 1.0])
-    affine[:3, 3] = -124
-    return Volume(hu, affine)
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A tokenizer, a Qwen3-VL on disk, and a manifest of token files with questions and reports."""
-    home = tmp_path_factory.mktemp("home")
-    torch.manual_seed(0)
-    network = make_vqvae("tiny", resolution=32, keep="nonzero", num_embeddings=16, num_blocks=1)
-    torch.save(network.state_dict(), home / "tokenizer.pt")
-    ct = CTTokenizer.from_pretrained(home / "tokenizer.pt")
-    lines = []
-    for number in range(NUM_CASES):
-        write_tokens(home / f"scans/case{number}.npz", ct.encode(make_volume(number)))
-        side = "left" if number % 2 else "right"
-        common = {
-            "image": f"scans/case{number}.npz",
-            "split": "val" if number > 7 else "train",
-            "patient": f"p{number}",
-        }
-        lines.append({**common, "question": "On which side?", "answer": side, "type": "side"})
-        lines.append(
-            {
-                **common,
-                "report": "Pleural effusion on the left." if number % 2 else "A nodule on the right.",
-                "Pleural effusion": number % 2,
-                "Lung nodule": 1,
-            }
-        )
-    (home / "text.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    language, tokenizer = build_tiny([json.dumps(line) for line in lines], family="qwen3_vl", width=32)
-    save_language(language, tokenizer, home / "qwen")
-    return home
-
-
-def align(home: Path, out: Path, **changes) -> None:
-    settings = {
-        "data": str(home / "text.jsonl"),
-        "vl_model": str(home / "qwen"),
-        "vae_ckpt": str(home / "tokenizer.pt"),
-        "output_dir": str(out),
-        "num_workers": 0,
-        "i_save": 4,
-        "i_log": 1,
-        "use_lora": True,
-        "epochs": 2,
-        "learning_rate": 1e-3,
-        "max_3d_tokens": 40,
-    }
-    run(run_id="training", config_file=CONFIG, **{**settings, **changes})
-
-
-@pytest.fixture(scope="module")
-def aligned(home):
-    align(home, home / "aligned")
-    return home / "aligned"
+from networks.projector import Projector
+from tests.alignments import NUM_CASES, align, make_volume
+from tests.runs import TINY, end_of, torchrun
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
     return load_file(folder / "lora_final" / "adapter_model.safetensors") | torch.load(folder / "projector_final.pt")
 
 
@@ -104,6 +31,7 @@ def test_outputs_of_a_run(home, aligned):
     assert not any(name.endswith(".part") for name in names) and "language_final" not in names
     told = json.loads((aligned / "train_args.json").read_text())
     assert told["tokenizer"] == CTTokenizer.from_pretrained(home / "tokenizer.pt").digest
+    assert told["base_model"]["name"] == str((home / "qwen").resolve()), "found from any working directory"
     assert len(told["base_model"]["sha256"]) == 64 and told["use_lora"] and told["in_features"] == 8
     rows = [json.loads(line) for line in (aligned / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 17)) and rows[-1]["loss"] < 0.8 * rows[0]["loss"]
@@ -129,37 +57,32 @@ def test_resuming_gives_the_run_that_was_not_interrupted(home, aligned):
     assert steps == list(range(1, 17))
 
 
-def test_answers_carry_where_they_come_from(home, aligned, tmp_path):
-    assistant = CTAssistant.from_pretrained(aligned)
-    volume = make_volume(9)
-    answers = assistant.ask(volume, ["On which side?", "On which side is it?"], max_new_tokens=4)
-    assert [answer.question for answer in answers] == ["On which side?", "On which side is it?"]
-    alone = assistant.ask(volume, "On which side?", max_new_tokens=4)
-    assert (
-        alone.answer
-        == answers[0].answer
-        == assistant.ask(home / "scans/case9.npz", "On which side?", max_new_tokens=4).answer
-    )
-    told = alone.as_json()
-    assert told["notice"] == NOTICE and "not for diagnosis" in NOTICE
-    record = told["provenance"]
-    assert len(record["scan_sha256"]) == 64 and record["shape"] == [32, 32, 32] and record["spacing"] == [8.0] * 3
-    assert record["tokenizer_sha256"] == assistant.tokenizer.hash and len(record["projector_sha256"]) == 64
-    assert len(record["adapter_sha256"]) == 64 and record["settings"]["max_3d_tokens"] == 40
-    pieces = []
-    streamed = assistant.ask(volume, "On which side?", max_new_tokens=4, write=pieces.append)
-    assert "".join(pieces).strip() == streamed.answer == alone.answer
-    assert assistant.ask(volume, max_new_tokens=2).question == REPORT_QUESTION
-
-
-def test_a_folder_gives_jsonl_and_failures(home, aligned, tmp_path):
-    folder = tmp_path / "mixed"
-    shutil.copytree(home / "scans", folder)
-    (folder / "case3.npz").write_bytes(b"broken")
-    result = asking.ask(str(folder), ["On which side?"], align=str(aligned), out=str(tmp_path / "out/answers.jsonl"))
-    lines = [json.loads(line) for line in (tmp_path / "out/answers.jsonl").read_text().splitlines()]
-    assert len(lines) == NUM_CASES - 1 and result["status"] == 3
-    assert "case3.npz" in (tmp_path / "out/failures.csv").read_text()
+def test_a_run_does_not_go_on_with_another_tokenizer_or_vocabulary(home, aligned, tmp_path, capsys):
+    torch.manual_seed(1)
+    other = make_vqvae("tiny", resolution=32, keep="nonzero", num_embeddings=16, num_blocks=1)
+    torch.save(other.state_dict(), tmp_path / "other.pt")
+    (tmp_path / "scans").mkdir()
+    ct = CTTokenizer.from_pretrained(tmp_path / "other.pt")
+    lines = [json.loads(line) for line in (home / "text.jsonl").read_text().splitlines()]
+    for number in range(NUM_CASES):
+        write_tokens(tmp_path / f"scans/case{number}.npz", ct.encode(make_volume(number)))
+    shutil.copy(home / "text.jsonl", tmp_path)
+    shutil.copytree(aligned, tmp_path / "run")
+    words = [{**line, "answer": "leftwards leftwards"} if "answer" in line else line for line in lines]
+    (home / "words.jsonl").write_text("\n".join(map(json.dumps, words)))
+    tiny = {"vl_model": "tiny_qwen2_vl", "train_language": True, "use_lora": False, "epochs": 1}
+    align(home, tmp_path / "tiny", **tiny)
+    calls = {
+        "OTHER_TOKENIZER": ("run", {"vae_ckpt": str(tmp_path / "other.pt"), "data": str(tmp_path / "text.jsonl")}),
+        "OTHER_MODEL": ("tiny", {**tiny, "data": str(home / "words.jsonl"), "epochs": 2}),
+    }
+    for code, (folder, changes) in calls.items():
+        before = (tmp_path / folder / "train_args.json").read_text()
+        with pytest.raises(SystemExit) as end:
+            align(home, tmp_path / folder, resume="latest", **changes)
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert end.value.code == 2 and said.startswith(f"{code}: the run in"), said
+        assert (tmp_path / folder / "train_args.json").read_text() == before
 
 
 def test_what_does_not_belong_together_is_refused(home, aligned, tmp_path, capsys):
@@ -177,7 +100,7 @@ def test_what_does_not_belong_together_is_refused(home, aligned, tmp_path, capsy
         "OTHER_TOKENIZER": lambda: CTAssistant.from_pretrained(aligned, tokenizer=str(tmp_path / "other.pt")),
         "OTHER_MODEL": lambda: CTAssistant.from_pretrained(moved),
         "NO_ALIGNMENT": lambda: CTAssistant.from_pretrained(tmp_path),
-        "BAD_MODEL": lambda: align(home, tmp_path / "out", vl_model=str(tmp_path)),
+        "BAD_MODEL": lambda: align(home, tmp_path / "out", vl_model=str(tmp_path), vae_ckpt="looked at later"),
         "NO_DATA": lambda: align(home, tmp_path / "out", data=str(tmp_path / "gone.csv")),
     }
     for code, call in calls.items():
@@ -187,26 +110,113 @@ def test_what_does_not_belong_together_is_refused(home, aligned, tmp_path, capsy
         assert end.value.code == 2 and said.startswith(f"{code}: "), said
 
 
-def test_evaluation_writes_scores_beside_controls_and_goes_on_where_it_was(home, aligned, monkeypatch):
-    options = {"options": {"max_new_tokens": 6}, "align": str(aligned)}
-    result = evaluate_language.evaluate(str(home / "text.jsonl"), **options)
-    out = aligned / "evaluation"
-    assert result == json.loads((out / "language.json").read_text()) and (out / "language.png").stat().st_size > 1000
-    assert result["rows"] == 8 and result["patients"] == 4
-    assert set(result["questions"]["accuracy"]) == {"real", "shuffled", "blank", "question_only", "constant"}
-    floors = result["reports"]["findings"]["scores"]
-    assert result["reports"]["findings"]["truth"] == "label columns" and {"all_negative", "all_positive"} <= set(floors)
-    table = (out / "language.md").read_text()
-    assert "no evidence the image is used" in table and "question only" in table and NOTICE in table
-    wanted = {
-        line["row"]: line["answer"] for line in map(json.loads, (out / "answers_real.jsonl").read_text().splitlines())
+# ---- what is kept and what is refused
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_tiny_model_that_was_not_trained_whole_is_kept_too(lora, home, tmp_path):
+    settings = {"vl_model": "tiny_qwen2_vl", "use_lora": lora, "epochs": 1}
+    align(home, tmp_path / "out", **settings if lora else {**settings, "train_language": False})
+    assert not json.loads((tmp_path / "out/train_args.json").read_text())["trained_language"]
+    assistant = CTAssistant.from_pretrained(tmp_path / "out")
+    assert any("lora_" in name for name, _ in assistant.model.named_parameters()) == lora
+    assert assistant.ask(home / "scans/case9.npz", "On which side?", max_new_tokens=2).notice == NOTICE
+    assert len(assistant.settings["base_model"]["sha256"]) == 64
+
+
+def test_projectors_of_another_width_and_damaged_records_are_one_line(home, aligned, tmp_path, capsys):
+    shutil.copytree(aligned, tmp_path / "moved")
+    torch.save(Projector(16, 32).state_dict(), tmp_path / "moved/projector_final.pt")
+    shutil.copytree(aligned, tmp_path / "damaged")
+    (tmp_path / "damaged/train_args.json").write_text('{"tokenizer"')
+    calls = {
+        "BAD_PROJECTOR": lambda: CTAssistant.from_pretrained(tmp_path / "moved"),
+        "NO_ALIGNMENT": lambda: CTAssistant.from_pretrained(tmp_path / "damaged"),
+        "BAD_VALUE": lambda: align(home, tmp_path / "out", train_language=True),
     }
-    assert len(wanted) == 8
-    lines = (out / "answers_shuffled.jsonl").read_text().splitlines()
-    (out / "answers_shuffled.jsonl").write_text("\n".join([*lines[:5], lines[5][:20]]))
-    asked = []
-    monkeypatch.setattr(
-        CTAssistant, "answer_many", lambda _self, batch, **_: asked.extend(batch) or ["again"] * len(batch)
+    for code, call in calls.items():
+        with pytest.raises(SystemExit) as end:
+            call()
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert end.value.code == 2 and said.startswith(f"{code}: "), said
+
+
+def test_low_rank_layers_without_peft_are_one_line(home, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SystemExit):
+        align(home, tmp_path / "out", vae_ckpt=str(tmp_path / "looked at later"))
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("NO_PEFT: use_lora needs the package peft")
+
+
+# ---- the same in other ways
+
+
+class OwnItems(Dataset):
+    """What a user could write: samples in form A with the ids of the model's own tokenizer."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, number):
+        ids = torch.arange(3, 13)
+        generator = torch.Generator().manual_seed(number)
+        cells = torch.randint(0, 4, (5, 3), generator=generator)
+        return {
+            "feats_3d": torch.randn(5, 8, generator=generator),
+            "coords_3d": torch.nn.functional.pad(cells, (1, 0)),
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "labels": torch.where(ids > 8, ids, -100),
+        }
+
+
+def test_a_dataset_of_the_users_own_by_its_dotted_path(home, tmp_path):
+    align(home, tmp_path / "out", data=None, dataset="tests.e2e.test_align.OwnItems", use_lora=False, epochs=3)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "out/metrics.jsonl").open()]
+    assert len(losses) == 9 and losses[-1] < losses[0]
+    assert not (tmp_path / "tokens").exists(), "no phantom was made"
+
+
+def test_micro_batches_give_the_step_of_the_batch(home, tmp_path):
+    ended = []
+    for split in (1, 2, 4):
+        align(home, tmp_path / f"by{split}", batch_split=split, batch_size=4, use_lora=False, epochs=1)
+        rows = [json.loads(line) for line in (tmp_path / f"by{split}/metrics.jsonl").open()]
+        ended.append(([row["loss"] for row in rows], torch.load(tmp_path / f"by{split}/projector_final.pt")))
+    for losses, weights in ended[1:]:
+        assert losses == pytest.approx(ended[0][0], rel=1e-5)
+        torch.testing.assert_close(weights["proj.weight"], ended[0][1]["proj.weight"], rtol=1e-4, atol=1e-6)
+
+
+# ---- several processes
+
+
+def test_two_processes_align_as_one_does(home, place, start_process):
+    """Built-in phantoms, a tiny language model trained whole: the same losses and weights, one voice, one writer."""
+    settings = {
+        "vl_model": "tiny_qwen2_vl",
+        "vae_ckpt": home / "tokenizer.pt",
+        "num_phantoms": 6,
+        "epochs": 1,
+        "num_workers": 0,
+        "learning_rate": 1e-3,
+        **dict.fromkeys(TINY),
+        **{"i_print": 1, "i_log": 1, "i_save": 3},
+    }
+    both = "['bundles/align.json','bundles/multi_gpu.json']"
+    process = start_process(both, launcher=torchrun(), output_dir="both/align", batch_size=2, **settings)
+    alone = start_process("bundles/align.json", output_dir="alone/align", batch_size=4, **settings)
+    for end in map(end_of, (process, alone)):
+        assert end.status == 0, end.err
+        assert end.out.count("Step 2: loss=") == 1
+    one, two = place / "alone/align", place / "both/align"
+    assert sorted(p.relative_to(one) for p in one.rglob("*") if "tb_logs" not in str(p)) == sorted(
+        p.relative_to(two) for p in two.rglob("*") if "tb_logs" not in str(p)
     )
-    evaluate_language.evaluate(str(home / "text.jsonl"), **options)
-    assert len(asked) == 3
+    losses = [[json.loads(line)["loss"] for line in (out / "metrics.jsonl").open()] for out in (one, two)]
+    assert len(losses[0]) > 3 and losses[1] == pytest.approx(losses[0], rel=1e-5)
+    weights = [load_file(out / "language_final/model.safetensors") for out in (one, two)]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5)
+    tokens = [sorted(p.name for p in (out.parent / "tokens").rglob("*.*")) for out in (one, two)]
+    assert tokens[0] == tokens[1] and len(tokens[0]) == 6 * 3

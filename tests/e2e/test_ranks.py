@@ -3,25 +3,16 @@
 import json
 import os
 import signal
-import socket
 import time
 
 import pytest
 
 from app import checkpoints
-from tests.runs import STAGE1, end_of, make_cohort, make_place, run_in
+from tests.runs import STAGE1, end_of, make_cohort, make_place, run_in, torchrun
 
 STEPS = {"warmup_steps": 4, "max_steps": 6, "i_save": 3, "val_interval": 3}
 BOTH = f"['{STAGE1}','bundles/multi_gpu.json']"
 TOLERANCE = 2e-5  # float32 sums in another order, through ten steps of Adam
-
-
-def torchrun(*options):
-    """Two processes that meet at a port nobody has."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", *options)
 
 
 def told(folder):

@@ -119,6 +119,25 @@ def test_own_datasets_are_found_by_name_and_batched_with_several_volumes(ct, lan
         assert end.value.code == 2 and says in capsys.readouterr().err
 
 
+class OneBroken(TwoItems):
+    def __getitem__(self, number):
+        if number == 1:
+            raise OSError("disk\nof item 1")
+        return self.items[number]
+
+
+def test_an_item_that_cannot_be_read_in_the_middle_of_an_epoch_is_named(language, reduce, caplog):
+    feats = {"feats_3d": torch.randn(2, 8), "coords_3d": torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1]])}
+    items = [{**feats, **text_part(language[1]), "case_id": name} for name in "abc"]
+    with pytest.raises(ValueError, match=r"item 1 of the dataset cannot be used \(OSError: disk\); repair it"):
+        OwnDataset(OneBroken(items), reduce=reduce)[(0, 1)]
+    kept = OwnDataset(OneBroken(items), reduce=reduce, skip_bad=True)
+    assert [kept[number]["case_id"] for number in range(3)] == ["a", "c", "c"]
+    assert caplog.text.count("left out item 1 of the dataset: disk") == 1
+    with pytest.raises(ValueError, match="no item of the dataset can be used, of 2"):
+        OwnDataset(TwoItems([{}, {}]), reduce=reduce, skip_bad=True)[0]
+
+
 def test_rows_that_cannot_be_learned_from_are_counted_by_reason(ct, language, reduce):
     tokens = TokenSourceInMemory(ct).tokens
     rows = [
@@ -136,6 +155,27 @@ def test_rows_that_cannot_be_learned_from_are_counted_by_reason(ct, language, re
         TextDataset(rows[1:3], volumes={"a": tokens}, reduce=reduce, tokenizer=language[1])
 
 
+def test_without_volumes_the_report_stands_in_the_volumes_place(ct, language, reduce):
+    """Of the same scan, as data: it cannot close its own place."""
+    tokenizer, report = language[1], "Two nodules.<|vision_end|> No effusion."
+    rows = [TextRow("a", "Write.", report), TextRow("a", "Is there a nodule?", "yes", kind="presence")]
+    rows.append(TextRow("b", "Is there a nodule?", "no", kind="presence"))
+    tokens = TokenSourceInMemory(ct).tokens
+    options = {"volumes": {"a": tokens, "b": tokens}, "reduce": reduce, "tokenizer": tokenizer}
+    read = TextDataset(rows, with_volumes=False, **options)
+    texts = [tokenizer.decode(read[at]["input_ids"]) for at in range(3)]
+    written = "<|vision_start|>Two nodules.< |vision_end|> No effusion.<|vision_end|>"
+    assert f"user\n{written}Write.<|im_end|>" in texts[0] and f"user\n{written}Is there" in texts[1]
+    assert "user\nIs there a nodule?<|im_end|>" in texts[2]
+    assert all(read[at]["volumes"] == [] for at in range(3))
+    answer = [token for token in read[1]["labels"] if token != -100]
+    assert tokenizer.decode(answer) == "yes<|im_end|>"
+    seen = TextDataset(rows, **options)
+    assert tokenizer.decode(seen[1]["input_ids"]) == texts[1].replace(
+        written, "<|vision_start|><|video_pad|><|vision_end|>"
+    )
+
+
 class TokenSourceInMemory:
     def __init__(self, ct):
         from app.language.volume_tokens import as_tensors
@@ -145,12 +185,12 @@ class TokenSourceInMemory:
 
 def test_tokens_are_kept_under_the_tokenizers_hash_and_damaged_ones_made_again(ct, tmp_path):
     source = TokenSource(ct, cache_dir=tmp_path)
-    first = source.cached("one", scan(0))
+    first = source.cached("one", lambda: scan(0))
     file = tmp_path / ("a" * 16) / "one.npz"
     stored = file.read_bytes()
-    assert torch.equal(source.cached("one", scan(1)).codes, first.codes)  # kept: the scan is not looked at
+    assert torch.equal(source.cached("one", lambda: scan(1)).codes, first.codes)  # kept: the scan is not looked at
     file.write_bytes(stored[: len(stored) // 2])
-    assert torch.equal(source.cached("one", scan(0)).codes, first.codes)
+    assert torch.equal(source.cached("one", lambda: scan(0)).codes, first.codes)
     assert file.read_bytes() == stored
     other = CTTokenizer(ct.network, digest="b" * 64)
     with pytest.raises(ValueError, match="made by tokenizer aaaaaaaaaaaa, this one is bbbbbbbbbbbb"):

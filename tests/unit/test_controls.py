@@ -33,7 +33,7 @@ def test_gap_of_a_blind_model_covers_zero_and_of_a_seeing_one_does_not():
     gap = mean_gap(blind.astype(float), control.astype(float), patients)
     assert gap.low < 0 < gap.high and gap.verdict == NO_EVIDENCE
     seeing = mean_gap((rng.random(200) < 0.9).astype(float), control.astype(float), patients)
-    assert 0.25 < seeing.low < seeing.difference < seeing.high < 0.55 and seeing.verdict == "the image helps"
+    assert 0.25 < seeing.low < seeing.difference < seeing.high < 0.55 and seeing.verdict == "better than the control"
 
 
 def test_interval_is_over_patients_not_over_cases():

@@ -10,8 +10,14 @@ import pytest
 from app import preflight, rules
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGE1 = str(ROOT / "bundles/vq_stage1.json")
-FLAT = [k for k, v in json.loads(Path(STAGE1).read_text()).items() if not isinstance(v, dict | list)]
+STAGE1, ALIGN, EVALUATE = (str(ROOT / f"bundles/{name}.json") for name in ("vq_stage1", "align", "evaluate_language"))
+
+
+def flat_keys(config):
+    return [k for k, v in json.loads(Path(config).read_text()).items() if not isinstance(v, dict | list)]
+
+
+FLAT = flat_keys(STAGE1)
 
 
 @pytest.fixture
@@ -19,7 +25,8 @@ def check(monkeypatch, capsys):
     """Runs the check on a command line; gives the line it ended with, or None."""
 
     def run(*flags, config=STAGE1):
-        line = ["/x/monai/bundle/__main__.py", "run", "training", "--config_file", str(config), *map(str, flags)]
+        what = "run" if config == EVALUATE else "training"
+        line = ["/x/monai/bundle/__main__.py", "run", what, "--config_file", str(config), *map(str, flags)]
         monkeypatch.setattr(sys, "argv", line)
         monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # the check installs its own
         try:
@@ -61,7 +68,7 @@ def test_an_unknown_key_is_named_with_its_nearest(check, flags, parts):
     [
         ("data_dir", "dataset_dir"),
         ("lr", "learning_rate"),
-        ("load_dir", "init_from"),
+        ("load_dir", "pretrained_vae_path"),
         ("ckpt", "resume"),
         ("num_gpus", "torchrun"),
         ("epochs", "max_steps"),
@@ -76,10 +83,33 @@ def test_names_of_the_original_scripts_lead_to_ours(check, old, ours):
     assert line.startswith("UNKNOWN_KEY") and old in line and ours in line
 
 
+@pytest.mark.parametrize(
+    ("old", "ours"),
+    [
+        ("data_path", "data"),
+        ("dataset_dir", "data"),
+        ("max_steps", "epochs"),
+        ("max_epochs", "epochs"),
+        ("batch_size_per_gpu", "batch_size"),
+        ("tokenizer", "vae_ckpt"),
+        ("load_dir", "resume"),
+        ("model", "vl_model"),
+    ],
+)
+def test_the_name_told_is_one_that_this_run_has(check, old, ours):
+    assert check(f"--{old}", "3", config=ALIGN).endswith(f"this run has no key {old}. Here it is {ours}.")
+
+
+def test_a_setting_does_not_take_the_place_of_a_part(check):
+    assert "language is a part of this config" in check("--language", "Qwen/Qwen2-VL-2B-Instruct", config=ALIGN)
+    assert check("--language", "{'_target_': 'mine.Language'}", config=ALIGN) is None
+
+
 def test_every_name_we_lead_to_exists():
-    known = set(FLAT) | {"torchrun", "init_from"}
-    for ours in rules.OTHER_NAMES.values():
-        assert ours.split()[0] in known, ours
+    known = {*FLAT, *flat_keys(ALIGN), *flat_keys(EVALUATE), "torchrun", "init_from"}
+    for name, candidates in rules.OTHER_NAMES.items():
+        for ours in candidates:
+            assert ours.split()[0] in known and ours != name, ours
 
 
 @pytest.mark.parametrize(
@@ -178,9 +208,92 @@ def test_a_wrong_value_is_named_with_its_rule(check, key, value):
     assert line.startswith("BAD_VALUE") and key in line and value.strip("[']") in line
 
 
-def test_every_flat_key_of_a_stage_has_a_rule():
-    free = {"_desc_", "lr_scheduler_options"}
-    assert set(FLAT) - free <= set(rules.RULES), set(FLAT) - free - set(rules.RULES)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data", "7"),
+        ("dataset", "Mine"),
+        ("image_root", "['a']"),
+        ("vl_model", "3"),
+        ("vae_ckpt", "True"),
+        ("dummy_data", "yes"),
+        ("dummy_samples", "0"),
+        ("skip_bad", "1"),
+        ("max_3d_tokens", "0"),
+        ("max_3d_tokens", "2048.0"),
+        ("max_text_tokens", "-1"),
+        ("token_reduction", "average"),
+        ("use_3d_pos", "maybe"),
+        ("position", "3d"),
+        ("fusion", "suffix"),
+        ("projector_layers", "0"),
+        ("with_volumes", "no"),
+        ("train_language", "1"),
+        ("use_lora", "true"),
+        ("lora_r", "0"),
+        ("lora_alpha", "-4"),
+        ("num_phantoms", "1"),
+        ("about", "nodule"),
+        ("about", "['fracture']"),
+        ("about", "[]"),
+        ("tiny", "{'width': 40}"),
+        ("tiny", "{'depth': 3}"),
+        ("tiny", "3"),
+        ("epochs", "0"),
+        ("epochs", "1.5"),
+        ("batch_size", "0"),
+        ("weight_decay", "-1"),
+        ("learning_rate", "quick"),
+        ("seed", "x"),
+    ],
+)
+def test_a_wrong_value_for_alignment_is_named_with_its_rule(check, key, value):
+    line = check(f"--{key}", value, config=ALIGN)
+    assert line is not None, f"--{key} {value} passed"
+    assert line.startswith(f"BAD_VALUE: {key} must be") and value.strip("[']") in line
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("num_phantoms", "one"), ("batch_size", "0"), ("max_new_tokens", "0"), ("split", "3")]
+)
+def test_a_wrong_value_for_an_evaluation_is_named_with_its_rule(check, key, value):
+    line = check(f"--{key}", value, config=EVALUATE)
+    assert line is not None, f"--{key} {value} passed"
+    assert line.startswith(f"BAD_VALUE: {key} must be")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--data", "reports.csv", "--image_root", "scans", "--vl_model", "Qwen/Qwen3-VL-2B-Instruct"],
+        ["--about", "['nodule','kidney stone']", "--use_lora", "True", "--lora_alpha", "16"],
+        ["--vae_config", "config.json", "--dataset", "mine.sets.Reports", "--weight_decay", "0"],
+        ["--data", "None", "--vl_model", "None", "--about", "None"],
+        ["--grad_clip", "$None", "--epochs", "$2+1", "--tiny", "{'num_layers': 3}"],
+    ],
+    ids=" ".join,
+)
+def test_right_flags_of_an_alignment_pass_in_silence(check, flags):
+    assert check(*flags, config=ALIGN) is None
+
+
+@pytest.mark.parametrize("key", ["epochs", "use_3d_pos", "max_3d_tokens", "position", "learning_rate", "output_dir"])
+@pytest.mark.parametrize("null", ["None", "$None"])
+def test_none_for_a_key_of_alignment_that_needs_a_value_is_refused(check, key, null):
+    line = check(f"--{key}", null, config=ALIGN)
+    assert line.startswith(f"BAD_VALUE: {key} cannot be null")
+
+
+def test_null_stays_null(check):
+    assert check("--output_dir", "None", "--data", "None", "--split", "None", config=EVALUATE) is None
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "bundles").glob("*.json")), ids=lambda file: file.stem)
+def test_every_flat_key_of_a_bundle_has_a_rule(config):
+    if config.stem == "metadata":
+        return
+    free = {"_desc_", "lr_scheduler_options", "network"}
+    assert set(flat_keys(config)) - free <= set(rules.RULES), set(flat_keys(config)) - free - set(rules.RULES)
 
 
 # ---- configs

@@ -23,12 +23,26 @@ def test_three_layers_load_plain_sequential_weights():
     torch.testing.assert_close(projector(feats), other(feats))
 
 
+def nearest(code: torch.Tensor) -> float:
+    """Distance of the two places that are most alike."""
+    return float(torch.cdist(code, code).fill_diagonal_(torch.inf).min())
+
+
+def test_position_encoding_uses_the_grid_it_is_for():
+    """On a small grid slow waves would say nothing: nearly the same everywhere."""
+    axes = torch.arange(6)
+    coords = torch.cartesian_prod(axes, axes, axes).int()
+    fitted, slow = (encode_positions(coords, 64, grid=grid) for grid in (6, 128))
+    silent = [int((code.std(0)[:60] < 0.1).sum()) for code in (fitted, slow)]
+    assert silent == [3, 21]  # three are the sine of the fastest wave, whose zeros are the cells
+    assert nearest(fitted) > 1.4 * nearest(slow)
+
+
 def test_position_encoding_tells_all_cells_apart_and_adds_no_weights():
     axes = torch.arange(0, 64, 9)
     coords = torch.cartesian_prod(axes, axes, axes).int()
     code = encode_positions(coords, 64)
-    gap = torch.cdist(code, code).fill_diagonal_(torch.inf).min()
-    assert gap > 0.5
+    assert nearest(code) > 0.5
     projector = Projector(4, 64, use_3d_pos=True, position_scale=0.1)
     assert sorted(projector.state_dict()) == ["proj.bias", "proj.weight"]
     feats = torch.randn(len(coords), 4)

@@ -1,0 +1,162 @@
+"""Asking an aligned model and evaluating it: in Python, on folders, as commands; what is cached and what is not."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+from typer.testing import CliRunner
+
+from app.__main__ import app
+from app.language import ask as asking
+from app.language import evaluate_language
+from app.language.assistant import NOTICE, CTAssistant
+from app.language.rows import REPORT_QUESTION
+from app.phantoms import make_phantom, write_nifti
+from tests.alignments import NUM_CASES, make_volume
+from tests.runs import ROOT
+
+
+def test_answers_carry_where_they_come_from(home, aligned, tmp_path):
+    assistant = CTAssistant.from_pretrained(aligned)
+    volume = make_volume(9)
+    answers = assistant.ask(volume, ["On which side?", "On which side is it?"], max_new_tokens=4)
+    assert [answer.question for answer in answers] == ["On which side?", "On which side is it?"]
+    alone = assistant.ask(volume, "On which side?", max_new_tokens=4)
+    assert (
+        alone.answer
+        == answers[0].answer
+        == assistant.ask(home / "scans/case9.npz", "On which side?", max_new_tokens=4).answer
+    )
+    told = alone.as_json()
+    assert told["notice"] == NOTICE and "not for diagnosis" in NOTICE
+    record = told["provenance"]
+    assert len(record["scan_sha256"]) == 64 and record["shape"] == [32, 32, 32] and record["spacing"] == [8.0] * 3
+    assert record["tokenizer_sha256"] == assistant.tokenizer.hash and len(record["projector_sha256"]) == 64
+    assert len(record["adapter_sha256"]) == 64 and record["settings"]["max_3d_tokens"] == 40
+    pieces = []
+    streamed = assistant.ask(volume, "On which side?", max_new_tokens=4, write=pieces.append)
+    assert "".join(pieces).strip() == streamed.answer == alone.answer
+    assert assistant.ask(volume, max_new_tokens=2).question == REPORT_QUESTION
+
+
+def test_a_folder_gives_jsonl_and_failures(home, aligned, tmp_path):
+    folder = tmp_path / "mixed"
+    shutil.copytree(home / "scans", folder)
+    (folder / "case3.npz").write_bytes(b"broken")
+    result = asking.ask(str(folder), ["On which side?"], align=str(aligned), out=str(tmp_path / "out/answers.jsonl"))
+    lines = [json.loads(line) for line in (tmp_path / "out/answers.jsonl").read_text().splitlines()]
+    assert len(lines) == NUM_CASES - 1 and result["status"] == 3
+    assert "case3.npz" in (tmp_path / "out/failures.csv").read_text()
+
+
+def test_a_folder_of_raw_scans_is_asked_scan_by_scan(aligned, tmp_path):
+    """What is no scan is passed over; what is one and cannot be read is refused by name."""
+    for number in (8, 9):
+        write_nifti(tmp_path / f"scan{number}.nii.gz", make_phantom(number, size=32, spacing=12.0))
+    (tmp_path / "notes.txt").write_text("nothing")
+    (tmp_path / "broken.nii.gz").write_text("nothing")
+    result = asking.ask(str(tmp_path), ["On which side?"], align=str(aligned), max_new_tokens=4)
+    assert [answer["source"] for answer in result["answers"]] == ["scan8.nii.gz", "scan9.nii.gz"]
+    assert len(result["failures"]) == 1 and result["failures"][0].startswith("broken.nii.gz: CORRUPT_FILE")
+    alone = asking.ask(str(tmp_path / "scan9.nii.gz"), ["On which side?"], align=str(aligned), max_new_tokens=4)
+    assert alone["answers"][0]["answer"] == result["answers"][1]["answer"] and alone["status"] == 0
+
+
+def say(*call, status=0) -> str:
+    """Standard output of `python -m app …` inside this process."""
+    done = CliRunner().invoke(app, [*map(str, call)])
+    assert done.exit_code == status, done.output
+    return done.stdout if status == 0 else done.stderr
+
+
+def test_ask_as_a_command(home, aligned, tmp_path):
+    scan, where = home / "scans/case9.npz", ["--align", aligned, "--max-new-tokens", 4]
+    answer = CTAssistant.from_pretrained(aligned).ask(scan, "On which side?", max_new_tokens=4)
+    told = json.loads(say("ask", scan, "On which side?", *where, "--json"))
+    assert told["answers"] == [answer.as_json()] and told["failures"] == [] and told["notice"] == NOTICE
+    for_people = say("ask", scan, "On which side?", "Is there a nodule?", *where)
+    assert f"case9.npz: On which side?\n{answer.answer}\n" in for_people and for_people.strip().endswith(NOTICE)
+    report = CTAssistant.from_pretrained(aligned).ask(scan, max_new_tokens=4).answer
+    assert say("ask", scan, *where, "--stream").splitlines() == [report, NOTICE]
+    assert "question takes" in say("ask", scan, "side " * 3000, *where, status=2)
+    assert say("ask", tmp_path / "gone.nii", *where, status=2).startswith("NO_SOURCE: ")
+    assert say("ask", scan, "--align", tmp_path, status=2).startswith("NO_ALIGNMENT: ")
+    (tmp_path / "bad.npz").write_bytes(b"PK nothing")
+    assert "1 scans refused" in CliRunner().invoke(app, ["ask", str(tmp_path), "--align", str(aligned)]).stdout
+
+
+# ---- evaluation
+
+
+def test_evaluation_writes_scores_beside_controls_and_goes_on_where_it_was(home, aligned, monkeypatch):
+    options = {"options": {"max_new_tokens": 6}, "align": str(aligned)}
+    result = evaluate_language.evaluate(str(home / "text.jsonl"), **options)
+    out = aligned / "evaluation"
+    assert result == json.loads((out / "language.json").read_text()) and (out / "language.png").stat().st_size > 1000
+    assert result["rows"] == 8 and result["patients"] == 4
+    assert set(result["questions"]["accuracy"]) == {"real", "shuffled", "blank", "question_only", "constant"}
+    floors = result["reports"]["findings"]["scores"]
+    assert result["reports"]["findings"]["truth"] == "label columns" and {"all_negative", "all_positive"} <= set(floors)
+    table = (out / "language.md").read_text()
+    assert "no evidence the image is used" in table and "question only" in table and NOTICE in table
+    wanted = {
+        line["row"]: line["answer"] for line in map(json.loads, (out / "answers_real.jsonl").read_text().splitlines())
+    }
+    assert len(wanted) == 8 and result["left_out"] == {}
+    lines = (out / "answers_shuffled.jsonl").read_text().splitlines()
+    (out / "answers_shuffled.jsonl").write_text("\n".join([*lines[:5], lines[5][:20]]))
+    asked = []
+    monkeypatch.setattr(
+        CTAssistant, "answer_many", lambda _self, batch, **_: asked.extend(batch) or ["again"] * len(batch)
+    )
+    evaluate_language.evaluate(str(home / "text.jsonl"), **options)
+    assert len(asked) == 3
+
+
+def test_an_answer_is_asked_again_when_it_was_shown_another_volume_or_cut_shorter(home, aligned, monkeypatch, tmp_path):
+    asked = []
+
+    def answer(_self, batch, **_):
+        asked.extend(batch)
+        return ["left"] * len(batch)
+
+    monkeypatch.setattr(CTAssistant, "answer_many", answer)
+    counts = []
+    for options in ({"seed": 0}, {"seed": 0}, {"seed": 1}, {"seed": 1, "max_new_tokens": 9}):
+        asked.clear()
+        evaluate_language.evaluate(
+            str(home / "text.jsonl"), align=str(aligned), output_dir=str(tmp_path), options=options
+        )
+        counts.append(len(asked))
+    everything = 4 * 8
+    assert counts[0] == counts[3] == everything and counts[1] == 0
+    assert 0 < counts[2] <= 8, "only the shuffled volumes depend on the seed"
+
+
+def test_rows_that_cannot_be_asked_are_left_out_and_counted(home, aligned, tmp_path):
+    lines = [json.loads(line) for line in (home / "text.jsonl").read_text().splitlines()]
+    lines = [{**line, "image": str(home / line["image"])} for line in lines]
+    held = [line for line in lines if line["split"] == "val"]
+    lines += [{**held[0], "question": "side " * 2000}, {**held[0], "answer": ""}]
+    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    options = {"max_new_tokens": 1}
+    result = evaluate_language.evaluate(str(tmp_path / "text.jsonl"), align=str(aligned), options=options)
+    assert result["rows"] == 8 and result["left_out"] == {"question too long": 1, "empty answer": 1}
+    assert "8 rows of 4 patients, 1 left out (question too long)" in (aligned / "evaluation/language.md").read_text()
+
+
+def test_evaluate_as_a_command_that_is_a_process(home, aligned, tmp_path):
+    call = [sys.executable, "-m", "app", "evaluate", home / "text.jsonl", "--align", aligned, "--out", tmp_path]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*map(str, call), "--max-new-tokens", "3", "--json"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads((tmp_path / "language.json").read_text())
+    assert "Traceback" not in done.stderr
