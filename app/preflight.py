@@ -99,19 +99,19 @@ def check() -> None:
 
 def _check_override(name: str, value: Any, call: CommandLine) -> None:
     path = re.split(r"::|#", name)
-    given_whole = isinstance(value, dict) or str(value)[:1] in "$@%" or name in RULES
-    is_part = isinstance(call.config.get(name), dict) and not given_whole
+    is_part = isinstance(call.config.get(name), dict) and not (isinstance(value, dict) or str(value)[:1] in "$@%")
     if path[0] not in call.config or is_part:
         known = [ours for ours in OTHER_NAMES.get(path[0], ()) if ours.split()[0] in {*call.config, "torchrun"}]
         if known:
             fail("UNKNOWN_KEY", f"this run has no key {path[0]}", f"here it is {known[0]}")
-        if is_part:
+        if is_part and name not in RULES:
             fail(
                 "UNKNOWN_KEY",
                 f"{name} is a part of this config, not a setting",
                 "override it with a dict, or by # keys",
             )
-        _unknown(path[0], call.config)
+        if not is_part:
+            _unknown(path[0], call.config)
     node: Any = call.config
     for depth, part in enumerate(path):
         if isinstance(node, dict) and part not in node:
