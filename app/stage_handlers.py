@@ -97,6 +97,7 @@ class StageHandlers:
 
     def _validate(self, engine: SupervisedTrainer) -> None:
         self.evaluator.run()
+        self.evaluator.state.output = self.evaluator.state.batch = None  # a whole case with its maps, on the device
         self.validated_step = engine.state.iteration
         self.folder.record_validation(engine.state.iteration, self.evaluator.state.metrics)
 

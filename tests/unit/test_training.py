@@ -1,9 +1,13 @@
-"""The averaged model: the formula it follows, and what it copies."""
+"""The averaged model: the formula it follows, and what it copies. What validation leaves in memory."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
+from ignite.engine import Engine
 from torch import nn
 
+from app.stage_handlers import StageHandlers
 from app.training import average
 
 
@@ -22,3 +26,17 @@ def test_the_average_follows_its_formula_and_copies_buffers():
         assert averaged.module.weight.tolist() == pytest.approx(expected.tolist(), rel=1e-6)
     assert averaged.module.running_mean.tolist() == [50.0, 50.0]
     assert (averaged.module.weight != network.weight).all() and int(averaged.n_averaged) == 25
+
+
+def test_validation_keeps_no_case_on_the_device():
+    class Validation(Engine):
+        def run(self):
+            return super().run([1, 2])
+
+    evaluator = Validation(lambda _, batch: torch.zeros(batch))
+    folder = SimpleNamespace(record_validation=lambda step, metrics: None)
+    parts = dict.fromkeys(("averaged", "optimizer", "schedule", "every"))
+    handlers = StageHandlers(folder=folder, network=nn.Linear(1, 1), evaluator=evaluator, **parts)
+    handlers._validate(SimpleNamespace(state=SimpleNamespace(iteration=7)))
+    assert handlers.validated_step == 7 and evaluator.state.iteration == 2
+    assert evaluator.state.output is None and evaluator.state.batch is None
