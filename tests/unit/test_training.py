@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ignite.engine import Engine
+from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from torch import nn
 
 from app.stage_handlers import StageHandlers
@@ -29,14 +29,34 @@ def test_the_average_follows_its_formula_and_copies_buffers():
 
 
 def test_validation_keeps_no_case_on_the_device():
-    class Validation(Engine):
-        def run(self):
-            return super().run([1, 2])
-
-    evaluator = Validation(lambda _, batch: torch.zeros(batch))
-    folder = SimpleNamespace(record_validation=lambda step, metrics: None)
-    parts = dict.fromkeys(("averaged", "optimizer", "schedule", "every"))
-    handlers = StageHandlers(folder=folder, network=nn.Linear(1, 1), evaluator=evaluator, **parts)
-    handlers._validate(SimpleNamespace(state=SimpleNamespace(iteration=7)))
+    network = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    evaluator = SupervisedEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=[1, 2],
+        network=network,
+        iteration_update=lambda engine, batch: torch.zeros(batch),
+        decollate=False,
+    )
+    handlers = StageHandlers(
+        folder=SimpleNamespace(record_validation=lambda step, metrics: None),
+        network=network,
+        averaged=average(network, ema_rate=0.9),
+        optimizer=optimizer,
+        schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0),
+        evaluator=evaluator,
+        every={},
+    )
+    trainer = SupervisedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=1,
+        train_data_loader=[1],
+        network=network,
+        optimizer=optimizer,
+        loss_function=nn.L1Loss(),
+        decollate=False,
+    )
+    trainer.state.iteration = 7
+    handlers._validate(trainer)
     assert handlers.validated_step == 7 and evaluator.state.iteration == 2
     assert evaluator.state.output is None and evaluator.state.batch is None
