@@ -177,7 +177,7 @@ def tokenize(
     if single and len(cases) > 1:
         fail("MANY_SCANS", f"{source} holds {len(cases)} scans, {out} is one file", "give a folder as OUT")
     entries = []
-    for name, open_it in _progress(cases, "tokenize"):
+    for name, open_it in progress(cases, "tokenize"):
         path = out if single else out / f"{name}.npz"
         try:
             tokens = None if overwrite else _there_already(path, made)
@@ -250,7 +250,7 @@ def reconstruct(
         fail("BAD_LIKE", str(error), "give a scan that can be read", status=3)
     made = _loaded(tokenizer)
     entries = []
-    for file in _progress(files, "reconstruct"):
+    for file in progress(files, "reconstruct"):
         name = file.relative_to(source).with_suffix("").as_posix() if source.is_dir() else file.stem
         path = out if single else out / f"{name}.nii.gz"
         try:
@@ -267,7 +267,7 @@ def reconstruct(
     return _summary(entries, made)
 
 
-def _progress(items: Sequence[Any], what: str) -> Iterable[Any]:
+def progress(items: Sequence[Any], what: str) -> Iterable[Any]:
     """The items, with a bar on standard error where that is a terminal."""
     console = Console(stderr=True)
     return track(items, what, console=console, transient=True, disable=not console.is_terminal or len(items) < 2)

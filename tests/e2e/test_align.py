@@ -191,6 +191,7 @@ def test_micro_batches_give_the_step_of_the_batch(home, tmp_path):
 # ---- several processes
 
 
+@pytest.mark.slow
 def test_two_processes_align_as_one_does(home, place, start_process):
     """Built-in phantoms, a tiny language model trained whole: the same losses and weights, one voice, one writer."""
     settings = {
