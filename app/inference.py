@@ -187,7 +187,7 @@ def tokenize(
         fail("MANY_SCANS", f"{source} holds {len(cases)} scans, {out} is one file", "give a folder as OUT")
     _check_folder(out.parent if single else out)
     entries = []
-    for name, open_it in _progress(cases, "tokenize"):
+    for name, open_it in progress(cases, "tokenize"):
         path = out if single else out / f"{name}.npz"
         try:
             tokens = None if overwrite else _there_already(path, made)
@@ -276,7 +276,7 @@ def reconstruct(
         fail("BAD_LIKE", str(error), "give a scan that can be read", status=3)
     made = _loaded(tokenizer)
     entries = []
-    for file in _progress(files, "reconstruct"):
+    for file in progress(files, "reconstruct"):
         name = file.relative_to(source).with_suffix("").as_posix() if source.is_dir() else file.stem
         path = out if single else out / f"{name}.nii.gz"
         try:
@@ -294,7 +294,7 @@ def reconstruct(
     return _summary(entries, made)
 
 
-def _progress(items: Sequence[Any], what: str) -> Iterable[Any]:
+def progress(items: Sequence[Any], what: str) -> Iterable[Any]:
     """The items, with a bar on standard error where that is a terminal."""
     console = Console(stderr=True)
     return track(items, what, console=console, transient=True, disable=not console.is_terminal or len(items) < 2)

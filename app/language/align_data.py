@@ -17,12 +17,12 @@ from typing import Any
 
 import ignite.distributed as idist
 import torch
-from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from app import prepared
 from app.data import StepSampler
+from app.inference import progress
 from app.language import chat
 from app.language.phantom_text import balance, mirrored, phantom_rows
 from app.language.rows import TextRow
@@ -192,7 +192,7 @@ def encode_rows(
                 fail("BAD_SCAN", f"{image} cannot be used: {reason}", "repair it, or leave it out with --skip_bad True")
             log.warning("left out %s: %s", image, reason)
 
-    visit_in_shares(list(wanted), encode, says="Encoding scans")
+    visit_in_shares(list(wanted), encode, says="encoding scans")
     bad = [image for image in wanted if image in set(bad)]  # each once, though visited twice
     if not volumes:
         fail("NO_CASES", f"none of {len(wanted)} scans can be used", "run `python -m app check` on the data")
@@ -202,13 +202,18 @@ def encode_rows(
 def visit_in_shares(items: Sequence, visit: Callable[[Any], None], *, says: str) -> None:
     """Visits all items; of several processes each first visits a share, so that all then find the rest on disk."""
     rank, world = idist.get_rank(), idist.get_world_size()
-    shown = log.isEnabledFor(logging.INFO)
+    log.info("%s: %d", says, len(items))
     if world > 1:
-        for item in track(items[rank::world], description=f"{says} (one of {world} shares)", disable=not shown):
+        for item in shown(items[rank::world], f"{says}, one of {world} shares"):
             visit(item)
         idist.barrier()
-    for item in track(items, description=says, disable=not shown):
+    for item in shown(items, says):
         visit(item)
+
+
+def shown(items: Sequence, says: str) -> Iterable:
+    """The items with a bar, of which several processes show one."""
+    return progress(items, says) if idist.get_rank() == 0 else items
 
 
 def phantom_volumes(
@@ -229,7 +234,7 @@ def phantom_volumes(
         volumes[name] = tokens[mirror]
         rows[name] = phantom_rows(name, findings, split=split, about=about)
 
-    visit_in_shares(range(count), visit, says="Making phantoms")
+    visit_in_shares(range(count), visit, says="making phantoms")
     return [row for name in sorted(rows) for row in rows[name]], volumes
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import track
 
+from app.inference import progress
 from app.language.assistant import NOTICE, CTAssistant
 from app.language.controls import CONTROLS, USED, Gap, constant_answers, derange, mean_gap, paired_gap, swap_sides
 from app.language.findings import finding_matrix, finding_scores, matcher_error
@@ -139,7 +139,7 @@ class Answers:
         open_.sort(key=lambda at: (self.rows[at].kind, len(self.rows[at].prompt)))  # alike ones share a batch
         batches = [open_[at : at + batch_size] for at in range(0, len(open_), batch_size)]
         with open(self.file, "a", encoding="utf-8") as stream:
-            for batch in track(batches, description=f"Answering: {column}", disable=not log.isEnabledFor(logging.INFO)):
+            for batch in progress(batches, f"answering: {column}"):
                 asked = [(self.rows[at].prompt, self.volumes[at]) for at in batch]
                 said = self.assistant.answer_many(asked, max_new_tokens=max_new_tokens)
                 for at, text in zip(batch, said, strict=True):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
 from app.inference import CTTokenizer
+from app.language import align_setup
 from app.language.assistant import NOTICE, CTAssistant
 from app.token_files import write_tokens
 from networks import make_vqvae
@@ -148,6 +150,50 @@ def test_low_rank_layers_without_peft_are_one_line(home, tmp_path, capsys, monke
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("NO_PEFT: use_lora needs the package peft")
 
 
+# ---- without a tokenizer
+
+
+def test_a_missing_tokenizer_is_trained_on_the_demo_and_asked_for_otherwise(home, place, monkeypatch, capsys):
+    """What stage 1 would leave is put there in its stead; the run goes on with it."""
+    monkeypatch.chdir(place)
+    with pytest.raises(SystemExit):
+        align(home, place / "out", vae_ckpt=None, data=str(home / "text.jsonl"))
+    assert capsys.readouterr().err.splitlines()[-1].startswith("NO_TOKENIZER: there is no tokenizer yet. First run")
+    demo = {"data": None, "vae_ckpt": None, "vl_model": None, "use_lora": False, "num_phantoms": 4, "epochs": 1}
+    calls = []
+
+    def stage1(call, env):
+        calls.append(call)
+        if len(calls) == 1:
+            return subprocess.CompletedProcess(call, 3)
+        checkpoints = place / "outputs/vq_stage1/ckpts"
+        checkpoints.mkdir(parents=True)
+        shutil.copy(home / "tokenizer.pt", checkpoints / "vqvae_ema0.9999_step0000001.pt")
+        torch.save({"step": 1}, checkpoints / "misc_step0000001.pt")
+        return subprocess.CompletedProcess(call, 0)
+
+    monkeypatch.setattr(align_setup.subprocess, "run", stage1)
+    with pytest.raises(SystemExit) as end:
+        align(home, place / "out", **demo)
+    assert end.value.code == 1 and "its training ended with status 3" in capsys.readouterr().err
+    align(home, place / "out", **demo)
+    assert [Path(call[-1]).name for call in calls] == ["vq_stage1.json"] * 2 and calls[0][1:4] == [
+        "-m",
+        "monai.bundle",
+        "run",
+    ]
+    told = json.loads((place / "out/train_args.json").read_text())
+    assert told["tokenizer_path"].endswith("outputs/vq_stage1/ckpts/vqvae_ema0.9999_step0000001.pt")
+
+
+@pytest.mark.slow
+def test_the_bare_command_trains_a_tokenizer_and_aligns_to_it(place, start_process):
+    end = end_of(start_process("bundles/align.json", **dict.fromkeys(TINY), epochs=1, num_phantoms=20), seconds=600)
+    assert end.status == 0, end.err
+    assert "no tokenizer yet: training one on the demo first" in end.out
+    assert (place / "outputs/align/language_final").is_dir() and (place / "outputs/vq_stage1/ckpts/best.json").is_file()
+
+
 # ---- the same in other ways
 
 
@@ -191,6 +237,7 @@ def test_micro_batches_give_the_step_of_the_batch(home, tmp_path):
 # ---- several processes
 
 
+@pytest.mark.slow
 def test_two_processes_align_as_one_does(home, place, start_process):
     """Built-in phantoms, a tiny language model trained whole: the same losses and weights, one voice, one writer."""
     settings = {

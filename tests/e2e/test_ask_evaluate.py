@@ -5,12 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
+import pytest
 from typer.testing import CliRunner
 
 from app.__main__ import app
 from app.language import ask as asking
-from app.language import evaluate_language
+from app.language import controls, evaluate_language, language_evaluation
 from app.language.assistant import NOTICE, CTAssistant
 from app.language.rows import REPORT_QUESTION
 from app.phantoms import make_phantom, write_nifti
@@ -90,6 +92,13 @@ def test_ask_as_a_command(home, aligned, tmp_path):
 # ---- evaluation
 
 
+@pytest.fixture
+def few_draws(monkeypatch):
+    """Intervals from a handful of draws: what they are is tested elsewhere."""
+    for name in ("paired_gap", "mean_gap"):
+        monkeypatch.setattr(language_evaluation, name, partial(getattr(controls, name), num_samples=5))
+
+
 def test_evaluation_writes_scores_beside_controls_and_goes_on_where_it_was(home, aligned, monkeypatch):
     options = {"options": {"max_new_tokens": 6}, "align": str(aligned)}
     result = evaluate_language.evaluate(str(home / "text.jsonl"), **options)
@@ -115,7 +124,9 @@ def test_evaluation_writes_scores_beside_controls_and_goes_on_where_it_was(home,
     assert len(asked) == 3
 
 
-def test_an_answer_is_asked_again_when_it_was_shown_another_volume_or_cut_shorter(home, aligned, monkeypatch, tmp_path):
+def test_an_answer_is_asked_again_when_it_was_shown_another_volume_or_cut_shorter(
+    home, aligned, monkeypatch, tmp_path, few_draws
+):
     asked = []
 
     def answer(_self, batch, **_):
@@ -135,7 +146,7 @@ def test_an_answer_is_asked_again_when_it_was_shown_another_volume_or_cut_shorte
     assert 0 < counts[2] <= 8, "only the shuffled volumes depend on the seed"
 
 
-def test_rows_that_cannot_be_asked_are_left_out_and_counted(home, aligned, tmp_path):
+def test_rows_that_cannot_be_asked_are_left_out_and_counted(home, aligned, tmp_path, few_draws):
     lines = [json.loads(line) for line in (home / "text.jsonl").read_text().splitlines()]
     lines = [{**line, "image": str(home / line["image"])} for line in lines]
     held = [line for line in lines if line["split"] == "val"]
@@ -147,16 +158,26 @@ def test_rows_that_cannot_be_asked_are_left_out_and_counted(home, aligned, tmp_p
     assert "8 rows of 4 patients, 1 left out (question too long)" in (aligned / "evaluation/language.md").read_text()
 
 
-def test_evaluate_as_a_command_that_is_a_process(home, aligned, tmp_path):
-    call = [sys.executable, "-m", "app", "evaluate", home / "text.jsonl", "--align", aligned, "--out", tmp_path]
+def test_evaluate_as_a_command(home, aligned, tmp_path, few_draws):
+    where = ["--align", aligned, "--out", tmp_path, "--max-new-tokens", 3]
+    result = json.loads(say("evaluate", home / "text.jsonl", *where, "--json"))
+    assert result == json.loads((tmp_path / "language.json").read_text()) and result["rows"] == 8
+    for_people = say("evaluate", home / "text.jsonl", *where)
+    assert for_people == (tmp_path / "language.md").read_text() and NOTICE in for_people
+    assert say("evaluate", home / "gone.csv", *where, status=2).startswith("BAD_MANIFEST: ")
+    said = say("evaluate", home / "text.jsonl", *where, "--split", "autumn", status=2)
+    assert said.splitlines()[-1].endswith("has no row with split autumn. It has ['train', 'val'].")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["ask", "evaluate"])
+def test_commands_as_processes(command, home, aligned, tmp_path):
+    data = [home / "scans/case9.npz", "On which side?"] if command == "ask" else [home / "text.jsonl"]
+    call = [sys.executable, "-m", "app", command, *data, "--align", aligned, "--max-new-tokens", 3, "--json"]
+    call += ["--out", tmp_path / ("answers.jsonl" if command == "ask" else "evaluation")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*map(str, call), "--max-new-tokens", "3", "--json"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == json.loads((tmp_path / "language.json").read_text())
-    assert "Traceback" not in done.stderr
+    done = subprocess.run(list(map(str, call)), capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    told = json.loads(done.stdout)
+    assert told["notice"] == NOTICE and ("answers" in told or "questions" in told)
+    assert len(list(tmp_path.rglob("*.json*"))) >= 1

@@ -9,6 +9,7 @@ from app.inference import CTTokenizer
 from app.language import align_data
 from app.language.align_data import OwnDataset, TextDataset, as_sample, encode_rows, make_loader
 from app.language.align_setup import make_collate
+from app.language.controls import swap_sides
 from app.language.rows import TextRow
 from app.language.volume_tokens import Reducer, TokenSource, extract_3d_latent_and_indices
 from app.scans import Volume
@@ -195,6 +196,31 @@ def test_tokens_are_kept_under_the_tokenizers_hash_and_damaged_ones_made_again(c
     other = CTTokenizer(ct.network, digest="b" * 64)
     with pytest.raises(ValueError, match="made by tokenizer aaaaaaaaaaaa, this one is bbbbbbbbbbbb"):
         TokenSource(other, cache_dir=tmp_path)(file)
+
+
+def test_of_several_processes_each_first_visits_its_share(monkeypatch):
+    story = []
+    monkeypatch.setattr(align_data.idist, "get_rank", lambda: 1)
+    monkeypatch.setattr(align_data.idist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(align_data.idist, "barrier", lambda: story.append("all shares are done"))
+    align_data.visit_in_shares(range(7), story.append, says="visiting")
+    assert story == [1, 4, "all shares are done", *range(7)]
+
+
+def test_phantoms_are_made_once_and_then_read(ct, tmp_path, monkeypatch):
+    """The same rows and tokens again, with sides swapped in the mirror, and nothing is painted."""
+    source = TokenSource(ct, cache_dir=tmp_path)
+    settings = {"count": 3, "seed": 0, "split": "train"}
+    rows, volumes = align_data.phantom_volumes(source, **settings)
+    monkeypatch.setattr(align_data, "make_phantom", None)
+    again, read = align_data.phantom_volumes(source, **settings)
+    assert again == rows and all(torch.equal(read[name].codes, volumes[name].codes) for name in volumes)
+    other, mirrored = align_data.phantom_volumes(source, **settings, mirror=True)
+    assert [row.answer for row in other if row.kind == "side"] == [
+        swap_sides(row.answer) for row in rows if row.kind == "side"
+    ]
+    assert set(mirrored) == {f"{name}_mirrored" for name in volumes}
+    assert any(not torch.equal(mirrored[f"{name}_mirrored"].codes, volumes[name].codes) for name in volumes)
 
 
 def test_a_bad_scan_ends_the_run_by_name_unless_skipped(ct, tmp_path, capsys):
