@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from app import prepared
+from app import prepared_writer
 from app.data import StepSampler
 from app.inference import progress
 from app.language import chat
@@ -251,7 +251,7 @@ def phantom_case(
         source.cached(f"{name}_mirrored", lambda: Volume(made().hu[::-1].copy(), made().affine)),
     )
     if not file.is_file():
-        prepared.write_text(file, json.dumps(made().findings) + "\n")
+        prepared_writer.write_text(file, json.dumps(made().findings) + "\n")
     return json.loads(file.read_text(encoding="utf-8")), tokens
 
 
