@@ -54,6 +54,7 @@ class AlignPlan:
     train_language: bool
     use_3d_pos: bool
     num_phantoms: int
+    about: list[str] | None
     tiny: dict
     amp: str
     num_workers: int
@@ -107,14 +108,15 @@ def make_align_plan(
         fail("NO_PEFT", str(error), "pip install peft, or leave out --use_lora")
     return AlignPlan(
         scale=chosen,
-        epochs=4 if demo else 3,
+        epochs=5 if demo else 3,
         batch_size=16 if demo else 2,
         learning_rate=1e-3 if demo else 1e-4,
         lr_scheduler="one_cycle" if demo else "cosine",
         language=language,
         train_language=whole,
         use_3d_pos=tiny,
-        num_phantoms=dummy_samples if dummy_data else 160,
+        num_phantoms=dummy_samples if dummy_data else 800,
+        about=["pleural effusion"] if demo else None,  # what tokens at 8 mm can show
         tiny={"width": 64, "num_layers": 2},
         amp="bf16" if cuda else "off",
         num_workers=0 if demo else min(8, max((os.cpu_count() or 2) - 1, 1)),

@@ -244,6 +244,7 @@ def test_two_processes_align_as_one_does(home, place, start_process):
         "vl_model": "tiny_qwen2_vl",
         "vae_ckpt": home / "tokenizer.pt",
         "num_phantoms": 6,
+        "about": "$None",
         "epochs": 1,
         "num_workers": 0,
         "learning_rate": 1e-3,

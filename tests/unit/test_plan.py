@@ -70,3 +70,25 @@ def test_the_key_wins_over_the_environment_and_foreign_backends_mean_auto(
     with caplog.at_level("INFO"):
         assert make_plan(1, sparse_backend=key).sparse_backend == chosen
     assert ("SPARSE_BACKEND=torchsparse is not among" in caplog.text) == (environment == "torchsparse")
+
+
+def test_an_alignment_speaks_of_what_the_demo_can_show_and_of_everything_in_data(tmp_path, monkeypatch):
+    from app.language import align_setup
+
+    monkeypatch.setattr(align_setup.qwen, "family_of", lambda name: "qwen2_vl")
+    (tmp_path / "reports.csv").write_text("image,report\n")
+    demo, full = align_setup.make_align_plan(), align_setup.make_align_plan(data=str(tmp_path / "reports.csv"))
+    assert (demo.scale, demo.about, demo.language, demo.train_language) == (
+        "demo",
+        ["pleural effusion"],
+        "tiny_qwen2_vl",
+        True,
+    )
+    assert (full.scale, full.about, full.language, full.train_language) == (
+        "full",
+        None,
+        align_setup.STOCK_MODEL,
+        False,
+    )
+    assert not align_setup.make_align_plan(use_lora=True).train_language
+    assert align_setup.make_align_plan(dummy_data=True, dummy_samples=9).num_phantoms == 9

@@ -268,7 +268,7 @@ def test_a_wrong_value_for_an_evaluation_is_named_with_its_rule(check, key, valu
         ["--data", "reports.csv", "--image_root", "scans", "--vl_model", "Qwen/Qwen3-VL-2B-Instruct"],
         ["--about", "['nodule','kidney stone']", "--use_lora", "True", "--lora_alpha", "16"],
         ["--vae_config", "config.json", "--dataset", "mine.sets.Reports", "--weight_decay", "0"],
-        ["--data", "None", "--vl_model", "None", "--about", "None"],
+        ["--data", "None", "--vl_model", "None", "--about", "$None"],
         ["--grad_clip", "$None", "--epochs", "$2+1", "--tiny", "{'num_layers': 3}"],
     ],
     ids=" ".join,
@@ -282,6 +282,11 @@ def test_right_flags_of_an_alignment_pass_in_silence(check, flags):
 def test_none_for_a_key_of_alignment_that_needs_a_value_is_refused(check, key, null):
     line = check(f"--{key}", null, config=ALIGN)
     assert line.startswith(f"BAD_VALUE: {key} cannot be null")
+
+
+def test_a_default_of_alignment_is_set_to_null_by_a_dollar_alone(check):
+    assert check("--about", "None", config=ALIGN).startswith("NULL_IGNORED: MONAI ignores --about None")
+    assert check("--about", "$None", config=ALIGN) is None
 
 
 def test_null_stays_null(check):
