@@ -272,7 +272,7 @@ def unpool(x: SparseTensor, cells: Coarsening) -> SparseTensor:
 class _FusedGroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, feats, weight, bias, chunks, num_groups, eps, silu):
-        kernels, feats = _fused("rows", feats), feats.contiguous()
+        kernels, feats = _fused("norm", feats), feats.contiguous()
         out, stats = kernels.group_norm(feats, chunks, num_groups, weight, bias, eps=eps, silu=silu)
         ctx.save_for_backward(feats, weight, bias, *stats)
         ctx.kernels, ctx.chunks, ctx.num_groups, ctx.silu = kernels, chunks, num_groups, silu
@@ -298,7 +298,7 @@ def group_norm(
     silu: bool = False,
 ) -> SparseTensor:
     """Group normalisation over each sample's own voxels, in float32, then SiLU where asked for."""
-    kernels = _fused("rows", x.feats)
+    kernels = _fused("norm", x.feats)
     if kernels and len(x):
         rows = kernels.chunk_rows(x.feats.shape[1])
         chunks = x.level.kept(("chunks", rows), lambda: kernels.cut(x.level.sample_sizes, rows, x.feats.device))

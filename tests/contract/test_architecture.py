@@ -30,7 +30,9 @@ OWNERS = {  # optional or heavy libraries, each behind one door
     "peft": {"networks/qwen.py"},
     "spconv": {"networks/sparse/spconv_backend.py"},
     "cumm": {"networks/sparse/spconv_backend.py"},
-    "triton": {f"networks/sparse/triton_{part}.py" for part in ("attention", "backend", "launch", "maps", "rows")}
+    "triton": {
+        f"networks/sparse/triton_{part}.py" for part in ("attention", "backend", "launch", "maps", "norm", "rows")
+    }
     | {"networks/code_search.py"},
 }
 SPARSE_LAYERS = (

@@ -7,7 +7,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 from networks import code_search  # noqa: E402
-from networks.sparse import triton_attention, triton_backend, triton_maps, triton_rows  # noqa: E402
+from networks.sparse import triton_attention, triton_backend, triton_maps, triton_norm, triton_rows  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -154,11 +154,11 @@ def test_row_operations_and_maps_compile():
     compiled(triton_rows._sum_children, SCALED=True, **rows)
     compiled(triton_rows._spread, SCALED=True, **rows)
     compiled(triton_rows._column_sums, **rows)
-    compiled(triton_rows._moments, types=bounds, **rows)
-    for kernel in (triton_rows._normalize, triton_rows._grad_moments, triton_rows._grad_input):
+    compiled(triton_norm._moments, types=bounds, **rows)
+    for kernel in (triton_norm._normalize, triton_norm._grad_moments, triton_norm._grad_input):
         compiled(kernel, types=bounds, SILU=True, **rows)
     groups = {"CHANNELS": 32, "GROUP": 1, "BLOCK": 16, "WIDTH": 16, "TILE": 128}
-    for kernel in (triton_rows._combine, triton_rows._combine_grads):
+    for kernel in (triton_norm._combine, triton_norm._combine_grads):
         compiled(kernel, "fp32", types=bounds | {"starts": "*i32", "eps": "fp32"}, **groups)
     compiled(triton_maps._encode_checked, "i32", types={"size_b": "i32"}, BITS=8, TILE=512)
     for kernel in (triton_maps._encode, triton_maps._decode):

@@ -19,7 +19,7 @@ from tests import oracle
 triton = pytest.importorskip("triton")
 from networks import code_search  # noqa: E402
 from networks.quantizer import VectorQuantizer  # noqa: E402
-from networks.sparse import triton_attention, triton_backend, triton_maps, triton_rows  # noqa: E402
+from networks.sparse import triton_attention, triton_backend, triton_maps, triton_norm, triton_rows  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that the test below starts")
@@ -209,8 +209,8 @@ def test_interpreted_search_takes_the_lowest_of_equal_codes(generator):
 def test_interpreted_group_norm_and_its_gradients(
     channels, groups, chunks_in_all, silu, generator, assert_close, monkeypatch
 ):
-    monkeypatch.setattr(triton_rows, "ELEMENTS", 512)
-    monkeypatch.setattr(triton_rows, "CHUNKS", chunks_in_all)  # one step a chunk, or several
+    monkeypatch.setattr(triton_norm, "ELEMENTS", 512)
+    monkeypatch.setattr(triton_norm, "CHUNKS", chunks_in_all)  # one step a chunk, or several
     sizes = [70, 0, 1, 29]
     x = 5 + 3 * torch.randn(100, channels, generator=generator)
     weight, bias = torch.randn(2, channels, generator=generator)
@@ -223,9 +223,9 @@ def test_interpreted_group_norm_and_its_gradients(
     expected = torch.cat(parts)
     expected = torch.nn.functional.silu(expected) if silu else expected
     expected.backward(grad.double())
-    chunks = triton_rows.cut(sizes, triton_rows.chunk_rows(channels), x.device)
-    out, stats = triton_rows.group_norm(x, chunks, groups, weight, bias, eps=1e-5, silu=silu)
+    chunks = triton_norm.cut(sizes, triton_norm.chunk_rows(channels), x.device)
+    out, stats = triton_norm.group_norm(x, chunks, groups, weight, bias, eps=1e-5, silu=silu)
     assert_close(out, expected)
-    grads = triton_rows.group_norm_grads(x, grad, chunks, stats, groups, weight, bias, silu=silu)
+    grads = triton_norm.group_norm_grads(x, grad, chunks, stats, groups, weight, bias, silu=silu)
     for mine, reference in zip(grads, truth, strict=True):
         assert_close(mine, reference.grad)
