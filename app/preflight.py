@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 RUN_ARGUMENTS = {
     "run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking", "args_file",
 }  # fmt: skip
+LOST_RANK = r"Connection (?:closed|reset) by peer|NCCL \w+ error|Broken pipe"  # how gloo and NCCL say it
 STEP_LISTS = ("initialize", "run", "training", "finalize")
 SPECIAL_KEYS = ("_target_", "_requires_", "_disabled_", "_desc_", "_mode_", "_wrapper_")  # that MONAI knows
 
@@ -255,6 +256,9 @@ def one_line_errors() -> None:
             _leave(f"DISK_FULL: {cause.strerror}: {place}. {again}.\n", 2)
         if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             _leave(f"NO_ACCESS: {cause.strerror}: {cause.filename}. Check the path and who may use it.\n", 2)
+        if (lost := re.search(LOST_RANK, str(cause))) and "RANK" in os.environ:
+            remedy = "Look above for why it ended, then --resume latest; torchrun --max_restarts=3 does so by itself"
+            _leave(f"LOST_RANK: another process of this run is gone ({lost[0]}), so this one ends. {remedy}.\n", 1)
         if type(cause).__name__ == "OutOfMemoryError":
             advice = "lower, in this order: batch_size_per_gpu, max_points, resolution; or pass --use_checkpoint True"
             _leave(f"OUT_OF_MEMORY: {str(cause).splitlines()[0]} {advice}.\n", 2)

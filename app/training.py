@@ -18,6 +18,7 @@ import torch.distributed as dist
 from ignite.engine import Engine
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.swa_utils import AveragedModel
 
@@ -150,7 +151,14 @@ class ProcessGroup:
             )
         if not dist.is_initialized():
             choose_device()
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            store, rank, world = next(rendezvous("env://"))
+            if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+                # torchrun's restart keeps the store: without a name of its own an attempt would read where the ranks
+                # of the last one listened. Over several nodes attempts are not counted alike, and stores are new.
+                attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+                store = dist.PrefixStore(f"attempt {attempt}", store)
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world)
             one_line_errors()  # torch has put its own hook before ours
         if dist.get_rank() != 0:  # one voice on the console
             logging.getLogger().setLevel(logging.WARNING)

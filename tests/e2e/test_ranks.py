@@ -120,6 +120,23 @@ def test_a_killed_rank_is_started_again_and_goes_on(data, place, start_process):
     assert_same_story(told(place / "out"), told(place / "alone"))
 
 
+@pytest.mark.slow
+def test_without_restarts_a_killed_rank_ends_the_job_in_one_line(data, place, start_process):
+    settings = {**STEPS, "warmup_steps": 2, "max_steps": 4000, "i_save": 20}
+    process = start_process(BOTH, launcher=torchrun(), dataset_dir=data, output_dir="out", **settings)
+    deadline = time.monotonic() + 200
+    while not any(step >= 20 for step in checkpoints.complete_steps(place / "out")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(ranks_of(process.pid)[-1], signal.SIGKILL)
+    end = end_of(process)
+    assert end.status == 1
+    lines = [line for line in end.err.splitlines() if line.startswith("LOST_RANK")]
+    assert all("--resume latest" in line for line in lines)
+    assert len(lines) == 1 or "(SIGTERM)" in end.err  # torchrun may have ended the other before it noticed
+    assert "[rank0]" not in end.err
+
+
 def ranks_of(launcher):
     with open(f"/proc/{launcher}/task/{launcher}/children") as file:
         return [int(number) for number in file.read().split()]
