@@ -346,5 +346,5 @@ def draw_bars(result: dict[str, Any], file: Path) -> None:
     axes.set_xticks(np.arange(len(groups)), list(groups))
     axes.set_ylim(0, 1)
     axes.set_ylabel("accuracy / F1")
-    axes.legend(fontsize=7, ncols=3)
+    axes.legend(fontsize=7, ncols=5, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     FigureCanvasAgg(figure).print_png(str(file))
