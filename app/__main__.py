@@ -36,7 +36,7 @@ class Answer:
 
 @contextlib.contextmanager
 def answering(as_json: bool, debug: bool) -> Iterator[Answer]:
-    """Runs a command's body and ends the process as section "Common to all" of the contract says."""
+    """Runs a command's body, prints its answer as one JSON object or as lines, and ends the process with its status."""
     answer, out = Answer(), sys.stdout
     try:
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():

@@ -13,7 +13,7 @@ import triton.language as tl
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
-from networks.sparse.triton_launch import quick
+from networks.sparse.triton_launch import quick, shared_memory
 
 FEW_ROWS = 2**15
 
@@ -37,12 +37,6 @@ def tile_for(width: int, device: torch.device, *, few: bool) -> Tile:
         rows, codes, warps = 64 if few else 128, 64, 4
     room = (shared_memory(device) // (8 * depth) - rows) // codes
     return Tile(rows, codes, warps, max(0, min(3 if depth > 32 else 4, room)))
-
-
-@cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes a program may use."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 2**17
 
 
 class Nearest(NamedTuple):

@@ -201,11 +201,12 @@ class VectorQuantizer(nn.Module):
         return Quantized(self._estimate(rows, values), codes, vq, commitment)
 
     def _by_averages(self, rows: Float[Tensor, "N D"]) -> Quantized:
+        codebook = self.codebook
         if (kernels := _fused(rows)) and not self.rotation_trick:
-            codes, values, commitment = _FusedQuantize.apply(rows, self.codebook, kernels)
+            codes, values, commitment = _FusedQuantize.apply(rows, codebook, kernels)
         else:
-            codes = nearest_codes(rows.detach(), self.codebook)
-            values = F.embedding(codes, self.codebook)
+            codes = nearest_codes(rows.detach(), codebook)
+            values = F.embedding(codes, codebook)
             commitment = (rows - values).square().mean(1)
             values = self._estimate(rows, values)
         return Quantized(values, codes, commitment.detach(), commitment)

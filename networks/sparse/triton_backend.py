@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from networks.sparse.topology import Level
-from networks.sparse.triton_launch import quick
+from networks.sparse.triton_launch import quick, shared_memory
 
 SPARE = 4096  # bytes of shared memory for what is no tile
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -95,12 +95,6 @@ def fitted(tile: Tile, dtype: torch.dtype, room: int) -> Tile:
         else:
             tile = tile._replace(rows=tile.rows // 2)
     return tile
-
-
-@cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes a program may use: 227 KiB on an H100 or H200, 99 on an RTX 4090, 163 on an A100."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 2**17
 
 
 def _precision(dtype: torch.dtype) -> str:

@@ -2,9 +2,10 @@
 
 A training step starts about 150 kernels, and the host, not the card, sets its pace. `@quick` above `@triton.jit` keeps
 `kernel[grid](...)` as it is. Arguments by name must be constants, behind all others, in the kernel's own order or not.
+Also says how much shared memory a program may use, which tiles have to fit.
 """
 
-from functools import partial
+from functools import cache, partial
 
 import torch
 import triton
@@ -42,3 +43,9 @@ def _kind(value: object) -> object:
     if isinstance(value, int):
         return type(value), value == 1, value % 16 == 0, -(2**31) <= value < 2**31
     return type(value)
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes a program may use: 227 KiB on an H100 or H200, 99 on an RTX 4090, 163 on an A100."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 2**17

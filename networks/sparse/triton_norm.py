@@ -169,6 +169,15 @@ def _chunks_at(parts, bounds, start, end, channels, there, CHANNELS: tl.constexp
 
 @no_type_check
 @triton.jit
+def _groups_of(starts, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """This program's sample with its chunks, and its channels: some whole groups."""
+    sample, channels = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, WIDTH)
+    there = (tl.arange(0, WIDTH) < BLOCK) & (channels < CHANNELS)
+    return sample, tl.load(starts + sample), tl.load(starts + sample + 1), channels, there
+
+
+@no_type_check
+@triton.jit
 def _over_group(values, channels, there, GROUP: tl.constexpr):
     """The mean over each channel's group."""
     same = (channels // GROUP)[:, None] == (channels // GROUP)[None, :]
@@ -192,10 +201,7 @@ def _combine(  # noqa: PLR0913
     TILE: tl.constexpr,
 ):
     """Mean and inverse deviation of a sample's groups from those of its chunks."""
-    sample = tl.program_id(0)
-    first, end = tl.load(starts + sample), tl.load(starts + sample + 1)
-    channels = tl.program_id(1) * BLOCK + tl.arange(0, WIDTH)
-    there = (tl.arange(0, WIDTH) < BLOCK) & (channels < CHANNELS)
+    sample, first, end, channels, there = _groups_of(starts, CHANNELS, BLOCK, WIDTH)
     total, number = tl.zeros((WIDTH,), dtype=tl.float64), tl.zeros((1,), dtype=tl.float64)
     for start in range(first, end, TILE):
         rows, means, _ = _chunks_at(parts, bounds, start, end, channels, there, CHANNELS, TILE)
@@ -334,10 +340,7 @@ def _combine_grads(  # noqa: PLR0913
     TILE: tl.constexpr,
 ):
     """A sample's sums of g and g z, and what its groups' means take from each row's gradient."""
-    sample = tl.program_id(0)
-    first, end = tl.load(starts + sample), tl.load(starts + sample + 1)
-    channels = tl.program_id(1) * BLOCK + tl.arange(0, WIDTH)
-    there = (tl.arange(0, WIDTH) < BLOCK) & (channels < CHANNELS)
+    sample, first, end, channels, there = _groups_of(starts, CHANNELS, BLOCK, WIDTH)
     total, along = tl.zeros((WIDTH,), dtype=tl.float64), tl.zeros((WIDTH,), dtype=tl.float64)
     number = tl.zeros((1,), dtype=tl.float64)
     for start in range(first, end, TILE):
