@@ -1,8 +1,7 @@
-"""Prepared cases as samples: the dataset with its cache, the sampler that hands out (step, index), the one collate.
+"""Prepared cases as samples: the dataset with its cache. loaders.py hands them out.
 
 What a case becomes before chance enters (`preprocessing`) is computed once and cached; what is drawn anew (`sampling`)
-is a function of (seed, step, case), so a resumed run sees the samples of the run it resumes. Batches are dicts of plain
-tensors: `feats` (N, C), `coords` (N, 4), `hu` (N,) where HU are known, `spatial_shape`, `batch_size`, `case_id`.
+is a function of (seed, step, case), so a resumed run sees the samples of the run it resumes.
 """
 
 import contextlib
@@ -12,8 +11,7 @@ import logging
 import os
 import pickle
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +19,7 @@ import ignite.distributed as idist
 import numpy as np
 import torch
 from monai.transforms import Compose
-from torch import distributed
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
 from app.prepared import PreparedCase, find_cases, windows_are_masks, windows_as_hu
 from transforms import RandCropToBudgetd, RandJitterd, RandTranslated, Resampled, Sparsifyd, Windowsd
@@ -94,7 +91,7 @@ class CTDataset(Dataset):
         return len(self.cases)
 
     def __getitem__(self, index: int | tuple[int, int]) -> Any:
-        return _or_refusal(lambda: self._sample(index))
+        return or_refusal(lambda: self._sample(index))
 
     def _sample(self, index: int | tuple[int, int]) -> dict[str, Any]:
         step, number = (0, index) if isinstance(index, int) else index
@@ -200,19 +197,6 @@ class CTDataset(Dataset):
             log.warning("Cache folder %s cannot be written (%s): going on without it", self.cache_dir, error)
             self.cache_dir = None
 
-    def summary(self, *, num_workers: int = 0) -> dict[str, Any]:
-        """Every case once: how many, how many would be skipped, points and the share of the grid dropped."""
-        points = _count_points(self, range(len(self)), num_workers=num_workers)
-        grid = float(np.prod(self.kept(0)["spatial_shape"]))
-        return {
-            "cases": len(points),
-            "skipped": sum(count < self.min_points for count in points),
-            "points_min": min(points),
-            "points_median": float(np.median(points)),
-            "points_max": max(points),
-            "share_dropped": 1 - float(np.mean(points)) / grid,
-        }
-
 
 def _constant(feats: np.ndarray) -> bool:
     """Whether all rows are the same; nearly always the first few tell that they are not."""
@@ -240,168 +224,19 @@ def _read_cache(file: Path) -> dict[str, Any] | None:
         return None
 
 
-# ---- order
-
-
-class StepSampler(Sampler):
-    """Hands out (step, index) for the steps `start` to `max_steps` of one rank.
-
-    The cases come in a new order every epoch, a pure function of (seed, epoch); ranks share an epoch without overlap.
-    """
-
-    def __init__(
-        self,
-        num_cases: int,
-        *,
-        batch_size: int,
-        max_steps: int,
-        seed: int = 0,
-        start: int = 0,
-        rank: int | None = None,
-        world: int | None = None,
-    ) -> None:
-        if num_cases < 1 or batch_size < 1:
-            raise ValueError(f"cases and batch_size must be at least 1, got {num_cases} and {batch_size}")
-        running = distributed.is_available() and distributed.is_initialized()
-        self.rank = rank if rank is not None else (distributed.get_rank() if running else 0)
-        self.world = world if world is not None else (distributed.get_world_size() if running else 1)
-        self.num_cases, self.batch_size, self.max_steps, self.seed = num_cases, batch_size, max_steps, seed
-        self.start = start
-
-    def __len__(self) -> int:
-        return max(0, self.max_steps - self.start) * self.batch_size
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        order, order_epoch = None, -1
-        for step in range(self.start, self.max_steps):
-            for slot in range(self.batch_size):
-                place = (step * self.world + self.rank) * self.batch_size + slot
-                epoch, offset = divmod(place, self.num_cases)
-                if epoch != order_epoch:
-                    order, order_epoch = self.order(epoch), epoch
-                yield step, int(order[offset])
-
-    def order(self, epoch: int) -> np.ndarray:
-        """The cases of an epoch in the order they are handed out."""
-        return np.random.default_rng([self.seed, epoch]).permutation(self.num_cases)
-
-
-# ---- batches
-
-
-def collate(items: Sequence[Any], *, batch_split: int = 1) -> Any:
-    """Samples to one batch, or with `batch_split` > 1 to a list of micro-batches, split by sample."""
-    for item in items:
-        if isinstance(item, Refusal):
-            return item
-    if batch_split > 1:
-        parts = np.array_split(np.arange(len(items)), min(batch_split, len(items)))
-        return [collate([items[i] for i in part]) for part in parts]
-    shapes = {item["spatial_shape"] for item in items}
-    if len(shapes) != 1:
-        raise ValueError(f"samples of a batch must share a grid, got {sorted(shapes)}")
-    coords = [torch.nn.functional.pad(item["coords"], (1, 0), value=i) for i, item in enumerate(items)]
-    batch = {
-        "feats": torch.cat([item["feats"] for item in items]),
-        "coords": torch.cat(coords),
-        "spatial_shape": items[0]["spatial_shape"],
-        "batch_size": len(items),
-        "case_id": [item["case_id"] for item in items],
-        "affine": torch.stack([item["affine"] for item in items]),
-        "skipped": sum(item["skipped"] for item in items),
-    }
-    if all("hu" in item for item in items):
-        batch["hu"] = torch.cat([item["hu"] for item in items])
-    return batch
-
-
-def make_train_loader(
-    dataset: CTDataset,
-    *,
-    batch_size: int,
-    max_steps: int,
-    start: int = 0,
-    batch_split: int = 1,
-    num_workers: int = 0,
-) -> DataLoader:
-    """One long epoch of `max_steps` batches; `loader.sampler.start` may be set before it is iterated."""
-    sampler = StepSampler(len(dataset), batch_size=batch_size, max_steps=max_steps, seed=dataset.seed, start=start)
-    return _loader(dataset, sampler, batch_size=batch_size, batch_split=batch_split, num_workers=num_workers)
-
-
-def make_val_loader(dataset: CTDataset, *, batch_size: int = 1, num_workers: int = 0) -> DataLoader:
-    """Every case once, in order, whole; each rank takes its share."""
-    running = distributed.is_available() and distributed.is_initialized()
-    rank, world = (distributed.get_rank(), distributed.get_world_size()) if running else (0, 1)
-    share = range(rank, len(dataset), world)
-    counts = _count_points(dataset, share, num_workers=num_workers)
-    numbers = [number for number, count in zip(share, counts, strict=True) if count >= dataset.min_points]
-    if len(numbers) < len(share):
-        left_out = len(share) - len(numbers)
-        log.warning("Validation skips %d of %d cases: under min_points %d", left_out, len(share), dataset.min_points)
-    if idist.all_reduce(len(numbers), op="MIN") == 0:  # a rank without any would leave the others waiting
-        raise ValueError(
-            f"the val split must give each of {world} processes a case of at least min_points={dataset.min_points} "
-            f"voxels, it has {len(dataset)} cases; give more val cases, lower min_points or start fewer processes"
-        )
-    return _loader(dataset, numbers, batch_size=batch_size, batch_split=1, num_workers=num_workers)
-
-
-class _Points(Dataset):
-    """How many voxels each case keeps; counting them fills the cache."""
-
-    def __init__(self, dataset: CTDataset) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, number: int) -> Any:
-        return _or_refusal(lambda: len(self.dataset.kept(number)["coords"]))
-
-
-def _count_points(dataset: CTDataset, numbers: Sequence[int], *, num_workers: int) -> list[int]:
-    options = {"num_workers": num_workers, "generator": torch.Generator()}
-    return [int(count) for count in CaseLoader(_Points(dataset), batch_size=None, sampler=numbers, **options)]
-
-
 class Refusal(NamedTuple):
     """A ValueError on its way out of a worker, where torch would bury its line under a trace."""
 
-    text: str
+    error: ValueError
 
 
-def _or_refusal(make: Callable[[], Any]) -> Any:
+def or_refusal(make: Callable[[], Any]) -> Any:
     if get_worker_info() is None:
         return make()
     try:
         return make()
     except ValueError as error:
-        return Refusal(str(error))
-
-
-class CaseLoader(DataLoader):
-    """A DataLoader that raises a worker's refusal as what it is."""
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in super().__iter__():
-            if isinstance(batch, Refusal):
-                raise ValueError(batch.text)
-            yield batch
-
-    def close(self) -> None:
-        """Lets the workers go while the interpreter is whole: left to its exit, each can take seconds to give up."""
-        self._iterator = None
-
-
-def _loader(dataset: CTDataset, sampler: Any, *, batch_size: int, batch_split: int, num_workers: int) -> DataLoader:
-    return CaseLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=partial(collate, batch_split=batch_split),
-        persistent_workers=num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # else every new iterator draws from the run's own
-    )
+        return Refusal(error)
 
 
 def make_dataset(

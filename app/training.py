@@ -42,7 +42,7 @@ def choose_device() -> torch.device:
 
 
 def to_sparse(batch: dict, device: torch.device) -> SparseTensor:
-    """The batch dictionary of `app.data.collate` as the networks take it."""
+    """The batch dictionary of `app.loaders.collate` as the networks take it."""
     feats, coords = (batch[key].to(device, non_blocking=True) for key in ("feats", "coords"))
     return SparseTensor(feats, coords, tuple(batch["spatial_shape"]), batch["batch_size"])
 

@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from app import prepared_writer
-from app.data import StepSampler
 from app.inference import progress
 from app.language import chat
 from app.language.phantom_text import balance, mirrored, phantom_rows
 from app.language.rows import TextRow
 from app.language.volume_tokens import Reducer, TokenSource, VolumeTokens, encode_sparse
+from app.loaders import StepSampler
 from app.phantoms import VERSION, make_phantom
 from app.preflight import fail
 from app.scans import Volume

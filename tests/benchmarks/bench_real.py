@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from app import card, data, prepared, scans
+from app import card, data, loaders, prepared, scans
 from app import reconstruction_metrics as measure
 from app.inference import CTTokenizer, dense_hu
 from app.metrics import count_codes, perplexity
@@ -110,7 +110,7 @@ def train_monai(given: argparse.Namespace, sizes: Preset) -> tuple[torch.nn.Modu
         num_codes=given.codes,
         code_width=sizes.latent_channels,
     ).to(DEVICE)
-    loader = data.make_train_loader(
+    loader = loaders.make_train_loader(
         samples(given, sizes), batch_size=given.batch, max_steps=10**6, num_workers=given.workers
     )
     optimizer = torch.optim.AdamW(

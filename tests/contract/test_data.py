@@ -8,16 +8,9 @@ import pytest
 import torch
 
 from app import prepared, prepared_writer
-from app.data import (
-    CTDataset,
-    StepSampler,
-    collate,
-    make_dataset,
-    make_train_loader,
-    make_val_loader,
-    preprocessing,
-    sampling,
-)
+from app.data import CTDataset, make_dataset, preprocessing, sampling
+from app.loaders import StepSampler, collate, make_train_loader, make_val_loader
+from app.refusals import RefusedInput
 from transforms import Resampled, Sparsifyd, Windowsd, array
 
 SETTINGS = {"resolution": 16, "spacing": 8.0}
@@ -276,26 +269,14 @@ def test_a_transform_that_cannot_say_its_settings_is_refused(dataset_dir):
 
 
 def test_small_cases_are_skipped_counted_and_said_once(dataset_dir, caplog):
-    sizes = make(dataset_dir).summary()
-    limit = int(sizes["points_median"])
-    dataset = make(dataset_dir, min_points=limit)
-    summary = dataset.summary()
-    assert summary["cases"] == 5 and summary["skipped"] == 2
+    sizes = [len(make(dataset_dir).kept(number)["coords"]) for number in range(5)]
+    dataset = make(dataset_dir, min_points=int(np.median(sizes)))
     with caplog.at_level(logging.WARNING):
         item = [dataset[(0, 0)] for _ in range(3)][-1]
     assert [record.message.split(":")[0] for record in caplog.records] == ["Skipped case0", "Skipped case1"]
     assert item["case_id"] == "case2" and item["skipped"] == 2  # the next that is large enough stands in
     assert collate([item, dataset[(0, 3)]])["skipped"] == 2
     assert len(make_val_loader(dataset)) == 3
-
-
-def test_summary_counts_points_and_what_is_dropped(dataset_dir):
-    dataset = make(dataset_dir)
-    points = [len(dataset.kept(n)["coords"]) for n in range(5)]
-    summary = dataset.summary()
-    assert (summary["points_min"], summary["points_max"]) == (min(points), max(points))
-    assert summary["points_median"] == np.median(points)
-    assert np.isclose(summary["share_dropped"], 1 - np.mean(points) / 16**3)
 
 
 def test_nothing_large_enough_is_one_line_saying_what_to_do(dataset_dir):
@@ -315,6 +296,23 @@ def test_constant_features_are_refused(tmp_path, workers):
     dataset = CTDataset(cases, preprocessing=inner, sampling=[Windowsd(windows=["brain"])])
     with pytest.raises(ValueError, match=r"^case steel has constant features in windows \['brain'\].*choose other"):
         next(iter(make_train_loader(dataset, batch_size=1, max_steps=1, num_workers=workers)))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_refusal_keeps_its_code_on_the_way_out_of_a_worker(dataset_dir, workers):
+    lacking = make_dataset(dataset_dir, split="train", preprocessing=[Refusing()], sampling=[Windowsd()])
+    with pytest.raises(RefusedInput, match=r"^no lung here$") as caught:
+        next(iter(make_train_loader(lacking, batch_size=1, max_steps=1, num_workers=workers)))
+    assert caught.value.code == "OTHER_WINDOWS"
+
+
+class Refusing:
+    """A transform that cannot use a case."""
+
+    settings: dict = {}  # noqa: RUF012
+
+    def __call__(self, item):
+        raise RefusedInput("OTHER_WINDOWS", "no lung here")
 
 
 def test_a_damaged_case_is_one_line_from_a_worker_too(dataset_dir):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from app import checkpoints, data, prepared, prepared_writer
+from app import checkpoints, data, loaders, prepared, prepared_writer
 from app.__main__ import app
 from app.inference import CTTokenizer, lines, onto_grid, reconstruct, tokenize
 from app.prepare import Refused, cohort
@@ -81,7 +81,7 @@ def test_encode_gives_the_codes_that_training_sees(tokenizer, dataset):
         sampling=data.sampling(),
     )
     for number, case in enumerate(prepared.find_cases(dataset)):
-        expected = tokenizer.network.encode(to_sparse(data.collate([samples[number]]), torch.device("cpu")))
+        expected = tokenizer.network.encode(to_sparse(loaders.collate([samples[number]]), torch.device("cpu")))
         for scan in (case, case.path, str(case.path), SimpleNamespace(hu=case.hu(), affine=case.affine)):
             tokens = tokenizer.encode(scan)
             assert np.array_equal(tokens.codes, expected.codes.numpy())
