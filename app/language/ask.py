@@ -38,6 +38,8 @@ def ask(
             log.warning("refused: %s", failures[-1])
             continue
         write = (lambda text: (sys.stdout.write(text), sys.stdout.flush())) if stream else None
+        if stream and opened.source != path.name:  # one of several below a folder
+            sys.stdout.write(f"{opened.source or opened.name}: ")
         asked = list(questions) or [None]
         said = assistant.ask(opened, asked[0] if stream else asked, max_new_tokens=max_new_tokens, write=write)
         answers += [answer.as_json() for answer in (said if isinstance(said, list) else [said])]

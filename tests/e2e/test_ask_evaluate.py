@@ -62,6 +62,8 @@ def test_a_folder_of_raw_scans_is_asked_scan_by_scan(aligned, tmp_path):
     result = asking.ask(str(tmp_path), ["On which side?"], align=str(aligned), max_new_tokens=4)
     assert [answer["source"] for answer in result["answers"]] == ["scan8.nii.gz", "scan9.nii.gz"]
     assert len(result["failures"]) == 1 and result["failures"][0].startswith("broken.nii.gz: CORRUPT_FILE")
+    streamed = say("ask", tmp_path, "On which side?", "--align", aligned, "--max-new-tokens", 4, "--stream", status=3)
+    assert [f"{answer['source']}: {answer['answer']}" for answer in result["answers"]] == streamed.splitlines()[:2]
     alone = asking.ask(str(tmp_path / "scan9.nii.gz"), ["On which side?"], align=str(aligned), max_new_tokens=4)
     assert alone["answers"][0]["answer"] == result["answers"][1]["answer"] and alone["status"] == 0
 
@@ -70,7 +72,7 @@ def say(*call, status=0) -> str:
     """Standard output of `python -m app …` inside this process."""
     done = CliRunner().invoke(app, [*map(str, call)])
     assert done.exit_code == status, done.output
-    return done.stdout if status == 0 else done.stderr
+    return done.stderr if status == 2 else done.stdout
 
 
 def test_ask_as_a_command(home, aligned, tmp_path):
