@@ -196,6 +196,7 @@ RULES = {
     "with_volumes": _switch(),
     "train_language": _switch(),
     "use_lora": _switch(),
+    "compile_layers": _switch(),
     "lora_r": _count(1),
     "lora_alpha": _count(1),
     "num_phantoms": _count(2),

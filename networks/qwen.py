@@ -7,6 +7,8 @@ batch's affair. Positions are always given: what the models guess from embedding
 offsets of an earlier call.
 """
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -84,7 +87,8 @@ class VolumeQwen(nn.Module):
         inputs = self.language_inputs(batch)
         ends = self.end_tokens()
         options |= {"eos_token_id": ends, "pad_token_id": ends[0]}
-        ids = self.language.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **options)
+        with torch.compiler.set_stance("force_eager"):  # one token at a time, with a cache that grows
+            ids = self.language.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **options)
         self.language.model.rope_deltas = None
         return [cut_at(row, ends) for row in ids.tolist()]
 
@@ -249,7 +253,24 @@ def freeze(language: nn.Module) -> None:
 
 def use_checkpointing(language: nn.Module) -> None:
     """Recomputes each layer in backward; only active in training mode."""
-    language.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in language.model.language_model.layers:
+        layer.forward = partial(_recomputed, layer)
+
+
+def _recomputed(layer: nn.Module, *args, **kwargs):
+    forward = partial(type(layer).forward, layer)
+    if not (layer.training and torch.is_grad_enabled()):
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def compile_layers(language: nn.Module, *, backend: str | Callable = "inductor") -> None:
+    """Fuses the small operations of each layer, forward and backward, and keeps less between; batches of any length.
+
+    One compilation serves all layers. Generation goes on as before.
+    """
+    for layer in language.model.language_model.layers:
+        layer.compile(dynamic=True, backend=backend)
 
 
 def add_lora(language: nn.Module, *, r: int = 8, alpha: int = 32, dropout: float = 0.05) -> nn.Module:

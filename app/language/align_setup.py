@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import ignite.distributed as idist
@@ -57,6 +58,7 @@ class AlignPlan:
     about: list[str] | None
     tiny: dict
     amp: str
+    compile_layers: bool
     num_workers: int
     i_print: int
     i_log: int
@@ -119,6 +121,7 @@ def make_align_plan(
         about=["pleural effusion"] if demo else None,  # what tokens at 8 mm can show
         tiny={"width": 64, "num_layers": 2},
         amp="bf16" if cuda else "off",
+        compile_layers=cuda and not tiny and find_spec("triton") is not None,  # it takes a minute to pay back
         num_workers=0 if demo else min(8, max((os.cpu_count() or 2) - 1, 1)),
         i_print=25 if demo else 100,
         i_log=25 if demo else 100,
@@ -242,6 +245,7 @@ class Language:
         train_language: bool = False,
         lora: dict | None = None,
         use_checkpoint: bool = False,
+        compile_layers: bool = False,
         tiny: dict | None = None,
         seed: int = 0,
     ):
@@ -274,6 +278,8 @@ class Language:
                 part.requires_grad_(True)
         if use_checkpoint:
             qwen.use_checkpointing(self.model)
+        if compile_layers:
+            qwen.compile_layers(self.model)
 
     @property
     def is_own(self) -> bool:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 from safetensors import safe_open
 from torch.nn import functional as F
 
@@ -13,6 +14,7 @@ from networks.projector import Projector
 from networks.qwen import (
     VolumeQwen,
     add_lora,
+    compile_layers,
     embedding_spread,
     freeze,
     load_language,
@@ -240,6 +242,42 @@ def test_checkpointing_gives_the_same_gradients(family, lora):
     assert plain["projector.proj.weight"].abs().max() > 0
     for name, gradient in plain.items():
         assert torch.equal(gradient, recomputed[name]), name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_layers_give_the_same_from_one_compilation(family, lora, checkpointing):
+    torch.compiler.reset()
+    model, tokenizer = make_model(family)
+    freeze(model.language)
+    if lora:
+        add_lora(model.language, dropout=0.0)
+    model.train()
+    batches = [make_batch(tokenizer, samples) for samples in (THREE, THREE[:2], THREE[1:])]
+    asked = make_batch(tokenizer, [(q, None, v) for q, _, v in THREE], side="left")
+
+    def steps():
+        for batch in batches:
+            model.zero_grad()
+            result = model(batch)
+            result.loss.backward()
+            yield result.loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+    plain, said = list(steps()), model.eval().generate(asked, max_new_tokens=4)
+    if checkpointing:
+        use_checkpointing(model.language)
+    compiled = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compile_layers(model.language, backend=compiled)
+    model.train()
+    for (loss, gradients), (same_loss, same_gradients) in zip(plain, steps(), strict=True):
+        torch.testing.assert_close(same_loss, loss, atol=ATOL, rtol=1e-5)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(same_gradients[name], gradient, atol=ATOL, rtol=1e-4)
+    told = compiled.frame_count
+    assert 1 <= told <= 2, "batches of every length share a compilation, layers too; one more where nothing is padded"
+    assert model.eval().generate(asked, max_new_tokens=4) == said
+    assert compiled.frame_count == told, "generation compiles nothing"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
