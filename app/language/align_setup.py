@@ -244,8 +244,7 @@ class Language:
         texts: Sequence[str],
         train_language: bool = False,
         lora: dict | None = None,
-        use_checkpoint: bool = False,
-        compile_layers: bool = False,
+        layers: dict | None = None,
         tiny: dict | None = None,
         seed: int = 0,
     ):
@@ -276,9 +275,10 @@ class Language:
         if train_language:
             for part in (self.model.model.language_model, self.model.lm_head):
                 part.requires_grad_(True)
-        if use_checkpoint:
+        layers = {"use_checkpoint": False, "compile": False} | (layers or {})
+        if layers["use_checkpoint"]:
             qwen.use_checkpointing(self.model)
-        if compile_layers:
+        if layers["compile"]:
             qwen.compile_layers(self.model)
 
     @property

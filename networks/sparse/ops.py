@@ -177,22 +177,20 @@ class _MixedLinear(torch.autograd.Function):
     """A linear map of 16-bit rows whose parameters' gradients are summed and kept in float32: no casts between."""
 
     @staticmethod
-    def forward(ctx, feats, weight, bias):
+    def forward(ctx, feats, weight, bias, kernels):
         cast = weight.to(feats.dtype)
         ctx.save_for_backward(feats, cast)
-        return F.linear(feats, cast, bias.to(feats.dtype))
+        ctx.kernels = kernels
+        return kernels.rows_product(feats, cast, bias)
 
     @staticmethod
     def backward(ctx, grad):
         _refuse_second_derivative()
         feats, weight = ctx.saved_tensors
         grad = grad.contiguous()
-        need_feats, need_weight, need_bias = ctx.needs_input_grad
-        return (
-            grad @ weight if need_feats else None,
-            torch.mm(grad.T, feats, out_dtype=torch.float32) if need_weight else None,
-            _column_sums(grad) if need_bias else None,
-        )
+        need_feats, *need_parameters = ctx.needs_input_grad[:3]
+        grads = ctx.kernels.parameter_grads(feats, grad) if any(need_parameters) else (None, None)
+        return ctx.kernels.rows_product(grad, weight.T, None) if need_feats else None, *grads, None
 
 
 def linear(
@@ -200,9 +198,8 @@ def linear(
 ) -> Float[Tensor, "N F"]:
     """A linear map of every row."""
     dtype = _autocast_dtype(feats)
-    if dtype and weight.dtype == torch.float32 and _fused("rows", feats):
-        return _MixedLinear.apply(feats.to(dtype), weight, bias)
-    return F.linear(feats, weight, bias)
+    kernels = _fused("linear", feats) if dtype and weight.dtype == torch.float32 else None
+    return _MixedLinear.apply(feats.to(dtype), weight, bias, kernels) if kernels else F.linear(feats, weight, bias)
 
 
 def _fused(name: str, feats: Float[Tensor, "N ..."]) -> ModuleType | None:

@@ -7,7 +7,7 @@ products (error near 1e-6), or as one where `torch.backends.cuda.matmul.allow_tf
 """
 
 import math
-from functools import cache, lru_cache
+from functools import cache
 from typing import NamedTuple, no_type_check
 
 import torch
@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from networks.sparse.topology import Level
-from networks.sparse.triton_launch import quick, shared_memory
+from networks.sparse.triton_launch import processors, quick, shared_memory, split
 
 SPARE = 4096  # bytes of shared memory for what is no tile
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -222,7 +222,7 @@ def row_product(
     listed = level.is_thin
     lists = level.neighbour_lists if listed else None
     block, offsets, programs = _parts(channels, columns, tile, listed)
-    splits, length = _split(num_rows, programs, tile.depth, _processors(feats.device))
+    splits, length = split(num_rows, programs, tile.depth, processors(feats.device))
     parts = feats.new_empty((splits, 27, channels, columns), dtype=torch.float32)
     with torch.cuda.device_of(feats):
         _row_product[(programs, splits)](
@@ -255,22 +255,6 @@ def _parts(channels: int, columns: int, tile: Tile, listed: bool) -> tuple[int, 
     block = min(max(triton.next_power_of_2(channels), 16), tile.rows)
     offsets = 1 if listed else tile.rows // block  # with lists each offset has rows of its own
     return block, offsets, triton.cdiv(27, offsets) * triton.cdiv(channels, block) * triton.cdiv(columns, tile.columns)
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-@lru_cache(maxsize=1024)
-def _split(num_rows: int, programs: int, depth: int, processors: int) -> tuple[int, int]:
-    """How many parts the rows are cut into, and the rows of each: several even waves of programs over the card."""
-    most = max(1, min(-(-num_rows // (4 * depth)), -(-10 * processors // programs)))
-    least = min(most, -(-4 * processors // programs))
-    waves = {s: s * programs / processors for s in range(least, most + 1)}
-    best = max(waves, key=lambda s: waves[s] / math.ceil(waves[s]))
-    length = -(-num_rows // (best * depth)) * depth
-    return -(-num_rows // length), length
 
 
 @no_type_check

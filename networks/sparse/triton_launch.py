@@ -2,10 +2,11 @@
 
 A training step starts about 150 kernels, and the host, not the card, sets its pace. `@quick` above `@triton.jit` keeps
 `kernel[grid](...)` as it is. Arguments by name must be constants, behind all others, in the kernel's own order or not.
-Also says how much shared memory a program may use, which tiles have to fit.
+Also says what a card has: shared memory, which tiles have to fit, and processors, among which rows are split.
 """
 
-from functools import cache, partial
+import math
+from functools import cache, lru_cache, partial
 
 import torch
 import triton
@@ -49,3 +50,19 @@ def _kind(value: object) -> object:
 def shared_memory(device: torch.device) -> int:
     """Bytes a program may use: 227 KiB on an H100 or H200, 99 on an RTX 4090, 163 on an A100."""
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 2**17
+
+
+@cache
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@lru_cache(maxsize=1024)
+def split(num_rows: int, programs: int, depth: int, num_processors: int) -> tuple[int, int]:
+    """How many parts the rows are cut into, and the rows of each: several even waves of programs over the card."""
+    most = max(1, min(-(-num_rows // (4 * depth)), -(-10 * num_processors // programs)))
+    least = min(most, -(-4 * num_processors // programs))
+    waves = {s: s * programs / num_processors for s in range(least, most + 1)}
+    best = max(waves, key=lambda s: waves[s] / math.ceil(waves[s]))
+    length = -(-num_rows // (best * depth)) * depth
+    return -(-num_rows // length), length

@@ -122,6 +122,24 @@ def test_parameters_of_mixed_layers_get_float32_gradients(dtype, assert_close):
             assert_close(mine.grad, plain.grad, dtype=torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("channels", "columns"), [(4, 32), (32, 4), (64, 128), (256, 768), (256, 1024), (1024, 256)])
+@pytest.mark.parametrize("count", [1, 1000, 70001])
+def test_the_linear_map_of_rows_equals_float64(count, channels, columns, dtype, assert_close):
+    triton_linear = pytest.importorskip("networks.sparse.triton_linear")
+    made = torch.Generator().manual_seed(count)
+    rows, grad = (torch.randn(count, width, generator=made).to(dtype) for width in (channels, columns))
+    weight = (torch.randn(columns, channels, generator=made) / 8).to(dtype)
+    bias = torch.randn(columns, generator=made)
+    x, w, upstream = (value.cuda().double() for value in (rows, weight, grad))
+    rows, grad, weight, bias = (value.cuda() for value in (rows, grad, weight, bias))
+    assert_close(triton_linear.rows_product(rows, weight, bias), x @ w.T + bias.double(), dtype=dtype)
+    assert_close(triton_linear.rows_product(grad, weight.T, None), upstream @ w, dtype=dtype)
+    for_weight, for_bias = triton_linear.parameter_grads(rows, grad)
+    assert_close(for_weight, upstream.T @ x, dtype=torch.float32)
+    assert_close(for_bias, upstream.sum(0), dtype=torch.float32)
+
+
 def test_a_second_derivative_is_refused():
     _, there = levels(3)
     layer = modules.SubmanifoldConv3d(8, 8).cuda()

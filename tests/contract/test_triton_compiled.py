@@ -7,7 +7,14 @@ import torch
 
 triton = pytest.importorskip("triton")
 from networks import code_search  # noqa: E402
-from networks.sparse import triton_attention, triton_backend, triton_maps, triton_norm, triton_rows  # noqa: E402
+from networks.sparse import (  # noqa: E402
+    triton_attention,
+    triton_backend,
+    triton_linear,
+    triton_maps,
+    triton_norm,
+    triton_rows,
+)
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -16,7 +23,7 @@ FLOATS = ["scale", "parts", "sums", "sums_along", "dots", "mean", "rstd", "bias"
 FLOATS += ["high", "low", "halves"]
 LONGS = ["children", "parent", "order", "bounds", "keys"]
 COUNTS = ["num_rows", "num_fine", "num_coarse", "num_codes", "num_blocks", "num_cells", "length"]
-INTEGERS = [*COUNTS, "weight_k", "weight_c", "size_x", "size_y", "size_z"]
+INTEGERS = [*COUNTS, "weight_k", "weight_c", "weight_f", "size_x", "size_y", "size_z"]
 
 
 def compiled(kernel, dtype="bf16", *, card=90, warps=4, stages=3, types=None, **constants):
@@ -112,6 +119,35 @@ def test_weight_gradient_has_wgmma_and_wide_copies(channels, dtype, thin):
 @pytest.mark.parametrize(("channels", "dtype"), [(256, "bf16"), (256, "fp32")])
 def test_convolution_fits_the_card(make, channels, dtype, card):
     assert make(channels, channels, dtype, card=card).metadata.shared <= ROOM[card]
+
+
+def linear_map(channels, columns, card):
+    tile = triton_backend.fitted(
+        triton_backend.product_tile(channels, columns, torch.bfloat16, thin=False), torch.bfloat16, ROOM[card]
+    )
+    sizes = {"CHANNELS": channels, "COLUMNS": columns, "TILE_ROWS": tile.rows, "TILE_COLUMNS": tile.columns}
+    run = {"card": card, "warps": tile.warps, "stages": tile.stages}
+    return compiled(triton_linear._rows_product, HAS_BIAS=True, DEPTH=tile.depth, weight_c=1, **sizes, **run)
+
+
+def linear_gradient(channels, columns, card):
+    tile, lines, _ = triton_linear._parts(channels, columns, torch.bfloat16, ROOM[card])
+    sizes = {"CHANNELS": channels, "COLUMNS": columns, "TILE_LINES": lines, "TILE_CHANNELS": tile.columns}
+    run = {"card": card, "warps": tile.warps, "stages": tile.stages}
+    return compiled(triton_linear._parameter_grads, DEPTH=tile.depth, **sizes, **run)
+
+
+@pytest.mark.parametrize("card", ROOM)
+@pytest.mark.parametrize("make", [linear_map, linear_gradient])
+@pytest.mark.parametrize(("channels", "columns"), [(256, 1024), (64, 128), (4, 32), (128, 8)])
+def test_linear_map_fits_the_card_and_copies_ahead(make, channels, columns, card):
+    made = make(channels, columns, card)
+    assert made.metadata.shared <= ROOM[card]
+    ptx = made.asm["ptx"]
+    if min(channels, columns) >= 64:
+        assert ("wgmma.mma_async" in ptx) == (card == 90)
+    if channels == 256:  # fewer are one step: there is nothing to run ahead of
+        assert "cp.async.cg.shared.global" in ptx
 
 
 @pytest.mark.parametrize(("few", "width"), [(True, 32), (False, 16), (False, 64), (False, 128)])

@@ -19,7 +19,14 @@ from tests import oracle
 triton = pytest.importorskip("triton")
 from networks import code_search  # noqa: E402
 from networks.quantizer import VectorQuantizer  # noqa: E402
-from networks.sparse import triton_attention, triton_backend, triton_maps, triton_norm, triton_rows  # noqa: E402
+from networks.sparse import (  # noqa: E402
+    triton_attention,
+    triton_backend,
+    triton_linear,
+    triton_maps,
+    triton_norm,
+    triton_rows,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that the test below starts")
@@ -138,6 +145,23 @@ def test_interpreted_sums_and_copies_of_children(channels, generator, assert_clo
     assert_close(triton_rows.sum_children(fine, cells.children, scale), expected * scale[:, None])
     assert_close(triton_rows.spread(coarse, cells.parent, None), coarse[cells.parent])
     assert_close(triton_rows.spread(coarse, cells.parent, scale), (coarse * scale[:, None])[cells.parent])
+
+
+@in_interpreter
+@pytest.mark.parametrize(("channels", "columns"), [*SIZES, (4, 32), (32, 4), (150, 260)])
+@pytest.mark.parametrize("count", [0, 1, 129, 700])
+def test_interpreted_linear_map_and_its_gradients(count, channels, columns, generator, assert_close):
+    feats, grad = (torch.randn(count, width, generator=generator).half() for width in (channels, columns))
+    weight = (torch.randn(columns, channels, generator=generator) / 8).half()
+    bias = torch.randn(columns, generator=generator)
+    x, w, upstream = feats.double(), weight.double(), grad.double()
+    half = {"dtype": torch.float16}
+    assert_close(triton_linear.rows_product(feats, weight, bias), x @ w.T + bias.double(), **half)
+    assert_close(triton_linear.rows_product(grad, weight.T, None), upstream @ w, **half)
+    for_weight, for_bias = triton_linear.parameter_grads(feats, grad)
+    assert for_weight.dtype == for_bias.dtype == torch.float32
+    assert_close(for_weight, upstream.T @ x)
+    assert_close(for_bias, upstream.sum(0))
 
 
 @in_interpreter
