@@ -15,7 +15,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import ignite.distributed as idist
@@ -32,6 +31,7 @@ from app.language.volume_tokens import Reducer, TokenSource, VolumeTokens, hash_
 from app.preflight import fail
 from networks import qwen
 from networks.projector import Projector
+from networks.sparse.ops import defect
 from networks.tiny_qwen import build_tiny
 from networks.vqvae import SparseVQVAE
 
@@ -121,7 +121,7 @@ def make_align_plan(
         about=["pleural effusion"] if demo else None,  # what tokens at 8 mm can show
         tiny={"width": 64, "num_layers": 2},
         amp="bf16" if cuda else "off",
-        compile_layers=cuda and not tiny and find_spec("triton") is not None,  # it takes a minute to pay back
+        compile_layers=cuda and not tiny and not defect("triton", torch.cuda.current_device()),
         num_workers=0 if demo else min(8, max((os.cpu_count() or 2) - 1, 1)),
         i_print=25 if demo else 100,
         i_log=25 if demo else 100,
