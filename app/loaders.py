@@ -1,7 +1,7 @@
 """Samples as batches: the sampler that hands out (step, index), the one collate, loaders for training and validation.
 
-Batches are dicts of plain tensors: `feats` (N, C), `coords` (N, 4), `hu` (N,) where HU are known, `spatial_shape`,
-`batch_size`, `case_id`. Which sample comes when is a function of (seed, step), never of a process's state.
+Batches are dicts of plain tensors: `coords` int16 (N, 4), `hu` (N,) with the names of their `windows`, or `feats`
+(N, C) where HU are not known, `spatial_shape`, `batch_size`, `case_id`. `training.to_sparse` reads them. Which sample comes when is a function of (seed, step), never of a process's state.
 """
 
 import logging
@@ -12,7 +12,8 @@ from typing import Any
 import ignite.distributed as idist
 import numpy as np
 import torch
-from torch import distributed
+from jaxtyping import Int16
+from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from app.data import CTDataset, Refusal, or_refusal
@@ -80,19 +81,31 @@ def collate(items: Sequence[Any], *, batch_split: int = 1) -> Any:
     shapes = {item["spatial_shape"] for item in items}
     if len(shapes) != 1:
         raise ValueError(f"samples of a batch must share a grid, got {sorted(shapes)}")
-    coords = [torch.nn.functional.pad(item["coords"], (1, 0), value=i) for i, item in enumerate(items)]
+    values = "hu" if "hu" in items[0] else "feats"
     batch = {
-        "feats": torch.cat([item["feats"] for item in items]),
-        "coords": torch.cat(coords),
+        values: torch.cat([item[values] for item in items]),
+        "coords": _numbered([item["coords"] for item in items]),
         "spatial_shape": items[0]["spatial_shape"],
         "batch_size": len(items),
         "case_id": [item["case_id"] for item in items],
         "affine": torch.stack([item["affine"] for item in items]),
         "skipped": sum(item["skipped"] for item in items),
     }
-    if all("hu" in item for item in items):
-        batch["hu"] = torch.cat([item["hu"] for item in items])
+    if values == "hu":
+        batch["windows"] = items[0]["windows"]
     return batch
+
+
+def _numbered(parts: Sequence[Int16[Tensor, "N 3"]]) -> Int16[Tensor, "N 4"]:
+    """Coordinates of all samples, with the sample's number before them; each of the four columns lies in one piece."""
+    columns = torch.empty(4, sum(map(len, parts)), dtype=torch.int16)
+    start = 0
+    for number, part in enumerate(parts):
+        block = columns[:, start : start + len(part)]
+        block[0] = number
+        block[1:] = part.T
+        start += len(part)
+    return columns.T
 
 
 def make_train_loader(

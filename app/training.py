@@ -27,6 +27,7 @@ from app.preflight import fail, one_line_errors
 from networks.losses import TokenizerLoss, reconstruction
 from networks.sparse import SparseTensor
 from networks.vqvae import SparseVQVAE
+from transforms.tensor import window_values
 
 FUNCTIONS_OF_STEP = (lr_scheduler.LambdaLR, lr_scheduler.OneCycleLR)
 AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,7 +44,11 @@ def choose_device() -> torch.device:
 
 def to_sparse(batch: dict, device: torch.device) -> SparseTensor:
     """The batch dictionary of `app.loaders.collate` as the networks take it."""
-    feats, coords = (batch[key].to(device, non_blocking=True) for key in ("feats", "coords"))
+    coords = batch["coords"].to(device, non_blocking=True)
+    if "hu" in batch:
+        feats = window_values(batch["hu"].to(device, non_blocking=True), batch["windows"])
+    else:
+        feats = batch["feats"].to(device, non_blocking=True)
     return SparseTensor(feats, coords, tuple(batch["spatial_shape"]), batch["batch_size"])
 
 
