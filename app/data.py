@@ -57,8 +57,10 @@ def sampling(
 class CTDataset(Dataset):
     """Prepared cases as sparse samples: `coords` int16 (N, 3), with `hu` (N,) and the names of `windows`.
 
-    The windows are seen to on the device (`training.to_sparse`), for HU are a quarter of what has to travel: a Windowsd
-    at the end of `sampling` only names them. Bands and distances travel as `feats` (N, C). An index is a case's number, or (step, number): the step seeds what is drawn. A case of fewer than `min_points`
+    Windows are applied on the device, by `training.to_sparse`, for HU are a quarter of what would have to travel: a
+    Windowsd at the end of `sampling` only names them. Bands and distances travel as `feats` (N, C).
+
+    An index is a case's number, or (step, number): the step seeds what is drawn. A case of fewer than `min_points`
     voxels is skipped: the next one stands in for it.
     """
 
@@ -122,7 +124,7 @@ class CTDataset(Dataset):
             item = transform(item)
         if max(item["spatial_shape"]) > MAX_SIDE:
             raise ValueError(f"sides of a grid must be at most {MAX_SIDE} voxels, got {tuple(item['spatial_shape'])}")
-        rows = item.get("feats", item["values"])
+        rows = item["feats" if "feats" in item else "values"]
         if len(rows) >= self.min_points and _constant(rows, self.windows):
             raise ValueError(
                 f"case {case.case_id} has constant features in windows {list(self.windows)}: nothing can be learned "

@@ -44,12 +44,9 @@ def choose_device() -> torch.device:
 
 def to_sparse(batch: dict, device: torch.device) -> SparseTensor:
     """The batch dictionary of `app.loaders.collate` as the networks take it."""
-    coords = batch["coords"].to(device, non_blocking=True)
-    if "hu" in batch:
-        feats = window_values(batch["hu"].to(device, non_blocking=True), batch["windows"])
-    else:
-        feats = batch["feats"].to(device, non_blocking=True)
-    return SparseTensor(feats, coords, tuple(batch["spatial_shape"]), batch["batch_size"])
+    moved = {key: batch[key].to(device, non_blocking=True) for key in ("coords", "feats", "hu") if key in batch}
+    feats = moved["feats"] if "feats" in moved else window_values(moved["hu"], batch["windows"])
+    return SparseTensor(feats, moved["coords"], tuple(batch["spatial_shape"]), batch["batch_size"])
 
 
 def seed_step(seed: int, step: int, *, rank: int = 0) -> None:

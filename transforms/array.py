@@ -371,11 +371,10 @@ def crop_box(
         raise ValueError(f"crop side must be a multiple of {BLOCK} voxels, got {max_side}")
     x, y, z = (column // BLOCK for column in columns(coords))
     extent = np.array([int(blocks.max()) + 1 for blocks in (x, y, z)])
-    cells = x.astype(np.int32 if extent.prod() < 2**31 else np.int64)
-    for size, blocks in ((extent[1], y), (extent[2], z)):
-        cells *= size
-        cells += blocks
-    counts = np.bincount(cells, minlength=int(extent.prod())).reshape(extent)
+    leaves = (x[1:] != x[:-1]) | (y[1:] != y[:-1]) | (z[1:] != z[:-1])
+    last = np.append(np.flatnonzero(leaves), len(coords) - 1)  # of each run of rows in one block: far fewer to count
+    cells = np.ravel_multi_index((x[last], y[last], z[last]), extent)
+    counts = np.bincount(cells, weights=np.diff(last, prepend=-1), minlength=extent.prod()).reshape(extent)
     sums = np.pad(counts.cumsum(0).cumsum(1).cumsum(2), ((1, 0),) * 3)  # summed volume: any box in eight look-ups
     limit = len(coords) if max_points is None else max_points
     side = max(extent) if max_side is None else max_side // BLOCK

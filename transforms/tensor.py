@@ -1,4 +1,4 @@
-"""What array.py does to HU at the end of the chain, on tensors: samples travel as HU and get windows on their device."""
+"""The end of the chain on tensors: samples travel as HU and are given their windows on the device."""
 
 from collections.abc import Sequence
 
