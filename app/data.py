@@ -23,10 +23,11 @@ from torch.utils.data import Dataset, get_worker_info
 
 from app.prepared import PreparedCase, find_cases, windows_are_masks, windows_as_hu
 from transforms import RandCropToBudgetd, RandJitterd, RandTranslated, Resampled, Sparsifyd, Windowsd
-from transforms.array import DEFAULT_WINDOWS
+from transforms.array import DEFAULT_WINDOWS, window_values
 
 log = logging.getLogger(__name__)
-CACHE_FORMAT = 1  # raised when a cached item changes its meaning
+CACHE_FORMAT = 2  # raised when a cached item changes its meaning, or how it lies in memory
+MAX_SIDE = 2**15 - 1  # voxels: coordinates travel as int16
 Transform = Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -54,7 +55,10 @@ def sampling(
 
 
 class CTDataset(Dataset):
-    """Prepared cases as sparse samples.
+    """Prepared cases as sparse samples: `coords` int16 (N, 3), with `hu` (N,) and the names of `windows`.
+
+    Windows are applied on the device, by `training.to_sparse`, for HU are a quarter of what would have to travel: a
+    Windowsd at the end of `sampling` only names them. Bands and distances travel as `feats` (N, C).
 
     An index is a case's number, or (step, number): the step seeds what is drawn. A case of fewer than `min_points`
     voxels is skipped: the next one stands in for it.
@@ -74,8 +78,9 @@ class CTDataset(Dataset):
         if not cases:
             raise ValueError("dataset has no case: give a dataset_dir that `python -m app check` finds in order")
         self.cases = list(cases)
-        self.preprocessing, self.sampling = list(preprocessing), Compose(list(sampling))
         self.windows = next((t.windows for t in sampling if isinstance(t, Windowsd)), DEFAULT_WINDOWS)
+        here = sampling[:-1] if sampling and isinstance(sampling[-1], Windowsd) else sampling
+        self.preprocessing, self.sampling = list(preprocessing), Compose(list(here))
         self.min_points, self.seed = min_points, seed
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self._settings = _settings_of(preprocessing)
@@ -117,22 +122,25 @@ class CTDataset(Dataset):
         item: dict[str, Any] = {key: v.numpy() if isinstance(v, torch.Tensor) else v for key, v in kept.items()}
         for transform in self.sampling.transforms:  # not Compose's call: it hides a refusal behind a RuntimeError
             item = transform(item)
-        feats = item["feats"]
-        if len(feats) >= self.min_points and _constant(feats):
+        if max(item["spatial_shape"]) > MAX_SIDE:
+            raise ValueError(f"sides of a grid must be at most {MAX_SIDE} voxels, got {tuple(item['spatial_shape'])}")
+        rows = item["feats" if "feats" in item else "values"]
+        if len(rows) >= self.min_points and _constant(rows, self.windows):
             raise ValueError(
                 f"case {case.case_id} has constant features in windows {list(self.windows)}: nothing can be learned "
                 "from them; choose other windows or another keep, and see `python -m app check`"
             )
         result = {
-            "feats": torch.from_numpy(np.ascontiguousarray(feats, np.float32)),
-            "coords": torch.from_numpy(np.ascontiguousarray(item["coords"], np.int32)),
+            "coords": torch.from_numpy(item["coords"].astype(np.int16, copy=False)),
             "spatial_shape": tuple(item["spatial_shape"]),
             "case_id": case.case_id,
             "affine": torch.from_numpy(item["affine"]),
         }
-        if item["values"].ndim == 1:
-            result["hu"] = torch.from_numpy(np.ascontiguousarray(item["values"], np.float32))
-        return result
+        if rows.ndim > 1:
+            return {**result, "feats": torch.from_numpy(np.ascontiguousarray(rows, np.float32))}
+        whole = rows.dtype == np.int16  # as the case has them; float32 says the same of them, at twice the size
+        hu = np.ascontiguousarray(rows, np.int16 if whole else np.float32)
+        return {**result, "hu": torch.from_numpy(hu), "windows": self.windows}
 
     def kept(self, number: int) -> dict[str, Any]:
         """The cached part of a case: coords int16 (N, 3), values int16 HU (N,) or float (N, C), shape and affine."""
@@ -164,7 +172,7 @@ class CTDataset(Dataset):
         for transform in self.preprocessing:
             item = transform(item)
         return {
-            "coords": torch.from_numpy(np.ascontiguousarray(item["coords"])),
+            "coords": torch.from_numpy(np.asfortranarray(item["coords"])),  # in columns: see array.columns
             "values": torch.from_numpy(np.ascontiguousarray(item["values"])),
             "spatial_shape": tuple(item["spatial_shape"]),
             "affine": torch.from_numpy(np.array(item["affine"], np.float64)),
@@ -198,9 +206,13 @@ class CTDataset(Dataset):
             self.cache_dir = None
 
 
-def _constant(feats: np.ndarray) -> bool:
-    """Whether all rows are the same; nearly always the first few tell that they are not."""
-    return all(bool((part == feats[0]).all()) for part in (feats[:1000], feats))
+def _constant(rows: np.ndarray, windows: Sequence[str]) -> bool:
+    """Whether all rows have the same features; nearly always the first few tell that they have not."""
+    for part in (rows[:1000], rows):
+        feats = window_values(part, windows) if part.ndim == 1 else part
+        if not (feats == feats[0]).all():
+            return False
+    return True
 
 
 def _settings_of(transforms: Sequence[Transform]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Samples as batches: the sampler that hands out (step, index), the one collate, loaders for training and validation.
 
-Batches are dicts of plain tensors: `feats` (N, C), `coords` (N, 4), `hu` (N,) where HU are known, `spatial_shape`,
-`batch_size`, `case_id`. Which sample comes when is a function of (seed, step), never of a process's state.
+Batches are dicts of plain tensors: `coords` int16 (N, 4), `hu` (N,) with the names of their `windows`, or `feats`
+(N, C) where HU are not known, `spatial_shape`, `batch_size`, `case_id`; `training.to_sparse` reads them. Which sample
+comes when is a function of (seed, step), never of a process's state.
 """
 
 import logging
@@ -12,10 +13,12 @@ from typing import Any
 import ignite.distributed as idist
 import numpy as np
 import torch
-from torch import distributed
+from jaxtyping import Int16
+from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from app.data import CTDataset, Refusal, or_refusal
+from transforms.tensor import window_values
 
 log = logging.getLogger(__name__)
 
@@ -80,10 +83,8 @@ def collate(items: Sequence[Any], *, batch_split: int = 1) -> Any:
     shapes = {item["spatial_shape"] for item in items}
     if len(shapes) != 1:
         raise ValueError(f"samples of a batch must share a grid, got {sorted(shapes)}")
-    coords = [torch.nn.functional.pad(item["coords"], (1, 0), value=i) for i, item in enumerate(items)]
     batch = {
-        "feats": torch.cat([item["feats"] for item in items]),
-        "coords": torch.cat(coords),
+        "coords": _numbered([item["coords"] for item in items]),
         "spatial_shape": items[0]["spatial_shape"],
         "batch_size": len(items),
         "case_id": [item["case_id"] for item in items],
@@ -91,8 +92,26 @@ def collate(items: Sequence[Any], *, batch_split: int = 1) -> Any:
         "skipped": sum(item["skipped"] for item in items),
     }
     if all("hu" in item for item in items):
-        batch["hu"] = torch.cat([item["hu"] for item in items])
-    return batch
+        return {**batch, "hu": _joined([item["hu"] for item in items]), "windows": items[0]["windows"]}
+    feats = [item["feats"] if "feats" in item else window_values(item["hu"], item["windows"]) for item in items]
+    return {**batch, "feats": _joined(feats)}
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Rows one after another. By NumPy, as it asks for huge pages: torch's memory takes longer to get than to fill."""
+    return torch.from_numpy(np.concatenate([part.numpy() for part in parts]))
+
+
+def _numbered(parts: Sequence[Int16[Tensor, "_ 3"]]) -> Int16[Tensor, "N 4"]:
+    """Coordinates of all samples behind their sample's number; each of the four columns lies in one piece."""
+    columns = np.empty((4, sum(map(len, parts))), np.int16)
+    start = 0
+    for number, part in enumerate(parts):
+        block = columns[:, start : start + len(part)]
+        block[0] = number
+        block[1:] = part.numpy().T
+        start += len(part)
+    return torch.from_numpy(columns.T)
 
 
 def make_train_loader(

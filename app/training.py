@@ -27,6 +27,7 @@ from app.preflight import fail, one_line_errors
 from networks.losses import TokenizerLoss, reconstruction
 from networks.sparse import SparseTensor
 from networks.vqvae import SparseVQVAE
+from transforms.tensor import window_values
 
 FUNCTIONS_OF_STEP = (lr_scheduler.LambdaLR, lr_scheduler.OneCycleLR)
 AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,8 +44,9 @@ def choose_device() -> torch.device:
 
 def to_sparse(batch: dict, device: torch.device) -> SparseTensor:
     """The batch dictionary of `app.loaders.collate` as the networks take it."""
-    feats, coords = (batch[key].to(device, non_blocking=True) for key in ("feats", "coords"))
-    return SparseTensor(feats, coords, tuple(batch["spatial_shape"]), batch["batch_size"])
+    moved = {key: batch[key].to(device, non_blocking=True) for key in ("coords", "feats", "hu") if key in batch}
+    feats = moved["feats"] if "feats" in moved else window_values(moved["hu"], batch["windows"])
+    return SparseTensor(feats, moved["coords"], tuple(batch["spatial_shape"]), batch["batch_size"])
 
 
 def seed_step(seed: int, step: int, *, rank: int = 0) -> None:

@@ -332,8 +332,21 @@ def resample(
 
 
 def columns(coords: Integer[np.ndarray, "N 3"]) -> list[Integer[np.ndarray, " N"]]:
-    """x, y and z apart: NumPy is up to twenty times slower at comparing or reducing millions of rows of three."""
+    """x, y and z apart: NumPy is up to twenty times slower at comparing or reducing millions of rows of three.
+
+    Faster still where each lies in one piece, as `sparsify` leaves them.
+    """
     return [coords[:, axis] for axis in range(3)]
+
+
+def take_rows(array: Shaped[np.ndarray, "N ..."], rows: Int[np.ndarray, " M"]) -> Shaped[np.ndarray, "M ..."]:
+    """`array[rows]`, in columns where the array lies in columns."""
+    if array.ndim != 2 or not array.flags.f_contiguous:
+        return array[rows]
+    taken = np.empty((len(rows), array.shape[1]), array.dtype, order="F")
+    for column, source in zip(taken.T, array.T, strict=True):
+        np.take(source, rows, out=column, mode="clip")  # other modes write to a buffer first
+    return taken
 
 
 class Box(NamedTuple):
@@ -358,8 +371,10 @@ def crop_box(
         raise ValueError(f"crop side must be a multiple of {BLOCK} voxels, got {max_side}")
     x, y, z = (column // BLOCK for column in columns(coords))
     extent = np.array([int(blocks.max()) + 1 for blocks in (x, y, z)])
-    cells = (x.astype(np.int64) * extent[1] + y) * extent[2] + z
-    counts = np.bincount(cells, minlength=int(extent.prod())).reshape(extent)
+    leaves = (x[1:] != x[:-1]) | (y[1:] != y[:-1]) | (z[1:] != z[:-1])
+    last = np.append(np.flatnonzero(leaves), len(coords) - 1)  # of each run of rows in one block: far fewer to count
+    cells = np.ravel_multi_index((x[last], y[last], z[last]), extent)
+    counts = np.bincount(cells, weights=np.diff(last, prepend=-1), minlength=extent.prod()).reshape(extent)
     sums = np.pad(counts.cumsum(0).cumsum(1).cumsum(2), ((1, 0),) * 3)  # summed volume: any box in eight look-ups
     limit = len(coords) if max_points is None else max_points
     side = max(extent) if max_side is None else max_side // BLOCK
@@ -418,5 +433,9 @@ def jitter(
     noise: Float[np.ndarray, " N"] | None = None,
 ) -> Float[np.ndarray, " N"]:
     """HU as another scanner might give them: stretched about air, shifted, with noise."""
-    jittered = (np.asarray(hu, np.float32) - AIR) * np.float32(scale) + np.float32(AIR + offset)
-    return jittered if noise is None else jittered + noise.astype(np.float32)
+    jittered = np.subtract(hu, np.float32(AIR), dtype=np.float32)
+    jittered *= np.float32(scale)
+    jittered += np.float32(AIR + offset)
+    if noise is not None:
+        jittered += noise.astype(np.float32, copy=False)
+    return jittered

@@ -117,7 +117,7 @@ class RandCropToBudgetd(RandomizableTransform, MapTransform):
         rows = array.crop_to_budget(coords, self.max_points, center=center, max_side=self.max_side)
         if len(rows) < len(coords):
             for key in self.key_iterator(item):
-                item[key] = item[key][rows]
+                item[key] = array.take_rows(item[key], rows)
         return item
 
 
@@ -162,9 +162,11 @@ class RandJitterd(RandomizableTransform, MapTransform):
         scale = 1 + self.R.uniform(-self.scale, self.scale)
         offset = self.R.uniform(-self.offset, self.offset)
         level = self.R.uniform(0, self.noise)
+        generator = np.random.default_rng(self.R.randint(2**32, dtype=np.uint32))  # RandomState draws in float64 alone
         if self._do_transform:
             for key in self.key_iterator(item):
                 if item[key].ndim == 1:  # HU; bands and distances are geometry
-                    noise = self.R.standard_normal(len(item[key])) * level
+                    noise = generator.standard_normal(len(item[key]), dtype=np.float32)
+                    noise *= np.float32(level)
                     item[key] = array.jitter(item[key], scale=scale, offset=offset, noise=noise)
         return item

@@ -11,6 +11,7 @@ from app import prepared, prepared_writer
 from app.data import CTDataset, make_dataset, preprocessing, sampling
 from app.loaders import StepSampler, collate, make_train_loader, make_val_loader
 from app.refusals import RefusedInput
+from app.training import to_sparse
 from transforms import Resampled, Sparsifyd, Windowsd, array
 
 SETTINGS = {"resolution": 16, "spacing": 8.0}
@@ -45,19 +46,20 @@ def make(root, *, split: str = "train", seed: int = 0, min_points: int = 100, **
 
 
 def same(one: dict, other: dict) -> bool:
-    tensors = all(torch.equal(one[key], other[key]) for key in ("feats", "coords", "hu", "affine"))
+    tensors = all(torch.equal(one[key], other[key]) for key in ("coords", "hu", "affine"))
     return tensors and one["case_id"] == other["case_id"]
 
 
-def test_a_sample_is_resampling_sparsification_and_windows_of_the_case(dataset_dir):
+def test_a_sample_is_resampling_and_sparsification_of_the_case_with_the_names_of_windows(dataset_dir):
     item = make(dataset_dir, split="val")[1]
     case = prepared.open_case(dataset_dir / "processed" / "case6")
     volume = array.resample(case.hu(), spacing_in=case.spacing, spacing_out=8.0, grid=16, affine=case.affine)
     hu = np.rint(volume.array).astype(np.int16)
     coords, values = array.sparsify(hu, array.body_mask(hu, spacing=8.0))
-    assert np.array_equal(item["coords"], coords) and item["coords"].dtype == torch.int32
-    assert np.array_equal(item["feats"], array.window_values(values, array.DEFAULT_WINDOWS))
-    assert np.array_equal(item["hu"], values) and np.array_equal(item["affine"], volume.affine)
+    assert np.array_equal(item["coords"], coords) and item["coords"].dtype == torch.int16
+    assert np.array_equal(item["hu"], values) and item["hu"].dtype == torch.int16  # without jitter they are whole
+    assert item["windows"] == array.DEFAULT_WINDOWS and "feats" not in item
+    assert np.array_equal(item["affine"], volume.affine)
     assert item["case_id"] == "case6" and item["spatial_shape"] == (16, 16, 16)
 
 
@@ -65,14 +67,33 @@ def test_a_batch_is_what_the_network_takes(dataset_dir):
     dataset = make(dataset_dir)
     items = [dataset[(0, n)] for n in range(3)]
     batch = collate(items)
-    assert batch["feats"].dtype == torch.float32 and batch["coords"].dtype == torch.int32
+    assert batch["hu"].dtype == torch.float32 and batch["coords"].dtype == torch.int16
     assert batch["batch_size"] == 3 and batch["spatial_shape"] == (16, 16, 16)
     assert batch["case_id"] == ["case0", "case1", "case2"]
     for number, item in enumerate(items):
         rows = batch["coords"][:, 0] == number
         assert torch.equal(batch["coords"][rows, 1:], item["coords"])
-        assert torch.equal(batch["feats"][rows], item["feats"])
         assert torch.equal(batch["hu"][rows], item["hu"])
+    x = to_sparse(batch, torch.device("cpu"))
+    order = [tuple(row) for row in batch["coords"].tolist()]
+    place = [order.index(tuple(row)) for row in x.coords.tolist()]
+    assert x.coords.dtype == torch.int32 and x.batch_size == 3 and x.spatial_shape == (16, 16, 16)
+    assert np.array_equal(x.feats, array.window_values(batch["hu"].numpy(), array.DEFAULT_WINDOWS)[place])
+
+
+@pytest.mark.parametrize(("split", "limit"), [("train", 12), ("val", 10)])
+def test_a_voxel_of_a_scan_travels_in_few_bytes(dataset_dir, split, limit):
+    """Workers are held up by memory, so what only repeats HU stays out of a batch."""
+    batch = collate([make(dataset_dir, split=split)[n] for n in range(2)])
+    total = sum(value.nbytes for value in batch.values() if isinstance(value, torch.Tensor))
+    assert (total - batch["affine"].nbytes) / len(batch["coords"]) <= limit
+
+
+def test_features_of_ones_own_reach_the_network_as_they_are():
+    feats, coords = torch.rand(3, 2), torch.tensor([[0, 0, 0, 1], [0, 0, 1, 0], [1, 7, 7, 7]])
+    batch = {"feats": feats, "coords": coords, "spatial_shape": (8, 8, 8), "batch_size": 2}
+    x = to_sparse(batch, torch.device("cpu"))
+    assert torch.equal(x.feats, feats) and torch.equal(x.coords, coords.int())
 
 
 @pytest.mark.parametrize(("size", "split", "parts"), [(4, 2, [2, 2]), (3, 2, [2, 1]), (2, 4, [1, 1])])
@@ -82,7 +103,7 @@ def test_micro_batches_are_split_by_sample(dataset_dir, size, split, parts):
     micro = collate(items, batch_split=split)
     assert [part["batch_size"] for part in micro] == parts
     assert [name for part in micro for name in part["case_id"]] == collate(items)["case_id"]
-    assert torch.equal(torch.cat([part["feats"] for part in micro]), collate(items)["feats"])
+    assert torch.equal(torch.cat([part["hu"] for part in micro]), collate(items)["hu"])
     assert all(part["coords"][:, 0].min() == 0 for part in micro)
 
 
@@ -213,7 +234,7 @@ def test_a_changed_setting_never_reuses_what_was_cached(dataset_dir, changed):
 def test_windows_of_the_features_alone_do_not_spoil_the_cache(dataset_dir, monkeypatch):
     make(dataset_dir)[1]
     monkeypatch.setattr(CTDataset, "_prepare", lambda self, case: pytest.fail("prepared again"))
-    assert make(dataset_dir, windows=["lung"])[1]["feats"].shape[1] == 1
+    assert make(dataset_dir, windows=["lung"])[1]["windows"] == ("lung",)
 
 
 def test_a_case_that_changed_is_not_read_from_the_cache(dataset_dir, rng):
@@ -331,6 +352,28 @@ def test_an_empty_side_and_an_empty_dataset_say_so(dataset_dir, tmp_path):
         make(tmp_path / "set" / "processed" / "case0")
 
 
+def test_a_grid_that_int16_cannot_number_is_refused(dataset_dir):
+    class Long(Refusing):
+        def __call__(self, item):
+            values = np.arange(200, dtype=np.int16)
+            coords = np.stack([np.arange(200) * 200, values, values], 1)
+            return {"coords": coords, "values": values, "spatial_shape": (40_000, 200, 200), "affine": item["affine"]}
+
+    dataset = make_dataset(dataset_dir, split="train", preprocessing=[Long()], sampling=[Windowsd()])
+    with pytest.raises(ValueError, match=r"sides of a grid must be at most 32767 voxels, got \(40000, 200, 200\)"):
+        dataset[0]
+
+
+def test_a_transform_behind_the_windows_sees_features(dataset_dir):
+    def negated(item):
+        return {**item, "feats": -item["feats"]}
+
+    plain = make(dataset_dir, split="val")[0]
+    draw = [Windowsd(windows=["lung"]), negated]
+    item = make_dataset(dataset_dir, split="val", preprocessing=preprocessing(**SETTINGS), sampling=draw)[0]
+    assert np.array_equal(item["feats"], -array.window_values(plain["hu"].numpy(), ["lung"])) and "hu" not in item
+
+
 # ---- older trees
 
 
@@ -352,7 +395,7 @@ def test_graded_windows_of_an_older_tree_are_the_features(tmp_path, rng):
     )
     item = dataset[0]
     told = hu[tuple(item["coords"].long().T)]
-    assert np.abs(item["feats"].numpy() - array.window_values(told, names)).max() < 0.01
+    assert np.abs(array.window_values(item["hu"].numpy(), names) - array.window_values(told, names)).max() < 0.01
     assert len(item["coords"]) > 1000
 
 
@@ -370,6 +413,10 @@ def test_windows_of_zero_and_one_become_signed_bands(tmp_path):
     assert (np.sign(item["feats"][:, 0].numpy()) == np.sign(truth))[np.abs(truth) > 0.8].all()
     assert np.corrcoef(item["feats"][:, 0], truth)[0, 1] > 0.98
     assert "hu" not in collate([item])
+    scan = {key: value for key, value in item.items() if key != "feats"}
+    scan |= {"coords": item["coords"][:2], "hu": torch.tensor([-450, 1050]), "windows": ("bone",)}
+    both = collate([item, scan])  # a case of masks among scans
+    assert "hu" not in both and torch.equal(both["feats"], torch.cat([item["feats"], torch.tensor([[-1.0], [1.0]])]))
 
 
 def test_a_window_that_an_older_tree_lacks_is_refused_before_any_training(tmp_path):

@@ -4,11 +4,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from monai.bundle import ConfigParser
 from monai.transforms import Compose
 
 import transforms
-from transforms import RandCropToBudgetd, RandJitterd, RandTranslated, Resampled, Sparsifyd, Windowsd, array
+from transforms import RandCropToBudgetd, RandJitterd, RandTranslated, Resampled, Sparsifyd, Windowsd, array, tensor
 
 
 @pytest.fixture
@@ -60,6 +61,20 @@ def test_windowsd(kept):
     assert np.array_equal(out["feats"], array.window_values(kept["values"], ["lung", "brain"]))
     bands = {"values": np.array([[0.5, -1.0]])}
     assert Windowsd("values")(bands)["feats"].tolist() == [[0.5, -1.0]]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [np.int16, np.float32])
+def test_windows_on_tensors_are_the_same_to_the_last_bit(rng, dtype, device):
+    names = list(array.WINDOWS)
+    ends = [bound + step for name in names for bound in array.window_bounds(name) for step in (-1, 0, 1)]
+    hu = np.concatenate([ends, [-32768, -1024, 0, 32767], rng.uniform(-1500, 3500, 20_000)]).astype(dtype)
+    for shaped in (hu, hu[: len(hu) // 6 * 6].reshape(2, 3, -1)):
+        got = tensor.window_values(torch.from_numpy(shaped), list(array.WINDOWS))
+        assert got.dtype == torch.float32
+        assert np.array_equal(
+            got.numpy().view(np.int32), array.window_values(shaped, list(array.WINDOWS)).view(np.int32)
+        )
 
 
 def test_rand_crop_to_budget(kept):
