@@ -82,7 +82,8 @@ class TrainStep:
         parts = batch if isinstance(batch, list) else [batch]
         samples = sum(part["batch_size"] for part in parts)
         seed_step(self.seed, engine.state.iteration, rank=idist.get_rank())
-        engine.network.train()
+        if not engine.network.training:  # it walks through all modules
+            engine.network.train()
         engine.optimizer.zero_grad(set_to_none=True)
         names: list[str] = []
         sums: torch.Tensor | float = 0.0

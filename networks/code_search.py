@@ -13,7 +13,7 @@ import triton.language as tl
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
-from networks.sparse.triton_launch import quick, shared_memory
+from networks.sparse.triton_launch import ceil_div, power_of_two, quick, shared_memory
 
 FEW_ROWS = 2**15
 
@@ -30,7 +30,7 @@ class Tile(NamedTuple):
 @cache
 def tile_for(width: int, device: torch.device, *, few: bool) -> Tile:
     """Where rows are few, fewer a program fill the card; no stages where no step of the table fits beside the rows."""
-    depth = max(triton.next_power_of_2(width), 16)
+    depth = max(power_of_two(width), 16)
     if depth > 32:
         rows, codes, warps = 128, max(4096 // depth, 16), 8
     else:
@@ -66,29 +66,28 @@ def _nearest(
     values, errors = (torch.empty_like(rows), rows.new_empty(num_rows)) if read else (None, None)
     if num_rows == 0:
         return found, values, errors
-    depth, tile = max(triton.next_power_of_2(width), 16), tile_for(width, rows.device, few=num_rows < FEW_ROWS)
-    padded = triton.cdiv(num_codes, tile.codes) * tile.codes
+    depth, tile = max(power_of_two(width), 16), tile_for(width, rows.device, few=num_rows < FEW_ROWS)
+    padded = ceil_div(num_codes, tile.codes) * tile.codes
     table, halves = rows.new_empty((2, padded, depth)), rows.new_empty(padded)
-    with torch.cuda.device_of(rows):
-        _split_table[(padded // tile.codes,)](codebook, table, halves, num_codes, padded, width, depth, tile.codes)
-        _search[(triton.cdiv(num_rows, tile.rows),)](
-            rows,
-            table,
-            halves,
-            codebook,
-            found,
-            values,
-            errors,
-            num_rows,
-            padded,
-            WIDTH=width,
-            DEPTH=depth,
-            ROWS=tile.rows,
-            CODES=tile.codes,
-            READ=read,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+    _split_table[(padded // tile.codes,)](codebook, table, halves, num_codes, padded, width, depth, tile.codes)
+    _search[(ceil_div(num_rows, tile.rows),)](
+        rows,
+        table,
+        halves,
+        codebook,
+        found,
+        values,
+        errors,
+        num_rows,
+        padded,
+        WIDTH=width,
+        DEPTH=depth,
+        ROWS=tile.rows,
+        CODES=tile.codes,
+        READ=read,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
     return found, values, errors
 
 
@@ -172,12 +171,11 @@ def code_sums(
     (num_rows, width), narrow = rows.shape, torch.int16 if num_codes < 2**15 else torch.int32
     ordered, order = torch.sort(codes.to(narrow), stable=True)  # fewer passes to sort
     counts, sums = rows.new_empty(num_codes), rows.new_empty((num_codes, width))
-    depth = triton.next_power_of_2(width)
+    depth = power_of_two(width)
     halvings = num_rows.bit_length()
-    with torch.cuda.device_of(rows):
-        _segment_sums[(num_codes,)](
-            rows.contiguous(), ordered, order, counts, sums, num_rows, halvings, WIDTH=width, DEPTH=depth, ROWS=64
-        )
+    _segment_sums[(num_codes,)](
+        rows.contiguous(), ordered, order, counts, sums, num_rows, halvings, WIDTH=width, DEPTH=depth, ROWS=64
+    )
     return counts, sums
 
 
@@ -235,13 +233,12 @@ def advance(
     `averages` are mean counts, mean sums and codes, changed in place. Gives the codes whose count is not above `least`.
     """
     num_codes, width = sums.shape
-    depth = triton.next_power_of_2(width)
+    depth = power_of_two(width)
     tile = max(1, 1024 // depth)
     unused = torch.empty(num_codes, dtype=torch.bool, device=sums.device)
-    with torch.cuda.device_of(sums):
-        _advance[(triton.cdiv(num_codes, tile),)](
-            *averages, counts, sums, unused, num_codes, share, rate, least, WIDTH=width, DEPTH=depth, TILE=tile
-        )
+    _advance[(ceil_div(num_codes, tile),)](
+        *averages, counts, sums, unused, num_codes, share, rate, least, WIDTH=width, DEPTH=depth, TILE=tile
+    )
     return unused
 
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor
 
-from networks.sparse.triton_launch import quick
+from networks.sparse.triton_launch import ceil_div, power_of_two, quick
 
 BLOCK = 64  # queries, and keys, of a step; fewer where heads are wide
 BLOCK_BYTES = 8192  # of a block of queries: four such and two of scores fit the shared memory of any card
@@ -27,9 +27,8 @@ def attend(
     out = qkv.new_empty((num_rows, heads, width))
     sums = qkv.new_empty((num_rows, heads), dtype=torch.float32)
     if num_rows:
-        with torch.cuda.device_of(qkv):
-            shape = _shape(qkv)
-            _attend[_grid(bounds, most, shape)](qkv, order, bounds, out, sums, **shape)
+        shape = _shape(qkv)
+        _attend[_grid(bounds, most, shape)](qkv, order, bounds, out, sums, **shape)
     return out, sums
 
 
@@ -46,19 +45,18 @@ def attend_grad(
     if len(qkv):
         shape = _shape(qkv)
         grid = _grid(bounds, most, shape)
-        with torch.cuda.device_of(qkv):
-            _grad_queries[grid](grad, qkv, out, sums, dots, order, bounds, grads, **shape)
-            _grad_keys[grid](grad, qkv, sums, dots, order, bounds, grads, **shape)
+        _grad_queries[grid](grad, qkv, out, sums, dots, order, bounds, grads, **shape)
+        _grad_keys[grid](grad, qkv, sums, dots, order, bounds, grads, **shape)
     return grads
 
 
 def _grid(bounds: Int32[Tensor, " W1"], most: int, shape: dict[str, object]) -> tuple[int, int, int]:
-    return len(bounds) - 1, triton.cdiv(most, shape["BLOCK"]), shape["HEADS"]
+    return len(bounds) - 1, ceil_div(most, shape["BLOCK"]), shape["HEADS"]
 
 
 def _shape(qkv: Float[Tensor, "N 3 H D"]) -> dict[str, object]:
     heads, width = qkv.shape[2:]
-    depth = max(triton.next_power_of_2(width), 16)
+    depth = max(power_of_two(width), 16)
     return {
         "HEADS": heads,
         "WIDTH": width,

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from networks.sparse.topology import Level
-from networks.sparse.triton_launch import processors, quick, shared_memory, split
+from networks.sparse.triton_launch import ceil_div, power_of_two, processors, quick, shared_memory, split
 
 SPARE = 4096  # bytes of shared memory for what is no tile
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -62,8 +62,8 @@ def refusal(feats: Float[Tensor, "N C"], columns: int) -> str | None:
 @cache
 def product_tile(channels: int, columns: int, dtype: torch.dtype, *, thin: bool) -> Tile:
     """Tile of the forward product and the input gradient; the fastest of a dozen on an H200 (bench_conv.py)."""
-    width = max(triton.next_power_of_2(columns), 16)
-    depth = max(triton.next_power_of_2(channels), 16)
+    width = max(power_of_two(columns), 16)
+    depth = max(power_of_two(channels), 16)
     if dtype == torch.float32:
         return Tile(64, min(width, 128), min(depth, 32), 4, 3)
     if width <= 32:
@@ -76,7 +76,7 @@ def product_tile(channels: int, columns: int, dtype: torch.dtype, *, thin: bool)
 @cache
 def grad_tile(channels: int, columns: int, dtype: torch.dtype) -> Tile:
     """Tile of the weight gradient: its rows are input channels, of several offsets where they are few."""
-    width = min(max(triton.next_power_of_2(columns), 16), 128)
+    width = min(max(power_of_two(columns), 16), 128)
     if dtype == torch.float32:
         return Tile(64, width, 32, 4, 3)
     if max(channels, columns) <= 32:
@@ -119,30 +119,29 @@ def gather_product(
         return out
     plan = level.tiles(tile.rows)
     grid = (plan.offsets.shape[0] * -(-columns // tile.columns),)
-    with torch.cuda.device_of(feats):
-        _gather_product[grid](
-            feats.contiguous(),
-            weight,
-            bias,
-            plan.neighbours,
-            plan.rows,
-            plan.offsets,
-            plan.counts,
-            out,
-            num_rows,
-            *weight.stride(),
-            CHANNELS=channels,
-            COLUMNS=columns,
-            HAS_BIAS=bias is not None,
-            ORDERED=plan.rows is not None,
-            MIRRORED=mirrored,
-            PRECISION=_precision(feats.dtype),
-            TILE_ROWS=tile.rows,
-            TILE_COLUMNS=tile.columns,
-            DEPTH=tile.depth,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+    _gather_product[grid](
+        feats.contiguous(),
+        weight,
+        bias,
+        plan.neighbours,
+        plan.rows,
+        plan.offsets,
+        plan.counts,
+        out,
+        num_rows,
+        *weight.stride(),
+        CHANNELS=channels,
+        COLUMNS=columns,
+        HAS_BIAS=bias is not None,
+        ORDERED=plan.rows is not None,
+        MIRRORED=mirrored,
+        PRECISION=_precision(feats.dtype),
+        TILE_ROWS=tile.rows,
+        TILE_COLUMNS=tile.columns,
+        DEPTH=tile.depth,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
     return out
 
 
@@ -224,37 +223,36 @@ def row_product(
     block, offsets, programs = _parts(channels, columns, tile, listed)
     splits, length = split(num_rows, programs, tile.depth, processors(feats.device))
     parts = feats.new_empty((splits, 27, channels, columns), dtype=torch.float32)
-    with torch.cuda.device_of(feats):
-        _row_product[(programs, splits)](
-            feats,
-            grad.contiguous(),
-            lists.near if listed else level.neighbours,
-            lists.rows if listed else None,
-            lists.counts if listed else None,
-            parts,
-            num_rows,
-            length,
-            CHANNELS=channels,
-            COLUMNS=columns,
-            LISTED=listed,
-            PRECISION=_precision(feats.dtype),
-            OFFSETS=offsets,
-            BLOCK=block,
-            TILE_COLUMNS=tile.columns,
-            DEPTH=tile.depth,
-            ALIGNED=math.gcd(channels, 8),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+    _row_product[(programs, splits)](
+        feats,
+        grad.contiguous(),
+        lists.near if listed else level.neighbours,
+        lists.rows if listed else None,
+        lists.counts if listed else None,
+        parts,
+        num_rows,
+        length,
+        CHANNELS=channels,
+        COLUMNS=columns,
+        LISTED=listed,
+        PRECISION=_precision(feats.dtype),
+        OFFSETS=offsets,
+        BLOCK=block,
+        TILE_COLUMNS=tile.columns,
+        DEPTH=tile.depth,
+        ALIGNED=math.gcd(channels, 8),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
     return parts.sum(0)
 
 
 @cache
 def _parts(channels: int, columns: int, tile: Tile, listed: bool) -> tuple[int, int, int]:
     """Channels and offsets of a program, and the programs that cover all 27."""
-    block = min(max(triton.next_power_of_2(channels), 16), tile.rows)
+    block = min(max(power_of_two(channels), 16), tile.rows)
     offsets = 1 if listed else tile.rows // block  # with lists each offset has rows of its own
-    return block, offsets, triton.cdiv(27, offsets) * triton.cdiv(channels, block) * triton.cdiv(columns, tile.columns)
+    return block, offsets, ceil_div(27, offsets) * ceil_div(channels, block) * ceil_div(columns, tile.columns)
 
 
 @no_type_check

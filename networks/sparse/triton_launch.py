@@ -2,7 +2,8 @@
 
 A training step starts about 150 kernels, and the host, not the card, sets its pace. `@quick` above `@triton.jit` keeps
 `kernel[grid](...)` as it is. Arguments by name must be constants, behind all others, in the kernel's own order or not.
-Also says what a card has: shared memory, which tiles have to fit, and processors, among which rows are split.
+A kernel is started on the device of its first argument, a tensor. Also says what a card has: shared memory, which
+tiles have to fit, and processors, among which rows are split.
 """
 
 import math
@@ -27,8 +28,17 @@ class QuickKernel:
         return partial(self.start, grid)
 
     def start(self, grid: tuple[int, ...], *args: object, **constants: object) -> None:
+        """Where the first argument is."""
+        device = args[0].get_device()
+        if device == torch.cuda.current_device():
+            self._start(device, grid, args, constants)
+        else:
+            with torch.cuda.device(device):
+                self._start(device, grid, args, constants)
+
+    def _start(self, device: int, grid: tuple[int, ...], args: tuple, constants: dict[str, object]) -> None:
         kinds = [arg if fixed else _kind(arg) for arg, fixed in zip(args, self.constant, strict=False)]
-        key = (torch.cuda.current_device(), *kinds, *constants.items())
+        key = (device, *kinds, *constants.items())
         if found := self.started.get(key):
             compiled, rest = found
             compiled[(*grid, 1, 1)[:3]](*args, *rest)
@@ -44,6 +54,16 @@ def _kind(value: object) -> object:
     if isinstance(value, int):
         return type(value), value == 1, value % 16 == 0, -(2**31) <= value < 2**31
     return type(value)
+
+
+def ceil_div(count: int, size: int) -> int:
+    """Triton's own of this and the next are made for kernels: on the host each call takes longer than a launch may."""
+    return -(-count // size)
+
+
+def power_of_two(count: int) -> int:
+    """The first that is not below `count`."""
+    return 1 << max(count - 1, 0).bit_length()
 
 
 @cache

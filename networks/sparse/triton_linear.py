@@ -15,7 +15,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from networks.sparse.triton_backend import fitted, grad_tile, product_tile
-from networks.sparse.triton_launch import processors, quick, shared_memory, split
+from networks.sparse.triton_launch import ceil_div, power_of_two, processors, quick, shared_memory, split
 
 
 def rows_product(
@@ -28,24 +28,23 @@ def rows_product(
         return out
     tile = product_tile(channels, columns, rows.dtype, thin=False)
     tile = fitted(tile, rows.dtype, shared_memory(rows.device))
-    grid = (triton.cdiv(num_rows, tile.rows) * triton.cdiv(columns, tile.columns),)
-    with torch.cuda.device_of(rows):
-        _rows_product[grid](
-            rows.contiguous(),
-            weight,
-            bias,
-            out,
-            num_rows,
-            *weight.stride(),
-            CHANNELS=channels,
-            COLUMNS=columns,
-            HAS_BIAS=bias is not None,
-            TILE_ROWS=tile.rows,
-            TILE_COLUMNS=tile.columns,
-            DEPTH=tile.depth,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+    grid = (ceil_div(num_rows, tile.rows) * ceil_div(columns, tile.columns),)
+    _rows_product[grid](
+        rows.contiguous(),
+        weight,
+        bias,
+        out,
+        num_rows,
+        *weight.stride(),
+        CHANNELS=channels,
+        COLUMNS=columns,
+        HAS_BIAS=bias is not None,
+        TILE_ROWS=tile.rows,
+        TILE_COLUMNS=tile.columns,
+        DEPTH=tile.depth,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
     return out
 
 
@@ -98,21 +97,20 @@ def parameter_grads(
     tile, lines, programs = _parts(channels, columns, feats.dtype, shared_memory(feats.device))
     splits, length = split(num_rows, 2 * programs, tile.depth, processors(feats.device))
     parts = feats.new_empty((splits, columns * (channels + 1)), dtype=torch.float32)
-    with torch.cuda.device_of(feats):
-        _parameter_grads[(programs, splits)](
-            feats.contiguous(),
-            grad.contiguous(),
-            parts,
-            num_rows,
-            length,
-            CHANNELS=channels,
-            COLUMNS=columns,
-            TILE_LINES=lines,
-            TILE_CHANNELS=tile.columns,
-            DEPTH=tile.depth,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+    _parameter_grads[(programs, splits)](
+        feats.contiguous(),
+        grad.contiguous(),
+        parts,
+        num_rows,
+        length,
+        CHANNELS=channels,
+        COLUMNS=columns,
+        TILE_LINES=lines,
+        TILE_CHANNELS=tile.columns,
+        DEPTH=tile.depth,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
     sums = parts.sum(0)
     return sums[: columns * channels].view(columns, channels), sums[columns * channels :]
 
@@ -121,8 +119,8 @@ def parameter_grads(
 def _parts(channels: int, columns: int, dtype: torch.dtype, room: int) -> tuple:
     """The tile, its lines (columns of the gradient), and the programs that cover the weight."""
     tile = fitted(grad_tile(columns, channels, dtype), dtype, room)
-    lines = min(max(triton.next_power_of_2(columns), 16), tile.rows)
-    return tile, lines, triton.cdiv(columns, lines) * triton.cdiv(channels, tile.columns)
+    lines = min(max(power_of_two(columns), 16), tile.rows)
+    return tile, lines, ceil_div(columns, lines) * ceil_div(channels, tile.columns)
 
 
 @no_type_check

@@ -11,7 +11,7 @@ import triton.language as tl
 from jaxtyping import Int, Int32, Int64, Shaped
 from torch import Tensor
 
-from networks.sparse.triton_launch import quick
+from networks.sparse.triton_launch import ceil_div, power_of_two, quick
 
 ROWS = 512  # of a program
 
@@ -19,8 +19,7 @@ ROWS = 512  # of a program
 def morton_keys(coords: Int[Tensor, "N 4"], bits: int) -> Int64[Tensor, " N"]:
     keys = torch.empty(coords.shape[0], dtype=torch.int64, device=coords.device)
     if keys.numel():
-        with torch.cuda.device_of(coords):
-            _encode[(triton.cdiv(len(keys), ROWS),)](coords.contiguous(), keys, len(keys), bits, ROWS)
+        _encode[(ceil_div(len(keys), ROWS),)](coords.contiguous(), keys, len(keys), bits, ROWS)
     return keys
 
 
@@ -80,10 +79,9 @@ def checked_keys(
     keys = torch.empty(coords.shape[0], dtype=torch.int64, device=coords.device)
     if not keys.numel():
         return keys, False, False
-    grid = (triton.cdiv(len(keys), ROWS),)
+    grid = (ceil_div(len(keys), ROWS),)
     faults = torch.empty((2, *grid), dtype=torch.int32, device=coords.device)
-    with torch.cuda.device_of(coords):
-        _encode_checked[grid](coords.contiguous(), keys, faults, len(keys), *limits, grid[0], bits, ROWS)
+    _encode_checked[grid](coords.contiguous(), keys, faults, len(keys), *limits, grid[0], bits, ROWS)
     outside, mixed = faults.amax(1).tolist()
     return keys, outside > 0, mixed > 0
 
@@ -120,8 +118,7 @@ def _encode_checked(  # noqa: PLR0913
 def morton_coords(keys: Int64[Tensor, " N"], bits: int) -> Int32[Tensor, "N 4"]:
     coords = torch.empty((len(keys), 4), dtype=torch.int32, device=keys.device)
     if keys.numel():
-        with torch.cuda.device_of(keys):
-            _decode[(triton.cdiv(len(keys), ROWS),)](keys.contiguous(), coords, len(keys), bits, ROWS)
+        _decode[(ceil_div(len(keys), ROWS),)](keys.contiguous(), coords, len(keys), bits, ROWS)
     return coords
 
 
@@ -148,12 +145,11 @@ def neighbours(
     table = torch.full((batch_size * size_x * size_y * size_z,), num_rows, dtype=torch.int32, device=device)
     found = torch.empty((27, num_rows), dtype=torch.int32, device=device)
     alive = torch.empty(num_rows, dtype=torch.int32, device=device)
-    grid = (triton.cdiv(num_rows, ROWS),)
+    grid = (ceil_div(num_rows, ROWS),)
     counts = torch.empty(grid, dtype=torch.int32, device=device)
     if num_rows:
-        with torch.cuda.device_of(keys):
-            _fill[grid](keys, table, num_rows, size_x, size_y, size_z, bits, ROWS)
-            _look_up[grid](keys, table, found, alive, counts, num_rows, size_x, size_y, size_z, bits, ROWS)
+        _fill[grid](keys, table, num_rows, size_x, size_y, size_z, bits, ROWS)
+        _look_up[grid](keys, table, found, alive, counts, num_rows, size_x, size_y, size_z, bits, ROWS)
     return found, alive, counts.sum()
 
 
@@ -216,14 +212,13 @@ def group_cells(
     parent = torch.empty(num_rows, dtype=torch.int64, device=device)
     if num_rows == 0:
         return keys.clone(), parent, keys.new_empty((8, 0))
-    grid = (triton.cdiv(num_rows, ROWS),)
-    with torch.cuda.device_of(keys):
-        _mark_firsts[grid](keys, firsts, num_rows, ROWS)
-        numbers = firsts.cumsum(0, dtype=torch.int32)
-        num_cells = int(numbers[-1])
-        cells = torch.empty(num_cells, dtype=torch.int64, device=device)
-        children = torch.full((8, num_cells), num_rows, dtype=torch.int64, device=device)
-        _group[grid](keys, numbers, cells, parent, children, num_rows, num_cells, ROWS)
+    grid = (ceil_div(num_rows, ROWS),)
+    _mark_firsts[grid](keys, firsts, num_rows, ROWS)
+    numbers = firsts.cumsum(0, dtype=torch.int32)
+    num_cells = int(numbers[-1])
+    cells = torch.empty(num_cells, dtype=torch.int64, device=device)
+    children = torch.full((8, num_cells), num_rows, dtype=torch.int64, device=device)
+    _group[grid](keys, numbers, cells, parent, children, num_rows, num_cells, ROWS)
     return cells, parent, children
 
 
@@ -260,11 +255,10 @@ def by_neighbourhood(
     keys = torch.empty(num_rows, dtype=torch.int64, device=alive.device)
     rows, bits, table = torch.empty_like(alive), torch.empty_like(alive), torch.empty_like(found)
     if num_rows:
-        with torch.cuda.device_of(alive):
-            grid = (triton.cdiv(num_rows, ROWS),)
-            _sorting_keys[grid](alive, keys, num_rows, chunk, ROWS)
-            keys, order = torch.sort(keys, stable=True)
-            _take_columns[grid](found, keys, order, rows, bits, table, num_rows, ROWS)
+        grid = (ceil_div(num_rows, ROWS),)
+        _sorting_keys[grid](alive, keys, num_rows, chunk, ROWS)
+        keys, order = torch.sort(keys, stable=True)
+        _take_columns[grid](found, keys, order, rows, bits, table, num_rows, ROWS)
     return rows, table, bits
 
 
@@ -294,12 +288,11 @@ def _take_columns(found, keys, order, rows_out, bits_out, out, num_rows, TILE: t
 
 def tile_offsets(alive: Int32[Tensor, " N"], size: int) -> tuple[Int32[Tensor, "T 27"], Int32[Tensor, " T"]]:
     """For each run of `size` rows the offsets that any of them has, those first, and how many."""
-    tiles = triton.cdiv(len(alive), size)
+    tiles = ceil_div(len(alive), size)
     offsets = torch.empty((tiles, 27), dtype=torch.int32, device=alive.device)
     counts = torch.empty(tiles, dtype=torch.int32, device=alive.device)
     if tiles:
-        with torch.cuda.device_of(alive):
-            _list_offsets[(tiles,)](alive, offsets, counts, len(alive), size)
+        _list_offsets[(tiles,)](alive, offsets, counts, len(alive), size)
     return offsets, counts
 
 
@@ -330,14 +323,13 @@ def neighbour_lists(
     """Rows that have each neighbour, that neighbour's row, both packed to the front, and how many."""
     num_rows = found.shape[1]
     rows, near = torch.empty_like(found), torch.empty_like(found)
-    blocks = torch.empty((27, triton.cdiv(num_rows, ROWS)), dtype=torch.int32, device=found.device)
+    blocks = torch.empty((27, ceil_div(num_rows, ROWS)), dtype=torch.int32, device=found.device)
     counts = torch.zeros(27, dtype=torch.int32, device=found.device)
     if num_rows:
         grid = (blocks.shape[1], 27)
-        with torch.cuda.device_of(found):
-            _count_pairs[grid](found, blocks, num_rows, blocks.shape[1], ROWS)
-            ends = blocks.cumsum(1, dtype=torch.int32)
-            _list_pairs[grid](found, ends, rows, near, counts, num_rows, blocks.shape[1], ROWS)
+        _count_pairs[grid](found, blocks, num_rows, blocks.shape[1], ROWS)
+        ends = blocks.cumsum(1, dtype=torch.int32)
+        _list_pairs[grid](found, ends, rows, near, counts, num_rows, blocks.shape[1], ROWS)
     return rows, near, counts
 
 
@@ -370,12 +362,11 @@ def _list_pairs(found, ends, rows_out, near_out, counts, num_rows, num_blocks, T
 def take_rows(values: Shaped[Tensor, "N C"], rows: Int64[Tensor, " M"]) -> Shaped[Tensor, "M C"]:
     """values[rows]; several times faster than torch's where rows are narrow."""
     out = values.new_empty((len(rows), values.shape[1]))
-    width = triton.next_power_of_2(values.shape[1])
+    width = power_of_two(values.shape[1])
     tile = max(1, 4096 // width)
     if out.numel():
-        with torch.cuda.device_of(values):
-            grid = (triton.cdiv(len(rows), tile),)
-            _take_rows[grid](values.contiguous(), rows, out, len(rows), values.shape[1], tile, width)
+        grid = (ceil_div(len(rows), tile),)
+        _take_rows[grid](values.contiguous(), rows, out, len(rows), values.shape[1], tile, width)
     return out
 
 

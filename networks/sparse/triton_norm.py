@@ -13,7 +13,7 @@ import triton.language as tl
 from jaxtyping import Float, Float32, Int32
 from torch import Tensor
 
-from networks.sparse.triton_launch import quick
+from networks.sparse.triton_launch import ceil_div, power_of_two, quick
 
 ELEMENTS = 8192  # of a step
 CHUNKS = 1024  # of a batch, about: eight programs for each processor of a large card
@@ -28,7 +28,7 @@ class Chunks(NamedTuple):
 
 def cut(sample_sizes: list[int], rows: int, device: torch.device) -> Chunks:
     """Chunks of a multiple of `rows` rows."""
-    length = rows * max(1, triton.cdiv(sum(sample_sizes), rows * CHUNKS))
+    length = rows * max(1, ceil_div(sum(sample_sizes), rows * CHUNKS))
     firsts = [np.arange(0, size, length, dtype=np.int32) for size in sample_sizes]
     bounds, offset = [np.empty((0, 3), dtype=np.int32)], 0
     for sample, (first, size) in enumerate(zip(firsts, sample_sizes, strict=True)):
@@ -43,7 +43,7 @@ def cut(sample_sizes: list[int], rows: int, device: torch.device) -> Chunks:
 
 def chunk_rows(channels: int) -> int:
     """Rows of a step."""
-    return max(1, ELEMENTS // triton.next_power_of_2(channels))
+    return max(1, ELEMENTS // power_of_two(channels))
 
 
 class Statistics(NamedTuple):
@@ -66,10 +66,9 @@ def group_norm(
     out, parts, stats = torch.empty_like(x), _moments_of(x, chunks), Statistics(*_tables(x, chunks))
     grid, shape = _by_chunk(x, chunks)
     groups, sizes = _by_group(x, chunks, num_groups)
-    with torch.cuda.device_of(x):
-        _moments[grid](x, chunks.bounds, parts, **shape)
-        _combine[groups](parts, chunks.bounds, chunks.starts, *stats, eps, **sizes)
-        _normalize[grid](x, chunks.bounds, *stats, weight, bias, out, SILU=silu, **shape)
+    _moments[grid](x, chunks.bounds, parts, **shape)
+    _combine[groups](parts, chunks.bounds, chunks.starts, *stats, eps, **sizes)
+    _normalize[grid](x, chunks.bounds, *stats, weight, bias, out, SILU=silu, **shape)
     return out, stats
 
 
@@ -84,7 +83,7 @@ def _tables(x: Float[Tensor, "N C"], chunks: Chunks) -> Float32[Tensor, "2 B C"]
 def _by_chunk(x: Float[Tensor, "N C"], chunks: Chunks) -> tuple[tuple[int, ...], dict[str, int]]:
     """Grid and sizes of a kernel with a program for each chunk."""
     channels = x.shape[1]
-    sizes = {"CHANNELS": channels, "TILE": chunk_rows(channels), "WIDTH": triton.next_power_of_2(channels)}
+    sizes = {"CHANNELS": channels, "TILE": chunk_rows(channels), "WIDTH": power_of_two(channels)}
     return (chunks.bounds.shape[0],), sizes
 
 
@@ -93,9 +92,9 @@ def _by_group(x: Float[Tensor, "N C"], chunks: Chunks, num_groups: int) -> tuple
     channels = x.shape[1]
     group = channels // num_groups
     block = group * max(1, min(16 // group, num_groups))
-    width = triton.next_power_of_2(block)
+    width = power_of_two(block)
     sizes = {"CHANNELS": channels, "GROUP": group, "BLOCK": block, "WIDTH": width, "TILE": max(1, 2048 // width)}
-    return (chunks.starts.shape[0] - 1, triton.cdiv(channels, block)), sizes
+    return (chunks.starts.shape[0] - 1, ceil_div(channels, block)), sizes
 
 
 @no_type_check
@@ -266,13 +265,12 @@ def group_norm_grads(
     sums, shifts = _tables(x, chunks), _tables(x, chunks)
     grid, shape = _by_chunk(x, chunks)
     groups, sizes = _by_group(x, chunks, num_groups)
-    with torch.cuda.device_of(x):
-        inputs = (x, grad, chunks.bounds, *stats, weight, bias)
-        _grad_moments[grid](*inputs, parts, SILU=silu, **shape)
-        _combine_grads[groups](
-            parts, chunks.bounds, chunks.starts, stats.rstd, weight, *sums.unbind(0), *shifts.unbind(0), **sizes
-        )
-        _grad_input[grid](*inputs, *shifts.unbind(0), out, SILU=silu, **shape)
+    inputs = (x, grad, chunks.bounds, *stats, weight, bias)
+    _grad_moments[grid](*inputs, parts, SILU=silu, **shape)
+    _combine_grads[groups](
+        parts, chunks.bounds, chunks.starts, stats.rstd, weight, *sums.unbind(0), *shifts.unbind(0), **sizes
+    )
+    _grad_input[grid](*inputs, *shifts.unbind(0), out, SILU=silu, **shape)
     of_bias, of_weight = sums.sum(1) if sums.shape[1] > 1 else sums[:, 0]
     return out, of_weight, of_bias
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from networks.sparse.triton_launch import quick
+from networks.sparse.triton_launch import ceil_div, power_of_two, quick
 
 ELEMENTS = 8192  # of a program's tile
 
@@ -23,13 +23,12 @@ def sum_children(
     """out[m] = scale[m] * sum of the rows children[:, m]; a row number N counts as none."""
     (num_fine, channels), num_coarse = fine.shape, children.shape[1]
     out = fine.new_empty((num_coarse, channels))
-    width = triton.next_power_of_2(channels)
+    width = power_of_two(channels)
     tile = max(1, ELEMENTS // 2 // width)
     if out.numel():
-        with torch.cuda.device_of(fine):
-            _sum_children[(triton.cdiv(num_coarse, tile),)](
-                fine.contiguous(), children, scale, out, num_fine, num_coarse, channels, scale is not None, tile, width
-            )
+        _sum_children[(ceil_div(num_coarse, tile),)](
+            fine.contiguous(), children, scale, out, num_fine, num_coarse, channels, scale is not None, tile, width
+        )
     return out
 
 
@@ -68,13 +67,12 @@ def spread(
     """out[n] = scale[parent[n]] * coarse[parent[n]]: the transpose of `sum_children`."""
     num_fine, channels = parent.shape[0], coarse.shape[1]
     out = coarse.new_empty((num_fine, channels))
-    width = triton.next_power_of_2(channels)
+    width = power_of_two(channels)
     tile = max(1, ELEMENTS // 2 // width)
     if out.numel():
-        with torch.cuda.device_of(coarse):
-            _spread[(triton.cdiv(num_fine, tile),)](
-                coarse.contiguous(), parent, scale, out, num_fine, channels, scale is not None, tile, width
-            )
+        _spread[(ceil_div(num_fine, tile),)](
+            coarse.contiguous(), parent, scale, out, num_fine, channels, scale is not None, tile, width
+        )
     return out
 
 
@@ -105,13 +103,12 @@ def _spread(  # noqa: PLR0913
 def column_sums(x: Float[Tensor, "N C"]) -> Float32[Tensor, " C"]:
     """Sum of all rows."""
     num_rows, channels = x.shape
-    width = triton.next_power_of_2(channels)
+    width = power_of_two(channels)
     tile = max(1, ELEMENTS // width)
-    length = tile * max(1, triton.cdiv(num_rows, 1024 * tile))
-    parts = x.new_empty((triton.cdiv(num_rows, length), channels), dtype=torch.float32)
+    length = tile * max(1, ceil_div(num_rows, 1024 * tile))
+    parts = x.new_empty((ceil_div(num_rows, length), channels), dtype=torch.float32)
     if parts.numel():
-        with torch.cuda.device_of(x):
-            _column_sums[(len(parts),)](x.contiguous(), parts, num_rows, length, channels, tile, width)
+        _column_sums[(len(parts),)](x.contiguous(), parts, num_rows, length, channels, tile, width)
     return parts.sum(0)
 
 

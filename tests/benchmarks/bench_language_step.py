@@ -147,16 +147,16 @@ def main() -> None:
     ways = {"ours": (ours, encode), "not compiled": (eager(ours), encode), "plain": (eager(plain), encode)}
     ways["plain, cached"] = (eager(plain), cached)
     rows = []
-    for lora in (False, True):
+    for lora in [word == "lora" for word in sys.argv[1:] or ("projector", "lora")]:
         freeze(language)
         if lora:
-            add_lora(language, dropout=0.05)
+            add_lora(language, dropout=0.0)
         model = VolumeQwen(language, Projector(tokenizer.sizes.latent_channels, 1536).cuda())
         with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
             pair = [float(step(model.eval(), batch, cached)) for step, _ in ways.values()]
         assert max(pair) - min(pair) < 0.02 * pair[-1], pair
         model.train()
-        for checkpointing in (False, True):
+        for checkpointing in (True, False):
             if checkpointing:
                 use_checkpointing(language)
             else:

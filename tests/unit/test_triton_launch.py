@@ -1,12 +1,13 @@
 """Kernels started by a key of our own: all that Triton compiles apart is told apart."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-from networks.sparse.triton_launch import QuickKernel, _kind  # noqa: E402
+from networks.sparse.triton_launch import QuickKernel, _kind, ceil_div, power_of_two  # noqa: E402
 
 
 class Recorded(triton.JITFunction):
@@ -36,7 +37,7 @@ class Compiled:
 
 @pytest.fixture
 def kernel(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # what tensors on the CPU say
     return Recorded()
 
 
@@ -72,12 +73,20 @@ def test_whatever_triton_tells_apart_is_compiled_anew(kernel, name, value):
     assert len(kernel.compiled) == 2 and not kernel.started
 
 
-def test_devices_are_told_apart(kernel, monkeypatch):
-    quick = QuickKernel(kernel)
-    for device in (0, 1):
-        monkeypatch.setattr(torch.cuda, "current_device", lambda device=device: device)
+def test_a_kernel_starts_where_its_first_argument_is(kernel, monkeypatch):
+    quick, entered = QuickKernel(kernel), []
+    monkeypatch.setattr(torch.cuda, "device", lambda number: entered.append(number) or nullcontext())
+    for device in (-1, 1, 1):
+        monkeypatch.setattr(torch.Tensor, "get_device", lambda _, device=device: device)
         quick[(1,)](torch.zeros(4), 5, 1, SECOND=2, THIRD=3)
-    assert len(kernel.compiled) == 2
+    assert entered == [1, 1]
+    assert len(kernel.compiled) == 2, "devices are told apart"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 96, 128, 129, 1000])
+def test_numbers_of_a_grid_are_tritons(count):
+    assert power_of_two(count) == triton.next_power_of_2(count)
+    assert ceil_div(count, 32) == triton.cdiv(count, 32)
 
 
 def test_a_number_is_not_a_truth_value():
