@@ -267,13 +267,14 @@ def _recomputed(layer: nn.Module, *args, **kwargs):
 def compile_layers(language: nn.Module, *, backend: str | Callable = "inductor") -> None:
     """Fuses the small operations of each layer, forward and backward, and keeps less between; batches of any length.
 
-    One compilation serves all layers. Generation goes on as before.
+    One compilation serves all layers. Generation goes on as before, and so does what torch cannot compile: it says so.
     """
+    torch._dynamo.config.suppress_errors = True
     for layer in language.model.language_model.layers:
         layer.compile(dynamic=True, backend=backend)
 
 
-def add_lora(language: nn.Module, *, r: int = 8, alpha: int = 32, dropout: float = 0.05) -> nn.Module:
+def add_lora(language: nn.Module, *, r: int = 8, alpha: int = 32, dropout: float = 0.0) -> nn.Module:
     """Puts low-rank layers into the language part in place (never the image encoder); returns what saves them."""
     peft = import_peft()
     config = peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS)

@@ -232,6 +232,8 @@ def test_a_wrong_value_is_named_with_its_rule(check, key, value):
         ("use_lora", "true"),
         ("lora_r", "0"),
         ("lora_alpha", "-4"),
+        ("lora_dropout", "1"),
+        ("compile_layers", "maybe"),
         ("num_phantoms", "1"),
         ("about", "nodule"),
         ("about", "['fracture']"),
@@ -266,7 +268,7 @@ def test_a_wrong_value_for_an_evaluation_is_named_with_its_rule(check, key, valu
     "flags",
     [
         ["--data", "reports.csv", "--image_root", "scans", "--vl_model", "Qwen/Qwen3-VL-2B-Instruct"],
-        ["--about", "['nodule','kidney stone']", "--use_lora", "True", "--lora_alpha", "16"],
+        ["--about", "['nodule','kidney stone']", "--use_lora", "True", "--lora_alpha", "16", "--lora_dropout", "0.05"],
         ["--vae_config", "config.json", "--dataset", "mine.sets.Reports", "--weight_decay", "0"],
         ["--data", "None", "--vl_model", "None", "--about", "$None"],
         ["--grad_clip", "$None", "--epochs", "$2+1", "--tiny", "{'num_layers': 3}"],

@@ -54,7 +54,7 @@ USUAL = {"table": torch.zeros(64), "count": 5, "FIRST": 1, "SECOND": 2, "THIRD":
 OTHERS = [
     ("table", torch.zeros(64)[1:]),  # not aligned to 16 bytes
     ("table", torch.zeros(64).half()),
-    ("table", None),
+    ("count", None),
     ("count", 1),
     ("count", 16),
     ("count", 2**31),
