@@ -1,8 +1,9 @@
 """One alignment step at the shape of Qwen2-VL-2B: ours against the plain way, same batch, dtype and checkpointing.
 
 The plain way is what the original recipe does: the stock model's own loss over the logits of all positions, features
-encoded anew at each step, every prefix padded to the budget. Asserts first that both give the same loss. Run on a GPU:
-python tests/benchmarks/bench_language_step.py
+encoded anew at each step, every prefix padded to the budget, layers as they come; ours is measured with its layers
+compiled, as in training, and without. Asserts first that all give the same loss. Run on a GPU:
+python tests/benchmarks/bench_language_step.py [projector] [lora]
 """
 
 import json

@@ -28,13 +28,13 @@ from app import card, data, loaders, prepared, scans
 from app import reconstruction_metrics as measure
 from app.inference import CTTokenizer, dense_hu
 from app.metrics import count_codes, perplexity
-from app.training import to_sparse
 from networks.presets import PRESETS, Preset
 from networks.sparse import SparseTensor
 from tests.benchmarks import dense_peer
 from tests.benchmarks.timed_stages import TimedStages, environment_of_runs
 from tests.benchmarks.timing import machine
 from transforms import Resampled
+from transforms.tensor import window_values
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -127,8 +127,8 @@ def train_monai(given: argparse.Namespace, sizes: Preset) -> tuple[torch.nn.Modu
         factor = min(done / 0.02, 1.0) * (0.01 + 0.99 * (1 + np.cos(np.pi * done)) / 2)  # by the clock, as a cosine
         for group in optimizer.param_groups:
             group["lr"] = given.learning_rate * factor
-        x = to_sparse(batch, DEVICE)
-        boxes = dense_peer.boxes_of(x.feats, x.coords, x.batch_size)
+        feats = window_values(batch["hu"].to(DEVICE, non_blocking=True), batch["windows"])
+        boxes = dense_peer.boxes_of(feats, batch["coords"].to(DEVICE, non_blocking=True), batch["batch_size"])
         if rows is not None and done >= UNQUANTISED:
             rows.append(dense_peer.latents_of(network, boxes))
             if sum(map(len, rows)) >= 64 * given.codes:
@@ -138,7 +138,7 @@ def train_monai(given: argparse.Namespace, sizes: Preset) -> tuple[torch.nn.Modu
             continue
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
-            terms = dense_peer.loss_of(network, boxes, x.feats, quantize=rows is None)
+            terms = dense_peer.loss_of(network, boxes, feats, quantize=rows is None)
         terms["loss"].backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()

@@ -7,7 +7,7 @@ window; they enter neither the loss nor the count of codes, so that both network
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int, Int32
+from jaxtyping import Float, Int
 from monai.networks.nets import VQVAE
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ class Boxes(NamedTuple):
     cells: tuple[Int[Tensor, " M"], ...]  # the same of each occupied cell, an eighth as fine
 
 
-def boxes_of(feats: Float[Tensor, "N C"], coords: Int32[Tensor, "N 4"], batch_size: int) -> Boxes:
+def boxes_of(feats: Float[Tensor, "N C"], coords: Int[Tensor, "N 4"], batch_size: int) -> Boxes:
     """The rows of a batch, densely; cells keep their absolute place, as latents do."""
     sample, at = coords[:, 0].long(), coords[:, 1:].long()
     parts = [at[sample == i] for i in range(batch_size)]
