@@ -58,7 +58,8 @@ def judge_ours(given: argparse.Namespace, place: Path) -> dict[str, Any]:
     }
     coded = {**shared, "num_embeddings": given.codes}
     last = {**coded, "learning_rate": given.learning_rate * given.stage2_rate}
-    stages = TimedStages(place, settings={"vae": shared, "vq_stage1": coded, "vq_stage2": last}, say=say)
+    first = {**shared, "lr_scheduler": "constant"}  # another stage follows: its rate need not fall
+    stages = TimedStages(place, settings={"vae": first, "vq_stage1": coded, "vq_stage2": last}, say=say)
     file, training = stages.train(60 * given.minutes, trial_steps=given.trial_steps)
     call = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(ROOT / "bundles/evaluate_tokenizer.json")]
     call += ["--tokenizer", str(file.resolve()), "--dataset_dir", str(Path(given.data).resolve())]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("vae", "vq_stage1", "vq_stage2")
-SHARES = {"vae": 0.40, "vq_stage1": 0.08}  # of the time; stage 2 has the rest
+SHARES = {"vae": 0.25, "vq_stage1": 0.05}  # of the time; stage 2 has the rest
 MARGIN = 0.97  # of what a stage's rate promises: validation and saving take their part
 
 
