@@ -70,11 +70,9 @@ def test_windows_on_tensors_are_the_same_to_the_last_bit(rng, dtype, device):
     ends = [bound + step for name in names for bound in array.window_bounds(name) for step in (-1, 0, 1)]
     hu = np.concatenate([ends, [-32768, -1024, 0, 32767], rng.uniform(-1500, 3500, 20_000)]).astype(dtype)
     for shaped in (hu, hu[: len(hu) // 6 * 6].reshape(2, 3, -1)):
-        got = tensor.window_values(torch.from_numpy(shaped), list(array.WINDOWS))
-        assert got.dtype == torch.float32
-        assert np.array_equal(
-            got.numpy().view(np.int32), array.window_values(shaped, list(array.WINDOWS)).view(np.int32)
-        )
+        got = tensor.window_values(torch.from_numpy(shaped).to(device), names)
+        assert got.dtype == torch.float32 and got.device.type == device
+        assert np.array_equal(got.cpu().numpy().view(np.int32), array.window_values(shaped, names).view(np.int32))
 
 
 def test_rand_crop_to_budget(kept):
