@@ -31,7 +31,8 @@ OWNERS = {  # optional or heavy libraries, each behind one door
     "spconv": {"networks/sparse/spconv_backend.py"},
     "cumm": {"networks/sparse/spconv_backend.py"},
     "triton": {
-        f"networks/sparse/triton_{part}.py" for part in ("attention", "linear", "backend", "launch", "maps", "norm", "rows")
+        f"networks/sparse/triton_{part}.py"
+        for part in ("attention", "linear", "backend", "launch", "maps", "norm", "rows")
     }
     | {"networks/code_search.py"},
 }
