@@ -82,7 +82,7 @@ class TrainStep:
         parts = batch if isinstance(batch, list) else [batch]
         samples = sum(part["batch_size"] for part in parts)
         seed_step(self.seed, engine.state.iteration, rank=idist.get_rank())
-        if not engine.network.training:  # it walks through all modules
+        if not unwrapped(engine.network).training:  # it walks through all modules; a wrapper's own flag says nothing
             engine.network.train()
         engine.optimizer.zero_grad(set_to_none=True)
         names: list[str] = []
