@@ -16,7 +16,7 @@ from networks.sparse.topology import Coarsening
 class RowLinear(nn.Linear):
     """A linear map of rows."""
 
-    def forward(self, rows: Float[Tensor, "N C"]) -> Float[Tensor, "N F"]:
+    def forward(self, rows: Float[Tensor, "N _"]) -> Float[Tensor, "N F"]:
         return ops.linear(rows, self.weight, self.bias)
 
 

@@ -194,9 +194,11 @@ class _MixedLinear(torch.autograd.Function):
 
 
 def linear(
-    feats: Float[Tensor, "N C"], weight: Float[Tensor, "F C"], bias: Float[Tensor, " F"]
+    feats: Float[Tensor, "N _"], weight: Float[Tensor, "F C"], bias: Float[Tensor, " F"]
 ) -> Float[Tensor, "N F"]:
     """A linear map of every row."""
+    if feats.shape[1] != weight.shape[1]:  # a kernel would read past the end of the weight's rows
+        raise ValueError(f"weight {tuple(weight.shape)} needs features of {weight.shape[1]}, got {feats.shape[1]}")
     dtype = _autocast_dtype(feats)
     kernels = _fused("linear", feats) if dtype and weight.dtype == torch.float32 else None
     return _MixedLinear.apply(feats.to(dtype), weight, bias, kernels) if kernels else F.linear(feats, weight, bias)

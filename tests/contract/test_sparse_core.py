@@ -95,6 +95,13 @@ def test_convolution_on_a_full_grid_is_conv3d(generator, assert_close):
     assert_close(out, torch.nn.functional.conv3d(grid, kernel, conv.bias, padding=1))
 
 
+@pytest.mark.parametrize("width", [3, 5])
+def test_a_linear_map_refuses_other_channels(width):
+    weight = torch.ones(2, 4)
+    with pytest.raises(ValueError, match=rf"weight \(2, 4\) needs features of 4, got {width}"):
+        ops.linear(torch.ones(6, width), weight, weight[:, 0])
+
+
 def test_keys_are_morton_with_x_highest_and_invert(generator):
     coords = torch.randint(0, 1024, (200, 4), generator=generator)
     coords[:, 0] %= 7
