@@ -79,7 +79,7 @@ class CTDataset(Dataset):
             raise ValueError("dataset has no case: give a dataset_dir that `python -m app check` finds in order")
         self.cases = list(cases)
         self.windows = next((t.windows for t in sampling if isinstance(t, Windowsd)), DEFAULT_WINDOWS)
-        here = sampling[:-1] if sampling and isinstance(sampling[-1], Windowsd) else sampling
+        here = sampling[:-1] if sampling and _only_names_windows(sampling[-1]) else sampling
         self.preprocessing, self.sampling = list(preprocessing), Compose(list(here))
         self.min_points, self.seed = min_points, seed
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
@@ -204,6 +204,11 @@ class CTDataset(Dataset):
                 beside.unlink()
             log.warning("Cache folder %s cannot be written (%s): going on without it", self.cache_dir, error)
             self.cache_dir = None
+
+
+def _only_names_windows(transform: Transform) -> bool:
+    """Whether this is the Windowsd that `to_sparse` repeats on the device, no class or key of somebody's own."""
+    return type(transform) is Windowsd and transform.keys == ("values",)
 
 
 def _constant(rows: np.ndarray, windows: Sequence[str]) -> bool:

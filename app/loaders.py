@@ -91,7 +91,7 @@ def collate(items: Sequence[Any], *, batch_split: int = 1) -> Any:
         "affine": torch.stack([item["affine"] for item in items]),
         "skipped": sum(item["skipped"] for item in items),
     }
-    if all("hu" in item for item in items):
+    if all("feats" not in item and item["windows"] == items[0]["windows"] for item in items):
         return {**batch, "hu": _joined([item["hu"] for item in items]), "windows": items[0]["windows"]}
     feats = [item["feats"] if "feats" in item else window_values(item["hu"], item["windows"]) for item in items]
     return {**batch, "feats": _joined(feats)}

@@ -15,6 +15,7 @@ from app.training import to_sparse
 from transforms import Resampled, Sparsifyd, Windowsd, array
 
 SETTINGS = {"resolution": 16, "spacing": 8.0}
+NAMES = array.DEFAULT_WINDOWS
 
 
 def blob(rng: np.random.Generator, radius: float) -> np.ndarray:
@@ -372,6 +373,27 @@ def test_a_transform_behind_the_windows_sees_features(dataset_dir):
     draw = [Windowsd(windows=["lung"]), negated]
     item = make_dataset(dataset_dir, split="val", preprocessing=preprocessing(**SETTINGS), sampling=draw)[0]
     assert np.array_equal(item["feats"], -array.window_values(plain["hu"].numpy(), ["lung"])) and "hu" not in item
+
+
+def test_windows_of_ones_own_are_applied_as_they_are(dataset_dir):
+    class Halved(Windowsd):
+        def __call__(self, item):
+            done = super().__call__(item)
+            return {**done, "feats": done["feats"] / 2}
+
+    plain = make(dataset_dir, split="val")[0]
+    for draw in ([Halved(windows=["lung"])], [lambda item: {**item, "x": item["values"] // 2}, Windowsd("x")]):
+        item = make_dataset(dataset_dir, split="val", preprocessing=preprocessing(**SETTINGS), sampling=draw)[0]
+        told = plain["hu"].numpy()
+        halved = array.window_values(told, ["lung"]) / 2 if len(draw) == 1 else array.window_values(told // 2, NAMES)
+        assert np.array_equal(item["feats"], halved) and "hu" not in item
+
+
+def test_each_sample_of_a_batch_has_its_own_windows(dataset_dir):
+    items = [make(dataset_dir, windows=[name])[(0, n)] for n, name in enumerate(("lung", "bone"))]
+    batch = collate(items)
+    expected = [array.window_values(item["hu"].numpy(), item["windows"]) for item in items]
+    assert np.array_equal(to_sparse(batch, torch.device("cpu")).feats.sort(0)[0], np.sort(np.concatenate(expected), 0))
 
 
 # ---- older trees
