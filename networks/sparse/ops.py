@@ -181,7 +181,7 @@ class _MixedLinear(torch.autograd.Function):
         cast = weight.to(feats.dtype)
         ctx.save_for_backward(feats, cast)
         ctx.kernels = kernels
-        return kernels.rows_product(feats, cast, bias)
+        return kernels.rows_product(feats, cast, bias.contiguous())
 
     @staticmethod
     def backward(ctx, grad):

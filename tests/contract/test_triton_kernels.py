@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from networks.sparse import topology, torch_backend
+from networks.sparse import ops, topology, torch_backend
 from networks.sparse.topology import Level
 from tests import oracle
 
@@ -162,6 +162,25 @@ def test_interpreted_linear_map_and_its_gradients(count, channels, columns, gene
     assert for_weight.dtype == for_bias.dtype == torch.float32
     assert_close(for_weight, upstream.T @ x)
     assert_close(for_bias, upstream.sum(0))
+
+
+@in_interpreter
+@pytest.mark.parametrize("learned", [(1, 1, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0), (1, 0, 0), (0, 0, 1)])
+@pytest.mark.parametrize("count", [0, 300])
+def test_interpreted_mixed_layer_takes_any_strides_and_frozen_parts(count, learned, generator, assert_close):
+    values = [torch.randn(size, count or 1, generator=generator).T[:count] for size in (40, 24)]
+    feats, upstream = (value.half() for value in values)
+    weight, bias = torch.randn(40, 24, generator=generator).T / 8, torch.randn(48, generator=generator)[::2]
+    mine = [t.detach().requires_grad_(bool(on)) for t, on in zip((feats, weight, bias), learned, strict=True)]
+    truth = [t.detach().double().requires_grad_(t.requires_grad) for t in mine]
+    out, expected = ops._MixedLinear.apply(*mine, triton_linear), torch.nn.functional.linear(*truth)
+    assert_close(out, expected, dtype=torch.float16)
+    out.backward(upstream)
+    expected.backward(upstream.double())
+    for one, other in zip(mine, truth, strict=True):
+        assert (one.grad is None) == (other.grad is None)
+        if one.grad is not None:
+            assert_close(one.grad, other.grad, dtype=one.dtype)
 
 
 @in_interpreter
