@@ -271,7 +271,9 @@ class Language:
         qwen.freeze(self.model)
         self.adapter = None
         if lora is not None and lora["use"]:
-            self.adapter = qwen.add_lora(self.model, r=lora["r"], alpha=lora["alpha"], dropout=lora.get("dropout", 0.0))
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                self.adapter = qwen.add_lora(self.model, r=lora["r"], alpha=lora["alpha"], dropout=lora["dropout"])
         if train_language:
             for part in (self.model.model.language_model, self.model.lm_head):
                 part.requires_grad_(True)

@@ -43,6 +43,14 @@ def test_outputs_of_a_run(home, aligned):
     assert sorted(final) == ["proj.bias", "proj.weight"] and not torch.equal(final["proj.weight"], epoch["proj.weight"])
 
 
+def test_the_same_seed_gives_the_same_run(home, tmp_path):
+    for name in ("one", "other"):
+        torch.rand(3)  # what was drawn before must not matter
+        align(home, tmp_path / name, epochs=1)
+    one, other = weights_of(tmp_path / "one"), weights_of(tmp_path / "other")
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
 def test_resuming_gives_the_run_that_was_not_interrupted(home, aligned):
     again = home / "again"
     shutil.copytree(aligned, again)
