@@ -267,9 +267,11 @@ def _recomputed(layer: nn.Module, *args, **kwargs):
 def compile_layers(language: nn.Module, *, backend: str | Callable = "inductor") -> None:
     """Fuses the small operations of each layer, forward and backward, and keeps less between; batches of any length.
 
-    One compilation serves all layers. Generation goes on as before, and so does what torch cannot compile: it says so.
+    One compilation serves all layers. Generation goes on as before, and so does a forward pass that torch cannot
+    compile: it says so. A backward pass that it cannot compile raises. Settings are torch's, of the whole process.
     """
     torch._dynamo.config.suppress_errors = True
+    torch._dynamo.config.optimize_ddp = False  # it would cut every layer where ranks exchange gradients
     for layer in language.model.language_model.layers:
         layer.compile(dynamic=True, backend=backend)
 
