@@ -8,7 +8,7 @@ products (error near 1e-6), or as one where `torch.backends.cuda.matmul.allow_tf
 
 import math
 from functools import cache
-from typing import NamedTuple, no_type_check
+from typing import no_type_check
 
 import torch
 import triton
@@ -17,20 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from networks.sparse.topology import Level
-from networks.sparse.triton_launch import ceil_div, power_of_two, processors, quick, shared_memory, split
+from networks.sparse.triton_launch import ceil_div, power_of_two, processors, quick, shared_memory
+from networks.sparse.triton_tiles import Tile, fitted, grad_tile, product_tile, split
 
-SPARE = 4096  # bytes of shared memory for what is no tile
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-class Tile(NamedTuple):
-    """Rows x columns of a program's sums, products a step, and how Triton runs it."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
 
 
 def forward(
@@ -57,44 +47,6 @@ def refusal(feats: Float[Tensor, "N C"], columns: int) -> str | None:
     if feats.dtype not in DTYPES:
         return f"computes in bfloat16, float16 or float32, got {feats.dtype}"
     return None
-
-
-@cache
-def product_tile(channels: int, columns: int, dtype: torch.dtype, *, thin: bool) -> Tile:
-    """Tile of the forward product and the input gradient; the fastest of a dozen on an H200 (bench_conv.py)."""
-    width = max(power_of_two(columns), 16)
-    depth = max(power_of_two(channels), 16)
-    if dtype == torch.float32:
-        return Tile(64, min(width, 128), min(depth, 32), 4, 3)
-    if width <= 32:
-        return Tile(256, width, min(depth, 64), 4, 3)
-    if width >= 256 and not thin:
-        return Tile(128, 256, min(depth, 64), 8, 3)
-    return Tile(128, min(width, 128), min(depth, 64), 8, 3) if width <= 128 else Tile(128, 128, min(depth, 64), 4, 3)
-
-
-@cache
-def grad_tile(channels: int, columns: int, dtype: torch.dtype) -> Tile:
-    """Tile of the weight gradient: its rows are input channels, of several offsets where they are few."""
-    width = min(max(power_of_two(columns), 16), 128)
-    if dtype == torch.float32:
-        return Tile(64, width, 32, 4, 3)
-    if max(channels, columns) <= 32:
-        return Tile(128, width, 32, 4, 3)
-    return Tile(128, width, 64, 4, 3) if max(channels, columns) > 64 else Tile(128, width, 64, 8, 2)
-
-
-@cache
-def fitted(tile: Tile, dtype: torch.dtype, room: int) -> Tile:
-    """The tile made to fit a smaller card: fewer steps read ahead, then fewer columns, then fewer rows."""
-    while tile.stages * (tile.rows + tile.columns) * tile.depth * dtype.itemsize > room - SPARE:
-        if tile.stages > 2:
-            tile = tile._replace(stages=tile.stages - 1)
-        elif tile.columns > 64:
-            tile = tile._replace(columns=tile.columns // 2)
-        else:
-            tile = tile._replace(rows=tile.rows // 2)
-    return tile
 
 
 def _precision(dtype: torch.dtype) -> str:

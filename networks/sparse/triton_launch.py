@@ -6,8 +6,7 @@ A kernel is started on the device of its first argument, a tensor. Also says wha
 tiles have to fit, and processors, among which rows are split.
 """
 
-import math
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 
 import torch
 import triton
@@ -75,14 +74,3 @@ def shared_memory(device: torch.device) -> int:
 @cache
 def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-@lru_cache(maxsize=1024)
-def split(num_rows: int, programs: int, depth: int, num_processors: int) -> tuple[int, int]:
-    """How many parts the rows are cut into, and the rows of each: several even waves of programs over the card."""
-    most = max(1, min(-(-num_rows // (4 * depth)), -(-10 * num_processors // programs)))
-    least = min(most, -(-4 * num_processors // programs))
-    waves = {s: s * programs / num_processors for s in range(least, most + 1)}
-    best = max(waves, key=lambda s: waves[s] / math.ceil(waves[s]))
-    length = -(-num_rows // (best * depth)) * depth
-    return -(-num_rows // length), length

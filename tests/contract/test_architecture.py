@@ -88,7 +88,7 @@ def test_heavy_libraries_stay_with_their_owners(path):
 
 def layer_of(module):
     """Place of networks.sparse.X among the layers; None for the package itself."""
-    name = "launch" if module == "triton_launch" else module
+    name = module.removeprefix("triton_") if module in ("triton_launch", "triton_tiles") else module
     name = "backend" if module.endswith("_backend") else "kernels" if name.startswith("triton_") else name
     return SPARSE_LAYERS.index(name) if name in SPARSE_LAYERS else None
 

@@ -14,6 +14,7 @@ from networks.sparse import (  # noqa: E402
     triton_maps,
     triton_norm,
     triton_rows,
+    triton_tiles,
 )
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted")
@@ -46,8 +47,8 @@ MAPS = dict.fromkeys(("neighbours", "order", "offsets", "counts", "list_rows", "
 
 
 def forward(channels, columns, dtype, *, card=90, thin=False):
-    tile = triton_backend.product_tile(channels, columns, DTYPES[dtype], thin=thin)
-    tile = triton_backend.fitted(tile, DTYPES[dtype], ROOM[card])
+    tile = triton_tiles.product_tile(channels, columns, DTYPES[dtype], thin=thin)
+    tile = triton_tiles.fitted(tile, DTYPES[dtype], ROOM[card])
     return compiled(
         triton_backend._gather_product,
         dtype,
@@ -70,8 +71,8 @@ def forward(channels, columns, dtype, *, card=90, thin=False):
 
 
 def weight_gradient(channels, columns, dtype, *, card=90, thin=False):
-    tile = triton_backend.grad_tile(channels, columns, DTYPES[dtype])
-    tile = triton_backend.fitted(tile, DTYPES[dtype], ROOM[card])
+    tile = triton_tiles.grad_tile(channels, columns, DTYPES[dtype])
+    tile = triton_tiles.fitted(tile, DTYPES[dtype], ROOM[card])
     block, offsets, _ = triton_backend._parts(channels, columns, tile, thin)
     return compiled(
         triton_backend._row_product,
@@ -122,8 +123,8 @@ def test_convolution_fits_the_card(make, channels, dtype, card):
 
 
 def linear_map(channels, columns, card):
-    tile = triton_backend.fitted(
-        triton_backend.product_tile(channels, columns, torch.bfloat16, thin=False), torch.bfloat16, ROOM[card]
+    tile = triton_tiles.fitted(
+        triton_tiles.product_tile(channels, columns, torch.bfloat16, thin=False), torch.bfloat16, ROOM[card]
     )
     sizes = {"CHANNELS": channels, "COLUMNS": columns, "TILE_ROWS": tile.rows, "TILE_COLUMNS": tile.columns}
     run = {"card": card, "warps": tile.warps, "stages": tile.stages}
