@@ -38,6 +38,7 @@ OWNERS = {  # optional or heavy libraries, each behind one door
 }
 SPARSE_LAYERS = (
     "launch",
+    "tiles",
     "kernels",
     "topology",
     "tensor",
