@@ -267,8 +267,9 @@ def _recomputed(layer: nn.Module, *args, **kwargs):
 def compile_layers(language: nn.Module, *, backend: str | Callable = "inductor") -> None:
     """Fuses the small operations of each layer, forward and backward, and keeps less between; batches of any length.
 
-    One compilation serves all layers. Generation goes on as before, and so does a forward pass that torch cannot
-    compile: it says so. A backward pass that it cannot compile raises. Settings are torch's, of the whole process.
+    One compilation serves all layers; each kind of batch has its own (padded or not, one sample or more). Generation
+    goes on as before, and so does a forward pass that torch cannot compile: it says so. A backward pass that it cannot
+    compile raises. Settings are torch's, of the whole process.
     """
     torch._dynamo.config.suppress_errors = True
     torch._dynamo.config.optimize_ddp = False  # it would cut every layer where ranks exchange gradients
