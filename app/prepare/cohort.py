@@ -130,6 +130,7 @@ def _prepare(root: str, out: Path, settings: Settings, request: Request, start: 
     outcomes = [_not_planned(*entry) for entry in named if entry[0].plan is None]
     workers = 0 if request.cluster else worker_count(request.workers, _bytes_for(jobs, settings), len(jobs))
     outcomes += run_jobs(prepare_case, jobs, failed=_failed, workers=workers, cluster=request.cluster)
+    _clear_leftovers(out)
     if not any(o.status in ("ok", "refused", "failed") for o in outcomes):
         outcomes.append(Outcome("", "", ".", "refused", ("NO_CASES",), "nothing below RAW is a CT volume"))
     outcomes.sort(key=lambda o: (o.dataset, o.source, o.case))
@@ -338,7 +339,7 @@ def _make(job: Job, recipe: str) -> dict[str, Any]:
 
 
 def _clear_leftovers(out: Path) -> None:
-    """Half-written folders of a run that was killed."""
+    """Half-written folders of a killed run, or of a killed worker of this one."""
     for left in [*out.glob("*/processed/.*"), *out.glob("*/.*.*"), *out.glob("*/previews/.*")]:
         shutil.rmtree(left) if left.is_dir() else left.unlink()
 

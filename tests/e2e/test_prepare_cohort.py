@@ -530,6 +530,22 @@ def test_a_worker_that_dies_takes_no_other_case_with_it():
     assert sorted(results) == [-3, 0, 1, 4, 16, 25]
 
 
+def test_what_a_killed_worker_leaves_half_written_is_cleared(tmp_path, monkeypatch):
+    def killed_while_writing(work, jobs, **rest):
+        outcomes = run_jobs(work, jobs, **rest)
+        half = Path(jobs[0].folder) / "processed" / f".{jobs[0].case}.half"
+        half.mkdir()
+        (half / "case.json").write_text("{")
+        return outcomes
+
+    raw, key = raw_cohort(tmp_path / "raw", 1), tmp_path / "key"
+    key.write_text("k")
+    report(raw, tmp_path / "whole", key_file=str(key))
+    monkeypatch.setattr(cohort, "run_jobs", killed_while_writing)
+    report(raw, tmp_path / "out", key_file=str(key))
+    assert sorted(tree(tmp_path / "out")) == sorted(tree(tmp_path / "whole"))
+
+
 def test_workers_fit_cores_memory_and_jobs(capsys):
     assert worker_count(8, 1 << 20, 1) == 1
     assert worker_count(8, 1 << 60, 8) == 1
