@@ -39,6 +39,12 @@ log = logging.getLogger(__name__)
 
 STOCK_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
 TINY_MODELS = {"tiny_qwen2_vl": "qwen2_vl", "tiny_qwen3_vl": "qwen3_vl"}  # built here, from the text
+LORA_SIZES = ("lora_r", "lora_alpha")
+RESUMED_WITH = {  # what a run cannot change on its way, and the code of its refusal
+    "tokenizer": "OTHER_TOKENIZER",
+    "base_model": "OTHER_MODEL",
+    **dict.fromkeys(("use_lora", *LORA_SIZES, "trained_language", "projector_layers", "use_3d_pos"), "OTHER_SETTINGS"),
+}
 TOKENIZER_COMMAND = "python -m monai.bundle run training --config_file bundles/vq_stage1.json"
 
 
@@ -357,13 +363,19 @@ def make_dataset(
 
 
 def check_same(folder: Path, args: dict) -> None:
-    """A run goes on with the tokenizer and the base model that it began with."""
+    """A run goes on with the tokenizer, the base model and the sizes that it began with; what else changed is said."""
     file = folder / "train_args.json"
     began = json.loads(file.read_text()) if file.is_file() else args
-    for name, code in (("tokenizer", "OTHER_TOKENIZER"), ("base_model", "OTHER_MODEL")):
-        if began[name] != args[name]:
-            what = f"the run in {folder} began with {name} {began[name]}, this one has {args[name]}"
-            fail(code, what, "resume with the same settings, or start afresh in another --output_dir")
+    changed = [
+        name for name in args if began.get(name) != args[name] and not (name in LORA_SIZES and not args["use_lora"])
+    ]
+    for name in changed:
+        if name in RESUMED_WITH:
+            what = f"the run in {folder} began with {name} {began.get(name)}, this one has {args[name]}"
+            fail(RESUMED_WITH[name], what, "resume with the same settings, or start afresh in another --output_dir")
+    told = ", ".join(f"{name} {args[name]} (was {began.get(name)})" for name in changed if name != "tokenizer_path")
+    if told:
+        log.warning("this run goes on with other settings than it began with: %s", told)
 
 
 def write_train_args(folder: Path, args: dict) -> None:

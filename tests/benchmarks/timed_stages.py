@@ -72,8 +72,9 @@ class TimedStages:
                 status = _end(process)
         seconds = time.perf_counter() - started
         self.say(f"{folder}/{stage}: {steps} steps in {seconds:.0f} s, status {status}")
-        if not list((self.place / folder / stage / "ckpts").glob("misc_step*.pt")):
-            sys.exit(log.read_text()[-3000:])
+        told, _ = logged_steps(self.place / folder / stage / "log.txt")
+        if len(told) < 2 or not list((self.place / folder / stage / "ckpts").glob("misc_step*.pt")):
+            sys.exit(f"{stage} ended too early to be timed:\n{log.read_text()[-3000:]}")
         return seconds
 
     def rate(self, stage: str, *, steps: int) -> Rate:
@@ -119,6 +120,7 @@ def _end(process: subprocess.Popen) -> int:
 
 def logged_steps(log: Path) -> tuple[list[int], list[float]]:
     """Steps and when they were told, in seconds, from a run's log.txt."""
-    found = re.findall(r"^(\S+ \S+),(\d+) INFO \S+ Step (\d+):", log.read_text(), re.MULTILINE)
+    text = log.read_text() if log.is_file() else ""
+    found = re.findall(r"^(\S+ \S+),(\d+) INFO \S+ Step (\d+):", text, re.MULTILINE)
     times = [datetime.fromisoformat(stamp).timestamp() + int(ms) / 1e3 for stamp, ms, _ in found]
     return [int(step) for *_, step in found], times

@@ -95,6 +95,20 @@ def test_a_run_does_not_go_on_with_another_tokenizer_or_vocabulary(home, aligned
         assert (tmp_path / folder / "train_args.json").read_text() == before
 
 
+def test_other_sizes_do_not_resume_and_other_settings_are_said(home, aligned, tmp_path, capsys):
+    shutil.copytree(aligned, tmp_path / "run")
+    for changes in ({"lora_r": 4}, {"use_lora": False}, {"projector_layers": 2}):
+        with pytest.raises(SystemExit) as end:
+            align(home, tmp_path / "run", resume="latest", **changes)
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        (name, value), *_ = changes.items()
+        assert end.value.code == 2 and said.startswith("OTHER_SETTINGS: ") and f"this one has {value}" in said
+        assert f"began with {name} " in said
+    align(home, tmp_path / "run", resume="latest", lora_dropout=0.1, learning_rate=0.5)
+    (said,) = [line for line in (tmp_path / "run/log.txt").read_text().splitlines() if "other settings" in line]
+    assert "lora_dropout 0.1 (was 0.0)" in said and "learning_rate 0.5 (was " in said and "lora_r" not in said
+
+
 def test_what_does_not_belong_together_is_refused(home, aligned, tmp_path, capsys):
     torch.manual_seed(1)
     torch.save(
