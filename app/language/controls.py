@@ -23,7 +23,8 @@ class Gap(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        return BETTER if self.low > 0 else "worse than the control" if self.high < 0 else NO_EVIDENCE
+        low, high = round(self.low, 3), round(self.high, 3)  # as they are printed: +0.000 covers zero
+        return BETTER if low > 0 else "worse than the control" if high < 0 else NO_EVIDENCE
 
 
 def derange(patients: Sequence[Hashable], *, seed: int = 0) -> list[int]:

@@ -17,7 +17,17 @@ import numpy as np
 
 from app.inference import progress
 from app.language.assistant import NOTICE, CTAssistant
-from app.language.controls import CONTROLS, USED, Gap, constant_answers, derange, mean_gap, paired_gap, swap_sides
+from app.language.controls import (
+    BETTER,
+    CONTROLS,
+    USED,
+    Gap,
+    constant_answers,
+    derange,
+    mean_gap,
+    paired_gap,
+    swap_sides,
+)
 from app.language.findings import finding_matrix, finding_scores, matcher_error
 from app.language.rows import TextRow
 from app.language.text_metrics import METEOR_NOTE, corpus_bleu, diversity, text_scores, token_f1, words
@@ -260,7 +270,7 @@ def mirror_scores(rows: Sequence[TextRow], real: Sequence[str], mirrored: Sequen
 
 
 def tell(gap: Gap, control: str) -> dict[str, Any]:
-    verdict = USED if control == "shuffled" and gap.low > 0 else gap.verdict
+    verdict = USED if control == "shuffled" and gap.verdict == BETTER else gap.verdict
     return {"difference": gap.difference, "low": gap.low, "high": gap.high, "verdict": verdict}
 
 

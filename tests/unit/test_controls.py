@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from app.language.controls import NO_EVIDENCE, constant_answers, derange, mean_gap, paired_gap, swap_sides
+from app.language.controls import BETTER, NO_EVIDENCE, Gap, constant_answers, derange, mean_gap, paired_gap, swap_sides
 from app.language.text_metrics import token_f1
 
 
@@ -62,3 +62,8 @@ def test_constant_answers_come_from_the_other_half():
 
 def test_sides_are_swapped_as_words():
     assert swap_sides("Left lung: bright, right-sided. LEFT") == "Right lung: bright, left-sided. LEFT"
+
+
+def test_the_verdict_is_that_of_the_printed_interval():
+    assert Gap(0.003, 0.0004, 0.005).verdict == NO_EVIDENCE and Gap(0.003, 0.0006, 0.005).verdict == BETTER
+    assert Gap(-0.003, -0.005, -0.0004).verdict == NO_EVIDENCE
