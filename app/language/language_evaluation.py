@@ -154,7 +154,7 @@ class Answers:
         known: dict[int, str] = {}
         if not self.file.is_file():
             return known
-        for text in self.file.read_text(encoding="utf-8").splitlines():
+        for text in self.file.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 line = json.loads(text)
             except json.JSONDecodeError:  # the line at which a run was stopped
@@ -338,7 +338,7 @@ def draw_bars(result: dict[str, Any], file: Path) -> None:
         groups |= result["questions"]["by_kind"]
     if result["reports"]:
         groups["findings F1"] = {c: result["reports"]["findings"]["scores"][c]["f1_micro"] for c in columns}
-    figure = Figure(figsize=(1.5 + 1.4 * len(groups), 3.2), layout="constrained")
+    figure = Figure(figsize=(max(5.0, 1.5 + 1.4 * len(groups)), 3.2), layout="constrained")  # as wide as the legend
     axes = figure.add_subplot()
     for at, column in enumerate(columns):
         heights = [values[column] for values in groups.values()]
