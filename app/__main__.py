@@ -264,7 +264,7 @@ def evaluate(
             skip_bad=skip_bad,
             options={**options, "batch_size": batch_size, "max_new_tokens": max_new_tokens},
         )
-        answer.give(result, table_lines(result))
+        answer.give(result, table_lines(result), status=3 if result["left_out"].get("no volume") else 0)
 
 
 if __name__ == "__main__":

@@ -189,7 +189,8 @@ def encode_rows(
             bad.append(image)
             reason = str(error).splitlines()[0]
             if not skip_bad:
-                fail("BAD_SCAN", f"{image} cannot be used: {reason}", "repair it, or leave it out with --skip_bad True")
+                leave = "repair it, or leave it out with --skip_bad True (of python -m app: --skip-bad)"
+                fail("BAD_SCAN", f"{image} cannot be used: {reason}", leave)
             log.warning("left out %s: %s", image, reason)
 
     visit_in_shares(list(wanted), encode, says="encoding scans")

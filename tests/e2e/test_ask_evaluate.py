@@ -87,6 +87,11 @@ def test_ask_as_a_command(home, aligned, tmp_path):
     assert "question takes" in say("ask", scan, "side " * 3000, *where, status=2)
     assert say("ask", tmp_path / "gone.nii", *where, status=2).startswith("NO_SOURCE: ")
     assert say("ask", scan, "--align", tmp_path, status=2).startswith("NO_ALIGNMENT: ")
+    assert "a question is empty" in say("ask", scan, "", *where, status=2)
+    assert "is a folder" in say("ask", scan, *where, "--out", tmp_path, status=2)
+    (tmp_path / "empty").mkdir()
+    assert "NO_CASES: " in CliRunner().invoke(app, ["ask", str(tmp_path / "empty"), *map(str, where)]).stderr
+    say("ask", tmp_path / "empty", *where, status=3)
     (tmp_path / "bad.npz").write_bytes(b"PK nothing")
     assert "1 scans refused" in CliRunner().invoke(app, ["ask", str(tmp_path), "--align", str(aligned)]).stdout
 
@@ -166,6 +171,10 @@ def test_evaluate_as_a_command(home, aligned, tmp_path, few_draws):
     assert result == json.loads((tmp_path / "language.json").read_text()) and result["rows"] == 8
     for_people = say("evaluate", home / "text.jsonl", *where)
     assert for_people == (tmp_path / "language.md").read_text() and NOTICE in for_people
+    lines = [json.loads(line) for line in (home / "text.jsonl").read_text().splitlines()]
+    lines = [{**line, "image": str(home / line["image"])} for line in lines] + [{**lines[-1], "image": "gone.npz"}]
+    (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert "1 left out (no volume)" in say("evaluate", tmp_path / "some.jsonl", *where, "--skip-bad", status=3)
     assert say("evaluate", home / "gone.csv", *where, status=2).startswith("BAD_MANIFEST: ")
     said = say("evaluate", home / "text.jsonl", *where, "--split", "autumn", status=2)
     assert said.splitlines()[-1].endswith("has no row with split autumn. It has ['train', 'val'].")
