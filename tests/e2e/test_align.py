@@ -153,7 +153,13 @@ def test_projectors_of_another_width_and_damaged_records_are_one_line(home, alig
     torch.save(Projector(16, 32).state_dict(), tmp_path / "moved/projector_final.pt")
     shutil.copytree(aligned, tmp_path / "damaged")
     (tmp_path / "damaged/train_args.json").write_text('{"tokenizer"')
+    shutil.copytree(aligned, tmp_path / "cut")
+    (tmp_path / "cut/lora_final/adapter_model.safetensors").write_bytes(b"cut short")
+    shutil.copytree(aligned, tmp_path / "edited")
+    (tmp_path / "edited/train_args.json").write_text('{"tokenizer": "abc"}')
     calls = {
+        "BAD_ADAPTER": lambda: CTAssistant.from_pretrained(tmp_path / "cut"),
+        "NO_ALIGNMENT: ": lambda: CTAssistant.from_pretrained(tmp_path / "edited"),
         "BAD_PROJECTOR": lambda: CTAssistant.from_pretrained(tmp_path / "moved"),
         "NO_ALIGNMENT": lambda: CTAssistant.from_pretrained(tmp_path / "damaged"),
         "BAD_VALUE": lambda: align(home, tmp_path / "out", train_language=True),
@@ -162,7 +168,7 @@ def test_projectors_of_another_width_and_damaged_records_are_one_line(home, alig
         with pytest.raises(SystemExit) as end:
             call()
         said = capsys.readouterr().err.strip().splitlines()[-1]
-        assert end.value.code == 2 and said.startswith(f"{code}: "), said
+        assert end.value.code == 2 and said.startswith(f"{code.removesuffix(': ')}: "), said
 
 
 def test_low_rank_layers_without_peft_are_one_line(home, tmp_path, capsys, monkeypatch):

@@ -41,6 +41,7 @@ def test_answers_carry_where_they_come_from(home, aligned, tmp_path):
     streamed = assistant.ask(volume, "On which side?", max_new_tokens=4, write=pieces.append)
     assert "".join(pieces).strip() == streamed.answer == alone.answer
     assert assistant.ask(volume, max_new_tokens=2).question == REPORT_QUESTION
+    assert assistant.ask(volume, []) == []
 
 
 def test_a_folder_gives_jsonl_and_failures(home, aligned, tmp_path):
