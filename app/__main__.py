@@ -130,7 +130,7 @@ def prepare(
 
 @app.command(epilog="Example: python -m app check prepared/ --keep body")
 def check(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="A prepared dataset, or a csv or jsonl manifest.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A prepared dataset, a manifest, or scans with .txt.")],
     keep: Annotated[str, typer.Option(help="Sparsification: body, nonzero, band or informative.")] = "body",
     windows: Annotated[str, typer.Option(help="Windows by name, comma separated.")] = "lung,bone,soft_tissue,brain",
     spacing: Annotated[

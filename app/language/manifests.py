@@ -94,7 +94,7 @@ def general_rows(record: Mapping, source: str) -> list[TextRow]:
     """The rows of one record of a manifest of the user's own: a report, a question, or both."""
     own = named(record)
     if "image" not in own:
-        raise ValueError(f"a row of {source} names no image: it must have one of {', '.join(ALIASES['image'])}")
+        raise ValueError(f"a row of {source} names no image: a column must be one of {', '.join(ALIASES['image'])}")
     common = {
         "image": str(own["image"]),
         "patient": str(own.get("patient", "")),

@@ -211,7 +211,7 @@ def test_check_counts_what_is_wrong(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("m.csv", "report\nx\n", "a row of m.csv names no image: it must have one of image, image_path"),
+        ("m.csv", "report\nx\n", "a row of m.csv names no image: a column must be one of image, image_path"),
         ("m.csv", 'image,report\na.npz,"' + "x" * 140_000, "m.csv is not valid csv"),
         ("m.csv", b"image,report\na.npz,\xe9\n", "m.csv is not UTF-8"),
         ("m.csv", "image,question,answer,choices\na.npz,q,A,[yes\n", r"choices must be a list, .* got '\[yes'"),
