@@ -168,13 +168,13 @@ class CTAssistant:
         except ValueError as error:
             raise ValueError(f"{error}: ask more shortly") from None
 
-    def fits(self, question: str) -> bool:
-        """Whether a question is short enough to be asked."""
+    def fits(self, question: str, *, num_tokens: int = 0) -> bool:
+        """Whether a question is short enough to be asked, also beside a volume of `num_tokens`."""
         try:
-            self.encode(question)
+            encoded = self.encode(question)
         except ValueError:
             return False
-        return True
+        return len(encoded.input_ids) + num_tokens <= qwen.context_length(self.model.language)
 
     def open(self, source: Any) -> Scan:
         """Tokens with their origin of a token file, or of what `app.scans` calls a scan."""

@@ -45,10 +45,10 @@ def evaluate_language(
     """Scores of every column with their gaps; also written to `out` as JSON, Markdown and PNG."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    rows, left_out = usable(rows, volumes, assistant)
+    reduced = {image: assistant.reduce(tokens) for image, tokens in volumes.items()}
+    rows, left_out = usable(rows, reduced, assistant)
     if not rows:
         raise ValueError(f"nothing to evaluate: {dict(left_out)} of {left_out.total()} rows")
-    reduced = {image: assistant.reduce(tokens) for image, tokens in volumes.items()}
     given = volume_columns(rows, reduced, seed=seed)
     answers: dict[str, list[str]] = {"reference": [row.answer for row in rows]}
     options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
@@ -79,16 +79,17 @@ def evaluate_language(
 
 
 def usable(
-    rows: Sequence[TextRow], volumes: dict[str, VolumeTokens], assistant: CTAssistant
+    rows: Sequence[TextRow], volumes: dict[str, TokenSequence], assistant: CTAssistant
 ) -> tuple[list[TextRow], Counter[str]]:
     """Rows that can be asked and judged, and how many cannot, by reason."""
     kept, left_out = [], Counter()
+    longest = max((len(volume.feats) for volume in volumes.values()), default=0)  # shuffled, any may stand beside any
     for row in rows:
         if not row.answer:
             left_out["empty answer"] += 1
         elif row.image not in volumes:
             left_out["no volume"] += 1
-        elif not assistant.fits(row.prompt):
+        elif not assistant.fits(row.prompt, num_tokens=longest):
             left_out["question too long"] += 1
         else:
             kept.append(row)

@@ -166,6 +166,23 @@ def test_rows_that_cannot_be_asked_are_left_out_and_counted(home, aligned, tmp_p
     assert "8 rows of 4 patients, 1 left out (question too long)" in (aligned / "evaluation/language.md").read_text()
 
 
+def test_a_question_beyond_the_context_does_not_end_an_evaluation(home, aligned, monkeypatch, few_draws):
+    """One that fits alone, and not beside the longest volume."""
+    lengths = set()
+
+    def fits(self, question, *, num_tokens=0, stock=CTAssistant.fits):
+        lengths.add(num_tokens)
+        return stock(self, question, num_tokens=num_tokens)
+
+    monkeypatch.setattr(CTAssistant, "fits", fits)
+    assistant = CTAssistant.from_pretrained(aligned)
+    assert assistant.fits("On which side?", num_tokens=4000) and not assistant.fits("On which side?", num_tokens=4096)
+    lengths.clear()
+    options = {"max_new_tokens": 1}
+    assert evaluate_language.evaluate(str(home / "text.jsonl"), align=str(aligned), options=options)["rows"] == 8
+    assert len(lengths) == 1 and 0 < lengths.pop() <= 40
+
+
 def test_evaluate_as_a_command(home, aligned, tmp_path, few_draws):
     where = ["--align", aligned, "--out", tmp_path, "--max-new-tokens", 3]
     result = json.loads(say("evaluate", home / "text.jsonl", *where, "--json"))
