@@ -130,7 +130,7 @@ def prepare(
 
 @app.command(epilog="Example: python -m app check prepared/ --keep body")
 def check(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="A prepared dataset, or a csv or jsonl manifest.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A prepared dataset, a manifest, or scans with .txt.")],
     keep: Annotated[str, typer.Option(help="Sparsification: body, nonzero, band or informative.")] = "body",
     windows: Annotated[str, typer.Option(help="Windows by name, comma separated.")] = "lung,bone,soft_tissue,brain",
     spacing: Annotated[
@@ -264,7 +264,7 @@ def evaluate(
             skip_bad=skip_bad,
             options={**options, "batch_size": batch_size, "max_new_tokens": max_new_tokens},
         )
-        answer.give(result, table_lines(result))
+        answer.give(result, table_lines(result), status=3 if result["left_out"].get("no volume") else 0)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Int64
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -219,10 +220,20 @@ def load_language(name: str | Path, *, dtype: torch.dtype = torch.float32) -> tu
     try:
         language = FAMILIES[family].from_pretrained(name, dtype=dtype, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"weights or tokenizer of {name} could not be loaded: {first}") from None
+    check_tokenizer(tokenizer, language.config, name)
     return language, tokenizer
+
+
+def check_tokenizer(tokenizer, config, name: str | Path) -> None:
+    """That it is the model's own: where its files are missing, transformers makes an empty one without a word."""
+    for token, wanted in (("<|image_pad|>", config.image_token_id), ("<|video_pad|>", config.video_token_id)):
+        if (found := tokenizer.convert_tokens_to_ids(token)) != wanted:
+            raise ValueError(f"the tokenizer of {name} is missing or another model's: {token} is {found}, not {wanted}")
+    if tokenizer.chat_template is None:
+        raise ValueError(f"the tokenizer of {name} has no chat template: its file chat_template.jinja is missing")
 
 
 def save_language(language: nn.Module, tokenizer, folder: str | Path) -> None:
@@ -286,7 +297,12 @@ def add_lora(language: nn.Module, *, r: int = 8, alpha: int = 32, dropout: float
 
 def load_lora(language: nn.Module, folder: str | Path, *, trainable: bool = False) -> nn.Module:
     """Puts saved low-rank layers back, in place."""
-    return import_peft().PeftModel.from_pretrained(language, str(folder), is_trainable=trainable)
+    peft = import_peft()
+    try:
+        return peft.PeftModel.from_pretrained(language, str(folder), is_trainable=trainable)
+    except (OSError, ValueError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"low-rank layers of {folder} could not be loaded: {first}") from None
 
 
 def import_peft():

@@ -102,11 +102,15 @@ class TextDataset(Dataset):
 class OwnDataset(Dataset):
     """A user's torch Dataset of items in form A or B, as samples.
 
-    An item that cannot be read ends the run by its number; with `skip_bad` the next one that can takes its place.
+    An item that cannot be used ends the run by its number; with `skip_bad` the next one that can takes its place.
+    `vocabulary`: token ids are below it.
     """
 
-    def __init__(self, items: Dataset, *, reduce: Reducer, network=None, skip_bad: bool = False):
-        self.items, self.reduce, self.network, self.skip_bad = items, reduce, network, skip_bad
+    def __init__(
+        self, items: Dataset, *, reduce: Reducer, network=None, skip_bad: bool = False, vocabulary: int | None = None
+    ):
+        self.items, self.skip_bad = items, skip_bad
+        self.read = partial(as_sample, reduce=reduce, network=network, vocabulary=vocabulary)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -115,8 +119,8 @@ class OwnDataset(Dataset):
         wanted = index if isinstance(index, int) else index[1]
         for number in chain(range(wanted, len(self)), range(wanted)):
             try:
-                return as_sample(self.items[number], reduce=self.reduce, network=self.network)
-            except (ValueError, OSError, KeyError, EOFError, RuntimeError) as error:
+                return self.read(self.items[number])
+            except Exception as error:  # items are made by the user's code, which may raise anything
                 reason = str(error).strip().split("\n")[0]
                 if not self.skip_bad:
                     raise ValueError(
@@ -127,10 +131,16 @@ class OwnDataset(Dataset):
         raise ValueError(f"no item of the dataset can be used, of {len(self)}")
 
 
-def as_sample(item: dict, *, reduce: Reducer, network=None) -> dict:
+def as_sample(item: dict, *, reduce: Reducer, network=None, vocabulary: int | None = None) -> dict:
     """One item of form A or B; its pads are removed, its volumes reduced to the budget."""
     mask = torch.as_tensor(item["attention_mask"]).bool()
     ids, labels = (torch.as_tensor(item[name])[mask].tolist() for name in ("input_ids", "labels"))
+    if all(label == chat.IGNORED for label in labels[1:]):
+        raise ValueError(f"labels are all {chat.IGNORED}: there is nothing to learn")
+    if vocabulary is not None and not all(0 <= token < vocabulary for token in ids):
+        raise ValueError(
+            f"input_ids must lie in 0..{vocabulary - 1}, got {min(ids)}..{max(ids)}: of another tokenizer?"
+        )
     if "feats_3d" in item:
         volumes = split_volumes(item["feats_3d"], item["coords_3d"], reduce=reduce)
     elif "inputs_3d" in item:
@@ -146,6 +156,8 @@ def split_volumes(feats: Tensor, coords: Tensor, *, reduce: Reducer) -> list[Tok
     """Features of form A by the volume number in the first coordinate."""
     if feats.shape[1] != reduce.width:
         raise ValueError(f"feats_3d must be (N, {reduce.width}) as the tokenizer's codes, got {tuple(feats.shape)}")
+    if len(feats) == 0:
+        raise ValueError("feats_3d has no rows: an item needs a volume")
     options = {"max_tokens": reduce.max_tokens, "method": reduce.method}
     numbers = coords[:, 0].unique().tolist()
     return [reduce_tokens(feats[coords[:, 0] == n].float(), coords[coords[:, 0] == n, 1:], **options) for n in numbers]
@@ -166,8 +178,9 @@ def load_own_dataset(name: str, options: dict | None = None) -> Dataset:
     module, _, kind = name.rpartition(".")
     try:
         made = getattr(importlib.import_module(module), kind)(**(options or {}))
-    except (ImportError, AttributeError, ValueError) as error:
-        fail("BAD_DATASET", f"{name} cannot be loaded ({error})", "give package.module.Class of a torch Dataset")
+    except Exception as error:  # the user's code, which may raise anything
+        reason = f"{type(error).__name__}: {error}"
+        fail("BAD_DATASET", f"{name} cannot be loaded ({reason})", "give package.module.Class of a torch Dataset")
     if not (hasattr(made, "__len__") and hasattr(made, "__getitem__")):
         fail("BAD_DATASET", f"{name} has no __len__ or __getitem__", "give a torch Dataset")
     return made
@@ -189,7 +202,8 @@ def encode_rows(
             bad.append(image)
             reason = str(error).splitlines()[0]
             if not skip_bad:
-                fail("BAD_SCAN", f"{image} cannot be used: {reason}", "repair it, or leave it out with --skip_bad True")
+                leave = "repair it, or leave it out with --skip_bad True (of python -m app: --skip-bad)"
+                fail("BAD_SCAN", f"{image} cannot be used: {reason}", leave)
             log.warning("left out %s: %s", image, reason)
 
     visit_in_shares(list(wanted), encode, says="encoding scans")

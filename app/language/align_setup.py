@@ -350,7 +350,8 @@ def make_dataset(
     reduce = tokenizer.reducer(max_tokens=max_3d_tokens, method=token_reduction)
     if dataset is not None:
         own = align_data.load_own_dataset(dataset)
-        return align_data.OwnDataset(own, reduce=reduce, network=tokenizer.network, skip_bad=skip_bad)
+        words = language.model.get_input_embeddings().num_embeddings
+        return align_data.OwnDataset(own, reduce=reduce, network=tokenizer.network, skip_bad=skip_bad, vocabulary=words)
     try:
         made = align_data.TextDataset(
             text.rows, volumes=text.volumes, reduce=reduce, tokenizer=language.tokenizer, **(chat_options or {})

@@ -129,7 +129,10 @@ class AlignHandlers:
             engine.last_saved_step = step
             log.info("resumed at step %d", step)
         self.folder.begin(self.network)
-        if idist.get_rank() == 0:
+        ended = step is not None and step >= engine.state.epoch_length
+        if ended:
+            log.warning("step %d is the end of this run: nothing is trained, its record stays as it is", step)
+        if idist.get_rank() == 0 and not ended:
             write_train_args(Path(self.folder.path), self._record())
 
     def _record(self) -> dict:

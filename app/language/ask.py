@@ -30,6 +30,10 @@ def ask(
         fail("NO_SOURCE", f"{source} does not exist", "give a scan, a prepared case or dataset, or token files")
     if stream and (len(questions) > 1 or out is not None):
         fail("BAD_CALL", "--stream shows one answer as it is written", "ask one question, without --out")
+    if not all(question.strip() for question in questions):
+        fail("BAD_CALL", "a question is empty", "ask something, or leave the question out for a report")
+    if out is not None and Path(out).is_dir():
+        fail("BAD_CALL", f"{out} is a folder", "give a file for --out, such as answers.jsonl")
     assistant = CTAssistant.from_pretrained(align, tokenizer=tokenizer)
     answers, failures = [], []
     for opened in assistant.open_all(path):
@@ -45,6 +49,8 @@ def ask(
         answers += [answer.as_json() for answer in (said if isinstance(said, list) else [said])]
         if stream:
             sys.stdout.write("\n")
+    if not answers and not failures:
+        fail("NO_CASES", f"{source} holds no scan", "give a scan, a prepared case or dataset, or token files", status=3)
     if out is not None:
         write_answers(Path(out), answers, failures)
     status = 3 if failures else 0

@@ -108,7 +108,10 @@ class CTAssistant:
         except RuntimeError:
             fail("BAD_PROJECTOR", f"{file} is not the projector that {path} describes", "align again")
         if adapter is not None:
-            qwen.load_lora(language, adapter)
+            try:
+                qwen.load_lora(language, adapter)
+            except ValueError as error:
+                fail("BAD_ADAPTER", str(error), "install peft, copy the folder again, or align again")
         model = qwen.VolumeQwen(language, projector, position=settings["position"]).to(device).eval()
         settings = {**settings, "projector_sha256": hash_path(file)}
         if (own := path / "language_final").is_dir():
@@ -136,6 +139,8 @@ class CTAssistant:
         if write is not None and len(questions) > 1:
             raise ValueError(f"one question can be streamed at a time, got {len(questions)}")
         streamer = None if write is None else qwen.stream_to(self.text_tokenizer, write)
+        if not questions:
+            return []
         texts = self.answer_many(
             [(q, self.reduce(opened.tokens)) for q in questions], max_new_tokens=max_new_tokens, streamer=streamer
         )
@@ -163,13 +168,13 @@ class CTAssistant:
         except ValueError as error:
             raise ValueError(f"{error}: ask more shortly") from None
 
-    def fits(self, question: str) -> bool:
-        """Whether a question is short enough to be asked."""
+    def fits(self, question: str, *, num_tokens: int = 0) -> bool:
+        """Whether a question is short enough to be asked, also beside a volume of `num_tokens`."""
         try:
-            self.encode(question)
+            encoded = self.encode(question)
         except ValueError:
             return False
-        return True
+        return len(encoded.input_ids) + num_tokens <= qwen.context_length(self.model.language)
 
     def open(self, source: Any) -> Scan:
         """Tokens with their origin of a token file, or of what `app.scans` calls a scan."""
@@ -239,6 +244,8 @@ class CTAssistant:
 
 
 SETTINGS_TOLD = ("max_3d_tokens", "token_reduction", "use_3d_pos", "position", "fusion", "use_lora")
+SETTINGS_NEEDED = {"tokenizer", "tokenizer_path", "in_features", "projector_layers", "position_scale", "base_model"}
+SETTINGS_NEEDED |= {"amp", "max_text_tokens", *SETTINGS_TOLD}
 
 
 def geometry(shape: Sequence[int], affine: np.ndarray | None) -> dict[str, Any]:
@@ -263,9 +270,12 @@ def read_settings(path: Path) -> dict[str, Any]:
             "first run python -m monai.bundle run training --config_file bundles/align.json, or pass --align",
         )
     try:
-        return json.loads(file.read_text())
+        settings = json.loads(file.read_text())
     except ValueError:
+        settings = None
+    if not isinstance(settings, dict) or not set(settings) >= SETTINGS_NEEDED:
         fail("NO_ALIGNMENT", f"{file} is damaged", "align again")
+    return settings
 
 
 def load_base(path: Path, settings: dict[str, Any], device: torch.device) -> tuple[torch.nn.Module, Any]:

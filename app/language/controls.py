@@ -88,6 +88,8 @@ def paired_gap(
     rng = np.random.default_rng(seed)
     draws = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=num_samples)
     gaps = np.array([np.subtract(*score(draw[owner].astype(float))) for draw in draws])
+    if np.isnan(gaps).all():  # a score that is not defined on these cases
+        return Gap(np.nan, np.nan, np.nan)
     low, high = np.nanquantile(gaps, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Gap(float(np.subtract(*score(np.ones(len(owner))))), float(low), float(high))
 
@@ -103,7 +105,8 @@ def mean_gap(real: np.ndarray, control: np.ndarray, patients: Sequence[Hashable]
 
 def swap_sides(text: str) -> str:
     """The text as it would read of the mirrored patient."""
-    swapped = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
+    sides = {"left": "right", "right": "left"}
+    swapped = {case(side): case(other) for side, other in sides.items() for case in (str.lower, str.title, str.upper)}
     return "".join(swapped.get(piece, piece) for piece in split_words(text))
 
 

@@ -42,10 +42,10 @@ BEFORE = re.compile(
     r"\b(?:no|without|free of|negative for|absence of|neither|nor|denies|rule[sd]? out|lack of)\b[^:]*$|\bnot\b[^:,]*$"
 )
 AFTER = re.compile(
-    r"^[^,]*?\b(?:(?:is|are|was|were) (?:not|no longer)|not (?:seen|observed|detected|present|identified)|absent|"
-    r"ruled out|(?:has|have) resolved)\b"
+    r"^[^,]*?\b(?:(?:not|no longer) (?:\w+ly )?(?:seen|observed|detected|present|identified|found|noted|visible|"
+    r"visuali[sz]ed|demonstrated|evident|shown)|absent|ruled out|(?:has|have) resolved)\b|^ ?: *(?:no|none|negative)\b"
 )
-CLAUSE = re.compile(r"[.;\n]+(?!\d)|\bbut\b|\bhowever\b|\balthough\b|\bexcept(?: for)?\b|\bwith the exception of\b")
+CLAUSE = re.compile(r"[;\n]|\.(?!\d)|\bbut\b|\bhowever\b|\balthough\b|\bexcept(?: for)?\b|\bwith the exception of\b")
 
 
 def find_findings(text: str, labels: Sequence[str] | None = None) -> dict[str, bool]:
@@ -59,7 +59,7 @@ def find_findings(text: str, labels: Sequence[str] | None = None) -> dict[str, b
 
 def states(clause: str, keyword: re.Pattern) -> bool:
     return any(
-        not BEFORE.search(clause[: hit.start()]) and not AFTER.search(clause[hit.end() :])
+        not BEFORE.search(clause[: hit.end()]) and not AFTER.search(clause[hit.end() :])
         for hit in keyword.finditer(clause)
     )
 

@@ -55,10 +55,10 @@ def evaluate_language(
     """Scores of every column with their gaps; also written to `out` as JSON, Markdown and PNG."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    rows, left_out = usable(rows, volumes, assistant)
+    reduced = {image: assistant.reduce(tokens) for image, tokens in volumes.items()}
+    rows, left_out = usable(rows, reduced, assistant)
     if not rows:
         raise ValueError(f"nothing to evaluate: {dict(left_out)} of {left_out.total()} rows")
-    reduced = {image: assistant.reduce(tokens) for image, tokens in volumes.items()}
     given = volume_columns(rows, reduced, seed=seed)
     answers: dict[str, list[str]] = {"reference": [row.answer for row in rows]}
     options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
@@ -89,16 +89,17 @@ def evaluate_language(
 
 
 def usable(
-    rows: Sequence[TextRow], volumes: dict[str, VolumeTokens], assistant: CTAssistant
+    rows: Sequence[TextRow], volumes: dict[str, TokenSequence], assistant: CTAssistant
 ) -> tuple[list[TextRow], Counter[str]]:
     """Rows that can be asked and judged, and how many cannot, by reason."""
     kept, left_out = [], Counter()
+    longest = max((len(volume.feats) for volume in volumes.values()), default=0)  # shuffled, any may stand beside any
     for row in rows:
         if not row.answer:
             left_out["empty answer"] += 1
         elif row.image not in volumes:
             left_out["no volume"] += 1
-        elif not assistant.fits(row.prompt):
+        elif not assistant.fits(row.prompt, num_tokens=longest):
             left_out["question too long"] += 1
         else:
             kept.append(row)
@@ -164,7 +165,7 @@ class Answers:
         known: dict[int, str] = {}
         if not self.file.is_file():
             return known
-        for text in self.file.read_text(encoding="utf-8").splitlines():
+        for text in self.file.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 line = json.loads(text)
             except json.JSONDecodeError:  # the line at which a run was stopped
@@ -348,7 +349,7 @@ def draw_bars(result: dict[str, Any], file: Path) -> None:
         groups |= result["questions"]["by_kind"]
     if result["reports"]:
         groups["findings F1"] = {c: result["reports"]["findings"]["scores"][c]["f1_micro"] for c in columns}
-    figure = Figure(figsize=(1.5 + 1.4 * len(groups), 3.2), layout="constrained")
+    figure = Figure(figsize=(max(5.0, 1.5 + 1.4 * len(groups)), 3.2), layout="constrained")  # as wide as the legend
     axes = figure.add_subplot()
     for at, column in enumerate(columns):
         heights = [values[column] for values in groups.values()]

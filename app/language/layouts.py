@@ -20,12 +20,18 @@ IMAGE_TAG = re.compile(r"<(?:image|video|volume|im_patch)>\s*")
 def read_layout(records: Sequence[Mapping], base: Path) -> list[TextRow] | None:
     """Rows of a published layout; None where the header is of none."""
     header = set(records[0])
-    for columns, reader in LAYOUTS:
-        if set(columns) <= header:
-            return reader(records, base)
+    known = [(columns, reader) for columns, reader in LAYOUTS if set(columns) <= header]
     if {"image", "text", "split"} <= header and str(records[0]["text"]).endswith(".txt"):
-        return read_m3d_cap(records, base)
-    return None
+        known.append((("image", "text", "split"), read_m3d_cap))
+    if not known:
+        return None
+    columns, reader = known[0]
+    for number, record in enumerate(records, start=1):
+        if lacking := [name for name in columns if record.get(name) is None]:
+            raise ValueError(
+                f"row {number} has no {lacking[0]}, which the first one has: fill it in, or remove the row"
+            )
+    return reader(records, base)
 
 
 def read_ct_rate(records: Sequence[Mapping], base: Path) -> list[TextRow]:
@@ -105,8 +111,8 @@ def read_m3d_vqa(records: Sequence[Mapping], _base: Path) -> list[TextRow]:
 
 def lettered_row(record: Mapping, *, letter: object, kind: str, place: dict[str, str]) -> TextRow:
     """A row with columns Choice A..D; an open question has none."""
-    given = [clean(record.get(f"Choice {name}")).strip("-") for name in "ABCD"]
-    choices = tuple(choice for choice in given if choice)
+    given = [clean(record.get(f"Choice {name}")) for name in "ABCD"]
+    choices = tuple(choice for choice in given if choice.strip("-"))
     answer, letter = clean(record["Answer"]), clean(letter).strip("-").upper()
     if choices and letter in "ABCD"[: len(choices)] and letter:
         answer = lettered(choices)["ABCD".index(letter)]
@@ -144,10 +150,10 @@ def read_llava(records: Sequence[Mapping], _base: Path) -> list[TextRow]:
     rows = []
     for record in records:
         place = ct_rate_place(str(record["image"]))
-        turns = [(ROLES.get(turn["from"]), turn["value"]) for turn in record["conversations"]]
+        turns = [(ROLES.get(turn.get("from")), turn.get("value")) for turn in record["conversations"]]
         for (asker, question), (speaker, answer) in itertools.pairwise(turns):
             if (asker, speaker) == ("user", "assistant"):
-                question = clean(IMAGE_TAG.sub("", question))
+                question = clean(IMAGE_TAG.sub("", clean(question)))
                 kind = str(record.get("type", "question"))
                 rows.append(TextRow(question=question, answer=clean(answer), kind=kind, **place))
     return rows

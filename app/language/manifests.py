@@ -25,7 +25,11 @@ from app.language.rows import (
 )
 from app.prepared import split_of
 
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    "test": "test",
+}
 SCAN_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".zip", ".npz")
 
 
@@ -40,10 +44,15 @@ def read_rows(source: str | Path, *, image_root: str | Path | None = None) -> li
         records = list(read_records(source))
         if not records:
             raise ValueError(f"{source} holds no rows")
+        for number, record in enumerate(records, start=1):
+            if not isinstance(record, Mapping):
+                raise ValueError(f"row {number} of {source.name} is no object with named values: {str(record)[:40]!r}")
         base = source.parent
         rows = read_layout(records, base)
         if rows is None:
             rows = [row for record in records for row in general_rows(record, source.name)]
+        if not rows:
+            raise ValueError(f"{source} holds no rows: no conversation in it has a question with an answer")
     find = ImageFinder(base, Path(image_root) if image_root else None)
     return [complete(row, find) for row in rows]
 
@@ -51,38 +60,41 @@ def read_rows(source: str | Path, *, image_root: str | Path | None = None) -> li
 def complete(row: TextRow, find: "ImageFinder") -> TextRow:
     """With the image's path, and patient and split where the source leaves them open."""
     patient = row.patient or stem(row.image)
-    split = SPLITS.get(row.split.lower(), row.split) or split_of(patient)
+    split = SPLITS.get(row.split.strip().lower(), row.split) or split_of(patient)
     return replace(row, path=row.path or find(row.image), patient=patient, split=split)
 
 
 def read_records(file: Path) -> Iterator[dict]:
     """Rows of csv, jsonl or json as dicts; a json of named lists gives each row its list's name as `split`."""
-    if file.suffix == ".csv":
-        with open(file, newline="", encoding="utf-8-sig") as stream:
-            yield from csv.DictReader(stream)
-        return
-    if file.suffix not in (".json", ".jsonl"):
+    if file.suffix not in (".csv", ".json", ".jsonl"):
         raise ValueError(f"a manifest must be csv, json or jsonl, got {file.name}")
-    with open(file, encoding="utf-8") as stream:
-        try:
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as stream:
+            if file.suffix == ".csv":
+                yield from csv.DictReader(stream)
+                return
             if file.suffix == ".jsonl":
                 yield from (json.loads(line) for line in stream if line.strip())
                 return
             content = json.load(stream)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file.name} is not valid JSON: {error}") from None
-    if isinstance(content, dict):
-        for name, records in content.items():
-            yield from ({"split": name, **record} for record in records)
-    else:
-        yield from content
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file.name} is not valid JSON: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file.name} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+    except csv.Error as error:
+        raise ValueError(f"{file.name} is not valid csv ({error}): is a quotation mark open?") from None
+    named_lists = content if isinstance(content, dict) else {None: content}
+    if not all(isinstance(records, list) for records in named_lists.values()):
+        raise ValueError(f"{file.name} must be a list of rows, or named lists of them; a row a line is jsonl")
+    for name, records in named_lists.items():
+        yield from ({"split": name, **r} if name and isinstance(r, dict) else r for r in records)
 
 
 def general_rows(record: Mapping, source: str) -> list[TextRow]:
     """The rows of one record of a manifest of the user's own: a report, a question, or both."""
     own = named(record)
     if "image" not in own:
-        raise ValueError(f"{source} names no image: a column must be one of {', '.join(ALIASES['image'])}")
+        raise ValueError(f"a row of {source} names no image: a column must be one of {', '.join(ALIASES['image'])}")
     common = {
         "image": str(own["image"]),
         "patient": str(own.get("patient", "")),

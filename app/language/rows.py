@@ -70,14 +70,19 @@ def join_report(findings: object, impression: object) -> str:
 
 
 def parse_choices(value: object) -> tuple[str, ...]:
-    """A list, a JSON list, or text separated by | or ;."""
+    """A list, a dict by letter, either as JSON, or text separated by | or ;."""
     if not value:
         return ()
+    given = value
     if isinstance(value, str):
-        if value.lstrip().startswith("["):
-            value = json.loads(value)
-        else:
-            value = value.split("|" if "|" in value else ";")
+        try:
+            value = json.loads(value) if value.lstrip()[:1] in ("[", "{") else value.split("|" if "|" in value else ";")
+        except json.JSONDecodeError:
+            value = None
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"choices must be a list, or text separated by | or ;, got {given!r}")
     return tuple(str(choice).strip() for choice in value)
 
 

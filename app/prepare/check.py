@@ -52,11 +52,11 @@ def check(
     spacing: float | None = None,
     min_points: int = 100,
 ) -> Checked:
-    """A prepared dataset (or several under one folder), or a csv or jsonl manifest."""
+    """A prepared dataset (or several under one folder), a text manifest, or a folder of scans with .txt beside them."""
     path = Path(data)
     if not path.exists():
         raise ValueError(f"{path.name!r} does not exist; give the OUT of `python -m app prepare RAW OUT` or a manifest")
-    if path.is_file():
+    if path.is_file() or (not prepared.find_datasets(path) and any(path.rglob("*.txt"))):
         return check_manifest(path)
     return check_prepared(path, keep=keep, windows=windows, spacing=spacing, min_points=min_points)
 

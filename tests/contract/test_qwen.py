@@ -378,6 +378,26 @@ def test_the_published_form_of_a_qwen2_vl_loads(tmp_path):
     assert again.end_tokens() == tokenizer.convert_tokens_to_ids(["<|im_end|>"])
 
 
+def test_folders_that_lack_a_part_are_named(tmp_path):
+    """A copy of the weights alone would get an empty tokenizer, and learn from nothing."""
+    model, tokenizer = make_model("qwen2_vl")
+    save_language(model.language, tokenizer, tmp_path)
+    freeze(model.language)
+    add_lora(model.language, r=4).save_pretrained(tmp_path / "lora")
+    (tmp_path / "lora/adapter_model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(ValueError, match=r"low-rank layers of .*lora could not be loaded"):
+        load_lora(make_model("qwen2_vl")[0].language, tmp_path / "lora")
+    for files, message in (
+        (["chat_template.jinja"], "no chat template"),
+        (["tokenizer.json", "tokenizer_config.json"], "tokenizer of .* is missing or another model's"),
+        (["model.safetensors"], "could not be loaded"),
+    ):
+        for file in files:
+            (tmp_path / file).write_bytes(b"cut short") if file == "model.safetensors" else (tmp_path / file).unlink()
+        with pytest.raises(ValueError, match=message):
+            load_language(tmp_path)
+
+
 def test_a_question_without_a_volume_is_the_stock_model(made):
     model, tokenizer = made
     batch = make_batch(tokenizer, [("Is there a nodule?", "No.", [])])

@@ -104,7 +104,12 @@ def test_other_sizes_do_not_resume_and_other_settings_are_said(home, aligned, tm
         (name, value), *_ = changes.items()
         assert end.value.code == 2 and said.startswith("OTHER_SETTINGS: ") and f"this one has {value}" in said
         assert f"began with {name} " in said
-    align(home, tmp_path / "run", resume="latest", lora_dropout=0.1, learning_rate=0.5)
+    before = (tmp_path / "run/train_args.json").read_text()
+    align(home, tmp_path / "run", resume="latest", position="mrope3d")
+    assert "nothing is trained" in (tmp_path / "run/log.txt").read_text()
+    assert (tmp_path / "run/train_args.json").read_text() == before, "what is asked is what was trained"
+    (tmp_path / "run/log.txt").unlink()
+    align(home, tmp_path / "run", resume="latest", epochs=3, lora_dropout=0.1, learning_rate=0.5)
     (said,) = [line for line in (tmp_path / "run/log.txt").read_text().splitlines() if "other settings" in line]
     assert "lora_dropout 0.1 (was 0.0)" in said and "learning_rate 0.5 (was " in said and "lora_r" not in said
 
@@ -153,7 +158,13 @@ def test_projectors_of_another_width_and_damaged_records_are_one_line(home, alig
     torch.save(Projector(16, 32).state_dict(), tmp_path / "moved/projector_final.pt")
     shutil.copytree(aligned, tmp_path / "damaged")
     (tmp_path / "damaged/train_args.json").write_text('{"tokenizer"')
+    shutil.copytree(aligned, tmp_path / "cut")
+    (tmp_path / "cut/lora_final/adapter_model.safetensors").write_bytes(b"cut short")
+    shutil.copytree(aligned, tmp_path / "edited")
+    (tmp_path / "edited/train_args.json").write_text('{"tokenizer": "abc"}')
     calls = {
+        "BAD_ADAPTER": lambda: CTAssistant.from_pretrained(tmp_path / "cut"),
+        "NO_ALIGNMENT: ": lambda: CTAssistant.from_pretrained(tmp_path / "edited"),
         "BAD_PROJECTOR": lambda: CTAssistant.from_pretrained(tmp_path / "moved"),
         "NO_ALIGNMENT": lambda: CTAssistant.from_pretrained(tmp_path / "damaged"),
         "BAD_VALUE": lambda: align(home, tmp_path / "out", train_language=True),
@@ -162,7 +173,7 @@ def test_projectors_of_another_width_and_damaged_records_are_one_line(home, alig
         with pytest.raises(SystemExit) as end:
             call()
         said = capsys.readouterr().err.strip().splitlines()[-1]
-        assert end.value.code == 2 and said.startswith(f"{code}: "), said
+        assert end.value.code == 2 and said.startswith(f"{code.removesuffix(': ')}: "), said
 
 
 def test_low_rank_layers_without_peft_are_one_line(home, tmp_path, capsys, monkeypatch):

@@ -41,6 +41,7 @@ def test_answers_carry_where_they_come_from(home, aligned, tmp_path):
     streamed = assistant.ask(volume, "On which side?", max_new_tokens=4, write=pieces.append)
     assert "".join(pieces).strip() == streamed.answer == alone.answer
     assert assistant.ask(volume, max_new_tokens=2).question == REPORT_QUESTION
+    assert assistant.ask(volume, []) == []
 
 
 def test_a_folder_gives_jsonl_and_failures(home, aligned, tmp_path):
@@ -87,6 +88,11 @@ def test_ask_as_a_command(home, aligned, tmp_path):
     assert "question takes" in say("ask", scan, "side " * 3000, *where, status=2)
     assert say("ask", tmp_path / "gone.nii", *where, status=2).startswith("NO_SOURCE: ")
     assert say("ask", scan, "--align", tmp_path, status=2).startswith("NO_ALIGNMENT: ")
+    assert "a question is empty" in say("ask", scan, "", *where, status=2)
+    assert "is a folder" in say("ask", scan, *where, "--out", tmp_path, status=2)
+    (tmp_path / "empty").mkdir()
+    assert "NO_CASES: " in CliRunner().invoke(app, ["ask", str(tmp_path / "empty"), *map(str, where)]).stderr
+    say("ask", tmp_path / "empty", *where, status=3)
     (tmp_path / "bad.npz").write_bytes(b"PK nothing")
     assert "1 scans refused" in CliRunner().invoke(app, ["ask", str(tmp_path), "--align", str(aligned)]).stdout
 
@@ -160,12 +166,33 @@ def test_rows_that_cannot_be_asked_are_left_out_and_counted(home, aligned, tmp_p
     assert "8 rows of 4 patients, 1 left out (question too long)" in (aligned / "evaluation/language.md").read_text()
 
 
+def test_a_question_beyond_the_context_does_not_end_an_evaluation(home, aligned, monkeypatch, few_draws):
+    """One that fits alone, and not beside the longest volume."""
+    lengths = set()
+
+    def fits(self, question, *, num_tokens=0, stock=CTAssistant.fits):
+        lengths.add(num_tokens)
+        return stock(self, question, num_tokens=num_tokens)
+
+    monkeypatch.setattr(CTAssistant, "fits", fits)
+    assistant = CTAssistant.from_pretrained(aligned)
+    assert assistant.fits("On which side?", num_tokens=4000) and not assistant.fits("On which side?", num_tokens=4096)
+    lengths.clear()
+    options = {"max_new_tokens": 1}
+    assert evaluate_language.evaluate(str(home / "text.jsonl"), align=str(aligned), options=options)["rows"] == 8
+    assert len(lengths) == 1 and 0 < lengths.pop() <= 40
+
+
 def test_evaluate_as_a_command(home, aligned, tmp_path, few_draws):
     where = ["--align", aligned, "--out", tmp_path, "--max-new-tokens", 3]
     result = json.loads(say("evaluate", home / "text.jsonl", *where, "--json"))
     assert result == json.loads((tmp_path / "language.json").read_text()) and result["rows"] == 8
     for_people = say("evaluate", home / "text.jsonl", *where)
     assert for_people == (tmp_path / "language.md").read_text() and NOTICE in for_people
+    lines = [json.loads(line) for line in (home / "text.jsonl").read_text().splitlines()]
+    lines = [{**line, "image": str(home / line["image"])} for line in lines] + [{**lines[-1], "image": "gone.npz"}]
+    (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert "1 left out (no volume)" in say("evaluate", tmp_path / "some.jsonl", *where, "--skip-bad", status=3)
     assert say("evaluate", home / "gone.csv", *where, status=2).startswith("BAD_MANIFEST: ")
     said = say("evaluate", home / "text.jsonl", *where, "--split", "autumn", status=2)
     assert said.splitlines()[-1].endswith("has no row with split autumn. It has ['train', 'val'].")

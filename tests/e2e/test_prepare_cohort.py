@@ -388,6 +388,15 @@ def test_check_tells_what_is_wrong(tmp_path):
     assert "UNDER_MIN_POINTS" in {p.code for p in few.problems}
 
 
+def test_check_reads_scans_with_text_beside_them(tmp_path):
+    for name in ("a.nii.gz", "a.txt", "b.nii.gz"):
+        (tmp_path / name).write_text("No nodule.")
+    (tmp_path / "b.txt").touch()
+    checked = check(tmp_path)
+    assert checked.kind == "manifest" and checked.summary["matched"] == 2
+    assert [problem.code for problem in checked.problems] == ["EMPTY_TEXT"]
+
+
 def test_check_reads_a_manifest(tmp_path):
     scans.nifti_scan(tmp_path / "a.nii")
     (tmp_path / "m.csv").write_text(

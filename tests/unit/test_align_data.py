@@ -114,7 +114,11 @@ def test_own_datasets_are_found_by_name_and_batched_with_several_volumes(ct, lan
     (parts,) = list(loader)
     assert [part["coords_3d"][:, 0].tolist() for part in parts] == [[0, 1, 1, 1]] * 2
     assert isinstance(align_data.load_own_dataset("torch.utils.data.TensorDataset"), Dataset)
-    for name, says in (("nowhere.Here", "cannot be loaded"), ("collections.OrderedDict.fromkeys", "cannot be loaded")):
+    for name, says in (
+        ("nowhere.Here", "cannot be loaded"),
+        ("collections.OrderedDict.fromkeys", "cannot be loaded"),
+        ("torch.utils.data.Subset", "TypeError"),
+    ):
         with pytest.raises(SystemExit) as end:
             align_data.load_own_dataset(name)
         assert end.value.code == 2 and says in capsys.readouterr().err
@@ -137,6 +141,25 @@ def test_an_item_that_cannot_be_read_in_the_middle_of_an_epoch_is_named(language
     assert caplog.text.count("left out item 1 of the dataset: disk") == 1
     with pytest.raises(ValueError, match="no item of the dataset can be used, of 2"):
         OwnDataset(TwoItems([{}, {}]), reduce=reduce, skip_bad=True)[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": torch.full((6,), -100)}, "labels are all -100"),
+        ({"labels": torch.zeros(2).long()}, "IndexError"),
+        ({"input_ids": torch.full((6,), 10**6)}, "input_ids must lie in 0"),
+        ({"feats_3d": torch.zeros(0, 8), "coords_3d": torch.zeros(0, 4).int()}, "feats_3d has no rows"),
+        (None, "Type"),
+    ],
+)
+def test_items_of_a_users_own_that_cannot_be_used_are_named(change, message, reduce):
+    item = {"feats_3d": torch.zeros(1, 8), "coords_3d": torch.zeros(1, 4).int(), "attention_mask": torch.ones(6)}
+    item |= {"input_ids": torch.arange(6), "labels": torch.arange(6)}
+    items = TwoItems([(1, 2) if change is None else item | change, item])
+    with pytest.raises(ValueError, match=f"item 0 of the dataset cannot be used .*{message}"):
+        OwnDataset(items, reduce=reduce, vocabulary=100)[0]
+    assert OwnDataset(items, reduce=reduce, vocabulary=100)[1]["input_ids"] == list(range(6))
 
 
 def test_rows_that_cannot_be_learned_from_are_counted_by_reason(ct, language, reduce):

@@ -1,5 +1,6 @@
 """Controls that a model cannot pass without looking at the image."""
 
+import warnings
 from collections import Counter
 
 import numpy as np
@@ -48,6 +49,12 @@ def test_interval_is_over_patients_not_over_cases():
     assert (spread.high - spread.low) / 2 == pytest.approx(normal, rel=0.1)
 
 
+def test_a_score_that_is_defined_nowhere_gives_no_interval_and_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.isnan(paired_gap(lambda _: (np.nan, np.nan), [1, 2, 3])).all()
+
+
 def test_constant_answers_come_from_the_other_half():
     patients = ["a", "b", "c", "d"]
     references = ["yes", "no", "yes", "no"]
@@ -61,7 +68,7 @@ def test_constant_answers_come_from_the_other_half():
 
 
 def test_sides_are_swapped_as_words():
-    assert swap_sides("Left lung: bright, right-sided. LEFT") == "Right lung: bright, left-sided. LEFT"
+    assert swap_sides("Left lung: bright, right-sided. LEFT") == "Right lung: bright, left-sided. RIGHT"
 
 
 def test_the_verdict_is_that_of_the_printed_interval():

@@ -1,10 +1,12 @@
 """What scores and gaps say of a model that looks, of one that does not, and of one that flips with the mirror."""
 
+import warnings
+
 import numpy as np
 import pytest
 
 from app.language.controls import BETTER, NO_EVIDENCE, USED
-from app.language.language_evaluation import gap_line, mirror_scores, question_scores
+from app.language.language_evaluation import GENERATED, draw_bars, gap_line, mirror_scores, question_scores
 from app.language.rows import TextRow
 
 ROWS = [
@@ -42,3 +44,11 @@ def test_the_mirror_counts_right_answers_alone():
     mirrored = [SWAPPED[side] for side in TRUTH[:30]] + TRUTH[30:]
     assert mirror_scores(ROWS, real, mirrored) == {"asked": 60, "right": 40, "flipped": pytest.approx(0.75)}
     assert mirror_scores(ROWS, ["none"] * 60, mirrored)["flipped"] is None
+
+
+def test_the_picture_of_reports_alone_has_room_for_its_legend(tmp_path):
+    """Matplotlib warns where the axes have no room left beside it."""
+    scores = {column: {"f1_micro": 0.5} for column in (*GENERATED, "constant")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_bars({"questions": None, "reports": {"findings": {"scores": scores}}}, tmp_path / "bars.png")

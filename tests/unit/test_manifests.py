@@ -84,8 +84,10 @@ def test_3d_rad(tmp_path):
         columns.split(","),
         ["Existence", "x", "valid_53_a_1.nii.gz", "Is there a nodule?", "Yes", "Close", "B", "No", "Yes", "-", "-"],
         ["Observation", "x", "valid_53_a_1.nii.gz", "What is seen?", "A nodule.", "Open", "-", "-", "-", "-", "-"],
+        ["Density", "x", "valid_53_a_1.nii.gz", "How dense?", "-5 HU", "Close", "A", "-5 HU", "40 HU", "-", "-"],
     )
-    closed, open_ = read_rows(table)
+    closed, open_, signed = read_rows(table)
+    assert signed.choices == ("-5 HU", "40 HU") and signed.answer == "A. -5 HU"
     assert closed.answer == "B. Yes" and closed.prompt == "Is there a nodule?\nA. No\nB. Yes"
     assert (open_.answer, open_.choices, open_.kind, open_.split) == ("A nodule.", (), "Observation", "val")
 
@@ -159,6 +161,15 @@ def test_own_manifest_by_loose_names(tmp_path):
     ]
 
 
+def test_choices_by_letter_and_splits_by_other_names(tmp_path):
+    row = {"image": "a.npz", "question": "q", "answer": "B", "choices": {"A": "yes", "B": "no"}}
+    lines = [json.dumps({**row, "split": name}) for name in ("Train ", "dev")]
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    rows = read_rows(tmp_path / "m.jsonl")
+    assert rows[0].choices == ("yes", "no") and rows[0].answer == "B. no"
+    assert [row.split for row in rows] == ["train", "val"]
+
+
 def test_scans_with_text_beside_and_prepared_datasets(tmp_path):
     scan = touch(tmp_path / "plain/case1.nii.gz")
     (tmp_path / "plain/case1.txt").write_text("A report.")
@@ -200,14 +211,21 @@ def test_check_counts_what_is_wrong(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("m.csv", "report\nx\n", "m.csv names no image: a column must be one of image, image_path"),
+        ("m.csv", "report\nx\n", "a row of m.csv names no image: a column must be one of image, image_path"),
+        ("m.csv", 'image,report\na.npz,"' + "x" * 140_000, "m.csv is not valid csv"),
+        ("m.csv", b"image,report\na.npz,\xe9\n", "m.csv is not UTF-8"),
+        ("m.csv", "image,question,answer,choices\na.npz,q,A,[yes\n", r"choices must be a list, .* got '\[yes'"),
+        ("m.json", '{"image": "a.npz", "report": "x"}', "m.json must be a list of rows"),
+        ("m.json", '[{"image": "a.npz", "report": "x"}, 5]', "row 2 of m.json is no object"),
+        ("m.json", '[{"image": "a", "conversations": []}, {"conversations": []}]', "row 2 has no image"),
+        ("m.json", '[{"image": "a", "conversations": [{"role": "user", "content": "q"}]}]', "holds no rows"),
         ("m.csv", "image,report\n", "m.csv holds no rows|holds no rows"),
         ("m.jsonl", "{", "m.jsonl is not valid JSON"),
         ("m.xlsx", "", "a manifest must be csv, json or jsonl, got m.xlsx"),
     ],
 )
 def test_unreadable_manifests_are_named(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
         read_rows(tmp_path / name)
     with pytest.raises(ValueError, match="does not exist"):
