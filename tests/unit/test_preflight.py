@@ -193,6 +193,8 @@ def test_a_device_that_is_not_here(check, device):
         ("lr_scheduler", "CosinAnnealingLR"),
         ("lr_scheduler", "Optimizer"),
         ("lr_scheduler", "ReduceLROnPlateau"),
+        ("lr_scheduler", "LRScheduler"),
+        ("grad_clip", "0"),
         ("use_checkpoint", "1"),
         ("use_checkpoint", "false"),
         ("min_points", "-5"),
