@@ -248,11 +248,12 @@ def _cases_in(
     source: Path, windows: tuple[str, ...], series: str | None
 ) -> Iterator[tuple[str, Callable[[], Scan] | ValueError]]:
     """Name and opener of every scan of a source; of one that is refused, its refusal."""
+    is_prepared = scans.is_case(source) or (source.is_dir() and prepared.find_datasets(source))
+    if is_prepared and series is not None:
+        fail("BAD_VALUE", f"{source} is prepared, so --series names nothing", "leave it out")
     if scans.is_case(source):
         yield source.name, lambda: scans.open_scan(source, windows)
-    elif source.is_dir() and prepared.find_datasets(source):
-        if series is not None:
-            fail("BAD_VALUE", f"{source} is prepared, so --series names nothing", "leave it out")
+    elif is_prepared:
         cases = prepared.find_cases(source)
         several = len({case.dataset for case in cases}) > 1
         for case in cases:

@@ -58,13 +58,14 @@ def read_all(path: str | Path, rules: Rules) -> list[tuple[Item, Volume | Refuse
         except Refused as refused:
             results.append((item, refused))
     if not any(isinstance(result, Volume) for _, result in results):
-        raise _worst([refused for _, refused in results])
+        wanted = "a CT volume" if rules.series is None else "of the series that --series asks for"
+        raise _worst([refused for _, refused in results], wanted)
     return results
 
 
-def _worst(refusals: list[Refused]) -> Refused:
+def _worst(refusals: list[Refused], wanted: str) -> Refused:
     """The one that tells most: the first refusal, else that nothing was found."""
-    nothing = Refused("NO_CASES", f"{len(refusals)} files, none of them a CT volume")
+    nothing = Refused("NO_CASES", f"{len(refusals)} files, none of them {wanted}")
     return next((refused for refused in refusals if not refused.skipped), nothing)
 
 

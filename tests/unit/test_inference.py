@@ -238,6 +238,16 @@ def test_what_is_refused_beside_a_good_raw_scan_is_listed(output_dir, tmp_path, 
     assert np.array_equal(tokens.codes, read_tokens(tmp_path / "one.npz").codes)
 
 
+def test_a_series_that_is_not_there(output_dir, dataset, tmp_path, capsys):
+    nibabel.save(nibabel.Nifti1Image(hu_volume(), AFFINE), tmp_path / "ct.nii.gz")
+    with pytest.raises(Refused, match="none of them of the series that --series asks for"):
+        tokenize(tmp_path / "ct.nii.gz", tmp_path / "out", tokenizer=output_dir, series="1.2.3")
+    for source in (dataset, dataset / "processed" / "case_a"):
+        with pytest.raises(SystemExit):
+            tokenize(source, tmp_path / "out", tokenizer=output_dir, series="1.2.3")
+        assert "is prepared, so --series names nothing" in capsys.readouterr().err
+
+
 def test_onto_grid_keeps_world_positions(rng):
     hu = np.zeros((20, 20, 20), np.float32)
     hu[5, 12, 8] = 100
