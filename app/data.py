@@ -184,7 +184,7 @@ class CTDataset(Dataset):
         if self.cache_dir is None:
             return None
         key = {
-            "source": case.source_hash,
+            "content": case.content_hash,
             "case": [case.dataset, case.case_id],
             "preprocessing": self._settings,
             "windows": None if case.is_hu else list(self.windows),
@@ -272,7 +272,7 @@ def make_dataset(
             f"dataset_dir {str(dataset_dir)!r} has no case with split {split!r}: name some in the column split "
             "of its metadata.csv, or prepare it with --split"
         )
-    mark = hashlib.sha256(json.dumps([[case.case_id, case.source_hash] for case in cases]).encode()).hexdigest()
+    mark = hashlib.sha256(json.dumps([[case.case_id, case.content_hash] for case in cases]).encode()).hexdigest()
     if len(set(idist.all_gather(mark))) > 1:
         raise ValueError(
             f"dataset_dir {str(dataset_dir)!r} does not hold the same cases for every process; give all the same data"

@@ -183,14 +183,19 @@ def tokenize(
         fail("NO_SOURCE", f"{source} does not exist", "give a scan, a prepared case or a prepared dataset")
     made = _loaded(tokenizer)
     cases, single = list(_cases_in(source, made.sizes.windows, series)), out.suffix == ".npz"
-    if single and len(cases) > 1:
-        fail("MANY_SCANS", f"{source} holds {len(cases)} scans, {out} is one file", "give a folder as OUT")
+    good = sum(callable(open_it) for _, open_it in cases)
+    if single and good > 1:
+        fail("MANY_SCANS", f"{source} holds {good} scans, {out} is one file", "give a folder as OUT")
     _check_folder(out.parent if single else out)
     entries = []
     for name, open_it in progress(cases, "tokenize"):
         path = out if single else out / f"{name}.npz"
         try:
-            tokens = None if overwrite else _there_already(path, made)
+            if isinstance(open_it, ValueError):
+                raise open_it
+            if single and path.exists() and not overwrite:  # it may be another scan's: no name tells
+                raise RefusedInput("EXISTS", f"{path} is there already: --overwrite, or another OUT")
+            tokens = None if overwrite else _there_already(path, made, support=support)
             message = "" if tokens is None else "there already"
             if tokens is None:
                 tokens = made.encode(open_it(), support=support)
@@ -220,8 +225,11 @@ def _check_folder(path: Path) -> None:
             return
 
 
-def _there_already(path: Path, made: CTTokenizer) -> CTTokens | None:
-    """Tokens of an earlier, interrupted call. Those of another tokenizer are neither taken nor overwritten."""
+def _there_already(path: Path, made: CTTokenizer, *, support: bool) -> CTTokens | None:
+    """Tokens of an earlier, interrupted call. Those of another tokenizer are neither taken nor overwritten.
+
+    Those without the support that is asked for now are made again.
+    """
     if not path.exists():
         return None
     tokens = read_tokens(path)
@@ -229,20 +237,23 @@ def _there_already(path: Path, made: CTTokenizer) -> CTTokens | None:
         raise RefusedInput(
             "EXISTS", f"{path.name} is there already, by tokenizer {tokens.tokenizer[:12]}: --overwrite, or another OUT"
         )
-    return tokens
+    return None if support and tokens.support is None else tokens
 
 
 def _refused(name: str, error: ValueError) -> dict[str, Any]:
     return {"case": name, "status": "refused", "codes": [code_of(error)], "message": text_of(error)}
 
 
-def _cases_in(source: Path, windows: tuple[str, ...], series: str | None) -> Iterator[tuple[str, Callable[[], Scan]]]:
-    """Name and opener of every scan of a source."""
+def _cases_in(
+    source: Path, windows: tuple[str, ...], series: str | None
+) -> Iterator[tuple[str, Callable[[], Scan] | ValueError]]:
+    """Name and opener of every scan of a source; of one that is refused, its refusal."""
+    is_prepared = scans.is_case(source) or (source.is_dir() and prepared.find_datasets(source))
+    if is_prepared and series is not None:
+        fail("BAD_VALUE", f"{source} is prepared, so --series names nothing", "leave it out")
     if scans.is_case(source):
         yield source.name, lambda: scans.open_scan(source, windows)
-    elif source.is_dir() and prepared.find_datasets(source):
-        if series is not None:
-            fail("BAD_VALUE", f"{source} is prepared, so --series names nothing", "leave it out")
+    elif is_prepared:
         cases = prepared.find_cases(source)
         several = len({case.dataset for case in cases}) > 1
         for case in cases:

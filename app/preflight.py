@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 from fire.parser import DefaultParseValue
 from monai.bundle import ConfigParser
+from monai.bundle.config_item import ComponentLocator
 
 from app.rules import OTHER_NAMES, RULES
 
@@ -31,6 +32,7 @@ RUN_ARGUMENTS = {
     "run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking", "args_file",
 }  # fmt: skip
 LOST_RANK = r"Connection (?:closed|reset) by peer|NCCL \w+ error|Broken pipe"  # how gloo and NCCL say it
+REFERENCE = r"[A-Za-z_]\w*(?:(?:#|::)\w+)*"  # behind an @
 STEP_LISTS = ("initialize", "run", "training", "finalize")
 SPECIAL_KEYS = ("_target_", "_requires_", "_disabled_", "_desc_", "_mode_", "_wrapper_")  # that MONAI knows
 
@@ -94,6 +96,10 @@ def check() -> None:
             "lay bundles/multi_gpu.json over it: --config_file \"['bundles/….json','bundles/multi_gpu.json']\"",
         )
     _check_structure(call.config)
+    for name, value in call.config.items():
+        is_open = value is None and "training" not in call.config  # an evaluation may leave any key open
+        if name in RULES and name not in call.overrides and not is_open:
+            _check_value(name, value)
     for name, value in call.overrides.items():
         _check_override(name, value, call)
 
@@ -136,7 +142,8 @@ def _check_override(name: str, value: Any, call: CommandLine) -> None:
 
 def _check_value(name: str, value: Any) -> None:
     rule = RULES[name]
-    if isinstance(value, str) and value[:1] in "$@%":
+    is_made = (isinstance(value, str) and value[:1] in "$@%") or (isinstance(value, dict) and "_target_" in value)
+    if is_made or (value is None and rule.optional):
         return
     if not rule.allows(value):
         fail("BAD_VALUE", f"{name} must be {rule.says}, got {value!r}", f"pass another --{name}")
@@ -153,7 +160,7 @@ def _check_structure(config: dict[str, Any]) -> None:
     for name in STEP_LISTS:
         steps = config.get(name, config.get("+" + name, []))
         for i, step in enumerate(steps if isinstance(steps, list) else [steps]):
-            if isinstance(step, str) and step[:1] not in ("$", "@", "%"):
+            if isinstance(step, str) and not re.match(rf"[$%]|@{REFERENCE}$", step):
                 fail("PLAIN_STEP", f"{name}#{i} is plain text and would do nothing: {step!r}", "begin it with $")
     for path, key, value in _walk(config):
         if isinstance(key, str) and key not in SPECIAL_KEYS:
@@ -164,7 +171,7 @@ def _check_structure(config: dict[str, Any]) -> None:
             _check_component(path, value)
         if not isinstance(value, str) or value[:1] not in "$@":
             continue
-        for reference in re.findall(r"@([A-Za-z_]\w*(?:(?:#|::)\w+)*)", value):
+        for reference in re.findall(rf"@({REFERENCE})", value):
             node: Any = config
             for part in re.split(r"::|#", reference):
                 inside = isinstance(node, list) and part.isdigit() and int(part) < len(node)
@@ -178,7 +185,10 @@ def _check_structure(config: dict[str, Any]) -> None:
 def _check_component(path: str, node: dict[str, Any]) -> None:
     """That what `_target_` names is there, and takes the arguments it is given."""
     name = node["_target_"]
-    if not isinstance(name, str) or name[:1] in ("$", "@") or "." not in name:  # MONAI's own go by one word
+    if not isinstance(name, str) or name[:1] in ("$", "@"):
+        return
+    if "." not in name:  # MONAI's own go by one word
+        _check_word(path, name)
         return
     try:
         made = pydoc.locate(name)
@@ -200,6 +210,15 @@ def _check_component(path: str, node: dict[str, Any]) -> None:
             near = difflib.get_close_matches(key, list(takes), n=1)
             hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(takes)}"
             fail("UNKNOWN_ARGUMENT", f"{path} gives {key}, which {name} does not take", hint)
+
+
+def _check_word(path: str, name: str) -> None:
+    """That MONAI has a component of this name."""
+    table = ComponentLocator()
+    if table.get_component_module_name(name) is None:
+        near = difflib.get_close_matches(name, list(table._components_table), n=1)
+        hint = f"did you mean {near[0]}?" if near else "give the dotted path of a class or function"
+        fail("BAD_TARGET", f"{path} names {name}, which MONAI does not have", hint)
 
 
 def _walk(node: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -225,6 +244,10 @@ def resolved_config(settings: object = None) -> dict[str, Any]:
         if settings is not None and isinstance(value, str) and value.startswith("$@plan."):
             found: Any = settings
             for part in value.removeprefix("$@plan.").split("."):
+                if not hasattr(found, part):
+                    near = difflib.get_close_matches(part, dir(found), n=1)
+                    hint = f"did you mean {near[0]}?" if near else "correct it in the config or on the line"
+                    fail("MISSING_REFERENCE", f"{name} is {value}, the plan has no {part}", hint)
                 found = getattr(found, part)
             config[name] = list(found) if isinstance(found, tuple) else found
     return config
@@ -248,9 +271,11 @@ def one_line_errors() -> None:
             log.debug("".join(traceback.format_exception(kind, error, trace)))
             code, said = getattr(refused, "code", "BAD_VALUE"), _refusal(refused)
             _leave(f"{code}: {said.removeprefix(f'{code}: ')}\n", 2)
-        if _files_of(cause)[-1:] == ["<string>"]:  # it failed in a config's own `$` expression
+        unread = isinstance(cause, SyntaxError) and cause.filename in ("<string>", "<unknown>")
+        if unread or _files_of(cause)[-1:] == ["<string>"]:  # it failed in a config's own `$` expression
             what = f"{type(cause).__name__}: {cause}".splitlines()[0]
-            _leave(f"BAD_EXPRESSION: {_expression(error)} gives {what}. Correct it in the config or on the line.\n", 2)
+            text = f"${(cause.text or '').strip()}" if unread else _expression(error)
+            _leave(f"BAD_EXPRESSION: {text} gives {what}. Correct it in the config or on the line.\n", 2)
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             place, again = cause.filename or "output_dir", "Free space and run again, training with --resume latest"
             _leave(f"DISK_FULL: {cause.strerror}: {place}. {again}.\n", 2)

@@ -65,11 +65,17 @@ class PreparedCase:
 
     @property
     def source_hash(self) -> str:
-        """Identity of the case's content: the sidecar's hash, else that of the files' names, sizes and times."""
+        """Identity of the scan it was made from: the sidecar's hash, else that of the files' names, sizes and times."""
         if "source_hash" in self.sidecar:
             return self.sidecar["source_hash"]
         marks = sorted((str(f.relative_to(self.path)), *_size_and_time(f)) for f in self.path.rglob("*.np[yz]"))
         return hashlib.sha256(json.dumps(marks).encode()).hexdigest()
+
+    @property
+    def content_hash(self) -> str:
+        """Identity of what lies here: the same scan prepared onto another grid is another."""
+        mark = [self.source_hash, self.sidecar.get("shape"), self.sidecar.get("affine")]
+        return hashlib.sha256(json.dumps(mark).encode()).hexdigest()
 
     def hu(self) -> Int[np.ndarray, "X Y Z"]:
         """The volume in HU, int16, memory-mapped where the file allows it."""

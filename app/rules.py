@@ -91,7 +91,8 @@ def _is_scheduler(name: str) -> bool:
 
     kind = getattr(lr_scheduler, name, None)
     known = isinstance(kind, type) and issubclass(kind, lr_scheduler.LRScheduler)
-    return name in ("cosine", "one_cycle", "constant") or (known and kind is not lr_scheduler.ReduceLROnPlateau)
+    unfit = (lr_scheduler.LRScheduler, lr_scheduler.ReduceLROnPlateau)
+    return name in ("cosine", "one_cycle", "constant") or (known and kind not in unfit)
 
 
 def _is_device(name: str) -> bool:
@@ -161,7 +162,7 @@ RULES = {
     "learning_rate": _number(0),
     "lr_scheduler": Rule(str, "cosine, one_cycle, constant or a torch scheduler", holds=_is_scheduler),
     "warmup_lr_steps": _count(0, optional=True),
-    "grad_clip": _number(0, optional=True),
+    "grad_clip": Rule((int, float), "a number above 0, or null not to clip", optional=True, holds=lambda v: v > 0),
     "loss_type": _choice("l1", "l2", "mse", "l1_l2"),
     "lambda_vq": _number(0),
     "lambda_commitment": _number(0),

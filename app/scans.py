@@ -47,10 +47,10 @@ def open_scan(scan: Any, windows: Sequence[str]) -> Scan:
     if isinstance(scan, str | Path):
         path = Path(scan)
         if not is_case(path):
-            found = raw_scans(path)
+            found = [open_it for _, open_it in raw_scans(path) if callable(open_it)]
             if len(found) > 1:
                 raise ValueError(f"{path} holds {len(found)} scans: tokenize the folder, or name one with --series")
-            return found[0][1]()
+            return found[0]()
         scan = prepared.open_case(path)
     if isinstance(scan, prepared.PreparedCase):
         return _open_case(scan, windows)
@@ -76,17 +76,24 @@ def _open_case(case: prepared.PreparedCase, windows: Sequence[str]) -> Scan:
     )
 
 
-def raw_scans(path: Path, *, series: str | None = None) -> list[tuple[str, Callable[[], Scan]]]:
-    """Name and opener of every good scan of a file, zip or folder.
+def raw_scans(path: Path, *, series: str | None = None) -> list[tuple[str, Callable[[], Scan] | ValueError]]:
+    """Name and opener of every scan of a file, zip or folder; of one that is refused, its refusal.
 
     Names come from the content: those of files and folders may tell who was scanned.
     """
-    from app.prepare import read_scan
+    from app.prepare import Refused
+    from app.prepare.files import hash_of
+    from app.prepare.gate import Rules
+    from app.prepare.volume import read_all
 
     if not path.exists():
         raise ValueError(f"{path} does not exist")
-    found = []
-    for raw in read_scan(path, series=series):
+    found: list[tuple[str, Callable[[], Scan] | ValueError]] = []
+    for item, raw in read_all(path, Rules(series=series)):
+        if isinstance(raw, Refused):
+            if not raw.skipped:
+                found.append((hash_of(item.refs)[:16], raw))
+            continue
         name = raw.source_hash[:16]
 
         def opened(name: str = name, raw: Any = raw) -> Scan:

@@ -81,7 +81,12 @@ class CodebookStart:
         optimizer = torch.optim.AdamW(
             trainable(self.network), lr=self.warmup["learning_rate"], weight_decay=0.0, fused=device.type == "cuda"
         )
-        schedule = make_scheduler(optimizer, name=self.warmup["lr_scheduler"], max_steps=steps)
+        schedule = make_scheduler(
+            optimizer,
+            name=self.warmup["lr_scheduler"],
+            max_steps=steps,
+            options=self.warmup["lr_scheduler_options"],
+        )
         trainer = SupervisedTrainer(
             device=device,
             max_epochs=1,

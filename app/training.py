@@ -4,6 +4,7 @@ Nothing here loops over steps: stage_start.py is what comes before the first, st
 Randomness of a step is a function of (seed, step), so that a resumed run is the same run.
 """
 
+import copy
 import logging
 import math
 import os
@@ -11,6 +12,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Iterable
+from functools import partial
 
 import ignite.distributed as idist
 import torch
@@ -125,10 +127,11 @@ class TrainStep:
         if not math.isfinite(totals["loss"]):
             last = getattr(engine, "last_saved_step", None)
             kept = f"the last checkpoint is step {last}" if last is not None else "no checkpoint exists yet"
+            again = "resume from it" if last is not None else "start again"
             fail(
                 "NOT_FINITE",
                 f"loss is {totals['loss']} at step {engine.state.iteration} on cases {', '.join(case_ids)}; {kept}",
-                "resume from it with a lower learning_rate, or check these cases with `python -m app check`",
+                f"{again} with a lower learning_rate, or check these cases with `python -m app check`",
                 status=1,
             )
 
@@ -208,17 +211,20 @@ def make_scheduler(
 ) -> lr_scheduler.LRScheduler:
     """cosine, one_cycle, constant, or any class of torch.optim.lr_scheduler with its options; the first two warm up."""
     warmup = round(0.02 * max_steps) if warmup_lr_steps is None else warmup_lr_steps
-    if name == "one_cycle":
-        peak = optimizer.param_groups[0]["lr"]
-        return lr_scheduler.OneCycleLR(optimizer, max_lr=peak, total_steps=max_steps + 1, **(options or {}))
     if name not in ("cosine", "constant"):
-        kind = getattr(lr_scheduler, name, None)
+        kind = lr_scheduler.OneCycleLR if name == "one_cycle" else getattr(lr_scheduler, name, None)
         if not (isinstance(kind, type) and issubclass(kind, lr_scheduler.LRScheduler)):
             raise ValueError(f"lr_scheduler must be cosine, one_cycle, constant or a torch scheduler, got {name!r}")
+        own = {"max_lr": optimizer.param_groups[0]["lr"], "total_steps": max_steps + 1} if name == "one_cycle" else {}
         try:
-            return kind(optimizer, **(options or {}))
-        except (TypeError, ValueError) as error:  # what torch says of arguments is one line
-            raise ValueError(f"lr_scheduler {name} with lr_scheduler_options {options}: {error}") from None
+            make = partial(kind, **own, **(options or {}))
+            _try_schedule(make(copy.deepcopy(optimizer)), max_steps)
+            return make(optimizer)
+        except Exception as error:  # what torch says of arguments is one line
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"lr_scheduler {name} with lr_scheduler_options {options}: {reason}") from None
+    if options:
+        raise ValueError(f"lr_scheduler {name} takes no lr_scheduler_options, got {options}")
 
     def factor(step: int) -> float:
         if step < warmup:
@@ -229,6 +235,14 @@ def make_scheduler(
         return 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
 
     return lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def _try_schedule(schedule: lr_scheduler.LRScheduler, max_steps: int) -> None:
+    """Takes the first step and the last: some options are found wrong only there, the last after days."""
+    schedule.optimizer.step()
+    for step in (1, max_steps):
+        schedule.last_epoch = step - 1
+        schedule.step()
 
 
 def resume_schedule(schedule: lr_scheduler.LRScheduler, stored: dict, *, step: int) -> None:

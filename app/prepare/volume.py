@@ -40,29 +40,33 @@ def read_scan(
 ) -> list[Volume]:
     """Every good scan at a path (file, zip or folder), each a volume; raises Refused where there is none.
 
-    What was refused beside a good scan is not raised: `survey` tells it.
+    What was refused beside a good scan is not raised: `read_all` tells it.
     """
-    rules = Rules(allow_gaps, assume_hu, series)
-    volumes, refusals = [], []
+    found_here = read_all(path, Rules(allow_gaps, assume_hu, series))
+    return [result for _, result in found_here if isinstance(result, Volume)]
+
+
+def read_all(path: str | Path, rules: Rules) -> list[tuple[Item, Volume | Refused]]:
+    """Every item at a path with its volume, or why it has none; raises Refused where there is no good scan."""
+    results: list[tuple[Item, Volume | Refused]] = []
     for item in survey(path, rules):
-        if item.plan is None:
-            refusals.append(item.finding)
-            continue
         try:
-            volumes.append(read_item(item, rules))
+            if item.plan is None:
+                code, kind, message = item.finding
+                raise Refused(code, message, skipped=kind == "skipped")
+            results.append((item, read_item(item, rules)))
         except Refused as refused:
-            refusals.append(refused.finding)
-    if not volumes:
-        raise Refused(*_worst(refusals))
-    return volumes
+            results.append((item, refused))
+    if not any(isinstance(result, Volume) for _, result in results):
+        wanted = "a CT volume" if rules.series is None else "of the series that --series asks for"
+        raise _worst([refused for _, refused in results], wanted)
+    return results
 
 
-def _worst(refusals: list[Finding]) -> tuple[str, str]:
-    """The finding that tells most: the first refusal, else that nothing was found."""
-    for finding in refusals:
-        if finding.kind == "refused":
-            return finding.code, finding.message
-    return "NO_CASES", f"{len(refusals)} files, none of them a CT volume"
+def _worst(refusals: list[Refused], wanted: str) -> Refused:
+    """The one that tells most: the first refusal, else that nothing was found."""
+    nothing = Refused("NO_CASES", f"{len(refusals)} files, none of them {wanted}")
+    return next((refused for refused in refusals if not refused.skipped), nothing)
 
 
 def read_item(item: Item, rules: Rules) -> Volume:

@@ -245,6 +245,15 @@ def test_a_case_that_changed_is_not_read_from_the_cache(dataset_dir, rng):
     assert len(make(dataset_dir)[1]["coords"]) > len(before["coords"])
 
 
+def test_a_scan_prepared_onto_another_grid_is_not_read_from_the_cache(dataset_dir, rng):
+    hu, scan, counts = blob(rng, 6), {"source_hash": "of one scan"}, []
+    for step in (4.0, 6.0):  # the second in the place of the first
+        affine = np.diag([step, step, step, 1.0])
+        prepared_writer.write_case(dataset_dir, "case1", hu, affine=affine, windows=["lung"], sidecar=scan)
+        counts.append(len(make(dataset_dir)[1]["coords"]))
+    assert counts[1] > 2 * counts[0]
+
+
 def test_without_room_in_memory_the_samples_are_the_same(dataset_dir):
     whole = make(dataset_dir)
     tight = make(dataset_dir)

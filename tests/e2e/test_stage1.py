@@ -116,6 +116,15 @@ def test_warm_up_trains_and_the_codebook_phase_leaves_encoder_and_decoder_alone(
         assert torch.equal(start[name], end[name]) == frozen, name
 
 
+def test_the_warm_up_follows_the_same_schedule_with_its_options(place, cohort):
+    steps = {**STEPS, "warmup_steps": 4, "max_steps": 2}
+    options = {"lr_scheduler": "StepLR", "lr_scheduler_options": "{'step_size': 2}", "learning_rate": 1e-3}
+    end = run_in(place, dataset_dir=cohort, output_dir="out", **{**steps, **options})
+    assert end.status == 0, end.err
+    rates = [row["lr"] for row in rows_of(place / "out", "warmup")]
+    assert rates == pytest.approx([1e-3, 1e-4, 1e-4, 1e-5], rel=1e-3)
+
+
 def test_summary_lists_ema_and_frozen(straight):
     out, _ = straight
     header, *lines = (out / "vqvae_model_summary.txt").read_text().splitlines()

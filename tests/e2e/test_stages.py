@@ -204,7 +204,9 @@ def test_wrong_options_of_a_schedule_are_one_line(place, cohort, options):
     assert line.startswith("BAD_VALUE: lr_scheduler ExponentialLR") and "gam" in line
 
 
-@pytest.mark.parametrize(("value", "says"), [("$1/0", "division by zero"), ("$foo", "'foo' is not defined")])
+@pytest.mark.parametrize(
+    ("value", "says"), [("$1/0", "division by zero"), ("$foo", "'foo' is not defined"), ("$1 if", "invalid syntax")]
+)
 def test_an_expression_that_fails_is_one_line(place, cohort, value, says):
     line = refusal(run(place, "vae", cohort, learning_rate=value))
     assert line.startswith(f"BAD_EXPRESSION: {value} gives ") and says in line

@@ -156,6 +156,21 @@ def test_commands_round_trip_through_files(output_dir, dataset, tmp_path):
     assert {entry.get("message") for entry in again["cases"]} == {"there already"}
 
 
+def test_files_without_the_support_asked_for_are_made_again(output_dir, dataset, tmp_path):
+    tokenize(dataset, tmp_path, tokenizer=output_dir)
+    again = tokenize(dataset, tmp_path, tokenizer=output_dir, support=True)
+    assert again["ok"] == 2 and not any(entry["message"] for entry in again["cases"])
+    assert all(read_tokens(file).support is not None for file in tmp_path.iterdir())
+
+
+def test_one_file_is_not_taken_for_another_scan(output_dir, dataset, tmp_path):
+    tokenize(dataset / "processed" / "case_a", tmp_path / "one.npz", tokenizer=output_dir)
+    before = (tmp_path / "one.npz").read_bytes()
+    made = tokenize(dataset / "processed" / "case_b", tmp_path / "one.npz", tokenizer=output_dir)
+    assert made["refused"] == 1 and made["cases"][0]["codes"] == ["EXISTS"]
+    assert (tmp_path / "one.npz").read_bytes() == before
+
+
 def test_one_case_to_one_file(output_dir, dataset, tmp_path):
     tokenize(dataset / "processed" / "case_b", tmp_path / "b.npz", tokenizer=output_dir)
     reconstruct(tmp_path / "b.npz", tmp_path / "b.nii", tokenizer=output_dir)
@@ -205,6 +220,34 @@ def test_a_refused_raw_scan(output_dir, tmp_path):
         tokenize(tmp_path / "mask.nii.gz", tmp_path / "a.npz", tokenizer=output_dir)
 
 
+def test_what_is_refused_beside_a_good_raw_scan_is_listed(output_dir, tmp_path, monkeypatch, rng):
+    monkeypatch.setattr(cohort, "Settings", lambda: SimpleNamespace(size=64, spacing=6.0))
+    (tmp_path / "raw").mkdir()
+    nibabel.save(nibabel.Nifti1Image(hu_volume(), AFFINE), tmp_path / "raw" / "ct.nii.gz")
+    mr = np.abs(rng.normal(300, 200, (20, 20, 20))).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(mr, AFFINE), tmp_path / "raw" / "mr.nii.gz")
+    (tmp_path / "raw" / "notes.txt").write_text("no scan at all")
+    for out in ("tokens", "one.npz"):
+        made = tokenize(tmp_path / "raw", tmp_path / out, tokenizer=output_dir)
+        assert sorted((entry["status"], *entry["codes"]) for entry in made["cases"]) == [
+            ("ok", "OK"),
+            ("refused", "NOT_HU"),
+        ]
+    assert len(list((tmp_path / "tokens").iterdir())) == 1
+    tokens = CTTokenizer.from_pretrained(output_dir).encode(tmp_path / "raw")  # the good one alone
+    assert np.array_equal(tokens.codes, read_tokens(tmp_path / "one.npz").codes)
+
+
+def test_a_series_that_is_not_there(output_dir, dataset, tmp_path, capsys):
+    nibabel.save(nibabel.Nifti1Image(hu_volume(), AFFINE), tmp_path / "ct.nii.gz")
+    with pytest.raises(Refused, match="none of them of the series that --series asks for"):
+        tokenize(tmp_path / "ct.nii.gz", tmp_path / "out", tokenizer=output_dir, series="1.2.3")
+    for source in (dataset, dataset / "processed" / "case_a"):
+        with pytest.raises(SystemExit):
+            tokenize(source, tmp_path / "out", tokenizer=output_dir, series="1.2.3")
+        assert "is prepared, so --series names nothing" in capsys.readouterr().err
+
+
 def test_onto_grid_keeps_world_positions(rng):
     hu = np.zeros((20, 20, 20), np.float32)
     hu[5, 12, 8] = 100
@@ -236,15 +279,15 @@ def test_tokens_of_another_tokenizer(output_dir, dataset, tmp_path):
 
 def test_what_is_there_is_neither_mixed_up_nor_overwritten(output_dir, dataset, tmp_path):
     other = save(make_network(num_blocks=0), tmp_path / "other")
-    case = dataset / "processed" / "case_a"
-    tokenize(case, tmp_path / "a.npz", tokenizer=other)
-    before = (tmp_path / "a.npz").read_bytes()
-    result = tokenize(case, tmp_path / "a.npz", tokenizer=output_dir)
+    case, out = dataset / "processed" / "case_a", tmp_path / "tokens"
+    tokenize(case, out, tokenizer=other)
+    before = (out / "case_a.npz").read_bytes()
+    result = tokenize(case, out, tokenizer=output_dir)
     assert result["refused"] == 1 and "is there already, by tokenizer" in result["cases"][0]["message"]
-    assert (tmp_path / "a.npz").read_bytes() == before
-    assert tokenize(case, tmp_path / "a.npz", tokenizer=output_dir, overwrite=True)["ok"] == 1
+    assert (out / "case_a.npz").read_bytes() == before
+    assert tokenize(case, out, tokenizer=output_dir, overwrite=True)["ok"] == 1
     (tmp_path / "scan.nii.gz").write_bytes(b"mine")
-    result = reconstruct(tmp_path / "a.npz", tmp_path / "scan.nii.gz", tokenizer=output_dir)
+    result = reconstruct(out / "case_a.npz", tmp_path / "scan.nii.gz", tokenizer=output_dir)
     assert result["refused"] == 1 and (tmp_path / "scan.nii.gz").read_bytes() == b"mine"
 
 

@@ -193,6 +193,8 @@ def test_a_device_that_is_not_here(check, device):
         ("lr_scheduler", "CosinAnnealingLR"),
         ("lr_scheduler", "Optimizer"),
         ("lr_scheduler", "ReduceLROnPlateau"),
+        ("lr_scheduler", "LRScheduler"),
+        ("grad_clip", "0"),
         ("use_checkpoint", "1"),
         ("use_checkpoint", "false"),
         ("min_points", "-5"),
@@ -325,8 +327,17 @@ def test_a_right_config_passes(check, config):
 
 @pytest.mark.parametrize("name", ["initialize", "training", "run", "finalize"])
 def test_a_step_of_plain_text_would_do_nothing(check, config, name):
-    line = check(config=config(**{name: ["$@part", "start.run()"]}))
-    assert line.startswith("PLAIN_STEP") and f"{name}#1" in line and "start.run()" in line
+    for step in ("start.run()", "@part.run()"):
+        line = check(config=config(**{name: ["$@part", step]}))
+        assert line.startswith("PLAIN_STEP") and f"{name}#1" in line and step in line
+    assert check(config=config(**{name: ["@part", "$@part"]})) is None
+
+
+@pytest.mark.parametrize(("key", "value"), [("max_steps", "ten"), ("batch_split", None), ("windows", ["lungs"])])
+def test_a_wrong_value_in_a_file_is_named_with_its_rule(check, config, key, value):
+    line = check(config=config(**{key: value}))
+    assert line.startswith(f"BAD_VALUE: {key} must be {rules.RULES[key].says}, got {value!r}")
+    assert check(config=config(preset=None, lr_scheduler="$foo", part={"_target_": "SupervisedTrainer"})) is None
 
 
 @pytest.mark.parametrize(
@@ -334,6 +345,7 @@ def test_a_step_of_plain_text_would_do_nothing(check, config, name):
     [
         ("networks.losses.TokenzerLoss", "did you mean networks.losses.TokenizerLoss?"),
         ("networkz.losses.TokenizerLoss", "Give the dotted path"),
+        ("SupervisedTrainr", "did you mean SupervisedTrainer?"),  # MONAI's own go by one word
     ],
 )
 def test_a_target_that_is_not_there(check, config, target, near):
@@ -428,3 +440,16 @@ def test_the_resolved_config_holds_overrides_and_the_plan(monkeypatch):
     assert config["train"]["trainer"]["max_epochs"] == 1
     assert config["resolution"] == 256 and config["learning_rate"] == 1e-4 and config["num_embeddings"] == 8192
     json.dumps(config)
+
+
+def test_what_the_plan_does_not_have_is_named(monkeypatch, tmp_path, capsys):
+    from app.plan import make_plan
+
+    (tmp_path / "over.json").write_text('{"learning_rate": "$@plan.learning_rat"}')
+    files = f"['{STAGE1}','{tmp_path / 'over.json'}']"
+    argv = ["/x/monai/bundle/__main__.py", "run", "training", "--config_file", files]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit):
+        preflight.resolved_config(make_plan(1, dataset_dir="cohort"))
+    line = capsys.readouterr().err
+    assert line.startswith("MISSING_REFERENCE: learning_rate is $@plan.learning_rat") and "learning_rate?" in line

@@ -1,14 +1,18 @@
-"""The averaged model: the formula it follows, and what it copies. What validation leaves in memory."""
+"""The averaged model: the formula it follows, and what it copies. What validation leaves in memory.
+
+Schedules by name.
+"""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
+from ignite.engine import Engine
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from torch import nn
 
 from app.stage_handlers import StageHandlers
-from app.training import average
+from app.training import TrainStep, average, make_scheduler
 
 
 def test_the_average_follows_its_formula_and_copies_buffers():
@@ -60,3 +64,45 @@ def test_validation_keeps_no_case_on_the_device():
     handlers._validate(trainer)
     assert handlers.validated_step == 7 and evaluator.state.iteration == 2
     assert evaluator.state.output is None and evaluator.state.batch is None
+
+
+def rates(name, options, *, steps=6):
+    optimizer = torch.optim.AdamW(nn.Linear(1, 1).parameters(), lr=0.1)
+    schedule = make_scheduler(optimizer, name=name, max_steps=steps, options=options)
+    found = []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("StepLR", None, "step_size"),
+        ("StepLR", {"step_size": 0}, "zero"),  # torch would say so at the first step
+        ("OneCycleLR", {"max_lr": 0.1, "total_steps": 5}, "total"),  # and this at the sixth
+        ("LRScheduler", None, "NotImplementedError"),
+        ("one_cycle", {"pct_start": 2}, "pct_start"),
+        ("one_cycle", {"foo": 1}, "foo"),
+        ("cosine", {"eta_min": 0.1}, "takes no lr_scheduler_options"),
+    ],
+)
+def test_options_that_a_schedule_cannot_use_are_refused_before_the_first_step(name, options, says):
+    with pytest.raises(ValueError, match=f"lr_scheduler {name} .*{says}"):
+        rates(name, options)
+
+
+def test_trying_a_schedule_leaves_it_as_it_was():
+    assert rates("StepLR", {"step_size": 2, "gamma": 0.5}) == pytest.approx([0.1, 0.1, 0.05, 0.05, 0.025, 0.025])
+    assert rates("OneCycleLR", {"max_lr": 0.1, "total_steps": 7}) == rates("one_cycle", None)
+
+
+@pytest.mark.parametrize(("last", "says"), [(None, "no checkpoint exists yet. Start again"), (20, "step 20. Resume")])
+def test_a_loss_that_is_no_number_says_where_to_go_on(last, says, capsys):
+    engine = Engine(lambda engine, batch: None)
+    engine.last_saved_step = last
+    with pytest.raises(SystemExit):
+        TrainStep._stop_if_not_finite(engine, {"loss": float("nan")}, ["case_a"])
+    assert says in capsys.readouterr().err
