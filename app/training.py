@@ -4,14 +4,13 @@ Nothing here loops over steps: stage_start.py is what comes before the first, st
 Randomness of a step is a function of (seed, step), so that a resumed run is the same run.
 """
 
-import copy
 import logging
 import math
 import os
 import time
 import warnings
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import ignite.distributed as idist
@@ -218,7 +217,7 @@ def make_scheduler(
         own = {"max_lr": optimizer.param_groups[0]["lr"], "total_steps": max_steps + 1} if name == "one_cycle" else {}
         try:
             make = partial(kind, **own, **(options or {}))
-            _try_schedule(make(copy.deepcopy(optimizer)), max_steps)
+            _try_schedule(make, [group["lr"] for group in optimizer.param_groups], max_steps)
             return make(optimizer)
         except Exception as error:  # what torch says of arguments is one line
             reason = str(error) or type(error).__name__
@@ -237,9 +236,11 @@ def make_scheduler(
     return lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def _try_schedule(schedule: lr_scheduler.LRScheduler, max_steps: int) -> None:
+def _try_schedule(make: Callable[[Optimizer], lr_scheduler.LRScheduler], rates: list[float], max_steps: int) -> None:
     """Takes the first step and the last: some options are found wrong only there, the last after days."""
-    schedule.optimizer.step()
+    stand_in = torch.optim.AdamW([{"params": [torch.zeros(1)], "lr": rate} for rate in rates])
+    schedule = make(stand_in)
+    stand_in.step()
     for step in (1, max_steps):
         schedule.last_epoch = step - 1
         schedule.step()
