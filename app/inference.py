@@ -6,7 +6,7 @@ and give what they print; a mistake of the user ends them in one line, an input 
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from scipy import ndimage
 from app import checkpoints, data, prepared, scans
 from app.preflight import fail
 from app.refusals import RefusedInput, code_of, text_of
-from app.scans import Scan, Volume
+from app.scans import Found, Scan, Volume
 from app.token_files import CTTokens, latent_to_voxel, read_tokens, write_tokens
 from app.training import choose_device
 from networks.presets import Preset
@@ -88,6 +88,7 @@ class CTTokenizer:
             affine=affine @ latent_to_voxel(),
             source_shape=scan.source_shape,
             source_affine=scan.source_affine,
+            source_hash=scan.source_hash,
             features=self.sizes.features,
             windows=self.sizes.windows,
             spacing=float(self.sizes.spacing),
@@ -183,19 +184,17 @@ def tokenize(
         fail("NO_SOURCE", f"{source} does not exist", "give a scan, a prepared case or a prepared dataset")
     made = _loaded(tokenizer)
     cases, single = list(_cases_in(source, made.sizes.windows, series)), out.suffix == ".npz"
-    good = sum(callable(open_it) for _, open_it in cases)
+    good = sum(callable(case.open) for case in cases)
     if single and good > 1:
         fail("MANY_SCANS", f"{source} holds {good} scans, {out} is one file", "give a folder as OUT")
     _check_folder(out.parent if single else out)
     entries = []
-    for name, open_it in progress(cases, "tokenize"):
+    for name, source_hash, open_it in progress(cases, "tokenize"):
         path = out if single else out / f"{name}.npz"
         try:
             if isinstance(open_it, ValueError):
                 raise open_it
-            if single and path.exists() and not overwrite:  # it may be another scan's: no name tells
-                raise RefusedInput("EXISTS", f"{path} is there already: --overwrite, or another OUT")
-            tokens = None if overwrite else _there_already(path, made, support=support)
+            tokens = None if overwrite else _there_already(path, made, source_hash=source_hash, support=support)
             message = "" if tokens is None else "there already"
             if tokens is None:
                 tokens = made.encode(open_it(), support=support)
@@ -225,8 +224,8 @@ def _check_folder(path: Path) -> None:
             return
 
 
-def _there_already(path: Path, made: CTTokenizer, *, support: bool) -> CTTokens | None:
-    """Tokens of an earlier, interrupted call. Those of another tokenizer are neither taken nor overwritten.
+def _there_already(path: Path, made: CTTokenizer, *, source_hash: str, support: bool) -> CTTokens | None:
+    """Tokens of an earlier, interrupted call. Those of another tokenizer or scan are neither taken nor overwritten.
 
     Those without the support that is asked for now are made again.
     """
@@ -237,6 +236,8 @@ def _there_already(path: Path, made: CTTokenizer, *, support: bool) -> CTTokens 
         raise RefusedInput(
             "EXISTS", f"{path.name} is there already, by tokenizer {tokens.tokenizer[:12]}: --overwrite, or another OUT"
         )
+    if tokens.source_hash != source_hash:
+        raise RefusedInput("EXISTS", f"{path.name} is there already, of another scan: --overwrite, or another OUT")
     return None if support and tokens.support is None else tokens
 
 
@@ -244,21 +245,19 @@ def _refused(name: str, error: ValueError) -> dict[str, Any]:
     return {"case": name, "status": "refused", "codes": [code_of(error)], "message": text_of(error)}
 
 
-def _cases_in(
-    source: Path, windows: tuple[str, ...], series: str | None
-) -> Iterator[tuple[str, Callable[[], Scan] | ValueError]]:
-    """Name and opener of every scan of a source; of one that is refused, its refusal."""
+def _cases_in(source: Path, windows: tuple[str, ...], series: str | None) -> Iterator[Found]:
+    """Every scan of a source."""
     is_prepared = scans.is_case(source) or (source.is_dir() and prepared.find_datasets(source))
     if is_prepared and series is not None:
         fail("BAD_VALUE", f"{source} is prepared, so --series names nothing", "leave it out")
     if scans.is_case(source):
-        yield source.name, lambda: scans.open_scan(source, windows)
+        yield Found(source.name, prepared.open_case(source).source_hash, lambda: scans.open_scan(source, windows))
     elif is_prepared:
         cases = prepared.find_cases(source)
         several = len({case.dataset for case in cases}) > 1
         for case in cases:
             name = f"{case.dataset}/{case.case_id}" if several else case.case_id
-            yield name, lambda case=case: scans.open_scan(case, windows)
+            yield Found(name, case.source_hash, lambda case=case: scans.open_scan(case, windows))
     else:
         yield from scans.raw_scans(source, series=series)
 

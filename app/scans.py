@@ -30,6 +30,7 @@ class Scan(NamedTuple):
     volume: Volume
     source_shape: tuple[int, int, int]
     source_affine: Float[np.ndarray, "4 4"]
+    source_hash: str = ""  # of the scan's content; an array in memory has none
 
 
 def is_case(path: Path) -> bool:
@@ -47,7 +48,7 @@ def open_scan(scan: Any, windows: Sequence[str]) -> Scan:
     if isinstance(scan, str | Path):
         path = Path(scan)
         if not is_case(path):
-            found = [open_it for _, open_it in raw_scans(path) if callable(open_it)]
+            found = [found.open for found in raw_scans(path) if callable(found.open)]
             if len(found) > 1:
                 raise ValueError(f"{path} holds {len(found)} scans: tokenize the folder, or name one with --series")
             return found[0]()
@@ -73,11 +74,20 @@ def _open_case(case: prepared.PreparedCase, windows: Sequence[str]) -> Scan:
         volume,
         _sizes(side.get("source_shape", volume.hu.shape)),
         np.array(side.get("source_affine", affine), np.float64),
+        case.source_hash,
     )
 
 
-def raw_scans(path: Path, *, series: str | None = None) -> list[tuple[str, Callable[[], Scan] | ValueError]]:
-    """Name and opener of every scan of a file, zip or folder; of one that is refused, its refusal.
+class Found(NamedTuple):
+    """A scan that lies somewhere: its name, the hash of its content, and how to open it, or why it is refused."""
+
+    name: str
+    source_hash: str
+    open: Callable[[], Scan] | ValueError
+
+
+def raw_scans(path: Path, *, series: str | None = None) -> list[Found]:
+    """Every scan of a file, zip or folder.
 
     Names come from the content: those of files and folders may tell who was scanned.
     """
@@ -88,19 +98,19 @@ def raw_scans(path: Path, *, series: str | None = None) -> list[tuple[str, Calla
 
     if not path.exists():
         raise ValueError(f"{path} does not exist")
-    found: list[tuple[str, Callable[[], Scan] | ValueError]] = []
+    found: list[Found] = []
     for item, raw in read_all(path, Rules(series=series)):
         if isinstance(raw, Refused):
             if not raw.skipped:
-                found.append((hash_of(item.refs)[:16], raw))
+                digest = hash_of(item.refs)
+                found.append(Found(digest[:16], digest, raw))
             continue
-        name = raw.source_hash[:16]
 
-        def opened(name: str = name, raw: Any = raw) -> Scan:
-            on_grid = onto_prepared_grid(Volume(raw.hu, raw.affine))
-            return Scan(name, on_grid, _sizes(raw.hu.shape), np.asarray(raw.affine, np.float64))
+        def opened(raw: Any = raw) -> Scan:
+            on_grid, affine = onto_prepared_grid(Volume(raw.hu, raw.affine)), np.asarray(raw.affine, np.float64)
+            return Scan(raw.source_hash[:16], on_grid, _sizes(raw.hu.shape), affine, raw.source_hash)
 
-        found.append((name, opened))
+        found.append(Found(raw.source_hash[:16], raw.source_hash, opened))
     return found
 
 

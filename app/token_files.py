@@ -32,7 +32,10 @@ UNREADABLE = (  # what zipfile, zlib and numpy raise on bytes that are no archiv
 
 @dataclass(frozen=True, kw_only=True)
 class CTTokens:
-    """One volume as tokens. `source_…` is the scan as it came in; `affine` takes a latent index to RAS mm."""
+    """One volume as tokens. `source_…` is the scan as it came in; `affine` takes a latent index to RAS mm.
+
+    `source_hash` is empty for an array in memory.
+    """
 
     codes: Int32[np.ndarray, "M ..."]  # (M,), or (M, levels)
     coords: Int32[np.ndarray, "M 3"]
@@ -45,6 +48,7 @@ class CTTokens:
     spacing: float
     keep: str
     tokenizer: str  # sha256 of the weights that made it
+    source_hash: str = ""
     support: tuple[UInt8[np.ndarray, " _"], ...] | None = None
 
     @property
@@ -74,6 +78,7 @@ def write_tokens(path: str | Path, tokens: CTTokens) -> None:
         "affine": np.asarray(tokens.affine, np.float64),
         "source_shape": np.array(tokens.source_shape, np.int32),
         "source_affine": np.asarray(tokens.source_affine, np.float64),
+        "source_hash": np.array(tokens.source_hash),
         "features": np.array(tokens.features),
         "windows": np.array(tokens.windows),
         "spacing": np.array(tokens.spacing, np.float64),
@@ -163,6 +168,7 @@ def _tokens_of(arrays: dict[str, np.ndarray]) -> CTTokens:
         spacing=float(arrays["spacing"]),
         keep=_text(arrays["keep"]),
         tokenizer=_text(arrays["tokenizer"]),
+        source_hash=_text(arrays["source_hash"]) if "source_hash" in arrays else "",
         support=_support(arrays, len(codes)),
     )
 

@@ -4,7 +4,9 @@ import csv
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,34 +36,53 @@ def ask(
         fail("BAD_CALL", "a question is empty", "ask something, or leave the question out for a report")
     if out is not None and Path(out).is_dir():
         fail("BAD_CALL", f"{out} is a folder", "give a file for --out, such as answers.jsonl")
+    if out is not None and (Path(out).parent / "metadata.csv").exists():
+        fail("BAD_CALL", f"{Path(out).parent} is a prepared dataset with a failures.csv", "give --out another folder")
     assistant = CTAssistant.from_pretrained(align, tokenizer=tokenizer)
-    answers, failures = [], []
-    for opened in assistant.open_all(path):
-        if not isinstance(opened, Scan):
-            failures.append(" ".join(str(opened).split()))
-            log.warning("refused: %s", failures[-1])
-            continue
-        write = (lambda text: (sys.stdout.write(text), sys.stdout.flush())) if stream else None
-        if stream and opened.source != path.name:  # one of several below a folder
-            sys.stdout.write(f"{opened.source or opened.name}: ")
-        asked = list(questions) or [None]
-        said = assistant.ask(opened, asked[0] if stream else asked, max_new_tokens=max_new_tokens, write=write)
-        answers += [answer.as_json() for answer in (said if isinstance(said, list) else [said])]
-        if stream:
-            sys.stdout.write("\n")
-    if not answers and not failures:
+    found = assistant.open_all(path)
+    if (first := next(found, None)) is None:
         fail("NO_CASES", f"{source} holds no scan", "give a scan, a prepared case or dataset, or token files", status=3)
-    if out is not None:
-        write_answers(Path(out), answers, failures)
+    answers, failures = [], []
+    with written(None if out is None else Path(out)) as keep:
+        for opened in chain([first], found):
+            if not isinstance(opened, Scan):
+                failures.append(" ".join(str(opened).split()))
+                log.warning("refused: %s", failures[-1])
+                keep([], failures[-1:])
+                continue
+            write = (lambda text: (sys.stdout.write(text), sys.stdout.flush())) if stream else None
+            if stream and opened.source != path.name:  # one of several below a folder
+                sys.stdout.write(f"{opened.source or opened.name}: ")
+            asked = list(questions) or [None]
+            said = assistant.ask(opened, asked[0] if stream else asked, max_new_tokens=max_new_tokens, write=write)
+            new = [answer.as_json() for answer in (said if isinstance(said, list) else [said])]
+            keep(new, [])
+            answers += new
+            if stream:
+                sys.stdout.write("\n")
     status = 3 if failures else 0
     return {"answers": answers, "failures": failures, "notice": NOTICE, "status": status}
 
 
-def write_answers(out: Path, answers: Sequence[dict[str, Any]], failures: Sequence[str]) -> None:
+@contextmanager
+def written(out: Path | None) -> Iterator[Callable[[Sequence[dict[str, Any]], Sequence[str]], None]]:
+    """Takes answers into OUT and refusals into failures.csv beside it, at once: a run that is stopped keeps its own."""
+    if out is None:
+        yield lambda answers, failures: None
+        return
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers), encoding="utf-8")
-    with open(out.parent / "failures.csv", "w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream).writerows([["message"], *([message] for message in failures)])
+    refused = out.parent / "failures.csv"
+    with open(out, "w", encoding="utf-8") as said, open(refused, "w", newline="", encoding="utf-8") as stream:
+        table = csv.writer(stream)
+        table.writerow(["message"])
+
+        def keep(answers: Sequence[dict[str, Any]], failures: Sequence[str]) -> None:
+            said.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+            table.writerows([message] for message in failures)
+            said.flush()
+            stream.flush()
+
+        yield keep
 
 
 def lines(result: dict[str, Any], *, streamed: bool = False) -> list[str]:

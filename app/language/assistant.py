@@ -183,10 +183,9 @@ class CTAssistant:
         windows = self.tokenizer.ct.sizes.windows
         name = Path(source).name if isinstance(source, str | Path) else ""
         if isinstance(source, str | Path) and not scans.is_case(Path(source)):
-            origin = {"scan_sha256": hash_path(source)} if Path(source).exists() else {}
+            origin = {}
         elif isinstance(source, str | Path):
-            case = prepared.open_case(source)
-            origin = {"scan_sha256": case.source_hash, "codes": case.codes}
+            origin = {"codes": prepared.open_case(source).codes}
         else:
             origin = {"scan_sha256": hashlib.sha256(np.ascontiguousarray(source.hu).tobytes()).hexdigest()}
         return self._of_scan(scans.open_scan(source, windows), origin, source=name)
@@ -194,11 +193,13 @@ class CTAssistant:
     def _of_file(self, path: Path) -> Scan:
         tokens = read_tokens(path)
         self.tokenizer.ct.check(tokens)
-        origin = {"tokens_sha256": hash_path(path), **geometry(tokens.source_shape, tokens.source_affine)}
+        origin = {"scan_sha256": tokens.source_hash} if tokens.source_hash else {}
+        origin |= {"tokens_sha256": hash_path(path), **geometry(tokens.source_shape, tokens.source_affine)}
         return Scan(path.stem, as_tensors(tokens), origin, path.name)
 
     def _of_scan(self, scan: scans.Scan, origin: dict[str, Any], *, source: str) -> Scan:
         tokens = as_tensors(self.tokenizer.ct.encode(scan))
+        origin = ({"scan_sha256": scan.source_hash} if scan.source_hash else {}) | origin
         return Scan(scan.name, tokens, {**origin, **geometry(scan.source_shape, scan.source_affine)}, source)
 
     def open_all(self, path: Path) -> Iterator[Scan | ValueError]:
@@ -218,8 +219,8 @@ class CTAssistant:
                         raise Refused(item.finding.code, item.finding.message)
                     raw = read_item(item, Rules())
                     on_grid = scans.onto_prepared_grid(scans.Volume(raw.hu, raw.affine))
-                    scan = scans.Scan(raw.source_hash[:16], on_grid, tuple(raw.hu.shape), raw.affine)
-                    yield self._of_scan(scan, {"scan_sha256": raw.source_hash, "codes": raw.codes}, source=item.source)
+                    scan = scans.Scan(raw.source_hash[:16], on_grid, tuple(raw.hu.shape), raw.affine, raw.source_hash)
+                    yield self._of_scan(scan, {"codes": raw.codes}, source=item.source)
                 except ValueError as error:
                     yield ValueError(f"{item.source}: {error}")
 

@@ -54,6 +54,28 @@ def test_a_folder_gives_jsonl_and_failures(home, aligned, tmp_path):
     assert "case3.npz" in (tmp_path / "out/failures.csv").read_text()
 
 
+def test_a_folder_that_is_stopped_keeps_its_answers(home, aligned, tmp_path, monkeypatch):
+    whole, count = CTAssistant.ask, iter(range(100))
+
+    def stopped(self, *given, **options):
+        if next(count) == 3:
+            raise KeyboardInterrupt
+        return whole(self, *given, **options)
+
+    monkeypatch.setattr(CTAssistant, "ask", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        asking.ask(str(home / "scans"), ["On which side?"], align=str(aligned), out=str(tmp_path / "answers.jsonl"))
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [line["source"] for line in lines] == ["case0.npz", "case1.npz", "case10.npz"]
+
+
+def test_the_table_of_a_prepared_dataset_is_not_written_over(home, aligned, tmp_path, capsys):
+    (tmp_path / "metadata.csv").write_text("case_id\n")
+    with pytest.raises(SystemExit) as end:
+        asking.ask(str(home / "scans"), ["Side?"], align=str(aligned), out=str(tmp_path / "answers.jsonl"))
+    assert end.value.code == 2 and "is a prepared dataset" in capsys.readouterr().err
+
+
 def test_a_folder_of_raw_scans_is_asked_scan_by_scan(aligned, tmp_path):
     """What is no scan is passed over; what is one and cannot be read is refused by name."""
     for number in (8, 9):

@@ -169,6 +169,17 @@ def test_one_file_is_not_taken_for_another_scan(output_dir, dataset, tmp_path):
     made = tokenize(dataset / "processed" / "case_b", tmp_path / "one.npz", tokenizer=output_dir)
     assert made["refused"] == 1 and made["cases"][0]["codes"] == ["EXISTS"]
     assert (tmp_path / "one.npz").read_bytes() == before
+    again = tokenize(dataset / "processed" / "case_a", tmp_path / "one.npz", tokenizer=output_dir)
+    assert again["cases"][0]["message"] == "there already"
+
+
+def test_cases_of_one_name_are_told_apart_by_their_scan(output_dir, dataset, tmp_path):
+    prepared_writer.write_case(tmp_path / "other", "case_a", hu_volume() + 5, affine=AFFINE, windows=["lung"])
+    tokenize(dataset, tmp_path / "tokens", tokenizer=output_dir)
+    (case,) = tokenize(tmp_path / "other", tmp_path / "tokens", tokenizer=output_dir)["cases"]
+    assert case["status"] == "refused" and "of another scan" in case["message"]
+    stored = prepared.open_case(dataset / "processed" / "case_a")
+    assert read_tokens(tmp_path / "tokens" / "case_a.npz").source_hash == stored.source_hash
 
 
 def test_one_case_to_one_file(output_dir, dataset, tmp_path):

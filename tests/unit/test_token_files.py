@@ -70,8 +70,9 @@ def test_any_numpy_reads_it(tokens, tmp_path):
     write_tokens(tmp_path / "case.npz", tokens)
     with np.load(tmp_path / "case.npz", allow_pickle=False) as stored:
         assert set(stored.files) == {
-            *("codes", "coords", "latent_shape", "affine", "source_shape", "source_affine", "features", "windows"),
-            *("spacing", "keep", "tokenizer", "version", "support_0", "support_1", "support_2"),
+            *("codes", "coords", "latent_shape", "affine", "source_shape", "source_affine", "source_hash"),
+            *("features", "windows", "spacing", "keep", "tokenizer", "version"),
+            *("support_0", "support_1", "support_2"),
         }
         assert stored["codes"].dtype == stored["coords"].dtype == np.int32
         assert stored["windows"].tolist() == ["lung", "bone"] and str(stored["keep"]) == "body"
