@@ -137,6 +137,7 @@ def check(
         float | None, typer.Option(help="Millimetres at which points are counted; else about 4.")
     ] = None,
     min_points: Annotated[int, typer.Option(help="Cases with fewer points are told.")] = 100,
+    image_root: Annotated[str | None, typer.Option(help="Folder that a manifest's images are in.")] = None,
     as_json: Json = False,
     seed: Seed = 0,
     debug: Debug = False,
@@ -147,7 +148,7 @@ def check(
         from app.prepare.check import lines
 
         names = tuple(name.strip() for name in windows.split(",") if name.strip())
-        checked = look(data, keep=keep, windows=names, spacing=spacing, min_points=min_points)
+        checked = look(data, keep=keep, windows=names, spacing=spacing, min_points=min_points, image_root=image_root)
         answer.give(checked.as_json(), lines(checked), status=checked.exit_status)
 
 
@@ -264,7 +265,7 @@ def evaluate(
             skip_bad=skip_bad,
             options={**options, "batch_size": batch_size, "max_new_tokens": max_new_tokens},
         )
-        answer.give(result, table_lines(result), status=3 if result["left_out"].get("no volume") else 0)
+        answer.give(result, table_lines(result), status=evaluate_language.status_of(result))
 
 
 if __name__ == "__main__":

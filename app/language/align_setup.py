@@ -227,7 +227,7 @@ def training_rows(data: str, *, image_root: str | None) -> list[TextRow]:
     except ValueError as error:
         fail("BAD_MANIFEST", str(error), "see `python -m app check` on it")
     found = check_rows(rows)
-    for problem in found["problems"]:
+    for problem in found["problems"].values():
         log.warning("%s", problem)
     kept = [row for row in rows if row.split == "train"]
     log.info("%d rows of %d images to train on, %d rows held out", len(kept), found["images"], len(rows) - len(kept))

@@ -99,7 +99,14 @@ def mirror_image(case: prepared.PreparedCase) -> Volume:
     return Volume(case.hu()[::-1].copy(), case.affine)
 
 
+def status_of(result: dict[str, Any]) -> int:
+    """3 where scans could not be read and were left out."""
+    return 3 if result["left_out"].get("no volume") else 0
+
+
 def print_table(result: dict[str, Any]) -> None:
-    """The table for people, in the log of a bundle run."""
+    """The table for people, in the log of a bundle run, whose status it sets."""
     for line in table_lines(result):
         log.info("%s", line)
+    if status := status_of(result):
+        raise SystemExit(status)

@@ -39,11 +39,13 @@ KEYWORDS: dict[str, str] = {
 }
 # "no" reaches over a list, "not" only to the next comma
 BEFORE = re.compile(
-    r"\b(?:no|without|free of|negative for|absence of|neither|nor|denies|rule[sd]? out|lack of)\b[^:]*$|\bnot\b[^:,]*$"
+    r"\b(?:no|without|free of|negative for|absence of|neither|nor|denies|(?<!not )rule[sd]? out|lack of)\b"
+    r"(?:(?!\band an?\b)[^:])*$|\bnot\b(?! (?:be )?rule)[^:,]*$"
 )
 AFTER = re.compile(
     r"^[^,]*?\b(?:(?:not|no longer) (?:\w+ly )?(?:seen|observed|detected|present|identified|found|noted|visible|"
-    r"visuali[sz]ed|demonstrated|evident|shown)|absent|ruled out|(?:has|have) resolved)\b|^ ?: *(?:no|none|negative)\b"
+    r"visuali[sz]ed|demonstrated|evident|shown)|absent|(?<!not be )ruled out|(?:has|have) resolved)\b|"
+    r"^ ?: *(?:no|none|negative)\b"
 )
 CLAUSE = re.compile(r"[;\n]|\.(?!\d)|\bbut\b|\bhowever\b|\balthough\b|\bexcept(?: for)?\b|\bwith the exception of\b")
 

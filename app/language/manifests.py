@@ -173,7 +173,7 @@ class ImageFinder:
 
 
 def check_rows(rows: list[TextRow]) -> dict:
-    """What a manifest holds and what is wrong with it; `problems` are lines for people."""
+    """What a manifest holds and what is wrong with it; `problems` are lines for people by code."""
     missing = sorted({row.image for row in rows if row.path is None})
     empty = [row for row in rows if not row.answer]
     repeated = [key for key, count in Counter((r.image, r.question, r.answer) for r in rows).items() if count > 1]
@@ -182,16 +182,16 @@ def check_rows(rows: list[TextRow]) -> dict:
         sides[row.patient].add(row.split)
     leaking = sorted(patient for patient, splits in sides.items() if len(splits) > 1)
     labels = Counter(name for row in {r.image: r for r in rows}.values() for name, value in row.labels.items() if value)
-    problems = [
-        f"{len(items)} {what}, first: {items[0]}. {remedy}."
-        for items, what, remedy in (
-            (missing, "images not found", "Give the folder they are in as image_root"),
-            ([row.image for row in empty], "rows without an answer", "They are skipped"),
-            ([key[0] for key in repeated], "rows that stand there more than once", "Remove the copies"),
-            (leaking, "patients on both sides of a split", "Split by patient"),
+    problems = {
+        code: f"{len(items)} {what}, first: {items[0]}. {remedy}."
+        for code, items, what, remedy in (
+            ("SCANS_MISSING", missing, "images not found", "Give the folder they are in as image_root"),
+            ("EMPTY_TEXT", [row.image for row in empty], "rows without an answer", "They are skipped"),
+            ("DUPLICATED", [key[0] for key in repeated], "rows that stand there more than once", "Remove the copies"),
+            ("SPLIT_LEAKAGE", leaking, "patients on both sides of a split", "Split by patient"),
         )
         if items
-    ]
+    }
     return {
         "rows": len(rows),
         "images": len({row.image for row in rows}),

@@ -51,13 +51,14 @@ def check(
     windows: Sequence[str] = array.DEFAULT_WINDOWS,
     spacing: float | None = None,
     min_points: int = 100,
+    image_root: str | None = None,
 ) -> Checked:
     """A prepared dataset (or several under one folder), a text manifest, or a folder of scans with .txt beside them."""
     path = Path(data)
     if not path.exists():
         raise ValueError(f"{path.name!r} does not exist; give the OUT of `python -m app prepare RAW OUT` or a manifest")
     if path.is_file() or (not prepared.find_datasets(path) and any(path.rglob("*.txt"))):
-        return check_manifest(path)
+        return check_manifest(path, image_root=image_root)
     return check_prepared(path, keep=keep, windows=windows, spacing=spacing, min_points=min_points)
 
 
@@ -178,17 +179,11 @@ def _one_side(splits: Sequence[str]) -> list[Problem]:
 # ---- manifests
 
 
-def check_manifest(path: Path) -> Checked:
+def check_manifest(path: Path, *, image_root: str | None = None) -> Checked:
     """Rows matched to scans, missing, repeated, empty; patients in two splits; labels."""
-    told = check_rows(read_rows(path))
-    wrong = {
-        "SCANS_MISSING": (told["missing"], "scans that rows name are not there: put the manifest beside their folder"),
-        "DUPLICATED": (told["duplicated"], "rows stand there more than once: remove the copies"),
-        "EMPTY_TEXT": (told["empty"], "rows have no text: they will be skipped"),
-        "SPLIT_LEAKAGE": (told["patients_in_two_splits"], "patients are in more than one split: split by patient"),
-    }
-    problems = tuple(Problem(code, f"{count} {text}") for code, (count, text) in wrong.items() if count)
-    return Checked("manifest", (), {name: value for name, value in told.items() if name != "problems"}, problems)
+    told = check_rows(read_rows(path, image_root=image_root))
+    problems = tuple(Problem(code, line) for code, line in told.pop("problems").items())
+    return Checked("manifest", (), told, problems)
 
 
 def lines(checked: Checked) -> Iterable[str]:

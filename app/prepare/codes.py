@@ -78,7 +78,7 @@ CODES = MappingProxyType(
         ),
         "NOT_HU": _refused(
             "values are not HU: 8-bit, 0..1, windowed, rescaled twice or never",
-            "give the original scan, or overrule with --assume-hu",
+            "give the original scan, or overrule by `prepare --assume-hu`",
         ),
         "LOCALIZER": Code(
             ("skipped", "refused"),
@@ -88,7 +88,7 @@ CODES = MappingProxyType(
         "TOO_FEW_SLICES": _refused("fewer than 5 slices", "give the whole series"),
         "MISSING_SLICES": _refused(
             "a step between slices is a multiple of the others",
-            "export the series again, or accept interpolation with --allow-gaps",
+            "export the series again, or accept interpolation by `prepare --allow-gaps`",
         ),
         "DUPLICATE_SLICES": _refused(
             "slices at one position differ in their pixels", "separate the reconstructions or time points"

@@ -8,6 +8,7 @@ import sys
 from functools import partial
 
 import pytest
+from monai.bundle import run
 from typer.testing import CliRunner
 
 from app.__main__ import app
@@ -215,6 +216,11 @@ def test_evaluate_as_a_command(home, aligned, tmp_path, few_draws):
     lines = [{**line, "image": str(home / line["image"])} for line in lines] + [{**lines[-1], "image": "gone.npz"}]
     (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert "1 left out (no volume)" in say("evaluate", tmp_path / "some.jsonl", *where, "--skip-bad", status=3)
+    bundle = {"config_file": str(ROOT / "bundles" / "evaluate_language.json"), "data": str(tmp_path / "some.jsonl")}
+    bundle |= {"align_dir": str(aligned), "output_dir": str(tmp_path), "skip_bad": True, "max_new_tokens": 3}
+    with pytest.raises(SystemExit) as end:
+        run("run", **bundle)
+    assert end.value.code == 3
     assert say("evaluate", home / "gone.csv", *where, status=2).startswith("BAD_MANIFEST: ")
     said = say("evaluate", home / "text.jsonl", *where, "--split", "autumn", status=2)
     assert said.splitlines()[-1].endswith("has no row with split autumn. It has ['train', 'val'].")

@@ -409,6 +409,9 @@ def test_check_reads_a_manifest(tmp_path):
     }  # fmt: skip
     assert {p.code for p in found.problems} == {"SCANS_MISSING", "DUPLICATED", "EMPTY_TEXT", "SPLIT_LEAKAGE"}
     assert found.summary["labels"] == {"nodule": 1}
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.nii").touch()
+    assert check(tmp_path / "m.csv", image_root=str(tmp_path / "elsewhere")).summary["missing"] == 0
     with pytest.raises(ValueError, match="column"):
         (tmp_path / "w.csv").write_text("x,y\n1,2\n")
         check(tmp_path / "w.csv")

@@ -205,7 +205,8 @@ def test_check_counts_what_is_wrong(tmp_path):
         "rows": 3, "images": 2, "matched": 2, "missing": 1, "empty": 1, "duplicated": 1,
     }  # fmt: skip
     assert found["patients_in_two_splits"] == 1 and found["labels"] == {"nodule": 2}
-    assert len(found["problems"]) == 4 and found["problems"][0].startswith("1 images not found, first: b.nii.gz")
+    assert set(found["problems"]) == {"SCANS_MISSING", "EMPTY_TEXT", "DUPLICATED", "SPLIT_LEAKAGE"}
+    assert found["problems"]["SCANS_MISSING"].startswith("1 images not found, first: b.nii.gz")
 
 
 @pytest.mark.parametrize(
