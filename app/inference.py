@@ -283,7 +283,7 @@ def reconstruct(
     try:
         grid = None if like is None else scans.grid_of(Path(like))
     except ValueError as error:
-        fail("BAD_LIKE", str(error), "give a scan that can be read", status=3)
+        fail("BAD_LIKE", text_of(error), "give a scan that can be read", status=3)
     made = _loaded(tokenizer)
     entries = []
     for file in progress(files, "reconstruct"):

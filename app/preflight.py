@@ -203,6 +203,10 @@ def _check_component(path: str, node: dict[str, Any]) -> None:
         takes = inspect.signature(made).parameters
     except (TypeError, ValueError):  # written in C: it says nothing of its arguments
         return
+    named = [p for p in takes.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    lacking = [p.name for p in named if p.default is p.empty and p.name not in node]
+    if lacking and node.get("_mode_", "default") == "default" and not node.get("_disabled_"):
+        fail("MISSING_ARGUMENT", f"{path} makes {name} without {', '.join(lacking)}", f"add {lacking[0]} to {path}")
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
         return
     for key in node:

@@ -359,6 +359,13 @@ def test_an_argument_that_nobody_takes(check, config):
     assert check(config=config(part={"_target_": "networks.losses.TokenizerLoss", "lambda_vq": 1})) is None
 
 
+def test_an_argument_that_is_missing(check, config):
+    line = check(config=config(part={"_target_": "networks.vqvae.SparseVQVAE"}))
+    assert line.startswith("MISSING_ARGUMENT: part makes networks.vqvae.SparseVQVAE without ")
+    for waits in ({"_mode_": "callable"}, {"_mode_": "partial"}, {"_disabled_": True}):
+        assert check(config=config(part={"_target_": "networks.vqvae.SparseVQVAE", **waits})) is None
+
+
 def test_several_processes_need_the_overlay(check, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     line = check()
