@@ -90,6 +90,9 @@ def run_in(folder: Path, config: str = STAGE1, *, run_id: str = "training", **se
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["python/monai/bundle/__main__.py", *words(config, settings, run_id=run_id)])
         patch.setattr(os, "_exit", _leave_unless_forked(os._exit, os.getpid()))
+        patch.setattr(
+            "absl.logging.PythonHandler.close", lambda _: None
+        )  # tensorboard's: it would close pytest's stream
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
