@@ -21,7 +21,15 @@ from torch.utils.data import Dataset
 from app import checkpoints
 from app.checkpoints import unwrapped
 from app.language.align_setup import FrozenTokenizer, Language, check_same, write_train_args
-from app.training import AMP_TYPES, TrainStep, mean_of_ranks, seed_step
+from app.training import (
+    AMP_TYPES,
+    FUNCTIONS_OF_STEP,
+    TrainStep,
+    mean_of_ranks,
+    resume_optimizer,
+    resume_schedule,
+    seed_step,
+)
 from networks.qwen import save_language
 
 log = logging.getLogger(__name__)
@@ -120,8 +128,9 @@ class AlignHandlers:
                 raise ValueError(f"step {step} trained other parameters: {sorted(set(stored) ^ set(own))[:3]} …")
             for name, value in stored.items():
                 own[name].copy_(value)
-            self.optimizer.load_state_dict(misc["optimizer"])
-            self.schedule.load_state_dict(misc["schedule"])
+            own_rates = isinstance(self.schedule, FUNCTIONS_OF_STEP)
+            resume_optimizer(self.optimizer, misc["optimizer"], keep_settings=own_rates)
+            resume_schedule(self.schedule, misc["schedule"], step=step)
             if misc["scaler"]:
                 engine._process_function.scaler.load_state_dict(misc["scaler"])
             engine.state.iteration = step
