@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
+from app import stage_start
 from app.inference import CTTokenizer
-from app.language import align_setup
 from app.language.assistant import NOTICE, CTAssistant
 from app.token_files import write_tokens
 from app.training import make_scheduler
@@ -223,10 +223,10 @@ def test_a_missing_tokenizer_is_trained_on_the_demo_and_asked_for_otherwise(home
         torch.save({"step": 1}, checkpoints / "misc_step0000001.pt")
         return subprocess.CompletedProcess(call, 0)
 
-    monkeypatch.setattr(align_setup.subprocess, "run", stage1)
+    monkeypatch.setattr(stage_start.subprocess, "run", stage1)
     with pytest.raises(SystemExit) as end:
         align(home, place / "out", **demo)
-    assert end.value.code == 1 and "its training ended with status 3" in capsys.readouterr().err
+    assert end.value.code == 1 and "stage 1 ended with status 3" in capsys.readouterr().err
     align(home, place / "out", **demo)
     assert [Path(call[-1]).name for call in calls] == ["vq_stage1.json"] * 2 and calls[0][1:4] == [
         "-m",
