@@ -30,7 +30,7 @@ from app.language.controls import (
 )
 from app.language.findings import KEYWORDS, finding_matrix, finding_scores, matcher_error
 from app.language.rows import TextRow
-from app.language.text_metrics import METEOR_NOTE, corpus_bleu, diversity, text_scores, token_f1, words
+from app.language.text_metrics import METEOR_NOTE, corpus_bleu, diversity, exact_match, text_scores, token_f1
 from app.language.volume_tokens import VolumeTokens
 from networks.tokens import TokenSequence
 
@@ -188,16 +188,12 @@ def closeness(candidate: str, pool: Sequence[str]) -> float:
     return float(np.mean([token_f1(candidate, text) for text in pool]))
 
 
-def right(output: str, reference: str) -> float:
-    return float(words(output) == words(reference))
-
-
 def question_scores(rows: Sequence[TextRow], answers: dict[str, list[str]]) -> dict[str, Any] | None:
     """Accuracy (exact match of words) over all questions and by kind, for every column, with gaps."""
     asked = [at for at, row in enumerate(rows) if row.kind != "report"]
     if not asked:
         return None
-    hits = {c: np.array([right(answers[c][at], answers["reference"][at]) for at in asked]) for c in COLUMNS}
+    hits = {c: np.array([exact_match(answers[c][at], answers["reference"][at]) for at in asked]) for c in COLUMNS}
     patients = [rows[at].patient for at in asked]
     kinds = np.array([rows[at].kind for at in asked])
     by_kind = {
@@ -261,8 +257,8 @@ def report_findings(rows: Sequence[TextRow], texts: dict[str, list[str]], patien
 
 def mirror_scores(rows: Sequence[TextRow], real: Sequence[str], mirrored: Sequence[str]) -> dict[str, Any]:
     """Of the sided answers that were right, how many turn over when the scan is mirrored."""
-    was_right = [at for at, row in enumerate(rows) if right(real[at], row.answer)]
-    flipped = [right(mirrored[at], swap_sides(rows[at].answer)) for at in was_right]
+    was_right = [at for at, row in enumerate(rows) if exact_match(real[at], row.answer)]
+    flipped = [exact_match(mirrored[at], swap_sides(rows[at].answer)) for at in was_right]
     return {"asked": len(rows), "right": len(was_right), "flipped": float(np.mean(flipped)) if flipped else None}
 
 
