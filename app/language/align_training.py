@@ -24,11 +24,12 @@ from app.language.align_setup import FrozenTokenizer, Language, check_same, writ
 from app.training import (
     AMP_TYPES,
     FUNCTIONS_OF_STEP,
-    TrainStep,
     mean_of_ranks,
     resume_optimizer,
     resume_schedule,
     seed_step,
+    step_optimizer,
+    stop_if_not_finite,
 )
 from networks.qwen import save_language
 
@@ -62,13 +63,8 @@ class AlignStep:
             totals["correct"] += float(result.correct) * share
             tokens += int(part["attention_mask"].sum())
         totals = mean_of_ranks(totals)
-        TrainStep._stop_if_not_finite(engine, totals, [case for part in batch for case in part["case_id"]])
-        learned = [p for group in engine.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self.scaler.unscale_(engine.optimizer)
-        if self.grad_clip is not None:
-            nn.utils.clip_grad_norm_(learned, self.grad_clip)
-        self.scaler.step(engine.optimizer)
-        self.scaler.update()
+        stop_if_not_finite(engine, totals, [case for part in batch for case in part["case_id"]])
+        step_optimizer(engine.optimizer, scaler=self.scaler, grad_clip=self.grad_clip)
         return {**totals, "tokens": tokens, "seconds": time.perf_counter() - started}
 
 

@@ -12,7 +12,7 @@ from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from torch import nn
 
 from app.stage_handlers import StageHandlers
-from app.training import TrainStep, average, make_scheduler
+from app.training import average, make_scheduler, stop_if_not_finite
 
 
 def test_the_average_follows_its_formula_and_copies_buffers():
@@ -104,5 +104,5 @@ def test_a_loss_that_is_no_number_says_where_to_go_on(last, says, capsys):
     engine = Engine(lambda engine, batch: None)
     engine.last_saved_step = last
     with pytest.raises(SystemExit):
-        TrainStep._stop_if_not_finite(engine, {"loss": float("nan")}, ["case_a"])
+        stop_if_not_finite(engine, {"loss": float("nan")}, ["case_a"])
     assert says in capsys.readouterr().err
