@@ -179,9 +179,9 @@ class AlignHandlers:
             part.rename(target)
 
     def _save(self, engine: SupervisedTrainer) -> None:
+        engine.last_saved_step = step = engine.state.iteration  # every rank has to be able to tell it
         if idist.get_rank() != 0:
             return
-        step = engine.state.iteration
         misc = {
             "step": step,
             "optimizer": self.optimizer.state_dict(),
@@ -190,4 +190,3 @@ class AlignHandlers:
         }
         checkpoints.save_set(Path(self.folder.path), step, {self.folder.name: trained_state(self.network)}, misc)
         checkpoints.prune(Path(self.folder.path), self.every["keep_last"])
-        engine.last_saved_step = step

@@ -1,16 +1,19 @@
 """The averaged model: the formula it follows, and what it copies. What validation leaves in memory.
 
-Schedules by name.
+Schedules by name. What is said of a loss that is no number.
 """
 
 from types import SimpleNamespace
+from unittest.mock import Mock
 
+import ignite.distributed as idist
 import pytest
 import torch
 from ignite.engine import Engine
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from torch import nn
 
+from app.language.align_training import AlignHandlers
 from app.stage_handlers import StageHandlers
 from app.training import average, make_scheduler, stop_if_not_finite
 
@@ -97,6 +100,14 @@ def test_options_that_a_schedule_cannot_use_are_refused_before_the_first_step(na
 def test_trying_a_schedule_leaves_it_as_it_was():
     assert rates("StepLR", {"step_size": 2, "gamma": 0.5}) == pytest.approx([0.1, 0.1, 0.05, 0.05, 0.025, 0.025])
     assert rates("OneCycleLR", {"max_lr": 0.1, "total_steps": 7}) == rates("one_cycle", None)
+
+
+@pytest.mark.parametrize("handlers", [StageHandlers, AlignHandlers])
+def test_every_rank_knows_the_last_saved_step(handlers, monkeypatch):
+    monkeypatch.setattr(idist, "get_rank", lambda: 1)
+    engine = Mock(SupervisedTrainer, state=SimpleNamespace(iteration=20))
+    handlers._save(Mock(handlers), engine)
+    assert engine.last_saved_step == 20
 
 
 @pytest.mark.parametrize(("last", "says"), [(None, "no checkpoint exists yet. Start again"), (20, "step 20. Resume")])
