@@ -219,9 +219,7 @@ class CTAssistant:
                     if item.plan is None:
                         raise Refused(item.finding.code, item.finding.message)
                     raw = read_item(item, Rules())
-                    on_grid = scans.onto_prepared_grid(scans.Volume(raw.hu, raw.affine))
-                    scan = scans.Scan(raw.source_hash[:16], on_grid, tuple(raw.hu.shape), raw.affine, raw.source_hash)
-                    yield self._of_scan(scan, {"codes": raw.codes}, source=item.source)
+                    yield self._of_scan(scans.scan_of(raw), {"codes": raw.codes}, source=item.source)
                 except ValueError as error:
                     yield ValueError(f"{item.source}: {error}")
 
