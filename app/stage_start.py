@@ -96,7 +96,9 @@ class CodebookStart:
             network=distribute(self.network),
             optimizer=optimizer,
             loss_function=self.loss_function,
-            iteration_update=TrainStep(quantize=False, seed=self.warmup["seed"], amp=self.warmup["amp"]),
+            iteration_update=TrainStep(
+                quantize=False, seed=self.warmup["seed"], amp=self.warmup["amp"], grad_clip=self.warmup["grad_clip"]
+            ),
             decollate=False,
         )
         trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _: schedule.step())
