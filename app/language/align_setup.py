@@ -224,13 +224,12 @@ def training_rows(data: str, *, image_root: str | None) -> list[TextRow]:
 class Language:
     """The language model and its tokenizer, with what may be trained left trainable.
 
-    A tiny one is built on the text where none is named on the demo. `identity` is what a projector belongs to.
+    Which one the plan says; a tiny one is built on the text. `identity` is what a projector belongs to.
     """
 
     def __init__(
         self,
         *,
-        name: str | None,
         plan: AlignPlan,
         texts: Sequence[str],
         train_language: bool = False,
@@ -241,24 +240,23 @@ class Language:
     ):
         if train_language and lora is not None and lora["use"]:
             fail("BAD_VALUE", "use_lora and train_language are both on", "turn one of them off: --train_language False")
-        self.name, self.trained = name, train_language
+        self.trained = train_language
         half = plan.amp == "bf16" and not train_language
-        if (name or plan.language) in TINY_MODELS:
-            family = TINY_MODELS[name or plan.language]
+        if plan.language in TINY_MODELS:
+            family = TINY_MODELS[plan.language]
             sizes = plan.tiny | (tiny or {})
             self.model, self.tokenizer = build_tiny(texts, family=family, seed=seed, **sizes)
             words = json.dumps(self.tokenizer.get_vocab(), sort_keys=True).encode()
             self.identity = {"name": None, "built": family, "seed": seed, **sizes}
             self.identity["vocabulary"] = hashlib.sha256(words).hexdigest()  # it follows from the text
         else:
-            self.name = name or plan.language
             try:
                 self.model, self.tokenizer = qwen.load_language(
-                    self.name, dtype=torch.bfloat16 if half else torch.float32
+                    plan.language, dtype=torch.bfloat16 if half else torch.float32
                 )
             except ValueError as error:
                 fail("BAD_MODEL", str(error), "give a hub name or the folder of a Qwen2-VL or Qwen3-VL")
-            self.identity = identify(self.name, self.model)
+            self.identity = identify(plan.language, self.model)
         qwen.freeze(self.model)
         self.adapter = None
         if lora is not None and lora["use"]:
