@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from app.prepare.pixels import can_decode
+
 PACKAGES = (
     "torch",
     "triton",
@@ -65,7 +67,7 @@ def examine() -> dict[str, Any]:
         "versions": {name: _version(name) for name in PACKAGES},
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
         "backends": backends(),
-        "decoders": {name: _can_decode(uid) for name, uid in SYNTAXES.items()},
+        "decoders": {name: can_decode(uid) for name, uid in SYNTAXES.items()},
         "memory_gib": _free_memory(),
         "disk_gib": shutil.disk_usage(".").free / GIB,
     }
@@ -122,16 +124,6 @@ def _gpu(index: int) -> dict[str, Any]:
     major, minor = torch.cuda.get_device_capability(index)
     name = torch.cuda.get_device_name(index)
     return {"name": name, "capability": f"{major}.{minor}", "free_gib": free / GIB, "total_gib": total / GIB}
-
-
-def _can_decode(uid: str) -> bool:
-    try:
-        from pydicom.pixels import get_decoder
-    except ImportError:  # pydicom 2
-        from pydicom import config
-
-        return any(h.is_available() and h.supports_transfer_syntax(uid) for h in config.pixel_data_handlers)
-    return bool(get_decoder(uid).is_available)
 
 
 def _free_memory() -> float | None:

@@ -7,8 +7,6 @@ reads off the coordinates. Writes a card as JSON, Markdown and PNG beside the ch
 
 import logging
 import math
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -25,6 +23,7 @@ from app.inference import CTTokenizer, dense_hu
 from app.metrics import count_codes, perplexity
 from app.phantoms import ensure_cohort
 from app.preflight import fail
+from app.stage_start import train_demo_stage1
 from app.token_files import CTTokens
 from transforms import Resampled
 
@@ -114,11 +113,7 @@ class TokenizerEvaluation:
             checkpoints.complete_steps(p) for p in checkpoints.NEWEST_TOKENIZERS
         )
         if missing and self.dataset_dir is None:
-            config = Path(__file__).resolve().parent.parent / "bundles" / "vq_stage1.json"
-            call = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", str(config)]
-            log.info("no tokenizer yet: training one on the demo first (bundles/vq_stage1.json)")
-            if status := subprocess.run(call, check=False).returncode:
-                fail("NO_TOKENIZER", f"stage 1 ended with status {status}", "see its output above", status=1)
+            train_demo_stage1("NO_TOKENIZER")
         return checkpoints.find_tokenizer(self.tokenizer)
 
 

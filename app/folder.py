@@ -150,8 +150,8 @@ class RunFolder:
         if self.validated is not None and self.validated[0] == step > 0:
             checkpoints.write_best(self.path, {**checkpoints.best_score(self.path), step: self.validated[1]})
 
-    def keep_samples(self, evaluator: Engine) -> None:
-        """Holds the first validation cases for the next picture. Attached to the evaluator."""
+    def attach(self, evaluator: Engine) -> None:
+        """Holds the evaluator's first cases for the next picture."""
 
         def keep(engine: Engine) -> None:
             if engine.state.iteration == 1:
@@ -160,9 +160,6 @@ class RunFolder:
                 self.samples.append(pictures.sample_of(engine.state.output))
 
         evaluator.add_event_handler(Events.ITERATION_COMPLETED, keep)
-
-    def attach(self, evaluator: Engine) -> None:
-        self.keep_samples(evaluator)
 
     def record_samples(self, step: int, *, window: str) -> None:
         if idist.get_rank() == 0 and self.samples:

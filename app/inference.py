@@ -14,7 +14,6 @@ import nibabel
 import numpy as np
 import torch
 from jaxtyping import Float
-from monai.transforms import Compose
 from rich.console import Console
 from rich.progress import track
 from scipy import ndimage
@@ -105,7 +104,9 @@ class CTTokenizer:
         steps = data.preprocessing(
             resolution=sizes.resolution, spacing=sizes.spacing, keep=sizes.keep, windows=sizes.windows
         )
-        item = Compose([*steps, *data.sampling(windows=sizes.windows)])({"image": volume.hu, "affine": volume.affine})
+        item: dict[str, Any] = {"image": volume.hu, "affine": volume.affine}
+        for step in [*steps, *data.sampling(windows=sizes.windows)]:  # Compose would hide a refusal (see data.py)
+            item = step(item)
         if len(item["coords"]) < MIN_POINTS:
             raise RefusedInput(
                 "EMPTY",

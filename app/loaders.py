@@ -14,7 +14,7 @@ import ignite.distributed as idist
 import numpy as np
 import torch
 from jaxtyping import Int16
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from app.data import CTDataset, Refusal, or_refusal
@@ -45,9 +45,8 @@ class StepSampler(Sampler):
     ) -> None:
         if num_cases < 1 or batch_size < 1:
             raise ValueError(f"cases and batch_size must be at least 1, got {num_cases} and {batch_size}")
-        running = distributed.is_available() and distributed.is_initialized()
-        self.rank = rank if rank is not None else (distributed.get_rank() if running else 0)
-        self.world = world if world is not None else (distributed.get_world_size() if running else 1)
+        self.rank = idist.get_rank() if rank is None else rank
+        self.world = idist.get_world_size() if world is None else world
         self.num_cases, self.batch_size, self.max_steps, self.seed = num_cases, batch_size, max_steps, seed
         self.start = start
 
@@ -130,9 +129,8 @@ def make_train_loader(
 
 def make_val_loader(dataset: CTDataset, *, batch_size: int = 1, num_workers: int = 0) -> DataLoader:
     """Every case once, in order, whole; each rank takes its share."""
-    running = distributed.is_available() and distributed.is_initialized()
-    rank, world = (distributed.get_rank(), distributed.get_world_size()) if running else (0, 1)
-    share = range(rank, len(dataset), world)
+    world = idist.get_world_size()
+    share = range(idist.get_rank(), len(dataset), world)
     counts = _count_points(dataset, share, num_workers=num_workers)
     numbers = [number for number, count in zip(share, counts, strict=True) if count >= dataset.min_points]
     if len(numbers) < len(share):

@@ -64,6 +64,6 @@ class TokenizerMetrics(Metric):
                     result |= {f"val_codes_used_level{i}": used[i], f"val_perplexity_level{i}": spread[i]}
         return result
 
-    def attach(self, engine: Engine, name: str = "validation", usage=None) -> None:
+    def attach(self, engine: Engine, name: str = "validation") -> None:
         """As a handler in a config: MONAI gives no name."""
-        super().attach(engine, name) if usage is None else super().attach(engine, name, usage)
+        super().attach(engine, name)

@@ -38,9 +38,10 @@ from app.anatomy import (
     paint_torso,
 )
 from app.prepare import cohort
+from app.prepare.gate import LPS_TO_RAS
+from app.prepare.headers import CT
 
 log = logging.getLogger(__name__)
-CT_STORAGE = "1.2.840.10008.5.1.4.1.1.2"
 WAIT = 600  # seconds that other ranks give rank 0
 VERSION = 2  # of the anatomy: a cohort of another version is made again
 
@@ -242,12 +243,12 @@ def write_nifti(path: Path, phantom: Phantom) -> None:
 def write_dicom(folder: Path, phantom: Phantom, *, name: str) -> None:
     """A CT series, a file a slice: what a scanner's export looks like."""
     folder.mkdir(parents=True, exist_ok=True)
-    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ phantom.affine
+    lps = LPS_TO_RAS @ phantom.affine  # its own inverse
     uids = {level: generate_uid(entropy_srcs=[name, level]) for level in ("study", "series")}
     step = float(phantom.spacing[0])
     for number in range(phantom.hu.shape[2]):
         ds = Dataset()
-        ds.SOPClassUID, ds.SOPInstanceUID = CT_STORAGE, generate_uid(entropy_srcs=[name, str(number)])
+        ds.SOPClassUID, ds.SOPInstanceUID = CT, generate_uid(entropy_srcs=[name, str(number)])
         ds.StudyInstanceUID, ds.SeriesInstanceUID = uids["study"], uids["series"]
         ds.PatientID, ds.PatientName = name, "Phantom"
         ds.Modality, ds.ImageType = "CT", ["ORIGINAL", "PRIMARY", "AXIAL"]
@@ -263,7 +264,7 @@ def write_dicom(folder: Path, phantom: Phantom, *, name: str) -> None:
         ds.PixelData = (pixels.astype(np.int32) + 1024).astype("<u2").tobytes()
         ds.file_meta = FileMetaDataset()
         ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        ds.file_meta.MediaStorageSOPClassUID, ds.file_meta.MediaStorageSOPInstanceUID = CT_STORAGE, ds.SOPInstanceUID
+        ds.file_meta.MediaStorageSOPClassUID, ds.file_meta.MediaStorageSOPInstanceUID = CT, ds.SOPInstanceUID
         _save(ds, folder / f"IM{number:04d}.dcm")
 
 

@@ -20,8 +20,8 @@ class Sample(NamedTuple):
     codes: Float[np.ndarray, "x y z"]
 
 
-def sample_of(output: dict, *, channel: int = 0) -> Sample:
-    """The first case of a `ValidationStep` output."""
+def sample_of(output: dict) -> Sample:
+    """The first case of a `ValidationStep` output, in its first window."""
 
     def dense(x: SparseTensor, values) -> np.ndarray:
         return x.replace(values[:, None].float()).dense(fill=float("nan"))[0, 0].cpu().numpy()
@@ -32,8 +32,8 @@ def sample_of(output: dict, *, channel: int = 0) -> Sample:
         codes = codes[:, 0]
     return Sample(
         output["case_id"][0],
-        dense(x, x.feats[:, channel]),
-        dense(recon, recon.feats[:, channel]),
+        dense(x, x.feats[:, 0]),
+        dense(recon, recon.feats[:, 0]),
         dense(latents, codes),
     )
 

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.language.phantom_text import PLACES
+from networks.losses import LOSS_TYPES
 from networks.presets import PRESETS
-from transforms.array import WINDOWS
+from networks.tokens import REDUCTIONS
+from transforms.array import KEEPS, WINDOWS
 
 # Names of the original scripts, and common other names, with ours: the first that a run has is told.
 OTHER_NAMES = {
@@ -131,7 +133,7 @@ RULES = {
     "window_type": _choice(*WINDOWS, optional=True),
     "training_stage": Rule(int, "0, 1 or 2, as the file has it", choices=(0, 1, 2)),
     "features": _choice("window"),
-    "keep": _choice("body", "nonzero", "band", "informative"),
+    "keep": _choice(*KEEPS),
     "min_points": _count(1),
     "max_points": _count(1, optional=True),
     "num_workers": _count(0),
@@ -163,7 +165,7 @@ RULES = {
     "lr_scheduler": Rule(str, "cosine, one_cycle, constant or a torch scheduler", holds=_is_scheduler),
     "warmup_lr_steps": _count(0, optional=True),
     "grad_clip": Rule((int, float), "a number above 0, or null not to clip", optional=True, holds=lambda v: v > 0),
-    "loss_type": _choice("l1", "l2", "mse", "l1_l2"),
+    "loss_type": _choice(*LOSS_TYPES),
     "lambda_vq": _number(0),
     "lambda_commitment": _number(0),
     "lambda_kl": _number(0),
@@ -189,7 +191,7 @@ RULES = {
     "max_3d_tokens": _count(1),
     "max_text_tokens": _count(1),
     "max_new_tokens": _count(1),
-    "token_reduction": _choice("pool", "merge", "fps", "truncate"),
+    "token_reduction": _choice(*REDUCTIONS),
     "use_3d_pos": _switch(),
     "position": _choice("1d", "mrope3d"),
     "fusion": _choice("placeholder", "prefix"),

@@ -5,6 +5,7 @@ it was prepared before or not. Knows no network.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,12 +107,15 @@ def raw_scans(path: Path, *, series: str | None = None) -> list[Found]:
                 found.append(Found(digest[:16], digest, raw))
             continue
 
-        def opened(raw: Any = raw) -> Scan:
-            on_grid, affine = onto_prepared_grid(Volume(raw.hu, raw.affine)), np.asarray(raw.affine, np.float64)
-            return Scan(raw.source_hash[:16], on_grid, _sizes(raw.hu.shape), affine, raw.source_hash)
-
-        found.append(Found(raw.source_hash[:16], raw.source_hash, opened))
+        found.append(Found(raw.source_hash[:16], raw.source_hash, partial(scan_of, raw)))
     return found
+
+
+def scan_of(raw: Any) -> Scan:
+    """A volume that `app.prepare` has read, named by its content."""
+    on_grid = onto_prepared_grid(Volume(raw.hu, raw.affine))
+    affine = np.asarray(raw.affine, np.float64)
+    return Scan(raw.source_hash[:16], on_grid, _sizes(raw.hu.shape), affine, raw.source_hash)
 
 
 def onto_prepared_grid(volume: Volume) -> Volume:

@@ -111,9 +111,10 @@ class StageHandlers:
         self.evaluator.data_loader.close()
 
     def _save(self, engine: SupervisedTrainer) -> None:
+        engine.last_saved_step = step = engine.state.iteration  # every rank has to be able to tell it
         if idist.get_rank() != 0:
             return
-        step, path = engine.state.iteration, Path(self.folder.path)
+        path = Path(self.folder.path)
         live, mean = self.folder.names
         scaler = getattr(engine._process_function, "scaler", None)
         misc = {
@@ -127,4 +128,3 @@ class StageHandlers:
         checkpoints.save_set(path, step, weights, misc)
         self.folder.record_best(step)
         checkpoints.prune(path, self.every["keep_last"])
-        engine.last_saved_step = step

@@ -27,6 +27,7 @@ from networks.vqvae import SparseVQVAE
 log = logging.getLogger(__name__)
 
 MAX_PASSES = 16  # over the cases, each drawn anew, to fill a codebook at the start
+STAGE1_COMMAND = "python -m monai.bundle run training --config_file bundles/vq_stage1.json"
 
 
 class CodebookStart:
@@ -95,7 +96,9 @@ class CodebookStart:
             network=distribute(self.network),
             optimizer=optimizer,
             loss_function=self.loss_function,
-            iteration_update=TrainStep(quantize=False, seed=self.warmup["seed"], amp=self.warmup["amp"]),
+            iteration_update=TrainStep(
+                quantize=False, seed=self.warmup["seed"], amp=self.warmup["amp"], grad_clip=self.warmup["grad_clip"]
+            ),
             decollate=False,
         )
         trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _: schedule.step())
@@ -152,15 +155,21 @@ class Stage2Start:
             return
         path = Path(self.init_from)
         if not path.is_file() and not checkpoints.complete_steps(path):
-            command = "python -m monai.bundle run training --config_file bundles/vq_stage1.json"
             if self.scale != "demo" or path != Path("outputs/vq_stage1"):
-                fail("NO_STAGE1", f"{path} has no checkpoint of stage 1", f"first run {command} with your dataset_dir")
-            log.info("no stage 1 yet: training it on the demo first (%s)", command)
-            if idist.get_rank() == 0:
-                config = Path(__file__).resolve().parent.parent / "bundles" / "vq_stage1.json"
-                call = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", str(config)]
-                alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-                if status := subprocess.run(call, env=alone).returncode:
-                    fail("NO_STAGE1", f"stage 1 ended with status {status}", "see its output above", status=1)
-            idist.barrier()
+                remedy = f"first run {STAGE1_COMMAND} with your dataset_dir"
+                fail("NO_STAGE1", f"{path} has no checkpoint of stage 1", remedy)
+            train_demo_stage1("NO_STAGE1")
         log.info("weights from %s", checkpoints.start_from(self.network, path, codebook=True))
+
+
+def train_demo_stage1(code: str) -> None:
+    """Stage 1 on the built-in phantoms, in a process of its own; `code` says what is missing where that fails."""
+    log.info("no tokenizer yet: training one on the demo first (%s)", STAGE1_COMMAND)
+    idist.barrier()  # before the first files appear every rank has seen that there are none
+    if idist.get_rank() == 0:
+        config = Path(__file__).resolve().parent.parent / "bundles" / "vq_stage1.json"
+        call = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", str(config)]
+        alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        if status := subprocess.run(call, env=alone).returncode:
+            fail(code, f"stage 1 ended with status {status}", "see its output above", status=1)
+    idist.barrier()

@@ -103,36 +103,41 @@ class TrainStep:
         self._optimize(engine)
         totals = mean_of_ranks(dict(zip(names, sums.tolist(), strict=True)))  # waits for the device, once
         case_ids = [case for part in parts for case in part["case_id"]]
-        self._stop_if_not_finite(engine, totals, case_ids)
+        stop_if_not_finite(engine, totals, case_ids)
         return {**totals, "points": points, "seconds": time.perf_counter() - started}
 
     def _optimize(self, engine: SupervisedTrainer) -> None:
         if engine.state.iteration <= self.hold_encoder_steps:
             for parameter in unwrapped(engine.network).encoder.parameters():
                 parameter.grad = None
-        learned = [p for group in engine.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if learned:
-            self.scaler.unscale_(engine.optimizer)
-            if self.grad_clip is not None:
-                nn.utils.clip_grad_norm_(learned, self.grad_clip)
-            self.scaler.step(engine.optimizer)
-            self.scaler.update()
+        step_optimizer(engine.optimizer, scaler=self.scaler, grad_clip=self.grad_clip)
         vq = unwrapped(engine.network).vq
         if vq is not None and self.quantize:
             vq.update(generator=torch.Generator().manual_seed(self.seed * 1_000_003 + engine.state.iteration))
 
-    @staticmethod
-    def _stop_if_not_finite(engine: Engine, totals: dict[str, float], case_ids: list[str]) -> None:
-        if not math.isfinite(totals["loss"]):
-            last = getattr(engine, "last_saved_step", None)
-            kept = f"the last checkpoint is step {last}" if last is not None else "no checkpoint exists yet"
-            again = "resume from it" if last is not None else "start again"
-            fail(
-                "NOT_FINITE",
-                f"loss is {totals['loss']} at step {engine.state.iteration} on cases {', '.join(case_ids)}; {kept}",
-                f"{again} with a lower learning_rate, or check these cases with `python -m app check`",
-                status=1,
-            )
+
+def step_optimizer(optimizer: Optimizer, *, scaler: torch.amp.GradScaler, grad_clip: float | None) -> None:
+    """One step along the gradients there are, clipped together; none where nothing has a gradient."""
+    learned = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if learned:
+        scaler.unscale_(optimizer)
+        if grad_clip is not None:
+            nn.utils.clip_grad_norm_(learned, grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+
+
+def stop_if_not_finite(engine: Engine, totals: dict[str, float], case_ids: list[str]) -> None:
+    if not math.isfinite(totals["loss"]):
+        last = getattr(engine, "last_saved_step", None)
+        kept = f"the last checkpoint is step {last}" if last is not None else "no checkpoint exists yet"
+        again = "resume from it" if last is not None else "start again"
+        fail(
+            "NOT_FINITE",
+            f"loss is {totals['loss']} at step {engine.state.iteration} on cases {', '.join(case_ids)}; {kept}",
+            f"{again} with a lower learning_rate, or check these cases with `python -m app check`",
+            status=1,
+        )
 
 
 def mean_of_ranks(totals: dict[str, float]) -> dict[str, float]:

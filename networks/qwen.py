@@ -295,11 +295,11 @@ def add_lora(language: nn.Module, *, r: int = 8, alpha: int = 32, dropout: float
     return peft.get_peft_model(language, config)
 
 
-def load_lora(language: nn.Module, folder: str | Path, *, trainable: bool = False) -> nn.Module:
+def load_lora(language: nn.Module, folder: str | Path) -> nn.Module:
     """Puts saved low-rank layers back, in place."""
     peft = import_peft()
     try:
-        return peft.PeftModel.from_pretrained(language, str(folder), is_trainable=trainable)
+        return peft.PeftModel.from_pretrained(language, str(folder))
     except (OSError, ValueError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"low-rank layers of {folder} could not be loaded: {first}") from None

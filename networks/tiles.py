@@ -18,7 +18,7 @@ from torch import Tensor
 from networks.sparse import SparseTensor
 from networks.sparse.modules import GroupNorm
 from networks.sparse.topology import Coarsening, Level, find_rows, morton_keys
-from networks.vqvae import DownBlock, SparseVQVAE, Support, Tokens, children_of
+from networks.vqvae import SparseVQVAE, Support, Tokens, children_of
 
 # Cells around a tile that each level of the decoder still needs: its convolutions reach 8 + 4, 4 + 2 and 2 + 1 voxels,
 # so before them 21, 9 and 3 are left, in cells of 8, 4 and 2.
@@ -67,7 +67,7 @@ def _norm_as_affine(
 ) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
     """The first group norm as a scale and a shift per channel, its statistics summed over all rows in float64."""
     widen, block = network.encoder.input_layer1, network.encoder.downsample[0]
-    norm = _norm_of(block)
+    norm: GroupNorm = block.act_layers[0]
     total, squares = 0.0, 0.0
     for rows, level in _parts(x.level, max_points):
         part = rearrange(
@@ -80,10 +80,6 @@ def _norm_as_affine(
     scale = norm.weight.double() * spread.repeat_interleave(channels)
     shift = norm.bias.double() - mean.repeat_interleave(channels) * scale
     return scale.float(), shift.float()
-
-
-def _norm_of(block: DownBlock) -> GroupNorm:
-    return block.act_layers[0]
 
 
 def _parts(level: Level, max_points: int) -> Iterator[tuple[slice, Level]]:

@@ -124,11 +124,3 @@ def farthest_points(coords: Int[Tensor, "M 3"], count: int) -> Int64[Tensor, " T
         nearest = torch.minimum(nearest, (points - points[rows[-1]]).square().sum(1))
         distance = nearest
     return torch.stack(rows).sort().values
-
-
-def region_share(coords: Int[Tensor, "M 3"], kept: Int[Tensor, "T 3"], *, edge: int = 8) -> float:
-    """Share of the occupied cubes of `edge` cells in which at least one kept row lies."""
-    occupied = torch.unique(coords.long() // edge, dim=0)
-    reached = torch.unique(kept.long() // edge, dim=0)
-    both = torch.cat([occupied, reached]).unique(dim=0, return_counts=True)[1]
-    return float((both == 2).sum()) / len(occupied)

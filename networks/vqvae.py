@@ -61,11 +61,16 @@ class Reconstruction(NamedTuple):
 
 def support_of(level: Level) -> Support:
     """Which voxels a decoder is to compute: per level of a tokenizer, coarsest first, one byte of children a cell."""
-    cells = [level.coarsening]
-    for _ in range(2):
-        cells.insert(0, cells[0].coarse.coarsening)
     octants = torch.arange(8, device=level.device)
-    return [(part.occupied.int() << octants).sum(1).to(torch.uint8) for part in cells]
+    return [(part.occupied.int() << octants).sum(1).to(torch.uint8) for part in plan_of(level)]
+
+
+def plan_of(level: Level) -> list[Coarsening]:
+    """The three halvings of a level, coarsest first, as a decoder takes them back."""
+    plan = [level.coarsening]
+    for _ in range(2):
+        plan.insert(0, plan[0].coarse.coarsening)
+    return plan
 
 
 def children_of(support: UInt8[Tensor, " M"]) -> Bool[Tensor, "M 8"]:
@@ -259,10 +264,7 @@ class SparseVQVAE(nn.Module):
 
     def decode_on(self, latents: SparseTensor, level: Level) -> tuple[SparseTensor, Float[Tensor, ""]]:
         """Decodes the voxels of a known level; also the loss of predicting that level from the latents."""
-        plan = [level.coarsening]
-        for _ in range(2):
-            plan.insert(0, plan[0].coarse.coarsening)
-        errors = []
+        plan, errors = plan_of(level), []
 
         def choose(i: int, features: SparseTensor) -> Coarsening:
             logits = self.subdivision[i](features.feats)

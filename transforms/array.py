@@ -172,13 +172,13 @@ def body_mask(hu: Num[np.ndarray, "X Y Z"], *, spacing: Number = 4.0) -> Bool[np
     return inner | (outer & (hu > BODY_LEVEL))
 
 
-def _near(mask: Bool[np.ndarray, "X Y Z"], distance: Number) -> Bool[np.ndarray, "X Y Z"]:
-    """Voxels whose centre lies within `distance` voxels of the surface of a mask, on either side."""
+def _signed_distance(mask: Bool[np.ndarray, "X Y Z"]) -> Float[np.ndarray, "X Y Z"]:
+    """Voxels from each centre to the surface of a mask, negative inside; endless where there is no surface."""
     if mask.all() or not mask.any():
-        return np.zeros_like(mask)
+        return np.where(mask, -np.inf, np.inf)
     outside = ndimage.distance_transform_edt(~mask)
     inside = ndimage.distance_transform_edt(mask)
-    return np.where(mask, inside, outside) - 0.5 < distance
+    return np.where(mask, 0.5 - inside, outside - 0.5)
 
 
 def keep_mask(
@@ -203,7 +203,7 @@ def keep_mask(
     if keep == "band":
         kept = np.zeros(hu.shape, bool)
         for level in INTERFACES:
-            kept |= _near(hu > level, BAND)
+            kept |= np.abs(_signed_distance(hu > level)) < BAND
         return kept
     if keep == "informative":
         open_window = np.zeros(hu.shape, bool)
@@ -218,12 +218,7 @@ def keep_mask(
 
 def signed_band(mask: Bool[np.ndarray, "X Y Z"], band: Number = BAND) -> Float[np.ndarray, "X Y Z"]:
     """Distance to the surface of a 0/1 mask over `band` voxels, clipped to -1..1, negative inside."""
-    if mask.all() or not mask.any():
-        return np.full(mask.shape, -1.0 if mask.all() else 1.0, np.float32)
-    outside = ndimage.distance_transform_edt(~mask)
-    inside = ndimage.distance_transform_edt(mask)
-    distance = np.where(mask, 0.5 - inside, outside - 0.5)
-    return np.clip(distance / band, -1, 1).astype(np.float32)
+    return np.clip(_signed_distance(mask) / band, -1, 1).astype(np.float32)
 
 
 # ---- dense and sparse

@@ -173,11 +173,11 @@ def encode_inputs_3d(network, inputs: dict) -> list[VolumeTokens]:
     return encode_sparse(network, SparseTensor(feats, coords, grid, int(sample.max()) + 1))
 
 
-def load_own_dataset(name: str, options: dict | None = None) -> Dataset:
-    """`package.module.Class` called with its options."""
+def load_own_dataset(name: str) -> Dataset:
+    """`package.module.Class`, called without arguments."""
     module, _, kind = name.rpartition(".")
     try:
-        made = getattr(importlib.import_module(module), kind)(**(options or {}))
+        made = getattr(importlib.import_module(module), kind)()
     except Exception as error:  # the user's code, which may raise anything
         reason = f"{type(error).__name__}: {error}"
         fail("BAD_DATASET", f"{name} cannot be loaded ({reason})", "give package.module.Class of a torch Dataset")

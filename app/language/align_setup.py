@@ -10,14 +10,11 @@ import hashlib
 import json
 import logging
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import ignite.distributed as idist
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -29,6 +26,7 @@ from app.language.manifests import check_rows, read_rows
 from app.language.rows import TextRow
 from app.language.volume_tokens import Reducer, TokenSource, VolumeTokens, hash_path
 from app.preflight import fail
+from app.stage_start import STAGE1_COMMAND, train_demo_stage1
 from networks import qwen
 from networks.projector import Projector
 from networks.sparse.ops import defect
@@ -45,7 +43,6 @@ RESUMED_WITH = {  # what a run cannot change on its way, and the code of its ref
     "base_model": "OTHER_MODEL",
     **dict.fromkeys(("use_lora", *LORA_SIZES, "trained_language", "projector_layers", "use_3d_pos"), "OTHER_SETTINGS"),
 }
-TOKENIZER_COMMAND = "python -m monai.bundle run training --config_file bundles/vq_stage1.json"
 
 
 @dataclass(frozen=True)
@@ -146,7 +143,9 @@ class FrozenTokenizer:
         if config is not None:
             log.info("vae_config is not needed: the checkpoint carries its sizes")
         if path is None and not any(map(checkpoints.complete_steps, checkpoints.NEWEST_TOKENIZERS)):
-            train_demo_tokenizer(scale)
+            if scale != "demo":
+                fail("NO_TOKENIZER", "there is no tokenizer yet", f"first run {STAGE1_COMMAND}, or pass --vae_ckpt")
+            train_demo_stage1("NO_TOKENIZER")
         self.file = checkpoints.find_tokenizer(path)
         self.ct = CTTokenizer.from_pretrained(self.file, device=device)
         self.network: SparseVQVAE = self.ct.network.requires_grad_(False)
@@ -167,20 +166,6 @@ class FrozenTokenizer:
 
     def source(self, cache_dir: str | Path) -> TokenSource:
         return TokenSource(self.ct, cache_dir=cache_dir)
-
-
-def train_demo_tokenizer(scale: str) -> None:
-    """Stage 1 on the built-in phantoms, where there is no tokenizer; with the user's data it is asked for instead."""
-    if scale != "demo":
-        fail("NO_TOKENIZER", "there is no tokenizer yet", f"first run {TOKENIZER_COMMAND}, or pass --vae_ckpt")
-    log.info("no tokenizer yet: training one on the demo first (%s)", TOKENIZER_COMMAND)
-    if idist.get_rank() == 0:
-        config = Path(__file__).resolve().parents[2] / "bundles" / "vq_stage1.json"
-        call = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", str(config)]
-        alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        if status := subprocess.run(call, env=alone).returncode:
-            fail("NO_TOKENIZER", f"its training ended with status {status}", "see its output above", status=1)
-    idist.barrier()
 
 
 class TrainingText:
@@ -239,13 +224,12 @@ def training_rows(data: str, *, image_root: str | None) -> list[TextRow]:
 class Language:
     """The language model and its tokenizer, with what may be trained left trainable.
 
-    A tiny one is built on the text where none is named on the demo. `identity` is what a projector belongs to.
+    Which one the plan says; a tiny one is built on the text. `identity` is what a projector belongs to.
     """
 
     def __init__(
         self,
         *,
-        name: str | None,
         plan: AlignPlan,
         texts: Sequence[str],
         train_language: bool = False,
@@ -256,24 +240,23 @@ class Language:
     ):
         if train_language and lora is not None and lora["use"]:
             fail("BAD_VALUE", "use_lora and train_language are both on", "turn one of them off: --train_language False")
-        self.name, self.trained = name, train_language
+        self.trained = train_language
         half = plan.amp == "bf16" and not train_language
-        if (name or plan.language) in TINY_MODELS:
-            family = TINY_MODELS[name or plan.language]
+        if plan.language in TINY_MODELS:
+            family = TINY_MODELS[plan.language]
             sizes = plan.tiny | (tiny or {})
             self.model, self.tokenizer = build_tiny(texts, family=family, seed=seed, **sizes)
             words = json.dumps(self.tokenizer.get_vocab(), sort_keys=True).encode()
             self.identity = {"name": None, "built": family, "seed": seed, **sizes}
             self.identity["vocabulary"] = hashlib.sha256(words).hexdigest()  # it follows from the text
         else:
-            self.name = name or plan.language
             try:
                 self.model, self.tokenizer = qwen.load_language(
-                    self.name, dtype=torch.bfloat16 if half else torch.float32
+                    plan.language, dtype=torch.bfloat16 if half else torch.float32
                 )
             except ValueError as error:
                 fail("BAD_MODEL", str(error), "give a hub name or the folder of a Qwen2-VL or Qwen3-VL")
-            self.identity = identify(self.name, self.model)
+            self.identity = identify(plan.language, self.model)
         qwen.freeze(self.model)
         self.adapter = None
         if lora is not None and lora["use"]:

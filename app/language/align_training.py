@@ -21,7 +21,16 @@ from torch.utils.data import Dataset
 from app import checkpoints
 from app.checkpoints import unwrapped
 from app.language.align_setup import FrozenTokenizer, Language, check_same, write_train_args
-from app.training import AMP_TYPES, TrainStep, mean_of_ranks, seed_step
+from app.training import (
+    AMP_TYPES,
+    FUNCTIONS_OF_STEP,
+    mean_of_ranks,
+    resume_optimizer,
+    resume_schedule,
+    seed_step,
+    step_optimizer,
+    stop_if_not_finite,
+)
 from networks.qwen import save_language
 
 log = logging.getLogger(__name__)
@@ -54,13 +63,8 @@ class AlignStep:
             totals["correct"] += float(result.correct) * share
             tokens += int(part["attention_mask"].sum())
         totals = mean_of_ranks(totals)
-        TrainStep._stop_if_not_finite(engine, totals, [case for part in batch for case in part["case_id"]])
-        learned = [p for group in engine.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self.scaler.unscale_(engine.optimizer)
-        if self.grad_clip is not None:
-            nn.utils.clip_grad_norm_(learned, self.grad_clip)
-        self.scaler.step(engine.optimizer)
-        self.scaler.update()
+        stop_if_not_finite(engine, totals, [case for part in batch for case in part["case_id"]])
+        step_optimizer(engine.optimizer, scaler=self.scaler, grad_clip=self.grad_clip)
         return {**totals, "tokens": tokens, "seconds": time.perf_counter() - started}
 
 
@@ -120,8 +124,9 @@ class AlignHandlers:
                 raise ValueError(f"step {step} trained other parameters: {sorted(set(stored) ^ set(own))[:3]} …")
             for name, value in stored.items():
                 own[name].copy_(value)
-            self.optimizer.load_state_dict(misc["optimizer"])
-            self.schedule.load_state_dict(misc["schedule"])
+            own_rates = isinstance(self.schedule, FUNCTIONS_OF_STEP)
+            resume_optimizer(self.optimizer, misc["optimizer"], keep_settings=own_rates)
+            resume_schedule(self.schedule, misc["schedule"], step=step)
             if misc["scaler"]:
                 engine._process_function.scaler.load_state_dict(misc["scaler"])
             engine.state.iteration = step
@@ -174,9 +179,9 @@ class AlignHandlers:
             part.rename(target)
 
     def _save(self, engine: SupervisedTrainer) -> None:
+        engine.last_saved_step = step = engine.state.iteration  # every rank has to be able to tell it
         if idist.get_rank() != 0:
             return
-        step = engine.state.iteration
         misc = {
             "step": step,
             "optimizer": self.optimizer.state_dict(),
@@ -185,4 +190,3 @@ class AlignHandlers:
         }
         checkpoints.save_set(Path(self.folder.path), step, {self.folder.name: trained_state(self.network)}, misc)
         checkpoints.prune(Path(self.folder.path), self.every["keep_last"])
-        engine.last_saved_step = step

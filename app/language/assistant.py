@@ -178,17 +178,18 @@ class CTAssistant:
 
     def open(self, source: Any) -> Scan:
         """Tokens with their origin of a token file, or of what `app.scans` calls a scan."""
-        if isinstance(source, str | Path) and Path(source).suffix == ".npz":
-            return self._of_file(Path(source))
-        windows = self.tokenizer.ct.sizes.windows
-        name = Path(source).name if isinstance(source, str | Path) else ""
-        if isinstance(source, str | Path) and not scans.is_case(Path(source)):
-            origin = {}
-        elif isinstance(source, str | Path):
-            origin = {"codes": prepared.open_case(source).codes}
-        else:
+        path = Path(source) if isinstance(source, str | Path) else None
+        if path is not None and path.suffix == ".npz":
+            return self._of_file(path)
+        if path is not None and scans.is_case(path):
+            source = prepared.open_case(path)
+        origin: dict[str, Any] = {}
+        if isinstance(source, prepared.PreparedCase):
+            origin = {"codes": source.codes}
+        elif path is None:
             origin = {"scan_sha256": hashlib.sha256(np.ascontiguousarray(source.hu).tobytes()).hexdigest()}
-        return self._of_scan(scans.open_scan(source, windows), origin, source=name)
+        scan = scans.open_scan(source, self.tokenizer.ct.sizes.windows)
+        return self._of_scan(scan, origin, source="" if path is None else path.name)
 
     def _of_file(self, path: Path) -> Scan:
         tokens = read_tokens(path)
@@ -204,10 +205,10 @@ class CTAssistant:
 
     def open_all(self, path: Path) -> Iterator[Scan | ValueError]:
         """Everything of a folder: token files, prepared cases or raw scans; what is refused comes as its refusal."""
-        if path.is_dir() and (files := sorted(path.glob("*.npz"))):
-            yield from map(self._tried, files)
-        elif scans.is_case(path) or path.is_file():
+        if scans.is_case(path) or path.is_file():
             yield self._tried(path)
+        elif files := sorted(path.glob("*.npz")):
+            yield from map(self._tried, files)
         elif prepared.find_datasets(path):
             yield from (self._tried(case.path) for case in prepared.find_cases(path))
         else:
@@ -218,9 +219,7 @@ class CTAssistant:
                     if item.plan is None:
                         raise Refused(item.finding.code, item.finding.message)
                     raw = read_item(item, Rules())
-                    on_grid = scans.onto_prepared_grid(scans.Volume(raw.hu, raw.affine))
-                    scan = scans.Scan(raw.source_hash[:16], on_grid, tuple(raw.hu.shape), raw.affine, raw.source_hash)
-                    yield self._of_scan(scan, {"codes": raw.codes}, source=item.source)
+                    yield self._of_scan(scans.scan_of(raw), {"codes": raw.codes}, source=item.source)
                 except ValueError as error:
                     yield ValueError(f"{item.source}: {error}")
 

@@ -4,6 +4,7 @@ A score means something only beside the same score with volumes shuffled (nobody
 volume for all, no volume, and one constant answer. Gaps come with bootstrap intervals over patients.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
@@ -107,15 +108,4 @@ def swap_sides(text: str) -> str:
     """The text as it would read of the mirrored patient."""
     sides = {"left": "right", "right": "left"}
     swapped = {case(side): case(other) for side, other in sides.items() for case in (str.lower, str.title, str.upper)}
-    return "".join(swapped.get(piece, piece) for piece in split_words(text))
-
-
-def split_words(text: str) -> list[str]:
-    pieces, word = [], ""
-    for sign in text:
-        if sign.isalpha():
-            word += sign
-        else:
-            pieces += [word, sign]
-            word = ""
-    return [*pieces, word]
+    return re.sub(r"[^\W\d_]+", lambda word: swapped.get(word[0], word[0]), text)

@@ -28,15 +28,16 @@ from app.language.controls import (
     paired_gap,
     swap_sides,
 )
-from app.language.findings import finding_matrix, finding_scores, matcher_error
+from app.language.findings import KEYWORDS, finding_matrix, finding_scores, matcher_error
 from app.language.rows import TextRow
-from app.language.text_metrics import METEOR_NOTE, corpus_bleu, diversity, text_scores, token_f1, words
+from app.language.text_metrics import METEOR_NOTE, corpus_bleu, diversity, exact_match, text_scores, token_f1
 from app.language.volume_tokens import VolumeTokens
 from networks.tokens import TokenSequence
 
 log = logging.getLogger(__name__)
 
-GENERATED = ("real", "shuffled", "blank", "question_only")
+COLUMNS = ("real", *CONTROLS)
+GENERATED = COLUMNS[:-1]  # the constant answers need no model
 REPORT_GAPS = ("bleu4", "rougeL", "meteor", "cider")
 FINDING_GAPS = ("f1_micro", "f1_macro", "crg")
 
@@ -187,26 +188,21 @@ def closeness(candidate: str, pool: Sequence[str]) -> float:
     return float(np.mean([token_f1(candidate, text) for text in pool]))
 
 
-def right(output: str, reference: str) -> float:
-    return float(words(output) == words(reference))
-
-
 def question_scores(rows: Sequence[TextRow], answers: dict[str, list[str]]) -> dict[str, Any] | None:
     """Accuracy (exact match of words) over all questions and by kind, for every column, with gaps."""
     asked = [at for at, row in enumerate(rows) if row.kind != "report"]
     if not asked:
         return None
-    columns = [*GENERATED, "constant"]
-    hits = {c: np.array([right(answers[c][at], answers["reference"][at]) for at in asked]) for c in columns}
+    hits = {c: np.array([exact_match(answers[c][at], answers["reference"][at]) for at in asked]) for c in COLUMNS}
     patients = [rows[at].patient for at in asked]
     kinds = np.array([rows[at].kind for at in asked])
     by_kind = {
-        kind: {"rows": int((kinds == kind).sum()), **{c: float(hits[c][kinds == kind].mean()) for c in columns}}
+        kind: {"rows": int((kinds == kind).sum()), **{c: float(hits[c][kinds == kind].mean()) for c in COLUMNS}}
         for kind in sorted(set(kinds.tolist()))
     }
     gaps = {control: tell(mean_gap(hits["real"], hits[control], patients), control) for control in CONTROLS}
-    f1 = {c: float(np.mean([token_f1(answers[c][at], answers["reference"][at]) for at in asked])) for c in columns}
-    overall = {c: float(hits[c].mean()) for c in columns}
+    f1 = {c: float(np.mean([token_f1(answers[c][at], answers["reference"][at]) for at in asked])) for c in COLUMNS}
+    overall = {c: float(hits[c].mean()) for c in COLUMNS}
     said = diversity([answers["real"][at] for at in asked])
     return {"rows": len(asked), "accuracy": overall, "token_f1": f1, "by_kind": by_kind, "gaps": gaps, **said}
 
@@ -217,11 +213,10 @@ def report_scores(rows: Sequence[TextRow], answers: dict[str, list[str]]) -> dic
     if not asked:
         return None
     patients = [rows[at].patient for at in asked]
-    columns = [*GENERATED, "constant"]
-    texts = {c: [answers[c][at] for at in asked] for c in [*columns, "reference"]}
-    scores = {c: text_scores(texts[c], texts["reference"]) for c in columns}
-    table = {c: {name: float(v.mean()) for name, v in scores[c].items()} for c in columns}
-    for c in columns:
+    texts = {c: [answers[c][at] for at in asked] for c in [*COLUMNS, "reference"]}
+    scores = {c: text_scores(texts[c], texts["reference"]) for c in COLUMNS}
+    table = {c: {name: float(v.mean()) for name, v in scores[c].items()} for c in COLUMNS}
+    for c in COLUMNS:
         table[c] |= corpus_bleu(texts[c], texts["reference"])
     gaps = {
         control: {
@@ -236,8 +231,6 @@ def report_scores(rows: Sequence[TextRow], answers: dict[str, list[str]]) -> dic
 def report_findings(rows: Sequence[TextRow], texts: dict[str, list[str]], patients: Sequence[str]) -> dict[str, Any]:
     """Findings against label columns where the data has them, else against the matcher's reading of the reference."""
     labels = sorted({name for row in rows for name in row.labels})
-    from app.language.findings import KEYWORDS
-
     known = [name for name in labels if name in KEYWORDS]
     has_labels = bool(known) and all(set(known) <= set(row.labels) for row in rows)
     names = known if has_labels else list(KEYWORDS)
@@ -245,8 +238,7 @@ def report_findings(rows: Sequence[TextRow], texts: dict[str, list[str]], patien
         truth = np.array([[row.labels[name] for name in names] for row in rows])
     else:
         truth = finding_matrix(texts["reference"], names)
-    columns = [*GENERATED, "constant"]
-    said = {c: finding_matrix(texts[c], names) for c in columns}
+    said = {c: finding_matrix(texts[c], names) for c in COLUMNS}
     said |= {"all_negative": np.zeros_like(truth), "all_positive": np.ones_like(truth)}
     scores = {c: finding_scores(matrix, truth) for c, matrix in said.items()}
     gaps = {}
@@ -265,8 +257,8 @@ def report_findings(rows: Sequence[TextRow], texts: dict[str, list[str]], patien
 
 def mirror_scores(rows: Sequence[TextRow], real: Sequence[str], mirrored: Sequence[str]) -> dict[str, Any]:
     """Of the sided answers that were right, how many turn over when the scan is mirrored."""
-    was_right = [at for at, row in enumerate(rows) if right(real[at], row.answer)]
-    flipped = [right(mirrored[at], swap_sides(rows[at].answer)) for at in was_right]
+    was_right = [at for at, row in enumerate(rows) if exact_match(real[at], row.answer)]
+    flipped = [exact_match(mirrored[at], swap_sides(rows[at].answer)) for at in was_right]
     return {"asked": len(rows), "right": len(was_right), "flipped": float(np.mean(flipped)) if flipped else None}
 
 
@@ -291,14 +283,13 @@ def shown(value: float | None) -> str:
 
 def table_lines(result: dict[str, Any]) -> list[str]:
     """Markdown: every score beside its controls, then the gaps in words."""
-    columns = [*GENERATED, "constant"]
     left_out = "".join(f", {count} left out ({reason})" for reason, count in result["left_out"].items())
     lines = [f"{result['rows']} rows of {result['patients']} patients{left_out}. {NOTICE}", ""]
-    head = "| | " + " | ".join(column.replace("_", " ") for column in columns) + " |"
-    rule = "|---|" + "---|" * len(columns)
+    head = "| | " + " | ".join(column.replace("_", " ") for column in COLUMNS) + " |"
+    rule = "|---|" + "---|" * len(COLUMNS)
 
     def row(name: str, values: dict[str, float]) -> str:
-        return f"| {name} | " + " | ".join(shown(values[c]) for c in columns) + " |"
+        return f"| {name} | " + " | ".join(shown(values[c]) for c in COLUMNS) + " |"
 
     questions, reports = result["questions"], result["reports"]
     if questions:
@@ -310,10 +301,10 @@ def table_lines(result: dict[str, Any]) -> list[str]:
     if reports:
         lines += [head, rule]
         for name in ("corpus_bleu1", "corpus_bleu4", "rougeL", "meteor", "cider", "exact_match"):
-            lines.append(row(f"reports: {name}", {c: reports["scores"][c][name] for c in columns}))
+            lines.append(row(f"reports: {name}", {c: reports["scores"][c][name] for c in COLUMNS}))
         found = reports["findings"]["scores"]
         for name in ("precision", "recall", "f1_micro", "f1_macro", "crg"):
-            lines.append(row(f"findings: {name}", {c: found[c][name] for c in columns}))
+            lines.append(row(f"findings: {name}", {c: found[c][name] for c in COLUMNS}))
         floors = ", ".join(f"{c.replace('_', '-')} {shown(found[c]['crg'])}" for c in ("all_negative", "all_positive"))
         lines += ["", f"CRG floors: {floors}. Findings are judged against {reports['findings']['truth']}."]
         if reports["findings"]["matcher_error"]:
@@ -342,16 +333,15 @@ def draw_bars(result: dict[str, Any], file: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = [*GENERATED, "constant"]
     groups: dict[str, dict[str, float]] = {}
     if result["questions"]:
         groups["all questions"] = result["questions"]["accuracy"]
         groups |= result["questions"]["by_kind"]
     if result["reports"]:
-        groups["findings F1"] = {c: result["reports"]["findings"]["scores"][c]["f1_micro"] for c in columns}
+        groups["findings F1"] = {c: result["reports"]["findings"]["scores"][c]["f1_micro"] for c in COLUMNS}
     figure = Figure(figsize=(max(5.0, 1.5 + 1.4 * len(groups)), 3.2), layout="constrained")  # as wide as the legend
     axes = figure.add_subplot()
-    for at, column in enumerate(columns):
+    for at, column in enumerate(COLUMNS):
         heights = [values[column] for values in groups.values()]
         axes.bar(np.arange(len(groups)) + 0.16 * (at - 2), heights, 0.16, label=column.replace("_", " "))
     axes.set_xticks(np.arange(len(groups)), list(groups))

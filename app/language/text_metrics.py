@@ -39,7 +39,7 @@ def text_scores(outputs: Sequence[str], references: Sequence[str]) -> dict[str, 
         **{name: np.array([row[name].fmeasure for row in rouge]) for name in ("rouge1", "rouge2", "rougeL")},
         "meteor": np.array([meteor(output, reference) for output, reference in pairs]),
         "cider": cider(outputs, references),
-        "exact_match": np.array([float(words(output) == words(reference)) for output, reference in pairs]),
+        "exact_match": np.array([exact_match(output, reference) for output, reference in pairs]),
         "token_f1": np.array([token_f1(output, reference) for output, reference in pairs]),
     }
 
@@ -81,6 +81,10 @@ def meteor(output: str, reference: str) -> float:
     if not said or not wanted:
         return float(said == wanted)
     return float(single_meteor_score(wanted, said, stemmer=stemmer(), wordnet=NoSynonyms()))
+
+
+def exact_match(output: str, reference: str) -> float:
+    return float(words(output) == words(reference))
 
 
 def token_f1(output: str, reference: str) -> float:

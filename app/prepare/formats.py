@@ -18,12 +18,11 @@ from jaxtyping import Float
 
 from app.prepare.codes import Finding, Refused, found
 from app.prepare.files import Ref, open_ref, read_bytes
-from app.prepare.gate import MAX_VOXELS, MIN_SLICES, SPACING_LIMITS
+from app.prepare.gate import LPS_TO_RAS, MAX_VOXELS, MIN_SLICES, SPACING_LIMITS
 
 MAGICS = (b"n+1\0", b"n+2\0", b"ni1\0", b"ni2\0")
 MAX_PACKED = 900  # what gzip may save on more than 256 MiB: labels save a lot, a bomb a thousand times
 HEADER_BYTES = 1 << 16
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 NRRD_TYPES = {
     **dict.fromkeys(("signed char", "int8", "int8_t"), "i1"),
     **dict.fromkeys(("uchar", "unsigned char", "uint8", "uint8_t"), "u1"),

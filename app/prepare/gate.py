@@ -16,6 +16,7 @@ from jaxtyping import Float
 from app.prepare.codes import Finding, Refused, found
 from app.prepare.headers import CT, ENHANCED_CT, SliceHeader
 
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 MIN_SLICES = 5
 MAX_SIDE = 8192  # pixels a side
 MAX_VOXELS = 1 << 30
@@ -272,7 +273,7 @@ def build_stack(members: Sequence[SliceHeader], rules: Rules) -> Stack:
     lps[:3, 1] = column * first.spacing[0]
     lps[:3, 2] = (_normal(first) + shear) * step
     lps[:3, 3] = first.position
-    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps
+    affine = LPS_TO_RAS @ lps
     count = round(places[-1]) + 1 if len(spacing_findings) else len(members)
     if count * first.rows * first.columns > MAX_VOXELS:
         raise Refused("CORRUPT_FILE", f"{count} slices of {first.rows} x {first.columns} pixels")

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int, Num, Shaped
 from scipy import ndimage, sparse
 
 from app.prepare.codes import Finding, found
-from app.prepare.values import AIR
+from transforms.array import AIR
 
 ALIGNED = 0.02  # voxels by which a scan may lie off the grid's axes, at its far end, to count as axis-aligned
 COARSE = 4.0  # grid steps a source voxel may measure before it is called low resolution

@@ -15,6 +15,7 @@ from jaxtyping import Int
 from app.prepare.codes import Refused
 from app.prepare.files import Ref, open_ref
 from app.prepare.formats import VolumeFile, check_affine, read_voxels
+from app.prepare.gate import LPS_TO_RAS
 from app.prepare.geometry import Grid, resample_labels
 from app.prepare.headers import quiet
 
@@ -200,4 +201,4 @@ def _segment_volume(frames: np.ndarray, members: list) -> tuple[np.ndarray, np.n
     lps = np.eye(4)
     lps[:3, 0], lps[:3, 1], lps[:3, 2] = turn[0] * step[1], turn[1] * step[0], normal * between
     lps[:3, 3] = members[order[0]][1]
-    return mask.transpose(2, 1, 0), np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps
+    return mask.transpose(2, 1, 0), LPS_TO_RAS @ lps

@@ -6,6 +6,7 @@ The key and the table lie beside OUT, never in it, readable by their owner alone
 import csv
 import hashlib
 import hmac
+import itertools
 import os
 import re
 import secrets
@@ -52,7 +53,8 @@ def write_sources(out: Path, rows: Iterable[tuple[str, str, str]]) -> Path:
     table = {}
     if path.exists():
         with open(path, newline="", encoding="utf-8", errors="surrogateescape") as stream:
-            table = {tuple(row[:2]): row[2] for row in csv.reader(stream) if len(row) == 3 and row[0] != "dataset"}
+            rows_before = itertools.islice(csv.reader(stream), 1, None)
+            table = {tuple(row[:2]): row[2] for row in rows_before if len(row) == 3}
     table |= {(dataset, case): source for dataset, case, source in rows}
     made = path.with_name(f".{path.name}.{os.getpid()}")
     _write_private(made, "")

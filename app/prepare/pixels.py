@@ -12,7 +12,7 @@ from app.prepare.codes import Finding, Refused, found
 from app.prepare.files import Ref, open_ref
 from app.prepare.gate import Stack
 from app.prepare.headers import SliceHeader, quiet
-from app.prepare.values import AIR
+from transforms.array import AIR
 
 NATIVE = {"1.2.840.10008.1.2": "<", "1.2.840.10008.1.2.1": "<", "1.2.840.10008.1.2.2": ">"}
 PIXEL_TAG = {"<": b"\xe0\x7f\x10\x00", ">": b"\x7f\xe0\x00\x10"}

@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Num
 
 from app.prepare.codes import Finding, Refused, found
+from transforms.array import AIR
 
-AIR = -1000
 NO_MEASUREMENT = -1500  # below this nothing in a patient, nor air with its noise, is ever measured
 SAMPLES = 2_000_000
 

@@ -273,8 +273,7 @@ class Level:
 
     def _neighbours_by_table(self, cells: int) -> Int32[Tensor, "27 N"]:
         """One look-up table over the grid with an empty margin: a neighbour is a constant step away."""
-        _, size_y, size_z = (n + 2 for n in self.spatial_shape)
-        size_x = self.spatial_shape[0] + 2
+        size_x, size_y, size_z = (n + 2 for n in self.spatial_shape)
         b, x, y, z = self.coords.long().unbind(1)
         cell = ((b * size_x + x + 1) * size_y + y + 1) * size_z + z + 1
         table = torch.full((cells,), len(self), dtype=torch.int32, device=self.device)

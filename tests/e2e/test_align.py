@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
+from app import stage_start
 from app.inference import CTTokenizer
-from app.language import align_setup
 from app.language.assistant import NOTICE, CTAssistant
 from app.token_files import write_tokens
+from app.training import make_scheduler
 from networks import make_vqvae
 from networks.projector import Projector
 from tests.alignments import NUM_CASES, align, make_volume
@@ -65,6 +66,23 @@ def test_resuming_gives_the_run_that_was_not_interrupted(home, aligned):
         assert torch.equal(value, other[name]), name
     steps = [json.loads(line)["step"] for line in (again / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 17))
+
+
+def test_a_longer_run_goes_on_with_the_rates_of_its_own_length(home, tmp_path):
+    """one_cycle ends at its last step: what a shorter run stored of it must not count."""
+    settings = {"lr_scheduler": "one_cycle", "use_lora": False}
+    align(home, tmp_path / "run", epochs=1, **settings)
+    align(home, tmp_path / "run", epochs=2, learning_rate=2e-3, resume="latest", **settings)
+    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=2e-3)
+    schedule = make_scheduler(optimizer, name="one_cycle", max_steps=16)
+    expected = []
+    for _ in range(16):
+        optimizer.step()
+        schedule.step()
+        expected.append(optimizer.param_groups[0]["lr"])
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 17))
+    assert [row["lr"] for row in rows[8:]] == pytest.approx(expected[8:], abs=1e-7)
 
 
 def test_a_run_does_not_go_on_with_another_tokenizer_or_vocabulary(home, aligned, tmp_path, capsys):
@@ -205,10 +223,10 @@ def test_a_missing_tokenizer_is_trained_on_the_demo_and_asked_for_otherwise(home
         torch.save({"step": 1}, checkpoints / "misc_step0000001.pt")
         return subprocess.CompletedProcess(call, 0)
 
-    monkeypatch.setattr(align_setup.subprocess, "run", stage1)
+    monkeypatch.setattr(stage_start.subprocess, "run", stage1)
     with pytest.raises(SystemExit) as end:
         align(home, place / "out", **demo)
-    assert end.value.code == 1 and "its training ended with status 3" in capsys.readouterr().err
+    assert end.value.code == 1 and "stage 1 ended with status 3" in capsys.readouterr().err
     align(home, place / "out", **demo)
     assert [Path(call[-1]).name for call in calls] == ["vq_stage1.json"] * 2 and calls[0][1:4] == [
         "-m",

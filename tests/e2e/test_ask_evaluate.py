@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
 from monai.bundle import run
 from typer.testing import CliRunner
@@ -17,6 +18,7 @@ from app.language import controls, evaluate_language, language_evaluation
 from app.language.assistant import NOTICE, CTAssistant
 from app.language.rows import REPORT_QUESTION
 from app.phantoms import make_phantom, write_nifti
+from app.prepared_writer import write_case
 from tests.alignments import NUM_CASES, make_volume
 from tests.runs import ROOT
 
@@ -43,6 +45,19 @@ def test_answers_carry_where_they_come_from(home, aligned, tmp_path):
     assert "".join(pieces).strip() == streamed.answer == alone.answer
     assert assistant.ask(volume, max_new_tokens=2).question == REPORT_QUESTION
     assert assistant.ask(volume, []) == []
+
+
+def test_a_prepared_case_is_one_scan_however_it_is_given(aligned, tmp_path):
+    """As an object and as a folder, also one whose volume is an .npz, which is no token file."""
+    volume, assistant = make_volume(9), CTAssistant.from_pretrained(aligned)
+    case = write_case(tmp_path, "case", volume.hu, affine=volume.affine, windows=["lung"])
+    given, found = assistant.open(case), assistant.open(case.path)
+    assert given.origin == found.origin and given.origin["scan_sha256"] == case.source_hash
+    file = case.path / "ct_normalized_32.npy"
+    np.savez(file.with_suffix(".npz"), np.load(file))
+    file.unlink()
+    (again,) = assistant.open_all(case.path)
+    assert again.origin == found.origin and again.name == "case"
 
 
 def test_a_folder_gives_jsonl_and_failures(home, aligned, tmp_path):

@@ -213,6 +213,16 @@ def test_ids_are_keyed_hashes_and_the_table_is_its_owners(tmp_path):
     assert all(len(o.case) == 16 and int(o.case, 16) for o in result.outcomes)
 
 
+def test_the_table_keeps_what_earlier_runs_wrote_also_of_a_dataset_called_dataset(tmp_path):
+    names.write_sources(tmp_path / "out", [("dataset", "one", "dataset/one.nii")])
+    table = names.write_sources(tmp_path / "out", [("dataset", "two", "dataset/two.nii")])
+    assert table.read_text().splitlines() == [
+        "dataset,case,source",
+        "dataset,one,dataset/one.nii",
+        "dataset,two,dataset/two.nii",
+    ]
+
+
 # ---- labels
 
 

@@ -116,6 +116,13 @@ def test_warm_up_trains_and_the_codebook_phase_leaves_encoder_and_decoder_alone(
         assert torch.equal(start[name], end[name]) == frozen, name
 
 
+def test_the_warm_up_clips_gradients_as_it_is_told(place, cohort):
+    end = run_in(place, dataset_dir=cohort, output_dir="out", grad_clip=1e-15, warmup_steps=2, max_steps=1)
+    assert end.status == 0, end.err
+    bias = weights_of(place / "out", 0)["decoder.upsample.0.act_layers.0.bias"]
+    assert bias.abs().max() < 1e-6, "next to nothing is left of the gradients: it stays where it starts, at zero"
+
+
 def test_the_warm_up_follows_the_same_schedule_with_its_options(place, cohort):
     steps = {**STEPS, "warmup_steps": 4, "max_steps": 2}
     options = {"lr_scheduler": "StepLR", "lr_scheduler_options": "{'step_size': 2}", "learning_rate": 1e-3}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from app.language.controls import BETTER, NO_EVIDENCE, USED
-from app.language.language_evaluation import GENERATED, draw_bars, gap_line, mirror_scores, question_scores
+from app.language.language_evaluation import COLUMNS, draw_bars, gap_line, mirror_scores, question_scores
 from app.language.rows import TextRow
 
 ROWS = [
@@ -48,7 +48,7 @@ def test_the_mirror_counts_right_answers_alone():
 
 def test_the_picture_of_reports_alone_has_room_for_its_legend(tmp_path):
     """Matplotlib warns where the axes have no room left beside it."""
-    scores = {column: {"f1_micro": 0.5} for column in (*GENERATED, "constant")}
+    scores = {column: {"f1_micro": 0.5} for column in COLUMNS}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         draw_bars({"questions": None, "reports": {"findings": {"scores": scores}}}, tmp_path / "bars.png")

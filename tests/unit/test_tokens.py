@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from networks.tokens import REDUCTIONS, reduce_tokens, region_share
+from networks.tokens import REDUCTIONS, reduce_tokens
 
 
 def random_volume(num_tokens: int, grid: int, width: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,6 +48,12 @@ def test_row_order_of_the_input_does_not_matter(method):
     other = reduce_tokens(feats[shuffle], coords[shuffle], max_tokens=40, method=method)
     assert torch.equal(one.coords, other.coords)
     torch.testing.assert_close(one.feats, other.feats)
+
+
+def region_share(coords: torch.Tensor, kept: torch.Tensor, *, edge: int = 8) -> float:
+    """Share of the occupied cubes of `edge` cells in which at least one kept row lies."""
+    occupied, reached = ({tuple(cube) for cube in (rows // edge).tolist()} for rows in (coords, kept))
+    return len(occupied & reached) / len(occupied)
 
 
 @pytest.mark.parametrize(("budget", "share"), [(2048, 1.0), (512, 1.0), (64, 0.125)])

@@ -1,18 +1,21 @@
 """The averaged model: the formula it follows, and what it copies. What validation leaves in memory.
 
-Schedules by name.
+Schedules by name. What is said of a loss that is no number.
 """
 
 from types import SimpleNamespace
+from unittest.mock import Mock
 
+import ignite.distributed as idist
 import pytest
 import torch
 from ignite.engine import Engine
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from torch import nn
 
+from app.language.align_training import AlignHandlers
 from app.stage_handlers import StageHandlers
-from app.training import TrainStep, average, make_scheduler
+from app.training import average, make_scheduler, stop_if_not_finite
 
 
 def test_the_average_follows_its_formula_and_copies_buffers():
@@ -99,10 +102,18 @@ def test_trying_a_schedule_leaves_it_as_it_was():
     assert rates("OneCycleLR", {"max_lr": 0.1, "total_steps": 7}) == rates("one_cycle", None)
 
 
+@pytest.mark.parametrize("handlers", [StageHandlers, AlignHandlers])
+def test_every_rank_knows_the_last_saved_step(handlers, monkeypatch):
+    monkeypatch.setattr(idist, "get_rank", lambda: 1)
+    engine = Mock(SupervisedTrainer, state=SimpleNamespace(iteration=20))
+    handlers._save(Mock(handlers), engine)
+    assert engine.last_saved_step == 20
+
+
 @pytest.mark.parametrize(("last", "says"), [(None, "no checkpoint exists yet. Start again"), (20, "step 20. Resume")])
 def test_a_loss_that_is_no_number_says_where_to_go_on(last, says, capsys):
     engine = Engine(lambda engine, batch: None)
     engine.last_saved_step = last
     with pytest.raises(SystemExit):
-        TrainStep._stop_if_not_finite(engine, {"loss": float("nan")}, ["case_a"])
+        stop_if_not_finite(engine, {"loss": float("nan")}, ["case_a"])
     assert says in capsys.readouterr().err
