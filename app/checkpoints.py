@@ -8,6 +8,7 @@ code and carry the sizes of their network (`networks.presets.Preset`).
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import zipfile
@@ -98,8 +99,9 @@ def put_aside(output_dir: Path, *, after: int) -> None:
 
 
 def write_best(output_dir: Path, scores: dict[int, float]) -> None:
-    """Names the step of the lowest score; of equals the first."""
+    """Names the step of the lowest score; of equals the first. One that is no number is never the best."""
     path = Path(output_dir, "ckpts", "best.json")
+    scores = {step: score for step, score in scores.items() if math.isfinite(score)}
     if not scores:
         path.unlink(missing_ok=True)
         return

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from app.prepare.pixels import can_decode
+from app.prepare.workers import free_memory
 
 PACKAGES = (
     "torch",
@@ -128,10 +129,8 @@ def _gpu(index: int) -> dict[str, Any]:
 
 def _free_memory() -> float | None:
     try:
-        with open("/proc/meminfo") as lines:
-            kib = {line.split(":")[0]: line.split()[1] for line in lines}
-        return int(kib["MemAvailable"]) * 1024 / GIB
-    except OSError:
+        return free_memory() / GIB
+    except (OSError, AttributeError):  # a system that does not say
         return None
 
 

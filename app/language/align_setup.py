@@ -231,6 +231,7 @@ class Language:
         self,
         *,
         plan: AlignPlan,
+        amp: str,
         texts: Sequence[str],
         train_language: bool = False,
         lora: dict | None = None,
@@ -241,7 +242,7 @@ class Language:
         if train_language and lora is not None and lora["use"]:
             fail("BAD_VALUE", "use_lora and train_language are both on", "turn one of them off: --train_language False")
         self.trained = train_language
-        half = plan.amp == "bf16" and not train_language
+        half = amp == "bf16" and torch.cuda.is_available() and not train_language
         if plan.language in TINY_MODELS:
             family = TINY_MODELS[plan.language]
             sizes = plan.tiny | (tiny or {})

@@ -63,7 +63,7 @@ def ct_rate_labels(base: Path) -> dict[str, dict[str, bool]]:
     """Label columns by volume from every csv beside the reports that has VolumeName and no text."""
     found: dict[str, dict[str, bool]] = {}
     for file in sorted(base.glob("*.csv")):
-        with open(file, newline="", encoding="utf-8-sig") as stream:
+        with open(file, newline="", encoding="utf-8-sig", errors="replace") as stream:  # any csv may lie there
             reader = csv.DictReader(stream)
             header = set(reader.fieldnames or ())
             if "VolumeName" in header and "Medical material" in header:

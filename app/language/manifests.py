@@ -128,7 +128,10 @@ def read_folder(folder: Path) -> list[TextRow]:
     for text in sorted(folder.rglob("*.txt")):
         scan = next((p for p in sorted(text.parent.iterdir()) if p != text and stem(p.name) == text.stem), None)
         if scan is not None:
-            answer = clean(text.read_text(encoding="utf-8"))
+            try:
+                answer = clean(text.read_text(encoding="utf-8-sig"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{text.name} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
             rows.append(TextRow(str(scan.relative_to(folder)), REPORT_QUESTION, answer, path=scan))
     if not rows:
         raise ValueError(f"{folder} holds no text: expected text.jsonl of a prepared dataset, or a .txt beside a scan")

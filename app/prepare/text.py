@@ -35,8 +35,12 @@ def join_text(rows: Sequence[TextRow], out: Path, cases: Mapping[tuple[str, str]
             lines[dataset].append(json.dumps({"case_id": case, **_kept(row)}, ensure_ascii=False, sort_keys=True))
         else:
             missing, several = missing + (not homes), several + bool(homes)
-    for dataset, texts in lines.items():
-        prepared_writer.write_text(out / dataset / "text.jsonl", "\n".join(texts) + "\n")
+    for dataset in {dataset for dataset, _ in cases}:
+        file = out / dataset / "text.jsonl"
+        if lines[dataset]:
+            prepared_writer.write_text(file, "\n".join(lines[dataset]) + "\n")
+        else:  # that of an earlier run with another text
+            file.unlink(missing_ok=True)
     joined = sum(map(len, lines.values()))
     sys.stderr.write(f"text: {joined} rows joined, {missing} without a case, {several} that fit several cases\n")
 

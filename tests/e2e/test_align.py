@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from app import stage_start
 from app.inference import CTTokenizer
+from app.language import align_setup
 from app.language.assistant import NOTICE, CTAssistant
 from app.token_files import write_tokens
 from app.training import make_scheduler
@@ -155,6 +156,21 @@ def test_what_does_not_belong_together_is_refused(home, aligned, tmp_path, capsy
             call()
         said = capsys.readouterr().err.strip().splitlines()[-1]
         assert end.value.code == 2 and said.startswith(f"{code}: "), said
+
+
+@pytest.mark.parametrize(("amp", "dtype"), [("bf16", torch.bfloat16), ("off", torch.float32)])
+def test_the_base_model_is_loaded_in_the_precision_that_is_asked_for(amp, dtype, home, monkeypatch):
+    def load(_name, *, dtype):
+        raise ValueError(f"asked for {dtype}")
+
+    plan = align_setup.make_align_plan(data=str(home / "text.jsonl"), vl_model=str(home / "qwen"))
+    monkeypatch.setattr(align_setup.qwen, "load_language", load)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    said = []
+    monkeypatch.setattr(align_setup, "fail", lambda *words: (said.append(words), sys.exit(2)))
+    with pytest.raises(SystemExit):
+        align_setup.Language(plan=plan, amp=amp, texts=[])
+    assert said[0][1] == f"asked for {dtype}"
 
 
 # ---- what is kept and what is refused

@@ -346,6 +346,9 @@ def test_text_and_split_are_joined_to_cases(tmp_path):
     sides = {ids[c.case_id]: c.split for c in prepared.find_cases(tmp_path / "out")}
     assert sides["hospital/scan0.nii.gz"] == "val" and sides["hospital/scan1.nii.gz"] == "train"
     assert sides["clinic/one"] == "val"
+    (tmp_path / "other.csv").write_text("image,report\nscan9.nii.gz,x\n")
+    report(raw, tmp_path / "out", text=str(tmp_path / "other.csv"), split=split)
+    assert not file.exists(), "a text that joins nothing leaves none of another"
 
 
 def test_one_patient_is_on_one_side(tmp_path):

@@ -113,6 +113,8 @@ def test_the_best_is_the_lowest_and_of_equals_the_first(out):
     assert checkpoints.read_best(out) is None and checkpoints.best_score(out) == {}
     checkpoints.write_best(out, {10: 0.5, 20: 0.25, 30: 0.25})
     assert json.loads((out / "ckpts/best.json").read_text()) == {"step": 20, "val_recon": 0.25}
+    checkpoints.write_best(out, {10: float("nan"), 20: 0.5})
+    assert checkpoints.read_best(out) == 20
     checkpoints.write_best(out, {})
     assert checkpoints.read_best(out) is None
 

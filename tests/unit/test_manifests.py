@@ -37,6 +37,13 @@ def write_csv(file: Path, header: list[str], *rows: list) -> Path:
     return file
 
 
+def test_text_beside_a_scan_is_named_when_it_cannot_be_read(tmp_path):
+    touch(tmp_path / "a.nii.gz")
+    (tmp_path / "a.txt").write_bytes("Größe".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a.txt is not UTF-8 \(byte 2\): save it"):
+        read_rows(tmp_path)
+
+
 def touch(file: Path) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(b"")
@@ -57,6 +64,7 @@ def test_ct_rate(tmp_path):
         ["VolumeName", *CT_RATE_LABELS],
         ["valid_53_a_1.nii.gz", *(int(name == "Lung nodule") for name in CT_RATE_LABELS)],
     )
+    (tmp_path / "anything.csv").write_bytes("Größe;Name\n".encode("latin-1"))
     rows = read_rows(reports, image_root=tmp_path / "dataset")
     assert rows[0].path == scan and rows[1].path is None
     assert rows[0].answer == "Findings: A nodule in the left lung.\nImpression: Nodule."
