@@ -21,6 +21,9 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard 
 Seed = Annotated[int, typer.Option("--seed", help="Seed of whatever is random.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
+# what is wrong with a path that the call gave
+_PATH_ERRORS = (errno.EROFS, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+
 
 class Answer:
     """What a command ends with: an object for --json, lines for people, an exit status."""
@@ -69,7 +72,8 @@ def _one_line(error: Exception) -> tuple[int, str]:
         return 3, str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return 2, "DISK_FULL: no space left on the disk of OUT. Free some and run again: what is done is kept."
-    if isinstance(error, ValueError | FileNotFoundError | FileExistsError | NotADirectoryError | PermissionError):
+    wrong = ValueError | FileNotFoundError | FileExistsError | NotADirectoryError | PermissionError
+    if isinstance(error, wrong) or (isinstance(error, OSError) and error.errno in _PATH_ERRORS):
         return 2, f"WRONG_CALL: {' '.join(str(error).split())}"
     return 1, f"FAULT: {type(error).__name__}. This is our mistake; run again with --debug and report it."
 

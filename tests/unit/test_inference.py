@@ -1,6 +1,8 @@
 """Scans to tokens and back, by path and by command; what cannot be used is refused in one line."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from app import checkpoints, data, loaders, prepared, prepared_writer
+from app import checkpoints, data, inference, loaders, prepared, prepared_writer
 from app.__main__ import app
 from app.inference import CTTokenizer, lines, onto_grid, reconstruct, tokenize
 from app.prepare import Refused, cohort
@@ -461,3 +463,13 @@ def test_command_line_round_trip(output_dir, dataset, tmp_path):
     status, out = call("reconstruct", tokens, tmp_path / "b.nii.gz")
     assert status == 3 and "a.npz is damaged or no token file" in out.splitlines()[0]
     assert call("tokenize", tmp_path / "nowhere", tokens)[0] == 2
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EISDIR, errno.ENAMETOOLONG, errno.EACCES])
+def test_a_path_that_cannot_be_used_is_a_wrong_call(monkeypatch, number):
+    def stop(*args, **kwargs):
+        raise OSError(number, os.strerror(number), "/mnt/out")
+
+    monkeypatch.setattr(inference, "tokenize", stop)
+    done = CliRunner().invoke(app, ["tokenize", "scan.nii.gz", "/mnt/out"])
+    assert done.exit_code == 2 and "/mnt/out" in done.stderr and "mistake" not in done.stderr
