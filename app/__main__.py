@@ -48,9 +48,9 @@ def answering(as_json: bool, debug: bool) -> Iterator[Answer]:
     except SystemExit as end:
         answer.status = end.code if isinstance(end.code, int) else 1
         answer.value, lines = answer.value or {"error": "see standard error", "status": answer.status}, []
-    except (KeyboardInterrupt, BrokenPipeError):
+    except BrokenPipeError:
         raise
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
         answer.status, line = _one_line(error)
@@ -64,10 +64,12 @@ def answering(as_json: bool, debug: bool) -> Iterator[Answer]:
     raise typer.Exit(answer.status)
 
 
-def _one_line(error: Exception) -> tuple[int, str]:
-    """Exit status and text: refused input 3, a wrong call 2, everything else is ours."""
+def _one_line(error: BaseException) -> tuple[int, str]:
+    """Exit status and text: refused input 3, a wrong call 2, Ctrl-C 130 as in any shell, everything else is ours."""
     from app.prepare.codes import Refused
 
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "STOPPED: ended by Ctrl-C. Run again: what is done is kept."
     if isinstance(error, Refused):
         return 3, str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -531,6 +531,24 @@ def test_fifty_killed_runs_end_with_the_same_bytes(tmp_path):
     assert kill_and_resume(tmp_path, kills=50) >= 25
 
 
+def test_ctrl_c_ends_a_run_at_once_in_one_line(tmp_path):
+    raw, out = raw_cohort(tmp_path / "raw", 12), tmp_path / "out"
+    command = [sys.executable, "-m", "app", "prepare", str(raw), str(out), "--size", "256", "--workers", "2"]
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a job in the background has none
+    )
+    while not list(out.glob("*/processed/*")) and process.poll() is None:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == 130 and said[-1].startswith("STOPPED") and "Traceback" not in "".join(said)
+    assert len(list(out.glob("*/processed/[!.]*"))) < 12
+
+
 def _die_on_three(job: int) -> int:
     if job == 3:
         os.kill(os.getpid(), signal.SIGKILL)
