@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from app import prepared
 from app.language.layouts import read_layout
 from app.language.rows import (
     ALIASES,
@@ -23,7 +24,6 @@ from app.language.rows import (
     parse_choices,
     with_letter,
 )
-from app.prepared import split_of
 
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -58,10 +58,12 @@ def read_rows(source: str | Path, *, image_root: str | Path | None = None) -> li
 
 
 def complete(row: TextRow, find: "ImageFinder") -> TextRow:
-    """With the image's path, and patient and split where the source leaves them open."""
-    patient = row.patient or stem(row.image)
-    split = SPLITS.get(row.split.strip().lower(), row.split) or split_of(patient)
-    return replace(row, path=row.path or find(row.image), patient=patient, split=split)
+    """With the image's path, and patient and split where the row leaves them open: of a prepared case its dataset's."""
+    path = row.path or find(row.image)
+    case = find.case_row(path)
+    patient = row.patient or case.get("patient") or stem(row.image)
+    split = SPLITS.get(row.split.strip().lower(), row.split) or case.get("split") or prepared.split_of(patient)
+    return replace(row, path=path, patient=patient, split=split)
 
 
 def read_records(file: Path) -> Iterator[dict]:
@@ -153,6 +155,7 @@ class ImageFinder:
     def __init__(self, base: Path, image_root: Path | None):
         self.roots = [root for root in (image_root, base) if root is not None]
         self._names: dict[str, list[Path]] | None = None
+        self._cases: dict[Path, Mapping[str, Mapping[str, str]]] = {}  # rows of each metadata.csv that was needed
 
     def __call__(self, image: str) -> Path | None:
         for candidate in [Path(image), *(root / image for root in self.roots)]:
@@ -160,6 +163,15 @@ class ImageFinder:
                 return candidate
         places = self.names().get(stem(image), [])
         return places[0] if len(places) == 1 else None
+
+    def case_row(self, path: Path | None) -> Mapping[str, str]:
+        """What the dataset of a prepared case says of it; nothing for any other image."""
+        if path is None or path.parent.name != "processed":
+            return {}
+        table = path.parent.parent / "metadata.csv"
+        if table not in self._cases:
+            self._cases[table] = prepared.read_rows(table)
+        return self._cases[table].get(path.name, {})
 
     def names(self) -> dict[str, list[Path]]:
         """Scans, token files and prepared cases below the first root, by name; listed once, when first needed."""
