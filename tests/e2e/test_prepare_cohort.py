@@ -388,6 +388,13 @@ def test_check_tells_what_is_wrong(tmp_path):
     assert "UNDER_MIN_POINTS" in {p.code for p in few.problems}
 
 
+@pytest.mark.parametrize(("split", "code"), [("train", "NO_VALIDATION"), ("val", "NO_TRAINING")])
+def test_check_tells_that_a_dataset_of_one_case_cannot_be_trained_on(tmp_path, split, code):
+    scans.write_series(tmp_path / "raw" / "one", scans.series())
+    report(tmp_path / "raw", tmp_path / "out", split={"one": split})
+    assert [problem.code for problem in check(tmp_path / "out").problems] == [code]
+
+
 def test_check_reads_scans_with_text_beside_them(tmp_path):
     for name in ("a.nii.gz", "a.txt", "b.nii.gz"):
         (tmp_path / name).write_text("No nodule.")
