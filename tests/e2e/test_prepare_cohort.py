@@ -338,6 +338,23 @@ def test_text_and_split_are_joined_to_cases(tmp_path):
     assert sides["clinic/one"] == "val"
 
 
+def test_a_report_is_never_joined_to_another_patient_s_scan_of_the_same_name(tmp_path):
+    raw, affine = tmp_path / "raw", AFFINE
+    scans.write_nifti(raw / "good" / "ct.nii.gz", affine, scans.sample(affine, (36, 32, 28)))
+    scans.write_nifti(raw / "bad" / "ct.nii.gz", affine, scans.sample(affine, (36, 32, 28)).clip(0, 200))
+    for images, joined in (
+        (["good/ct.nii.gz", "bad/ct.nii.gz"], 1),  # refused: no other scan takes its report
+        (["bad/ct.nii.gz"], 0),
+        (["bad/ct.nii.gz", "ct.nii.gz"], 0),
+        (["/old/good/ct.nii.gz", "gone/ct.nii.gz"], 1),
+    ):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        (tmp_path / "text.csv").write_text("image,report\n" + "".join(f"{image},{image}\n" for image in images))
+        report(raw, tmp_path / "out", text=str(tmp_path / "text.csv"))
+        texts = [json.loads(line) for file in (tmp_path / "out").glob("*/text.jsonl") for line in file.open()]
+        assert len(texts) == joined and all("good/" in text["report"] for text in texts)
+
+
 def test_one_patient_is_on_one_side(tmp_path):
     for number in range(6):
         patient = f"P{number % 2}"

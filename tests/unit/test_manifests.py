@@ -206,6 +206,15 @@ def test_a_name_of_two_files_is_not_guessed(tmp_path):
     assert [row.path is None for row in read_rows(manifest)] == [True, False]
 
 
+def test_several_images_are_not_one_file_for_its_name(tmp_path):
+    scan = touch(tmp_path / "p1/scan.nii.gz")
+    images = [[f"p{number}/scan.nii.gz", f"report {number}"] for number in range(3)]
+    rows = read_rows(write_csv(tmp_path / "m.csv", ["image", "report"], *images))
+    assert [row.path for row in rows] == [None, scan, None]
+    (row,) = read_rows(write_csv(tmp_path / "m.csv", ["image", "report"], ["elsewhere/scan.nii.gz", "x"]))
+    assert row.path == scan
+
+
 def test_check_counts_what_is_wrong(tmp_path):
     touch(tmp_path / "a.nii.gz")
     manifest = write_csv(
