@@ -21,6 +21,9 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard 
 Seed = Annotated[int, typer.Option("--seed", help="Seed of whatever is random.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
+# what is wrong with a path that the call gave
+_PATH_ERRORS = (errno.EROFS, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+
 
 class Answer:
     """What a command ends with: an object for --json, lines for people, an exit status."""
@@ -45,9 +48,9 @@ def answering(as_json: bool, debug: bool) -> Iterator[Answer]:
     except SystemExit as end:
         answer.status = end.code if isinstance(end.code, int) else 1
         answer.value, lines = answer.value or {"error": "see standard error", "status": answer.status}, []
-    except (KeyboardInterrupt, BrokenPipeError):
+    except BrokenPipeError:
         raise
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
         answer.status, line = _one_line(error)
@@ -61,15 +64,18 @@ def answering(as_json: bool, debug: bool) -> Iterator[Answer]:
     raise typer.Exit(answer.status)
 
 
-def _one_line(error: Exception) -> tuple[int, str]:
-    """Exit status and text: refused input 3, a wrong call 2, everything else is ours."""
+def _one_line(error: BaseException) -> tuple[int, str]:
+    """Exit status and text: refused input 3, a wrong call 2, Ctrl-C 130 as in any shell, everything else is ours."""
     from app.prepare.codes import Refused
 
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "STOPPED: ended by Ctrl-C. Run again: what is done is kept."
     if isinstance(error, Refused):
         return 3, str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return 2, "DISK_FULL: no space left on the disk of OUT. Free some and run again: what is done is kept."
-    if isinstance(error, ValueError | FileNotFoundError | FileExistsError | NotADirectoryError | PermissionError):
+    wrong = ValueError | FileNotFoundError | FileExistsError | NotADirectoryError | PermissionError
+    if isinstance(error, wrong) or (isinstance(error, OSError) and error.errno in _PATH_ERRORS):
         return 2, f"WRONG_CALL: {' '.join(str(error).split())}"
     return 1, f"FAULT: {type(error).__name__}. This is our mistake; run again with --debug and report it."
 

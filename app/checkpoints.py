@@ -237,19 +237,20 @@ def start_from(network: SparseVQVAE, path: str | Path, *, codebook: bool) -> Pat
 
 
 def check_same(stored: Preset, wanted: Preset, *, source: Path, skip: set[str]) -> None:
-    """Ends the run over the first difference between a checkpoint and this run."""
-    for field in dataclasses.fields(Preset):
-        name = field.name
-        if name in skip or name == "max_points":
-            continue
-        old, new = getattr(stored, name), getattr(wanted, name)
-        if old != new:
-            what = "data made with" if name in DATA_FIELDS else "a network with"
-            fail(
-                "OTHER_TOKENIZER",
-                f"{source} is for {what} {name} {_plain(old)}, this run has {name} {_plain(new)}",
-                f"pass {_flag(name, old)}, or train the earlier stage again",
-            )
+    """Ends the run where a checkpoint differs from it: the first difference is told, and every flag that is wanted."""
+    names = [field.name for field in dataclasses.fields(Preset) if field.name not in skip | {"max_points"}]
+    other = [name for name in names if getattr(stored, name) != getattr(wanted, name)]
+    if other:
+        name, flags = other[0], dict.fromkeys(_flag(name, getattr(stored, name)) for name in other)
+        to_copy = " ".join(flag for flag in flags if flag.startswith("--"))
+        to_give = ", ".join(filter(None, (to_copy, *(flag for flag in flags if not flag.startswith("--")))))
+        old, new = _plain(getattr(stored, name)), _plain(getattr(wanted, name))
+        what = "data made with" if name in DATA_FIELDS else "a network with"
+        fail(
+            "OTHER_TOKENIZER",
+            f"{source} is for {what} {name} {old}, this run has {name} {new}",
+            f"pass {to_give}, or train the earlier stage again",
+        )
 
 
 def _plain(value: object) -> str:

@@ -185,9 +185,8 @@ def tokenize(
         fail("NO_SOURCE", f"{source} does not exist", "give a scan, a prepared case or a prepared dataset")
     made = _loaded(tokenizer)
     cases, single = list(_cases_in(source, made.sizes.windows, series)), out.suffix == ".npz"
-    good = sum(callable(case.open) for case in cases)
-    if single and good > 1:
-        fail("MANY_SCANS", f"{source} holds {good} scans, {out} is one file", "give a folder as OUT")
+    if single and len(cases) > 1:
+        cases = _one_good(cases, source, out)
     _check_folder(out.parent if single else out)
     entries = []
     for name, source_hash, open_it in progress(cases, "tokenize"):
@@ -214,6 +213,21 @@ def tokenize(
             }
         )
     return _summary(entries, made)
+
+
+def _one_good(cases: list[Found], source: Path, out: Path) -> list[Found]:
+    """Cases for one file: what does not open with its refusal, which only the values may tell, and one that does."""
+    tried: list[Found] = []
+    for case in cases:
+        try:
+            if callable(case.open):
+                case.open()
+        except ValueError as error:
+            case = case._replace(open=error)
+        tried.append(case)
+        if sum(callable(one.open) for one in tried) > 1:
+            fail("MANY_SCANS", f"{source} holds more than one scan, {out} is one file", "give a folder as OUT")
+    return tried
 
 
 def _check_folder(path: Path) -> None:

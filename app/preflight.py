@@ -270,6 +270,8 @@ def one_line_errors() -> None:
         while chain[-1].__cause__ is not None:
             chain.append(chain[-1].__cause__)
         cause = chain[-1]
+        if isinstance(error, KeyboardInterrupt):
+            _leave("STOPPED: ended by Ctrl-C. Run again, training with --resume latest.\n", 130)
         refused = next((part for part in reversed(chain) if _refusal(part) is not None), None)
         if refused is not None:
             log.debug("".join(traceback.format_exception(kind, error, trace)))

@@ -4,8 +4,7 @@ Raw scans go through the gate of `app.prepare` and onto its default grid, so tha
 it was prepared before or not. Knows no network.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,10 +48,7 @@ def open_scan(scan: Any, windows: Sequence[str]) -> Scan:
     if isinstance(scan, str | Path):
         path = Path(scan)
         if not is_case(path):
-            found = [found.open for found in raw_scans(path) if callable(found.open)]
-            if len(found) > 1:
-                raise ValueError(f"{path} holds {len(found)} scans: tokenize the folder, or name one with --series")
-            return found[0]()
+            return _open_raw(path)
         scan = prepared.open_case(path)
     if isinstance(scan, prepared.PreparedCase):
         return _open_case(scan, windows)
@@ -87,28 +83,40 @@ class Found(NamedTuple):
     open: Callable[[], Scan] | ValueError
 
 
-def raw_scans(path: Path, *, series: str | None = None) -> list[Found]:
-    """Every scan of a file, zip or folder.
+def raw_scans(path: Path, *, series: str | None = None) -> Iterator[Found]:
+    """Every scan of a file, zip or folder; each is read when it is opened, so that one at a time is in memory.
 
     Names come from the content: those of files and folders may tell who was scanned.
     """
     from app.prepare import Refused
     from app.prepare.files import hash_of
     from app.prepare.gate import Rules
-    from app.prepare.volume import read_all
+    from app.prepare.survey import survey
+    from app.prepare.volume import read_all, read_item
+
+    rules = Rules(series=series)
+    items = survey(path, rules)
+    if all(item.plan is None for item in items):
+        read_all(path, rules)  # raises: it says why nothing here is a scan
+    for item in items:
+        if item.plan is None and item.finding.kind == "skipped":
+            continue
+        digest = hash_of(item.refs)
+        if item.plan is None:
+            yield Found(digest[:16], digest, Refused(item.finding.code, item.finding.message))
+        else:
+            yield Found(digest[:16], digest, lambda item=item: scan_of(read_item(item, rules)))
+
+
+def _open_raw(path: Path) -> Scan:
+    from app.prepare import read_scan
 
     if not path.exists():
         raise ValueError(f"{path} does not exist")
-    found: list[Found] = []
-    for item, raw in read_all(path, Rules(series=series)):
-        if isinstance(raw, Refused):
-            if not raw.skipped:
-                digest = hash_of(item.refs)
-                found.append(Found(digest[:16], digest, raw))
-            continue
-
-        found.append(Found(raw.source_hash[:16], raw.source_hash, partial(scan_of, raw)))
-    return found
+    volumes = read_scan(path)
+    if len(volumes) > 1:
+        raise ValueError(f"{path} holds {len(volumes)} scans: tokenize the folder, or name one with --series")
+    return scan_of(volumes[0])
 
 
 def scan_of(raw: Any) -> Scan:

@@ -7,10 +7,12 @@ scan, knows no tokens and no model. `check_rows` says what is wrong before any t
 import csv
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
+from app import prepared
 from app.language.layouts import read_layout
 from app.language.rows import (
     ALIASES,
@@ -23,7 +25,8 @@ from app.language.rows import (
     parse_choices,
     with_letter,
 )
-from app.prepared import split_of
+
+H = TypeVar("H", bound=Hashable)
 
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -54,14 +57,38 @@ def read_rows(source: str | Path, *, image_root: str | Path | None = None) -> li
         if not rows:
             raise ValueError(f"{source} holds no rows: no conversation in it has a question with an answer")
     find = ImageFinder(base, Path(image_root) if image_root else None)
+    rows = without_guesses([replace(row, path=row.path or find(row.image)) for row in rows])
     return [complete(row, find) for row in rows]
 
 
+def without_guesses(rows: list[TextRow]) -> list[TextRow]:
+    """Images in different folders that are taken for one file, for its name alone: none of them is that file."""
+    named = claims((row.image, row.path) for row in rows if row.path is not None)
+    return [replace(row, path=None) if row.image not in named.get(row.path, {row.image}) else row for row in rows]
+
+
+def claims(pairs: Iterable[tuple[str, H]], *, place: Callable[[H], str] = str) -> dict[H, set[str]]:
+    """Which images each file may be: those whose folders agree with its own, else the only one that has its name."""
+    images: dict[H, set[str]] = defaultdict(set)
+    for image, home in pairs:
+        images[home].add(image)
+    sure = {home: {image for image in of if same_end(image, place(home))} for home, of in images.items()}
+    return {home: sure[home] or (of if len(of) == 1 else set()) for home, of in images.items()}
+
+
+def same_end(image: str, place: str) -> bool:
+    """Whether two paths are one as far as both go; a bare name has no folders that could differ."""
+    ours, theirs = Path(image).parts, Path(place).parts
+    shared = min(len(ours), len(theirs))
+    return len(ours) == 1 or ours[-shared:] == theirs[-shared:]
+
+
 def complete(row: TextRow, find: "ImageFinder") -> TextRow:
-    """With the image's path, and patient and split where the source leaves them open."""
-    patient = row.patient or stem(row.image)
-    split = SPLITS.get(row.split.strip().lower(), row.split) or split_of(patient)
-    return replace(row, path=row.path or find(row.image), patient=patient, split=split)
+    """With patient and split where the row leaves them open: of a prepared case its dataset's."""
+    case = find.case_row(row.path)
+    patient = row.patient or case.get("patient") or stem(row.image)
+    split = SPLITS.get(row.split.strip().lower(), row.split) or case.get("split") or prepared.split_of(patient)
+    return replace(row, patient=patient, split=split)
 
 
 def read_records(file: Path) -> Iterator[dict]:
@@ -156,6 +183,7 @@ class ImageFinder:
     def __init__(self, base: Path, image_root: Path | None):
         self.roots = [root for root in (image_root, base) if root is not None]
         self._names: dict[str, list[Path]] | None = None
+        self._cases: dict[Path, Mapping[str, Mapping[str, str]]] = {}  # rows of each metadata.csv that was needed
 
     def __call__(self, image: str) -> Path | None:
         for candidate in [Path(image), *(root / image for root in self.roots)]:
@@ -163,6 +191,15 @@ class ImageFinder:
                 return candidate
         places = self.names().get(stem(image), [])
         return places[0] if len(places) == 1 else None
+
+    def case_row(self, path: Path | None) -> Mapping[str, str]:
+        """What the dataset of a prepared case says of it; nothing for any other image."""
+        if path is None or path.parent.name != "processed":
+            return {}
+        table = path.parent.parent / "metadata.csv"
+        if table not in self._cases:
+            self._cases[table] = prepared.read_rows(table)
+        return self._cases[table].get(path.name, {})
 
     def names(self) -> dict[str, list[Path]]:
         """Scans, token files and prepared cases below the first root, by name; listed once, when first needed."""

@@ -137,7 +137,8 @@ def _prepare(root: str, out: Path, settings: Settings, request: Request, start: 
     _write_tables(out, outcomes, settings, request)
     if request.text is not None:
         cases = {(o.dataset, o.case): o.source for o in outcomes if o.status == "ok"}
-        join_text(text, out, cases)
+        lost = {(o.dataset, o.case): o.source for o in outcomes if o.status in ("refused", "failed")}
+        join_text(text, out, cases, lost)
     return Report(tuple(outcomes), time.perf_counter() - start)
 
 

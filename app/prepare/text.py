@@ -12,29 +12,36 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from app import prepared_writer
-from app.language.manifests import stem
+from app.language.manifests import claims, same_end, stem
 from app.language.rows import REPORT_QUESTION, TextRow
 
 
-def join_text(rows: Sequence[TextRow], out: Path, cases: Mapping[tuple[str, str], str]) -> None:
+def join_text(
+    rows: Sequence[TextRow], out: Path, cases: Mapping[tuple[str, str], str], lost: Mapping[tuple[str, str], str]
+) -> None:
     """Writes OUT/{dataset}/text.jsonl for rows whose scan became a case; says how many did not.
 
-    `cases`: (dataset, case) to its source.
+    `cases`, and `lost`, scans that became none: (dataset, case) to its source.
     """
+    sources = {**lost, **cases}
     by_name: dict[str, set[tuple[str, str]]] = defaultdict(set)
-    for home, source in cases.items():
+    for home, source in sources.items():
         for name in {source, os.path.basename(source), stem(source), home[1]}:
             by_name[name].add(home)
+    homes = {row.image: _homes(row.image, by_name, sources) for row in rows}
+    single = [(image, next(iter(of))) for image, of in homes.items() if len(of) == 1]
+    images = claims(single, place=sources.__getitem__)
     lines: dict[str, list[str]] = defaultdict(list)
     missing = several = 0
     for row in rows:
-        names = (row.image, os.path.basename(row.image), stem(row.image))
-        homes = next((by_name[name] for name in names if name in by_name), set())
-        if len(homes) == 1:
-            ((dataset, case),) = homes
-            lines[dataset].append(json.dumps({"case_id": case, **_kept(row)}, ensure_ascii=False, sort_keys=True))
+        home = next(iter(homes[row.image]), None)
+        if len(homes[row.image]) > 1 or (home is not None and row.image not in images[home]):
+            several += 1
+        elif home not in cases:
+            missing += 1
         else:
-            missing, several = missing + (not homes), several + bool(homes)
+            text = {"case_id": home[1], **_kept(row)}
+            lines[home[0]].append(json.dumps(text, ensure_ascii=False, sort_keys=True))
     for dataset in {dataset for dataset, _ in cases}:
         file = out / dataset / "text.jsonl"
         if lines[dataset]:
@@ -43,6 +50,15 @@ def join_text(rows: Sequence[TextRow], out: Path, cases: Mapping[tuple[str, str]
             file.unlink(missing_ok=True)
     joined = sum(map(len, lines.values()))
     sys.stderr.write(f"text: {joined} rows joined, {missing} without a case, {several} that fit several cases\n")
+
+
+def _homes(
+    image: str, by_name: Mapping[str, set[tuple[str, str]]], sources: Mapping[tuple[str, str], str]
+) -> set[tuple[str, str]]:
+    """What has the image's name; of several those whose folders agree, where some do."""
+    names = (image, os.path.basename(image), stem(image))
+    homes = next((by_name[name] for name in names if name in by_name), set())
+    return {home for home in homes if same_end(image, sources[home])} or homes
 
 
 def _kept(row: TextRow) -> dict[str, object]:

@@ -4,12 +4,13 @@ A worker that dies takes no other job with it: what was under way is tried again
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,7 +68,7 @@ def _in_processes(
     results: list[R] = []
     left = list(jobs)
     while left:
-        with _pool(workers) as pool:
+        with _stopped_at_once(_pool(workers)) as pool:
             # alone, the job that kills its worker is known: it is the first one not done
             batch = left if workers > 1 else left[:1]
             done = _collect(pool, work, batch, step, results)
@@ -84,7 +85,8 @@ def _collect(pool: Executor, work: Callable, batch: Sequence, step: Callable, re
     futures: dict[Future, int] = {}
     done = set()
     try:
-        futures = {pool.submit(work, job): number for number, job in enumerate(batch)}
+        with _interrupts_held():
+            futures = {pool.submit(work, job): number for number, job in enumerate(batch)}
         for future in as_completed(futures):
             results.append(step(future.result()))
             done.add(futures[future])
@@ -102,6 +104,34 @@ def _pool(workers: int) -> ProcessPoolExecutor:
     if kind == "forkserver":
         context.set_forkserver_preload(["app.prepare.cohort"])
     return ProcessPoolExecutor(workers, context, initializer=_one_thread)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits; processes started meanwhile never get it, as it is this one's to answer."""
+    if not hasattr(signal, "pthread_sigmask"):  # none on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _stopped_at_once(pool: ProcessPoolExecutor) -> Iterator[ProcessPoolExecutor]:
+    """A pool that is left by Ctrl-C neither begins nor ends what was given to it."""
+    others = active_children()
+    with pool:
+        try:
+            yield pool
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in active_children():
+                if worker not in others:
+                    worker.terminate()
+            raise
 
 
 def _one_thread() -> None:

@@ -351,6 +351,23 @@ def test_text_and_split_are_joined_to_cases(tmp_path):
     assert not file.exists(), "a text that joins nothing leaves none of another"
 
 
+def test_a_report_is_never_joined_to_another_patient_s_scan_of_the_same_name(tmp_path):
+    raw, affine = tmp_path / "raw", AFFINE
+    scans.write_nifti(raw / "good" / "ct.nii.gz", affine, scans.sample(affine, (36, 32, 28)))
+    scans.write_nifti(raw / "bad" / "ct.nii.gz", affine, scans.sample(affine, (36, 32, 28)).clip(0, 200))
+    for images, joined in (
+        (["good/ct.nii.gz", "bad/ct.nii.gz"], 1),  # refused: no other scan takes its report
+        (["bad/ct.nii.gz"], 0),
+        (["bad/ct.nii.gz", "ct.nii.gz"], 0),
+        (["/old/good/ct.nii.gz", "gone/ct.nii.gz"], 1),
+    ):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        (tmp_path / "text.csv").write_text("image,report\n" + "".join(f"{image},{image}\n" for image in images))
+        report(raw, tmp_path / "out", text=str(tmp_path / "text.csv"))
+        texts = [json.loads(line) for file in (tmp_path / "out").glob("*/text.jsonl") for line in file.open()]
+        assert len(texts) == joined and all("good/" in text["report"] for text in texts)
+
+
 def test_one_patient_is_on_one_side(tmp_path):
     for number in range(6):
         patient = f"P{number % 2}"
@@ -399,6 +416,13 @@ def test_check_tells_what_is_wrong(tmp_path):
     assert "1 inputs" in refused.message and "NOT_HU 1" in refused.message
     few = check(tmp_path / "out", min_points=10**6)
     assert "UNDER_MIN_POINTS" in {p.code for p in few.problems}
+
+
+@pytest.mark.parametrize(("split", "code"), [("train", "NO_VALIDATION"), ("val", "NO_TRAINING")])
+def test_check_tells_that_a_dataset_of_one_case_cannot_be_trained_on(tmp_path, split, code):
+    scans.write_series(tmp_path / "raw" / "one", scans.series())
+    report(tmp_path / "raw", tmp_path / "out", split={"one": split})
+    assert [problem.code for problem in check(tmp_path / "out").problems] == [code]
 
 
 def test_check_reads_scans_with_text_beside_them(tmp_path):
@@ -542,6 +566,24 @@ def test_killed_runs_end_with_the_same_bytes(tmp_path):
 @pytest.mark.slow
 def test_fifty_killed_runs_end_with_the_same_bytes(tmp_path):
     assert kill_and_resume(tmp_path, kills=50) >= 25
+
+
+def test_ctrl_c_ends_a_run_at_once_in_one_line(tmp_path):
+    raw, out = raw_cohort(tmp_path / "raw", 12), tmp_path / "out"
+    command = [sys.executable, "-m", "app", "prepare", str(raw), str(out), "--size", "256", "--workers", "2"]
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a job in the background has none
+    )
+    while not list(out.glob("*/processed/*")) and process.poll() is None:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == 130 and said[-1].startswith("STOPPED") and "Traceback" not in "".join(said)
+    assert len(list(out.glob("*/processed/[!.]*"))) < 12
 
 
 def _die_on_three(job: int) -> int:

@@ -1,6 +1,8 @@
 """Scans to tokens and back, by path and by command; what cannot be used is refused in one line."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,10 +12,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from app import checkpoints, data, loaders, prepared, prepared_writer
+from app import checkpoints, data, inference, loaders, prepared, prepared_writer, scans
 from app.__main__ import app
 from app.inference import CTTokenizer, lines, onto_grid, reconstruct, tokenize
-from app.prepare import Refused, cohort
+from app.prepare import Refused, cohort, volume
 from app.scans import Volume
 from app.token_files import read_tokens, write_tokens
 from app.training import to_sparse
@@ -249,6 +251,17 @@ def test_what_is_refused_beside_a_good_raw_scan_is_listed(output_dir, tmp_path, 
     assert np.array_equal(tokens.codes, read_tokens(tmp_path / "one.npz").codes)
 
 
+def test_raw_scans_are_read_one_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(cohort, "Settings", lambda: SimpleNamespace(size=64, spacing=6.0))
+    for name in "abc":
+        nibabel.save(nibabel.Nifti1Image(hu_volume() + ord(name) % 3, AFFINE), tmp_path / f"{name}.nii.gz")
+    read, whole = [], volume.read_item
+    monkeypatch.setattr(volume, "read_item", lambda *given: read.append(given) or whole(*given))
+    found = list(scans.raw_scans(tmp_path))
+    assert len(found) == 3 and not read
+    assert [one.open().source_hash for one in found] == [one.source_hash for one in found] and len(read) == 3
+
+
 def test_a_series_that_is_not_there(output_dir, dataset, tmp_path, capsys):
     nibabel.save(nibabel.Nifti1Image(hu_volume(), AFFINE), tmp_path / "ct.nii.gz")
     with pytest.raises(Refused, match="none of them of the series that --series asks for"):
@@ -305,7 +318,7 @@ def test_what_is_there_is_neither_mixed_up_nor_overwritten(output_dir, dataset, 
 def test_several_scans_into_one_file(output_dir, dataset, tmp_path, capsys):
     with pytest.raises(SystemExit):
         tokenize(dataset, tmp_path / "all.npz", tokenizer=output_dir)
-    assert "holds 2 scans" in one_line(capsys, "MANY_SCANS")
+    assert "holds more than one scan" in one_line(capsys, "MANY_SCANS")
     tokenize(dataset, tmp_path / "tokens", tokenizer=output_dir)
     with pytest.raises(SystemExit):
         reconstruct(tmp_path / "tokens", tmp_path / "all.nii.gz", tokenizer=output_dir)
@@ -461,3 +474,13 @@ def test_command_line_round_trip(output_dir, dataset, tmp_path):
     status, out = call("reconstruct", tokens, tmp_path / "b.nii.gz")
     assert status == 3 and "a.npz is damaged or no token file" in out.splitlines()[0]
     assert call("tokenize", tmp_path / "nowhere", tokens)[0] == 2
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EISDIR, errno.ENAMETOOLONG, errno.EACCES])
+def test_a_path_that_cannot_be_used_is_a_wrong_call(monkeypatch, number):
+    def stop(*args, **kwargs):
+        raise OSError(number, os.strerror(number), "/mnt/out")
+
+    monkeypatch.setattr(inference, "tokenize", stop)
+    done = CliRunner().invoke(app, ["tokenize", "scan.nii.gz", "/mnt/out"])
+    assert done.exit_code == 2 and "/mnt/out" in done.stderr and "mistake" not in done.stderr

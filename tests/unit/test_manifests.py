@@ -192,11 +192,35 @@ def test_scans_with_text_beside_and_prepared_datasets(tmp_path):
         assert (row.path, row.answer, row.patient, row.split) == (case, "Clear.", "p1", "train")
 
 
+def test_patient_and_split_of_a_prepared_case_are_its_dataset_s(tmp_path):
+    out, lines = tmp_path / "out/set", []
+    cases = {f"c{number}": ("val" if number % 2 else "train") for number in range(8)}
+    for name in cases:
+        (out / "processed" / name).mkdir(parents=True)
+        lines.append(json.dumps({"case_id": name, "report": "Clear."}))
+    (out / "text.jsonl").write_text("\n".join(lines))
+    write_csv(out / "metadata.csv", ["case_id", "patient", "split"], *[[c, f"p-{c}", s] for c, s in cases.items()])
+    own = write_csv(tmp_path / "own.csv", ["image", "report"], *[[f"out/set/processed/{c}", "x"] for c in cases])
+    for source in (tmp_path / "out", out, out / "text.jsonl", own):
+        rows = read_rows(source)
+        assert {Path(row.image).name: row.split for row in rows} == cases
+        assert {row.patient for row in rows} == {f"p-{name}" for name in cases}
+
+
 def test_a_name_of_two_files_is_not_guessed(tmp_path):
     for folder in "ab":
         touch(tmp_path / folder / "scan.nii.gz")
     manifest = write_csv(tmp_path / "m.csv", ["image", "report"], ["scan", "x"], ["a/scan.nii.gz", "y"])
     assert [row.path is None for row in read_rows(manifest)] == [True, False]
+
+
+def test_several_images_are_not_one_file_for_its_name(tmp_path):
+    scan = touch(tmp_path / "p1/scan.nii.gz")
+    images = [[f"p{number}/scan.nii.gz", f"report {number}"] for number in range(3)]
+    rows = read_rows(write_csv(tmp_path / "m.csv", ["image", "report"], *images))
+    assert [row.path for row in rows] == [None, scan, None]
+    (row,) = read_rows(write_csv(tmp_path / "m.csv", ["image", "report"], ["elsewhere/scan.nii.gz", "x"]))
+    assert row.path == scan
 
 
 def test_check_counts_what_is_wrong(tmp_path):

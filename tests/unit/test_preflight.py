@@ -428,6 +428,15 @@ def test_no_bundle_run_no_check(monkeypatch):
         preflight.check()
 
 
+def test_ctrl_c_is_one_line_and_a_shell_s_status(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(preflight.os, "_exit", sys.exit)
+    preflight.one_line_errors()
+    with pytest.raises(SystemExit) as end:
+        sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert end.value.code == 130 and capsys.readouterr().err.startswith("STOPPED: ended by Ctrl-C. Run again")
+
+
 def test_fail_is_one_line_and_a_status(capsys):
     for status in (2, 3):
         with pytest.raises(SystemExit) as end:
