@@ -157,7 +157,9 @@ def grid_of(path: Path) -> tuple[tuple[int, int, int], Float[np.ndarray, "4 4"]]
         shape = header.shape + (1,) * (3 - len(header.shape))
         if len(shape) > 3 and max(shape[3:]) > 1:
             raise ValueError(f"{path.name} has shape {shape}, a scan has three axes")
-        return _sizes(shape[:3]), np.asarray(header.affine, np.float64)
+        from app.prepare.formats import nifti_units
+
+        return _sizes(shape[:3]), nifti_units(header.header) @ np.asarray(header.affine, np.float64)
     from app.prepare import read_scan
 
     volumes = read_scan(path)

@@ -234,8 +234,7 @@ def _nifti_affine(header: nib.Nifti1Header) -> tuple[np.ndarray, list[Finding]]:
         if not sform:
             raise Refused("NO_SPACING", "the qform is no rotation") from error
         by_q = None
-    scale = {1: 1000.0, 3: 0.001}.get(int(header["xyzt_units"]) & 7, 1.0)  # metres and microns to mm
-    affine = np.diag([scale, scale, scale, 1.0]) @ np.asarray(by_q if by_s is None else by_s, np.float64)
+    affine = nifti_units(header) @ np.asarray(by_q if by_s is None else by_s, np.float64)
     if by_s is None:
         return affine, [found("ORIENTATION_FROM_QFORM")]
     if by_q is not None:
@@ -246,6 +245,12 @@ def _nifti_affine(header: nib.Nifti1Header) -> tuple[np.ndarray, list[Finding]]:
         if not apart <= 0.5 * smallest:
             return affine, [found("SFORM_QFORM_DIFFER", f"by up to {apart:.2f} mm")]
     return affine, []
+
+
+def nifti_units(header: nib.Nifti1Header) -> Float[np.ndarray, "4 4"]:
+    """From the unit that a header tells, metres or microns, to mm."""
+    scale = {1: 1000.0, 3: 0.001}.get(int(header["xyzt_units"]) & 7, 1.0)
+    return np.diag([scale, scale, scale, 1.0])
 
 
 def _beside(ref: Ref, name: str) -> Ref:

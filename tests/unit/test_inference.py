@@ -197,6 +197,10 @@ def test_like_puts_it_on_that_scans_own_grid(output_dir, dataset, tmp_path):
     reconstruct(tmp_path / "a.npz", tmp_path / "a.nii.gz", tokenizer=output_dir, like=tmp_path / "scan.nii.gz")
     image = nibabel.load(tmp_path / "a.nii.gz")
     assert image.shape == SHAPE and np.allclose(image.affine, flipped)
+    metres = nibabel.Nifti1Image(hu_volume()[::-1, ::-1], np.diag([0.001, 0.001, 0.001, 1]) @ flipped)
+    metres.header.set_xyzt_units("meter")
+    nibabel.save(metres, tmp_path / "metres.nii.gz")
+    assert np.allclose(scans.grid_of(tmp_path / "metres.nii.gz")[1], flipped)
     found, true = np.asarray(image.dataobj) > -900, hu_volume()[::-1, ::-1] > -900
     assert 2 * (found & true).sum() / (found.sum() + true.sum()) > 0.85  # the body lies on the body
 
