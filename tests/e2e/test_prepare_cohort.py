@@ -542,7 +542,7 @@ def kill_and_resume(tmp_path, *, kills: int) -> int:
         start = time.time()
         while not list(out.glob("*/processed/.*")) and process.poll() is None and time.time() - start < 60:
             time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.4))
+        time.sleep(rng.uniform(0, 0.1))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         seen = prepared.find_cases(out) if list(out.glob("*/processed/[!.]*")) else []
