@@ -4,6 +4,7 @@ Layout: ckpts/ (see checkpoints.py), tb_logs/, samples/, {name}_model_summary.tx
 metrics.jsonl.
 """
 
+import errno
 import json
 import logging
 import os
@@ -63,11 +64,13 @@ class RunFolder:
         idist.barrier()
 
     def _open(self, resume: str | int | None) -> None:
-        if self.start_step is None:
-            if resume is not None:
-                log.info("nothing to resume in %s: starting fresh", self.path)
-            self._move_aside()
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock()
+            if self.start_step is None:
+                if resume is not None:
+                    log.info("nothing to resume in %s: starting fresh", self.path)
+                self._move_aside()
             for name in ("ckpts", "samples", "tb_logs"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -80,6 +83,20 @@ class RunFolder:
             self._describe()
         purged = None if self.start_step is None else self.start_step + 1
         self.writer = SummaryWriter(str(self.path / "tb_logs"), purge_step=purged)
+
+    def _lock(self) -> None:
+        """One process at a time writes to a folder; the lock goes with the process, however it ends."""
+        try:
+            import fcntl
+        except ImportError:  # no such locks here
+            return
+        held = os.open(self.path.with_name(f".{self.path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # else the disk knows no locks
+                what = f"another run is writing to {self.path}"
+                preflight.fail("IN_USE", what, "wait for it, or pass another --output_dir")
 
     def _describe(self) -> None:
         (self.path / "command.txt").write_text(shlex.join(sys.argv) + "\n")

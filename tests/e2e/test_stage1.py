@@ -5,6 +5,8 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -328,6 +330,19 @@ def test_killed_in_the_warm_up_it_starts_afresh(start_process, place, cohort):
 
 
 # ---- refused
+
+
+def test_a_folder_that_another_process_writes_to_is_left_alone(earlier, place, cohort):
+    before = snapshot(earlier)
+    hold = "f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
+    call = [sys.executable, "-c", f"import fcntl, sys; {hold}", str(place / ".out.lock")]
+    with subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        end = run_in(place, dataset_dir=cohort, output_dir="out", **STEPS)
+        assert_refused(end, code="IN_USE", naming=["another run is writing to out"])
+        assert snapshot(earlier) == before and not (place / "out.1").exists()
+        other.communicate("\n")
+    assert run_in(place, dataset_dir=cohort, output_dir="out", **{**STEPS, "max_steps": 1}).status == 0
 
 
 def test_real_processes_end_with_one_line_and_status_2(start_process, place, cohort):
