@@ -65,7 +65,6 @@ class RunFolder:
 
     def _open(self, resume: str | int | None) -> None:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock()
             if self.start_step is None:
                 if resume is not None:
@@ -86,11 +85,12 @@ class RunFolder:
 
     def _lock(self) -> None:
         """One process at a time writes to a folder; the lock goes with the process, however it ends."""
+        self.path.mkdir(parents=True, exist_ok=True)
         try:
             import fcntl
         except ImportError:  # no such locks here
             return
-        held = os.open(self.path.with_name(f".{self.path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        held = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -110,6 +110,7 @@ class RunFolder:
         while (aside := self.path.with_name(f"{self.path.name}.{number}")).exists():
             number += 1
         os.replace(self.path, aside)
+        self._lock()  # the new folder of that name
         log.info("%s held an earlier run, now in %s (to go on with it: --resume latest)", self.path, aside)
 
     def _cut_after_start(self) -> None:

@@ -88,16 +88,16 @@ def raw_scans(path: Path, *, series: str | None = None) -> Iterator[Found]:
 
     Names come from the content: those of files and folders may tell who was scanned.
     """
-    from app.prepare import Refused
+    from app.prepare import Refused, read_scan
     from app.prepare.files import hash_of
     from app.prepare.gate import Rules
     from app.prepare.survey import survey
-    from app.prepare.volume import read_all, read_item
+    from app.prepare.volume import read_item
 
     rules = Rules(series=series)
     items = survey(path, rules)
     if all(item.plan is None for item in items):
-        read_all(path, rules)  # raises: it says why nothing here is a scan
+        read_scan(path, series=series)  # raises: it says why nothing here is a scan
     for item in items:
         if item.plan is None and item.finding.kind == "skipped":
             continue

@@ -14,6 +14,7 @@ from app.language.rows import REPORT_QUESTION, TextRow, clean, join_report, labe
 
 CT_RATE_NAME = re.compile(r"(?P<patient>(?P<split>train|valid)_\d+)_(?P<scan>[a-z]+)_(?P<recon>\d+)")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+M3D_CAP = ("image", "text", "split")  # where `text` is a file: only then it is this layout
 IMAGE_TAG = re.compile(r"<(?:image|video|volume|im_patch)>\s*")
 
 
@@ -21,8 +22,8 @@ def read_layout(records: Sequence[Mapping], base: Path) -> list[TextRow] | None:
     """Rows of a published layout; None where the header is of none."""
     header = set(records[0])
     known = [(columns, reader) for columns, reader in LAYOUTS if set(columns) <= header]
-    if {"image", "text", "split"} <= header and str(records[0]["text"]).endswith(".txt"):
-        known.append((("image", "text", "split"), read_m3d_cap))
+    if set(M3D_CAP) <= header and str(records[0]["text"]).endswith(".txt"):
+        known.append((M3D_CAP, read_m3d_cap))
     if not known:
         return None
     columns, reader = known[0]

@@ -40,27 +40,22 @@ def read_scan(
 ) -> list[Volume]:
     """Every good scan at a path (file, zip or folder), each a volume; raises Refused where there is none.
 
-    What was refused beside a good scan is not raised: `read_all` tells it.
+    What was refused beside a good scan is not raised: `survey` and `read_item` tell it.
     """
-    found_here = read_all(path, Rules(allow_gaps, assume_hu, series))
-    return [result for _, result in found_here if isinstance(result, Volume)]
-
-
-def read_all(path: str | Path, rules: Rules) -> list[tuple[Item, Volume | Refused]]:
-    """Every item at a path with its volume, or why it has none; raises Refused where there is no good scan."""
-    results: list[tuple[Item, Volume | Refused]] = []
+    rules = Rules(allow_gaps, assume_hu, series)
+    volumes: list[Volume] = []
+    refusals: list[Refused] = []
     for item in survey(path, rules):
         try:
             if item.plan is None:
                 code, kind, message = item.finding
                 raise Refused(code, message, skipped=kind == "skipped")
-            results.append((item, read_item(item, rules)))
+            volumes.append(read_item(item, rules))
         except Refused as refused:
-            results.append((item, refused))
-    if not any(isinstance(result, Volume) for _, result in results):
-        wanted = "a CT volume" if rules.series is None else "of the series that --series asks for"
-        raise _worst([refused for _, refused in results], wanted)
-    return results
+            refusals.append(refused)
+    if not volumes:
+        raise _worst(refusals, "a CT volume" if series is None else "of the series that --series asks for")
+    return volumes
 
 
 def _worst(refusals: list[Refused], wanted: str) -> Refused:

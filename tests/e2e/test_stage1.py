@@ -83,7 +83,7 @@ def test_every_output_file_is_there(straight):
     sets = {f"ckpts/{name}_step{step:07d}.pt" for name in NAMES for step in (0, 10, 20)}
     expected = {"ckpts/best.json", "samples/step0000020.png", "vqvae_model_summary.txt", "config.json"}
     assert len(events) == 1
-    assert found - events == sets | expected | {"command.txt", "log.txt", "metrics.jsonl"}
+    assert found - events == sets | expected | {"command.txt", "log.txt", "metrics.jsonl", ".lock"}
     assert (out / "samples/step0000020.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -335,7 +335,7 @@ def test_killed_in_the_warm_up_it_starts_afresh(start_process, place, cohort):
 def test_a_folder_that_another_process_writes_to_is_left_alone(earlier, place, cohort):
     before = snapshot(earlier)
     hold = "f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
-    call = [sys.executable, "-c", f"import fcntl, sys; {hold}", str(place / ".out.lock")]
+    call = [sys.executable, "-c", f"import fcntl, sys; {hold}", str(earlier / ".lock")]
     with subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         end = run_in(place, dataset_dir=cohort, output_dir="out", **STEPS)
@@ -343,6 +343,7 @@ def test_a_folder_that_another_process_writes_to_is_left_alone(earlier, place, c
         assert snapshot(earlier) == before and not (place / "out.1").exists()
         other.communicate("\n")
     assert run_in(place, dataset_dir=cohort, output_dir="out", **{**STEPS, "max_steps": 1}).status == 0
+    assert (place / "out.1/.lock").exists() and (place / "out/.lock").exists(), "the new folder is held too"
 
 
 def test_real_processes_end_with_one_line_and_status_2(start_process, place, cohort):
