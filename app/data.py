@@ -42,11 +42,12 @@ def sampling(
     *,
     windows: Sequence[str] = DEFAULT_WINDOWS,
     augment: bool = False,
+    max_shift: int = 4,
     max_points: int | None = None,
     crop: int | None = None,
 ) -> list[Transform]:
     """From kept voxels to features; moved before cropped, so that crops start at multiples of eight."""
-    chain: list[Transform] = [RandTranslated()] if augment else []
+    chain: list[Transform] = [RandTranslated(max_shift=max_shift)] if augment else []
     if max_points is not None or crop is not None:
         chain.append(RandCropToBudgetd(max_points=max_points, max_side=crop))
     if augment:

@@ -24,6 +24,7 @@ DEMO = {
     "learning_rate": {"vae": 3e-3, "vq_stage1": 3e-3, "vq_stage2": 5e-4},
     "lr_scheduler": "one_cycle",
     "loss_type": "l1_l2",
+    "shift": 1 / 12,  # of the grid's side, how far a sample is moved at most
     "intervals": {"i_print": 25, "i_log": 25, "i_sample": 150, "i_save": 150, "val_interval": 150},
 }
 FULL = {
@@ -33,6 +34,7 @@ FULL = {
     "learning_rate": {"vae": 1e-4, "vq_stage1": 1e-4, "vq_stage2": 1e-4},
     "lr_scheduler": "cosine",
     "loss_type": None,
+    "shift": 1 / 4,
     "intervals": {"i_print": 100, "i_log": 100, "i_sample": 5000, "i_save": 5000, "val_interval": 5000},
 }
 
@@ -53,6 +55,7 @@ class Plan:
     loss_type: str
     amp: str
     num_workers: int
+    max_shift: int
     windows: list[str]
     sparse_backend: str
     i_print: int
@@ -102,6 +105,7 @@ def make_plan(
         loss_type=loss_type,
         amp="bf16" if torch.cuda.is_available() else "off",
         num_workers=0 if chosen == "demo" else min(8, max((os.cpu_count() or 2) - 1, 1)),
+        max_shift=round(table["shift"] * PRESETS[preset].resolution),
         sparse_backend=choose_backend(sparse_backend),
         windows=list(windows or ([window_type] if window_type else PRESETS[preset].windows)),
         **table["intervals"],

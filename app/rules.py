@@ -6,7 +6,7 @@ from typing import Any
 
 from app.language.phantom_text import PLACES
 from networks.losses import LOSS_TYPES
-from networks.presets import PRESETS
+from networks.presets import NORMS, PRESETS
 from networks.tokens import REDUCTIONS
 from transforms.array import KEEPS, WINDOWS
 
@@ -136,6 +136,7 @@ RULES = {
     "keep": _choice(*KEEPS),
     "min_points": _count(1),
     "max_points": _count(1, optional=True),
+    "max_shift": _count(0),
     "num_workers": _count(0),
     "resolution": Rule(int, "a multiple of 8", minimum=8, holds=lambda side: side % 8 == 0),
     "spacing": _number(0.01),
@@ -143,6 +144,7 @@ RULES = {
     "latent_channels": _count(1),
     "num_embeddings": _count(2),
     "num_blocks": _count(0),
+    "norm": _choice(*NORMS),
     "pretrained_vae_path": Rule(str, "auto, null or a path", optional=True),
     "init_from": Rule(str, "a path"),
     "device": Rule(str, "cpu, or a CUDA device of this machine such as cuda:0", holds=_is_device),

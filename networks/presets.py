@@ -13,6 +13,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 CODEBOOKS = ("ema", "gradient", "fsq", "none")
+NORMS = ("voxel", "sample")
 WINDOW_NAMES = ("lung", "bone", "soft_tissue", "brain")
 
 
@@ -36,6 +37,7 @@ class Preset:
     normalize_codes: bool = False
     quantizer_levels: int = 1  # codes a latent
     pool: str = "mean"  # legacy for published weights
+    norm: str = "sample"  # over what the encoder normalises: each voxel, or all of a sample, as in older checkpoints
 
     def __post_init__(self):
         if self.resolution % 8:
@@ -46,6 +48,8 @@ class Preset:
             )
         if self.codebook not in CODEBOOKS:
             raise ValueError(f"codebook must be one of {', '.join(CODEBOOKS)}, got {self.codebook!r}")
+        if self.norm not in NORMS:
+            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
         if self.quantizer_levels < 1:
             raise ValueError(f"quantizer_levels must be at least 1, got {self.quantizer_levels}")
         if self.codebook == "fsq" and (self.rotation_trick or self.normalize_codes or self.quantizer_levels > 1):
@@ -103,6 +107,7 @@ PRESETS = {
         num_heads=8,
         window=8,
         max_points=8_000_000,
+        norm="voxel",
     ),
     "large": Preset(
         resolution=512,
@@ -115,6 +120,7 @@ PRESETS = {
         num_heads=8,
         window=8,
         max_points=16_000_000,
+        norm="voxel",
     ),
     "direct3d_s2": Preset(
         resolution=512,

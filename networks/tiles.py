@@ -1,22 +1,22 @@
 """A whole volume through a tokenizer in bounded memory: the finest levels in parts, the coarse ones at once.
 
-Exact but for the rounding of sums. The encoder's finest level has no convolution, only a group norm over the sample,
-so its rows go through in parts once for the statistics and once to be halved. The decoder has no norm and, after the
-transformer, nothing but convolutions: tiles with a halo, cut thinner level by level, give what the whole gives. The
+Exact but for the rounding of sums. The encoder's finest level has no convolution, only a norm: its rows go through in
+parts, where the norm is over the sample once more before that for its statistics. The decoder has no norm and, after
+the transformer, nothing but convolutions: tiles with a halo, cut thinner level by level, give what the whole gives. The
 transformer sees all latents, an eighth of the resolution, at once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from networks.sparse import SparseTensor
-from networks.sparse.modules import GroupNorm
+from networks.sparse.modules import Norm
 from networks.sparse.topology import Coarsening, Level, find_rows, morton_keys
 from networks.vqvae import SparseVQVAE, Support, Tokens, children_of
 
@@ -48,12 +48,11 @@ def encode_whole(network: SparseVQVAE, x: SparseTensor, *, max_points: int | Non
 def _first_half(network: SparseVQVAE, x: SparseTensor, max_points: int) -> SparseTensor:
     """Input layer and first halving, part by part."""
     widen, block = network.encoder.input_layer1, network.encoder.downsample[0]
-    scale, shift = _norm_as_affine(network, x, max_points)
+    activate = _first_norm(network, x, max_points)
     keys, inner, outer = [], [], []
     for rows, level in _parts(x.level, max_points):
         part = widen(SparseTensor.on(level, x.feats[rows]))
-        active = part.replace(F.silu(part.feats * scale + shift))
-        pooled, cells = block.down(active)
+        pooled, cells = block.down(activate(part))
         keys.append(cells.coarse.keys)
         inner.append(pooled.feats)
         outer.append(block.down(part)[0].feats)
@@ -62,12 +61,17 @@ def _first_half(network: SparseVQVAE, x: SparseTensor, max_points: int) -> Spars
     return block.mix(SparseTensor.on(coarse, torch.cat(inner)), SparseTensor.on(coarse, torch.cat(outer)))
 
 
-def _norm_as_affine(
+def _first_norm(
     network: SparseVQVAE, x: SparseTensor, max_points: int, *, eps: float = 1e-5
-) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
-    """The first group norm as a scale and a shift per channel, its statistics summed over all rows in float64."""
+) -> Callable[[SparseTensor], SparseTensor]:
+    """The first norm and its activation for some of the rows.
+
+    Over a sample it becomes a scale and a shift per channel, its statistics summed over all rows in float64.
+    """
     widen, block = network.encoder.input_layer1, network.encoder.downsample[0]
-    norm: GroupNorm = block.act_layers[0]
+    norm: Norm = block.act_layers[0]
+    if norm.over == "voxel":
+        return norm
     total, squares = 0.0, 0.0
     for rows, level in _parts(x.level, max_points):
         part = rearrange(
@@ -79,7 +83,7 @@ def _norm_as_affine(
     spread = (squares / (len(x) * channels) - mean.square() + eps).rsqrt()
     scale = norm.weight.double() * spread.repeat_interleave(channels)
     shift = norm.bias.double() - mean.repeat_interleave(channels) * scale
-    return scale.float(), shift.float()
+    return lambda part: part.replace(F.silu(part.feats * scale.float() + shift.float()))
 
 
 def _parts(level: Level, max_points: int) -> Iterator[tuple[slice, Level]]:

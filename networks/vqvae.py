@@ -20,8 +20,8 @@ from networks.quantizer import VectorQuantizer
 from networks.residual import ResidualQuantizer, build_quantizer
 from networks.sparse.modules import (
     Downsample,
-    GroupNorm,
     Linear,
+    Norm,
     RowLinear,
     SiLU,
     SubmanifoldConv3d,
@@ -81,13 +81,13 @@ def children_of(support: UInt8[Tensor, " M"]) -> Bool[Tensor, "M 8"]:
 class DownBlock(nn.Module):
     """Norm, halve, then two convolutions beside a linear skip."""
 
-    def __init__(self, in_channels: int, out_channels: int, *, pool: str, backend: str):
+    def __init__(self, in_channels: int, out_channels: int, *, norm: str, pool: str, backend: str):
         super().__init__()
-        self.act_layers = nn.Sequential(GroupNorm(in_channels, silu=True))
+        self.act_layers = nn.Sequential(Norm(in_channels, over=norm))
         self.down = Downsample(pool=pool)
         self.out_layers = nn.Sequential(
             SubmanifoldConv3d(in_channels, out_channels, backend=backend),
-            GroupNorm(out_channels, silu=True),
+            Norm(out_channels, over=norm),
             nn.Identity(),  # the activation's place: published names count layers
             SubmanifoldConv3d(out_channels, out_channels, backend=backend),
         )
@@ -159,7 +159,7 @@ class Encoder(_Torso):
         widths = (*sizes.widths, sizes.model_channels)
         self.input_layer1 = Linear(sizes.in_channels, widths[0])
         self.downsample = nn.ModuleList(
-            DownBlock(widths[i], widths[i + 1], pool=sizes.pool, backend=backend) for i in range(3)
+            DownBlock(widths[i], widths[i + 1], norm=sizes.norm, pool=sizes.pool, backend=backend) for i in range(3)
         )
         self.input_layer = Linear(widths[3], widths[3])
         self.out_layer = Linear(widths[3], 2 * sizes.latent_channels)

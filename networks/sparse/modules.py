@@ -63,20 +63,24 @@ class SubmanifoldConv3d(nn.Module):
         return f"{self.in_channels}, {self.out_channels}, bias={self.bias is not None}, backend={self.backend}"
 
 
-class GroupNorm(nn.Module):
-    """Group normalisation per sample, with SiLU after it where asked for: one pass over memory instead of two.
+class Norm(nn.Module):
+    """Normalisation with SiLU after it: one pass over memory instead of two.
 
-    The number of groups is the largest up to 32 that divides the channels.
+    `over` says of what: "voxel", each voxel's own channels, so that a place's features do not depend on the rest of
+    the scan; or "sample", groups of channels over all voxels of a sample, as published weights have it. The number of
+    groups is the largest up to 32 that divides the channels.
     """
 
-    def __init__(self, channels: int, *, max_groups: int = 32, silu: bool = False):
+    def __init__(self, channels: int, *, over: str, max_groups: int = 32):
         super().__init__()
-        self.num_groups, self.silu = math.gcd(channels, max_groups), silu
+        self.over, self.num_groups = over, math.gcd(channels, max_groups)
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: SparseTensor) -> SparseTensor:
-        return ops.group_norm(x, self.num_groups, self.weight, self.bias, silu=self.silu)
+        if self.over == "voxel":
+            return ops.voxel_norm(x, self.weight, self.bias, silu=True)
+        return ops.group_norm(x, self.num_groups, self.weight, self.bias, silu=True)
 
 
 class Downsample(nn.Module):

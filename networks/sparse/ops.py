@@ -318,6 +318,33 @@ def group_norm(
         return x.replace((F.silu(out) if silu else out).to(x.feats.dtype))
 
 
+class _FusedVoxelNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, feats, weight, bias, eps, silu):
+        kernels, feats = _fused("voxel_norm", feats), feats.contiguous()
+        ctx.save_for_backward(feats, weight, bias)
+        ctx.kernels, ctx.settings = kernels, {"eps": eps, "silu": silu}
+        return kernels.voxel_norm(feats, weight, bias, **ctx.settings)
+
+    @staticmethod
+    def backward(ctx, grad):
+        feats, weight, bias = ctx.saved_tensors
+        grads = ctx.kernels.voxel_norm_grads(feats, grad.contiguous(), weight, bias, **ctx.settings)
+        return grads[0], grads[1].to(weight.dtype), grads[2].to(bias.dtype), None, None
+
+
+def voxel_norm(
+    x: SparseTensor, weight: Float[Tensor, " C"], bias: Float[Tensor, " C"], *, eps: float = 1e-5, silu: bool = False
+) -> SparseTensor:
+    """Normalisation over each voxel's own channels, in float32, then SiLU where asked for."""
+    if _fused("voxel_norm", x.feats) and len(x):
+        return x.replace(_FusedVoxelNorm.apply(x.feats, weight, bias, eps, silu))
+    wide = torch.promote_types(x.feats.dtype, torch.float32)
+    with without_autocast(x.feats.device.type):
+        out = F.layer_norm(x.feats.to(wide), x.feats.shape[1:], weight.to(wide), bias.to(wide), eps)
+        return x.replace((F.silu(out) if silu else out).to(x.feats.dtype))
+
+
 class _Rearrange(torch.autograd.Function):
     """Takes rows by number, zeros where the number is one past the end; `back` undoes it, so backward needs no sums."""
 

@@ -100,7 +100,9 @@ def samples(given: argparse.Namespace, sizes: Preset) -> data.CTDataset:
         split="train",
         seed=given.seed,
         preprocessing=data.preprocessing(resolution=sizes.resolution, spacing=sizes.spacing, windows=sizes.windows),
-        sampling=data.sampling(windows=sizes.windows, augment=True, max_points=given.max_points),
+        sampling=data.sampling(
+            windows=sizes.windows, augment=True, max_shift=sizes.resolution // 4, max_points=given.max_points
+        ),
     )
 
 

@@ -39,7 +39,7 @@ def test_maps_equal_those_of_the_cpu(filling):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("operation", ["pool", "legacy pool", "unpool", "norm", "norm silu", "attention"])
+@pytest.mark.parametrize("operation", ["pool", "legacy pool", "unpool", "norm", "norm silu", "voxel norm", "attention"])
 def test_operations_and_gradients_equal_those_of_the_cpu(operation, dtype, assert_close):
     here, there = levels(1)
     channels = 96 if operation == "attention" else 32
@@ -56,6 +56,8 @@ def test_operations_and_gradients_equal_those_of_the_cpu(operation, dtype, asser
             out = ops.pool(SparseTensor.on(level, inputs[0]), legacy="legacy" in operation)[0].feats
         elif operation == "attention":
             out = ops.window_attention(inputs[0].view(-1, 3, 4, 8), level, window=4, shift=2).flatten(1)
+        elif operation == "voxel norm":
+            out = ops.voxel_norm(SparseTensor.on(level, inputs[0]), *inputs[1:], silu=True).feats
         else:
             silu = operation == "norm silu"
             out = ops.group_norm(SparseTensor.on(level, inputs[0]), 8, *inputs[1:], silu=silu).feats

@@ -204,6 +204,22 @@ def test_group_norm_is_per_sample(generator, assert_close):
     assert_close(ops.group_norm(x, 4, weight, bias).feats, oracle.group_norm(x.feats, x.coords, 4, weight, bias))
 
 
+@pytest.mark.parametrize("silu", [False, True])
+def test_voxel_norm_sees_one_row_at_a_time(silu, generator, assert_close):
+    feats = torch.randn(70, 8, generator=generator, dtype=torch.float64) * 3 + 1
+    weight, bias = torch.randn(2, 8, generator=generator, dtype=torch.float64)
+    x = SparseTensor(feats, random_coords((6, 6, 6), (50, 0, 20), generator), (6, 6, 6), 3)
+    rows = [(row - row.mean()) / (row.var(unbiased=False) + 1e-5).sqrt() * weight + bias for row in x.feats]
+    expected = torch.stack(rows)
+    expected = expected * expected.sigmoid() if silu else expected
+    assert_close(ops.voxel_norm(x, weight, bias, silu=silu).feats, expected)
+    half = x.replace(x.feats.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ops.voxel_norm(half, weight.float(), bias.float(), silu=silu).feats
+    assert out.dtype == torch.bfloat16
+    assert_close(out, expected, dtype=torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layer_norm_sums_in_float32(dtype, generator, assert_close):
     feats = (100 + torch.randn(30, 64, generator=generator)).to(dtype)

@@ -15,6 +15,7 @@ from networks.sparse import (  # noqa: E402
     triton_norm,
     triton_rows,
     triton_tiles,
+    triton_voxel_norm,
 )
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted")
@@ -194,6 +195,10 @@ def test_row_operations_and_maps_compile():
     compiled(triton_norm._moments, types=bounds, **rows)
     for kernel in (triton_norm._normalize, triton_norm._grad_moments, triton_norm._grad_input):
         compiled(kernel, types=bounds, SILU=True, **rows)
+    for kernel in (triton_voxel_norm._normalize, triton_voxel_norm._grads):
+        for width, card in ((32, 90), (128, 80), (512, 89)):
+            shape = {"CHANNELS": width, "WIDTH": width, "TILE": max(4096 // width, 1), "STEPS": 4}
+            compiled(kernel, types={"weight": "*fp32", "eps": "fp32"}, card=card, SILU=True, **shape)
     groups = {"CHANNELS": 32, "GROUP": 1, "BLOCK": 16, "WIDTH": 16, "TILE": 128}
     for kernel in (triton_norm._combine, triton_norm._combine_grads):
         compiled(kernel, "fp32", types=bounds | {"starts": "*i32", "eps": "fp32"}, **groups)

@@ -26,6 +26,7 @@ from networks.sparse import (  # noqa: E402
     triton_maps,
     triton_norm,
     triton_rows,
+    triton_voxel_norm,
 )
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -270,5 +271,24 @@ def test_interpreted_group_norm_and_its_gradients(
     out, stats = triton_norm.group_norm(x, chunks, groups, weight, bias, eps=1e-5, silu=silu)
     assert_close(out, expected)
     grads = triton_norm.group_norm_grads(x, grad, chunks, stats, groups, weight, bias, silu=silu)
+    for mine, reference in zip(grads, truth, strict=True):
+        assert_close(mine, reference.grad)
+
+
+@in_interpreter
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize(("channels", "programs"), [(6, 512), (6, 2), (32, 3), (40, 1)])
+def test_interpreted_voxel_norm_and_its_gradients(channels, programs, silu, generator, assert_close, monkeypatch):
+    monkeypatch.setattr(triton_voxel_norm, "ELEMENTS", 512)
+    monkeypatch.setattr(triton_voxel_norm, "PROGRAMS", programs)  # one step a program, or several, the last not full
+    x = 5 + 3 * torch.randn(107, channels, generator=generator)
+    weight, bias = torch.randn(2, channels, generator=generator)
+    grad = torch.randn(107, channels, generator=generator)
+    truth = [t.double().requires_grad_() for t in (x, weight, bias)]
+    expected = torch.nn.functional.layer_norm(truth[0], (channels,), *truth[1:])
+    expected = torch.nn.functional.silu(expected) if silu else expected
+    expected.backward(grad.double())
+    assert_close(triton_voxel_norm.voxel_norm(x, weight, bias, eps=1e-5, silu=silu), expected)
+    grads = triton_voxel_norm.voxel_norm_grads(x, grad, weight, bias, eps=1e-5, silu=silu)
     for mine, reference in zip(grads, truth, strict=True):
         assert_close(mine, reference.grad)

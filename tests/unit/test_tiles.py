@@ -36,9 +36,11 @@ def volume(generator):
     return SparseTensor(feats, F.pad(kept, (1, 0)), (SIDE,) * 3, 1)
 
 
-@pytest.mark.parametrize(("max_points", "pool"), [(5000, "mean"), (40000, "legacy")])
-def test_encoding_in_parts_gives_the_same_codes(max_points, pool, generator):
-    network, x = tiny(generator, pool=pool), volume(generator)
+@pytest.mark.parametrize(
+    ("max_points", "pool", "norm"), [(5000, "mean", "sample"), (40000, "legacy", "sample"), (5000, "mean", "voxel")]
+)
+def test_encoding_in_parts_gives_the_same_codes(max_points, pool, norm, generator):
+    network, x = tiny(generator, pool=pool, norm=norm), volume(generator)
     whole, parts = network.encode(x), encode_whole(network, x, max_points=max_points)
     assert len(x) > max_points
     assert torch.equal(parts.coords, whole.coords)

@@ -1,6 +1,7 @@
 """The sparse VQ-VAE: published structure, decoding on wanted voxels, batch laws, memory for time."""
 
 import gc
+import json
 import weakref
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from networks import make_vqvae
 from networks.losses import TokenizerLoss
-from networks.presets import PRESETS, Preset, preset
+from networks.presets import NORMS, PRESETS, Preset, preset
 from networks.sparse import SparseTensor, ops
 from networks.sparse.topology import Level, align_rows
 from networks.vqvae import Tokens
@@ -89,6 +90,18 @@ def test_presets_are_those_of_the_contract():
     assert PRESETS["tiny"].max_points is None and PRESETS["base"].spacing == 1.5
 
 
+def test_weights_older_than_the_choice_of_norms_keep_theirs():
+    assert {name: sizes.norm for name, sizes in PRESETS.items()} == {
+        "tiny": "sample",
+        "base": "voxel",
+        "large": "voxel",
+        "direct3d_s2": "sample",
+    }
+    stored = json.loads(bytes(preset("base").to_tensor().tolist()))
+    del stored["norm"]
+    assert Preset.from_tensor(torch.tensor(list(json.dumps(stored).encode()), dtype=torch.uint8)).norm == "sample"
+
+
 def test_sizes_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="resolution must be a multiple of 8"):
         preset("tiny").changed(resolution=20)
@@ -96,6 +109,8 @@ def test_sizes_that_cannot_be_are_refused():
         preset("tiny").changed(model_channels=18)
     with pytest.raises(ValueError, match="a preset has no resolutoin; it has "):
         preset("tiny").changed(resolutoin=16)
+    with pytest.raises(ValueError, match="norm must be one of voxel, sample, got 'batch'"):
+        preset("tiny").changed(norm="batch")
     with pytest.raises(ValueError, match="preset must be one of tiny, base"):
         preset("huge")
 
@@ -112,6 +127,20 @@ def test_no_output_layer_starts_at_zero():
     for name, parameter in net.named_parameters():
         if parameter.ndim > 1:
             assert parameter.abs().max() > 0, name
+
+
+@pytest.mark.parametrize(("norm", "same"), [("voxel", True), ("sample", False)])
+def test_what_lies_elsewhere_in_a_scan_changes_latents_only_through_norms_over_samples(norm, same, generator):
+    net = network(norm=norm, num_blocks=0).eval()
+    coords = torch.nn.functional.pad(torch.ones(4 * SIDE, 8, 8).nonzero(), (1, 0))
+    feats = torch.rand(len(coords), 4, generator=generator) * 2 - 1
+    far = coords[:, 1] >= 3 * SIDE
+    latents = []
+    for part in (feats, torch.where(far[:, None], 1.0, feats)):
+        latents.append(net.encoder(SparseTensor(part, coords, (4 * SIDE, 8, 8), 1))[0])
+    near = latents[0].coords[:, 1] < 2  # convolutions reach 4, 8 and 16 voxels, so four latents at most
+    assert torch.equal(latents[0].feats[near], latents[1].feats[near]) is same
+    assert not torch.equal(latents[0].feats, latents[1].feats)
 
 
 # ---- decoding
@@ -216,9 +245,9 @@ def test_order_of_rows_does_not_matter(generator):
     assert torch.equal(net(again).recon.feats, net(x).recon.feats)
 
 
-@pytest.mark.parametrize("quantize", [True, False])
-def test_a_batch_equals_its_samples_one_by_one(quantize, generator, assert_close):
-    net = network().eval()
+@pytest.mark.parametrize(("quantize", "norm"), [(True, "sample"), (True, "voxel"), (False, "sample")])
+def test_a_batch_equals_its_samples_one_by_one(quantize, norm, generator, assert_close):
+    net = network(norm=norm).eval()
     x = two_samples(generator)
     both = net(x, quantize=quantize)
     terms = []
@@ -260,8 +289,9 @@ def test_checkpointing_gives_the_same_gradients(quantize, generator):
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
 
 
-def test_every_part_learns_in_stage_0(generator):
-    net = network(codebook="none").train()
+@pytest.mark.parametrize("norm", NORMS)
+def test_every_part_learns_in_stage_0(norm, generator):
+    net = network(codebook="none", norm=norm).train()
     x = two_samples(generator)
     TokenizerLoss()(net(x, quantize=False), x)["loss"].backward()
     still = [name for name, p in net.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
