@@ -28,7 +28,7 @@ from app import card, data, loaders, prepared, scans
 from app import reconstruction_metrics as measure
 from app.inference import CTTokenizer, dense_hu
 from app.metrics import count_codes, perplexity
-from networks.presets import PRESETS, Preset
+from networks.presets import NORMS, PRESETS, Preset
 from networks.sparse import SparseTensor
 from tests.benchmarks import dense_peer
 from tests.benchmarks.timed_stages import TimedStages, environment_of_runs
@@ -51,6 +51,8 @@ def judge_ours(given: argparse.Namespace, place: Path) -> dict[str, Any]:
         "preset": given.preset,
         "batch_size_per_gpu": given.batch,
         "max_points": given.max_points,
+        "max_shift": given.max_shift,
+        "norm": given.norm or PRESETS[given.preset].norm,
         "num_workers": given.workers,
         "learning_rate": given.learning_rate,
         "loss_type": "l1",
@@ -101,7 +103,7 @@ def samples(given: argparse.Namespace, sizes: Preset) -> data.CTDataset:
         seed=given.seed,
         preprocessing=data.preprocessing(resolution=sizes.resolution, spacing=sizes.spacing, windows=sizes.windows),
         sampling=data.sampling(
-            windows=sizes.windows, augment=True, max_shift=sizes.resolution // 4, max_points=given.max_points
+            windows=sizes.windows, augment=True, max_shift=given.max_shift, max_points=given.max_points
         ),
     )
 
@@ -349,6 +351,8 @@ def main() -> None:
     parser.add_argument("--codes", type=int, default=4096)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--max-points", type=int, default=3_000_000)
+    parser.add_argument("--max-shift", type=int, help="voxels that samples of either are moved at most (a quarter)")
+    parser.add_argument("--norm", choices=NORMS, help="over what our encoder normalises (as the preset has it)")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--stage2-rate", type=float, default=0.5, help="of the learning rate, for stage 2")
     parser.add_argument(
@@ -358,6 +362,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=max(min(14, (os.cpu_count() or 2) - 2), 0))
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    given.max_shift = PRESETS[given.preset].resolution // 4 if given.max_shift is None else given.max_shift
     faulthandler.dump_traceback_later(60 * given.minutes + 1800, exit=True)  # whatever hangs, it ends
     judges = {"ours": judge_ours, "monai": judge_monai}
     for part in [given.part] if given.part else [*judges, "table"]:
