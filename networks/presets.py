@@ -71,8 +71,15 @@ class Preset:
         return dataclasses.replace(self, **given)
 
     def to_tensor(self) -> UInt8[Tensor, " bytes"]:
-        """JSON as bytes: a state dict holds tensors only and loads without running code."""
-        return torch.tensor(list(json.dumps(dataclasses.asdict(self)).encode()), dtype=torch.uint8)
+        """JSON as bytes: a state dict holds tensors only and loads without running code.
+
+        Token files and projectors know a tokenizer by a hash over these bytes too: what older weights do not say is
+        left out where it is as they have it.
+        """
+        values = dataclasses.asdict(self)
+        if values["norm"] == "sample":
+            del values["norm"]
+        return torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
 
     @classmethod
     def from_tensor(cls, stored: UInt8[Tensor, " bytes"]) -> "Preset":
