@@ -1,7 +1,7 @@
 """A whole volume through a tokenizer in bounded memory: the finest levels in parts, the coarse ones at once.
 
 Exact but for the rounding of sums. The encoder's finest level has no convolution, only a norm: its rows go through in
-parts, where the norm is over the sample once more before that for its statistics. The decoder has no norm and, after
+parts, and once before that where the norm is over the sample, for its statistics. The decoder has no norm and, after
 the transformer, nothing but convolutions: tiles with a halo, cut thinner level by level, give what the whole gives. The
 transformer sees all latents, an eighth of the resolution, at once.
 """
