@@ -238,7 +238,7 @@ def start_from(network: SparseVQVAE, path: str | Path, *, codebook: bool) -> Pat
 
 def check_same(stored: Preset, wanted: Preset, *, source: Path, skip: set[str]) -> None:
     """Ends the run where a checkpoint differs from it: the first difference is told, and every flag that is wanted."""
-    names = [field.name for field in dataclasses.fields(Preset) if field.name not in skip | {"max_points"}]
+    names = [field.name for field in dataclasses.fields(Preset) if field.name not in skip | {"max_points", "prepared"}]
     other = [name for name in names if getattr(stored, name) != getattr(wanted, name)]
     if other:
         name, flags = other[0], dict.fromkeys(_flag(name, getattr(stored, name)) for name in other)

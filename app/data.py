@@ -21,7 +21,7 @@ import torch
 from monai.transforms import Compose
 from torch.utils.data import Dataset, get_worker_info
 
-from app.prepared import PreparedCase, find_cases, windows_are_masks, windows_as_hu
+from app.prepared import PreparedCase, common_grid, find_cases, windows_are_masks, windows_as_hu
 from transforms import RandCropToBudgetd, RandJitterd, RandTranslated, Resampled, Sparsifyd, Windowsd
 from transforms.array import DEFAULT_WINDOWS, window_values
 
@@ -92,6 +92,11 @@ class CTDataset(Dataset):
             missing = [name for name in self.windows if name not in case.window_names()]
             if missing:
                 case.window(missing[0])  # raises, naming what there is
+
+    @property
+    def grid(self) -> tuple[int, float] | None:
+        """The grid that its cases were prepared on, for raw scans to come; None where they lie on several."""
+        return common_grid(self.cases)
 
     def __len__(self) -> int:
         return len(self.cases)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
-from app import card, checkpoints, prepared, scans
+from app import card, checkpoints, prepared
 from app import reconstruction_metrics as measure
 from app.inference import CTTokenizer, dense_hu
 from app.metrics import count_codes, perplexity
@@ -124,7 +124,7 @@ def _beside(file: Path) -> Path:
 def judge(made: CTTokenizer, case: prepared.PreparedCase) -> Judged:
     """All measurements of one case."""
     sizes = made.sizes
-    scan = scans.open_scan(case, sizes.windows)
+    scan = made.open(case)
     on_grid = Resampled("image", spacing=sizes.spacing, grid=sizes.resolution)(
         {"image": scan.volume.hu, "affine": scan.volume.affine}
     )

@@ -72,12 +72,16 @@ class CTTokenizer:
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
+    def open(self, scan: Any) -> Scan:
+        """What `app.scans` calls a scan; a raw one on the grid that the training data were prepared on."""
+        return scans.open_scan(scan, self.sizes.windows, grid=self.sizes.prepared)
+
     def encode(self, scan: Any, *, support: bool = False) -> CTTokens:
         """Tokens of a scan: a path (prepared case or raw), a PreparedCase, or anything with `hu` and `affine`.
 
         With `support` the tokens also carry which voxels there were, so that decoding need not predict them.
         """
-        scan = scan if isinstance(scan, Scan) else scans.open_scan(scan, self.sizes.windows)
+        scan = scan if isinstance(scan, Scan) else self.open(scan)
         x, affine = self.features(scan.volume)
         tokens = encode_whole(self.network, x, max_points=self.max_points)
         return CTTokens(
@@ -184,7 +188,7 @@ def tokenize(
     if not source.exists():
         fail("NO_SOURCE", f"{source} does not exist", "give a scan, a prepared case or a prepared dataset")
     made = _loaded(tokenizer)
-    cases, single = list(_cases_in(source, made.sizes.windows, series)), out.suffix == ".npz"
+    cases, single = list(_cases_in(source, made, series)), out.suffix == ".npz"
     if single and len(cases) > 1:
         cases = _one_good(cases, source, out)
     _check_folder(out.parent if single else out)
@@ -260,21 +264,21 @@ def _refused(name: str, error: ValueError) -> dict[str, Any]:
     return {"case": name, "status": "refused", "codes": [code_of(error)], "message": text_of(error)}
 
 
-def _cases_in(source: Path, windows: tuple[str, ...], series: str | None) -> Iterator[Found]:
+def _cases_in(source: Path, made: CTTokenizer, series: str | None) -> Iterator[Found]:
     """Every scan of a source."""
     is_prepared = scans.is_case(source) or (source.is_dir() and prepared.find_datasets(source))
     if is_prepared and series is not None:
         fail("BAD_VALUE", f"{source} is prepared, so --series names nothing", "leave it out")
     if scans.is_case(source):
-        yield Found(source.name, prepared.open_case(source).source_hash, lambda: scans.open_scan(source, windows))
+        yield Found(source.name, prepared.open_case(source).source_hash, lambda: made.open(source))
     elif is_prepared:
         cases = prepared.find_cases(source)
         several = len({case.dataset for case in cases}) > 1
         for case in cases:
             name = f"{case.dataset}/{case.case_id}" if several else case.case_id
-            yield Found(name, case.source_hash, lambda case=case: scans.open_scan(case, windows))
+            yield Found(name, case.source_hash, lambda case=case: made.open(case))
     else:
-        yield from scans.raw_scans(source, series=series)
+        yield from scans.raw_scans(source, series=series, grid=made.sizes.prepared)
 
 
 def reconstruct(

@@ -220,6 +220,14 @@ def _size_and_time(file: Path) -> tuple[int, int]:
 # ---- finding cases
 
 
+def common_grid(cases: Sequence[PreparedCase]) -> tuple[int, float] | None:
+    """Side and mm of the grid that all cases were prepared on; None where they differ or do not say."""
+    grids = {(*case.sidecar.get("shape", ()), *case.sidecar.get("spacing", ())) for case in cases}
+    if len(grids) != 1 or len(set(grid := grids.pop())) != 2 or len(grid) != 6:
+        return None
+    return int(grid[0]), float(grid[-1])
+
+
 def find_datasets(dataset_dir: str | Path) -> list[Path]:
     """The datasets under a folder that is one dataset, or holds several."""
     root = Path(dataset_dir)

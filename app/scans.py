@@ -1,7 +1,7 @@
 """Whatever a user calls a scan, as one HU volume on RAS axes: a prepared case, a raw scan, or an array in memory.
 
-Raw scans go through the gate of `app.prepare` and onto its default grid, so that a scan gives the same tokens whether
-it was prepared before or not. Knows no network.
+Raw scans go through the gate of `app.prepare` and onto the grid that a tokenizer's training data were prepared on, so
+that a scan gives the same tokens whether it was prepared before or not. Knows no network.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +14,8 @@ from jaxtyping import Float, Num
 
 from app import prepared
 from app.refusals import RefusedInput
+
+Grid = tuple[int, float]  # side and mm
 
 
 class Volume(NamedTuple):
@@ -40,20 +42,20 @@ def is_case(path: Path) -> bool:
     )
 
 
-def open_scan(scan: Any, windows: Sequence[str]) -> Scan:
+def open_scan(scan: Any, windows: Sequence[str], *, grid: Grid | None = None) -> Scan:
     """One scan: a path, a PreparedCase, or anything with `hu` and `affine`.
 
-    `windows` are those a case without HU must have: what they cannot tell is lost.
+    `windows` are those a case without HU must have: what they cannot tell is lost. `grid` is where a raw scan goes.
     """
     if isinstance(scan, str | Path):
         path = Path(scan)
         if not is_case(path):
-            return _open_raw(path)
+            return _open_raw(path, grid)
         scan = prepared.open_case(path)
     if isinstance(scan, prepared.PreparedCase):
         return _open_case(scan, windows)
     hu, affine = np.asarray(scan.hu), np.asarray(scan.affine, np.float64)
-    return Scan("scan", onto_ras(Volume(hu, affine)), _sizes(hu.shape), affine)
+    return Scan("scan", onto_ras(Volume(hu, affine), grid), _sizes(hu.shape), affine)
 
 
 def _open_case(case: prepared.PreparedCase, windows: Sequence[str]) -> Scan:
@@ -83,7 +85,7 @@ class Found(NamedTuple):
     open: Callable[[], Scan] | ValueError
 
 
-def raw_scans(path: Path, *, series: str | None = None) -> Iterator[Found]:
+def raw_scans(path: Path, *, series: str | None = None, grid: Grid | None = None) -> Iterator[Found]:
     """Every scan of a file, zip or folder; each is read when it is opened, so that one at a time is in memory.
 
     Names come from the content: those of files and folders may tell who was scanned.
@@ -105,10 +107,10 @@ def raw_scans(path: Path, *, series: str | None = None) -> Iterator[Found]:
         if item.plan is None:
             yield Found(digest[:16], digest, Refused(item.finding.code, item.finding.message))
         else:
-            yield Found(digest[:16], digest, lambda item=item: scan_of(read_item(item, rules)))
+            yield Found(digest[:16], digest, lambda item=item: scan_of(read_item(item, rules), grid))
 
 
-def _open_raw(path: Path) -> Scan:
+def _open_raw(path: Path, grid: Grid | None) -> Scan:
     from app.prepare import read_scan
 
     if not path.exists():
@@ -116,30 +118,30 @@ def _open_raw(path: Path) -> Scan:
     volumes = read_scan(path)
     if len(volumes) > 1:
         raise ValueError(f"{path} holds {len(volumes)} scans: tokenize the folder, or name one with --series")
-    return scan_of(volumes[0])
+    return scan_of(volumes[0], grid)
 
 
-def scan_of(raw: Any) -> Scan:
+def scan_of(raw: Any, grid: Grid | None) -> Scan:
     """A volume that `app.prepare` has read, named by its content."""
-    on_grid = onto_prepared_grid(Volume(raw.hu, raw.affine))
+    on_grid = onto_prepared_grid(Volume(raw.hu, raw.affine), grid)
     affine = np.asarray(raw.affine, np.float64)
     return Scan(raw.source_hash[:16], on_grid, _sizes(raw.hu.shape), affine, raw.source_hash)
 
 
-def onto_prepared_grid(volume: Volume) -> Volume:
-    """On the grid that `prepare` gives by default."""
+def onto_prepared_grid(volume: Volume, grid: Grid | None) -> Volume:
+    """On a grid as `prepare` would make it; None is its default."""
     from app.prepare import normalise
     from app.prepare.cohort import Settings
 
-    made = normalise(volume, Settings().size, Settings().spacing)
+    made = normalise(volume, *(grid or (Settings().size, Settings().spacing)))
     return Volume(made.hu, made.affine)
 
 
-def onto_ras(volume: Volume) -> Volume:
+def onto_ras(volume: Volume, grid: Grid | None = None) -> Volume:
     """Unchanged where the axes are R, A, S already; otherwise brought onto the grid of `prepare`."""
     axes = volume.affine[:3, :3]
     upright = np.allclose(axes, np.diag(np.diag(axes)), atol=1e-6 * np.abs(axes).max()) and (np.diag(axes) > 0).all()
-    return volume if upright else onto_prepared_grid(volume)
+    return volume if upright else onto_prepared_grid(volume, grid)
 
 
 def grid_of(path: Path) -> tuple[tuple[int, int, int], Float[np.ndarray, "4 4"]]:

@@ -37,6 +37,7 @@ class Preset:
     normalize_codes: bool = False
     quantizer_levels: int = 1  # codes a latent
     pool: str = "mean"  # legacy for published weights
+    prepared: tuple[int, float] | None = None  # side and mm of the grid its training data lay on, if they lay on one
     norm: str = "sample"  # over what the encoder normalises: each voxel, or all of a sample, as in older checkpoints
 
     def __post_init__(self):
@@ -76,9 +77,8 @@ class Preset:
         Token files and projectors know a tokenizer by a hash over these bytes too: what older weights do not say is
         left out where it is as they have it.
         """
-        values = dataclasses.asdict(self)
-        if values["norm"] == "sample":
-            del values["norm"]
+        older = {"norm": "sample", "prepared": None}
+        values = {name: v for name, v in dataclasses.asdict(self).items() if name not in older or v != older[name]}
         return torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
 
     @classmethod

@@ -5,6 +5,7 @@ Layers, widths and names follow the sparse autoencoder of Direct3D-S2, so that i
 target's own in training, those of a learned 8-way subdivision head per level when only tokens are given.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -304,7 +305,7 @@ class SparseVQVAE(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         stored = Preset.from_tensor(state)
-        if stored != self.sizes:
+        if dataclasses.replace(stored, prepared=self.sizes.prepared) != self.sizes:
             raise ValueError(f"the checkpoint was made for {stored}, this network is {self.sizes}")
 
 

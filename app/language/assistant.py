@@ -188,7 +188,7 @@ class CTAssistant:
             origin = {"codes": source.codes}
         elif path is None:
             origin = {"scan_sha256": hashlib.sha256(np.ascontiguousarray(source.hu).tobytes()).hexdigest()}
-        scan = scans.open_scan(source, self.tokenizer.ct.sizes.windows)
+        scan = self.tokenizer.ct.open(source)
         return self._of_scan(scan, origin, source="" if path is None else path.name)
 
     def _of_file(self, path: Path) -> Scan:
@@ -219,7 +219,9 @@ class CTAssistant:
                     if item.plan is None:
                         raise Refused(item.finding.code, item.finding.message)
                     raw = read_item(item, Rules())
-                    yield self._of_scan(scans.scan_of(raw), {"codes": raw.codes}, source=item.source)
+                    yield self._of_scan(
+                        scans.scan_of(raw, self.tokenizer.ct.sizes.prepared), {"codes": raw.codes}, source=item.source
+                    )
                 except ValueError as error:
                     yield ValueError(f"{item.source}: {error}")
 

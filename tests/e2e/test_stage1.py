@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from app import checkpoints
+from app.checkpoints import find_tokenizer, load_tokenizer
 from app.folder import RunFolder
+from app.prepared import find_cases
 from networks.presets import Preset
 from tests.runs import end_of, make_cohort, make_place, run_in
 
@@ -85,6 +87,12 @@ def test_every_output_file_is_there(straight):
     assert len(events) == 1
     assert found - events == sets | expected | {"command.txt", "log.txt", "metrics.jsonl", ".lock"}
     assert (out / "samples/step0000020.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_tokenizer_knows_the_grid_of_its_data(straight, cohort):
+    shapes = {tuple(case.sidecar["shape"]) + tuple(case.sidecar["spacing"]) for case in find_cases(cohort)}
+    assert shapes == {(24, 24, 24, 16.0, 16.0, 16.0)}
+    assert load_tokenizer(find_tokenizer(straight[0])).sizes.prepared == (24, 16.0)
 
 
 def test_metrics_tell_every_step_once(straight):

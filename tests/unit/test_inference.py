@@ -205,9 +205,12 @@ def test_like_puts_it_on_that_scans_own_grid(output_dir, dataset, tmp_path):
     assert 2 * (found & true).sum() / (found.sum() + true.sum()) > 0.85  # the body lies on the body
 
 
-def test_a_raw_scan_gives_the_tokens_of_its_prepared_case(output_dir, tmp_path, monkeypatch):
-    small = cohort.Settings(size=64, spacing=6.0)  # the default of 512 voxels is large for a test
-    monkeypatch.setattr(cohort, "Settings", lambda: small)
+@pytest.mark.parametrize("grid", [None, (64, 6.0)])
+def test_a_raw_scan_gives_the_tokens_of_its_prepared_case(grid, tmp_path, monkeypatch):
+    small = cohort.Settings(size=64, spacing=6.0)
+    if grid is None:  # a tokenizer that does not know: the default, which is large for a test
+        monkeypatch.setattr(cohort, "Settings", lambda: small)
+    output_dir = save(make_network(prepared=grid), tmp_path / "run")
     flipped = np.diag([-6.0, -6.0, 8.0, 1.0])
     nibabel.save(nibabel.Nifti1Image(hu_volume(), flipped), tmp_path / "scan.nii.gz")
     cohort.prepare(tmp_path / "scan.nii.gz", tmp_path / "prepared", small, cohort.Request(workers=1))

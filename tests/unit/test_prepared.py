@@ -86,6 +86,18 @@ def test_cases_are_found_in_one_dataset_and_in_several(tmp_path, hu, affine):
     assert [c.case_id for c in prepared.find_cases(tmp_path / "b")] == ["1", "2"]
 
 
+def test_the_grid_that_cases_share(tmp_path, hu, affine):
+    assert prepared.common_grid([]) is None
+    for name, part in (("a", hu), ("b", hu), ("small", hu[:8, :8, :8]), ("flat", hu[:, :, :5])):
+        prepared_writer.write_case(tmp_path / "set", name, part, affine=affine, windows=("lung",), sidecar={})
+    cases = {case.case_id: case for case in prepared.find_cases(tmp_path)}
+    assert prepared.common_grid([cases["a"], cases["b"]]) == (12, 2.0)
+    assert prepared.common_grid(list(cases.values())) is None
+    assert prepared.common_grid([cases["flat"]]) is None
+    (tmp_path / "set" / "processed" / "a" / "case.json").unlink()
+    assert prepared.common_grid([prepared.open_case(tmp_path / "set" / "processed" / "a")]) is None
+
+
 def test_datasets_that_lie_deeper_are_found(tmp_path, hu, affine):
     prepared_writer.write_case(tmp_path / "archive" / "2021" / "chest", "c1", hu, affine=affine, windows=[])
     prepared_writer.write_case(tmp_path / ".trash", "c2", hu, affine=affine, windows=[])

@@ -98,12 +98,20 @@ def test_weights_older_than_the_choice_of_norms_keep_theirs():
         "large": "voxel",
         "direct3d_s2": "sample",
     }
-    older = [field.name for field in dataclasses.fields(Preset) if field.name != "norm"]
+    older = [field.name for field in dataclasses.fields(Preset) if field.name not in ("norm", "prepared")]
     for name in ("tiny", "direct3d_s2"):
         stored = preset(name).to_tensor()
         assert list(json.loads(bytes(stored.tolist()))) == older, "the hash of a tokenizer is over these bytes too"
         assert Preset.from_tensor(stored).norm == "sample"
     assert Preset.from_tensor(preset("base").to_tensor()).norm == "voxel"
+
+
+def test_the_grid_of_the_training_data_is_kept_and_stands_in_nobodys_way():
+    known, unknown = network(prepared=(64, 6.0)), network()
+    assert Preset.from_tensor(known.state_dict()["_extra_state"]).prepared == (64, 6.0)
+    known.load_state_dict(unknown.state_dict())
+    unknown.load_state_dict(known.state_dict())
+    assert (known.sizes.prepared, unknown.sizes.prepared) == ((64, 6.0), None)
 
 
 def test_sizes_that_cannot_be_are_refused():
