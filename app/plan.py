@@ -25,6 +25,7 @@ DEMO = {
     "lr_scheduler": "one_cycle",
     "loss_type": "l1_l2",
     "shift": 1 / 12,  # of the grid's side, how far a sample is moved at most
+    "norm": "sample",  # phantoms are all alike: as good on those it has not seen, and sooner
     "intervals": {"i_print": 25, "i_log": 25, "i_sample": 150, "i_save": 150, "val_interval": 150},
 }
 FULL = {
@@ -35,6 +36,7 @@ FULL = {
     "lr_scheduler": "cosine",
     "loss_type": None,
     "shift": 1 / 4,
+    "norm": None,
     "intervals": {"i_print": 100, "i_log": 100, "i_sample": 5000, "i_save": 5000, "val_interval": 5000},
 }
 
@@ -56,6 +58,7 @@ class Plan:
     amp: str
     num_workers: int
     max_shift: int
+    norm: str
     windows: list[str]
     sparse_backend: str
     i_print: int
@@ -106,6 +109,7 @@ def make_plan(
         amp="bf16" if torch.cuda.is_available() else "off",
         num_workers=0 if chosen == "demo" else min(8, max((os.cpu_count() or 2) - 1, 1)),
         max_shift=round(table["shift"] * PRESETS[preset].resolution),
+        norm=table["norm"] or PRESETS[preset].norm,
         sparse_backend=choose_backend(sparse_backend),
         windows=list(windows or ([window_type] if window_type else PRESETS[preset].windows)),
         **table["intervals"],

@@ -102,6 +102,7 @@ PRESETS = {
         num_heads=4,
         window=4,
         max_points=None,
+        norm="voxel",
     ),
     "base": Preset(
         resolution=256,
