@@ -42,7 +42,7 @@ def sampling(
     *,
     windows: Sequence[str] = DEFAULT_WINDOWS,
     augment: bool = False,
-    max_shift: int = 4,
+    max_shift: int | float = 4,
     max_points: int | None = None,
     crop: int | None = None,
 ) -> list[Transform]:

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
 from app import checkpoints, pictures, preflight
+from app.rules import RULES
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,8 @@ class RunFolder:
         logging.getLogger().addHandler(file)
         if self.start_step is None:
             self._describe()
+        else:
+            self._say_what_changed()
         purged = None if self.start_step is None else self.start_step + 1
         self.writer = SummaryWriter(str(self.path / "tb_logs"), purge_step=purged)
 
@@ -101,6 +104,18 @@ class RunFolder:
     def _describe(self) -> None:
         (self.path / "command.txt").write_text(shlex.join(sys.argv) + "\n")
         (self.path / "config.json").write_text(json.dumps(preflight.resolved_config(self.settings), indent=2) + "\n")
+
+    def _say_what_changed(self) -> None:
+        """Flat keys that the run did not begin with: given otherwise now, or by software that knew no such choice."""
+        try:
+            before = json.loads((self.path / "config.json").read_text())
+        except (OSError, ValueError):
+            return
+        now = preflight.resolved_config(self.settings)
+        names = [name for name in RULES if name in now and now[name] != before.get(name) and name != "resume"]
+        told = [f"{name} {now[name]} (was {before.get(name, 'not to be chosen')})" for name in names if before]
+        if told:
+            log.warning("goes on with other settings than the run began with: %s", ", ".join(told))
 
     def _move_aside(self) -> None:
         """An earlier run in the same place is kept, under another name."""

@@ -199,9 +199,10 @@ def tokenize(
             if isinstance(open_it, ValueError):
                 raise open_it
             tokens = None if overwrite else _there_already(path, made, source_hash=source_hash, support=support)
-            message = "" if tokens is None else "there already"
+            message, codes = "" if tokens is None else "there already", ()
             if tokens is None:
-                tokens = made.encode(open_it(), support=support)
+                scan = open_it()
+                tokens, codes = made.encode(scan, support=support), scan.codes
                 write_tokens(path, tokens)
         except ValueError as error:
             entries.append(_refused(name, error))
@@ -210,7 +211,7 @@ def tokenize(
             {
                 "case": name,
                 "status": "ok",
-                "codes": ["OK"],
+                "codes": list(codes) or ["OK"],
                 "tokens": str(path),
                 "count": len(tokens.codes),
                 "message": message,

@@ -24,7 +24,7 @@ DEMO = {
     "learning_rate": {"vae": 3e-3, "vq_stage1": 3e-3, "vq_stage2": 5e-4},
     "lr_scheduler": "one_cycle",
     "loss_type": "l1_l2",
-    "shift": 1 / 12,  # of the grid's side, how far a sample is moved at most
+    "max_shift": 4,
     "norm": "sample",  # phantoms are all alike: as good on those it has not seen, and sooner
     "intervals": {"i_print": 25, "i_log": 25, "i_sample": 150, "i_save": 150, "val_interval": 150},
 }
@@ -35,7 +35,7 @@ FULL = {
     "learning_rate": {"vae": 1e-4, "vq_stage1": 1e-4, "vq_stage2": 1e-4},
     "lr_scheduler": "cosine",
     "loss_type": None,
-    "shift": 1 / 4,
+    "max_shift": 0.25,  # of the grid's side
     "norm": None,
     "intervals": {"i_print": 100, "i_log": 100, "i_sample": 5000, "i_save": 5000, "val_interval": 5000},
 }
@@ -57,7 +57,7 @@ class Plan:
     loss_type: str
     amp: str
     num_workers: int
-    max_shift: int
+    max_shift: int | float
     norm: str
     windows: list[str]
     sparse_backend: str
@@ -108,7 +108,7 @@ def make_plan(
         loss_type=loss_type,
         amp="bf16" if torch.cuda.is_available() else "off",
         num_workers=0 if chosen == "demo" else min(8, max((os.cpu_count() or 2) - 1, 1)),
-        max_shift=round(table["shift"] * PRESETS[preset].resolution),
+        max_shift=table["max_shift"],
         norm=table["norm"] or PRESETS[preset].norm,
         sparse_backend=choose_backend(sparse_backend),
         windows=list(windows or ([window_type] if window_type else PRESETS[preset].windows)),

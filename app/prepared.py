@@ -222,10 +222,16 @@ def _size_and_time(file: Path) -> tuple[int, int]:
 
 def common_grid(cases: Sequence[PreparedCase]) -> tuple[int, float] | None:
     """Side and mm of the grid that all cases were prepared on; None where they differ or do not say."""
-    grids = {(*case.sidecar.get("shape", ()), *case.sidecar.get("spacing", ())) for case in cases}
-    if len(grids) != 1 or len(set(grid := grids.pop())) != 2 or len(grid) != 6:
+    grids = {_cube_of(case) for case in cases}
+    return grids.pop() if len(grids) == 1 else None
+
+
+def _cube_of(case: PreparedCase) -> tuple[int, float] | None:
+    """Side and mm of a case's grid. The affine has the spacing that resampling took; "spacing" is rounded."""
+    if case.affine is None or len(set(sides := case.sidecar.get("shape", ()))) != 1:
         return None
-    return int(grid[0]), float(grid[-1])
+    steps = case.affine[:3, :3]
+    return (int(sides[0]), float(steps[0, 0])) if np.array_equal(steps, np.eye(3) * steps[0, 0]) else None
 
 
 def find_datasets(dataset_dir: str | Path) -> list[Path]:

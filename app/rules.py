@@ -136,7 +136,12 @@ RULES = {
     "keep": _choice(*KEEPS),
     "min_points": _count(1),
     "max_points": _count(1, optional=True),
-    "max_shift": _count(0),
+    "max_shift": Rule(
+        (int, float),
+        "a whole number of voxels, or a share of the grid's side below 1",
+        minimum=0,
+        holds=lambda v: v < 1 or (v == int(v) and v < 2**15),
+    ),
     "num_workers": _count(0),
     "resolution": Rule(int, "a multiple of 8", minimum=8, holds=lambda side: side % 8 == 0),
     "spacing": _number(0.01),

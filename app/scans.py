@@ -33,6 +33,7 @@ class Scan(NamedTuple):
     source_shape: tuple[int, int, int]
     source_affine: Float[np.ndarray, "4 4"]
     source_hash: str = ""  # of the scan's content; an array in memory has none
+    codes: tuple[str, ...] = ()  # what was found, fixed or cut on its way here
 
 
 def is_case(path: Path) -> bool:
@@ -43,7 +44,7 @@ def is_case(path: Path) -> bool:
 
 
 def open_scan(scan: Any, windows: Sequence[str], *, grid: Grid | None = None) -> Scan:
-    """One scan: a path, a PreparedCase, or anything with `hu` and `affine`.
+    """One scan: a path, a PreparedCase, what `app.prepare.read_scan` gives, or anything with `hu` and `affine`.
 
     `windows` are those a case without HU must have: what they cannot tell is lost. `grid` is where a raw scan goes.
     """
@@ -54,6 +55,8 @@ def open_scan(scan: Any, windows: Sequence[str], *, grid: Grid | None = None) ->
         scan = prepared.open_case(path)
     if isinstance(scan, prepared.PreparedCase):
         return _open_case(scan, windows)
+    if hasattr(scan, "findings"):
+        return scan_of(scan, grid)
     hu, affine = np.asarray(scan.hu), np.asarray(scan.affine, np.float64)
     return Scan("scan", onto_ras(Volume(hu, affine), grid), _sizes(hu.shape), affine)
 
@@ -74,6 +77,7 @@ def _open_case(case: prepared.PreparedCase, windows: Sequence[str]) -> Scan:
         _sizes(side.get("source_shape", volume.hu.shape)),
         np.array(side.get("source_affine", affine), np.float64),
         case.source_hash,
+        tuple(case.codes),
     )
 
 
@@ -123,25 +127,30 @@ def _open_raw(path: Path, grid: Grid | None) -> Scan:
 
 def scan_of(raw: Any, grid: Grid | None) -> Scan:
     """A volume that `app.prepare` has read, named by its content."""
-    on_grid = onto_prepared_grid(Volume(raw.hu, raw.affine), grid)
-    affine = np.asarray(raw.affine, np.float64)
-    return Scan(raw.source_hash[:16], on_grid, _sizes(raw.hu.shape), affine, raw.source_hash)
+    from app.prepare.codes import bare
+
+    made = _on_prepared_grid(raw, grid)
+    affine, codes = np.asarray(raw.affine, np.float64), bare((*raw.findings, *made.findings))
+    on_grid = Volume(made.hu, made.affine)
+    return Scan(raw.source_hash[:16], on_grid, _sizes(raw.hu.shape), affine, raw.source_hash, tuple(codes))
 
 
-def onto_prepared_grid(volume: Volume, grid: Grid | None) -> Volume:
-    """On a grid as `prepare` would make it; None is its default."""
+def _on_prepared_grid(volume: Any, grid: Grid | None) -> Any:
+    """On a grid as `prepare` would make it, with what it found; None is its default."""
     from app.prepare import normalise
     from app.prepare.cohort import Settings
 
-    made = normalise(volume, *(grid or (Settings().size, Settings().spacing)))
-    return Volume(made.hu, made.affine)
+    return normalise(volume, *(grid or (Settings().size, Settings().spacing)))
 
 
 def onto_ras(volume: Volume, grid: Grid | None = None) -> Volume:
     """Unchanged where the axes are R, A, S already; otherwise brought onto the grid of `prepare`."""
     axes = volume.affine[:3, :3]
     upright = np.allclose(axes, np.diag(np.diag(axes)), atol=1e-6 * np.abs(axes).max()) and (np.diag(axes) > 0).all()
-    return volume if upright else onto_prepared_grid(volume, grid)
+    if upright:
+        return volume
+    made = _on_prepared_grid(volume, grid)
+    return Volume(made.hu, made.affine)
 
 
 def grid_of(path: Path) -> tuple[tuple[int, int, int], Float[np.ndarray, "4 4"]]:

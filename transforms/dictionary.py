@@ -122,17 +122,21 @@ class RandCropToBudgetd(RandomizableTransform, MapTransform):
 
 
 class RandTranslated(RandomizableTransform, MapTransform):
-    """`array.translate` by up to `max_shift` voxels an axis. Left stays left: there is no flip in this project."""
+    """`array.translate` by up to `max_shift` voxels an axis, or that share of the grid's side where it is below 1.
 
-    def __init__(self, keys: str | Sequence[str] = "coords", *, max_shift: int = 4, prob: Number = 1.0) -> None:
+    Left stays left: there is no flip in this project.
+    """
+
+    def __init__(self, keys: str | Sequence[str] = "coords", *, max_shift: Number = 4, prob: Number = 1.0) -> None:
         MapTransform.__init__(self, keys)
         RandomizableTransform.__init__(self, prob)
-        self.max_shift = int(max_shift)
+        self.max_shift = max_shift
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)
         self.randomize(None)
-        shift = self.R.randint(-self.max_shift, self.max_shift + 1, 3)
+        reach = int(self.max_shift * max(item["spatial_shape"]) if 0 < self.max_shift < 1 else self.max_shift)
+        shift = self.R.randint(-reach, reach + 1, 3)
         if self._do_transform:
             for key in self.key_iterator(item):
                 if len(item[key]):

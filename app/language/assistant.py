@@ -181,12 +181,8 @@ class CTAssistant:
         path = Path(source) if isinstance(source, str | Path) else None
         if path is not None and path.suffix == ".npz":
             return self._of_file(path)
-        if path is not None and scans.is_case(path):
-            source = prepared.open_case(path)
         origin: dict[str, Any] = {}
-        if isinstance(source, prepared.PreparedCase):
-            origin = {"codes": source.codes}
-        elif path is None:
+        if path is None and not isinstance(source, prepared.PreparedCase):
             origin = {"scan_sha256": hashlib.sha256(np.ascontiguousarray(source.hu).tobytes()).hexdigest()}
         scan = self.tokenizer.ct.open(source)
         return self._of_scan(scan, origin, source="" if path is None else path.name)
@@ -200,7 +196,8 @@ class CTAssistant:
 
     def _of_scan(self, scan: scans.Scan, origin: dict[str, Any], *, source: str) -> Scan:
         tokens = as_tensors(self.tokenizer.ct.encode(scan))
-        origin = ({"scan_sha256": scan.source_hash} if scan.source_hash else {}) | origin
+        known = {"scan_sha256": scan.source_hash, "codes": list(scan.codes)}
+        origin = {**origin, **{name: value for name, value in known.items() if value}}
         return Scan(scan.name, tokens, {**origin, **geometry(scan.source_shape, scan.source_affine)}, source)
 
     def open_all(self, path: Path) -> Iterator[Scan | ValueError]:
@@ -219,9 +216,7 @@ class CTAssistant:
                     if item.plan is None:
                         raise Refused(item.finding.code, item.finding.message)
                     raw = read_item(item, Rules())
-                    yield self._of_scan(
-                        scans.scan_of(raw, self.tokenizer.ct.sizes.prepared), {"codes": raw.codes}, source=item.source
-                    )
+                    yield self._of_scan(self.tokenizer.ct.open(raw), {}, source=item.source)
                 except ValueError as error:
                     yield ValueError(f"{item.source}: {error}")
 

@@ -279,6 +279,7 @@ class _FusedGroupNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        _refuse_second_derivative()
         feats, weight, bias, *stats = ctx.saved_tensors
         norm = ctx.kernels.Statistics(*stats)
         grads = ctx.kernels.group_norm_grads(
@@ -328,6 +329,7 @@ class _FusedVoxelNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        _refuse_second_derivative()
         feats, weight, bias = ctx.saved_tensors
         grads = ctx.kernels.voxel_norm_grads(feats, grad.contiguous(), weight, bias, **ctx.settings)
         return grads[0], grads[1].to(weight.dtype), grads[2].to(bias.dtype), None, None

@@ -101,6 +101,14 @@ def test_rand_jitter(kept):
     assert 0 < noisy.std() < 10 and abs(noisy.mean()) < 1
 
 
+@pytest.mark.parametrize(("max_shift", "reach"), [(0, 0), (3, 3), (0.25, 12), (0.01, 0)])
+def test_samples_are_moved_by_voxels_or_a_share_of_the_grid(max_shift, reach):
+    item = {"coords": np.full((1, 3), 24, np.int16), "spatial_shape": (48, 48, 48)}
+    move = RandTranslated(max_shift=max_shift).set_random_state(seed=0)
+    places = np.stack([move(item)["coords"][0] for _ in range(400)]) - 24
+    assert (places.min(), places.max()) == (-reach, reach)
+
+
 @pytest.mark.parametrize("transform", [RandCropToBudgetd(max_points=1000), RandTranslated(), RandJitterd()])
 def test_the_same_seed_gives_the_same_sample(kept, transform):
     draws = [transform.set_random_state(seed=seed)(kept) for seed in (1, 1, 2)]

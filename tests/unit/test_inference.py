@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from app import checkpoints, data, inference, loaders, prepared, prepared_writer, scans
 from app.__main__ import app
 from app.inference import CTTokenizer, lines, onto_grid, reconstruct, tokenize
-from app.prepare import Refused, cohort, volume
+from app.prepare import Refused, cohort, read_scan, volume
 from app.scans import Volume
 from app.token_files import read_tokens, write_tokens
 from app.training import to_sparse
@@ -205,9 +205,11 @@ def test_like_puts_it_on_that_scans_own_grid(output_dir, dataset, tmp_path):
     assert 2 * (found & true).sum() / (found.sum() + true.sum()) > 0.85  # the body lies on the body
 
 
-@pytest.mark.parametrize("grid", [None, (64, 6.0)])
-def test_a_raw_scan_gives_the_tokens_of_its_prepared_case(grid, tmp_path, monkeypatch):
-    small = cohort.Settings(size=64, spacing=6.0)
+@pytest.mark.parametrize(
+    ("grid", "codes"), [(None, ["OK"]), ((64, 6.0), ["OK"]), ((32, 500 / 64), ["FOV_CROPPED"])], ids=str
+)
+def test_a_raw_scan_gives_the_tokens_of_its_prepared_case(grid, codes, tmp_path, monkeypatch):
+    small = cohort.Settings(*(grid or (64, 6.0)))
     if grid is None:  # a tokenizer that does not know: the default, which is large for a test
         monkeypatch.setattr(cohort, "Settings", lambda: small)
     output_dir = save(make_network(prepared=grid), tmp_path / "run")
@@ -221,6 +223,11 @@ def test_a_raw_scan_gives_the_tokens_of_its_prepared_case(grid, tmp_path, monkey
     assert np.array_equal(raw.codes, case.codes) and np.array_equal(raw.coords, case.coords)
     assert np.allclose(raw.affine, case.affine)
     assert raw.source_shape == case.source_shape == SHAPE and np.allclose(raw.source_affine, flipped)
+    (volume,) = read_scan(tmp_path / "scan.nii.gz")
+    assert np.array_equal(CTTokenizer.from_pretrained(output_dir).encode(volume).codes, case.codes)
+    assert made["cases"][0]["codes"] == codes
+    (again,) = tokenize(tmp_path / "prepared", tmp_path / "again", tokenizer=output_dir)["cases"]
+    assert again["codes"] == codes
     assert "scan" not in made["cases"][0]["case"]  # a file's name may tell who was scanned
 
 

@@ -27,7 +27,7 @@ def test_with_data_it_is_the_real_thing(stage, steps, loss):
     made = make_plan(stage, dataset_dir="cohort")
     assert (made.scale, made.preset, made.dataset_dir) == ("full", "base", "cohort")
     assert (made.max_steps, made.learning_rate, made.lr_scheduler, made.loss_type) == (steps, 1e-4, "cosine", loss)
-    assert (made.max_shift, made.norm) == (64, "voxel")
+    assert (made.max_shift, made.norm) == (0.25, "voxel")
     assert make_plan(stage, dataset_dir="cohort", preset="direct3d_s2").norm == "sample", "as published"
     assert made.batch_size_per_gpu == 2 and (made.i_print, made.i_save) == (100, 5000)
 

@@ -94,6 +94,12 @@ def test_the_grid_that_cases_share(tmp_path, hu, affine):
     assert prepared.common_grid([cases["a"], cases["b"]]) == (12, 2.0)
     assert prepared.common_grid(list(cases.values())) is None
     assert prepared.common_grid([cases["flat"]]) is None
+    fine = np.diag([500 / 512, 500 / 512, 500 / 512, 1])  # 0.9765625 mm, of which "spacing" keeps six decimals
+    case = prepared_writer.write_case(tmp_path / "set", "fine", hu, affine=fine, windows=("lung",), sidecar={})
+    assert prepared.common_grid([case]) == (12, 500 / 512)
+    uneven = np.diag([2.0, 2.0, 12.0, 1])
+    case = prepared_writer.write_case(tmp_path / "set", "uneven", hu, affine=uneven, windows=("lung",), sidecar={})
+    assert prepared.common_grid([case]) is None
     (tmp_path / "set" / "processed" / "a" / "case.json").unlink()
     assert prepared.common_grid([prepared.open_case(tmp_path / "set" / "processed" / "a")]) is None
 
