@@ -225,7 +225,7 @@ def test_a_continuous_autoencoder_starts_stage_1_but_not_stage_2(out, refused):
         ({"windows": ["lung", "bone"]}, "data made with windows lung,bone"),
         ({"keep": "band"}, "data made with keep band"),
         ({"codebook": "gradient"}, "codebook gradient"),
-        ({"norm": "voxel"}, "Pass --norm voxel, or"),
+        ({"norm": "sample"}, "Pass --norm sample, or"),
         ({"resolution": 24, "spacing": 4.0}, "--resolution 24 --spacing 4.0, or"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
