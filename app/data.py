@@ -41,16 +41,18 @@ def preprocessing(
 def sampling(
     *,
     windows: Sequence[str] = DEFAULT_WINDOWS,
-    augment: bool = False,
-    max_shift: int | float = 4,
+    max_shift: int | float | None = None,
     max_points: int | None = None,
     crop: int | None = None,
 ) -> list[Transform]:
-    """From kept voxels to features; moved before cropped, so that crops start at multiples of eight."""
-    chain: list[Transform] = [RandTranslated(max_shift=max_shift)] if augment else []
+    """From kept voxels to features; moved before cropped, so that crops start at multiples of eight.
+
+    With `max_shift` samples are moved and their HU jittered, for training.
+    """
+    chain: list[Transform] = [] if max_shift is None else [RandTranslated(max_shift=max_shift)]
     if max_points is not None or crop is not None:
         chain.append(RandCropToBudgetd(max_points=max_points, max_side=crop))
-    if augment:
+    if max_shift is not None:
         chain.append(RandJitterd())  # after the crop: noise for voxels that are cut off is time lost
     return [*chain, Windowsd("values", windows=windows)]
 

@@ -181,11 +181,10 @@ class CTAssistant:
         path = Path(source) if isinstance(source, str | Path) else None
         if path is not None and path.suffix == ".npz":
             return self._of_file(path)
-        origin: dict[str, Any] = {}
-        if path is None and not isinstance(source, prepared.PreparedCase):
-            origin = {"scan_sha256": hashlib.sha256(np.ascontiguousarray(source.hu).tobytes()).hexdigest()}
         scan = self.tokenizer.ct.open(source)
-        return self._of_scan(scan, origin, source="" if path is None else path.name)
+        if not scan.source_hash:
+            scan = scan._replace(source_hash=hashlib.sha256(np.ascontiguousarray(source.hu).tobytes()).hexdigest())
+        return self._of_scan(scan, source="" if path is None else path.name)
 
     def _of_file(self, path: Path) -> Scan:
         tokens = read_tokens(path)
@@ -194,10 +193,9 @@ class CTAssistant:
         origin |= {"tokens_sha256": hash_path(path), **geometry(tokens.source_shape, tokens.source_affine)}
         return Scan(path.stem, as_tensors(tokens), origin, path.name)
 
-    def _of_scan(self, scan: scans.Scan, origin: dict[str, Any], *, source: str) -> Scan:
+    def _of_scan(self, scan: scans.Scan, *, source: str) -> Scan:
         tokens = as_tensors(self.tokenizer.ct.encode(scan))
-        known = {"scan_sha256": scan.source_hash, "codes": list(scan.codes)}
-        origin = {**origin, **{name: value for name, value in known.items() if value}}
+        origin = {"scan_sha256": scan.source_hash, **({"codes": list(scan.codes)} if scan.codes else {})}
         return Scan(scan.name, tokens, {**origin, **geometry(scan.source_shape, scan.source_affine)}, source)
 
     def open_all(self, path: Path) -> Iterator[Scan | ValueError]:
@@ -216,7 +214,7 @@ class CTAssistant:
                     if item.plan is None:
                         raise Refused(item.finding.code, item.finding.message)
                     raw = read_item(item, Rules())
-                    yield self._of_scan(self.tokenizer.ct.open(raw), {}, source=item.source)
+                    yield self._of_scan(self.tokenizer.ct.open(raw), source=item.source)
                 except ValueError as error:
                     yield ValueError(f"{item.source}: {error}")
 

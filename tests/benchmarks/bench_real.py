@@ -28,6 +28,7 @@ from app import card, data, loaders, prepared, scans
 from app import reconstruction_metrics as measure
 from app.inference import CTTokenizer, dense_hu
 from app.metrics import count_codes, perplexity
+from app.plan import FULL
 from networks.presets import NORMS, PRESETS, Preset
 from networks.sparse import SparseTensor
 from tests.benchmarks import dense_peer
@@ -52,7 +53,7 @@ def judge_ours(given: argparse.Namespace, place: Path) -> dict[str, Any]:
         "batch_size_per_gpu": given.batch,
         "max_points": given.max_points,
         "max_shift": given.max_shift,
-        "norm": given.norm or PRESETS[given.preset].norm,
+        **({"norm": given.norm} if given.norm else {}),
         "num_workers": given.workers,
         "learning_rate": given.learning_rate,
         "loss_type": "l1",
@@ -102,9 +103,7 @@ def samples(given: argparse.Namespace, sizes: Preset) -> data.CTDataset:
         split="train",
         seed=given.seed,
         preprocessing=data.preprocessing(resolution=sizes.resolution, spacing=sizes.spacing, windows=sizes.windows),
-        sampling=data.sampling(
-            windows=sizes.windows, augment=True, max_shift=given.max_shift, max_points=given.max_points
-        ),
+        sampling=data.sampling(windows=sizes.windows, max_shift=given.max_shift, max_points=given.max_points),
     )
 
 
@@ -351,7 +350,7 @@ def main() -> None:
     parser.add_argument("--codes", type=int, default=4096)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--max-points", type=int, default=3_000_000)
-    parser.add_argument("--max-shift", type=int, help="voxels that samples of either are moved at most (a quarter)")
+    parser.add_argument("--max-shift", type=float, default=FULL["max_shift"], help="as max_shift of ours, for both")
     parser.add_argument("--norm", choices=NORMS, help="over what our encoder normalises (as the preset has it)")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--stage2-rate", type=float, default=0.5, help="of the learning rate, for stage 2")
@@ -362,7 +361,6 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=max(min(14, (os.cpu_count() or 2) - 2), 0))
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    given.max_shift = PRESETS[given.preset].resolution // 4 if given.max_shift is None else given.max_shift
     faulthandler.dump_traceback_later(60 * given.minutes + 1800, exit=True)  # whatever hangs, it ends
     judges = {"ours": judge_ours, "monai": judge_monai}
     for part in [given.part] if given.part else [*judges, "table"]:

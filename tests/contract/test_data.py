@@ -40,7 +40,7 @@ def dataset_dir(tmp_path, rng):
 
 
 def make(root, *, split: str = "train", seed: int = 0, min_points: int = 100, **options) -> CTDataset:
-    draw = sampling(augment=split == "train", **options)
+    draw = sampling(max_shift=4 if split == "train" else None, **options)
     return make_dataset(
         root, split=split, preprocessing=preprocessing(**SETTINGS), sampling=draw, seed=seed, min_points=min_points
     )
@@ -195,7 +195,7 @@ def test_validation_is_whole_in_order_and_always_the_same(dataset_dir):
 
 def test_training_crops_fit_their_budget_and_validation_does_not_crop(dataset_dir):
     fine = [Resampled(spacing=4.0, grid=24), Sparsifyd()]
-    draw = sampling(augment=True, max_points=600)
+    draw = sampling(max_shift=4, max_points=600)
     train = make_dataset(dataset_dir, split="train", preprocessing=fine, sampling=draw)
     sizes = [len(train[(step, 4)]["coords"]) for step in range(6)]
     assert max(sizes) <= 600 < len(train.kept(4)["coords"]) and min(sizes) >= 100
