@@ -15,6 +15,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from app import checkpoints
+
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("vae", "vq_stage1", "vq_stage2")
 SHARES = {"vae": 0.25, "vq_stage1": 0.05}  # of the time; stage 2 has the rest
@@ -73,7 +75,7 @@ class TimedStages:
         seconds = time.perf_counter() - started
         self.say(f"{folder}/{stage}: {steps} steps in {seconds:.0f} s, status {status}")
         told, _ = logged_steps(self.place / folder / stage / "log.txt")
-        if len(told) < 2 or not list((self.place / folder / stage / "ckpts").glob("misc_step*.pt")):
+        if len(told) < 2 or not checkpoints.complete_steps(self.place / folder / stage):
             sys.exit(f"{stage} ended too early to be timed:\n{log.read_text()[-3000:]}")
         return seconds
 
@@ -93,20 +95,24 @@ class TimedStages:
         warm = min(rates["vae"].overhead, rates["vq_stage2"].overhead)  # the first trial compiled kernels
         rates["vae"] = rates["vae"]._replace(overhead=warm)
         self.say(", ".join(f"{s}: {r.steps_per_second:.2f} steps/s and {r.overhead:.0f} s" for s, r in rates.items()))
-        started, told, drift = time.perf_counter(), {}, 1.0
+        started, told = time.perf_counter(), {}
         for stage, rate in rates.items():
             left = seconds - (time.perf_counter() - started)
             mine = seconds * SHARES[stage] if stage in SHARES else left
-            steps = max(int(MARGIN * drift * rate.steps_per_second * (mine - rate.overhead)), 20)
+            steps = max(int(MARGIN * rate.steps_per_second * (mine - rate.overhead)), 20)
             taken = self.run(stage, "run", steps, limit=max(left, 30) + 30)
             at, times = logged_steps(self.place / "run" / stage / "log.txt")
             found = (at[-1] - at[0]) / max(times[-1] - times[0], 1e-6)
-            told[stage] = {"steps": steps, "seconds": taken, "steps_per_second": found}
-            if stage == "vae":  # the longest look at how fast this machine is
-                drift = found / rate.steps_per_second
-            self.say(f"{stage}: {found:.2f} steps/s, {left - taken:.0f} s left")
-        file = sorted((self.place / "run" / "vq_stage2" / "ckpts").glob("vqvae_ema*_step*.pt"))[-1]
-        return file, {"minutes": (time.perf_counter() - started) / 60, "stages": told}
+            kept = checkpoints.complete_steps(self.place / "run" / stage)[-1]
+            told[stage] = {"steps": kept, "planned": steps, "seconds": taken, "steps_per_second": found}
+            if stage == "vae":  # the longest look at how fast this machine is; no stage has cheaper whole steps
+                last = rates["vq_stage2"]
+                rates["vq_stage2"] = last._replace(steps_per_second=min(last.steps_per_second, found))
+            self.say(f"{stage}: {found:.2f} steps/s, step {kept} kept, {left - taken:.0f} s left")
+        return checkpoints.averaged_file(self.place / "run" / "vq_stage2"), {
+            "minutes": (time.perf_counter() - started) / 60,
+            "stages": told,
+        }
 
 
 def _end(process: subprocess.Popen) -> int:
