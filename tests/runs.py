@@ -6,8 +6,10 @@ saved is the start-up of five seconds. Every run starts in a folder of its own, 
 
 import contextlib
 import io
+import json
 import multiprocessing
 import os
+import re
 import runpy
 import socket
 import subprocess
@@ -18,7 +20,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from app import phantoms, prepared_writer
+from app import checkpoints, phantoms, prepared_writer
 from transforms.array import DEFAULT_WINDOWS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +37,8 @@ TINY = {  # a network and a run that take seconds; any of them can be given othe
     "i_print": 1,
     "i_log": 1,
 }
+STEPS = {"warmup_steps": 10, "max_steps": 20, "i_save": 10, "val_interval": 10, "i_sample": 20, "keep_last": 3}
+NAMES = ("vqvae", "vqvae_ema0.9999", "misc")  # the files of a set
 
 
 class Ended(NamedTuple):
@@ -149,3 +153,42 @@ def end_of(process: subprocess.Popen, *, seconds: float = 240) -> Ended:
     """Waits for a started run."""
     status = process.wait(timeout=seconds)
     return Ended(status, process.said.read_text(), process.complained.read_text())
+
+
+# ---- what a run left
+
+
+def rows_of(folder, phase="train"):
+    """Lines of metrics.jsonl."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if phase in (None, row["phase"])]
+
+
+def timeless(rows):
+    return [{key: value for key, value in row.items() if key not in ("seconds", "memory_gib")} for row in rows]
+
+
+def weights_of(folder, step, name="vqvae"):
+    return checkpoints.read_tensors(checkpoints.step_file(folder, name, step))
+
+
+def assert_same_weights(first, second):
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different, f"{len(different)} of {len(first)} tensors differ, {different[0]} first"
+
+
+def snapshot(folder):
+    """Every file that tells of the run, with its content; a refused one may add to log.txt and tb_logs."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".pt", ".jsonl", ".json", ".txt", ".png"))
+    files = [path for path in files if path.name != "log.txt"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def assert_refused(end, *, code, naming=()):
+    assert end.status in (2, 3), f"ended with {end.status}\n{end.out[-1000:]}\n{end.err[-3000:]}"
+    assert len(end.error.splitlines()) == 1, end.err
+    assert re.match(rf"{code}: .+[.;,] .+", end.error), end.error  # what, then what to do
+    assert "Traceback" not in end.out + end.err
+    for part in naming:
+        assert part in end.error, f"{part!r} is not in {end.error!r}"

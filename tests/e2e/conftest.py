@@ -1,5 +1,6 @@
 """What end-to-end tests share: the tiny cohort, a folder to run in, runs in it (see tests/runs.py)."""
 
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -51,3 +52,19 @@ def start_process(place):
         if process.poll() is None:
             process.kill()
             process.wait()
+
+
+@pytest.fixture(scope="session")
+def straight(cohort, tmp_path_factory) -> tuple[Path, runs.Ended]:
+    """Twenty steps in one go, answering to MONAI's default name."""
+    place = runs.make_place(tmp_path_factory.mktemp("straight"))
+    end = runs.run_in(place, run_id="run", dataset_dir=cohort, output_dir="out", **runs.STEPS)
+    assert end.status == 0, end.err
+    return place / "out", end
+
+
+@pytest.fixture
+def earlier(straight, place) -> Path:
+    """A copy of that run, to go on with or to spoil."""
+    shutil.copytree(straight[0], place / "out")
+    return place / "out"

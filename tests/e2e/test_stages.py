@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from app import checkpoints
-from tests.runs import make_place, run_in
+from tests.runs import make_place, rows_of, run_in, timeless, weights_of
 
 STEPS = {"max_steps": 6, "i_save": 3, "val_interval": 3}
 STAGES = ("vae", "vq_stage1", "vq_stage2")
@@ -20,13 +20,9 @@ def run(place, stage, cohort, *overlays, **settings):
     return run_in(place, str(files) if overlays else files[0], dataset_dir=cohort, **{**STEPS, **mine})
 
 
-def rows_of(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in ("seconds", "memory_gib")} for row in rows]
-
-
-def weights_of(folder, step, name="vqvae"):
-    return checkpoints.read_tensors(checkpoints.step_file(folder, name, step))
+def story(folder):
+    """Every row, less what another machine would tell otherwise."""
+    return timeless(rows_of(folder, None))
 
 
 def changed(first, second):
@@ -64,7 +60,7 @@ def test_stage_0_trains_all_but_has_no_codes(chain):
     assert changed(weights_of(out, 3, "vae"), weights_of(out, 6, "vae")) == {"encoder", "decoder", "subdivision"}
     assert not [name for name in weights_of(out, 6, "vae") if name.startswith("vq.")]
     assert " False" not in (out / "vae_model_summary.txt").read_text()
-    rows = [row for row in rows_of(out) if "loss" in row]
+    rows = [row for row in story(out) if "loss" in row]
     assert all(row["kl"] > 0 and row["vq"] == 0 for row in rows)
     for row in rows:
         assert row["loss"] == pytest.approx(row["recon"] + 1e-6 * row["kl"] + 0.1 * row["subdivision"], rel=1e-5)
@@ -81,7 +77,7 @@ def test_stage_1_trains_the_codebook_alone(chain):
 def test_stage_2_trains_everything_from_stage_1(chain):
     out = chain[0] / "outputs/vq_stage2"
     assert changed(weights_of(out, 3), weights_of(out, 6)) == {"encoder", "decoder", "vq", "subdivision"}
-    for row in rows_of(out):
+    for row in story(out):
         if "loss" in row:
             terms = row["recon"] + 0.25 * row["commitment"] + 0.1 * row["subdivision"]
             assert row["loss"] == pytest.approx(terms, rel=1e-5)
@@ -94,7 +90,7 @@ def test_every_stage_resumes_to_the_bit(chain, earlier, place, cohort, stage):
         checkpoints.step_file(out, part, 6).unlink()
     end = run(place, stage, cohort, resume="latest")
     assert end.status == 0 and "resumed at step 3" in end.out, end.err
-    assert rows_of(out) == rows_of(chain[0] / "outputs" / stage)
+    assert story(out) == story(chain[0] / "outputs" / stage)
     assert not changed(weights_of(out, 6, name), weights_of(chain[0] / "outputs" / stage, 6, name))
 
 
@@ -109,8 +105,8 @@ def test_other_schedules_resume_to_the_bit(earlier, place, cohort, name):
         checkpoints.step_file(place / "b", part, 6).unlink()
     end = run(place, "vq_stage2", cohort, output_dir="b", resume=3, **settings)
     assert end.status == 0, end.err
-    assert rows_of(place / "b") == rows_of(place / "a")
-    rates = [row["lr"] for row in rows_of(place / "a") if "lr" in row]
+    assert story(place / "b") == story(place / "a")
+    rates = [row["lr"] for row in story(place / "a") if "lr" in row]
     if name == "ExponentialLR":
         assert rates == pytest.approx([5e-4 * 0.9**n for n in range(1, 7)], rel=1e-4)
     assert rates[-1] < rates[0] <= 5e-4
@@ -120,7 +116,7 @@ def test_a_resumed_run_takes_its_own_rate_and_length(earlier, place, cohort):
     settings = {"learning_rate": 1e-5, "lr_scheduler": "constant", "warmup_lr_steps": 0, "max_steps": 9}
     end = run(place, "vq_stage2", cohort, resume="latest", **settings)
     assert end.status == 0, end.err
-    rows = [row for row in rows_of(earlier / "vq_stage2") if "lr" in row]
+    rows = [row for row in story(earlier / "vq_stage2") if "lr" in row]
     assert [row["step"] for row in rows] == list(range(1, 10))
     assert [row["lr"] for row in rows[6:]] == [1e-5] * 3 and rows[0]["lr"] > 1e-5
 
@@ -156,8 +152,8 @@ def test_the_original_recipes_run(earlier, place, cohort, stage, overlay):
 def test_switches_run(earlier, place, cohort, settings):
     end = run(place, "vq_stage1", cohort, output_dir="switched", **settings)
     assert end.status == 0, end.err
-    rows = [row for row in rows_of(place / "switched") if "loss" in row]
-    plain = [row for row in rows_of(earlier / "vq_stage1") if "loss" in row]
+    rows = [row for row in story(place / "switched") if "loss" in row]
+    plain = [row for row in story(earlier / "vq_stage1") if "loss" in row]
     if "use_checkpoint" in settings or "device" in settings:
         assert rows == plain
     else:

@@ -1,0 +1,283 @@
+"""How a run of stage 1 goes on: to the bit, after `kill -9`, and what it refuses to go on from."""
+
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from app import checkpoints
+from app.folder import RunFolder
+from tests.runs import (
+    NAMES,
+    STEPS,
+    assert_refused,
+    assert_same_weights,
+    make_place,
+    rows_of,
+    run_in,
+    snapshot,
+    timeless,
+    weights_of,
+)
+
+# ---- going on
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_cut_back_and_resumed_is_the_straight_run_to_the_bit(straight, earlier, place, cohort, workers):
+    for name in NAMES:
+        checkpoints.step_file(earlier, name, 20).unlink()
+    end = run_in(place, dataset_dir=cohort, output_dir="out", resume="latest", num_workers=workers, **STEPS)
+    assert end.status == 0, end.err
+    assert "resumed at step 10" in end.out and "Warm-up" not in end.out
+    assert timeless(rows_of(earlier)) == timeless(rows_of(straight[0]))
+    assert timeless(rows_of(earlier, "warmup")) == timeless(rows_of(straight[0], "warmup"))
+    for name in NAMES[:2]:
+        assert_same_weights(weights_of(earlier, 20, name), weights_of(straight[0], 20, name))
+
+
+def test_resuming_an_earlier_step_sets_the_later_ones_aside(straight, earlier, place, cohort):
+    (earlier / "ckpts/best.json").write_text('{"step": 20, "val_recon": 0.0}\n')
+    end = run_in(place, dataset_dir=cohort, output_dir="out", resume=10, **{**STEPS, "max_steps": 12, "i_save": 12})
+    assert end.status == 0, end.err
+    assert checkpoints.complete_steps(earlier) == [0, 10, 12]
+    assert [row["step"] for row in rows_of(earlier) if "loss" in row] == list(range(1, 13))
+    assert checkpoints.read_best(earlier) in (10, 12)
+    assert (earlier / "ckpts/aside/vqvae_step0000020.pt").exists(), "nothing is thrown away"
+
+
+def test_a_longer_run_goes_on_where_it_ended(earlier, place, cohort):
+    end = run_in(place, dataset_dir=cohort, output_dir="out", resume="latest", **{**STEPS, "max_steps": 23})
+    assert end.status == 0, end.err
+    assert [row["step"] for row in rows_of(earlier) if "loss" in row] == list(range(1, 24))
+
+
+def test_a_finished_run_resumed_trains_nothing_and_says_so(earlier, place, cohort):
+    before = snapshot(earlier)
+    end = run_in(place, dataset_dir=cohort, output_dir="out", resume="latest", **STEPS)
+    assert end.status == 0, end.err
+    assert snapshot(earlier) == before
+    assert "nothing left to train" in end.out
+
+
+def test_nothing_to_resume_starts_fresh_and_says_so(place, cohort):
+    settings = {**STEPS, "warmup_steps": 2, "max_steps": 2}
+    end = run_in(place, dataset_dir=cohort, output_dir="new", resume="latest", **settings)
+    assert end.status == 0, end.err
+    assert "nothing to resume in new: starting fresh" in end.out
+    assert checkpoints.complete_steps(place / "new")[-1] == 2
+
+
+def test_a_run_without_resume_keeps_the_earlier_one(earlier, place, cohort):
+    before = snapshot(earlier)
+    settings = {**STEPS, "warmup_steps": 2, "max_steps": 2}
+    end = run_in(place, dataset_dir=cohort, output_dir="out", **settings)
+    assert end.status == 0, end.err
+    assert snapshot(place / "out.1") == before
+    assert "out.1" in end.out and checkpoints.complete_steps(earlier) == [0, 2]
+
+
+def test_weights_of_an_earlier_stage_are_found_and_used(earlier, place, cohort):
+    settings = {**STEPS, "max_steps": 2}
+    end = run_in(place, dataset_dir=cohort, output_dir="next", pretrained_vae_path="out", **settings)
+    assert end.status == 0, end.err
+    assert "autoencoder weights from" in end.out and "Warm-up" not in end.out
+    source = checkpoints.read_tensors(checkpoints.averaged_file(earlier))
+    got = weights_of(place / "next", 2)
+    assert_same_weights(
+        {k: v for k, v in source.items() if k.startswith("encoder.")},
+        {k: v for k, v in got.items() if k.startswith("encoder.")},
+    )
+
+
+# ---- killed
+
+
+def wait_until(there, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not there():
+        assert process.poll() is None, "the run ended by itself"
+        assert time.monotonic() < deadline, "the run did not come that far"
+        time.sleep(0.01)
+
+
+OFTEN = {"warmup_steps": 3, "max_steps": 40, "i_save": 1, "val_interval": 5, "i_sample": 40, "keep_last": 3}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(cohort, tmp_path_factory):
+    place = make_place(tmp_path_factory.mktemp("uninterrupted"))
+    end = run_in(place, dataset_dir=cohort, output_dir="out", **OFTEN)
+    assert end.status == 0, end.err
+    return place / "out"
+
+
+def kill_and_resume(moments, start_process, place, cohort, uninterrupted):
+    """Kills a run at each moment after its first set, twice at most at a time; each resumes from a whole set."""
+    starts = []
+    for number, moment in enumerate(moments):
+        out = place / f"run{number}"
+        process = start_process(dataset_dir=cohort, output_dir=out.name, **OFTEN)
+        starts.append((out, moment, process))
+    for out, _, process in starts:
+        wait_until(lambda out=out: checkpoints.complete_steps(out), process)
+    begun = time.monotonic()
+    for _, moment, process in sorted(starts, key=lambda item: item[1]):
+        time.sleep(max(0.0, begun + moment - time.monotonic()))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    for out, _, _ in starts:
+        last = checkpoints.complete_steps(out)[-1]
+        for step in checkpoints.complete_steps(out):
+            for name in NAMES:
+                checkpoints.read_tensors(checkpoints.step_file(out, name, step))
+        end = run_in(place, dataset_dir=cohort, output_dir=out.name, resume="latest", **OFTEN)
+        assert end.status == 0, end.err
+        assert f"resumed at step {last}" in end.out or f"nothing left to train: step {last}" in end.out
+        assert timeless(rows_of(out)) == timeless(rows_of(uninterrupted))
+        assert_same_weights(weights_of(out, 40), weights_of(uninterrupted, 40))
+        assert not list(out.glob("ckpts/*.part"))
+
+
+def test_killed_at_two_moments_it_goes_on_from_the_last_whole_set(start_process, place, cohort, uninterrupted):
+    draw = random.Random()
+    kill_and_resume([draw.uniform(0, 3) for _ in range(2)], start_process, place, cohort, uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", range(5))
+def test_killed_at_ten_moments_it_goes_on_from_the_last_whole_set(pair, start_process, place, cohort, uninterrupted):
+    draw = random.Random()
+    kill_and_resume([draw.uniform(0, 4) for _ in range(2)], start_process, place, cohort, uninterrupted)
+
+
+@pytest.mark.slow
+def test_killed_in_the_warm_up_it_starts_afresh(start_process, place, cohort):
+    settings = {**OFTEN, "warmup_steps": 5000}
+    process = start_process(dataset_dir=cohort, output_dir="out", **settings)
+    wait_until((place / "out/metrics.jsonl").exists, process)
+    process.kill()
+    process.wait()
+    end = run_in(place, dataset_dir=cohort, output_dir="out", resume="latest", **{**OFTEN, "max_steps": 1})
+    assert end.status == 0, end.err
+    assert "starting fresh" in end.out
+
+
+# ---- refused
+
+
+def test_a_folder_that_another_process_writes_to_is_left_alone(earlier, place, cohort):
+    before = snapshot(earlier)
+    hold = "f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
+    call = [sys.executable, "-c", f"import fcntl, sys; {hold}", str(earlier / ".lock")]
+    with subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        end = run_in(place, dataset_dir=cohort, output_dir="out", **STEPS)
+        assert_refused(end, code="IN_USE", naming=["another run is writing to out"])
+        assert snapshot(earlier) == before and not (place / "out.1").exists()
+        other.communicate("\n")
+    assert run_in(place, dataset_dir=cohort, output_dir="out", **{**STEPS, "max_steps": 1}).status == 0
+    assert (place / "out.1/.lock").exists() and (place / "out/.lock").exists(), "the new folder is held too"
+
+
+@pytest.mark.parametrize(
+    ("change", "naming"),
+    [
+        ({"num_embeddings": 32}, ["num_embeddings 16", "--num_embeddings 16"]),
+        ({"model_channels": 32}, ["model_channels 16"]),
+        ({"spacing": 12.0}, ["spacing 16.0", "data"]),
+        ({"windows": "['lung','bone']"}, ["windows", "lung,bone,soft_tissue,brain"]),
+        ({"keep": "nonzero"}, ["keep body"]),
+        ({"preset": "base", "num_blocks": 4}, ["out"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_run_of_other_sizes_or_data_is_not_resumed(earlier, place, cohort, change, naming):
+    before = snapshot(earlier)
+    end = run_in(place, dataset_dir=cohort, output_dir="out", resume="latest", **{**STEPS, "max_steps": 30, **change})
+    assert_refused(end, code="OTHER_TOKENIZER", naming=naming)
+    assert snapshot(earlier) == before
+
+
+def test_a_resumed_run_says_what_it_did_not_begin_with(earlier, place, cohort):
+    began = json.loads((earlier / "config.json").read_text())
+    assert began.pop("max_shift") == 4
+    (earlier / "config.json").write_text(json.dumps(began))  # as by software that knew no such choice
+    settings = {**STEPS, "max_steps": 21, "learning_rate": 5e-4}
+    end = run_in(place, dataset_dir=cohort, output_dir="out", resume="latest", **settings)
+    assert end.status == 0, end.err
+    (line,) = [line for line in (earlier / "log.txt").read_text().splitlines() if "goes on with other settings" in line]
+    assert "max_shift 4 (was not to be chosen)" in line and "learning_rate 0.0005 (was " in line
+    assert "max_steps 21 (was 20)" in line and "seed" not in line and "resume" not in line.split("goes on")[1]
+
+
+def test_weights_of_other_sizes_are_not_taken(earlier, place, cohort):
+    settings = {**STEPS, "pretrained_vae_path": "out", "output_dir": "next"}
+    end = run_in(place, dataset_dir=cohort, model_channels=32, **settings)
+    assert_refused(end, code="OTHER_TOKENIZER", naming=["model_channels 16", "model_channels 32"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_truncated_checkpoint(earlier, place, cohort, name):
+    file = checkpoints.step_file(earlier, name, 20)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    before = snapshot(earlier)
+    end = run_in(place, dataset_dir=cohort, output_dir="out", resume="latest", **{**STEPS, "max_steps": 30})
+    assert_refused(end, code="BAD_CHECKPOINT", naming=[file.name, "older step"])
+    assert snapshot(earlier) == before
+
+
+def test_a_step_that_is_not_there(earlier, place, cohort):
+    end = run_in(place, dataset_dir=cohort, output_dir="out", resume=15, **STEPS)
+    assert_refused(end, code="NO_CHECKPOINT", naming=["15", "0, 10, 20"])
+
+
+def test_a_full_disk_while_saving_keeps_the_last_set(earlier, place, cohort, monkeypatch):
+    real = torch.save
+
+    def full(content, file, *rest, **options):
+        if "misc" in str(getattr(file, "name", file)):
+            raise OSError(28, "No space left on device")
+        return real(content, file, *rest, **options)
+
+    monkeypatch.setattr(torch, "save", full)
+    settings = {**STEPS, "max_steps": 30}
+    end = run_in(place, dataset_dir=cohort, output_dir="out", resume="latest", **settings)
+    assert_refused(end, code="SAVE_FAILED", naming=["No space left", "20", "resume latest"])
+    assert checkpoints.complete_steps(earlier) == [0, 10, 20]
+    assert not list(earlier.glob("ckpts/*.part"))
+    monkeypatch.undo()
+    end = run_in(place, dataset_dir=cohort, output_dir="out", resume="latest", **settings)
+    assert end.status == 0 and "resumed at step 20" in end.out
+
+
+def test_a_full_disk_between_saves_is_one_line(earlier, place, cohort, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "metrics.jsonl")
+
+    monkeypatch.setattr(RunFolder, "_write", full)
+    before = timeless(rows_of(earlier))
+    end = run_in(place, dataset_dir=cohort, output_dir="out", resume="latest", **{**STEPS, "max_steps": 30})
+    assert_refused(end, code="DISK_FULL", naming=["metrics.jsonl", "resume latest"])
+    assert timeless(rows_of(earlier)) == before and checkpoints.complete_steps(earlier) == [0, 10, 20]
+
+
+def test_a_loss_that_is_no_number_names_step_cases_and_last_set(earlier, place, cohort, monkeypatch):
+    from networks.losses import TokenizerLoss
+
+    real = TokenizerLoss.__call__
+
+    def spoilt(self, output, target):
+        terms = real(self, output, target)
+        return {**terms, "loss": terms["loss"] * (float("nan") if output.recon.feats.requires_grad is False else 1)}
+
+    monkeypatch.setattr(TokenizerLoss, "__call__", spoilt)
+    end = run_in(place, dataset_dir=cohort, output_dir="out", resume="latest", **{**STEPS, "max_steps": 30})
+    assert end.status == 1
+    assert re.match(r"NOT_FINITE: loss is nan at step 21 on cases case_\d; the last checkpoint is step 20\.", end.error)
