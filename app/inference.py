@@ -199,7 +199,7 @@ def tokenize(
             if isinstance(open_it, ValueError):
                 raise open_it
             tokens = None if overwrite else _there_already(path, made, source_hash=source_hash, support=support)
-            message, codes = "" if tokens is None else "there already", ()
+            message, codes = ("", ()) if tokens is None else ("there already", ("EXISTS",))  # no look at the scan
             if tokens is None:
                 scan = open_it()
                 tokens, codes = made.encode(scan, support=support), scan.codes

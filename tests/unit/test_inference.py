@@ -155,7 +155,7 @@ def test_commands_round_trip_through_files(output_dir, dataset, tmp_path):
     assert made["tokenizer"]["file"].endswith("ckpts/vqvae_ema0.9999_step0000005.pt")
     assert list(lines(made))[-1].startswith("2 ok, 0 refused, by tokenizer ")
     again = tokenize(dataset, tmp_path / "tokens", tokenizer=output_dir)
-    assert {entry.get("message") for entry in again["cases"]} == {"there already"}
+    assert {(entry["message"], *entry["codes"]) for entry in again["cases"]} == {("there already", "EXISTS")}
 
 
 def test_files_without_the_support_asked_for_are_made_again(output_dir, dataset, tmp_path):
