@@ -182,6 +182,7 @@ def _codes(result: dict[str, Any]) -> list[str]:
 def _kept(result: dict[str, Any]) -> list[str]:
     support = result["support"]
     rows = [
+        ("denser than air (table too), beyond the grid: not judged", told(result["beyond"], ".2f", percent=True)),
         ("body voxels that the encoder was given", told(support["foreground_kept"], ".2f", percent=True)),
         ("body voxels that come back from codes alone", told(support["foreground_decoded"], ".2f", percent=True)),
         ("Dice of decoded and given voxels", told(support["dice"], ".4f")),
@@ -212,14 +213,14 @@ def _definitions() -> list[str]:
     return [
         "## How to read it",
         "",
-        "Truth is the source resampled to the tokenizer's grid. The body is found in the source by its own mask, "
-        "whatever voxels the tokenizer keeps; tissues are its parts by HU: lung below -500, air-tissue border to -150, "
-        "fat to -30, soft tissue to 150, bone (and contrast, metal) above; air is the rest of the grid. A voxel that "
-        "was dropped counts with the HU it stands for. PSNR and SSIM are over the body with the window's width as data "
-        "range. *Codes alone*: the network itself says where voxels are. *Stored support*: it is told. *Shuffled "
-        "codes*: it is told, but codes have changed places at random. Bits count each code and one bit a latent of the "
-        "grid for where codes are. Perplexity is the number of codes that equal use "
-        "would need.",
+        "Truth is the source resampled to the tokenizer's grid; what lies beyond that grid is not judged. The body is "
+        "found in the source by its own mask, whatever voxels the tokenizer keeps; tissues are its parts by HU: lung "
+        "below -500, air-tissue border to -150, fat to -30, soft tissue to 150, bone (and contrast, metal) above; air "
+        "is the rest of the grid. A voxel that was dropped counts with the HU it stands for. PSNR and SSIM are over "
+        "the body with the window's width as data range. *Codes alone*: the network itself says where voxels are. "
+        "*Stored support*: it is told. *Shuffled codes*: it is told, but codes have changed places at random. Bits "
+        "count each code and one bit a latent of the grid for where codes are. Perplexity is the number of codes that "
+        "equal use would need.",
         "",
     ]
 

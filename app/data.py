@@ -23,10 +23,10 @@ from torch.utils.data import Dataset, get_worker_info
 
 from app.prepared import PreparedCase, common_grid, find_cases, windows_are_masks, windows_as_hu
 from transforms import RandCropToBudgetd, RandJitterd, RandTranslated, Resampled, Sparsifyd, Windowsd
-from transforms.array import DEFAULT_WINDOWS, window_values
+from transforms.array import CUT_OFF, DEFAULT_WINDOWS, window_values
 
 log = logging.getLogger(__name__)
-CACHE_FORMAT = 2  # raised when a cached item changes its meaning, or how it lies in memory
+CACHE_FORMAT = 3  # raised when a cached item changes its meaning, or how it lies in memory
 MAX_SIDE = 2**15 - 1  # voxels: coordinates travel as int16
 Transform = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -88,6 +88,7 @@ class CTDataset(Dataset):
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self._settings = _settings_of(preprocessing)
         self._skipped: set[str] = set()
+        self._told_cut = False
         self._memory: dict[int, dict[str, Any]] = {}
         self._memory_left = cache_bytes  # in each process: what does not fit is read from the disk again
         for case in self.cases:
@@ -161,11 +162,25 @@ class CTDataset(Dataset):
             item = self._prepare(case)
             if file is not None:
                 self._write_cache(file, item)
+        self._tell_cut(case, item)
         size = sum(value.nbytes for value in item.values() if isinstance(value, torch.Tensor))
         if size <= self._memory_left:
             self._memory[number] = item
             self._memory_left -= size
         return item
+
+    def _tell_cut(self, case: PreparedCase, item: dict[str, Any]) -> None:
+        """Once, for the first case that is larger than the grid: a cohort may have thousands."""
+        worker = get_worker_info()
+        if self._told_cut or item["beyond"] < CUT_OFF or (worker is not None and worker.id > 0):
+            return
+        self._told_cut = True
+        log.warning(
+            "FOV_CROPPED: %.1f %% of what is denser than air in %s lies beyond the grid and is cut off; where that is "
+            "patient and not table, train with a larger spacing or resolution (said of the first such case)",
+            100 * item["beyond"],
+            case.case_id,
+        )
 
     def _prepare(self, case: PreparedCase) -> dict[str, Any]:
         """Reads a case and runs the deterministic part: tensors, numbers and tuples only, which a cache can hold."""
@@ -184,6 +199,7 @@ class CTDataset(Dataset):
             "values": torch.from_numpy(np.ascontiguousarray(item["values"])),
             "spatial_shape": tuple(item["spatial_shape"]),
             "affine": torch.from_numpy(np.array(item["affine"], np.float64)),
+            "beyond": float(item.get("beyond", 0.0)),
         }
 
     # ---- the cache on disk

@@ -156,6 +156,7 @@ def judge(made: CTTokenizer, case: prepared.PreparedCase) -> Judged:
         "errors": errors,
         "share": {name: float(mask.mean()) for name, mask in masks.items()},
         "clipped_share": measure.clipped_share(truth, masks["foreground"], windows=sizes.windows),
+        "beyond": on_grid["beyond"],
         "tokens": len(tokens.codes),
         "rate": rate(tokens, sizes.num_embeddings, foreground=int(masks["foreground"].sum())),
         "support": {
@@ -226,6 +227,7 @@ def summarize(judged: Sequence[Judged], made: CTTokenizer, *, seed: int) -> dict
         "shuffled_ratio": mixed / max(true, 1e-9),
         "tissue_share": _mean_of([row["share"] for row in rows], seed),
         "clipped_share": _mean_of([row["clipped_share"] for row in rows], seed),
+        "beyond": _mean_of([row["beyond"] for row in rows], seed),
         "codes": {
             "num_embeddings": made.sizes.num_embeddings,
             "levels": len(counts),

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel
 import numpy as np
@@ -28,11 +28,19 @@ from networks.presets import Preset
 from networks.sparse import SparseTensor
 from networks.tiles import Decoded, decode_whole, encode_whole
 from networks.vqvae import SparseVQVAE, Tokens, support_of
-from transforms.array import DROPPED, densify, fill_for, hu_from_windows
+from transforms.array import CUT_OFF, DROPPED, densify, fill_for, hu_from_windows
 
 log = logging.getLogger(__name__)
 
 MIN_POINTS = 100
+
+
+class Seen(NamedTuple):
+    """Voxels for a network, the affine of their grid, and what share of all denser than air lies beyond that grid."""
+
+    x: SparseTensor
+    affine: Float[np.ndarray, "4 4"]
+    beyond: float
 
 
 class CTTokenizer:
@@ -82,7 +90,14 @@ class CTTokenizer:
         With `support` the tokens also carry which voxels there were, so that decoding need not predict them.
         """
         scan = scan if isinstance(scan, Scan) else self.open(scan)
-        x, affine = self.features(scan.volume)
+        x, affine, beyond = self.features(scan.volume)
+        findings = [code for code in scan.codes if code != "OK"]
+        if beyond >= CUT_OFF:
+            side = self.sizes.resolution * self.sizes.spacing
+            log.warning(
+                "%s: %.1f %% of what is denser than air lies beyond the %g mm grid", scan.name, 100 * beyond, side
+            )
+            findings.append("FOV_CROPPED")
         tokens = encode_whole(self.network, x, max_points=self.max_points)
         return CTTokens(
             codes=tokens.codes.cpu().numpy(),
@@ -92,6 +107,7 @@ class CTTokenizer:
             source_shape=scan.source_shape,
             source_affine=scan.source_affine,
             source_hash=scan.source_hash,
+            findings=tuple(dict.fromkeys(findings)),
             features=self.sizes.features,
             windows=self.sizes.windows,
             spacing=float(self.sizes.spacing),
@@ -100,8 +116,8 @@ class CTTokenizer:
             support=tuple(part.cpu().numpy() for part in support_of(x.level)) if support else None,
         )
 
-    def features(self, volume: Volume) -> tuple[SparseTensor, Float[np.ndarray, "4 4"]]:
-        """What the network sees of a RAS volume, and the affine of its grid."""
+    def features(self, volume: Volume) -> Seen:
+        """What the network sees of a RAS volume."""
         sizes = self.sizes
         if sizes.features != "window":
             raise ValueError(f"this tokenizer was trained on features {sizes.features}, a scan gives windows")
@@ -119,7 +135,7 @@ class CTTokenizer:
         coords = torch.from_numpy(np.pad(item["coords"].astype(np.int32), ((0, 0), (1, 0))))
         feats = torch.from_numpy(np.ascontiguousarray(item["feats"], np.float32))
         x = SparseTensor(feats.to(self.device), coords.to(self.device), tuple(item["spatial_shape"]), 1)
-        return x, np.asarray(item["affine"], np.float64)
+        return Seen(x, np.asarray(item["affine"], np.float64), item["beyond"])
 
     def decode(self, tokens: CTTokens | str | Path) -> Volume:
         """HU on the tokenizer's grid; voxels that no token speaks for are air (-1024)."""
@@ -199,10 +215,9 @@ def tokenize(
             if isinstance(open_it, ValueError):
                 raise open_it
             tokens = None if overwrite else _there_already(path, made, source_hash=source_hash, support=support)
-            message, codes = ("", ()) if tokens is None else ("there already", ("EXISTS",))  # no look at the scan
+            message = "" if tokens is None else "there already"
             if tokens is None:
-                scan = open_it()
-                tokens, codes = made.encode(scan, support=support), scan.codes
+                tokens = made.encode(open_it(), support=support)
                 write_tokens(path, tokens)
         except ValueError as error:
             entries.append(_refused(name, error))
@@ -211,7 +226,7 @@ def tokenize(
             {
                 "case": name,
                 "status": "ok",
-                "codes": list(codes) or ["OK"],
+                "codes": _codes_of(tokens),
                 "tokens": str(path),
                 "count": len(tokens.codes),
                 "message": message,
@@ -259,6 +274,11 @@ def _there_already(path: Path, made: CTTokenizer, *, source_hash: str, support: 
     if tokens.source_hash != source_hash:
         raise RefusedInput("EXISTS", f"{path.name} is there already, of another scan: --overwrite, or another OUT")
     return None if support and tokens.support is None else tokens
+
+
+def _codes_of(tokens: CTTokens) -> list[str]:
+    """What was found of their scan; a file of older software does not say."""
+    return ["EXISTS"] if tokens.findings is None else [*tokens.findings] or ["OK"]
 
 
 def _refused(name: str, error: ValueError) -> dict[str, Any]:
@@ -319,7 +339,7 @@ def reconstruct(
             continue
         volume = made.to_hu(decoded, content)
         write_nifti(path, volume if grid is None else onto_grid(volume, *grid))
-        ok = {"case": name, "status": "ok", "codes": ["OK"], "image": str(path)}
+        ok = {"case": name, "status": "ok", "codes": _codes_of(content), "image": str(path)}
         entries.append({**ok, "forced_children": decoded.forced})
     return _summary(entries, made)
 
@@ -347,9 +367,9 @@ def lines(done: dict[str, Any]) -> Iterator[str]:
     """What the commands print of it."""
     for entry in done["cases"]:
         told, message = entry.get("tokens") or entry.get("image") or "", entry.get("message", "")
-        if entry["status"] == "refused":
-            message = f"{entry['codes'][0]}: {message}"
-        yield "  ".join(part for part in (entry["status"], entry["case"], told, message) if part)
+        codes = "" if entry["codes"] == ["OK"] else ", ".join(entry["codes"])
+        said = ": ".join(part for part in (codes, message) if part)
+        yield "  ".join(part for part in (entry["status"], entry["case"], told, said) if part)
     yield f"{done['ok']} ok, {done['refused']} refused, by tokenizer {done['tokenizer']['file']}"
 
 

@@ -34,7 +34,8 @@ UNREADABLE = (  # what zipfile, zlib and numpy raise on bytes that are no archiv
 class CTTokens:
     """One volume as tokens. `source_…` is the scan as it came in; `affine` takes a latent index to RAS mm.
 
-    `source_hash` is empty for an array in memory.
+    `source_hash` is empty for an array in memory. `findings` are the codes of what was found, fixed or cut off on the
+    way here; files of older software do not say.
     """
 
     codes: Int32[np.ndarray, "M ..."]  # (M,), or (M, levels)
@@ -49,6 +50,7 @@ class CTTokens:
     keep: str
     tokenizer: str  # sha256 of the weights that made it
     source_hash: str = ""
+    findings: tuple[str, ...] | None = None
     support: tuple[UInt8[np.ndarray, " _"], ...] | None = None
 
     @property
@@ -86,6 +88,8 @@ def write_tokens(path: str | Path, tokens: CTTokens) -> None:
         "tokenizer": np.array(tokens.tokenizer),
         "version": np.array(VERSION, np.int32),
     }
+    if tokens.findings is not None:
+        arrays["findings"] = np.array(tokens.findings, np.str_)
     for i, part in enumerate(tokens.support or ()):
         arrays[f"support_{i}"] = part
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,11 +168,12 @@ def _tokens_of(arrays: dict[str, np.ndarray]) -> CTTokens:
         source_shape=_triple(arrays["source_shape"], "source_shape"),
         source_affine=_affine(arrays["source_affine"], "source_affine"),
         features=_text(arrays["features"]),
-        windows=tuple(_text(name) for name in np.split(arrays["windows"], len(arrays["windows"]))),
+        windows=_texts(arrays["windows"]),
         spacing=float(arrays["spacing"]),
         keep=_text(arrays["keep"]),
         tokenizer=_text(arrays["tokenizer"]),
         source_hash=_text(arrays["source_hash"]) if "source_hash" in arrays else "",
+        findings=_texts(arrays["findings"]) if "findings" in arrays else None,
         support=_support(arrays, len(codes)),
     )
 
@@ -203,6 +208,12 @@ def _affine(array: np.ndarray, name: str) -> np.ndarray:
     if not square or not np.array_equal(array[3], [0, 0, 0, 1]) or abs(np.linalg.det(array[:3, :3])) < 1e-9:
         raise ValueError(f"{name} must be an invertible 4 x 4 matrix")
     return array.astype(np.float64)
+
+
+def _texts(array: np.ndarray) -> tuple[str, ...]:
+    if array.ndim != 1 or array.dtype.kind != "U":
+        raise ValueError(f"a list of texts holds {array.dtype} {array.shape}")
+    return tuple(str(text) for text in array)
 
 
 def _text(array: np.ndarray) -> str:

@@ -4,6 +4,7 @@ Pure functions on arrays indexed [x, y, z] along R A S. HU in, HU out unless a n
 lie in -1..1. Nothing here reads files, knows a network or draws random numbers: who wants chance passes it in.
 """
 
+import math
 from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Literal, NamedTuple
@@ -18,6 +19,7 @@ AIR = -1000  # HU around the patient: the value of padding
 DROPPED = -1024  # HU that a voxel outside the kept ones stands for
 BODY_LEVEL = -400  # HU between air and tissue: a voxel a little more than half full
 WALL_LEVEL = -650  # HU of a block that is a third wall
+CUT_OFF = 0.001  # share of what is denser than air beyond a grid from which it is told
 COARSE = 6.0  # mm: a table's shell is much thinner, a chest wall is not
 INTERFACES = (-400, 200)  # HU between air and tissue, between soft tissue and bone
 BAND = 4  # voxels on either side of a surface
@@ -321,6 +323,20 @@ def resample(
     index_map = np.diag([*ratios, 1.0])
     index_map[:3, 3] = [(n - 1) / 2 - (grid - 1) / 2 * ratio for n, ratio in zip(hu.shape, ratios, strict=True)]
     return OnGrid(array, np.asarray(affine, np.float64) @ index_map)
+
+
+def share_beyond(
+    hu: Num[np.ndarray, "X Y Z"], *, spacing_in: Sequence[Number], spacing_out: Number, grid: int
+) -> float:
+    """Share of what is denser than air (patient, clothes, table) that lies outside the cube of `resample`."""
+    inside = []
+    for n, step in zip(hu.shape, spacing_in, strict=True):
+        margin = max(math.ceil((n - 1) / 2 - grid * spacing_out / step / 2 - 1e-6), 0)
+        inside.append(slice(margin, n - margin))
+    if all(part.start == 0 for part in inside):
+        return 0.0
+    dense = int(np.count_nonzero(hu > BODY_LEVEL))
+    return 1 - int(np.count_nonzero(hu[tuple(inside)] > BODY_LEVEL)) / dense if dense else 0.0
 
 
 # ---- crops and augmentation of sparse voxels

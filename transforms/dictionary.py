@@ -16,7 +16,10 @@ from transforms.array import Number
 
 
 class Resampled(MapTransform):
-    """`array.resample` onto a cube of `grid` voxels of `spacing` mm. Without an affine the field fills the cube."""
+    """`array.resample` onto a cube of `grid` voxels of `spacing` mm. Without an affine the field fills the cube.
+
+    `beyond` tells of HU what share of all that is denser than air the cube cuts off.
+    """
 
     def __init__(self, keys: str | Sequence[str] = "image", *, spacing: Number, grid: int) -> None:
         super().__init__(keys)
@@ -32,13 +35,16 @@ class Resampled(MapTransform):
                 spacing_in = [self.spacing * self.grid / max(volume.shape[:3])] * 3
             else:
                 spacing_in = np.linalg.norm(np.asarray(affine)[:3, :3], axis=0).tolist()
-            shared = {"spacing_in": spacing_in, "spacing_out": self.spacing, "grid": self.grid, "affine": affine}
+            onto = {"spacing_in": spacing_in, "spacing_out": self.spacing, "grid": self.grid}
             if volume.ndim == 4:  # masks
-                channels = [array.resample(volume[..., c], air=0, **shared) for c in range(volume.shape[-1])]
+                channels = [
+                    array.resample(volume[..., c], air=0, affine=affine, **onto) for c in range(volume.shape[-1])
+                ]
                 item[key] = np.stack([channel.array for channel in channels], -1)
                 item["affine"] = channels[0].affine
             else:
-                result = array.resample(volume, **shared)
+                result = array.resample(volume, affine=affine, **onto)
+                item["beyond"] = array.share_beyond(volume, **onto)
                 item[key] = np.clip(np.rint(result.array), -32768, 32767).astype(np.int16)
                 item["affine"] = result.affine
         return item

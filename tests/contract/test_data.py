@@ -269,6 +269,23 @@ def test_loaders_leave_the_generator_of_the_run_alone(dataset_dir):
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_a_case_larger_than_the_grid_is_told_once(dataset_dir, caplog):
+    """Balls of 28 to 40 voxels of 4 mm on a grid of 64 mm; the second pass reads the cache."""
+    for _ in range(2):
+        caplog.clear()
+        small = make_dataset(
+            dataset_dir, split="train", preprocessing=preprocessing(resolution=16, spacing=2.0), sampling=sampling()
+        )
+        for number in range(len(small)):
+            small[number]
+        assert caplog.text.count("FOV_CROPPED") == 1 and "% of what is denser than air in case0" in caplog.text
+    caplog.clear()
+    whole = make(dataset_dir)
+    for number in range(len(whole)):
+        whole[number]
+    assert "FOV_CROPPED" not in caplog.text
+
+
 def test_a_damaged_cache_file_is_made_again(dataset_dir, caplog):
     first = make(dataset_dir)[1]
     (file,) = (dataset_dir / ".cache").glob("*.pt")

@@ -54,6 +54,7 @@ def test_card_as_json(card, cohort, output_dir):
     state = checkpoints.read_tensors(checkpoints.averaged_file(output_dir))
     assert found["tokenizer"]["sha256"] == checkpoints.weights_hash(state)
     assert set(found["errors"]) == {"codes alone", "stored support", "shuffled codes"}
+    assert found["beyond"]["mean"] == 0, "phantoms lie on the very grid"
     for row in found["per_case"]:
         parts = {name: share for name, share in row["share"].items() if name != "foreground"}
         assert sum(parts.values()) == pytest.approx(1)
@@ -85,6 +86,19 @@ def test_a_case_that_cannot_be_judged_is_told_and_the_rest_judged(output_dir, tm
     assert "Not judged: empty." in (tmp_path / "tokenizer_card.md").read_text()
     assert found["labels"]["body"]["kept"]["mean"] > 0.99
     assert "| body | 100.00 % |" in (tmp_path / "tokenizer_card.md").read_text()
+
+
+def test_what_lies_beyond_the_grid_is_told(output_dir, tmp_path):
+    """A phantom twice as large as the grid; the body's error is of what the grid holds."""
+    made = make_phantom(7, size=24, spacing=16.0)
+    wide = np.diag([2.0, 2.0, 2.0, 1.0]) @ made.affine
+    write_case(tmp_path / "data", "wide", made.hu, affine=wide, windows=[])
+    settings = {"dataset_dir": str(tmp_path / "data"), "tokenizer": str(output_dir), "output_dir": str(tmp_path)}
+    found = TokenizerEvaluation(**settings, split=None).run()
+    inner = made.hu[6:18, 6:18, 6:18]
+    share = 1 - np.count_nonzero(inner > -400) / np.count_nonzero(made.hu > -400)
+    assert found["beyond"]["mean"] == pytest.approx(share) and share > 0.2
+    assert f"beyond the grid: not judged | {100 * share:.2f} % |" in (tmp_path / "tokenizer_card.md").read_text()
 
 
 def test_the_card_lies_beside_the_checkpoint_by_default(output_dir, cohort):

@@ -41,7 +41,7 @@ def make_network(**changes):
     sizes = {"resolution": 48, "widths": (8, 8, 8), "model_channels": 16, "num_embeddings": 8, "num_blocks": 1}
     network = make_vqvae("tiny", **{**sizes, **changes}).eval()
     made = CTTokenizer(network, digest="")
-    x, _ = made.features(Volume(hu_volume(), AFFINE))
+    x = made.features(Volume(hu_volume(), AFFINE)).x
     with torch.no_grad():
         network.vq.start_from(network.encoder(x)[0].feats, generator=torch.Generator().manual_seed(0))
     return network
@@ -118,7 +118,8 @@ def test_latents_lie_where_the_body_is(tokenizer):
 def test_decoding_covers_the_grid_in_hu(tokenizer):
     tokens = tokenizer.encode(SimpleNamespace(hu=hu_volume(), affine=AFFINE), support=True)
     volume = tokenizer.decode(tokens)
-    x, affine = tokenizer.features(Volume(hu_volume(), AFFINE))
+    x, affine, beyond = tokenizer.features(Volume(hu_volume(), AFFINE))
+    assert beyond == 0
     assert volume.hu.shape == (48, 48, 48) and np.allclose(volume.affine, affine)
     kept = np.zeros(volume.hu.shape, bool)
     kept[tuple(x.coords[:, 1:].numpy().T)] = True
@@ -155,7 +156,28 @@ def test_commands_round_trip_through_files(output_dir, dataset, tmp_path):
     assert made["tokenizer"]["file"].endswith("ckpts/vqvae_ema0.9999_step0000005.pt")
     assert list(lines(made))[-1].startswith("2 ok, 0 refused, by tokenizer ")
     again = tokenize(dataset, tmp_path / "tokens", tokenizer=output_dir)
-    assert {(entry["message"], *entry["codes"]) for entry in again["cases"]} == {("there already", "EXISTS")}
+    assert {(entry["message"], *entry["codes"]) for entry in again["cases"]} == {("there already", "OK")}
+
+
+def test_what_the_tokenizers_own_grid_cuts_off_is_told(dataset, tmp_path, caplog):
+    """A grid of 192 mm, a body of 204: before, such tokens were called OK."""
+    run = save(make_network(resolution=24, num_embeddings=4), tmp_path / "run")
+    case = dataset / "processed" / "case_a"
+    told = tokenize(case, tmp_path / "a.npz", tokenizer=run)
+    assert told["cases"][0]["codes"] == ["FOV_CROPPED"] and "FOV_CROPPED" in next(lines(told))
+    assert "beyond the 192 mm grid" in caplog.text
+    assert read_tokens(tmp_path / "a.npz").findings == ("FOV_CROPPED",)
+    again = tokenize(case, tmp_path / "a.npz", tokenizer=run)["cases"][0]
+    assert (again["message"], again["codes"]) == ("there already", ["FOV_CROPPED"])
+    assert reconstruct(tmp_path / "a.npz", tmp_path / "a.nii", tokenizer=run)["cases"][0]["codes"] == ["FOV_CROPPED"]
+
+
+def test_token_files_of_older_software_do_not_say_what_was_found(output_dir, dataset, tmp_path):
+    case = dataset / "processed" / "case_a"
+    tokenize(case, tmp_path / "a.npz", tokenizer=output_dir)
+    write_tokens(tmp_path / "a.npz", replace(read_tokens(tmp_path / "a.npz"), findings=None))
+    told = tokenize(case, tmp_path / "a.npz", tokenizer=output_dir)
+    assert told["cases"][0]["codes"] == ["EXISTS"] and next(lines(told)).endswith("EXISTS: there already")
 
 
 def test_files_without_the_support_asked_for_are_made_again(output_dir, dataset, tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from transforms.array import AIR, resample
+from transforms.array import AIR, resample, share_beyond
 
 
 def oracle(hu: np.ndarray, affine_in: np.ndarray, affine_out: np.ndarray, grid: int) -> np.ndarray:
@@ -81,3 +81,13 @@ def test_shrinking_smooths():
 def test_spacings_must_be_positive():
     with pytest.raises(ValueError, match="spacings must be positive"):
         resample(np.zeros((2, 2, 2)), spacing_in=(1.0, 0.0, 1.0), spacing_out=1.0, grid=2)
+
+
+@pytest.mark.parametrize(("side", "expected"), [(40.0, 0.0), (30.0, 0.0), (18.0, 1 - 18 / 20), (10.0, 1 - 10 / 20)])
+def test_the_share_beyond_the_cube_is_that_of_what_is_denser_than_air(side, expected):
+    """A bar of 20 mm along x, thinner than any cube; air around it is nobody's loss."""
+    hu = np.full((30, 9, 5), AIR, np.int16)
+    hu[5:25, 4, 2] = 40
+    found = share_beyond(hu, spacing_in=(1.0, 1.0, 1.0), spacing_out=side / 10, grid=10)
+    assert found == pytest.approx(expected, abs=0.026)  # half a voxel at each end
+    assert share_beyond(np.full_like(hu, AIR), spacing_in=(1.0, 1.0, 1.0), spacing_out=0.5, grid=10) == 0

@@ -32,6 +32,7 @@ def tokens(rng):
         spacing=1.5,
         keep="body",
         tokenizer="ab" * 32,
+        findings=("FOV_CROPPED", "OVERLAPPING_SLICES"),
         support=tuple(part.numpy() for part in support_of(level)),
     )
 
@@ -49,10 +50,14 @@ def same(one, other):
             assert a == b, field.name
 
 
-@pytest.mark.parametrize("kind", ["plain", "levels", "no_support"])
+@pytest.mark.parametrize("kind", ["plain", "levels", "no_support", "nothing_found", "older"])
 def test_round_trip(tokens, tmp_path, kind, rng):
     if kind == "levels":
         tokens = replace(tokens, codes=rng.integers(0, 256, (len(tokens.codes), 3)).astype(np.int32))
+    if kind == "nothing_found":
+        tokens = replace(tokens, findings=())
+    if kind == "older":
+        tokens = replace(tokens, findings=None)
     if kind == "no_support":
         tokens = replace(tokens, support=None)
     write_tokens(tmp_path / "a" / "case.npz", tokens)
@@ -71,7 +76,7 @@ def test_any_numpy_reads_it(tokens, tmp_path):
     with np.load(tmp_path / "case.npz", allow_pickle=False) as stored:
         assert set(stored.files) == {
             *("codes", "coords", "latent_shape", "affine", "source_shape", "source_affine", "source_hash"),
-            *("features", "windows", "spacing", "keep", "tokenizer", "version"),
+            *("features", "windows", "spacing", "keep", "tokenizer", "version", "findings"),
             *("support_0", "support_1", "support_2"),
         }
         assert stored["codes"].dtype == stored["coords"].dtype == np.int32
