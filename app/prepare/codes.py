@@ -54,7 +54,10 @@ CODES = MappingProxyType(
         "SERIES_SPLIT": _warned(
             "one series UID holds several stacks, each becomes a case", "keep the cases that you want"
         ),
-        "FOV_CROPPED": _warned("the scan is larger than the grid and was cut", "raise --size or --spacing"),
+        "FOV_CROPPED": _warned(
+            "the scan is larger than the grid and was cut",
+            "raise --size or --spacing; where a tokenizer's own grid cuts, train it with a larger spacing",
+        ),
         "LOW_RESOLUTION": _warned(
             "voxels are more than four times as large as the grid's", "expect blur; do not judge fine detail"
         ),
