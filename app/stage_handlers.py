@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from app import checkpoints
 from app.checkpoints import unwrapped
-from app.training import FUNCTIONS_OF_STEP, resume_optimizer, resume_schedule
+from app.training import resume_optimizer
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +80,7 @@ class StageHandlers:
         self.network.load_state_dict(live)
         self.averaged.module.load_state_dict(mean)
         self.averaged.n_averaged.fill_(misc["num_averaged"])
-        resume_optimizer(self.optimizer, misc["optimizer"], keep_settings=isinstance(self.schedule, FUNCTIONS_OF_STEP))
-        resume_schedule(self.schedule, misc["schedule"], step=step)
+        resume_optimizer(self.optimizer, self.schedule, misc["optimizer"], step=step)
         scaler = getattr(engine._process_function, "scaler", None)
         if scaler is not None and misc["scaler"]:
             scaler.load_state_dict(misc["scaler"])
@@ -120,7 +119,7 @@ class StageHandlers:
         misc = {
             "step": step,
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
+            "schedule": self.schedule.state_dict(),  # a record: see resume_optimizer
             "scaler": scaler.state_dict() if scaler is not None else {},
             "num_averaged": int(self.averaged.n_averaged),
         }
