@@ -132,11 +132,13 @@ def stop_if_not_finite(engine: Engine, totals: dict[str, float], case_ids: list[
     if not math.isfinite(totals["loss"]):
         last = getattr(engine, "last_saved_step", None)
         kept = f"the last checkpoint is step {last}" if last is not None else "no checkpoint exists yet"
-        again = "resume from it" if last is not None else "start again"
+        again = "start again with a lower learning_rate"
+        if last is not None:
+            again = "resume from it with a lower learning_rate (from an earlier step, if this comes again)"
         fail(
             "NOT_FINITE",
             f"loss is {totals['loss']} at step {engine.state.iteration} on cases {', '.join(case_ids)}; {kept}",
-            f"{again} with a lower learning_rate, or check these cases with `python -m app check`",
+            f"{again}, or check these cases with `python -m app check`",
             status=1,
         )
 
