@@ -236,7 +236,9 @@ def start_from(network: SparseVQVAE, path: str | Path, *, codebook: bool) -> Pat
     return file
 
 
-def check_same(stored: Preset, wanted: Preset, *, source: Path, skip: set[str]) -> None:
+def check_same(
+    stored: Preset, wanted: Preset, *, source: Path, skip: set[str], otherwise: str = "train the earlier stage again"
+) -> None:
     """Ends the run where a checkpoint differs from it: the first difference is told, and every flag that is wanted."""
     names = [field.name for field in dataclasses.fields(Preset) if field.name not in skip | {"max_points", "prepared"}]
     other = [name for name in names if getattr(stored, name) != getattr(wanted, name)]
@@ -249,7 +251,7 @@ def check_same(stored: Preset, wanted: Preset, *, source: Path, skip: set[str]) 
         fail(
             "OTHER_TOKENIZER",
             f"{source} is for {what} {name} {old}, this run has {name} {new}",
-            f"pass {to_give}, or train the earlier stage again",
+            f"pass {to_give}, or {otherwise}",
         )
 
 

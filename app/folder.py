@@ -11,6 +11,7 @@ import os
 import resource
 import shlex
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -22,11 +23,12 @@ from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
 from app import checkpoints, pictures, preflight
-from app.rules import RULES
 
 log = logging.getLogger(__name__)
 
 MAX_PICTURED = 4
+MAX_TOLD = 60  # letters of a setting
+UNTOLD = {"resume", "output_dir", "i_print", "i_log", "i_sample", "i_save", "keep_last", "_desc_"}  # the same run
 SHOWN = ("loss", "recon", "vq", "commitment", "correct")  # on the console line, where a step has them
 
 
@@ -81,8 +83,6 @@ class RunFolder:
         logging.getLogger().addHandler(file)
         if self.start_step is None:
             self._describe()
-        else:
-            self._say_what_changed()
         purged = None if self.start_step is None else self.start_step + 1
         self.writer = SummaryWriter(str(self.path / "tb_logs"), purge_step=purged)
 
@@ -106,16 +106,19 @@ class RunFolder:
         (self.path / "config.json").write_text(json.dumps(preflight.resolved_config(self.settings), indent=2) + "\n")
 
     def _say_what_changed(self) -> None:
-        """Flat keys that the run did not begin with: given otherwise now, or by software that knew no such choice."""
+        """What the run did not begin with: given otherwise now, or by software that knew no such choice."""
+        now = json.loads(json.dumps(preflight.resolved_config(self.settings)))
+        file = self.path / "config.json"
         try:
-            before = json.loads((self.path / "config.json").read_text())
+            before = json.loads(file.read_text())
         except (OSError, ValueError):
-            return
-        now = preflight.resolved_config(self.settings)
-        names = [name for name in RULES if name in now and now[name] != before.get(name) and name != "resume"]
-        told = [f"{name} {now[name]} (was {before.get(name, 'not to be chosen')})" for name in names if before]
-        if told:
-            log.warning("goes on with other settings than the run began with: %s", ", ".join(told))
+            before = None
+        if not isinstance(before, dict):
+            log.warning("%s cannot be read: what changed since the run began is not known", file)
+        elif before and now:
+            told = [f"{name} {_short(new)} (was {_short(old)})" for name, old, new in differences(before, now)]
+            if told:
+                log.warning("goes on with other settings than the run began with: %s", ", ".join(told))
 
     def _move_aside(self) -> None:
         """An earlier run in the same place is kept, under another name."""
@@ -150,6 +153,7 @@ class RunFolder:
         total = sum(p.numel() for p in network.parameters())
         if idist.get_rank() == 0:
             if self.start_step is not None:
+                self._say_what_changed()
                 self._describe()
                 self._cut_after_start()
             (self.path / f"{self.name}_model_summary.txt").write_text(summary(network))
@@ -208,6 +212,30 @@ class RunFolder:
             if isinstance(value, int | float) and name != "step":
                 self.writer.add_scalar(f"{prefix}/{name}", value, row["step"])
         self.writer.flush()
+
+
+def differences(before: object, now: object, path: str = "") -> Iterator[tuple[str, object, object]]:
+    """Path, earlier value and present one of all that two configs have otherwise, by the parts that both have."""
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now) and _of_parts(now):
+        before, now = dict(enumerate(before)), dict(enumerate(now))
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in {**now, **before}:
+            old, new = before.get(name, "not to be chosen"), now.get(name, "left out")
+            told = path or name not in UNTOLD
+            passed_on = path and name not in before and str(new).startswith("@")  # the key it stands for is told
+            if told and not passed_on:
+                yield from differences(old, new, f"{path}#{name}" if path else name)
+    elif before != now:
+        yield path, before, now
+
+
+def _of_parts(values: list) -> bool:
+    return any(isinstance(value, dict) for value in values)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= MAX_TOLD else text[:MAX_TOLD] + "…"
 
 
 def summary(network: nn.Module) -> str:

@@ -263,6 +263,8 @@ def one_line_errors() -> None:
     A ValueError raised in this project's code is such a mistake: that is how it refuses values. Anything else is a
     fault of ours and keeps its trace.
     """
+    for name in ("SupervisedTrainer", "SupervisedEvaluator"):
+        logging.getLogger(f"ignite.engine.engine.{name}").addFilter(_says_more)
     usual = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -296,6 +298,11 @@ def one_line_errors() -> None:
         usual(kind, error, trace)
 
     sys.excepthook = hook
+
+
+def _says_more(_record: logging.LogRecord) -> bool:
+    """Not what ignite's engines say on the way out after `fail`, which has said all: an exit's number."""
+    return not isinstance(sys.exc_info()[1], SystemExit)
 
 
 def _refusal(error: BaseException) -> str | None:

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from app import checkpoints
 from app.checkpoints import unwrapped
-from app.training import FUNCTIONS_OF_STEP, resume_optimizer, resume_schedule
+from app.training import resume_optimizer
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,13 @@ class StageHandlers:
         misc = checkpoints.read_tensors(checkpoints.step_file(self.folder.path, "misc", step))
         for stored in (live, mean):
             sizes = type(self.network.sizes).from_tensor(stored["_extra_state"])
-            checkpoints.check_same(sizes, self.network.sizes, source=self.folder.path, skip=set())
+            checkpoints.check_same(
+                sizes,
+                self.network.sizes,
+                source=self.folder.path,
+                skip=set(),
+                otherwise="begin in another --output_dir",
+            )
         last = engine.state.epoch_length
         if step >= last:
             log.info("nothing left to train: step %d of %d (a larger --max_steps goes on)", step, last)
@@ -80,8 +86,7 @@ class StageHandlers:
         self.network.load_state_dict(live)
         self.averaged.module.load_state_dict(mean)
         self.averaged.n_averaged.fill_(misc["num_averaged"])
-        resume_optimizer(self.optimizer, misc["optimizer"], keep_settings=isinstance(self.schedule, FUNCTIONS_OF_STEP))
-        resume_schedule(self.schedule, misc["schedule"], step=step)
+        resume_optimizer(self.optimizer, self.schedule, misc["optimizer"], step=step)
         scaler = getattr(engine._process_function, "scaler", None)
         if scaler is not None and misc["scaler"]:
             scaler.load_state_dict(misc["scaler"])
@@ -89,6 +94,10 @@ class StageHandlers:
         engine.data_loader.sampler.start = step
         engine.last_saved_step = step
         self.folder.begin(self.network)
+        before, now = sizes.prepared, self.network.sizes.prepared
+        if before != now and idist.get_rank() == 0:
+            what = "the training data lie on another grid than at step %d, which raw scans will be put on: %s (was %s)"
+            log.warning(what, step, _grid(now), _grid(before))
         log.info("resumed at step %d", step)
 
     def _advance(self, engine: SupervisedTrainer) -> None:
@@ -120,7 +129,7 @@ class StageHandlers:
         misc = {
             "step": step,
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
+            "schedule": self.schedule.state_dict(),  # a record: see resume_optimizer
             "scaler": scaler.state_dict() if scaler is not None else {},
             "num_averaged": int(self.averaged.n_averaged),
         }
@@ -128,3 +137,7 @@ class StageHandlers:
         checkpoints.save_set(path, step, weights, misc)
         self.folder.record_best(step)
         checkpoints.prune(path, self.every["keep_last"])
+
+
+def _grid(prepared: tuple[int, float] | None) -> str:
+    return "no single one that is known" if prepared is None else f"{prepared[0]} voxels of {prepared[1]:g} mm"

@@ -30,7 +30,8 @@ from networks.sparse import SparseTensor
 from networks.vqvae import SparseVQVAE
 from transforms.tensor import window_values
 
-FUNCTIONS_OF_STEP = (lr_scheduler.LambdaLR, lr_scheduler.OneCycleLR)
+log = logging.getLogger(__name__)
+
 AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -131,11 +132,13 @@ def stop_if_not_finite(engine: Engine, totals: dict[str, float], case_ids: list[
     if not math.isfinite(totals["loss"]):
         last = getattr(engine, "last_saved_step", None)
         kept = f"the last checkpoint is step {last}" if last is not None else "no checkpoint exists yet"
-        again = "resume from it" if last is not None else "start again"
+        again = "start again with a lower learning_rate"
+        if last is not None:
+            again = "resume from it with a lower learning_rate (from an earlier step, if this comes again)"
         fail(
             "NOT_FINITE",
             f"loss is {totals['loss']} at step {engine.state.iteration} on cases {', '.join(case_ids)}; {kept}",
-            f"{again} with a lower learning_rate, or check these cases with `python -m app check`",
+            f"{again}, or check these cases with `python -m app check`",
             status=1,
         )
 
@@ -251,22 +254,22 @@ def _try_schedule(make: Callable[[Optimizer], lr_scheduler.LRScheduler], rates: 
         schedule.step()
 
 
-def resume_schedule(schedule: lr_scheduler.LRScheduler, stored: dict, *, step: int) -> None:
-    """Takes a schedule to a step. Ours are functions of the step, so that this run's rate and length count."""
-    if not isinstance(schedule, FUNCTIONS_OF_STEP):
-        schedule.load_state_dict(stored)
-    elif step > 0:
-        schedule.load_state_dict({**schedule.state_dict(), "last_epoch": step - 1, "_step_count": step})
-        schedule.step()
+def resume_optimizer(optimizer: Optimizer, schedule: lr_scheduler.LRScheduler, stored: dict, *, step: int) -> None:
+    """Loads what an optimizer gathered. Rates and other settings are those of this run, as if it had had them always.
 
-
-def resume_optimizer(optimizer: Optimizer, stored: dict, *, keep_settings: bool) -> None:
-    """Loads what an optimizer gathered; with `keep_settings` its rates stay those of this run's config."""
-    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(stored)
-    if keep_settings:
-        for group, settings in zip(optimizer.param_groups, own, strict=True):
-            group.update(settings)
+    A schedule is a function of its settings and the number of steps: one just made is stepped there, to the bit.
+    """
+    groups = zip(optimizer.param_groups, stored["param_groups"], strict=True)
+    own = [{**group, "params": before["params"]} for group, before in groups]
+    optimizer.load_state_dict({**stored, "param_groups": own})
+    with warnings.catch_warnings():  # torch misses a step of the optimizer before each
+        warnings.simplefilter("ignore", UserWarning)
+        for _ in range(step):
+            schedule.step()
+    now, before = optimizer.param_groups[0]["lr"], stored["param_groups"][0]["lr"]
+    if not math.isclose(now, before):
+        what = "the schedule was brought to step %d with this run's settings: its rate is %.4g, it was %.4g"
+        log.info(what, step, now, before)
 
 
 class ValidationStep:

@@ -23,10 +23,8 @@ from app.checkpoints import unwrapped
 from app.language.align_setup import FrozenTokenizer, Language, check_same, write_train_args
 from app.training import (
     AMP_TYPES,
-    FUNCTIONS_OF_STEP,
     mean_of_ranks,
     resume_optimizer,
-    resume_schedule,
     seed_step,
     step_optimizer,
     stop_if_not_finite,
@@ -124,9 +122,7 @@ class AlignHandlers:
                 raise ValueError(f"step {step} trained other parameters: {sorted(set(stored) ^ set(own))[:3]} …")
             for name, value in stored.items():
                 own[name].copy_(value)
-            own_rates = isinstance(self.schedule, FUNCTIONS_OF_STEP)
-            resume_optimizer(self.optimizer, misc["optimizer"], keep_settings=own_rates)
-            resume_schedule(self.schedule, misc["schedule"], step=step)
+            resume_optimizer(self.optimizer, self.schedule, misc["optimizer"], step=step)
             if misc["scaler"]:
                 engine._process_function.scaler.load_state_dict(misc["scaler"])
             engine.state.iteration = step
@@ -185,7 +181,7 @@ class AlignHandlers:
         misc = {
             "step": step,
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
+            "schedule": self.schedule.state_dict(),  # a record: see resume_optimizer
             "scaler": engine._process_function.scaler.state_dict(),
         }
         checkpoints.save_set(Path(self.folder.path), step, {self.folder.name: trained_state(self.network)}, misc)

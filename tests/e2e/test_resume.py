@@ -13,6 +13,7 @@ import torch
 
 from app import checkpoints
 from app.folder import RunFolder
+from networks.presets import Preset
 from tests.runs import (
     NAMES,
     STEPS,
@@ -201,8 +202,10 @@ def test_a_folder_that_another_process_writes_to_is_left_alone(earlier, place, c
 def test_a_run_of_other_sizes_or_data_is_not_resumed(earlier, place, cohort, change, naming):
     before = snapshot(earlier)
     end = run_in(place, dataset_dir=cohort, output_dir="out", resume="latest", **{**STEPS, "max_steps": 30, **change})
-    assert_refused(end, code="OTHER_TOKENIZER", naming=naming)
+    assert_refused(end, code="OTHER_TOKENIZER", naming=[*naming, "another --output_dir"])
     assert snapshot(earlier) == before
+    assert "goes on" not in end.out and "earlier stage" not in end.error, "there is nothing to go on with"
+    assert "terminating" not in end.out, "the one line is enough"
 
 
 def test_a_resumed_run_says_what_it_did_not_begin_with(earlier, place, cohort):
@@ -215,6 +218,54 @@ def test_a_resumed_run_says_what_it_did_not_begin_with(earlier, place, cohort):
     (line,) = [line for line in (earlier / "log.txt").read_text().splitlines() if "goes on with other settings" in line]
     assert "max_shift 4 (was not to be chosen)" in line and "learning_rate 0.0005 (was " in line
     assert "max_steps 21 (was 20)" in line and "seed" not in line and "resume" not in line.split("goes on")[1]
+
+
+def test_settings_inside_a_part_of_the_config_are_named_too(earlier, place, cohort):
+    inner = {"optimizer#weight_decay": 0.1, "train#step#grad_clip": 0.3}
+    schedule = {"lr_scheduler": "StepLR", "lr_scheduler_options": "{'step_size': 2}"}
+    settings = {
+        **STEPS,
+        **inner,
+        **schedule,
+        "max_steps": 21,
+        "i_print": 7,
+        "learning_rate": "$" + "1e-4 + " * 20 + "0",
+    }
+    end = run_in(place, dataset_dir=cohort, output_dir="out", resume="latest", **settings)
+    assert end.status == 0, end.err
+    (line,) = [line for line in end.out.splitlines() if "goes on with other settings" in line]
+    for part in (
+        "optimizer#weight_decay 0.1 (was 0.0)",
+        "train#step#grad_clip 0.3 (was @grad_clip)",
+        "lr_scheduler_options {'step_size': 2} (was None)",
+        "learning_rate $1e-4 + 1e-4 + 1e-4",
+        "1e-4 + 1e-… (was 0.003)",
+    ):
+        assert part in line, line
+    assert not re.search("output_dir|i_print|resume", line)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "{", None])
+def test_a_config_that_cannot_be_read_is_said_and_does_not_end_the_run(earlier, place, cohort, content):
+    (earlier / "config.json").unlink() if content is None else (earlier / "config.json").write_text(content)
+    end = run_in(place, dataset_dir=cohort, output_dir="out", resume="latest", **{**STEPS, "max_steps": 21})
+    assert end.status == 0, end.err
+    assert "out/config.json cannot be read: what changed since the run began is not known" in end.out
+    assert json.loads((earlier / "config.json").read_text())["max_steps"] == 21
+
+
+def test_data_prepared_again_on_another_grid_are_named(earlier, place, cohort):
+    for name in NAMES[:2]:
+        file = checkpoints.step_file(earlier, name, 20)
+        state = checkpoints.read_tensors(file)
+        sizes = Preset.from_tensor(state["_extra_state"])
+        torch.save({**state, "_extra_state": sizes.changed(prepared=[48, 8.0]).to_tensor()}, file)
+    end = run_in(place, dataset_dir=cohort, output_dir="out", resume="latest", **{**STEPS, "max_steps": 21})
+    assert end.status == 0, end.err
+    (line,) = [line for line in (earlier / "log.txt").read_text().splitlines() if "another grid" in line]
+    assert "WARNING" in line and "48 voxels of 8 mm" in line and "24 voxels of 16 mm" in line
+    again = run_in(place, dataset_dir=cohort, output_dir="out", resume="latest", **{**STEPS, "max_steps": 22})
+    assert again.status == 0 and "another grid" not in again.out, "the checkpoint has the grid of now"
 
 
 def test_weights_of_other_sizes_are_not_taken(earlier, place, cohort):
@@ -250,6 +301,7 @@ def test_a_full_disk_while_saving_keeps_the_last_set(earlier, place, cohort, mon
     settings = {**STEPS, "max_steps": 30}
     end = run_in(place, dataset_dir=cohort, output_dir="out", resume="latest", **settings)
     assert_refused(end, code="SAVE_FAILED", naming=["No space left", "20", "resume latest"])
+    assert "terminating" not in end.out
     assert checkpoints.complete_steps(earlier) == [0, 10, 20]
     assert not list(earlier.glob("ckpts/*.part"))
     monkeypatch.undo()
@@ -281,3 +333,5 @@ def test_a_loss_that_is_no_number_names_step_cases_and_last_set(earlier, place, 
     end = run_in(place, dataset_dir=cohort, output_dir="out", resume="latest", **{**STEPS, "max_steps": 30})
     assert end.status == 1
     assert re.match(r"NOT_FINITE: loss is nan at step 21 on cases case_\d; the last checkpoint is step 20\.", end.error)
+    assert "lower learning_rate" in end.error and "an earlier step" in end.error
+    assert "terminating" not in end.out

@@ -106,6 +106,7 @@ def test_other_schedules_resume_to_the_bit(earlier, place, cohort, name):
     end = run(place, "vq_stage2", cohort, output_dir="b", resume=3, **settings)
     assert end.status == 0, end.err
     assert story(place / "b") == story(place / "a")
+    assert "the schedule was brought" not in end.out, "nothing changed"
     rates = [row["lr"] for row in story(place / "a") if "lr" in row]
     if name == "ExponentialLR":
         assert rates == pytest.approx([5e-4 * 0.9**n for n in range(1, 7)], rel=1e-4)
@@ -119,6 +120,35 @@ def test_a_resumed_run_takes_its_own_rate_and_length(earlier, place, cohort):
     rows = [row for row in story(earlier / "vq_stage2") if "lr" in row]
     assert [row["step"] for row in rows] == list(range(1, 10))
     assert [row["lr"] for row in rows[6:]] == [1e-5] * 3 and rows[0]["lr"] > 1e-5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"learning_rate": 1e-4},
+        {"lr_scheduler_options": "{'step_size': 4}"},
+        {"lr_scheduler": "cosine", "lr_scheduler_options": None},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_a_resumed_run_has_the_rates_of_a_run_that_had_its_settings_all_along(earlier, place, cohort, changes):
+    began = {"lr_scheduler": "StepLR", "lr_scheduler_options": "{'step_size': 2}"}
+    assert run(place, "vq_stage2", cohort, output_dir="a", **began).status == 0
+    end = run(place, "vq_stage2", cohort, output_dir="a", resume=3, **{**began, **changes})
+    assert end.status == 0, end.err
+    assert run(place, "vq_stage2", cohort, output_dir="b", **{**began, **changes}).status == 0
+    resumed, all_along = ([row["lr"] for row in story(place / name) if "lr" in row] for name in "ab")
+    assert resumed[3:] == all_along[3:] and resumed[:3] != all_along[:3]
+    assert "the schedule was brought to step 3 with this run's settings" in end.out
+
+
+def test_the_original_recipe_resumed_takes_a_lower_rate(earlier, place, cohort):
+    assert run(place, "vq_stage1", cohort, "recipe_ct").status == 0  # its codebook learns by gradient
+    assert run(place, "vq_stage2", cohort, "recipe_ct").status == 0
+    end = run(place, "vq_stage2", cohort, "recipe_ct", resume=3, learning_rate=1e-5)
+    assert end.status == 0, end.err
+    rates = [row["lr"] for row in story(earlier / "vq_stage2") if "lr" in row]
+    assert rates == pytest.approx([r * 0.999**n for n, r in enumerate([5e-3] * 3 + [1e-5] * 3, start=1)], rel=1e-3)
 
 
 def test_the_decoder_may_adapt_first(earlier, place, cohort):

@@ -1,8 +1,9 @@
 """The averaged model: the formula it follows, and what it copies. What validation leaves in memory.
 
-Schedules by name. What is said of a loss that is no number.
+Schedules by name, and going on with them. What is said of a loss that is no number.
 """
 
+import copy
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from app.language.align_training import AlignHandlers
 from app.stage_handlers import StageHandlers
-from app.training import average, make_scheduler, stop_if_not_finite
+from app.training import average, make_scheduler, resume_optimizer, stop_if_not_finite
 
 
 def test_the_average_follows_its_formula_and_copies_buffers():
@@ -100,6 +101,57 @@ def test_options_that_a_schedule_cannot_use_are_refused_before_the_first_step(na
 def test_trying_a_schedule_leaves_it_as_it_was():
     assert rates("StepLR", {"step_size": 2, "gamma": 0.5}) == pytest.approx([0.1, 0.1, 0.05, 0.05, 0.025, 0.025])
     assert rates("OneCycleLR", {"max_lr": 0.1, "total_steps": 7}) == rates("one_cycle", None)
+
+
+def steps(network, optimizer, schedule, some):
+    """Trains them, and gives what the optimizer had at each."""
+    found = []
+    for step in some:
+        optimizer.zero_grad()
+        network(torch.full((2, 1), 0.1 * step)).square().sum().backward()
+        optimizer.step()
+        schedule.step()
+        found.append({name: value for name, value in optimizer.param_groups[0].items() if name != "params"})
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("cosine", None),
+        ("constant", None),
+        ("one_cycle", None),
+        ("ExponentialLR", {"gamma": 0.93}),
+        ("StepLR", {"step_size": 3}),
+        ("MultiStepLR", {"milestones": [2, 5, 9]}),
+        ("CosineAnnealingLR", {"T_max": 7}),
+        ("CosineAnnealingWarmRestarts", {"T_0": 3}),
+        ("CyclicLR", {"base_lr": 1e-5, "max_lr": 1e-2, "step_size_up": 3}),  # moves the optimizer's betas too
+        ("LinearLR", {}),
+        ("ConstantLR", {}),
+        ("PolynomialLR", {"total_iters": 9, "power": 1.7}),
+    ],
+)
+def test_every_schedule_is_brought_to_its_step_to_the_bit(name, options):
+    def make(rate):
+        network = nn.Linear(1, 1)
+        network.weight.data.fill_(0.5)
+        network.bias.data.fill_(0.1)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.1)
+        return network, optimizer, make_scheduler(optimizer, name=name, max_steps=12, options=options)
+
+    straight, resumed, lower = make(0.01), make(0.01), make(0.001)
+    steps(*straight, range(7))
+    weights, stored = copy.deepcopy((straight[0].state_dict(), straight[1].state_dict()))
+    expected = steps(*straight, range(7, 12))
+    resumed[0].load_state_dict(weights)
+    resume_optimizer(*resumed[1:], stored, step=7)
+    assert steps(*resumed, range(7, 12)) == expected
+    assert torch.equal(resumed[0].weight, straight[0].weight)
+    resume_optimizer(*lower[1:], stored, step=7)
+    all_along = make(0.001)
+    steps(*all_along, range(7))
+    assert steps(*lower, range(7, 12)) == steps(*all_along, range(7, 12))
 
 
 @pytest.mark.parametrize("handlers", [StageHandlers, AlignHandlers])
