@@ -271,13 +271,20 @@ def _cases_in(source: Path, made: CTTokenizer, series: str | None) -> Iterator[F
     if is_prepared and series is not None:
         fail("BAD_VALUE", f"{source} is prepared, so --series names nothing", "leave it out")
     if scans.is_case(source):
-        yield Found(source.name, prepared.open_case(source).source_hash, lambda: made.open(source))
+        try:
+            source_hash, open_it = prepared.open_case(source).source_hash, lambda: made.open(source)
+        except ValueError as error:
+            source_hash, open_it = "", error
+        yield Found(source.name, source_hash, open_it)
     elif is_prepared:
-        cases = prepared.find_cases(source)
+        cases = prepared.list_cases(source)
         several = len({case.dataset for case in cases}) > 1
         for case in cases:
             name = f"{case.dataset}/{case.case_id}" if several else case.case_id
-            yield Found(name, case.source_hash, lambda case=case: made.open(case))
+            if isinstance(case, prepared.DamagedCase):
+                yield Found(name, "", case.error)
+            else:
+                yield Found(name, case.source_hash, lambda case=case: made.open(case))
     else:
         yield from scans.raw_scans(source, series=series, grid=made.sizes.prepared)
 
