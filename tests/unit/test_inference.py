@@ -3,7 +3,11 @@
 import errno
 import json
 import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import nibabel
@@ -22,6 +26,7 @@ from app.training import to_sparse
 from networks import make_vqvae
 from networks.vqvae import Tokens
 
+ROOT = Path(__file__).resolve().parents[2]
 AFFINE = np.array([[6.0, 0, 0, -150], [0, 6.0, 0, -130], [0, 0, 8.0, -900], [0, 0, 0, 1]])
 SHAPE = (50, 44, 30)
 
@@ -263,6 +268,64 @@ def test_what_is_refused_beside_a_good_raw_scan_is_listed(output_dir, tmp_path, 
     assert len(list((tmp_path / "tokens").iterdir())) == 1
     tokens = CTTokenizer.from_pretrained(output_dir).encode(tmp_path / "raw")  # the good one alone
     assert np.array_equal(tokens.codes, read_tokens(tmp_path / "one.npz").codes)
+
+
+def unreadable(*paths):
+    """How a command is called that may not read these, nor may root."""
+    for path in paths:
+        path.chmod(0)
+    allowed = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    if allowed and shutil.which("setpriv") is None:
+        pytest.skip("root may read everything here")
+    return [*allowed, sys.executable, "-m", "app"]
+
+
+def test_what_cannot_be_opened_is_listed_and_the_rest_done(tmp_path):
+    raw = tmp_path / "raw"
+    for folder in (raw, raw / "closed", raw / "open"):
+        folder.mkdir()
+        nibabel.save(nibabel.Nifti1Image(hu_volume() + len(folder.name), AFFINE), folder / "scan.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(hu_volume() - 1, AFFINE), raw / "large.nii.gz")
+    folder = save(make_network(prepared=(48, 8.0)), tmp_path / "run")
+    call = unreadable(raw / "large.nii.gz", raw / "closed")
+    words = ["tokenize", raw, tmp_path / "tokens", "--tokenizer", folder]
+    done = subprocess.run([*call, *map(str, words)], cwd=ROOT, capture_output=True, text=True, check=False)
+    (raw / "closed").chmod(0o755)
+    assert done.returncode == 3 and done.stderr == "", done.stderr
+    *told, last = done.stdout.splitlines()
+    refused = [line for line in told if line.startswith("refused")]
+    assert [line.split()[1] for line in refused] == ["closed", "large.nii.gz"]
+    assert all("CORRUPT_FILE" in line and "cannot be opened (Permission denied)" in line for line in refused)
+    assert len(list((tmp_path / "tokens").iterdir())) == 2 and last.startswith("2 ok, 2 refused")
+
+
+def test_a_scan_that_stops_to_be_readable_is_listed(output_dir, tmp_path, monkeypatch):
+    def fails(*given):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "scan.nii.gz")
+
+    nibabel.save(nibabel.Nifti1Image(hu_volume(), AFFINE), tmp_path / "scan.nii.gz")
+    monkeypatch.setattr(volume, "read_item", fails)
+    result = tokenize(tmp_path / "scan.nii.gz", tmp_path / "tokens", tokenizer=output_dir)
+    assert result["cases"][0]["codes"] == ["CORRUPT_FILE"] and "Input/output error" in result["cases"][0]["message"]
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_damaged_sidecar_is_listed_and_the_rest_done(output_dir, dataset, tmp_path, alone):
+    shutil.copytree(dataset, tmp_path / "set")
+    damaged = tmp_path / "set" / "processed" / "case_a"
+    (damaged / "case.json").write_text("{")
+    result = tokenize(damaged if alone else tmp_path / "set", tmp_path / "tokens", tokenizer=output_dir)
+    assert (result["ok"], result["refused"]) == (0 if alone else 1, 1)
+    assert result["cases"][0]["case"] == "case_a" and "case_a/case.json cannot" in result["cases"][0]["message"]
+
+
+def test_a_case_whose_volume_is_gone(output_dir, dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "set")
+    for file in (tmp_path / "set" / "processed" / "case_a").glob("ct_normalized_*"):
+        file.unlink()
+    result = tokenize(tmp_path / "set", tmp_path / "tokens", tokenizer=output_dir)
+    assert (result["ok"], result["refused"]) == (1, 1)
+    assert "case_a/ct_normalized_50.npy is missing" in result["cases"][0]["message"]
 
 
 def test_raw_scans_are_read_one_at_a_time(tmp_path, monkeypatch):
