@@ -231,7 +231,8 @@ def _cube_of(case: PreparedCase) -> tuple[int, float] | None:
     if case.affine is None or len(set(sides := case.sidecar.get("shape", ()))) != 1:
         return None
     steps = case.affine[:3, :3]
-    return (int(sides[0]), float(steps[0, 0])) if np.array_equal(steps, np.eye(3) * steps[0, 0]) else None
+    mm = float(steps[0, 0])
+    return (int(sides[0]), mm) if mm > 0 and np.array_equal(steps, np.eye(3) * mm) else None
 
 
 def find_datasets(dataset_dir: str | Path) -> list[Path]:

@@ -97,9 +97,9 @@ def test_the_grid_that_cases_share(tmp_path, hu, affine):
     fine = np.diag([500 / 512, 500 / 512, 500 / 512, 1])  # 0.9765625 mm, of which "spacing" keeps six decimals
     case = prepared_writer.write_case(tmp_path / "set", "fine", hu, affine=fine, windows=("lung",), sidecar={})
     assert prepared.common_grid([case]) == (12, 500 / 512)
-    uneven = np.diag([2.0, 2.0, 12.0, 1])
-    case = prepared_writer.write_case(tmp_path / "set", "uneven", hu, affine=uneven, windows=("lung",), sidecar={})
-    assert prepared.common_grid([case]) is None
+    for name, steps in (("uneven", [2.0, 2.0, 12.0, 1]), ("mirrored", [-2.0, -2.0, -2.0, 1])):
+        case = prepared_writer.write_case(tmp_path / "set", name, hu, affine=np.diag(steps), windows=("lung",))
+        assert prepared.common_grid([case]) is None
     (tmp_path / "set" / "processed" / "a" / "case.json").unlink()
     assert prepared.common_grid([prepared.open_case(tmp_path / "set" / "processed" / "a")]) is None
 
