@@ -93,6 +93,9 @@ def write_tokens(path: str | Path, tokens: CTTokens) -> None:
     try:
         np.savez_compressed(beside, **arrays)
         os.replace(beside, path)
+    except OSError as error:
+        error.filename = str(path)  # nobody knows the file beside
+        raise
     finally:
         beside.unlink(missing_ok=True)
 
@@ -106,11 +109,8 @@ def read_tokens(path: str | Path) -> CTTokens:
     except FileNotFoundError:
         raise RefusedInput("NO_TOKENS", f"token file {path} does not exist") from None
     except UNREADABLE as error:
-        reason = (
-            f"it has no {error}"
-            if isinstance(error, KeyError)
-            else (str(error).strip() or type(error).__name__).splitlines()[0]
-        )
+        text = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
+        reason = f"it has no {error}" if isinstance(error, KeyError) else text.splitlines()[0]
         raise RefusedInput("DAMAGED_TOKENS", f"{path.name} is damaged or no token file: {reason}") from error
     return tokens
 
@@ -164,7 +164,7 @@ def _tokens_of(arrays: dict[str, np.ndarray]) -> CTTokens:
         source_shape=_triple(arrays["source_shape"], "source_shape"),
         source_affine=_affine(arrays["source_affine"], "source_affine"),
         features=_text(arrays["features"]),
-        windows=tuple(_text(name) for name in np.split(arrays["windows"], len(arrays["windows"]))),
+        windows=_names(arrays["windows"], "windows"),
         spacing=float(arrays["spacing"]),
         keep=_text(arrays["keep"]),
         tokenizer=_text(arrays["tokenizer"]),
@@ -203,6 +203,12 @@ def _affine(array: np.ndarray, name: str) -> np.ndarray:
     if not square or not np.array_equal(array[3], [0, 0, 0, 1]) or abs(np.linalg.det(array[:3, :3])) < 1e-9:
         raise ValueError(f"{name} must be an invertible 4 x 4 matrix")
     return array.astype(np.float64)
+
+
+def _names(array: np.ndarray, name: str) -> tuple[str, ...]:
+    if array.dtype.kind != "U" or array.ndim != 1 or array.size == 0:
+        raise ValueError(f"{name} must be a list of names, one at least, got {array.dtype} {array.shape}")
+    return tuple(array.tolist())
 
 
 def _text(array: np.ndarray) -> str:
