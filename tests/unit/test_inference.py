@@ -410,6 +410,60 @@ def test_out_where_a_file_lies(output_dir, dataset, tmp_path, capsys):
     assert (tmp_path / "mine").read_text() == "x"
 
 
+def test_out_that_may_not_be_written_is_said_before_any_work(output_dir, dataset, tmp_path):
+    (tmp_path / "closed").mkdir()
+    call = unreadable(tmp_path / "closed")
+    (tmp_path / "closed").chmod(0o555)
+    words = ["tokenize", dataset, tmp_path / "closed" / "new" / "tokens", "--tokenizer", output_dir]
+    done = subprocess.run([*call, *map(str, words)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"NO_OUTPUT: {tmp_path / 'closed'} may not be written. ")
+    assert "Give another OUT, or mend its permissions" in done.stderr
+
+
+@pytest.mark.parametrize("suffix", ["npz", "nii.gz"])
+def test_what_cannot_be_written_is_named_as_it_was_given(output_dir, dataset, tmp_path, monkeypatch, suffix):
+    tokenize(dataset / "processed" / "case_a", tmp_path / "a.npz", tokenizer=output_dir)
+
+    def denied(target, *given, **more):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
+
+    monkeypatch.setattr(np, "savez_compressed", denied)
+    monkeypatch.setattr(nibabel, "save", lambda image, target: denied(target))
+    command, source = ("tokenize", dataset / "processed" / "case_a") if suffix == "npz" else ("reconstruct", "a.npz")
+    words = [command, tmp_path / source, tmp_path / f"b.{suffix}", "--tokenizer", output_dir]
+    done = CliRunner().invoke(app, [*map(str, words)])
+    told = f"WRONG_CALL: Permission denied: {tmp_path / 'b'}.{suffix}. Give another, or mend its permissions.\n"
+    assert (done.exit_code, done.stderr) == (2, told)
+
+
+def test_broken_tokens_in_out_say_how_to_make_them_again(output_dir, dataset, tmp_path):
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "case_a.npz").write_bytes(b"no zip")
+    result = tokenize(dataset, tmp_path / "tokens", tokenizer=output_dir)
+    assert (result["ok"], result["refused"]) == (1, 1)
+    assert result["cases"][0]["codes"] == ["DAMAGED_TOKENS"] and "--overwrite" in result["cases"][0]["message"]
+    assert tokenize(dataset, tmp_path / "tokens", tokenizer=output_dir, overwrite=True)["ok"] == 2
+
+
+def test_a_scan_in_another_format_is_not_made(output_dir, dataset, tmp_path, capsys):
+    tokenize(dataset / "processed" / "case_a", tmp_path / "a.npz", tokenizer=output_dir)
+    with pytest.raises(SystemExit):
+        reconstruct(tmp_path / "a.npz", tmp_path / "a.npy", tokenizer=output_dir)
+    assert ".nii or .nii.gz" in one_line(capsys, "NO_OUTPUT") and not (tmp_path / "a.npy").exists()
+    (tmp_path / "volumes.1").mkdir()
+    assert reconstruct(tmp_path / "a.npz", tmp_path / "volumes.1", tokenizer=output_dir)["ok"] == 1
+
+
+def test_like_without_a_scan(output_dir, dataset, tmp_path, capsys):
+    tokenize(dataset / "processed" / "case_a", tmp_path / "a.npz", tokenizer=output_dir)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit):
+        reconstruct(tmp_path / "a.npz", tmp_path / "a.nii.gz", tokenizer=output_dir, like=tmp_path / "empty")
+    line = one_line(capsys, "BAD_LIKE")
+    assert "empty: 0 files, none of them a CT volume. Give" in line
+
+
 def test_damaged_support_is_refused_and_the_rest_done(output_dir, dataset, tmp_path):
     tokenize(dataset, tmp_path / "tokens", tokenizer=output_dir, support=True)
     with np.load(tmp_path / "tokens" / "case_a.npz") as stored:
