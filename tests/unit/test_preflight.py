@@ -434,6 +434,9 @@ def test_no_bundle_run_no_check(monkeypatch):
 def test_ctrl_c_is_one_line_and_a_shell_s_status(monkeypatch, capsys):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(preflight.os, "_exit", sys.exit)
+    monkeypatch.setattr(
+        preflight.logging, "shutdown", lambda: None
+    )  # tensorboard's handler would close pytest's stream
     preflight.one_line_errors()
     with pytest.raises(SystemExit) as end:
         sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
