@@ -22,7 +22,7 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of whatever is random.")
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 # what is wrong with a path that the call gave
-_PATH_ERRORS = (errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+_PATH_ERRORS = (errno.EROFS, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 class Answer:
@@ -74,7 +74,7 @@ def _one_line(error: BaseException) -> tuple[int, str]:
         return 3, str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return 2, "DISK_FULL: no space left on the disk of OUT. Free some and run again: what is done is kept."
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if isinstance(error, OSError) and error.filename and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return 2, f"WRONG_CALL: {error.strerror}: {error.filename}. Give another, or mend its permissions."
     wrong = ValueError | FileNotFoundError | FileExistsError | NotADirectoryError | PermissionError
     if isinstance(error, wrong) or (isinstance(error, OSError) and error.errno in _PATH_ERRORS):

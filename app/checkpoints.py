@@ -47,9 +47,8 @@ def step_to_resume(output_dir: str | Path, resume: str | int | None) -> int | No
     if not isinstance(resume, int) or isinstance(resume, bool):
         fail("BAD_RESUME", f"resume must be latest or a step, got {resume!r}", "pass --resume latest")
     if resume not in steps:
-        kept, remedy = (
-            (", ".join(map(str, steps)), "pass one of these") if steps else ("none", "train without --resume")
-        )
+        kept = ", ".join(map(str, steps)) or "none"
+        remedy = "pass one of these" if steps else "train without --resume"
         fail("NO_CHECKPOINT", f"{output_dir} has no complete step {resume}; it has {kept}", remedy)
     return resume
 
