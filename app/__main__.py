@@ -74,6 +74,8 @@ def _one_line(error: BaseException) -> tuple[int, str]:
         return 3, str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return 2, "DISK_FULL: no space left on the disk of OUT. Free some and run again: what is done is kept."
+    if isinstance(error, OSError) and error.filename and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return 2, f"WRONG_CALL: {error.strerror}: {error.filename}. Give another, or mend its permissions."
     wrong = ValueError | FileNotFoundError | FileExistsError | NotADirectoryError | PermissionError
     if isinstance(error, wrong) or (isinstance(error, OSError) and error.errno in _PATH_ERRORS):
         return 2, f"WRONG_CALL: {' '.join(str(error).split())}"

@@ -48,7 +48,8 @@ def step_to_resume(output_dir: str | Path, resume: str | int | None) -> int | No
         fail("BAD_RESUME", f"resume must be latest or a step, got {resume!r}", "pass --resume latest")
     if resume not in steps:
         kept = ", ".join(map(str, steps)) or "none"
-        fail("NO_CHECKPOINT", f"{output_dir} has no complete step {resume}; it has {kept}", "pass one of these")
+        remedy = "pass one of these" if steps else "train without --resume"
+        fail("NO_CHECKPOINT", f"{output_dir} has no complete step {resume}; it has {kept}", remedy)
     return resume
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 
 from app import card, checkpoints, prepared
 from app import reconstruction_metrics as measure
-from app.inference import CTTokenizer, dense_hu
+from app.inference import CTTokenizer, check_folder, dense_hu
 from app.metrics import count_codes, perplexity
 from app.phantoms import ensure_cohort
 from app.preflight import fail
@@ -76,6 +76,9 @@ class TokenizerEvaluation:
         if self.max_cases is not None and self.max_cases < len(cases):
             cases = [cases[i] for i in np.linspace(0, len(cases) - 1, self.max_cases).round().astype(int)]
         file = self._tokenizer_file()
+        folder = Path(self.output_dir) if self.output_dir else _beside(file)
+        check_folder(folder, name="output_dir")
+        folder.mkdir(parents=True, exist_ok=True)
         made = CTTokenizer.from_pretrained(file, max_points=self.max_points)
         judged, refused = [], {}
         for case in cases:
@@ -88,11 +91,8 @@ class TokenizerEvaluation:
             whole = judged[-1].row["errors"]["codes alone"]["tissues"]["foreground"]["mae"]
             log.info("%s: MAE %.1f HU from codes alone", case.case_id, whole)
         if not judged:
-            fail(
-                "NO_CASES",
-                f"none of {len(cases)} cases can be judged; {next(iter(refused.items()))}",
-                "check the dataset",
-            )
+            name, reason = next(iter(refused.items()))
+            fail("NO_CASES", f"none of {len(cases)} cases can be judged; {name}: {reason}", "check the dataset")
         result = summarize(judged, made, seed=self.seed)
         result["tokenizer"] = {"file": file.name, "sha256": made.digest, "sizes": asdict(made.sizes)}
         result["data"] = {
@@ -103,7 +103,6 @@ class TokenizerEvaluation:
         }
         result["software"] = prepared.versions() | {"torch": torch.__version__}
         result["seconds"] = round(time.perf_counter() - started, 1)
-        folder = Path(self.output_dir) if self.output_dir else _beside(file)
         card.write(folder, result, judged)
         log.info("card in %s", folder / "tokenizer_card.md")
         return result

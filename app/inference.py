@@ -207,7 +207,7 @@ def tokenize(
     cases, single = list(_cases_in(source, made, series)), out.suffix == ".npz"
     if single and len(cases) > 1:
         cases = _one_good(cases, source, out)
-    _check_folder(out.parent if single else out)
+    check_folder(out.parent if single else out)
     entries = []
     for name, source_hash, open_it in progress(cases, "tokenize"):
         path = out if single else out / f"{name}.npz"
@@ -250,12 +250,14 @@ def _one_good(cases: list[Found], source: Path, out: Path) -> list[Found]:
     return tried
 
 
-def _check_folder(path: Path) -> None:
-    """Before any work: a folder can be made, or is there."""
+def check_folder(path: Path, *, name: str = "OUT") -> None:
+    """Before any work: a folder can be made or is there, and can be written; `name` is what the user calls it."""
     for part in (path, *path.parents):
         if part.exists():
             if not part.is_dir():
-                fail("NO_OUTPUT", f"{part} is a file, OUT needs a folder there", "give another OUT")
+                fail("NO_OUTPUT", f"{part} is a file, {name} needs a folder there", f"give another {name}")
+            if not os.access(part, os.W_OK | os.X_OK):
+                fail("NO_OUTPUT", f"{part} may not be written", f"give another {name}, or mend its permissions")
             return
 
 
@@ -266,7 +268,10 @@ def _there_already(path: Path, made: CTTokenizer, *, source_hash: str, support: 
     """
     if not path.exists():
         return None
-    tokens = read_tokens(path)
+    try:
+        tokens = read_tokens(path)
+    except RefusedInput as error:
+        raise RefusedInput(error.code, f"{text_of(error)}: it is in OUT already, --overwrite makes it again") from error
     if tokens.tokenizer != made.digest:
         raise RefusedInput(
             "EXISTS", f"{path.name} is there already, by tokenizer {tokens.tokenizer[:12]}: --overwrite, or another OUT"
@@ -291,13 +296,20 @@ def _cases_in(source: Path, made: CTTokenizer, series: str | None) -> Iterator[F
     if is_prepared and series is not None:
         fail("BAD_VALUE", f"{source} is prepared, so --series names nothing", "leave it out")
     if scans.is_case(source):
-        yield Found(source.name, prepared.open_case(source).source_hash, lambda: made.open(source))
+        try:
+            source_hash, open_it = prepared.open_case(source).source_hash, lambda: made.open(source)
+        except ValueError as error:
+            source_hash, open_it = "", error
+        yield Found(source.name, source_hash, open_it)
     elif is_prepared:
-        cases = prepared.find_cases(source)
+        cases = prepared.list_cases(source)
         several = len({case.dataset for case in cases}) > 1
         for case in cases:
             name = f"{case.dataset}/{case.case_id}" if several else case.case_id
-            yield Found(name, case.source_hash, lambda case=case: made.open(case))
+            if isinstance(case, prepared.DamagedCase):
+                yield Found(name, "", case.error)
+            else:
+                yield Found(name, case.source_hash, lambda case=case: made.open(case))
     else:
         yield from scans.raw_scans(source, series=series, grid=made.sizes.prepared)
 
@@ -319,11 +331,14 @@ def reconstruct(
     single = out.name.endswith((".nii", ".nii.gz"))
     if single and len(files) > 1:
         fail("MANY_SCANS", f"{source} holds {len(files)} token files, {out} is one file", "give a folder as OUT")
-    _check_folder(out.parent if single else out)
+    if source.is_file() and out.suffix and not single and not out.is_dir():
+        fail("NO_OUTPUT", f"a scan is written as .nii or .nii.gz, OUT is {out}", "give such a file, or a folder")
+    check_folder(out.parent if single else out)
     try:
         grid = None if like is None else scans.grid_of(Path(like))
     except ValueError as error:
-        fail("BAD_LIKE", text_of(error), "give a scan that can be read", status=3)
+        reason = getattr(error, "message", error)  # without the remedy that a refusal of `prepare` brings
+        fail("BAD_LIKE", f"{like}: {reason}", "give one scan that can be read", status=3)
     made = _loaded(tokenizer)
     entries = []
     for file in progress(files, "reconstruct"):
@@ -401,5 +416,8 @@ def write_nifti(path: Path, volume: Volume) -> None:
     try:
         nibabel.save(image, beside)
         os.replace(beside, path)
+    except OSError as error:
+        error.filename = str(path)  # nobody knows the file beside
+        raise
     finally:
         beside.unlink(missing_ok=True)

@@ -9,11 +9,11 @@ import hashlib
 import json
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num, Shaped
@@ -22,6 +22,7 @@ from app.refusals import RefusedInput
 from transforms.array import AIR, WINDOWS, hu_from_windows, window, window_bounds
 
 SPLITS = ("train", "val")
+_AGAIN = "prepare the case again with --overwrite"  # without, `prepare` takes a case for made once it has a case.json
 _WINDOW_FILE = re.compile(r"(?P<name>.+)_w(?P<width>-?\d+)_l(?P<level>-?\d+)\.np[yz]")
 
 
@@ -38,8 +39,8 @@ class PreparedCase:
 
     @property
     def is_hu(self) -> bool:
-        """Whether the volume is known to hold HU: only a sidecar can say so."""
-        return "affine" in self.sidecar and self._volume_file() is not None
+        """Whether the volume holds HU: only a sidecar can say so. Windows do not replace a lost volume."""
+        return "affine" in self.sidecar
 
     @property
     def affine(self) -> np.ndarray | None:
@@ -81,14 +82,15 @@ class PreparedCase:
         """The volume in HU, int16, memory-mapped where the file allows it."""
         file = self._volume_file()
         if file is None:
-            raise ValueError(f"case {self.case_id} has no volume ct_normalized_*.npy; prepare it again")
+            name = f"ct_normalized_{max(self.sidecar['shape']) if 'shape' in self.sidecar else '*'}.npy"
+            raise ValueError(f"{self.path.name}/{name} is missing; {_AGAIN}")
         if "affine" not in self.sidecar:
             raise ValueError(
                 f"case {self.case_id} has no case.json: its volume cannot be taken for HU; use its windows"
             )
         volume = _load(file)
         if volume.dtype.kind not in "iu":
-            raise ValueError(f"{self.path.name}/{file.name} holds {volume.dtype}, HU are int16; prepare the case again")
+            raise ValueError(f"{self.path.name}/{file.name} holds {volume.dtype}, HU are int16; {_AGAIN}")
         return volume
 
     def hu_crop(self, start: Sequence[int], shape: Sequence[int]) -> Int[np.ndarray, "X Y Z"]:
@@ -198,11 +200,9 @@ def _load(file: Path) -> np.ndarray:
             array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, IndexError, RuntimeError) as error:
         reason = "it is no array of numbers" if "pickle" in str(error) or "Python objects" in str(error) else error
-        raise ValueError(f"{file.parent.name}/{file.name} cannot be read ({reason}); prepare the case again") from error
+        raise ValueError(f"{file.parent.name}/{file.name} cannot be read ({reason}); {_AGAIN}") from error
     if array.ndim != 3:
-        raise ValueError(
-            f"{file.parent.name}/{file.name} has shape {array.shape}, three axes are needed; prepare it again"
-        )
+        raise ValueError(f"{file.parent.name}/{file.name} has shape {array.shape}, three axes are needed; {_AGAIN}")
     return array
 
 
@@ -231,7 +231,8 @@ def _cube_of(case: PreparedCase) -> tuple[int, float] | None:
     if case.affine is None or len(set(sides := case.sidecar.get("shape", ()))) != 1:
         return None
     steps = case.affine[:3, :3]
-    return (int(sides[0]), float(steps[0, 0])) if np.array_equal(steps, np.eye(3) * steps[0, 0]) else None
+    mm = float(steps[0, 0])
+    return (int(sides[0]), mm) if mm > 0 and np.array_equal(steps, np.eye(3) * mm) else None
 
 
 def find_datasets(dataset_dir: str | Path) -> list[Path]:
@@ -253,12 +254,29 @@ def find_cases(dataset_dir: str | Path, *, split: str | None = None) -> list[Pre
     """Prepared cases below a folder, by name; `split` keeps one side. Raises where there is none at all."""
     if split is not None and split not in SPLITS:
         raise ValueError(f"split must be train or val, got {split!r}")
-    cases = [case for dataset in find_datasets(dataset_dir) for case in _cases_of(dataset)]
+    cases = []
+    for case in list_cases(dataset_dir):
+        if isinstance(case, DamagedCase):
+            raise case.error
+        cases.append(case)
     if not cases:
         raise ValueError(
             f"dataset_dir {str(dataset_dir)!r} holds no prepared case; run `python -m app prepare RAW OUT`"
         )
     return [case for case in cases if split is None or case.split == split]
+
+
+class DamagedCase(NamedTuple):
+    """A case whose sidecar cannot be used, and why."""
+
+    dataset: str
+    case_id: str
+    error: ValueError
+
+
+def list_cases(dataset_dir: str | Path) -> list[PreparedCase | DamagedCase]:
+    """Every case below a folder, by name, for whoever does the rest where one is damaged."""
+    return [case for dataset in find_datasets(dataset_dir) for case in _cases_of(dataset)]
 
 
 def open_case(path: str | Path) -> PreparedCase:
@@ -270,20 +288,30 @@ def open_case(path: str | Path) -> PreparedCase:
     return _case(path, path.parent.parent.name, row)
 
 
-def _cases_of(dataset: Path) -> list[PreparedCase]:
+def _cases_of(dataset: Path) -> Iterator[PreparedCase | DamagedCase]:
     rows = read_rows(dataset / "metadata.csv")
     folders = sorted(p for p in (dataset / "processed").iterdir() if p.is_dir() and not p.name.startswith("."))
-    return [_case(folder, dataset.name, rows.get(folder.name, {})) for folder in folders]
+    for folder in folders:
+        try:
+            yield _case(folder, dataset.name, rows.get(folder.name, {}))
+        except ValueError as error:
+            yield DamagedCase(dataset.name, folder.name, error)
 
 
 def _case(path: Path, dataset: str, row: Mapping[str, str]) -> PreparedCase:
     file = path / "case.json"
     try:
         sidecar = json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path.name}/case.json cannot be read ({error}); prepare the case again") from error
-    if not isinstance(sidecar, dict) or not _is_affine(sidecar.get("affine", np.eye(4).tolist())):
-        raise ValueError(f"{path.name}/case.json must hold an object with an invertible affine; prepare the case again")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{path.name}/case.json cannot be read ({reason}); {_AGAIN}") from error
+    if not isinstance(sidecar, dict):
+        raise ValueError(f"{path.name}/case.json must hold an object, it holds {_short(sidecar)}; {_AGAIN}")
+    for name, (says, holds) in _FIELDS.items():
+        if name in sidecar and not holds(sidecar[name]):
+            raise ValueError(
+                f"{path.name}/case.json must have {says} as its {name}, it has {_short(sidecar[name])}; {_AGAIN}"
+            )
     patient = row.get("patient") or path.name
     return PreparedCase(path, dataset, path.name, patient, row.get("split") or split_of(patient), sidecar)
 
@@ -294,6 +322,38 @@ def _is_affine(stored: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return matrix.shape == (4, 4) and bool(np.isfinite(matrix).all() and abs(np.linalg.det(matrix)) > 1e-12)
+
+
+def _is_shape(stored: Any) -> bool:
+    return isinstance(stored, list) and len(stored) == 3 and all(type(side) is int and side >= 1 for side in stored)
+
+
+def _is_spacing(stored: Any) -> bool:
+    return isinstance(stored, list) and len(stored) == 3 and all(type(mm) in (int, float) and mm > 0 for mm in stored)
+
+
+def _is_text(stored: Any) -> bool:
+    return isinstance(stored, str)
+
+
+def _are_codes(stored: Any) -> bool:
+    return isinstance(stored, list) and all(isinstance(code, str) for code in stored)
+
+
+_FIELDS = {  # what is read of a sidecar; older trees and other hands may leave any of them out
+    "affine": ("an invertible matrix", _is_affine),
+    "source_affine": ("an invertible matrix", _is_affine),
+    "shape": ("three whole numbers from 1 up", _is_shape),
+    "source_shape": ("three whole numbers from 1 up", _is_shape),
+    "spacing": ("three numbers above 0", _is_spacing),
+    "codes": ("a list of texts", _are_codes),
+    "source_hash": ("a text", _is_text),
+}
+
+
+def _short(stored: Any) -> str:
+    text = json.dumps(stored)
+    return text if len(text) < 80 else f"{text[:76]} …"
 
 
 def split_of(patient: str) -> str:

@@ -8,6 +8,7 @@ from app.language.phantom_text import PLACES
 from networks.losses import LOSS_TYPES
 from networks.presets import NORMS, PRESETS
 from networks.tokens import REDUCTIONS
+from transforms import RandTranslated
 from transforms.array import KEEPS, WINDOWS
 
 # Names of the original scripts, and common other names, with ours: the first that a run has is told.
@@ -136,12 +137,7 @@ RULES = {
     "keep": _choice(*KEEPS),
     "min_points": _count(1),
     "max_points": _count(1, optional=True),
-    "max_shift": Rule(
-        (int, float),
-        "a whole number of voxels, or a share of the grid's side below 1",
-        minimum=0,
-        holds=lambda v: v < 1 or (v == int(v) and v < 2**15),
-    ),
+    "max_shift": Rule((int, float), RandTranslated.SHIFTS, holds=RandTranslated.is_shift),
     "num_workers": _count(0),
     "resolution": Rule(int, "a multiple of 8", minimum=8, holds=lambda side: side % 8 == 0),
     "spacing": _number(0.01),

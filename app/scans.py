@@ -5,6 +5,7 @@ that a scan gives the same tokens whether it was prepared before or not. Knows n
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,13 +93,13 @@ class Found(NamedTuple):
 def raw_scans(path: Path, *, series: str | None = None, grid: Grid | None = None) -> Iterator[Found]:
     """Every scan of a file, zip or folder; each is read when it is opened, so that one at a time is in memory.
 
-    Names come from the content: those of files and folders may tell who was scanned.
+    Names come from the content: those of files and folders may tell who was scanned. What cannot be opened has no
+    other name than its place.
     """
     from app.prepare import Refused, read_scan
     from app.prepare.files import hash_of
     from app.prepare.gate import Rules
     from app.prepare.survey import survey
-    from app.prepare.volume import read_item
 
     rules = Rules(series=series)
     items = survey(path, rules)
@@ -107,11 +108,34 @@ def raw_scans(path: Path, *, series: str | None = None, grid: Grid | None = None
     for item in items:
         if item.plan is None and item.finding.kind == "skipped":
             continue
-        digest = hash_of(item.refs)
+        try:
+            digest = hash_of(item.refs)
+        except (OSError, Refused) as error:
+            yield Found(item.source, "", _unread(error, item))
+            continue
         if item.plan is None:
             yield Found(digest[:16], digest, Refused(item.finding.code, item.finding.message))
         else:
-            yield Found(digest[:16], digest, lambda item=item: scan_of(read_item(item, rules), grid))
+            yield Found(digest[:16], digest, partial(_open_item, item, rules, grid))
+
+
+def _open_item(item: Any, rules: Any, grid: Grid | None) -> Scan:
+    from app.prepare.volume import read_item
+
+    try:
+        return scan_of(read_item(item, rules), grid)
+    except OSError as error:
+        raise _unread(error, item) from error
+
+
+def _unread(error: OSError | ValueError, item: Any) -> ValueError:
+    """The refusal of an item whose files cannot be read."""
+    from app.prepare import Refused
+
+    if isinstance(error, ValueError):
+        return error
+    finding = item.finding or Refused("CORRUPT_FILE", "the file cannot be read").finding
+    return Refused(finding.code, f"{finding.message} ({error.strerror or error})")
 
 
 def _open_raw(path: Path, grid: Grid | None) -> Scan:

@@ -97,6 +97,9 @@ def write_tokens(path: str | Path, tokens: CTTokens) -> None:
     try:
         np.savez_compressed(beside, **arrays)
         os.replace(beside, path)
+    except OSError as error:
+        error.filename = str(path)  # nobody knows the file beside
+        raise
     finally:
         beside.unlink(missing_ok=True)
 
@@ -110,11 +113,8 @@ def read_tokens(path: str | Path) -> CTTokens:
     except FileNotFoundError:
         raise RefusedInput("NO_TOKENS", f"token file {path} does not exist") from None
     except UNREADABLE as error:
-        reason = (
-            f"it has no {error}"
-            if isinstance(error, KeyError)
-            else (str(error).strip() or type(error).__name__).splitlines()[0]
-        )
+        text = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
+        reason = f"it has no {error}" if isinstance(error, KeyError) else text.splitlines()[0]
         raise RefusedInput("DAMAGED_TOKENS", f"{path.name} is damaged or no token file: {reason}") from error
     return tokens
 
@@ -168,12 +168,12 @@ def _tokens_of(arrays: dict[str, np.ndarray]) -> CTTokens:
         source_shape=_triple(arrays["source_shape"], "source_shape"),
         source_affine=_affine(arrays["source_affine"], "source_affine"),
         features=_text(arrays["features"]),
-        windows=_texts(arrays["windows"]),
+        windows=_names(arrays["windows"], "windows", least=1),
         spacing=float(arrays["spacing"]),
         keep=_text(arrays["keep"]),
         tokenizer=_text(arrays["tokenizer"]),
         source_hash=_text(arrays["source_hash"]) if "source_hash" in arrays else "",
-        findings=_texts(arrays["findings"]) if "findings" in arrays else None,
+        findings=_names(arrays["findings"], "findings") if "findings" in arrays else None,
         support=_support(arrays, len(codes)),
     )
 
@@ -210,10 +210,10 @@ def _affine(array: np.ndarray, name: str) -> np.ndarray:
     return array.astype(np.float64)
 
 
-def _texts(array: np.ndarray) -> tuple[str, ...]:
-    if array.ndim != 1 or array.dtype.kind != "U":
-        raise ValueError(f"a list of texts holds {array.dtype} {array.shape}")
-    return tuple(str(text) for text in array)
+def _names(array: np.ndarray, name: str, *, least: int = 0) -> tuple[str, ...]:
+    if array.dtype.kind != "U" or array.ndim != 1 or array.size < least:
+        raise ValueError(f"{name} must be a list of {least} or more names, got {array.dtype} {array.shape}")
+    return tuple(array.tolist())
 
 
 def _text(array: np.ndarray) -> str:

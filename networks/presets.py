@@ -6,6 +6,7 @@ with the weights, so that a checkpoint needs no config beside it and is refused 
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 CODEBOOKS = ("ema", "gradient", "fsq", "none")
 NORMS = ("voxel", "sample")
+MAX_SIDE = 4096  # voxels of the grid of a dataset: what is said beyond is damage, and more than memory holds
 WINDOW_NAMES = ("lung", "bone", "soft_tissue", "brain")
 
 
@@ -51,6 +53,10 @@ class Preset:
             raise ValueError(f"codebook must be one of {', '.join(CODEBOOKS)}, got {self.codebook!r}")
         if self.norm not in NORMS:
             raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
+        if self.prepared is not None and not is_grid(self.prepared):
+            raise ValueError(
+                f"prepared must be None, or a side of 1 to {MAX_SIDE} voxels and mm above 0, got {self.prepared!r}"
+            )
         if self.quantizer_levels < 1:
             raise ValueError(f"quantizer_levels must be at least 1, got {self.quantizer_levels}")
         if self.codebook == "fsq" and (self.rotation_trick or self.normalize_codes or self.quantizer_levels > 1):
@@ -88,6 +94,13 @@ class Preset:
         if unknown := sorted(set(values) - known):
             raise ValueError(f"the stored sizes have {unknown}, which this software does not know: update it")
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+def is_grid(grid: object) -> bool:
+    """Side and mm, as a checkpoint of any origin may tell them."""
+    if not isinstance(grid, tuple) or [type(part) for part in grid] not in ([int, int], [int, float]):
+        return False
+    return 1 <= grid[0] <= MAX_SIDE and 0 < grid[1] < math.inf
 
 
 PRESETS = {

@@ -133,10 +133,19 @@ class RandTranslated(RandomizableTransform, MapTransform):
     Left stays left: there is no flip in this project.
     """
 
+    SHIFTS = "a whole number of voxels, or a share of the grid's side below 1"
+
     def __init__(self, keys: str | Sequence[str] = "coords", *, max_shift: Number = 4, prob: Number = 1.0) -> None:
+        if not self.is_shift(max_shift):
+            raise ValueError(f"max_shift must be {self.SHIFTS}, got {max_shift!r}")
         MapTransform.__init__(self, keys)
         RandomizableTransform.__init__(self, prob)
         self.max_shift = max_shift
+
+    @staticmethod
+    def is_shift(value: Any) -> bool:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and 0 <= value < 2**15 and (value < 1 or value == int(value))
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)

@@ -1,6 +1,7 @@
 """Each dictionary transform gives what its array twin gives, and the random ones give it again for the same seed."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -107,6 +108,15 @@ def test_samples_are_moved_by_voxels_or_a_share_of_the_grid(max_shift, reach):
     move = RandTranslated(max_shift=max_shift).set_random_state(seed=0)
     places = np.stack([move(item)["coords"][0] for _ in range(400)]) - 24
     assert (places.min(), places.max()) == (-reach, reach)
+
+
+def test_samples_are_moved_by_nothing_else():
+    assert all(RandTranslated.is_shift(shift) for shift in (0, 4, 4.0, 0.25, 2**15 - 1))
+    strange, beyond = ["abc", None, True, [1]], [-2, -0.5, 1.5, 2**15, math.nan, math.inf]
+    assert not any(RandTranslated.is_shift(shift) for shift in strange + beyond)
+    for shift in beyond:
+        with pytest.raises(ValueError, match=r"max_shift must be a whole number of voxels, or a share of .*, got"):
+            RandTranslated(max_shift=shift)
 
 
 @pytest.mark.parametrize("transform", [RandCropToBudgetd(max_points=1000), RandTranslated(), RandJitterd()])

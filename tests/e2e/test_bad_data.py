@@ -61,14 +61,18 @@ def spoil(case, how):
         side.write_text("[]")
     if how == "affine of zeros":
         side.write_text(json.dumps({**json.loads(side.read_text()), "affine": [[0] * 4] * 4}))
+    if how == "shape of nothing":
+        side.write_text(json.dumps({**json.loads(side.read_text()), "shape": None}))
+    if how == "volume gone":
+        volume.unlink()
     return [case.name, volume.name if how.startswith("volume") else side.name, "prepare"]
 
 
 @pytest.mark.parametrize(
     "how",
     [
-        *("volume cut short", "volume of text", "volume of two axes", "volume of floats"),
-        *("sidecar cut short", "sidecar of a list", "affine of zeros"),
+        *("volume cut short", "volume of text", "volume of two axes", "volume of floats", "volume gone"),
+        *("sidecar cut short", "sidecar of a list", "affine of zeros", "shape of nothing"),
     ],
 )
 def test_a_damaged_case(run_bundle, place, cohort, how):

@@ -101,6 +101,26 @@ def test_what_lies_beyond_the_grid_is_told(output_dir, tmp_path):
     assert f"beyond the grid: not judged | {100 * share:.2f} % |" in (tmp_path / "tokenizer_card.md").read_text()
 
 
+def test_no_case_that_can_be_judged_is_one_plain_line(output_dir, tmp_path, capsys):
+    hu = make_phantom(7, size=24, spacing=16.0)
+    write_case(tmp_path / "data", "empty", np.full_like(hu.hu, -1000), affine=hu.affine, windows=[])
+    settings = {"dataset_dir": str(tmp_path / "data"), "tokenizer": str(output_dir), "output_dir": str(tmp_path)}
+    with pytest.raises(SystemExit):
+        TokenizerEvaluation(**settings, split=None).run()
+    line = capsys.readouterr().err
+    assert line == "NO_CASES: none of 1 cases can be judged; empty: no body is found in it. Check the dataset.\n"
+
+
+def test_where_the_card_cannot_go_is_said_before_any_work(output_dir, cohort, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("app.evaluation.judge", lambda *given: pytest.fail("it was said too late"))
+    (tmp_path / "mine").write_text("x")
+    settings = {"dataset_dir": str(cohort), "tokenizer": str(output_dir), "output_dir": str(tmp_path / "mine" / "card")}
+    with pytest.raises(SystemExit):
+        TokenizerEvaluation(**settings).run()
+    line = capsys.readouterr().err
+    assert line.startswith(f"NO_OUTPUT: {tmp_path / 'mine'} is a file") and "output_dir" in line
+
+
 def test_the_card_lies_beside_the_checkpoint_by_default(output_dir, cohort):
     TokenizerEvaluation(dataset_dir=str(cohort), tokenizer=str(output_dir), max_cases=1).run()
     assert (output_dir / "tokenizer_card.md").is_file()

@@ -133,12 +133,28 @@ def test_the_saved_tokenizer_encodes_and_decodes(straight):
 # ---- as processes of their own
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "naming"),
+    [
+        ("augmentation#0#max_shift", -2, ["max_shift", "-2"]),
+        ("max_shift", "$-3", ["max_shift", "-3"]),
+        ("max_shift", "$1.5", ["max_shift", "1.5"]),
+        ("network_def#prepared", "[100000,1.0]", ["prepared", "100000"]),
+    ],
+)
+def test_a_value_that_reaches_a_part_past_the_check_is_one_line(run_bundle, cohort, key, value, naming):
+    assert_refused(run_bundle(dataset_dir=cohort, output_dir="out", **{key: value}), code="BAD_VALUE", naming=naming)
+
+
 def test_real_processes_end_with_one_line_and_status_2(start_process, place, cohort):
     started = [
         start_process(dataset_dir=cohort, output_dir="a", max_stepz=5),
         start_process(dataset_dir="nowhere", output_dir="b"),
+        start_process(dataset_dir=cohort, output_dir="c", **{"network_def#prepared": "foo"}),
+        start_process(dataset_dir=cohort, output_dir="d", **{"augmentation#0#max_shift": "abc"}),
     ]
-    for process, naming in zip(started, (["max_stepz", "max_steps"], ["nowhere"]), strict=True):
+    namings = (["max_stepz", "max_steps"], ["nowhere"], ["prepared", "'foo'"], ["max_shift", "'abc'"])
+    for process, naming in zip(started, namings, strict=True):
         end = end_of(process)
         assert end.status == 2
         assert_refused(end, code="[A-Z_]+", naming=naming)

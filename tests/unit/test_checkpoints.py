@@ -135,6 +135,7 @@ def test_downstream_takes_the_best_average_else_the_newest(out, refused):
 def test_which_step_is_resumed(out, refused):
     assert checkpoints.step_to_resume(out, None) is None
     assert checkpoints.step_to_resume(out, "latest") is None
+    assert "it has none. Train without --resume" in refused("NO_CHECKPOINT", checkpoints.step_to_resume, out, 15)
     for step in (10, 20):
         save(out, step)
     assert checkpoints.step_to_resume(out, "latest") == 20

@@ -3,7 +3,11 @@
 import errno
 import json
 import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import nibabel
@@ -22,6 +26,7 @@ from app.training import to_sparse
 from networks import make_vqvae
 from networks.vqvae import Tokens
 
+ROOT = Path(__file__).resolve().parents[2]
 AFFINE = np.array([[6.0, 0, 0, -150], [0, 6.0, 0, -130], [0, 0, 8.0, -900], [0, 0, 0, 1]])
 SHAPE = (50, 44, 30)
 
@@ -287,6 +292,64 @@ def test_what_is_refused_beside_a_good_raw_scan_is_listed(output_dir, tmp_path, 
     assert np.array_equal(tokens.codes, read_tokens(tmp_path / "one.npz").codes)
 
 
+def unreadable(*paths):
+    """How a command is called that may not read these, nor may root."""
+    for path in paths:
+        path.chmod(0)
+    allowed = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    if allowed and shutil.which("setpriv") is None:
+        pytest.skip("root may read everything here")
+    return [*allowed, sys.executable, "-m", "app"]
+
+
+def test_what_cannot_be_opened_is_listed_and_the_rest_done(tmp_path):
+    raw = tmp_path / "raw"
+    for folder in (raw, raw / "closed", raw / "open"):
+        folder.mkdir()
+        nibabel.save(nibabel.Nifti1Image(hu_volume() + len(folder.name), AFFINE), folder / "scan.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(hu_volume() - 1, AFFINE), raw / "large.nii.gz")
+    folder = save(make_network(prepared=(48, 8.0)), tmp_path / "run")
+    call = unreadable(raw / "large.nii.gz", raw / "closed")
+    words = ["tokenize", raw, tmp_path / "tokens", "--tokenizer", folder]
+    done = subprocess.run([*call, *map(str, words)], cwd=ROOT, capture_output=True, text=True, check=False)
+    (raw / "closed").chmod(0o755)
+    assert done.returncode == 3 and done.stderr == "", done.stderr
+    *told, last = done.stdout.splitlines()
+    refused = [line for line in told if line.startswith("refused")]
+    assert [line.split()[1] for line in refused] == ["closed", "large.nii.gz"]
+    assert all("CORRUPT_FILE" in line and "cannot be opened (Permission denied)" in line for line in refused)
+    assert len(list((tmp_path / "tokens").iterdir())) == 2 and last.startswith("2 ok, 2 refused")
+
+
+def test_a_scan_that_stops_to_be_readable_is_listed(output_dir, tmp_path, monkeypatch):
+    def fails(*given):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "scan.nii.gz")
+
+    nibabel.save(nibabel.Nifti1Image(hu_volume(), AFFINE), tmp_path / "scan.nii.gz")
+    monkeypatch.setattr(volume, "read_item", fails)
+    result = tokenize(tmp_path / "scan.nii.gz", tmp_path / "tokens", tokenizer=output_dir)
+    assert result["cases"][0]["codes"] == ["CORRUPT_FILE"] and "Input/output error" in result["cases"][0]["message"]
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_damaged_sidecar_is_listed_and_the_rest_done(output_dir, dataset, tmp_path, alone):
+    shutil.copytree(dataset, tmp_path / "set")
+    damaged = tmp_path / "set" / "processed" / "case_a"
+    (damaged / "case.json").write_text("{")
+    result = tokenize(damaged if alone else tmp_path / "set", tmp_path / "tokens", tokenizer=output_dir)
+    assert (result["ok"], result["refused"]) == (0 if alone else 1, 1)
+    assert result["cases"][0]["case"] == "case_a" and "case_a/case.json cannot" in result["cases"][0]["message"]
+
+
+def test_a_case_whose_volume_is_gone(output_dir, dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "set")
+    for file in (tmp_path / "set" / "processed" / "case_a").glob("ct_normalized_*"):
+        file.unlink()
+    result = tokenize(tmp_path / "set", tmp_path / "tokens", tokenizer=output_dir)
+    assert (result["ok"], result["refused"]) == (1, 1)
+    assert "case_a/ct_normalized_50.npy is missing" in result["cases"][0]["message"]
+
+
 def test_raw_scans_are_read_one_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(cohort, "Settings", lambda: SimpleNamespace(size=64, spacing=6.0))
     for name in "abc":
@@ -367,6 +430,60 @@ def test_out_where_a_file_lies(output_dir, dataset, tmp_path, capsys):
         tokenize(dataset, tmp_path / "mine" / "deeper", tokenizer=output_dir)
     assert "mine is a file" in one_line(capsys, "NO_OUTPUT")
     assert (tmp_path / "mine").read_text() == "x"
+
+
+def test_out_that_may_not_be_written_is_said_before_any_work(output_dir, dataset, tmp_path):
+    (tmp_path / "closed").mkdir()
+    call = unreadable(tmp_path / "closed")
+    (tmp_path / "closed").chmod(0o555)
+    words = ["tokenize", dataset, tmp_path / "closed" / "new" / "tokens", "--tokenizer", output_dir]
+    done = subprocess.run([*call, *map(str, words)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"NO_OUTPUT: {tmp_path / 'closed'} may not be written. ")
+    assert "Give another OUT, or mend its permissions" in done.stderr
+
+
+@pytest.mark.parametrize("suffix", ["npz", "nii.gz"])
+def test_what_cannot_be_written_is_named_as_it_was_given(output_dir, dataset, tmp_path, monkeypatch, suffix):
+    tokenize(dataset / "processed" / "case_a", tmp_path / "a.npz", tokenizer=output_dir)
+
+    def denied(target, *given, **more):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
+
+    monkeypatch.setattr(np, "savez_compressed", denied)
+    monkeypatch.setattr(nibabel, "save", lambda image, target: denied(target))
+    command, source = ("tokenize", dataset / "processed" / "case_a") if suffix == "npz" else ("reconstruct", "a.npz")
+    words = [command, tmp_path / source, tmp_path / f"b.{suffix}", "--tokenizer", output_dir]
+    done = CliRunner().invoke(app, [*map(str, words)])
+    told = f"WRONG_CALL: Permission denied: {tmp_path / 'b'}.{suffix}. Give another, or mend its permissions.\n"
+    assert (done.exit_code, done.stderr) == (2, told)
+
+
+def test_broken_tokens_in_out_say_how_to_make_them_again(output_dir, dataset, tmp_path):
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "case_a.npz").write_bytes(b"no zip")
+    result = tokenize(dataset, tmp_path / "tokens", tokenizer=output_dir)
+    assert (result["ok"], result["refused"]) == (1, 1)
+    assert result["cases"][0]["codes"] == ["DAMAGED_TOKENS"] and "--overwrite" in result["cases"][0]["message"]
+    assert tokenize(dataset, tmp_path / "tokens", tokenizer=output_dir, overwrite=True)["ok"] == 2
+
+
+def test_a_scan_in_another_format_is_not_made(output_dir, dataset, tmp_path, capsys):
+    tokenize(dataset / "processed" / "case_a", tmp_path / "a.npz", tokenizer=output_dir)
+    with pytest.raises(SystemExit):
+        reconstruct(tmp_path / "a.npz", tmp_path / "a.npy", tokenizer=output_dir)
+    assert ".nii or .nii.gz" in one_line(capsys, "NO_OUTPUT") and not (tmp_path / "a.npy").exists()
+    (tmp_path / "volumes.1").mkdir()
+    assert reconstruct(tmp_path / "a.npz", tmp_path / "volumes.1", tokenizer=output_dir)["ok"] == 1
+
+
+def test_like_without_a_scan(output_dir, dataset, tmp_path, capsys):
+    tokenize(dataset / "processed" / "case_a", tmp_path / "a.npz", tokenizer=output_dir)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit):
+        reconstruct(tmp_path / "a.npz", tmp_path / "a.nii.gz", tokenizer=output_dir, like=tmp_path / "empty")
+    line = one_line(capsys, "BAD_LIKE")
+    assert "empty: 0 files, none of them a CT volume. Give" in line
 
 
 def test_damaged_support_is_refused_and_the_rest_done(output_dir, dataset, tmp_path):

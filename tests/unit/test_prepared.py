@@ -97,9 +97,9 @@ def test_the_grid_that_cases_share(tmp_path, hu, affine):
     fine = np.diag([500 / 512, 500 / 512, 500 / 512, 1])  # 0.9765625 mm, of which "spacing" keeps six decimals
     case = prepared_writer.write_case(tmp_path / "set", "fine", hu, affine=fine, windows=("lung",), sidecar={})
     assert prepared.common_grid([case]) == (12, 500 / 512)
-    uneven = np.diag([2.0, 2.0, 12.0, 1])
-    case = prepared_writer.write_case(tmp_path / "set", "uneven", hu, affine=uneven, windows=("lung",), sidecar={})
-    assert prepared.common_grid([case]) is None
+    for name, steps in (("uneven", [2.0, 2.0, 12.0, 1]), ("mirrored", [-2.0, -2.0, -2.0, 1])):
+        case = prepared_writer.write_case(tmp_path / "set", name, hu, affine=np.diag(steps), windows=("lung",))
+        assert prepared.common_grid([case]) is None
     (tmp_path / "set" / "processed" / "a" / "case.json").unlink()
     assert prepared.common_grid([prepared.open_case(tmp_path / "set" / "processed" / "a")]) is None
 
@@ -160,6 +160,45 @@ def test_a_damaged_file_is_one_clear_line(tmp_path, hu, affine):
     (case.path / "case.json").write_text("{")
     with pytest.raises(ValueError, match=r"c1/case.json cannot be read .*; prepare the case again"):
         prepared.find_cases(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("shape", value) for value in (None, 5, "abc", [12, 12], [12, 12, 0], [12, 12, 12.5], [True] * 3)),
+        *(("affine", None), ("source_affine", None), ("source_shape", None), ("spacing", [2]), ("spacing", ["a"] * 3)),
+        *(("codes", 5), ("codes", [1]), ("source_hash", 5), ("source_hash", None)),
+    ],
+)
+def test_a_sidecar_that_says_what_cannot_be_is_one_clear_line(tmp_path, hu, affine, field, value):
+    case = prepared_writer.write_case(tmp_path, "c1", hu, affine=affine, windows=["lung"])
+    (case.path / "case.json").write_text(json.dumps({**case.sidecar, field: value}))
+    with pytest.raises(ValueError, match=rf"^c1/case.json must have .* as its {field}, it has .*; prepare .* again"):
+        prepared.open_case(case.path)
+
+
+def test_a_sidecar_that_says_less_is_read(tmp_path, hu, affine):
+    case = prepared_writer.write_case(tmp_path, "c1", hu, affine=affine, windows=["lung"])
+    (case.path / "case.json").write_text(json.dumps({"affine": affine.tolist()}))
+    case = prepared.open_case(case.path)
+    assert case.is_hu and case.shape == (12, 12, 12) and case.codes == [] and case.spacing is None
+
+
+def test_damaged_cases_are_listed_beside_the_good(tmp_path, hu, affine):
+    for name in ("c1", "c2"):
+        prepared_writer.write_case(tmp_path, name, hu, affine=affine, windows=["lung"])
+    (tmp_path / "processed" / "c1" / "case.json").write_text("{")
+    bad, good = prepared.list_cases(tmp_path)
+    assert (bad.dataset, bad.case_id) == (tmp_path.name, "c1") and "c1/case.json cannot be read" in str(bad.error)
+    assert np.array_equal(good.hu(), hu)
+
+
+def test_a_volume_that_is_gone_is_not_made_up_from_windows(tmp_path, hu, affine):
+    case = prepared_writer.write_case(tmp_path, "c1", hu, affine=affine, windows=DEFAULT_WINDOWS)
+    (case.path / "ct_normalized_12.npy").unlink()
+    assert case.is_hu
+    with pytest.raises(ValueError, match=r"^c1/ct_normalized_12.npy is missing; prepare .* again"):
+        case.hu()
 
 
 def test_a_pickle_is_not_run(tmp_path, hu, affine):

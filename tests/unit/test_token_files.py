@@ -1,6 +1,8 @@
 """Token files come back as they went, and a damaged or hostile one is refused in one line."""
 
+import errno
 import io
+import os
 import pickle
 import zipfile
 from dataclasses import fields, replace
@@ -113,6 +115,8 @@ DAMAGED = {
     "affine not finite": lambda t: {"affine": t.affine * np.nan},
     "affine of no volume": lambda t: {"affine": t.affine * 0},
     "windows as numbers": lambda t: {"windows": np.arange(2)},
+    "windows without a name": lambda t: {"windows": np.array([], "U4")},
+    "one window outside a list": lambda t: {"windows": np.array("lung")},
     "tokenizer missing": lambda t: {"tokenizer": None},
     "later version": lambda t: {"version": np.array(99)},
     "support level missing": lambda t: {"support_1": None},
@@ -131,6 +135,23 @@ def test_damage_is_one_line(tokens, tmp_path, damage):
     with pytest.raises(ValueError, match=r"case\.npz is damaged or no token file: ") as caught:
         read_tokens(tmp_path / "case.npz")
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_without_windows_says_so(tokens, tmp_path):
+    write_tokens(tmp_path / "case.npz", tokens)
+    for damage in ("windows without a name", "one window outside a list"):
+        rewritten(tmp_path / "case.npz", **DAMAGED[damage](tokens))
+        with pytest.raises(ValueError, match=r"windows must be a list of 1 or more names, got <U4 \("):
+            read_tokens(tmp_path / "case.npz")
+
+
+def test_a_file_that_may_not_be_read_says_why(tmp_path, monkeypatch):
+    def denied(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr("app.token_files.zipfile.ZipFile", denied)
+    with pytest.raises(ValueError, match=r"^case\.npz is damaged or no token file: Permission denied$"):
+        read_tokens(tmp_path / "case.npz")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.99])

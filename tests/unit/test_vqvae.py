@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import math
 import weakref
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from networks import make_vqvae
 from networks.losses import TokenizerLoss
-from networks.presets import NORMS, PRESETS, Preset, preset
+from networks.presets import NORMS, PRESETS, Preset, is_grid, preset
 from networks.sparse import SparseTensor, ops
 from networks.sparse.topology import Level, align_rows
 from networks.vqvae import Tokens
@@ -125,6 +126,19 @@ def test_sizes_that_cannot_be_are_refused():
         preset("tiny").changed(norm="batch")
     with pytest.raises(ValueError, match="preset must be one of tiny, base"):
         preset("huge")
+
+
+def test_a_grid_that_no_data_can_lie_on_is_refused():
+    assert all(is_grid(grid) for grid in ((1, 1.0), (64, 6), (512, 500 / 512), (4096, 0.1)))
+    strange = [(100,), "abc", ("a", "b"), (100.5, 4.7), 5, (True, 1.0), {"a": 1}, (100, "1"), (100, 1.0, 1.0)]
+    beyond = [(100_000, 1.0), (0, 1.0), (100, 0.0), (100, -1.0), (100, math.nan), (100, math.inf)]
+    assert not any(is_grid(grid) for grid in strange + beyond)
+    for grid in beyond:
+        stored = json.dumps({**dataclasses.asdict(preset("tiny")), "prepared": grid})
+        with pytest.raises(
+            ValueError, match=r"^prepared must be None, or a side of 1 to 4096 voxels and mm above 0, got"
+        ):
+            Preset.from_tensor(torch.tensor(list(stored.encode()), dtype=torch.uint8))
 
 
 def test_weights_know_their_sizes_and_refuse_others():
