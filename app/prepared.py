@@ -251,7 +251,7 @@ def find_datasets(dataset_dir: str | Path) -> list[Path]:
 
 
 def find_cases(dataset_dir: str | Path, *, split: str | None = None) -> list[PreparedCase]:
-    """Prepared cases below a folder, by name; `split` keeps one side. Raises where there is none at all."""
+    """Prepared cases below a folder, by name; `split` keeps one side. Raises at a damaged one."""
     if split is not None and split not in SPLITS:
         raise ValueError(f"split must be train or val, got {split!r}")
     cases = []
@@ -259,10 +259,6 @@ def find_cases(dataset_dir: str | Path, *, split: str | None = None) -> list[Pre
         if isinstance(case, DamagedCase):
             raise case.error
         cases.append(case)
-    if not cases:
-        raise ValueError(
-            f"dataset_dir {str(dataset_dir)!r} holds no prepared case; run `python -m app prepare RAW OUT`"
-        )
     return [case for case in cases if split is None or case.split == split]
 
 
@@ -275,8 +271,13 @@ class DamagedCase(NamedTuple):
 
 
 def list_cases(dataset_dir: str | Path) -> list[PreparedCase | DamagedCase]:
-    """Every case below a folder, by name, for whoever does the rest where one is damaged."""
-    return [case for dataset in find_datasets(dataset_dir) for case in _cases_of(dataset)]
+    """Every case below a folder, by name, the damaged too, so that the rest is done. Raises where there is none."""
+    cases = [case for dataset in find_datasets(dataset_dir) for case in _cases_of(dataset)]
+    if not cases:
+        raise ValueError(
+            f"dataset_dir {str(dataset_dir)!r} holds no prepared case; run `python -m app prepare RAW OUT`"
+        )
+    return cases
 
 
 def open_case(path: str | Path) -> PreparedCase:

@@ -27,7 +27,7 @@ from app.prepare import Refused
 from app.prepare.gate import Rules
 from app.prepare.survey import survey
 from app.prepare.volume import read_item
-from app.token_files import read_tokens
+from app.token_files import CTTokens, read_tokens
 from app.training import choose_device
 from networks import qwen
 from networks.projector import Projector
@@ -190,13 +190,12 @@ class CTAssistant:
         tokens = read_tokens(path)
         self.tokenizer.ct.check(tokens)
         origin = {"scan_sha256": tokens.source_hash} if tokens.source_hash else {}
-        origin |= {"tokens_sha256": hash_path(path), **geometry(tokens.source_shape, tokens.source_affine)}
+        origin |= {"tokens_sha256": hash_path(path), **_series(tokens)}
         return Scan(path.stem, as_tensors(tokens), origin, path.name)
 
     def _of_scan(self, scan: scans.Scan, *, source: str) -> Scan:
-        tokens = as_tensors(self.tokenizer.ct.encode(scan))
-        origin = {"scan_sha256": scan.source_hash, **({"codes": list(scan.codes)} if scan.codes else {})}
-        return Scan(scan.name, tokens, {**origin, **geometry(scan.source_shape, scan.source_affine)}, source)
+        tokens = self.tokenizer.ct.encode(scan)
+        return Scan(scan.name, as_tensors(tokens), {"scan_sha256": scan.source_hash, **_series(tokens)}, source)
 
     def open_all(self, path: Path) -> Iterator[Scan | ValueError]:
         """Everything of a folder: token files, prepared cases or raw scans; what is refused comes as its refusal."""
@@ -205,7 +204,8 @@ class CTAssistant:
         elif files := sorted(path.glob("*.npz")):
             yield from map(self._tried, files)
         elif prepared.find_datasets(path):
-            yield from (self._tried(case.path) for case in prepared.find_cases(path))
+            for case in prepared.list_cases(path):
+                yield case.error if isinstance(case, prepared.DamagedCase) else self._tried(case.path)
         else:
             for item in survey(path):
                 if item.finding is not None and item.finding.kind == "skipped":
@@ -215,7 +215,7 @@ class CTAssistant:
                         raise Refused(item.finding.code, item.finding.message)
                     raw = read_item(item, Rules())
                     yield self._of_scan(self.tokenizer.ct.open(raw), source=item.source)
-                except ValueError as error:
+                except (ValueError, OSError) as error:
                     yield ValueError(f"{item.source}: {error}")
 
     def _tried(self, path: Path) -> Scan | ValueError:
@@ -243,15 +243,13 @@ SETTINGS_NEEDED = {"tokenizer", "tokenizer_path", "in_features", "projector_laye
 SETTINGS_NEEDED |= {"amp", "max_text_tokens", *SETTINGS_TOLD}
 
 
-def geometry(shape: Sequence[int], affine: np.ndarray | None) -> dict[str, Any]:
-    """Shape, spacing and affine of a series as plain numbers."""
-    if affine is None:
-        return {"shape": [int(n) for n in shape], "spacing": None, "affine": None}
-    affine = np.asarray(affine, np.float64)
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+def _series(tokens: CTTokens) -> dict[str, Any]:
+    """Geometry of the scan that tokens are of, as plain numbers, and what was found of it where its file says so."""
+    affine = tokens.source_affine
     return {
-        "shape": [int(n) for n in shape],
-        "spacing": [round(float(step), 6) for step in spacing],
+        **({} if tokens.findings is None else {"codes": [*tokens.findings] or ["OK"]}),
+        "shape": list(tokens.source_shape),
+        "spacing": [round(float(step), 6) for step in np.linalg.norm(affine[:3, :3], axis=0)],
         "affine": affine.round(6).tolist(),
     }
 

@@ -107,6 +107,17 @@ def test_a_folder_of_raw_scans_is_asked_scan_by_scan(aligned, tmp_path):
     assert alone["answers"][0]["answer"] == result["answers"][1]["answer"] and alone["status"] == 0
 
 
+def test_a_prepared_folder_tells_what_was_cut_off_and_which_case_is_damaged(aligned, tmp_path):
+    made = make_phantom(8, size=24, spacing=16.0)
+    wide = np.diag([2.0, 2.0, 2.0, 1.0]) @ made.affine
+    for name in ("damaged", "wide"):
+        case = write_case(tmp_path / "data", name, made.hu, affine=wide, windows=[])
+    (case.path.parent / "damaged" / "case.json").write_text("[")
+    result = asking.ask(str(tmp_path / "data"), ["On which side?"], align=str(aligned), max_new_tokens=4)
+    assert [answer["provenance"]["codes"] for answer in result["answers"]] == [["FOV_CROPPED"]]
+    assert result["status"] == 3 and result["failures"][0].startswith("damaged/case.json cannot be read")
+
+
 def say(*call, status=0) -> str:
     """Standard output of `python -m app …` inside this process."""
     done = CliRunner().invoke(app, [*map(str, call)])
