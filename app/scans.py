@@ -59,7 +59,8 @@ def open_scan(scan: Any, windows: Sequence[str], *, grid: Grid | None = None) ->
     if hasattr(scan, "findings"):
         return scan_of(scan, grid)
     hu, affine = np.asarray(scan.hu), np.asarray(scan.affine, np.float64)
-    return Scan("scan", onto_ras(Volume(hu, affine), grid), _sizes(hu.shape), affine)
+    placed, codes = _placed(Volume(hu, affine), grid)
+    return Scan("scan", placed, _sizes(hu.shape), affine, codes=codes)
 
 
 def _open_case(case: prepared.PreparedCase, windows: Sequence[str]) -> Scan:
@@ -167,14 +168,18 @@ def _on_prepared_grid(volume: Any, grid: Grid | None) -> Any:
     return normalise(volume, *(grid or (Settings().size, Settings().spacing)))
 
 
-def onto_ras(volume: Volume, grid: Grid | None = None) -> Volume:
-    """Unchanged where the axes are R, A, S already; otherwise brought onto the grid of `prepare`."""
+def _placed(volume: Volume, grid: Grid | None) -> tuple[Volume, tuple[str, ...]]:
+    """An array where a raw scan would go, with what was found. On RAS axes it stays where no grid is known."""
+    from app.prepare.codes import bare
+
     axes = volume.affine[:3, :3]
-    upright = np.allclose(axes, np.diag(np.diag(axes)), atol=1e-6 * np.abs(axes).max()) and (np.diag(axes) > 0).all()
-    if upright:
-        return volume
+    steps = np.diag(axes)
+    upright = np.allclose(axes, np.diag(steps), atol=1e-6 * np.abs(axes).max()) and (steps > 0).all()
+    there = grid is None or (volume.hu.shape == (grid[0],) * 3 and np.allclose(steps, grid[1], rtol=1e-4))
+    if upright and there:
+        return volume, ()
     made = _on_prepared_grid(volume, grid)
-    return Volume(made.hu, made.affine)
+    return Volume(made.hu, made.affine), tuple(bare(made.findings))
 
 
 def grid_of(path: Path) -> tuple[tuple[int, int, int], Float[np.ndarray, "4 4"]]:

@@ -253,6 +253,10 @@ def test_a_raw_scan_gives_the_tokens_of_its_prepared_case(grid, codes, tmp_path,
     (volume,) = read_scan(tmp_path / "scan.nii.gz")
     assert np.array_equal(CTTokenizer.from_pretrained(output_dir).encode(volume).codes, case.codes)
     assert made["cases"][0]["codes"] == codes
+    if grid is not None:  # the same values in memory, on R A S axes
+        shifted = flipped @ np.array([[-1.0, 0, 0, 49], [0, -1, 0, 43], [0, 0, 1, 0], [0, 0, 0, 1]])
+        array = CTTokenizer.from_pretrained(output_dir).encode(Volume(hu_volume()[::-1, ::-1], shifted))
+        assert np.array_equal(array.codes, case.codes) and array.findings == case.findings
     (again,) = tokenize(tmp_path / "prepared", tmp_path / "again", tokenizer=output_dir)["cases"]
     assert again["codes"] == codes
     assert "scan" not in made["cases"][0]["case"]  # a file's name may tell who was scanned
