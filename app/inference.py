@@ -207,6 +207,7 @@ def tokenize(
     cases, single = list(_cases_in(source, made, series)), out.suffix == ".npz"
     if single and len(cases) > 1:
         cases = _one_good(cases, source, out)
+    _check_kind(source, out, single=single, kinds=".npz")
     check_folder(out.parent if single else out)
     entries = []
     for name, source_hash, open_it in progress(cases, "tokenize"):
@@ -248,6 +249,12 @@ def _one_good(cases: list[Found], source: Path, out: Path) -> list[Found]:
         if sum(callable(one.open) for one in tried) > 1:
             fail("MANY_SCANS", f"{source} holds more than one scan, {out} is one file", "give a folder as OUT")
     return tried
+
+
+def _check_kind(source: Path, out: Path, *, single: bool, kinds: str) -> None:
+    """One file in and a file of another kind out is a slip, not a folder's name."""
+    if source.is_file() and out.suffix and not single and not out.is_dir():
+        fail("NO_OUTPUT", f"what is written ends in {kinds}, OUT is {out}", "give such a file, or a folder")
 
 
 def check_folder(path: Path, *, name: str = "OUT") -> None:
@@ -331,8 +338,7 @@ def reconstruct(
     single = out.name.endswith((".nii", ".nii.gz"))
     if single and len(files) > 1:
         fail("MANY_SCANS", f"{source} holds {len(files)} token files, {out} is one file", "give a folder as OUT")
-    if source.is_file() and out.suffix and not single and not out.is_dir():
-        fail("NO_OUTPUT", f"a scan is written as .nii or .nii.gz, OUT is {out}", "give such a file, or a folder")
+    _check_kind(source, out, single=single, kinds=".nii or .nii.gz")
     check_folder(out.parent if single else out)
     try:
         grid = None if like is None else scans.grid_of(Path(like))

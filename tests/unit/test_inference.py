@@ -477,6 +477,10 @@ def test_a_scan_in_another_format_is_not_made(output_dir, dataset, tmp_path, cap
     with pytest.raises(SystemExit):
         reconstruct(tmp_path / "a.npz", tmp_path / "a.npy", tokenizer=output_dir)
     assert ".nii or .nii.gz" in one_line(capsys, "NO_OUTPUT") and not (tmp_path / "a.npy").exists()
+    nibabel.save(nibabel.Nifti1Image(hu_volume(), AFFINE), tmp_path / "scan.nii.gz")
+    with pytest.raises(SystemExit):
+        tokenize(tmp_path / "scan.nii.gz", tmp_path / "a.npy", tokenizer=output_dir)
+    assert "ends in .npz" in one_line(capsys, "NO_OUTPUT") and not (tmp_path / "a.npy").exists()
     (tmp_path / "volumes.1").mkdir()
     assert reconstruct(tmp_path / "a.npz", tmp_path / "volumes.1", tokenizer=output_dir)["ok"] == 1
 
