@@ -183,10 +183,12 @@ def tokenize(
 ) -> None:
     """Scans to token files."""
     with answering(as_json, debug) as answer:
-        from app import inference
+        from app import token_commands
 
-        done = inference.tokenize(source, out, tokenizer=tokenizer, support=support, series=series, overwrite=overwrite)
-        answer.give(done, inference.lines(done), status=3 if done["refused"] else 0)
+        done = token_commands.tokenize(
+            source, out, tokenizer=tokenizer, support=support, series=series, overwrite=overwrite
+        )
+        answer.give(done, token_commands.lines(done), status=3 if done["refused"] else 0)
 
 
 @app.command(epilog="Example: python -m app reconstruct tokens/case.npz case.nii.gz --like scan.nii.gz")
@@ -203,12 +205,12 @@ def reconstruct(
 ) -> None:
     """Token files back to CT volumes in HU, in world coordinates."""
     with answering(as_json, debug) as answer:
-        from app import inference
+        from app import token_commands
 
-        done = inference.reconstruct(
+        done = token_commands.reconstruct(
             tokens, out, tokenizer=tokenizer, like=like, use_support=not codes_alone, overwrite=overwrite
         )
-        answer.give(done, inference.lines(done), status=3 if done["refused"] else 0)
+        answer.give(done, token_commands.lines(done), status=3 if done["refused"] else 0)
 
 
 @app.command(epilog='Example: python -m app ask scan.nii.gz "Is there a nodule in the left lung?"')

@@ -19,11 +19,12 @@ from jaxtyping import Bool, Float
 
 from app import card, checkpoints, prepared
 from app import reconstruction_metrics as measure
-from app.inference import CTTokenizer, check_folder, dense_hu
+from app.inference import CTTokenizer, dense_hu
 from app.metrics import count_codes, perplexity
 from app.phantoms import ensure_cohort
 from app.preflight import fail
 from app.stage_start import train_demo_stage1
+from app.token_commands import check_folder
 from app.token_files import CTTokens
 from transforms import Resampled
 

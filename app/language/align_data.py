@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from app import prepared_writer
-from app.inference import progress
 from app.language import chat
 from app.language.phantom_text import balance, mirrored, phantom_rows
 from app.language.rows import TextRow
@@ -30,6 +29,7 @@ from app.loaders import StepSampler
 from app.phantoms import VERSION, make_phantom
 from app.preflight import fail
 from app.scans import Volume
+from app.token_commands import progress
 from networks.sparse import SparseTensor
 from networks.tokens import TokenSequence, reduce_tokens
 

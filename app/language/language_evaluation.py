@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from app.inference import progress
 from app.language.assistant import NOTICE, CTAssistant
 from app.language.controls import (
     BETTER,
@@ -32,6 +31,7 @@ from app.language.findings import KEYWORDS, finding_matrix, finding_scores, matc
 from app.language.rows import TextRow
 from app.language.text_metrics import METEOR_NOTE, corpus_bleu, diversity, exact_match, text_scores, token_f1
 from app.language.volume_tokens import VolumeTokens
+from app.token_commands import progress
 from networks.tokens import TokenSequence
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,40 @@
+"""A tiny untrained tokenizer, its files, and a volume for it, whose answers can be told in advance."""
+
+import numpy as np
+import torch
+
+from app import checkpoints
+from app.inference import CTTokenizer
+from app.scans import Volume
+from networks import make_vqvae
+
+AFFINE = np.array([[6.0, 0, 0, -150], [0, 6.0, 0, -130], [0, 0, 8.0, -900], [0, 0, 0, 1]])
+SHAPE = (50, 44, 30)
+
+
+def hu_volume():
+    """An off-centre ellipsoid of soft tissue with a lung and a bone, in air."""
+    grid = np.stack(np.meshgrid(*[np.arange(n) for n in SHAPE], indexing="ij"), -1)
+    hu = np.full(SHAPE, -1000, np.int16)
+    hu[(((grid - [22, 20, 14]) / [17, 13, 11]) ** 2).sum(-1) < 1] = 40
+    hu[(((grid - [15, 20, 14]) / [5, 6, 7]) ** 2).sum(-1) < 1] = -800
+    hu[30:33, 18:21, 6:22] = 700
+    return hu
+
+
+def make_network(**changes):
+    torch.manual_seed(0)
+    sizes = {"resolution": 48, "widths": (8, 8, 8), "model_channels": 16, "num_embeddings": 8, "num_blocks": 1}
+    network = make_vqvae("tiny", **{**sizes, **changes}).eval()
+    made = CTTokenizer(network, digest="")
+    x = made.features(Volume(hu_volume(), AFFINE)).x
+    with torch.no_grad():
+        network.vq.start_from(network.encoder(x)[0].feats, generator=torch.Generator().manual_seed(0))
+    return network
+
+
+def save(network, folder, step=5):
+    (folder / "ckpts").mkdir(parents=True)
+    weights = {"vqvae": network.state_dict(), "vqvae_ema0.9999": network.state_dict()}
+    checkpoints.save_set(folder, step, weights, {"step": step})
+    return folder
