@@ -168,6 +168,11 @@ def _on_prepared_grid(volume: Any, grid: Grid | None) -> Any:
     return normalise(volume, *(grid or (Settings().size, Settings().spacing)))
 
 
+def as_it_lies(hu: Num[np.ndarray, "X Y Z"], affine: Float[np.ndarray, "4 4"]) -> Scan:
+    """What lies on the RAS grid that it should lie on: a phantom, the mirror image of a prepared case."""
+    return Scan("scan", Volume(hu, affine), _sizes(hu.shape), affine)
+
+
 def _placed(volume: Volume, grid: Grid | None) -> tuple[Volume, tuple[str, ...]]:
     """An array where a raw scan would go, with what was found. On RAS axes it stays where no grid is known."""
     from app.prepare.codes import bare

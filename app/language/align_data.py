@@ -28,7 +28,7 @@ from app.language.volume_tokens import Reducer, TokenSource, VolumeTokens, encod
 from app.loaders import StepSampler
 from app.phantoms import VERSION, make_phantom
 from app.preflight import fail
-from app.scans import Volume
+from app.scans import as_it_lies
 from app.token_commands import progress
 from networks.sparse import SparseTensor
 from networks.tokens import TokenSequence, reduce_tokens
@@ -260,9 +260,9 @@ def phantom_case(
     made = lru_cache(1)(lambda: make_phantom(number, size=sizes.resolution, spacing=sizes.spacing))
     file = source.cache_dir / f"{name}.json"
     tokens = (
-        source.cached(name, lambda: Volume(made().hu, made().affine)),
+        source.cached(name, lambda: as_it_lies(made().hu, made().affine)),
         # the grid is centred, so that the affine of the mirror image is the same
-        source.cached(f"{name}_mirrored", lambda: Volume(made().hu[::-1].copy(), made().affine)),
+        source.cached(f"{name}_mirrored", lambda: as_it_lies(made().hu[::-1].copy(), made().affine)),
     )
     if not file.is_file():
         prepared_writer.write_text(file, json.dumps(made().findings) + "\n")

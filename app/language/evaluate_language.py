@@ -14,7 +14,7 @@ from app.language.phantom_text import balance
 from app.language.rows import TextRow
 from app.language.volume_tokens import TokenSource, VolumeTokens, case_key
 from app.preflight import fail
-from app.scans import Volume, is_case
+from app.scans import Scan, as_it_lies, is_case
 
 log = logging.getLogger(__name__)
 
@@ -94,9 +94,9 @@ def mirrored_cases(
     return found
 
 
-def mirror_image(case: prepared.PreparedCase) -> Volume:
+def mirror_image(case: prepared.PreparedCase) -> Scan:
     """The patient seen in a mirror; the grid is centred and keeps its affine."""
-    return Volume(case.hu()[::-1].copy(), case.affine)
+    return as_it_lies(case.hu()[::-1].copy(), case.affine)
 
 
 def status_of(result: dict[str, Any]) -> int:

@@ -9,6 +9,7 @@ import torch
 
 from app import checkpoints, data, loaders, prepared, scans
 from app.inference import CTTokenizer
+from app.language.evaluate_language import mirror_image
 from app.prepare import cohort, volume
 from app.scans import Volume
 from app.training import to_sparse
@@ -72,6 +73,18 @@ def test_parts_and_tiles_do_not_change_the_result(output_dir):
     tokens = whole.encode(scan, support=True)
     assert np.mean(parts.encode(scan).codes == tokens.codes) > 0.99
     assert np.abs(parts.decode(tokens).hu - whole.decode(tokens).hu).max() < 0.01
+
+
+def test_the_mirror_image_of_a_case_lies_where_the_case_does(dataset):
+    """Whatever grid the training data lay on: raw arrays go there, what was prepared stays, and so does its mirror."""
+    made = CTTokenizer(make_network(prepared=(64, 9.0)), digest="")
+    case = prepared.open_case(dataset / "processed" / "case_a")
+    (x, affine, _), (y, mirrored_affine, _) = (
+        made.features(part.volume) for part in (made.open(case), mirror_image(case))
+    )
+    turned = {(x.spatial_shape[0] - 1 - i, j, k) for _, i, j, k in x.coords.tolist()}
+    assert {(i, j, k) for _, i, j, k in y.coords.tolist()} == turned and np.array_equal(mirrored_affine, affine)
+    assert np.array_equal(made.encode(mirror_image(case)).codes, made.network.encode(y).codes.numpy())
 
 
 def test_arrays_on_other_axes_are_turned(tokenizer, monkeypatch):
