@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.ticker import NullFormatter
 
-from app.prepared_writer import write_text
+from app.whole_files import write_text, written_whole
 from transforms.array import WINDOWS, window
 
 NAME = "tokenizer_card"
@@ -247,9 +247,8 @@ def picture(result: dict[str, Any], case: Any, path: Path) -> None:
     _code_use(figure.add_subplot(grid[len(names), 3:]), result)
     if len(names) > 1:
         _key_numbers(figure.add_subplot(grid[1 : len(names), 4]), result)
-    part = path.with_name(f".{path.name}")
-    figure.savefig(part, dpi=150, format="png")
-    part.replace(path)
+    with written_whole(path) as beside:
+        figure.savefig(beside, dpi=150, format="png")
 
 
 def _slices(figure: Figure, grid: GridSpec, shown: Slice, names: Sequence[str], *, spacing: float) -> None:

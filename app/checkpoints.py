@@ -19,6 +19,7 @@ from torch import nn
 
 from app.preflight import fail
 from app.rules import RULES
+from app.whole_files import write_text
 from networks.presets import Preset
 from networks.vqvae import SparseVQVAE, build_vqvae
 
@@ -107,9 +108,7 @@ def write_best(output_dir: Path, scores: dict[int, float]) -> None:
         path.unlink(missing_ok=True)
         return
     step = min(scores, key=scores.get)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps({"step": step, "val_recon": scores[step]}) + "\n")
-    os.replace(part, path)
+    write_text(path, json.dumps({"step": step, "val_recon": scores[step]}) + "\n")
 
 
 def best_score(output_dir: str | Path) -> dict[int, float]:

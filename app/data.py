@@ -4,11 +4,9 @@ What a case becomes before chance enters (`preprocessing`) is computed once and 
 is a function of (seed, step, case), so a resumed run sees the samples of the run it resumes.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
-import os
 import pickle
 import zlib
 from collections.abc import Callable, Sequence
@@ -22,6 +20,7 @@ from monai.transforms import Compose
 from torch.utils.data import Dataset, get_worker_info
 
 from app.prepared import PreparedCase, common_grid, find_cases, windows_are_masks, windows_as_hu
+from app.whole_files import written_whole
 from transforms import RandCropToBudgetd, RandJitterd, RandTranslated, Resampled, Sparsifyd, Windowsd
 from transforms.array import CUT_OFF, DEFAULT_WINDOWS, window_values
 
@@ -218,14 +217,10 @@ class CTDataset(Dataset):
         return self.cache_dir / f"{case.case_id}.{digest[:24]}.pt"
 
     def _write_cache(self, file: Path, item: dict[str, Any]) -> None:
-        beside = file.with_name(f".{file.name}.{os.getpid()}")
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(item, beside)
-            beside.replace(file)
+            with written_whole(file) as beside:
+                torch.save(item, beside)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                beside.unlink()
             log.warning("Cache folder %s cannot be written (%s): going on without it", self.cache_dir, error)
             self.cache_dir = None
 

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
 from app import checkpoints, pictures, preflight
+from app.whole_files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -137,9 +138,7 @@ class RunFolder:
         lines = path.read_text().splitlines() if path.exists() else []
         rows = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be cut short
         kept = [row for row in rows if _before(row, self.start_step)]
-        part = path.with_suffix(".part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(part, path)
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         checkpoints.put_aside(self.path, after=self.start_step)
         best = checkpoints.read_best(self.path)
         if best is not None and best > self.start_step:

@@ -40,6 +40,7 @@ from app.anatomy import (
 from app.prepare import cohort
 from app.prepare.gate import LPS_TO_RAS
 from app.prepare.headers import CT
+from app.whole_files import write_text
 
 log = logging.getLogger(__name__)
 WAIT = 600  # seconds that other ranks give rank 0
@@ -227,7 +228,7 @@ def _fill(folder: Path, settings: dict[str, int]) -> None:
         raise RuntimeError(f"phantoms did not pass the gate: {refused}")
     (folder.with_name("out") / "raw").rename(folder)
     raw.rename(folder / "raw")
-    prepared_writer.write_text(folder / "findings.json", json.dumps(findings, indent=1) + "\n")
+    write_text(folder / "findings.json", json.dumps(findings, indent=1) + "\n")
     config = json.loads((folder / "dataset_config.json").read_text())
     prepared_writer.write_dataset_config(folder, {**config, **settings})
 

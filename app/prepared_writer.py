@@ -7,7 +7,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from app.prepared import PreparedCase, open_case, versions, window_bytes
+from app.whole_files import write_text
 from transforms.array import AIR, sparsify, window_file_name
 
 METADATA_COLUMNS = (
@@ -170,14 +170,3 @@ def _write_csv(file: Path, columns: Sequence[str], rows: Iterable[Mapping[str, s
     writer.writeheader()
     writer.writerows(rows)
     write_text(file, buffer.getvalue())
-
-
-def write_text(file: Path, text: str) -> None:
-    """A file that is old or new, never half."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(file)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -22,6 +22,7 @@ from app.preflight import fail
 from app.refusals import RefusedInput, code_of, text_of
 from app.scans import Found, Volume
 from app.token_files import CTTokens, read_tokens, write_tokens
+from app.whole_files import written_whole
 from transforms.array import DROPPED
 
 
@@ -250,13 +251,5 @@ def write_nifti(path: Path, volume: Volume) -> None:
     image = nibabel.Nifti1Image(np.clip(np.rint(volume.hu), -32768, 32767).astype(np.int16), volume.affine)
     image.header.set_xyzt_units("mm")
     image.set_sform(volume.affine, code=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
+    with written_whole(path) as beside:
         nibabel.save(image, beside)
-        os.replace(beside, path)
-    except OSError as error:
-        error.filename = str(path)  # nobody knows the file beside
-        raise
-    finally:
-        beside.unlink(missing_ok=True)

@@ -6,7 +6,6 @@ refused. Knows no network.
 """
 
 import math
-import os
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from jaxtyping import Float, Int32, UInt8
 from numpy.lib import format as npy
 
 from app.refusals import RefusedInput
+from app.whole_files import written_whole
 from networks.sparse.topology import bits_for, morton_keys
 
 VERSION = 1
@@ -92,16 +92,8 @@ def write_tokens(path: str | Path, tokens: CTTokens) -> None:
         arrays["findings"] = np.array(tokens.findings, np.str_)
     for i, part in enumerate(tokens.support or ()):
         arrays[f"support_{i}"] = part
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.npz")
-    try:
-        np.savez_compressed(beside, **arrays)
-        os.replace(beside, path)
-    except OSError as error:
-        error.filename = str(path)  # nobody knows the file beside
-        raise
-    finally:
-        beside.unlink(missing_ok=True)
+    with written_whole(path) as beside, open(beside, "wb") as stream:  # given a name, NumPy puts its own ending behind
+        np.savez_compressed(stream, **arrays)
 
 
 def read_tokens(path: str | Path) -> CTTokens:

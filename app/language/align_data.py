@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from app import prepared_writer
 from app.language import chat
 from app.language.phantom_text import balance, mirrored, phantom_rows
 from app.language.rows import TextRow
@@ -30,6 +29,7 @@ from app.phantoms import VERSION, make_phantom
 from app.preflight import fail
 from app.scans import as_it_lies
 from app.token_commands import progress
+from app.whole_files import write_text
 from networks.sparse import SparseTensor
 from networks.tokens import TokenSequence, reduce_tokens
 
@@ -265,7 +265,7 @@ def phantom_case(
         source.cached(f"{name}_mirrored", lambda: as_it_lies(made().hu[::-1].copy(), made().affine)),
     )
     if not file.is_file():
-        prepared_writer.write_text(file, json.dumps(made().findings) + "\n")
+        write_text(file, json.dumps(made().findings) + "\n")
     return json.loads(file.read_text(encoding="utf-8")), tokens
 
 

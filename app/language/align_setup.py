@@ -27,6 +27,7 @@ from app.language.rows import TextRow
 from app.language.volume_tokens import Reducer, TokenSource, VolumeTokens, hash_path
 from app.preflight import fail
 from app.stage_start import STAGE1_COMMAND, train_demo_stage1
+from app.whole_files import write_text
 from networks import qwen
 from networks.projector import Projector
 from networks.sparse.ops import defect
@@ -364,6 +365,4 @@ def check_same(folder: Path, args: dict) -> None:
 
 
 def write_train_args(folder: Path, args: dict) -> None:
-    part = folder / "train_args.json.part"
-    part.write_text(json.dumps(args, indent=2, default=str) + "\n")
-    os.replace(part, folder / "train_args.json")
+    write_text(folder / "train_args.json", json.dumps(args, indent=2, default=str) + "\n")

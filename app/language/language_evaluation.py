@@ -7,7 +7,6 @@ Generates each column once, line by line on disk, so that a stopped run goes on 
 import hashlib
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from app.language.rows import TextRow
 from app.language.text_metrics import METEOR_NOTE, corpus_bleu, diversity, exact_match, text_scores, token_f1
 from app.language.volume_tokens import VolumeTokens
 from app.token_commands import progress
+from app.whole_files import write_text
 from networks.tokens import TokenSequence
 
 log = logging.getLogger(__name__)
@@ -81,9 +81,7 @@ def evaluate_language(
             at = {id(row): number for number, row in enumerate(rows)}
             result["mirror"] = mirror_scores(asked, [answers["real"][at[id(row)]] for row in asked], said)
     result = without_nan(result)
-    part = out / "language.json.part"
-    part.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-    os.replace(part, out / "language.json")
+    write_text(out / "language.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
     (out / "language.md").write_text("\n".join(table_lines(result)) + "\n")
     draw_bars(result, out / "language.png")
     return result

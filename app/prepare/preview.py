@@ -1,12 +1,12 @@
 """A picture of a prepared case: three slices in each window, the body's outline, the voxels kept."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
 
+from app.whole_files import written_whole
 from transforms import array
 
 MOST = 256  # pixels a side: a larger volume is thinned for the picture
@@ -44,8 +44,5 @@ def write(folder: str | Path, case: str, hu: Int[np.ndarray, "X Y Z"], windows: 
         picture.set_axis_off()
         if picture.get_title().endswith(("axial", "coronal")):
             picture.invert_xaxis()  # as radiologists look: the patient's right on the left
-    target = path_of(folder, case)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    FigureCanvasAgg(figure).print_png(str(beside), metadata={"Software": None})
-    beside.replace(target)
+    with written_whole(path_of(folder, case)) as beside:
+        FigureCanvasAgg(figure).print_png(str(beside), metadata={"Software": None})

@@ -11,9 +11,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from app import prepared_writer
 from app.language.manifests import claims, same_end, stem
 from app.language.rows import REPORT_QUESTION, TextRow
+from app.whole_files import write_text
 
 
 def join_text(
@@ -45,7 +45,7 @@ def join_text(
     for dataset in {dataset for dataset, _ in cases}:
         file = out / dataset / "text.jsonl"
         if lines[dataset]:
-            prepared_writer.write_text(file, "\n".join(lines[dataset]) + "\n")
+            write_text(file, "\n".join(lines[dataset]) + "\n")
         else:  # that of an earlier run with another text
             file.unlink(missing_ok=True)
     joined = sum(map(len, lines.values()))
