@@ -268,26 +268,6 @@ def unpool(x: SparseTensor, cells: Coarsening) -> SparseTensor:
     return SparseTensor.on(cells.fine, _SpreadToChildren.apply(x.feats, cells, None))
 
 
-class _FusedGroupNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, feats, weight, bias, chunks, num_groups, eps, silu):
-        kernels, feats = _fused("norm", feats), feats.contiguous()
-        out, stats = kernels.group_norm(feats, chunks, num_groups, weight, bias, eps=eps, silu=silu)
-        ctx.save_for_backward(feats, weight, bias, *stats)
-        ctx.kernels, ctx.chunks, ctx.num_groups, ctx.silu = kernels, chunks, num_groups, silu
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        _refuse_second_derivative()
-        feats, weight, bias, *stats = ctx.saved_tensors
-        norm = ctx.kernels.Statistics(*stats)
-        grads = ctx.kernels.group_norm_grads(
-            feats, grad.contiguous(), ctx.chunks, norm, ctx.num_groups, weight, bias, silu=ctx.silu
-        )
-        return grads[0], grads[1].to(weight.dtype), grads[2].to(bias.dtype), None, None, None, None
-
-
 def group_norm(
     x: SparseTensor,
     num_groups: int,
@@ -298,11 +278,6 @@ def group_norm(
     silu: bool = False,
 ) -> SparseTensor:
     """Group normalisation over each sample's own voxels, in float32, then SiLU where asked for."""
-    kernels = _fused("norm", x.feats)
-    if kernels and len(x):
-        rows = kernels.chunk_rows(x.feats.shape[1])
-        chunks = x.level.kept(("chunks", rows), lambda: kernels.cut(x.level.sample_sizes, rows, x.feats.device))
-        return x.replace(_FusedGroupNorm.apply(x.feats, weight, bias, chunks, num_groups, eps, silu))
     wide = torch.promote_types(x.feats.dtype, torch.float32)
     with without_autocast(x.feats.device.type):
         parts = [

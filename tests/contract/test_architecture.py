@@ -32,7 +32,7 @@ OWNERS = {  # optional or heavy libraries, each behind one door
     "cumm": {"networks/sparse/spconv_backend.py"},
     "triton": {
         f"networks/sparse/triton_{part}.py"
-        for part in ("attention", "linear", "backend", "launch", "maps", "norm", "rows", "voxel_norm")
+        for part in ("attention", "linear", "backend", "launch", "maps", "rows", "voxel_norm")
     }
     | {"networks/code_search.py"},
 }

@@ -196,12 +196,15 @@ def test_pooling_equals_the_oracle_and_its_gradient_the_mean(problem, generator,
     assert torch.equal(spread.feats, coarse.feats[cells.parent]) and spread.level.same_as(x.level)
 
 
-def test_group_norm_is_per_sample(generator, assert_close):
+@pytest.mark.parametrize("silu", [False, True])
+def test_group_norm_is_per_sample(silu, generator, assert_close):
     coords = random_coords((6, 6, 6), (50, 0, 20), generator)
     feats = torch.randn(70, 8, generator=generator, dtype=torch.float64) * 3 + 1
     weight, bias = torch.randn(2, 8, generator=generator, dtype=torch.float64)
     x = SparseTensor(feats, coords, (6, 6, 6), 3)
-    assert_close(ops.group_norm(x, 4, weight, bias).feats, oracle.group_norm(x.feats, x.coords, 4, weight, bias))
+    expected = oracle.group_norm(x.feats, x.coords, 4, weight, bias)
+    expected = expected * expected.sigmoid() if silu else expected
+    assert_close(ops.group_norm(x, 4, weight, bias, silu=silu).feats, expected)
 
 
 @pytest.mark.parametrize("silu", [False, True])

@@ -12,7 +12,6 @@ from networks.sparse import (  # noqa: E402
     triton_backend,
     triton_linear,
     triton_maps,
-    triton_norm,
     triton_rows,
     triton_tiles,
     triton_voxel_norm,
@@ -21,8 +20,7 @@ from networks.sparse import (  # noqa: E402
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROOM = {90: 232448, 80: 166912, 89: 101376}  # bytes of shared memory on an H200, an A100, an RTX 4090
-FLOATS = ["scale", "parts", "sums", "sums_along", "dots", "mean", "rstd", "bias", "flat", "tilt"]
-FLOATS += ["high", "low", "halves"]
+FLOATS = ["scale", "parts", "sums", "dots", "bias", "halves"]
 LONGS = ["children", "parent", "order", "bounds", "keys"]
 COUNTS = ["num_rows", "num_fine", "num_coarse", "num_codes", "num_blocks", "num_cells", "length"]
 INTEGERS = [*COUNTS, "weight_k", "weight_c", "weight_f", "size_x", "size_y", "size_z"]
@@ -188,20 +186,13 @@ def test_attention_fits_the_smallest_card(kernel, width, dtype):
 
 def test_row_operations_and_maps_compile():
     rows = {"CHANNELS": 32, "WIDTH": 32, "TILE": 128}
-    bounds = {"bounds": "*i32"}
     compiled(triton_rows._sum_children, SCALED=True, **rows)
     compiled(triton_rows._spread, SCALED=True, **rows)
     compiled(triton_rows._column_sums, **rows)
-    compiled(triton_norm._moments, types=bounds, **rows)
-    for kernel in (triton_norm._normalize, triton_norm._grad_moments, triton_norm._grad_input):
-        compiled(kernel, types=bounds, SILU=True, **rows)
     for kernel in (triton_voxel_norm._normalize, triton_voxel_norm._grads):
         for width, card in ((32, 90), (128, 80), (512, 89)):
             shape = {"CHANNELS": width, "WIDTH": width, "TILE": max(4096 // width, 1), "STEPS": 4}
             compiled(kernel, types={"weight": "*fp32", "eps": "fp32"}, card=card, SILU=True, **shape)
-    groups = {"CHANNELS": 32, "GROUP": 1, "BLOCK": 16, "WIDTH": 16, "TILE": 128}
-    for kernel in (triton_norm._combine, triton_norm._combine_grads):
-        compiled(kernel, "fp32", types=bounds | {"starts": "*i32", "eps": "fp32"}, **groups)
     compiled(triton_maps._encode_checked, "i32", types={"size_b": "i32"}, BITS=8, TILE=512)
     for kernel in (triton_maps._encode, triton_maps._decode):
         compiled(kernel, "i32", BITS=8, TILE=512)

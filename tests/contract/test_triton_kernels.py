@@ -24,7 +24,6 @@ from networks.sparse import (  # noqa: E402
     triton_backend,
     triton_linear,
     triton_maps,
-    triton_norm,
     triton_rows,
     triton_voxel_norm,
 )
@@ -245,34 +244,6 @@ def test_interpreted_averages_advance_as_in_plain_torch(generator, assert_close)
 def test_interpreted_search_takes_the_lowest_of_equal_codes(generator):
     codebook = torch.randint(-9, 9, (5, 8), generator=generator).float().repeat(60, 1)  # whole numbers: exact products
     assert code_search.nearest_codes(codebook[:5].clone(), codebook).tolist() == [0, 1, 2, 3, 4]
-
-
-@in_interpreter
-@pytest.mark.parametrize("silu", [False, True])
-@pytest.mark.parametrize(("channels", "groups", "chunks_in_all"), [(6, 2, 512), (6, 2, 2), (32, 16, 3), (40, 2, 3)])
-def test_interpreted_group_norm_and_its_gradients(
-    channels, groups, chunks_in_all, silu, generator, assert_close, monkeypatch
-):
-    monkeypatch.setattr(triton_norm, "ELEMENTS", 512)
-    monkeypatch.setattr(triton_norm, "CHUNKS", chunks_in_all)  # one step a chunk, or several
-    sizes = [70, 0, 1, 29]
-    x = 5 + 3 * torch.randn(100, channels, generator=generator)
-    weight, bias = torch.randn(2, channels, generator=generator)
-    grad = torch.randn(100, channels, generator=generator)
-    truth = [t.double().requires_grad_() for t in (x, weight, bias)]
-    parts = [
-        torch.nn.functional.group_norm(part.T[None], groups, *truth[1:])[0].T if part.shape[0] else part
-        for part in truth[0].split(sizes)
-    ]
-    expected = torch.cat(parts)
-    expected = torch.nn.functional.silu(expected) if silu else expected
-    expected.backward(grad.double())
-    chunks = triton_norm.cut(sizes, triton_norm.chunk_rows(channels), x.device)
-    out, stats = triton_norm.group_norm(x, chunks, groups, weight, bias, eps=1e-5, silu=silu)
-    assert_close(out, expected)
-    grads = triton_norm.group_norm_grads(x, grad, chunks, stats, groups, weight, bias, silu=silu)
-    for mine, reference in zip(grads, truth, strict=True):
-        assert_close(mine, reference.grad)
 
 
 @in_interpreter
