@@ -22,7 +22,11 @@ from networks.sparse import torch_backend
 from networks.sparse.tensor import SparseTensor
 from networks.sparse.topology import Coarsening, Level
 
-BACKENDS = ("triton", "spconv", "torch")  # the order "auto" tries
+BACKENDS = {  # in the order that "auto" tries
+    "triton": "networks.kernels.convolution",
+    "spconv": "networks.sparse.spconv_backend",
+    "torch": "networks.sparse.torch_backend",
+}
 PROOF_TOLERANCE = 1e-2  # float16 in, float32 or float16 sums of 27 * 16 products
 MANY_NUMBERS = 2**24  # above it two kernels of ours replace torch's one: the pass, not the launch, is what costs
 log = logging.getLogger(__name__)
@@ -51,7 +55,7 @@ def choose_backend(name: str, feats: Float[Tensor, "N C"], columns: int) -> Modu
 
 @cache
 def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"networks.sparse.{name}_backend")
+    return importlib.import_module(BACKENDS[name])
 
 
 def _reason_against(name: str, feats: Float[Tensor, "N C"], columns: int) -> str | None:
@@ -205,7 +209,7 @@ def linear(
 
 
 def _fused(name: str, feats: Float[Tensor, "N ..."]) -> ModuleType | None:
-    """A module of fused kernels, `triton_{name}`, where these features can use it."""
+    """A module of `networks.kernels` where these features can use it."""
     if feats.device.type != "cuda" or feats.dtype == torch.float64 or defect("triton", feats.device.index):
         return None
     return _kernels(name)
@@ -213,7 +217,7 @@ def _fused(name: str, feats: Float[Tensor, "N ..."]) -> ModuleType | None:
 
 @cache
 def _kernels(name: str) -> ModuleType:
-    return importlib.import_module(f"networks.sparse.triton_{name}")
+    return importlib.import_module(f"networks.kernels.{name}")
 
 
 class _SpreadToChildren(torch.autograd.Function):
@@ -297,7 +301,7 @@ def group_norm(
 class _FusedVoxelNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, feats, weight, bias, eps, silu):
-        kernels, feats = _fused("voxel_norm", feats), feats.contiguous()
+        kernels, feats = _fused("norm", feats), feats.contiguous()
         ctx.save_for_backward(feats, weight, bias)
         ctx.kernels, ctx.settings = kernels, {"eps": eps, "silu": silu}
         return kernels.voxel_norm(feats, weight, bias, **ctx.settings)
@@ -314,7 +318,7 @@ def voxel_norm(
     x: SparseTensor, weight: Float[Tensor, " C"], bias: Float[Tensor, " C"], *, eps: float = 1e-5, silu: bool = False
 ) -> SparseTensor:
     """Normalisation over each voxel's own channels, in float32, then SiLU where asked for."""
-    if _fused("voxel_norm", x.feats) and len(x):
+    if _fused("norm", x.feats) and len(x):
         return x.replace(_FusedVoxelNorm.apply(x.feats, weight, bias, eps, silu))
     wide = torch.promote_types(x.feats.dtype, torch.float32)
     with without_autocast(x.feats.device.type):

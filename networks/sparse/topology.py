@@ -36,7 +36,7 @@ def map_kernels(device: torch.device) -> ModuleType | None:
 @cache
 def _proven_kernels(index: int) -> ModuleType | None:
     try:
-        kernels = importlib.import_module("networks.sparse.triton_maps")
+        kernels = importlib.import_module("networks.kernels.maps")
         corner = torch.tensor([[2, 5, 6, 7]], dtype=torch.int32, device=torch.device("cuda", index))
         if torch.equal(kernels.morton_coords(kernels.morton_keys(corner, 8), 8), corner):
             return kernels

@@ -31,21 +31,12 @@ OWNERS = {  # optional or heavy libraries, each behind one door
     "spconv": {"networks/sparse/spconv_backend.py"},
     "cumm": {"networks/sparse/spconv_backend.py"},
     "triton": {
-        f"networks/sparse/triton_{part}.py"
-        for part in ("attention", "linear", "backend", "launch", "maps", "rows", "voxel_norm")
-    }
-    | {"networks/code_search.py"},
+        f"networks/kernels/{part}.py"
+        for part in ("attention", "code_search", "convolution", "launch", "linear", "maps", "norm", "rows")
+    },
 }
-SPARSE_LAYERS = (
-    "launch",
-    "tiles",
-    "kernels",
-    "topology",
-    "tensor",
-    "backend",
-    "ops",
-    "modules",
-)  # each may import those before it
+SPARSE_LAYERS = ("topology", "tensor", "backend", "ops", "modules")  # each may import those before it
+ASK_KERNELS = {"networks/sparse/topology.py", "networks/sparse/ops.py", "networks/quantizer.py"}
 
 
 def name_of(path):
@@ -89,8 +80,7 @@ def test_heavy_libraries_stay_with_their_owners(path):
 
 def layer_of(module):
     """Place of networks.sparse.X among the layers; None for the package itself."""
-    name = module.removeprefix("triton_") if module in ("triton_launch", "triton_tiles") else module
-    name = "backend" if module.endswith("_backend") else "kernels" if name.startswith("triton_") else name
+    name = "backend" if module.endswith("_backend") else module
     return SPARSE_LAYERS.index(name) if name in SPARSE_LAYERS else None
 
 
@@ -114,6 +104,26 @@ def test_sparse_core_is_layered():
                         f"{path.name} imports {name}"
                     )
     assert judged >= 6  # the rule has met real imports
+
+
+def test_kernels_know_rows_and_levels_and_no_network():
+    judged = 0
+    for path in sorted((ROOT / "networks/kernels").glob("*.py")):
+        ours = {name for name in imports_of(path) if name.startswith("networks.")}
+        judged += len(ours)
+        wrong = {name for name in ours if not re.match(r"networks\.(kernels|sparse\.topology)\.", name)}
+        assert not wrong, f"{name_of(path)} imports {sorted(wrong)}"
+    assert judged >= 20  # the rule has met real imports
+
+
+def test_kernels_are_asked_for_by_few_and_never_imported():
+    """Triton may be absent or broken: kernels are looked up by name, where their plain twin stands by."""
+    for path in SOURCES:
+        if name_of(path).startswith("networks/kernels/"):
+            continue
+        assert not {n for n in imports_of(path) if n.startswith("networks.kernels")}, f"{name_of(path)} imports kernels"
+        asks = "networks.kernels." in path.read_text(encoding="utf-8")
+        assert asks == (name_of(path) in ASK_KERNELS), f"{name_of(path)}: only {sorted(ASK_KERNELS)} ask for kernels"
 
 
 def test_backends_are_reached_only_through_the_choice():

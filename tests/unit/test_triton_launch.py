@@ -7,7 +7,7 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-from networks.sparse.triton_launch import QuickKernel, _kind, ceil_div, power_of_two  # noqa: E402
+from networks.kernels.launch import QuickKernel, _kind, ceil_div, power_of_two  # noqa: E402
 
 
 class Recorded(triton.JITFunction):

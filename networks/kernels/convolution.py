@@ -16,9 +16,9 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from networks.kernels.launch import ceil_div, power_of_two, processors, quick, shared_memory
+from networks.kernels.tiles import Tile, fitted, grad_tile, product_tile, split
 from networks.sparse.topology import Level
-from networks.sparse.triton_launch import ceil_div, power_of_two, processors, quick, shared_memory
-from networks.sparse.triton_tiles import Tile, fitted, grad_tile, product_tile, split
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from networks.sparse.triton_launch import ceil_div, power_of_two, quick
+from networks.kernels.launch import ceil_div, power_of_two, quick
 
 ELEMENTS = 4096  # of a step
 PROGRAMS = 1024  # of a batch, about: eight for each processor of a large card

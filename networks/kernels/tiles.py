@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from networks.sparse.triton_launch import power_of_two
+from networks.kernels.launch import power_of_two
 
 SPARE = 4096  # bytes of shared memory for what is no tile
 

@@ -14,8 +14,8 @@ import triton.language as tl
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from networks.sparse.triton_launch import ceil_div, power_of_two, processors, quick, shared_memory
-from networks.sparse.triton_tiles import fitted, grad_tile, product_tile, split
+from networks.kernels.launch import ceil_div, power_of_two, processors, quick, shared_memory
+from networks.kernels.tiles import fitted, grad_tile, product_tile, split
 
 
 def rows_product(

@@ -13,7 +13,7 @@ import triton.language as tl
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
-from networks.sparse.triton_launch import ceil_div, power_of_two, quick, shared_memory
+from networks.kernels.launch import ceil_div, power_of_two, quick, shared_memory
 
 FEW_ROWS = 2**15
 

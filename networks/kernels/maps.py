@@ -11,7 +11,7 @@ import triton.language as tl
 from jaxtyping import Int, Int32, Int64, Shaped
 from torch import Tensor
 
-from networks.sparse.triton_launch import ceil_div, power_of_two, quick
+from networks.kernels.launch import ceil_div, power_of_two, quick
 
 ROWS = 512  # of a program
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from networks.sparse.triton_launch import ceil_div, power_of_two, quick
+from networks.kernels.launch import ceil_div, power_of_two, quick
 
 ELEMENTS = 8192  # of a program's tile
 

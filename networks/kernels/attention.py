@@ -12,7 +12,7 @@ import triton.language as tl
 from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor
 
-from networks.sparse.triton_launch import ceil_div, power_of_two, quick
+from networks.kernels.launch import ceil_div, power_of_two, quick
 
 BLOCK = 64  # queries, and keys, of a step; fewer where heads are wide
 BLOCK_BYTES = 8192  # of a block of queries: four such and two of scores fit the shared memory of any card
