@@ -1,6 +1,6 @@
 """Maps of sparse voxels fused in Triton: keys, coordinates, neighbours, offsets alive in a tile, lists of pairs. CUDA.
 
-The same numbers as topology.py computes in plain torch, in one pass over the rows each.
+The same numbers as torch_maps.py computes, by the same functions, in one pass over the rows each.
 """
 
 from typing import no_type_check

@@ -35,8 +35,16 @@ OWNERS = {  # optional or heavy libraries, each behind one door
         for part in ("attention", "code_search", "convolution", "launch", "linear", "maps", "norm", "rows")
     },
 }
-SPARSE_LAYERS = ("topology", "tensor", "backend", "ops", "modules")  # each may import those before it
-ASK_KERNELS = {"networks/sparse/topology.py", "networks/sparse/ops.py", "networks/quantizer.py"}
+SPARSE_LAYERS = (
+    "torch_maps",
+    "maps",
+    "topology",
+    "tensor",
+    "backend",
+    "ops",
+    "modules",
+)  # each may import those before it
+ASK_KERNELS = {"networks/sparse/maps.py", "networks/sparse/ops.py", "networks/quantizer.py"}
 
 
 def name_of(path):
@@ -124,6 +132,25 @@ def test_kernels_are_asked_for_by_few_and_never_imported():
         assert not {n for n in imports_of(path) if n.startswith("networks.kernels")}, f"{name_of(path)} imports kernels"
         asks = "networks.kernels." in path.read_text(encoding="utf-8")
         assert asks == (name_of(path) in ASK_KERNELS), f"{name_of(path)}: only {sorted(ASK_KERNELS)} ask for kernels"
+
+
+def signatures_of(path):
+    """Public functions of a file with their parameters, as written."""
+    made = (node for node in tree_of(path).body if isinstance(node, ast.FunctionDef))
+    return {node.name: ast.unparse(node.args) for node in made if not node.name.startswith("_")}
+
+
+def test_both_modules_of_maps_have_equal_functions():
+    plain, fused = (signatures_of(ROOT / "networks" / name) for name in ("sparse/torch_maps.py", "kernels/maps.py"))
+    assert plain == fused and len(plain) == 9
+
+
+def test_every_convolution_backend_has_the_same_functions():
+    names = ("sparse/torch_backend.py", "sparse/spconv_backend.py", "kernels/convolution.py")
+    plain, *fast = (signatures_of(ROOT / "networks" / name) for name in names)
+    assert len(plain) == 3
+    for other in fast:
+        assert {name: other[name] for name in plain} == plain and "refusal" in other
 
 
 def test_backends_are_reached_only_through_the_choice():

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from networks.quantizer import VectorQuantizer
-from networks.sparse import SparseTensor, modules, ops, topology
+from networks.sparse import SparseTensor, modules, ops, torch_maps
+from networks.sparse.maps import maps_for
 from networks.sparse.topology import Level, morton_keys
 
 pytestmark = pytest.mark.gpu
@@ -21,7 +22,7 @@ def levels(seed, *, side=21, filling=0.5, batch_size=3):
 
 
 def test_the_fused_maps_are_in_use():
-    assert topology.map_kernels(torch.device("cuda", 0)) is not None
+    assert maps_for(torch.device("cuda", 0)) is not torch_maps
 
 
 @pytest.mark.parametrize("filling", [0.02, 0.5, 1.0])
