@@ -14,9 +14,9 @@ from torch import Tensor
 
 from networks.kernels.launch import ceil_div, power_of_two, quick
 
-BLOCK = 64  # queries, and keys, of a step; fewer where heads are wide
-BLOCK_BYTES = 8192  # of a block of queries: four such and two of scores fit the shared memory of any card
-MAX_WIDTH = 128  # of a head
+ROWS_PER_STEP = 64  # queries, and keys; fewer where heads are wide
+BYTES_PER_STEP = 8192  # of a block of queries: four such and two of scores fit the shared memory of any card
+MAX_HEAD_WIDTH = 128
 
 
 def attend(
@@ -63,7 +63,7 @@ def _shape(qkv: Float[Tensor, "N 3 H D"]) -> dict[str, object]:
         "DEPTH": depth,
         "SCALE": width**-0.5,
         "PRECISION": "tf32x3" if qkv.dtype == torch.float32 else "ieee",
-        "BLOCK": max(16, min(BLOCK, BLOCK_BYTES // (depth * qkv.element_size()))),
+        "BLOCK": max(16, min(ROWS_PER_STEP, BYTES_PER_STEP // (depth * qkv.element_size()))),
     }
 
 
@@ -71,7 +71,7 @@ def _shape(qkv: Float[Tensor, "N 3 H D"]) -> dict[str, object]:
 @triton.jit
 def _rows_of(order, start, end, BLOCK: tl.constexpr):
     places = start + tl.arange(0, BLOCK)
-    return tl.load(order + places, mask=places < end, other=0), places < end
+    return tl.load(order + places, mask=places < end, other=0), places < end  # (BLOCK,) of (N,), twice
 
 
 @no_type_check
@@ -82,6 +82,7 @@ def _load(
     """This head's part (queries 0, keys 1, values 2; 0 of 1 elsewhere) of some rows, zeros outside."""
     depth = tl.arange(0, DEPTH)
     at = ((rows * PARTS + part) * HEADS + tl.program_id(2))[:, None] * WIDTH + depth[None, :]
+    # (BLOCK, DEPTH) of (N, PARTS, H, D)
     return tl.load(table + at, mask=inside[:, None] & (depth < WIDTH)[None, :], other=0.0)
 
 
@@ -119,17 +120,17 @@ def _attend(  # noqa: PLR0913
     PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    first, end = tl.load(bounds + tl.program_id(0)), tl.load(bounds + tl.program_id(0) + 1)
+    first, end = tl.load(bounds + tl.program_id(0)), tl.load(bounds + tl.program_id(0) + 1)  # () of (W + 1,)
     start = first + tl.program_id(1) * BLOCK
     if start < end:
         rows, inside = _rows_of(order, start, end, BLOCK)
-        q = _load(qkv, rows, inside, 0, 3, HEADS, WIDTH, DEPTH)
+        q = _load(qkv, rows, inside, 0, 3, HEADS, WIDTH, DEPTH)  # (BLOCK, DEPTH)
         top = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
         total = tl.zeros((BLOCK,), dtype=tl.float32)
         values = tl.zeros((BLOCK, DEPTH), dtype=tl.float32)
         for other in range(first, end, BLOCK):
             near, there = _rows_of(order, other, end, BLOCK)
-            k = _load(qkv, near, there, 1, 3, HEADS, WIDTH, DEPTH)
+            k = _load(qkv, near, there, 1, 3, HEADS, WIDTH, DEPTH)  # (BLOCK, DEPTH)
             v = _load(qkv, near, there, 2, 3, HEADS, WIDTH, DEPTH)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (SCALE * 1.4426950408889634)  # to base 2
             scores = tl.where(there[None, :], scores, float("-inf"))
@@ -162,20 +163,20 @@ def _grad_queries(  # noqa: PLR0913
     PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    first, end = tl.load(bounds + tl.program_id(0)), tl.load(bounds + tl.program_id(0) + 1)
+    first, end = tl.load(bounds + tl.program_id(0)), tl.load(bounds + tl.program_id(0) + 1)  # () of (W + 1,)
     start = first + tl.program_id(1) * BLOCK
     if start < end:
         rows, inside = _rows_of(order, start, end, BLOCK)
-        q = _load(qkv, rows, inside, 0, 3, HEADS, WIDTH, DEPTH)
-        upstream = _load(grad, rows, inside, 0, 1, HEADS, WIDTH, DEPTH)
+        q = _load(qkv, rows, inside, 0, 3, HEADS, WIDTH, DEPTH)  # (BLOCK, DEPTH)
+        upstream = _load(grad, rows, inside, 0, 1, HEADS, WIDTH, DEPTH)  # (BLOCK, DEPTH)
         value = _load(out, rows, inside, 0, 1, HEADS, WIDTH, DEPTH)
         dot = tl.sum(upstream.to(tl.float32) * value.to(tl.float32), 1)
         tl.store(dots + rows * HEADS + tl.program_id(2), dot, mask=inside)
-        total = tl.load(sums + rows * HEADS + tl.program_id(2), mask=inside, other=float("inf"))
+        total = tl.load(sums + rows * HEADS + tl.program_id(2), mask=inside, other=float("inf"))  # (BLOCK,) of (N, H)
         slope = tl.zeros((BLOCK, DEPTH), dtype=tl.float32)
         for other in range(first, end, BLOCK):
             near, there = _rows_of(order, other, end, BLOCK)
-            k = _load(qkv, near, there, 1, 3, HEADS, WIDTH, DEPTH)
+            k = _load(qkv, near, there, 1, 3, HEADS, WIDTH, DEPTH)  # (BLOCK, DEPTH)
             v = _load(qkv, near, there, 2, 3, HEADS, WIDTH, DEPTH)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (SCALE * 1.4426950408889634)  # to base 2
             shares = tl.where(there[None, :], tl.exp2(scores - total[:, None]), 0.0)
@@ -202,20 +203,20 @@ def _grad_keys(  # noqa: PLR0913
     PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    first, end = tl.load(bounds + tl.program_id(0)), tl.load(bounds + tl.program_id(0) + 1)
+    first, end = tl.load(bounds + tl.program_id(0)), tl.load(bounds + tl.program_id(0) + 1)  # () of (W + 1,)
     start = first + tl.program_id(1) * BLOCK
     if start < end:
         rows, inside = _rows_of(order, start, end, BLOCK)
-        k = _load(qkv, rows, inside, 1, 3, HEADS, WIDTH, DEPTH)
+        k = _load(qkv, rows, inside, 1, 3, HEADS, WIDTH, DEPTH)  # (BLOCK, DEPTH)
         v = _load(qkv, rows, inside, 2, 3, HEADS, WIDTH, DEPTH)
         slope_k = tl.zeros((BLOCK, DEPTH), dtype=tl.float32)
         slope_v = tl.zeros((BLOCK, DEPTH), dtype=tl.float32)
         for other in range(first, end, BLOCK):
             far, there = _rows_of(order, other, end, BLOCK)
-            q = _load(qkv, far, there, 0, 3, HEADS, WIDTH, DEPTH)
+            q = _load(qkv, far, there, 0, 3, HEADS, WIDTH, DEPTH)  # (BLOCK, DEPTH)
             upstream = _load(grad, far, there, 0, 1, HEADS, WIDTH, DEPTH)
-            total = tl.load(sums + far * HEADS + tl.program_id(2), mask=there, other=float("inf"))
-            dot = tl.load(dots + far * HEADS + tl.program_id(2), mask=there, other=0.0)
+            total = tl.load(sums + far * HEADS + tl.program_id(2), mask=there, other=float("inf"))  # (BLOCK,)
+            dot = tl.load(dots + far * HEADS + tl.program_id(2), mask=there, other=0.0)  # (BLOCK,) of (N, H)
             scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (SCALE * 1.4426950408889634)  # to base 2
             shares = tl.exp2(scores - total[None, :])
             slope_v = tl.dot(shares.to(upstream.dtype), upstream, slope_v, input_precision=PRECISION)

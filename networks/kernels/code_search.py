@@ -15,7 +15,8 @@ from torch import Tensor
 
 from networks.kernels.launch import ceil_div, power_of_two, quick, shared_memory
 
-FEW_ROWS = 2**15
+FEW_ROWS = 2**15  # below it a program takes fewer, so that every processor has some
+NUMBERS_PER_PROGRAM = 1024  # of the codebook, where averages advance
 
 
 class Tile(NamedTuple):
@@ -107,6 +108,7 @@ def _split_table(
     """Both parts of the codebook and half of each code's square, infinite where there is no code."""
     codes, depth = tl.program_id(0).to(tl.int64) * CODES + tl.arange(0, CODES), tl.arange(0, DEPTH)
     keep = (codes < num_codes)[:, None] & (depth < WIDTH)[None, :]
+    # (CODES, DEPTH) of (K, D)
     values = tl.load(codebook + codes[:, None] * WIDTH + depth[None, :], mask=keep, other=0.0)
     high = _upper_bits(values)
     at = table + codes[:, None] * DEPTH + depth[None, :]
@@ -137,7 +139,7 @@ def _search(  # noqa: PLR0913
     places = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     depth, lane = tl.arange(0, DEPTH), tl.arange(0, CODES)
     keep = (places < num_rows)[:, None] & (depth < WIDTH)[None, :]
-    x = tl.load(rows + places[:, None] * WIDTH + depth[None, :], mask=keep, other=0.0)
+    x = tl.load(rows + places[:, None] * WIDTH + depth[None, :], mask=keep, other=0.0)  # (ROWS, DEPTH) of (N, D)
     x_high = _upper_bits(x)
     x_low = x - x_high
     low = table + num_codes.to(tl.int64) * DEPTH
@@ -145,11 +147,11 @@ def _search(  # noqa: PLR0913
     start_of_best = tl.zeros((ROWS, CODES), dtype=tl.int32)
     for start in range(0, num_codes, CODES):
         at = (start + lane)[:, None] * DEPTH + depth[None, :]
-        c_high, c_low = tl.trans(tl.load(table + at)), tl.trans(tl.load(low + at))
+        c_high, c_low = tl.trans(tl.load(table + at)), tl.trans(tl.load(low + at))  # (DEPTH, CODES) of (2, K, DEPTH)
         product = tl.dot(x_low, c_high, input_precision="tf32")
         product = tl.dot(x_high, c_low, product, input_precision="tf32")
         product = tl.dot(x_high, c_high, product, input_precision="tf32")
-        score = tl.load(halves + start + lane)[None, :] - product
+        score = tl.load(halves + start + lane)[None, :] - product  # (ROWS, CODES)
         better = score < best
         best = tl.where(better, score, best)
         start_of_best = tl.where(better, start, start_of_best)
@@ -158,9 +160,9 @@ def _search(  # noqa: PLR0913
     code = tl.min(candidates, 1).to(tl.int64)
     tl.store(found + places, code, mask=places < num_rows)
     if READ:
-        value = tl.load(codebook + code[:, None] * WIDTH + depth[None, :], mask=keep, other=0.0)
+        value = tl.load(codebook + code[:, None] * WIDTH + depth[None, :], mask=keep, other=0.0)  # (ROWS, DEPTH)
         tl.store(values + places[:, None] * WIDTH + depth[None, :], value, mask=keep)
-        x = tl.load(rows + places[:, None] * WIDTH + depth[None, :], mask=keep, other=0.0)
+        x = tl.load(rows + places[:, None] * WIDTH + depth[None, :], mask=keep, other=0.0)  # (ROWS, DEPTH)
         tl.store(errors + places, tl.sum((x - value) * (x - value), 1) / WIDTH, mask=places < num_rows)
 
 
@@ -186,6 +188,7 @@ def _first_at_least(ordered, code, num_rows, halvings):
     low, high = num_rows * 0, num_rows
     for _ in range(halvings):
         middle = (low + high) // 2
+        # () of (N,), sorted
         below = (tl.load(ordered + middle, mask=middle < num_rows, other=0).to(tl.int32) < code) & (middle < num_rows)
         low, high = tl.where(below, middle + 1, low), tl.where(below, high, middle)
     return low
@@ -212,9 +215,9 @@ def _segment_sums(  # noqa: PLR0913
     total = tl.zeros((ROWS, DEPTH), dtype=tl.float32)
     for start in range(first, end, ROWS):
         places = start + tl.arange(0, ROWS)
-        row = tl.load(order + places, mask=places < end, other=0)
+        row = tl.load(order + places, mask=places < end, other=0)  # (ROWS,) of (N,)
         keep = (places < end)[:, None] & (depth < WIDTH)[None, :]
-        total += tl.load(rows + row[:, None] * WIDTH + depth[None, :], mask=keep, other=0.0)
+        total += tl.load(rows + row[:, None] * WIDTH + depth[None, :], mask=keep, other=0.0)  # (ROWS, DEPTH) of (N, D)
     tl.store(counts + code, (end - first).to(tl.float32))
     tl.store(sums + code.to(tl.int64) * WIDTH + depth, tl.sum(total, 0), mask=depth < WIDTH)
 
@@ -234,7 +237,7 @@ def advance(
     """
     num_codes, width = sums.shape
     depth = power_of_two(width)
-    tile = max(1, 1024 // depth)
+    tile = max(1, NUMBERS_PER_PROGRAM // depth)
     unused = torch.empty(num_codes, dtype=torch.bool, device=sums.device)
     _advance[(ceil_div(num_codes, tile),)](
         *averages, counts, sums, unused, num_codes, share, rate, least, WIDTH=width, DEPTH=depth, TILE=tile
@@ -262,11 +265,11 @@ def _advance(  # noqa: PLR0913
 ):
     codes, depth = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, DEPTH)
     inside = codes < num_codes
-    count = tl.load(mean_count + codes, mask=inside, other=1.0)
-    count += rate * (tl.load(counts + codes, mask=inside, other=0.0) / share - count)
+    count = tl.load(mean_count + codes, mask=inside, other=1.0)  # (TILE,) of (K,)
+    count += rate * (tl.load(counts + codes, mask=inside, other=0.0) / share - count)  # (TILE,) of (K,)
     at, keep = codes[:, None] * WIDTH + depth[None, :], inside[:, None] & (depth < WIDTH)[None, :]
-    total = tl.load(mean_sum + at, mask=keep, other=0.0)
-    total += rate * (tl.load(sums + at, mask=keep, other=0.0) / share - total)
+    total = tl.load(mean_sum + at, mask=keep, other=0.0)  # (TILE, DEPTH) of (K, D)
+    total += rate * (tl.load(sums + at, mask=keep, other=0.0) / share - total)  # (TILE, DEPTH) of (K, D)
     tl.store(mean_count + codes, count, mask=inside)
     tl.store(mean_sum + at, total, mask=keep)
     tl.store(codes_out + at, total / count[:, None], mask=keep)

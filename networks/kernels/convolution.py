@@ -129,31 +129,33 @@ def _gather_product(  # noqa: PLR0913
     places = tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
     inside = places < num_rows
     columns = (tl.program_id(0) % column_tiles) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-    count = tl.load(counts + tile)
+    count = tl.load(counts + tile)  # () of (T,)
     sums = tl.zeros((TILE_ROWS, TILE_COLUMNS), dtype=tl.float32)
-    k = tl.load(offsets + tile * 27)
+    k = tl.load(offsets + tile * 27)  # () of (T, 27)
+    # (TILE_ROWS,) of (27, N)
     near = tl.load(neighbours + k.to(tl.int64) * num_rows + places, mask=inside, other=num_rows)
     for step in range(count * blocks):
         channels = (step % blocks) * DEPTH + tl.arange(0, DEPTH)
         there = (near < num_rows)[:, None]
         if CHANNELS % DEPTH != 0:
             there = there & (channels < CHANNELS)[None, :]
+        # (TILE_ROWS, DEPTH) of (N, C)
         gathered = tl.load(feats + near.to(tl.int64)[:, None] * CHANNELS + channels[None, :], mask=there, other=0.0)
         index = 26 - k if MIRRORED else k
         pointers = weight + index * weight_k + channels[:, None] * weight_c + columns[None, :] * weight_f
         if CHANNELS % DEPTH != 0 or COLUMNS % TILE_COLUMNS != 0:
             known = (channels < CHANNELS)[:, None] & (columns < COLUMNS)[None, :]
-            block = tl.load(pointers, mask=known, other=0.0)
+            block = tl.load(pointers, mask=known, other=0.0)  # (DEPTH, TILE_COLUMNS) of (27, C, F)
         else:
-            block = tl.load(pointers)
+            block = tl.load(pointers)  # (DEPTH, TILE_COLUMNS) of (27, C, F)
         # The next step's rows are read a step ahead, or every gather would wait for its addresses.
-        k = tl.load(offsets + tile * 27 + tl.minimum((step + 1) // blocks, count - 1))
+        k = tl.load(offsets + tile * 27 + tl.minimum((step + 1) // blocks, count - 1))  # ()
         near = tl.load(neighbours + k.to(tl.int64) * num_rows + places, mask=inside, other=num_rows)
         sums = tl.dot(gathered, block, sums, input_precision=PRECISION)
     if HAS_BIAS:
-        sums += tl.load(bias + columns, mask=columns < COLUMNS, other=0.0).to(tl.float32)[None, :]
+        sums += tl.load(bias + columns, mask=columns < COLUMNS, other=0.0).to(tl.float32)[None, :]  # of (F,)
     if ORDERED:
-        rows = tl.load(order + places, mask=inside, other=0)
+        rows = tl.load(order + places, mask=inside, other=0)  # (TILE_ROWS,) of (N,)
     else:
         rows = places
     target = out + rows.to(tl.int64)[:, None] * COLUMNS + columns[None, :]
@@ -224,15 +226,17 @@ def _pairs(  # noqa: PLR0913
     places = start + tl.arange(0, DEPTH)
     if LISTED:
         at = first.to(tl.int64) * num_rows + places
-        rows = tl.load(list_rows + at, mask=places < end, other=num_rows)
-        near = tl.load(neighbours + at, mask=places < end, other=num_rows)
+        rows = tl.load(list_rows + at, mask=places < end, other=num_rows)  # (DEPTH,) of line k of (27, N)
+        near = tl.load(neighbours + at, mask=places < end, other=num_rows)  # (DEPTH,) of line k of (27, N)
     elif OFFSETS == 1:
         rows = tl.where(places < end, places, num_rows)
+        # (DEPTH,) of line k of (27, N)
         near = tl.load(neighbours + first.to(tl.int64) * num_rows + places, mask=places < end, other=num_rows)
     else:
         rows = tl.where(places < end, places, num_rows)
         offsets = first + tl.arange(0, OFFSETS)
         at = offsets.to(tl.int64)[None, :] * num_rows + places[:, None]
+        # (DEPTH, OFFSETS) of (27, N), turned
         near = tl.load(neighbours + at, mask=(places < end)[:, None] & (offsets < 27)[None, :], other=num_rows)
     return rows, near
 
@@ -269,7 +273,7 @@ def _row_product(  # noqa: PLR0913
     start = tl.program_id(1) * length
     end = tl.minimum(start + length, num_rows)
     if LISTED:
-        end = tl.minimum(end, tl.load(list_counts + first))
+        end = tl.minimum(end, tl.load(list_counts + first))  # () of (27,)
     sums = tl.zeros((OFFSETS * BLOCK, TILE_COLUMNS), dtype=tl.float32)
     rows, near = _pairs(neighbours, list_rows, num_rows, first, start, end, LISTED, OFFSETS, DEPTH)
     for position in range(start, end, DEPTH):
@@ -283,7 +287,8 @@ def _row_product(  # noqa: PLR0913
             pointers = feats + tl.reshape(index, (DEPTH, OFFSETS * BLOCK))
             size: tl.constexpr = feats.dtype.element_ty.primitive_bitwidth // 8
             pointers = tl.max_contiguous(tl.multiple_of(pointers, (1, ALIGNED * size)), (1, ALIGNED))
-        gathered = tl.load(pointers, mask=there, other=0.0)
+        gathered = tl.load(pointers, mask=there, other=0.0)  # (DEPTH, OFFSETS * BLOCK) of (N, C)
+        # (DEPTH, TILE_COLUMNS) of (N, F)
         upstream = tl.load(
             grad + rows.to(tl.int64)[:, None] * COLUMNS + columns[None, :],
             mask=(rows < num_rows)[:, None] & (columns < COLUMNS)[None, :],

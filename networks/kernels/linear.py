@@ -77,11 +77,13 @@ def _rows_product(  # noqa: PLR0913
         if CHANNELS % DEPTH != 0:
             there = there & (channels < CHANNELS)[None, :]
             known = known & (channels < CHANNELS)[:, None]
+        # (TILE_ROWS, DEPTH)
         block = tl.load(feats + rows[:, None] * CHANNELS + channels[None, :], mask=there, other=0.0)
+        # (DEPTH, TILE_COLUMNS) of (F, C), turned
         factors = tl.load(weight + channels[:, None] * weight_c + columns[None, :] * weight_f, mask=known, other=0.0)
         sums = tl.dot(block, factors, sums)
     if HAS_BIAS:
-        sums += tl.load(bias + columns, mask=columns < COLUMNS, other=0.0).to(tl.float32)[None, :]
+        sums += tl.load(bias + columns, mask=columns < COLUMNS, other=0.0).to(tl.float32)[None, :]  # of (F,)
     target = out + rows[:, None] * COLUMNS + columns[None, :]
     tl.store(target, sums.to(out.dtype.element_ty), mask=(rows < num_rows)[:, None] & (columns < COLUMNS)[None, :])
 
@@ -149,7 +151,9 @@ def _parameter_grads(  # noqa: PLR0913
         rows = first + tl.arange(0, DEPTH)
         at = rows.to(tl.int64)[:, None]
         keep = (rows < end)[:, None]
+        # (DEPTH, TILE_LINES) of (N, F)
         upstream = tl.load(grad + at * COLUMNS + lines[None, :], mask=keep & (lines < COLUMNS)[None, :], other=0.0)
+        # (DEPTH, TILE_CHANNELS) of (N, C)
         block = tl.load(
             feats + at * CHANNELS + channels[None, :], mask=keep & (channels < CHANNELS)[None, :], other=0.0
         )

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from networks.kernels.launch import ceil_div, power_of_two, quick
 
-ROWS = 512  # of a program
+ROWS_PER_PROGRAM = 512
+NUMBERS_PER_PROGRAM = 4096  # taken by take_rows
 
 
 def morton_keys(coords: Int[Tensor, "N 4"], bits: int) -> Int64[Tensor, " N"]:
     keys = torch.empty(coords.shape[0], dtype=torch.int64, device=coords.device)
     if keys.numel():
-        _encode[(ceil_div(len(keys), ROWS),)](coords.contiguous(), keys, len(keys), bits, ROWS)
+        _encode[(ceil_div(len(keys), ROWS_PER_PROGRAM),)](coords.contiguous(), keys, len(keys), bits, ROWS_PER_PROGRAM)
     return keys
 
 
@@ -56,7 +57,7 @@ def _key_of(b, x, y, z, BITS: tl.constexpr):
 @triton.jit
 def _axes(coords, rows, inside):
     """Sample, x, y and z of some rows."""
-    b = tl.load(coords + rows * 4, mask=inside, other=0).to(tl.int64)
+    b = tl.load(coords + rows * 4, mask=inside, other=0).to(tl.int64)  # (TILE,) of (N, 4)
     x = tl.load(coords + rows * 4 + 1, mask=inside, other=0).to(tl.int64)
     y = tl.load(coords + rows * 4 + 2, mask=inside, other=0).to(tl.int64)
     return b, x, y, tl.load(coords + rows * 4 + 3, mask=inside, other=0).to(tl.int64)
@@ -68,7 +69,7 @@ def _axes(coords, rows, inside):
 def _encode(coords, keys, num_rows, BITS: tl.constexpr, TILE: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = rows < num_rows
-    b, x, y, z = _axes(coords, rows, inside)
+    b, x, y, z = _axes(coords, rows, inside)  # (TILE,) each
     tl.store(keys + rows, _key_of(b, x, y, z, BITS), mask=inside)
 
 
@@ -79,9 +80,9 @@ def checked_keys(
     keys = torch.empty(coords.shape[0], dtype=torch.int64, device=coords.device)
     if not keys.numel():
         return keys, False, False
-    grid = (ceil_div(len(keys), ROWS),)
+    grid = (ceil_div(len(keys), ROWS_PER_PROGRAM),)
     faults = torch.empty((2, *grid), dtype=torch.int32, device=coords.device)
-    _encode_checked[grid](coords.contiguous(), keys, faults, len(keys), *limits, grid[0], bits, ROWS)
+    _encode_checked[grid](coords.contiguous(), keys, faults, len(keys), *limits, grid[0], bits, ROWS_PER_PROGRAM)
     outside, mixed = faults.amax(1).tolist()
     return keys, outside > 0, mixed > 0
 
@@ -104,7 +105,7 @@ def _encode_checked(  # noqa: PLR0913
 ):
     rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = rows < num_rows
-    b, x, y, z = _axes(coords, rows, inside)
+    b, x, y, z = _axes(coords, rows, inside)  # (TILE,) each
     key = _key_of(b, x, y, z, BITS)
     tl.store(keys + rows, key, mask=inside)
     outside = (b < 0) | (b >= size_b) | (x < 0) | (x >= size_x) | (y < 0) | (y >= size_y) | (z < 0) | (z >= size_z)
@@ -118,7 +119,7 @@ def _encode_checked(  # noqa: PLR0913
 def morton_coords(keys: Int64[Tensor, " N"], bits: int) -> Int32[Tensor, "N 4"]:
     coords = torch.empty((len(keys), 4), dtype=torch.int32, device=keys.device)
     if keys.numel():
-        _decode[(ceil_div(len(keys), ROWS),)](keys.contiguous(), coords, len(keys), bits, ROWS)
+        _decode[(ceil_div(len(keys), ROWS_PER_PROGRAM),)](keys.contiguous(), coords, len(keys), bits, ROWS_PER_PROGRAM)
     return coords
 
 
@@ -128,7 +129,7 @@ def morton_coords(keys: Int64[Tensor, " N"], bits: int) -> Int32[Tensor, "N 4"]:
 def _decode(keys, coords, num_rows, BITS: tl.constexpr, TILE: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = rows < num_rows
-    key = tl.load(keys + rows, mask=inside, other=0)
+    key = tl.load(keys + rows, mask=inside, other=0)  # (TILE,)
     tl.store(coords + rows * 4, (key >> (3 * BITS)).to(tl.int32), mask=inside)
     key = key & ((1 << (3 * BITS)) - 1)
     tl.store(coords + rows * 4 + 1, _gather_bits(key >> 2).to(tl.int32), mask=inside)
@@ -145,18 +146,18 @@ def neighbours(
     table = torch.full((batch_size * size_x * size_y * size_z,), num_rows, dtype=torch.int32, device=device)
     found = torch.empty((27, num_rows), dtype=torch.int32, device=device)
     alive = torch.empty(num_rows, dtype=torch.int32, device=device)
-    grid = (ceil_div(num_rows, ROWS),)
+    grid = (ceil_div(num_rows, ROWS_PER_PROGRAM),)
     counts = torch.empty(grid, dtype=torch.int32, device=device)
     if num_rows:
-        _fill[grid](keys, table, num_rows, size_x, size_y, size_z, bits, ROWS)
-        _look_up[grid](keys, table, found, alive, counts, num_rows, size_x, size_y, size_z, bits, ROWS)
+        _fill[grid](keys, table, num_rows, size_x, size_y, size_z, bits, ROWS_PER_PROGRAM)
+        _look_up[grid](keys, table, found, alive, counts, num_rows, size_x, size_y, size_z, bits, ROWS_PER_PROGRAM)
     return found, alive, counts.sum()
 
 
 @no_type_check
 @triton.jit
 def _cells(keys, rows, inside, size_x, size_y, size_z, BITS: tl.constexpr):
-    key = tl.load(keys + rows, mask=inside, other=0)
+    key = tl.load(keys + rows, mask=inside, other=0)  # (TILE,)
     b, xyz = key >> (3 * BITS), key & ((1 << (3 * BITS)) - 1)
     x, y, z = _gather_bits(xyz >> 2), _gather_bits(xyz >> 1), _gather_bits(xyz)
     return ((b * size_x + x + 1) * size_y + y + 1) * size_z + z + 1
@@ -194,7 +195,7 @@ def _look_up(  # noqa: PLR0913
     count = tl.zeros((TILE,), dtype=tl.int32)
     for k in tl.static_range(27):
         step = ((k // 9 - 1) * size_y + (k // 3 % 3 - 1)) * size_z + (k % 3 - 1)
-        near = tl.load(table + cells + step, mask=inside, other=num_rows)
+        near = tl.load(table + cells + step, mask=inside, other=num_rows)  # (TILE,) of the table, a number a cell
         tl.store(found + k * num_rows.to(tl.int64) + rows, near, mask=inside)
         there = (near < num_rows).to(tl.int32)
         bits |= there << k
@@ -212,13 +213,13 @@ def group_cells(
     parent = torch.empty(num_rows, dtype=torch.int64, device=device)
     if num_rows == 0:
         return keys.clone(), parent, keys.new_empty((8, 0))
-    grid = (ceil_div(num_rows, ROWS),)
-    _mark_firsts[grid](keys, firsts, num_rows, ROWS)
+    grid = (ceil_div(num_rows, ROWS_PER_PROGRAM),)
+    _mark_firsts[grid](keys, firsts, num_rows, ROWS_PER_PROGRAM)
     numbers = firsts.cumsum(0, dtype=torch.int32)
     num_cells = int(numbers[-1])
     cells = torch.empty(num_cells, dtype=torch.int64, device=device)
     children = torch.full((8, num_cells), num_rows, dtype=torch.int64, device=device)
-    _group[grid](keys, numbers, cells, parent, children, num_rows, num_cells, ROWS)
+    _group[grid](keys, numbers, cells, parent, children, num_rows, num_cells, ROWS_PER_PROGRAM)
     return cells, parent, children
 
 
@@ -229,8 +230,8 @@ def _mark_firsts(keys, firsts, num_rows, TILE: tl.constexpr):
     """1 where a row is the first of its cell."""
     rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = rows < num_rows
-    cell = tl.load(keys + rows, mask=inside, other=0) >> 3
-    before = tl.load(keys + rows - 1, mask=inside & (rows > 0), other=-1) >> 3
+    cell = tl.load(keys + rows, mask=inside, other=0) >> 3  # (TILE,)
+    before = tl.load(keys + rows - 1, mask=inside & (rows > 0), other=-1) >> 3  # (TILE,)
     tl.store(firsts + rows, (cell != before).to(tl.int32), mask=inside)
 
 
@@ -240,8 +241,8 @@ def _mark_firsts(keys, firsts, num_rows, TILE: tl.constexpr):
 def _group(keys, numbers, cells, parent, children, num_rows, num_cells, TILE: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = rows < num_rows
-    key = tl.load(keys + rows, mask=inside, other=0)
-    cell = tl.load(numbers + rows, mask=inside, other=1).to(tl.int64) - 1
+    key = tl.load(keys + rows, mask=inside, other=0)  # (TILE,)
+    cell = tl.load(numbers + rows, mask=inside, other=1).to(tl.int64) - 1  # (TILE,)
     tl.store(parent + rows, cell, mask=inside)
     tl.store(cells + cell, key >> 3, mask=inside)  # all rows of a cell write the same number
     tl.store(children + (key & 7) * num_cells.to(tl.int64) + cell, rows, mask=inside)
@@ -255,10 +256,10 @@ def by_neighbourhood(
     keys = torch.empty(num_rows, dtype=torch.int64, device=alive.device)
     rows, bits, table = torch.empty_like(alive), torch.empty_like(alive), torch.empty_like(found)
     if num_rows:
-        grid = (ceil_div(num_rows, ROWS),)
-        _sorting_keys[grid](alive, keys, num_rows, chunk, ROWS)
+        grid = (ceil_div(num_rows, ROWS_PER_PROGRAM),)
+        _sorting_keys[grid](alive, keys, num_rows, chunk, ROWS_PER_PROGRAM)
         keys, order = torch.sort(keys, stable=True)
-        _take_columns[grid](found, keys, order, rows, bits, table, num_rows, ROWS)
+        _take_columns[grid](found, keys, order, rows, bits, table, num_rows, ROWS_PER_PROGRAM)
     return rows, table, bits
 
 
@@ -267,7 +268,7 @@ def by_neighbourhood(
 @triton.jit(do_not_specialize=["num_rows"])
 def _sorting_keys(alive, keys, num_rows, CHUNK: tl.constexpr, TILE: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    bits = tl.load(alive + rows, mask=rows < num_rows, other=0).to(tl.int64)
+    bits = tl.load(alive + rows, mask=rows < num_rows, other=0).to(tl.int64)  # (TILE,)
     tl.store(keys + rows, ((rows // CHUNK) << 27) | bits, mask=rows < num_rows)
 
 
@@ -277,13 +278,14 @@ def _sorting_keys(alive, keys, num_rows, CHUNK: tl.constexpr, TILE: tl.constexpr
 def _take_columns(found, keys, order, rows_out, bits_out, out, num_rows, TILE: tl.constexpr):
     places = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = places < num_rows
-    row = tl.load(order + places, mask=inside, other=0)
+    row = tl.load(order + places, mask=inside, other=0)  # (TILE,)
     tl.store(rows_out + places, row.to(tl.int32), mask=inside)
-    bits = tl.load(keys + places, mask=inside, other=0) & ((1 << 27) - 1)
+    bits = tl.load(keys + places, mask=inside, other=0) & ((1 << 27) - 1)  # (TILE,)
     tl.store(bits_out + places, bits.to(tl.int32), mask=inside)
     for k in tl.static_range(27):
         line = k * num_rows.to(tl.int64)
-        tl.store(out + line + places, tl.load(found + line + row, mask=inside, other=0), mask=inside)
+        near = tl.load(found + line + row, mask=inside, other=0)  # (TILE,) of line k of (27, N)
+        tl.store(out + line + places, near, mask=inside)
 
 
 def tile_offsets(alive: Int32[Tensor, " N"], size: int) -> tuple[Int32[Tensor, "T 27"], Int32[Tensor, " T"]]:
@@ -307,7 +309,7 @@ def _either(a, b):
 @triton.jit(do_not_specialize=["num_rows"])
 def _list_offsets(alive, offsets, counts, num_rows, TILE: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    bits = tl.reduce(tl.load(alive + rows, mask=rows < num_rows, other=0), 0, _either)
+    bits = tl.reduce(tl.load(alive + rows, mask=rows < num_rows, other=0), 0, _either)  # () from (TILE,)
     k = tl.arange(0, 32)
     there = tl.where(k < 27, (bits >> k) & 1, 0)
     before = tl.cumsum(there, 0) - there
@@ -323,13 +325,13 @@ def neighbour_lists(
     """Rows that have each neighbour, that neighbour's row, both packed to the front, and how many."""
     num_rows = found.shape[1]
     rows, near = torch.empty_like(found), torch.empty_like(found)
-    blocks = torch.empty((27, ceil_div(num_rows, ROWS)), dtype=torch.int32, device=found.device)
+    blocks = torch.empty((27, ceil_div(num_rows, ROWS_PER_PROGRAM)), dtype=torch.int32, device=found.device)
     counts = torch.zeros(27, dtype=torch.int32, device=found.device)
     if num_rows:
         grid = (blocks.shape[1], 27)
-        _count_pairs[grid](found, blocks, num_rows, blocks.shape[1], ROWS)
+        _count_pairs[grid](found, blocks, num_rows, blocks.shape[1], ROWS_PER_PROGRAM)
         ends = blocks.cumsum(1, dtype=torch.int32)
-        _list_pairs[grid](found, ends, rows, near, counts, num_rows, blocks.shape[1], ROWS)
+        _list_pairs[grid](found, ends, rows, near, counts, num_rows, blocks.shape[1], ROWS_PER_PROGRAM)
     return rows, near, counts
 
 
@@ -339,7 +341,7 @@ def neighbour_lists(
 def _count_pairs(found, blocks, num_rows, num_blocks, TILE: tl.constexpr):
     places = tl.program_id(0) * TILE + tl.arange(0, TILE)
     start = found + tl.program_id(1).to(tl.int64) * num_rows
-    near = tl.load(start + places, mask=places < num_rows, other=num_rows)
+    near = tl.load(start + places, mask=places < num_rows, other=num_rows)  # (TILE,) of line k of (27, N)
     tl.store(blocks + tl.program_id(1) * num_blocks + tl.program_id(0), tl.sum((near < num_rows).to(tl.int32)))
 
 
@@ -349,9 +351,9 @@ def _count_pairs(found, blocks, num_rows, num_blocks, TILE: tl.constexpr):
 def _list_pairs(found, ends, rows_out, near_out, counts, num_rows, num_blocks, TILE: tl.constexpr):
     places = tl.program_id(0) * TILE + tl.arange(0, TILE)
     line = tl.program_id(1).to(tl.int64) * num_rows
-    near = tl.load(found + line + places, mask=places < num_rows, other=num_rows)
+    near = tl.load(found + line + places, mask=places < num_rows, other=num_rows)  # (TILE,) of line k of (27, N)
     there = (near < num_rows).to(tl.int32)
-    end = tl.load(ends + tl.program_id(1) * num_blocks + tl.program_id(0))
+    end = tl.load(ends + tl.program_id(1) * num_blocks + tl.program_id(0))  # () of (27, blocks)
     at = line + end - tl.sum(there) + tl.cumsum(there, 0) - there
     tl.store(rows_out + at, places, mask=there == 1)
     tl.store(near_out + at, near, mask=there == 1)
@@ -363,7 +365,7 @@ def take_rows(values: Shaped[Tensor, "N C"], rows: Int64[Tensor, " M"]) -> Shape
     """values[rows]; several times faster than torch's where rows are narrow."""
     out = values.new_empty((len(rows), values.shape[1]))
     width = power_of_two(values.shape[1])
-    tile = max(1, 4096 // width)
+    tile = max(1, NUMBERS_PER_PROGRAM // width)
     if out.numel():
         grid = (ceil_div(len(rows), tile),)
         _take_rows[grid](values.contiguous(), rows, out, len(rows), values.shape[1], tile, width)
@@ -377,6 +379,6 @@ def _take_rows(values, rows, out, num_rows, CHANNELS: tl.constexpr, TILE: tl.con
     places = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     channels = tl.arange(0, WIDTH)
     keep = (places < num_rows)[:, None] & (channels < CHANNELS)[None, :]
-    row = tl.load(rows + places, mask=places < num_rows, other=0)
-    taken = tl.load(values + row[:, None] * CHANNELS + channels[None, :], mask=keep)
+    row = tl.load(rows + places, mask=places < num_rows, other=0)  # (TILE,)
+    taken = tl.load(values + row[:, None] * CHANNELS + channels[None, :], mask=keep)  # (TILE, WIDTH) of (N, C)
     tl.store(out + places[:, None] * CHANNELS + channels[None, :], taken, mask=keep)

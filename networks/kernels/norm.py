@@ -13,8 +13,8 @@ from torch import Tensor
 
 from networks.kernels.launch import ceil_div, power_of_two, quick
 
-ELEMENTS = 4096  # of a step
-PROGRAMS = 1024  # of a batch, about: eight for each processor of a large card
+NUMBERS_PER_STEP = 4096
+PROGRAMS_PER_BATCH = 1024  # about: eight for each processor of a large card
 
 
 def voxel_norm(
@@ -50,8 +50,8 @@ def _parts(x: Float[Tensor, "N C"]) -> tuple[tuple[int], dict[str, int]]:
     """Programs, each with a run of whole steps, and the sizes of a step."""
     rows, channels = x.shape
     width = power_of_two(channels)
-    tile = max(1, ELEMENTS // width)
-    steps = power_of_two(ceil_div(rows, tile * PROGRAMS))  # few values: each is compiled
+    tile = max(1, NUMBERS_PER_STEP // width)
+    steps = power_of_two(ceil_div(rows, tile * PROGRAMS_PER_BATCH))  # few values: each is compiled
     return (ceil_div(rows, tile * steps),), {"CHANNELS": channels, "TILE": tile, "WIDTH": width, "STEPS": steps}
 
 
@@ -63,7 +63,7 @@ def _centred(x, step, num_rows, eps, CHANNELS: tl.constexpr, TILE: tl.constexpr,
     channels = tl.arange(0, WIDTH)
     at = row[:, None] * CHANNELS + channels[None, :]
     keep = (row < num_rows)[:, None] & (channels < CHANNELS)[None, :]
-    values = tl.load(x + at, mask=keep, other=0.0).to(tl.float32)
+    values = tl.load(x + at, mask=keep, other=0.0).to(tl.float32)  # (TILE, WIDTH) of (N, C)
     away = tl.where(keep, values - (tl.sum(values, 1) / CHANNELS)[:, None], 0.0)
     return at, keep, away, (1.0 / tl.sqrt(tl.sum(away * away, 1) / CHANNELS + eps))[:, None]
 
@@ -72,6 +72,7 @@ def _centred(x, step, num_rows, eps, CHANNELS: tl.constexpr, TILE: tl.constexpr,
 @triton.jit
 def _of_channels(table, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
     channels = tl.arange(0, WIDTH)
+    # (1, WIDTH) of (C,)
     return tl.load(table + channels, mask=channels < CHANNELS, other=0.0).to(tl.float32)[None, :]
 
 
@@ -122,6 +123,7 @@ def _grads(  # noqa: PLR0913
     total, along = tl.zeros((WIDTH,), dtype=tl.float32), tl.zeros((WIDTH,), dtype=tl.float32)
     for step in range(STEPS):
         at, keep, away, rstd = _centred(x, tl.program_id(0) * STEPS + step, num_rows, eps, CHANNELS, TILE, WIDTH)
+        # (TILE, WIDTH) of (N, C)
         z, slope = away * rstd, tl.load(grad + at, mask=keep, other=0.0).to(tl.float32)
         if SILU:
             before = z * gain + lift

@@ -8,7 +8,7 @@ import torch
 
 from networks.kernels.launch import power_of_two
 
-SPARE = 4096  # bytes of shared memory for what is no tile
+SPARE_BYTES = 4096  # of shared memory for what is no tile
 
 
 class Tile(NamedTuple):
@@ -49,7 +49,7 @@ def grad_tile(channels: int, columns: int, dtype: torch.dtype) -> Tile:
 @cache
 def fitted(tile: Tile, dtype: torch.dtype, room: int) -> Tile:
     """The tile made to fit a smaller card: fewer steps read ahead, then fewer columns, then fewer rows."""
-    while tile.stages * (tile.rows + tile.columns) * tile.depth * dtype.itemsize > room - SPARE:
+    while tile.stages * (tile.rows + tile.columns) * tile.depth * dtype.itemsize > room - SPARE_BYTES:
         if tile.stages > 2:
             tile = tile._replace(stages=tile.stages - 1)
         elif tile.columns > 64:

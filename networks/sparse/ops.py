@@ -363,7 +363,7 @@ def window_attention(
     """Self-attention among the voxels of each cubic window of the absolute grid."""
     plan = level.windows(window, shift)
     kernels = _fused("attention", qkv)
-    if kernels and qkv.shape[3] <= kernels.MAX_WIDTH:
+    if kernels and qkv.shape[3] <= kernels.MAX_HEAD_WIDTH:
         return _FusedAttention.apply(qkv, plan)
     rows, slot = level.kept(("slots", window, shift), plan.padded)
     slots = _Rearrange.apply(qkv, rows.flatten(), slot)

@@ -181,7 +181,7 @@ def test_interpreted_mixed_layer_takes_any_strides_and_frozen_parts(count, learn
 @in_interpreter
 @pytest.mark.parametrize("count", [0, 5, 700])
 def test_interpreted_column_sums(count, generator, assert_close, monkeypatch):
-    monkeypatch.setattr(row_kernels, "ELEMENTS", 64)
+    monkeypatch.setattr(row_kernels, "NUMBERS_PER_PROGRAM", 64)
     x = torch.randn(count, 6, generator=generator)
     assert_close(row_kernels.column_sums(x), x.double().sum(0))
 
@@ -189,7 +189,7 @@ def test_interpreted_column_sums(count, generator, assert_close, monkeypatch):
 @in_interpreter
 @pytest.mark.parametrize("width", [20])
 def test_interpreted_attention_and_its_gradient(width, generator, assert_close, monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", 16)  # windows of several blocks
+    monkeypatch.setattr(attention, "ROWS_PER_STEP", 16)  # windows of several blocks
     level = scattered((9, 8, 7), 150, generator)
     qkv = torch.randn(150, 3, 2, width, generator=generator, dtype=torch.float64, requires_grad=True)
     grad = torch.randn(150, 2, width, generator=generator, dtype=torch.float64)
@@ -245,8 +245,8 @@ def test_interpreted_search_takes_the_lowest_of_equal_codes(generator):
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize(("channels", "programs"), [(6, 512), (6, 2), (32, 3), (40, 1)])
 def test_interpreted_voxel_norm_and_its_gradients(channels, programs, silu, generator, assert_close, monkeypatch):
-    monkeypatch.setattr(norm, "ELEMENTS", 512)
-    monkeypatch.setattr(norm, "PROGRAMS", programs)  # one step a program, or several, the last not full
+    monkeypatch.setattr(norm, "NUMBERS_PER_STEP", 512)
+    monkeypatch.setattr(norm, "PROGRAMS_PER_BATCH", programs)  # one step a program, or several, the last not full
     x = 5 + 3 * torch.randn(107, channels, generator=generator)
     weight, bias = torch.randn(2, channels, generator=generator)
     grad = torch.randn(107, channels, generator=generator)
