@@ -9,13 +9,11 @@ import numpy as np
 import pydicom
 
 from app.prepare.codes import Finding, Refused, found
-from app.prepare.files import Ref, open_ref
+from app.prepare.encoding import NATIVE, open_dicom
+from app.prepare.files import Ref
 from app.prepare.gate import Stack
 from app.prepare.headers import SliceHeader, quiet
 from transforms.array import AIR
-
-NATIVE = {"1.2.840.10008.1.2": "<", "1.2.840.10008.1.2.1": "<", "1.2.840.10008.1.2.2": ">"}
-PIXEL_TAG = {"<": b"\xe0\x7f\x10\x00", ">": b"\x7f\xe0\x00\x10"}
 
 
 def read_frames(stack: Stack) -> tuple[np.ndarray, list[Finding]]:
@@ -71,34 +69,31 @@ class _Frames:
 
     def read(self, header: SliceHeader) -> np.ndarray:
         """Stored values of one slice (rows, columns), as integers, sign and unused bits put right."""
-        if header.frames == 1:
-            pixels = _native(header) if header.syntax in NATIVE else decode(header)
-        else:
-            if self._ref != header.ref:
-                self._ref, self._decoded = header.ref, decode(header)
-            if self._decoded.shape[0] != header.frames:
-                raise Refused("CORRUPT_FILE", "fewer frames than the header says")
-            pixels = self._decoded[header.frame]
-        if pixels.shape != (header.rows, header.columns):
-            raise Refused("CORRUPT_FILE", "the pixels do not fill the matrix of the header")
-        return _stored_bits(pixels, header)
+        if self._ref != header.ref:
+            decoded = _native(header) if header.syntax in NATIVE else decode(header)
+            if header.frames == 1 and decoded.ndim == 2:
+                decoded = decoded[None]
+            if decoded.shape != (header.frames, header.rows, header.columns):
+                raise Refused("CORRUPT_FILE", "the pixels do not fill the matrix and frames of the header")
+            self._ref, self._decoded = header.ref, decoded
+        return _stored_bits(self._decoded[header.frame], header)
 
 
 def _native(header: SliceHeader) -> np.ndarray:
-    """Uncompressed pixels of a single-frame file."""
-    order = NATIVE[header.syntax]
-    length = header.rows * header.columns * header.bits_allocated // 8
-    with open_ref(header.ref) as stream:
-        stream.seek(header.pixel_offset)
-        head = stream.read(12)
-        explicit = header.syntax != "1.2.840.10008.1.2"
-        data = stream.read(length) if explicit else head[8:] + stream.read(length - 4)
-    if head[:4] != PIXEL_TAG[order]:
+    """Uncompressed pixels of every frame of a file."""
+    shape = (header.frames, header.rows, header.columns)
+    length = int(np.prod(shape)) * header.bits_allocated // 8
+    offset = header.pixels.offset
+    if not offset:
         raise Refused("EMPTY", "no pixels in the file")
+    stream, _ = open_dicom(header.ref, offset + length)
+    with stream:
+        stream.seek(offset)
+        data = stream.read(length)
     if len(data) != length:
         raise Refused("CORRUPT_FILE", "the pixels are cut short")
-    kind = "i" if header.signed else "u"
-    return np.frombuffer(data, f"{order}{kind}{header.bits_allocated // 8}").reshape(header.rows, header.columns)
+    kind = f"{NATIVE[header.syntax]}{'i' if header.signed else 'u'}{header.bits_allocated // 8}"
+    return np.frombuffer(data, kind).reshape(shape)
 
 
 def decode(header: SliceHeader) -> np.ndarray:
@@ -106,29 +101,23 @@ def decode(header: SliceHeader) -> np.ndarray:
     syntax = header.syntax
     with quiet():
         try:
-            with open_ref(header.ref) as stream:
+            stream, _ = open_dicom(header.ref)
+            with stream:
                 ds = pydicom.dcmread(stream, force=True)
         except Refused:
             raise
         except Exception as error:
             raise Refused("CORRUPT_FILE", "the DICOM file cannot be read") from error
         if "PixelData" not in ds:
-            begun = _begins_pixels(header)
-            raise Refused(
-                *(("CORRUPT_FILE", "the pixels are cut short") if begun else ("EMPTY", "no pixels in the file"))
-            )
+            begun = header.pixels.offset
+            code, why = ("CORRUPT_FILE", "the pixels are cut short") if begun else ("EMPTY", "no pixels in the file")
+            raise Refused(code, why)
         try:
             return np.asarray(ds.pixel_array)
         except Exception as error:  # decoders raise nearly anything; tell a missing one from a damaged stream
             if syntax not in NATIVE and not can_decode(syntax, int(ds.get("BitsStored", 16))):
                 raise Refused("DECODER_MISSING", f"transfer syntax {syntax}") from error
             raise Refused("CORRUPT_FILE", "the pixels cannot be decoded") from error
-
-
-def _begins_pixels(header: SliceHeader) -> bool:
-    with open_ref(header.ref) as stream:
-        stream.seek(header.pixel_offset)
-        return stream.read(4) in PIXEL_TAG.values()
 
 
 def can_decode(syntax: str, bits_stored: int = 12) -> bool:

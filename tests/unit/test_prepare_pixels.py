@@ -157,6 +157,19 @@ def test_enhanced_multi_frame_ct_is_read_from_its_functional_groups(tmp_path):
     np.testing.assert_array_equal(volume.hu, scans.sample(volume.affine, volume.hu.shape))
 
 
+@pytest.mark.parametrize("name", ["RescaleSlope", "RescaleIntercept"])
+@pytest.mark.parametrize("value", [None, "-1024x"])
+def test_a_frame_without_readable_rescale_values_refuses_the_file(tmp_path, name, value):
+    ds = enhanced(tuple(4.0 * k for k in range(-7, 8)))
+    values = ds.PerFrameFunctionalGroupsSequence[4].PixelValueTransformationSequence[0]
+    if value is None:
+        delattr(values, name)
+    else:
+        values[name] = pydicom.DataElement(values[name].tag, "LO", value)
+    with pytest.raises(Refused, match=r"CORRUPT_FILE: .*rescale slope"):
+        read_scan(scans.save(ds, tmp_path / "e.dcm"))
+
+
 @pytest.mark.parametrize(
     ("how", "code"),
     [({"stacks": 2}, "MIXED_GEOMETRY"), ({"times": 2}, "FOUR_D"), ({"groups": False}, "MULTI_FRAME_UNSUPPORTED")],
