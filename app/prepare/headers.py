@@ -53,6 +53,7 @@ TAGS = [
     "PerFrameFunctionalGroupsSequence",
     "ReferencedSeriesSequence",
 ]
+OVERLAY_BITS = [0x60000100 + (number << 17) for number in range(16)]  # OverlayBitsAllocated of each overlay group
 CT = "1.2.840.10008.5.1.4.1.1.2"
 ENHANCED_CT = ("1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")
 SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
@@ -85,6 +86,7 @@ class SliceHeader(NamedTuple):
     bits_stored: int | None = None
     high_bit: int | None = None
     signed: bool | None = False  # None where the header says neither
+    overlay: bool = False  # whether bits above those stored may hold a drawing
     samples: int | None = None
     photometric: str = ""
     padding: tuple[float, float] | None = None  # lowest and highest stored value that means no measurement
@@ -123,7 +125,7 @@ def read_headers(ref: Ref) -> list[SliceHeader]:
         try:
             stream, syntax = open_dicom(ref)
             with stream:
-                ds = pydicom.dcmread(stream, stop_before_pixels=True, force=True, specific_tags=list(TAGS))
+                ds = pydicom.dcmread(stream, stop_before_pixels=True, force=True, specific_tags=[*TAGS, *OVERLAY_BITS])
                 first = _header(ref, ds)._replace(syntax=syntax, pixels=pixel_element(stream))
             if first.sop_class in ENHANCED_CT and "PerFrameFunctionalGroupsSequence" in ds:
                 return _frames(first, ds)
@@ -156,6 +158,7 @@ def _header(ref: Ref, ds: Dataset) -> SliceHeader:
         bits_stored=_whole(ds, "BitsStored"),
         high_bit=_whole(ds, "HighBit"),
         signed={0: False, 1: True}.get(_whole(ds, "PixelRepresentation")),
+        overlay=any(tag in ds and ds[tag].value != 1 for tag in OVERLAY_BITS),
         samples=_whole(ds, "SamplesPerPixel"),
         photometric=_text(ds, "PhotometricInterpretation"),
         padding=_padding(ds),

@@ -136,14 +136,18 @@ def can_decode(syntax: str, bits_stored: int = 12) -> bool:
 
 
 def _stored_bits(pixels: np.ndarray, header: SliceHeader) -> np.ndarray:
-    """Keeps the stored bits alone: above them may lie overlays or an unextended sign."""
+    """The stored bits alone: above them may lie an overlay that the header tells, or a sign, extended or not."""
     unused = header.bits_allocated - header.bits_stored
     if unused == 0 or pixels.dtype.itemsize * 8 != header.bits_allocated:
         return pixels
+    mask = (1 << header.bits_stored) - 1
+    plain = pixels.astype(f"u{pixels.dtype.itemsize}") & mask
+    values = plain
     if header.signed:
-        signed = pixels.astype(f"i{pixels.dtype.itemsize}")
-        return (signed << unused) >> unused
-    return pixels & pixels.dtype.type((1 << header.bits_stored) - 1)
+        values = (plain.astype(f"i{pixels.dtype.itemsize}") << unused) >> unused
+    if not header.overlay and not ((pixels == values) | (pixels == plain)).all():
+        raise Refused("CORRUPT_FILE", f"values of more than the {header.bits_stored} bits that the header tells")
+    return values
 
 
 def at_even_steps(frames: np.ndarray, stack: Stack) -> np.ndarray:
