@@ -1,4 +1,4 @@
-"""DICOM files as bytes: how a data set is encoded, inflated within a limit, and where its pixel element lies.
+"""DICOM files as bytes: how a data set is encoded, inflated within a limit; where its pixels lie, and what they tell.
 
 What a file's meta states and what its bytes show must agree; without meta the bytes count. Fields are read by
 `headers`, pixels by `pixels`.
@@ -14,10 +14,12 @@ from app.prepare.files import Ref, open_ref, read_bytes
 
 IMPLICIT, EXPLICIT, BIG = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
 NATIVE = {IMPLICIT: "<", EXPLICIT: "<", BIG: ">"}  # uncompressed syntaxes and their byte order
-DEFLATED = "1.2.840.10008.1.2.1.99"
+DEFLATED, RLE = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.5"
 META_BYTES = 1 << 16  # far more than any file meta takes
 HEADER_BYTES = 64 << 20  # what may be inflated to find the pixel element; thousands of frames' headers fit
 UNDEFINED = 0xFFFFFFFF
+ITEM = b"\xfe\xff\x00\xe0"
+FRAME_MARKERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # starts of frames of JPEG and JPEG-LS
 LONG = (b"OB", b"OW", b"UN", b"UT", b"SQ", b"OF", b"OD", b"OL", b"OV", b"UC", b"UR", b"SV", b"UV")
 
 
@@ -31,6 +33,14 @@ class PixelElement(NamedTuple):
     @property
     def compressed(self) -> bool:
         return self.length == UNDEFINED
+
+
+class StreamHead(NamedTuple):
+    """The image of a compressed stream, as the stream itself tells it."""
+
+    rows: int
+    columns: int
+    bits: int
 
 
 def open_dicom(ref: Ref, limit: int = HEADER_BYTES) -> tuple[io.BufferedIOBase, str]:
@@ -77,6 +87,49 @@ def contradiction(syntax: str, pixels: PixelElement) -> str | None:
         return "compressed pixels, but nothing says how"
     if not pixels.compressed and syntax not in NATIVE:
         return "the file meta states compressed pixels, which these are not"
+    return None
+
+
+def items(encapsulated: bytes) -> list[bytes]:
+    """The items of a compressed pixel element, the table of offsets first."""
+    out, at = [], 0
+    while encapsulated[at : at + 4] == ITEM and at + 8 <= len(encapsulated):
+        (length,) = struct.unpack_from("<I", encapsulated, at + 4)
+        out.append(encapsulated[at + 8 : at + 8 + length])
+        at += 8 + length
+    return out
+
+
+def stream_heads(encapsulated: bytes) -> list[StreamHead]:
+    """What each JPEG, JPEG-LS or JPEG 2000 stream of a pixel element tells of its image."""
+    heads = [_stream_head(item[:META_BYTES]) for item in items(encapsulated)]
+    return [head for head in heads if head is not None]
+
+
+def rle_length(item: bytes) -> int:
+    """Bytes that the first segment of a frame in RLE unpacks to: one for each pixel."""
+    if len(item) < 64:
+        return 0
+    segments, at, end = struct.unpack_from("<III", item)
+    end, count = min(end, len(item)) if segments > 1 else len(item), 0
+    while at + 1 < end:
+        run = item[at]
+        count += 0 if run == 128 else run + 1 if run < 128 else 257 - run
+        at += 1 if run == 128 else run + 2 if run < 128 else 2
+    return count
+
+
+def _stream_head(stream: bytes) -> StreamHead | None:
+    """None where no image begins here, as in a table of offsets, in RLE, or where an image goes on."""
+    if stream[:4] == b"\xff\x4f\xff\x51" and len(stream) > 42:  # JPEG 2000: reach and offset, across and down
+        across, down, left, top = struct.unpack_from(">4I", stream, 8)
+        return StreamHead(down - top, across - left, (stream[42] & 0x7F) + 1)
+    at = 2 if stream[:2] == b"\xff\xd8" else len(stream)
+    while at + 9 <= len(stream) and stream[at] == 0xFF:
+        if stream[at + 1] in FRAME_MARKERS:
+            rows, columns = struct.unpack_from(">HH", stream, at + 5)
+            return StreamHead(rows, columns, stream[at + 4])
+        at += 1 if stream[at + 1] == 0xFF else 2 + struct.unpack_from(">H", stream, at + 2)[0]
     return None
 
 

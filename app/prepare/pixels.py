@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import pydicom
+from pydicom.dataset import Dataset
 
 from app.prepare.codes import Finding, Refused, found
-from app.prepare.encoding import NATIVE, open_dicom
+from app.prepare.encoding import NATIVE, RLE, items, open_dicom, rle_length, stream_heads
 from app.prepare.files import Ref
 from app.prepare.gate import Stack
 from app.prepare.headers import SliceHeader, quiet
@@ -112,12 +113,33 @@ def decode(header: SliceHeader) -> np.ndarray:
             begun = header.pixels.offset
             code, why = ("CORRUPT_FILE", "the pixels are cut short") if begun else ("EMPTY", "no pixels in the file")
             raise Refused(code, why)
+        _match_streams(ds, header)
         try:
             return np.asarray(ds.pixel_array)
         except Exception as error:  # decoders raise nearly anything; tell a missing one from a damaged stream
             if syntax not in NATIVE and not can_decode(syntax, int(ds.get("BitsStored", 16))):
                 raise Refused("DECODER_MISSING", f"transfer syntax {syntax}") from error
             raise Refused("CORRUPT_FILE", "the pixels cannot be decoded") from error
+
+
+def _match_streams(ds: Dataset, header: SliceHeader) -> None:
+    """Refuses streams of another image than the header's, on which decoders abort the process or garble it.
+
+    Decoders cut what they read to BitsStored: with all bits that a stream has, `_stored_bits` can tell what is lost.
+    """
+    heads = stream_heads(ds.PixelData)
+    if any((head.rows, head.columns) != (header.rows, header.columns) for head in heads):
+        raise Refused("CORRUPT_FILE", "the compressed image has another matrix than the header")
+    pixels = header.rows * header.columns
+    # some writers pad an image in RLE, by less than a row or a column that a header forgot
+    slack = min(header.rows, header.columns)
+    if header.syntax == RLE and any(not pixels <= rle_length(i) < pixels + slack for i in items(ds.PixelData)[1:]):
+        raise Refused("CORRUPT_FILE", "the compressed image has another number of pixels than the header")
+    bits = max((head.bits for head in heads), default=header.bits_allocated)
+    if bits > header.bits_allocated or bits <= 16 < header.bits_allocated:
+        raise Refused("CORRUPT_FILE", f"a compressed image of {bits} bits, {header.bits_allocated} in the header")
+    if bits > header.bits_stored:
+        ds.BitsStored, ds.HighBit = bits, bits - 1
 
 
 def can_decode(syntax: str, bits_stored: int = 12) -> bool:

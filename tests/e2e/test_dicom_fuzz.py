@@ -21,9 +21,11 @@ from app.prepare.survey import survey
 from app.prepare.volume import read_item
 from tests import scans
 from tests.unit.test_prepare_encoding import BIG, DEFLATED, EXPLICIT, IMPLICIT, body, deflated, meta
-from tests.unit.test_prepare_pixels import enhanced
+from tests.unit.test_prepare_pixels import enhanced, recode
 
 JPEG_2000 = "1.2.840.10008.1.2.4.90"
+COMPRESSED = {"JPEG2000Lossless": JPEG_2000, "JPEGLSLossless": "1.2.840.10008.1.2.4.80"}
+COMPRESSED |= {"RLELossless": "1.2.840.10008.1.2.5", "JPEGLosslessProcess14_1": "1.2.840.10008.1.2.4.70"}
 HEIGHTS = tuple(8.0 * k for k in range(-3, 4))
 NUMBERS = {"slope": 0x00281053, "intercept": 0x00281052, "spacing": 0x00280030, "position": 0x00200032}
 NUMBERS |= {"orientation": 0x00200037, "thickness": 0x00180050}
@@ -91,7 +93,7 @@ def mutant(rng: np.random.Generator, bases: dict, folder: Path) -> tuple[str, st
     encoding, bodies = bases[name]
     change = drawn(rng)
     chosen = set(rng.permutation(len(bodies))[: int(rng.choice([1, 2, len(bodies)]))])
-    stated = DEFLATED if name == "deflated" else JPEG_2000 if name == "jpeg" else encoding
+    stated = {"deflated": DEFLATED, **COMPRESSED}.get(name, encoding)
     other = [None, IMPLICIT, EXPLICIT, BIG, DEFLATED, JPEG_2000, "no preamble"][int(rng.integers(7))]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -159,11 +161,23 @@ def equal(hu: np.ndarray, truth: np.ndarray) -> bool:
     return bool((same | ((hu == -1000) & (truth < -1000))).all())
 
 
+def compressed(series: list, name: str, folder: Path) -> list[bytes]:
+    """Data sets in a compressed syntax, without their file meta."""
+    out = []
+    for ds in series:
+        path = scans.save(ds, folder / "c.dcm")
+        recode(path, name)
+        data = path.read_bytes()
+        out.append(data[144 + int.from_bytes(data[140:144], "little") :])
+    return out
+
+
 def attack(folder: Path, count: int, seed: int) -> Counter:
     rng = np.random.default_rng(seed)
     series = scans.series(heights=HEIGHTS, FrameOfReferenceUID="1.2.7")
     bases = {syntax: (syntax, [body(ds, syntax) for ds in series]) for syntax in (IMPLICIT, EXPLICIT, BIG)}
     bases["deflated"] = bases[EXPLICIT]
+    bases |= {name: (EXPLICIT, compressed(series, name, folder)) for name in COMPRESSED}
     bases["enhanced"] = (EXPLICIT, [body(enhanced(HEIGHTS), EXPLICIT)])
     told: Counter = Counter()
     for number in range(count):
