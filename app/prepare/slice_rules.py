@@ -18,6 +18,7 @@ NOT_AXIAL = {  # values of ImageType that say reformatted, projected, computed o
     *("MIP", "MINIP", "MNIP", "PROJECTION IMAGE", "MAXIMUM", "MINIMUM", "STD_DEVIATION", "SUBTRACTION"),
     *("VRT", "VOLREN", "VOLUME RENDERING", "SCREEN SAVE"),
 }
+MAX_INTERCEPT = 1 << 16  # what takes any 16-bit value to any other
 STORAGE = "1.2.840.10008.5.1.4.1.1."
 SECONDARY_CAPTURE = STORAGE + "7"
 HU_TYPES = {"", "HU", "US"}
@@ -72,6 +73,8 @@ def reason_of_pixels(header: SliceHeader, rules: Rules) -> Refused | None:
     allocated, stored = header.bits_allocated, header.bits_stored
     if allocated not in (8, 16, 32) or stored is None or not 1 <= stored <= allocated:
         return Refused("CORRUPT_FILE", f"{stored} of {allocated} bits a pixel")
+    if header.samples == 0:
+        return Refused("CORRUPT_FILE", "0 samples a pixel")
     if header.signed is None:
         return Refused("CORRUPT_FILE", "the header does not say whether pixels are signed")
     if header.high_bit not in (None, stored - 1):
@@ -88,6 +91,8 @@ def reason_of_pixels(header: SliceHeader, rules: Rules) -> Refused | None:
         return Refused("NOT_HU", "the rescale type is not HU")
     if header.slope is not None and not 1e-4 <= abs(header.slope) <= 1e3:
         return Refused("NOT_HU", f"a rescale slope of {header.slope:g}")
+    if header.intercept is not None and abs(header.intercept) > MAX_INTERCEPT:
+        return Refused("NOT_HU", f"a rescale intercept of {header.intercept:g}")
     return None
 
 

@@ -185,6 +185,8 @@ def test_empty_series_uids_group_by_geometry_with_a_warning(tmp_path):
         ({"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB"}, "refused", "RGB"),
         ({"NumberOfFrames": 4}, "refused", "MULTI_FRAME_UNSUPPORTED"),
         ({"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7, "PixelData": bytes(32 * 36)}, "refused", "NOT_HU"),
+        ({"SamplesPerPixel": 0}, "refused", "CORRUPT_FILE"),
+        ({"RescaleIntercept": "1e308"}, "refused", "NOT_HU"),
         ({"RescaleType": "OD"}, "refused", "NOT_HU"),
         ({"PixelSpacing": None}, "refused", "NO_SPACING"),
         ({"ImagePositionPatient": None}, "refused", "NO_SPACING"),
@@ -273,6 +275,13 @@ def test_a_rescale_value_that_is_no_number_is_refused(tmp_path, text, everywhere
         length = int.from_bytes(data[at : at + 2], "little")
         path.write_bytes(data[:at] + len(text).to_bytes(2, "little") + text + data[at + 2 + length :])
     assert outcomes(folder) == [("refused", "CORRUPT_FILE")]
+
+
+def test_a_slice_whose_intercept_takes_it_out_of_all_measure_is_not_made_air(tmp_path):
+    slices = scans.series()
+    slices[-1].RescaleIntercept = "1e308"
+    found = outcomes(scans.write_series(tmp_path / "s", slices))
+    assert sorted(found) == [("refused", "NOT_HU"), ("stack", 14)]
 
 
 @pytest.mark.parametrize("where", ["all", 0, 7])
