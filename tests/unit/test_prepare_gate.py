@@ -174,12 +174,19 @@ def test_empty_series_uids_group_by_geometry_with_a_warning(tmp_path):
         ({"Modality": "MR", "SOPClassUID": "1.2.840.10008.5.1.4.1.1.4"}, "refused", "NOT_CT"),
         ({"Modality": "PT", "SOPClassUID": "1.2.840.10008.5.1.4.1.1.128"}, "refused", "NOT_CT"),
         ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, "skipped", "NOT_CT"),
-        ({"ImageType": ["DERIVED", "SECONDARY", "AXIAL"]}, "refused", "NOT_CT"),
         ({"ImageType": ["DERIVED", "PRIMARY", "MIP"]}, "refused", "NOT_CT"),
+        ({"ImageType": ["DERIVED", "SECONDARY", "MPR"]}, "refused", "NOT_CT"),
+        ({"ImageType": ["DERIVED", "SECONDARY", "CSAPARALLEL"]}, "refused", "NOT_CT"),
+        ({"ImageType": ["DERIVED", "SECONDARY", "VOLREN"]}, "refused", "NOT_CT"),
+        ({"ImageType": ["DERIVED", "SECONDARY", "SCREEN SAVE"]}, "refused", "NOT_CT"),
+        ({"ImageType": ["DERIVED", "PRIMARY", "PROJECTION IMAGE"]}, "refused", "NOT_CT"),
+        ({"BurnedInAnnotation": "YES"}, "refused", "NOT_CT"),
         ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "refused", "LOCALIZER"),
         ({"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB"}, "refused", "RGB"),
         ({"NumberOfFrames": 4}, "refused", "MULTI_FRAME_UNSUPPORTED"),
-        ({"BitsAllocated": 8, "BitsStored": 8}, "refused", "NOT_HU"),
+        ({"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7, "PixelData": bytes(32 * 36)}, "refused", "NOT_HU"),
+        ({"SamplesPerPixel": 0}, "refused", "CORRUPT_FILE"),
+        ({"RescaleIntercept": "1e308"}, "refused", "NOT_HU"),
         ({"RescaleType": "OD"}, "refused", "NOT_HU"),
         ({"PixelSpacing": None}, "refused", "NO_SPACING"),
         ({"ImagePositionPatient": None}, "refused", "NO_SPACING"),
@@ -193,9 +200,106 @@ def test_what_cannot_be_a_ct_volume_is_refused_by_its_header(tmp_path, tags, kin
     assert set(found) == {(kind, code)}
 
 
-def test_derived_series_is_read_when_asked_for_by_uid(tmp_path):
-    folder = scans.write_series(tmp_path / "s", scans.series(ImageType=["DERIVED", "SECONDARY", "AXIAL"]))
+def test_a_reformatted_series_is_read_when_asked_for_by_uid(tmp_path):
+    folder = scans.write_series(tmp_path / "s", scans.series(ImageType=["DERIVED", "SECONDARY", "MPR"]))
     assert len(read_scan(folder, series="1.2.3.4")) == 1
+
+
+@pytest.mark.parametrize(
+    "image_type",
+    [["ORIGINAL", "SECONDARY", "AXIAL"], ["DERIVED", "SECONDARY", "PROCESSED"], ["DERIVED", "PRIMARY", "AXIAL"]],
+)
+def test_real_ct_that_other_software_rewrote_is_read_with_a_warning(tmp_path, image_type):
+    (volume,) = read_scan(scans.write_series(tmp_path / "s", scans.series(ImageType=image_type)))
+    assert volume.codes == ["DERIVED_SERIES"]
+    np.testing.assert_array_equal(volume.hu, scans.sample(volume.affine, volume.hu.shape))
+
+
+def test_a_series_without_image_type_is_read(tmp_path):
+    (volume,) = read_scan(scans.write_series(tmp_path / "s", scans.series(ImageType=None)))
+    assert volume.codes == ["OK"]
+
+
+# ---- what slices of one series may not differ in
+
+
+@pytest.mark.parametrize("where", [0, 7, 14])
+@pytest.mark.parametrize(
+    ("tag", "value"),
+    [("PatientID", "P2"), ("StudyInstanceUID", "1.2.9"), ("FrameOfReferenceUID", "1.2.8"), ("PatientID", "")],
+)
+def test_two_identities_under_one_series_uid_are_no_case(tmp_path, tag, value, where):
+    slices = scans.series(FrameOfReferenceUID="1.2.7")
+    setattr(slices[where], tag, value)
+    assert outcomes(scans.write_series(tmp_path / "s", slices)) == [("refused", "MIXED_IDENTITY")]
+
+
+def test_half_a_series_of_another_study_in_another_folder_is_no_case(tmp_path):
+    slices = scans.series()
+    for ds in slices[8:]:
+        ds.StudyInstanceUID = "1.2.9"
+    scans.write_series(tmp_path / "a", slices[:8])
+    scans.write_series(tmp_path / "b", slices[8:])
+    assert outcomes(tmp_path) == [("refused", "MIXED_IDENTITY")]
+
+
+def test_without_series_uids_studies_are_not_fused(tmp_path):
+    slices = scans.series(SeriesInstanceUID="")
+    for ds in slices[8:]:
+        ds.StudyInstanceUID = "1.2.9"
+    assert sorted(outcomes(scans.write_series(tmp_path / "s", slices))) == [("stack", 7), ("stack", 8)]
+
+
+@pytest.mark.parametrize("where", [0, 7, 14])
+@pytest.mark.parametrize("name", ["RescaleSlope", "RescaleIntercept"])
+def test_a_rescale_value_that_one_slice_lacks_is_refused(tmp_path, name, where):
+    slices = scans.series()
+    delattr(slices[where], name)
+    assert outcomes(scans.write_series(tmp_path / "s", slices)) == [("refused", "CORRUPT_FILE")]
+
+
+def test_half_a_rescale_in_every_slice_is_refused(tmp_path):
+    folder = scans.write_series(tmp_path / "s", scans.series(RescaleSlope=None))
+    assert outcomes(folder) == [("refused", "CORRUPT_FILE")]
+
+
+@pytest.mark.parametrize("text", [b"-1024x", b"-1024,0 ", b"nan ", b"inf ", b"1\\1 ", b"0x400 "])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_rescale_value_that_is_no_number_is_refused(tmp_path, text, everywhere):
+    slices = scans.series(RescaleIntercept="-1024.0  "[: len(text)])
+    folder = scans.write_series(tmp_path / "s", slices)
+    files = sorted(folder.iterdir())
+    for path in files if everywhere else files[:1]:
+        data = path.read_bytes()
+        at = data.index(b"\x28\x00\x52\x10DS") + 6
+        length = int.from_bytes(data[at : at + 2], "little")
+        path.write_bytes(data[:at] + len(text).to_bytes(2, "little") + text + data[at + 2 + length :])
+    assert outcomes(folder) == [("refused", "CORRUPT_FILE")]
+
+
+def test_a_slice_whose_intercept_takes_it_out_of_all_measure_is_not_made_air(tmp_path):
+    slices = scans.series()
+    slices[-1].RescaleIntercept = "1e308"
+    found = outcomes(scans.write_series(tmp_path / "s", slices))
+    assert sorted(found) == [("refused", "NOT_HU"), ("stack", 14)]
+
+
+@pytest.mark.parametrize("where", ["all", 0, 7])
+@pytest.mark.parametrize(
+    "tags",
+    [{"HighBit": 11}, {"BitsStored": 12}, {"BitsStored": 12, "HighBit": 11}, {"PixelRepresentation": 1}],
+)
+def test_bits_that_contradict_or_differ_between_slices_are_refused(tmp_path, tags, where):
+    slices = scans.series()
+    for ds in slices if where == "all" else slices[where : where + 1]:
+        for name, value in tags.items():
+            setattr(ds, name, value)
+    found = set(outcomes(scans.write_series(tmp_path / "s", slices)))
+    consistent = where == "all" and ("HighBit" in tags) == ("BitsStored" in tags)
+    if consistent:
+        assert found == {("stack", 15)}
+    else:
+        assert ("refused", "CORRUPT_FILE") in found and ("stack", 15) not in found
 
 
 def test_localizer_beside_a_scan_is_skipped(tmp_path):

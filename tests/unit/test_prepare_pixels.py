@@ -66,6 +66,43 @@ def test_every_lossless_syntax_is_exact(tmp_path, name, signed):
     np.testing.assert_array_equal(volume.hu, scans.sample(volume.affine, volume.hu.shape))
 
 
+@pytest.mark.parametrize("name", [n for n in LOSSLESS if n.startswith(("RLE", "JPEG"))])
+@pytest.mark.parametrize("matrix", [(36, 32), (16, 72), (32, 35), (31, 36), (32, 40), (48, 36)])
+def test_a_compressed_image_of_another_matrix_than_the_header_is_corrupt(tmp_path, name, matrix):
+    if name == "RLELossless" and np.prod(matrix) == 32 * 36:
+        pytest.skip("RLE tells the number of pixels alone")
+    for number, ds in enumerate(scans.series(heights=tuple(range(-12, 13, 6)))):
+        path = scans.save(ds, tmp_path / f"{number}")
+        recode(path, name)
+        data = bytearray(path.read_bytes())
+        for tag, length in zip((b"\x28\x00\x10\x00US", b"\x28\x00\x11\x00US"), matrix, strict=True):
+            at = data.index(tag) + 8
+            data[at : at + 2] = length.to_bytes(2, "little")
+        path.write_bytes(data)
+    with pytest.raises(Refused, match="CORRUPT_FILE"):
+        read_scan(tmp_path)
+
+
+@pytest.mark.parametrize("name", [n for n in LOSSLESS if n.startswith(("RLE", "JPEG"))])
+@pytest.mark.parametrize(("stored", "why"), [(11, None), (10, "values of more than the 10 bits")])
+def test_a_compressed_image_of_more_bits_than_the_header_tells_loses_none(tmp_path, name, stored, why):
+    """Decoders cut to the header's bits without a word."""
+    for number, ds in enumerate(scans.series(heights=tuple(range(-12, 13, 6)))):
+        path = scans.save(ds, tmp_path / f"{number}")
+        recode(path, name)
+        data = path.read_bytes()
+        for tag, value in ((b"\x28\x00\x01\x01US", stored), (b"\x28\x00\x02\x01US", stored - 1)):
+            at = data.index(tag) + 8
+            data = data[:at] + value.to_bytes(2, "little") + data[at + 2 :]
+        path.write_bytes(data)
+    if why:
+        with pytest.raises(Refused, match=f"CORRUPT_FILE: {why}"):
+            read_scan(tmp_path)
+    else:
+        (volume,) = read_scan(tmp_path)
+        np.testing.assert_array_equal(volume.hu, scans.sample(volume.affine, volume.hu.shape))
+
+
 def _encapsulated(ds, syntax, stream):
     ds.PixelData = encapsulate([stream])
     ds["PixelData"].VR = "OB"
@@ -155,6 +192,19 @@ def test_enhanced_multi_frame_ct_is_read_from_its_functional_groups(tmp_path):
     (volume,) = read_scan(scans.save(enhanced(heights), tmp_path / "e.dcm"))
     assert volume.codes == ["OK"] and volume.hu.shape == (36, 32, 15)
     np.testing.assert_array_equal(volume.hu, scans.sample(volume.affine, volume.hu.shape))
+
+
+@pytest.mark.parametrize("name", ["RescaleSlope", "RescaleIntercept"])
+@pytest.mark.parametrize("value", [None, "-1024x"])
+def test_a_frame_without_readable_rescale_values_refuses_the_file(tmp_path, name, value):
+    ds = enhanced(tuple(4.0 * k for k in range(-7, 8)))
+    values = ds.PerFrameFunctionalGroupsSequence[4].PixelValueTransformationSequence[0]
+    if value is None:
+        delattr(values, name)
+    else:
+        values[name] = pydicom.DataElement(values[name].tag, "LO", value)
+    with pytest.raises(Refused, match=r"CORRUPT_FILE: .*rescale slope"):
+        read_scan(scans.save(ds, tmp_path / "e.dcm"))
 
 
 @pytest.mark.parametrize(

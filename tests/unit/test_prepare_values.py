@@ -110,13 +110,26 @@ def test_fractional_slopes_are_kept_until_the_grid(tmp_path):
     np.testing.assert_allclose(volume.hu[:, :, 0], first.T * 0.5 - 1024.25)
 
 
-def test_bits_above_those_stored_are_no_part_of_the_value(tmp_path):
+def test_an_overlay_above_the_stored_bits_is_no_part_of_the_value(tmp_path):
     slices = scans.series(BitsStored=12, HighBit=11)
     for ds in slices:
+        ds.add_new(0x60020100, "US", 16)  # OverlayBitsAllocated
+        ds.add_new(0x60020102, "US", 14)  # OverlayBitPosition
         stored = np.frombuffer(ds.PixelData, "<u2") | 0x4000
         ds.PixelData = stored.astype("<u2").tobytes()
     (volume,) = read_scan(scans.write_series(tmp_path / "s", slices))
     np.testing.assert_array_equal(volume.hu, scans.sample(volume.affine, volume.hu.shape))
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_values_of_more_bits_than_the_header_tells_are_refused(tmp_path, signed):
+    """Ten bits of eleven: tissue would be read as air."""
+    slices = scans.series(BitsStored=10, HighBit=9)
+    for ds in slices if signed else []:
+        hu = np.frombuffer(ds.PixelData, "<u2").astype(np.int16) - 1024
+        ds.PixelData, ds.PixelRepresentation, ds.RescaleIntercept = hu.tobytes(), 1, 0
+    with pytest.raises(Refused, match="CORRUPT_FILE: values of more than the 10 bits"):
+        read_scan(scans.write_series(tmp_path / "s", slices))
 
 
 def test_a_sign_that_was_not_extended_is_extended(tmp_path):
