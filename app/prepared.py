@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Num, Shaped
 
 from app.refusals import RefusedInput
+from app.tables import read_table
 from transforms.array import AIR, WINDOWS, hu_from_windows, window, window_bounds
 
 SPLITS = ("train", "val")
@@ -368,12 +369,11 @@ def read_rows(file: Path) -> dict[str, dict[str, str]]:
         return {}
     try:
         with open(file, newline="", encoding="utf-8") as stream:
-            reader = csv.DictReader(stream)
-            first = (reader.fieldnames or [""])[0]
-            column = "case_id" if "case_id" in (reader.fieldnames or []) else first
-            return {row[column]: row for row in reader if row.get(column)}
+            rows = list(read_table(stream, name=f"{file.parent.name}/{file.name}"))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{file.parent.name}/{file.name} is no UTF-8 csv ({error}); prepare again") from error
+    column = "case_id" if rows and "case_id" in rows[0] else next(iter(rows[0]), "") if rows else ""
+    return {row[column]: row for row in rows if row.get(column)}
 
 
 def versions() -> dict[str, str]:

@@ -25,6 +25,7 @@ from app.language.rows import (
     parse_choices,
     with_letter,
 )
+from app.tables import read_table
 
 H = TypeVar("H", bound=Hashable)
 
@@ -98,7 +99,7 @@ def read_records(file: Path) -> Iterator[dict]:
     try:
         with open(file, newline="", encoding="utf-8-sig") as stream:
             if file.suffix == ".csv":
-                yield from csv.DictReader(stream)
+                yield from read_table(stream, name=file.name)
                 return
             if file.suffix == ".jsonl":
                 yield from (json.loads(line) for line in stream if line.strip())

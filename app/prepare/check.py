@@ -3,7 +3,6 @@
 Nothing is changed. A problem is one line: code, how often, what to do; cases are named by their ids.
 """
 
-import csv
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from app import prepared
 from app.language.manifests import check_rows, read_rows
+from app.tables import read_table
 from transforms import array
 
 GRAVE = {"UNREADABLE", "WINDOW_MISSING", "OUT_OF_RANGE", "SPLIT_LEAKAGE", "SCANS_MISSING"}  # exit status 3
@@ -161,7 +161,10 @@ def _leaks(rows: Iterable[tuple[str, str, str]]) -> list[Problem]:
 
 def _failures(path: Path) -> list[Problem]:
     files = [*path.glob("failures.csv"), *path.glob("*/failures.csv")]
-    rows = [row for file in files for row in csv.DictReader(file.read_text(encoding="utf-8").splitlines())]
+    rows = []
+    for file in files:
+        with open(file, newline="", encoding="utf-8") as stream:
+            rows += read_table(stream, name=f"{file.parent.name}/{file.name}")
     codes = Counter(row.get("codes") or row.get("status", "") for row in rows)
     told = ", ".join(f"{code} {count}" for code, count in sorted(codes.items()))
     if not rows:
