@@ -11,6 +11,7 @@ import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num, Shaped
 
+from app.hashes import hash_files
 from app.refusals import RefusedInput
 from app.tables import read_table
 from transforms.array import AIR, WINDOWS, hu_from_windows, window, window_bounds
@@ -65,13 +67,16 @@ class PreparedCase:
     def codes(self) -> list[str]:
         return list(self.sidecar.get("codes", []))
 
-    @property
+    @cached_property
     def source_hash(self) -> str:
-        """Identity of the scan it was made from: the sidecar's hash, else that of the files' names, sizes and times."""
-        if "source_hash" in self.sidecar:
+        """Identity of the scan it was made from: the sidecar's hash, else that of the arrays that lie here.
+
+        Names, sizes and times would not do: files out of an archive have them in common.
+        """
+        if self.sidecar.get("source_hash"):
             return self.sidecar["source_hash"]
-        marks = sorted((str(f.relative_to(self.path)), *_size_and_time(f)) for f in self.path.rglob("*.np[yz]"))
-        return hashlib.sha256(json.dumps(marks).encode()).hexdigest()
+        arrays = [file for pattern in ("*.np[yz]", "*/*.np[yz]", "*.zarr/**/*") for file in self.path.glob(pattern)]
+        return hash_files([file for file in arrays if file.is_file()], below=self.path)
 
     @property
     def content_hash(self) -> str:
@@ -211,11 +216,6 @@ def _open_zarr(file: Path):
     import zarr
 
     return zarr.open(str(file), mode="r")
-
-
-def _size_and_time(file: Path) -> tuple[int, int]:
-    stat = file.stat()
-    return stat.st_size, stat.st_mtime_ns
 
 
 # ---- finding cases

@@ -255,7 +255,7 @@ def prepare_case(job: Job) -> Outcome:
     """Makes one case, or finds it made from the same bytes; never raises for what its input does."""
     outcome = Outcome(job.case, Path(job.folder).name, job.item.source, "ok", ())
     try:
-        refs = (*job.item.refs, *(label.ref for label in job.item.labels))
+        refs = (*job.item.refs, *(ref for label in job.item.labels for ref in label.refs))
         recipe = _recipe(job, hash_of(refs))
         done = _finished(job, recipe)
         sidecar = _make(job, recipe) if done is None else done
