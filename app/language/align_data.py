@@ -190,14 +190,17 @@ def encode_rows(
     rows: Iterable[TextRow], source: TokenSource, *, skip_bad: bool = False
 ) -> tuple[dict[str, VolumeTokens], list[str]]:
     """Tokens of every image once, before training; what cannot be read is named, and ends the run unless skipped."""
-    wanted = {row.image: row.path for row in rows}
+    wanted: dict[str, TextRow] = {}
+    for row in rows:
+        if wanted.setdefault(row.image, row).path != row.path:
+            fail("BAD_MANIFEST", f"{row.image} names two scans: {wanted[row.image].path}, {row.path}", "rename one")
     volumes, bad = {}, []
 
     def encode(image: str) -> None:
         try:
-            if wanted[image] is None:
-                raise ValueError("no such file")
-            volumes[image] = source(wanted[image])
+            if wanted[image].path is None:
+                raise ValueError(wanted[image].missing)
+            volumes[image] = source(wanted[image].path)
         except (ValueError, OSError, KeyError, EOFError) as error:
             bad.append(image)
             reason = str(error).splitlines()[0]

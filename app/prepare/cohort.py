@@ -138,7 +138,7 @@ def _prepare(root: str, out: Path, settings: Settings, request: Request, start: 
     if request.text is not None:
         cases = {(o.dataset, o.case): o.source for o in outcomes if o.status == "ok"}
         lost = {(o.dataset, o.case): o.source for o in outcomes if o.status in ("refused", "failed")}
-        join_text(text, out, cases, lost)
+        join_text(text, out, cases, lost, root=root if os.path.isdir(root) else os.path.dirname(root))
     return Report(tuple(outcomes), time.perf_counter() - start)
 
 
