@@ -7,6 +7,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,6 +33,8 @@ METADATA_COLUMNS = (
     "codes",
     "status",
 )
+UNFINISHED = re.compile(r"\.[^.].*\.[a-z0-9_]{8}\.unfinished(\.old)?")  # a case's folder before its last rename
+DATASET_FILES = ("metadata.csv", "failures.csv", "dataset_config.json", "text.jsonl")
 FAILURE_COLUMNS = ("source", "status", "codes", "message", "remedy")
 
 
@@ -54,7 +57,7 @@ def write_case(
     """
     processed = Path(dataset_dir) / "processed"
     processed.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{case_id}.", dir=processed))
+    beside = Path(tempfile.mkdtemp(prefix=f".{case_id}.", suffix=".unfinished", dir=processed))
     try:
         _write_volume(beside, hu, windows=windows, file_format=file_format)
         _write_organs(beside, organs or {}, hu.shape)

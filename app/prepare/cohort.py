@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import traceback
@@ -28,6 +29,7 @@ from app.prepare.survey import Item, survey
 from app.prepare.text import join_text
 from app.prepare.volume import read_item
 from app.prepare.workers import busy, only_run, run_jobs, worker_count
+from app.refusals import refuse_empty
 from transforms import array
 
 
@@ -110,6 +112,8 @@ NOTHING_MORE = Request()
 def prepare(raw: str | Path, out: str | Path, settings: Settings = DEFAULTS, request: Request = NOTHING_MORE) -> Report:
     """Prepares everything below RAW into OUT; raises ValueError for a call that cannot be meant."""
     start = time.perf_counter()
+    refuse_empty(raw, name="RAW")
+    refuse_empty(out)
     root, out = os.path.abspath(raw), Path(os.path.abspath(out))
     _check_call(root, out, settings)
     with only_run(out):
@@ -125,12 +129,13 @@ def _prepare(root: str, out: Path, settings: Settings, request: Request, start: 
     named = _name(items, root, key, settings.keep_names)
     _check_settings(out, {dataset for _, dataset, _ in named}, settings, request)
     names.write_sources(out, [(dataset, case, item.source) for item, dataset, case in named])
-    _clear_leftovers(out)
+    folders = {out / dataset for _, dataset, _ in named}
+    _clear_leftovers(folders)
     jobs = _jobs(named, root, out, key, settings, rules, request)
     outcomes = [_not_planned(*entry) for entry in named if entry[0].plan is None]
     workers = 0 if request.cluster else worker_count(request.workers, _bytes_for(jobs, settings), len(jobs))
     outcomes += run_jobs(prepare_case, jobs, failed=_failed, workers=workers, cluster=request.cluster)
-    _clear_leftovers(out)
+    _clear_leftovers(folders)
     if not any(o.status in ("ok", "refused", "failed") for o in outcomes):
         outcomes.append(Outcome("", "", ".", "refused", ("NO_CASES",), "nothing below RAW is a CT volume"))
     outcomes.sort(key=lambda o: (o.dataset, o.source, o.case))
@@ -339,10 +344,17 @@ def _make(job: Job, recipe: str) -> dict[str, Any]:
 # ---- tables
 
 
-def _clear_leftovers(out: Path) -> None:
-    """Half-written folders of a killed run, or of a killed worker of this one."""
-    for left in [*out.glob("*/processed/.*"), *out.glob("*/.*.*"), *out.glob("*/previews/.*")]:
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+def _clear_leftovers(folders: Iterable[Path]) -> None:
+    """What a killed run, or a killed worker of this one, half wrote into datasets; nothing that others put there."""
+    tables = re.compile(rf"\.\d+\.({'|'.join(map(re.escape, prepared_writer.DATASET_FILES))})")
+    for folder in folders:
+        for place, pattern in (("", tables), ("previews", preview.UNFINISHED)):
+            for left in (folder / place).glob(".*"):
+                if pattern.fullmatch(left.name) and left.is_file():
+                    left.unlink()
+        for left in (folder / "processed").glob(".*"):
+            if prepared_writer.UNFINISHED.fullmatch(left.name) and left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
 
 
 def _write_tables(out: Path, outcomes: Sequence[Outcome], settings: Settings, request: Request) -> None:

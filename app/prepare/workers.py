@@ -166,7 +166,7 @@ def only_run(out: Path) -> Iterator[None]:
         yield
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out.with_name(f"{out.name}.lock"), "w") as lock:
+    with open(out.with_name(f"{out.name}.lock"), "a") as lock:  # it may be a file of the user's
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
