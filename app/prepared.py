@@ -39,6 +39,7 @@ class PreparedCase:
     patient: str
     split: str
     sidecar: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    status: str = "ok"  # stale: its source, as it is now, was refused when it was last prepared
 
     @property
     def is_hu(self) -> bool:
@@ -281,12 +282,13 @@ def list_cases(dataset_dir: str | Path) -> list[PreparedCase | DamagedCase]:
     return cases
 
 
-def open_case(path: str | Path) -> PreparedCase:
-    """The case in one folder processed/{case}."""
+def open_case(path: str | Path, *, row: Mapping[str, str] | None = None) -> PreparedCase:
+    """The case in one folder processed/{case}; `row` is its row of metadata.csv, else it is looked up."""
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{str(path)!r} is no prepared case; it must be a folder OUT/dataset/processed/case")
-    row = read_rows(path.parent.parent / "metadata.csv").get(path.name, {})
+    if row is None:
+        row = read_rows(path.parent.parent / "metadata.csv").get(path.name, {})
     return _case(path, path.parent.parent.name, row)
 
 
@@ -315,7 +317,8 @@ def _case(path: Path, dataset: str, row: Mapping[str, str]) -> PreparedCase:
                 f"{path.name}/case.json must have {says} as its {name}, it has {_short(sidecar[name])}; {_AGAIN}"
             )
     patient = row.get("patient") or path.name
-    return PreparedCase(path, dataset, path.name, patient, row.get("split") or split_of(patient), sidecar)
+    split, status = row.get("split") or split_of(patient), row.get("status") or "ok"
+    return PreparedCase(path, dataset, path.name, patient, split, sidecar, status)
 
 
 def _is_affine(stored: Any) -> bool:

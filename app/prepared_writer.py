@@ -4,9 +4,11 @@ A case appears whole or not at all: written beside, then renamed.
 """
 
 import csv
+import errno
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -61,7 +63,7 @@ def write_case(
     try:
         _write_volume(beside, hu, windows=windows, file_format=file_format)
         _write_organs(beside, organs or {}, hu.shape)
-        record = _sidecar(case_id, hu, affine, sidecar or {})
+        record = _sidecar(case_id, hu, affine, sidecar or {}) | {"files": sizes_of(beside)}
         (beside / "case.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
         beside.chmod(0o755)
         target = processed / case_id
@@ -72,10 +74,18 @@ def write_case(
             shutil.rmtree(old)
         else:
             beside.rename(target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno is None:  # NumPy's own, which writes less than it should
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(processed)) from error
         raise
     return open_case(target)
+
+
+def sizes_of(folder: Path) -> dict[str, int]:
+    """Bytes of each file of a case but its sidecar, which lists them: what is cut short or gone later is seen."""
+    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {name: file.stat().st_size for name, file in files.items() if name != "case.json"}
 
 
 def _write_volume(folder: Path, hu: np.ndarray, *, windows: Sequence[str], file_format: str) -> None:

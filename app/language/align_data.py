@@ -267,9 +267,12 @@ def phantom_case(
         # the grid is centred, so that the affine of the mirror image is the same
         source.cached(f"{name}_mirrored", lambda: as_it_lies(made().hu[::-1].copy(), made().affine)),
     )
-    if not file.is_file():
-        write_text(file, json.dumps(made().findings) + "\n")
-    return json.loads(file.read_text(encoding="utf-8")), tokens
+    try:
+        findings = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # not there yet, or damaged
+        findings = made().findings
+        write_text(file, json.dumps(findings) + "\n")
+    return findings, tokens
 
 
 def builtin(

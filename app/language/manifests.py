@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from app import prepared
 from app.language.layouts import CT_RATE_NAME, read_layout
@@ -127,9 +127,9 @@ def read_records(file: Path) -> Iterator[dict]:
                 yield from read_table(stream, name=file.name)
                 return
             if file.suffix == ".jsonl":
-                yield from (json.loads(line) for line in stream if line.strip())
+                yield from (whole_characters(json.loads(line)) for line in stream if line.strip())
                 return
-            content = json.load(stream)
+            content = whole_characters(json.load(stream))
     except json.JSONDecodeError as error:
         raise ValueError(f"{file.name} is not valid JSON: {error}") from None
     except UnicodeDecodeError as error:
@@ -141,6 +141,17 @@ def read_records(file: Path) -> Iterator[dict]:
         raise ValueError(f"{file.name} must be a list of rows, or named lists of them; a row a line is jsonl")
     for name, records in named_lists.items():
         yield from ({"split": name, **r} if name and isinstance(r, dict) else r for r in records)
+
+
+def whole_characters(content: Any) -> Any:
+    """JSON content whose texts can be written: half of a character, left by a cut, becomes U+FFFD."""
+    if isinstance(content, str):
+        return content.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(content, list):
+        return [whole_characters(part) for part in content]
+    if isinstance(content, dict):
+        return {whole_characters(name): whole_characters(part) for name, part in content.items()}
+    return content
 
 
 def general_rows(record: Mapping, source: str) -> list[TextRow]:

@@ -5,6 +5,7 @@ writes the same bytes. One function makes a case, whether in this process, in wo
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -268,10 +269,12 @@ def prepare_case(job: Job) -> Outcome:
         return outcome._replace(status=refused.finding.kind, codes=(refused.code,), message=refused.message)
     except MemoryError:
         return outcome._replace(status="failed", message="not enough memory; use fewer workers or a smaller size")
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # no other case would fare better
+            raise
+        return outcome._replace(status="failed", message=_place_of(error))
     except Exception as error:  # a fault of ours must not end the cohort; its text may hold names, its place cannot
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{os.path.basename(last.filename)}:{last.lineno}"
-        return outcome._replace(status="failed", message=f"{type(error).__name__} at {place}")
+        return outcome._replace(status="failed", message=_place_of(error))
     return outcome._replace(
         codes=tuple(sidecar["codes"]),
         message="; ".join(sidecar["notes"]),
@@ -279,6 +282,11 @@ def prepare_case(job: Job) -> Outcome:
         spacing=tuple(sidecar["spacing"]),
         hu_range=tuple(sidecar["hu_range"]),
     )
+
+
+def _place_of(error: Exception) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} at {os.path.basename(last.filename)}:{last.lineno}"
 
 
 def _failed(job: Job) -> Outcome:
@@ -297,9 +305,11 @@ def _finished(job: Job, recipe: str) -> dict[str, Any] | None:
     file = Path(job.folder) / "processed" / job.case / "case.json"
     if job.overwrite or not file.is_file():
         return None
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # damaged, or made by older software
         sidecar = json.loads(file.read_text())
-        if sidecar.get("recipe") == recipe and (not job.preview or preview.path_of(job.folder, job.case).is_file()):
+        whole = sidecar["files"].items() <= prepared_writer.sizes_of(file.parent).items()
+        seen = not job.preview or preview.path_of(job.folder, job.case).is_file()
+        if sidecar["recipe"] == recipe and whole and seen:
             return sidecar
     return None
 
@@ -369,8 +379,8 @@ def _write_tables(out: Path, outcomes: Sequence[Outcome], settings: Settings, re
         config = {"size": settings.size, "spacing": settings.spacing, "windows": _window_table(settings.windows)}
         config |= {"settings": _settings_json(settings), "organ_mapping": organs}
         prepared_writer.write_dataset_config(folder, config)
-        prepared_writer.write_metadata(folder, _rows(folder, settings))
         failures = [o for o in members if o.status in ("refused", "failed")]
+        prepared_writer.write_metadata(folder, _rows(folder, settings, {o.case for o in failures}))
         prepared_writer.write_failures(folder, [_failure(o, settings.keep_names) for o in failures])
 
 
@@ -378,20 +388,28 @@ def _window_table(windows: Iterable[str]) -> dict[str, list[int]]:
     return {name: list(array.WINDOWS[name]) for name in windows}
 
 
-def _rows(folder: Path, settings: Settings) -> Iterator[dict[str, str]]:
+def _rows(folder: Path, settings: Settings, stale: set[str]) -> Iterator[dict[str, str]]:
+    """Of every case that lies there; `stale` are those whose source gives no case any more."""
     processed = folder / "processed"
     for path in sorted(processed.iterdir()) if processed.is_dir() else ():
-        if not path.name.startswith("."):
-            case = prepared.open_case(path)
-            row = prepared_writer.metadata_row(case, windows=settings.windows)
-            side = case.sidecar
-            yield {**row, "patient": side.get("patient", case.patient), "split": side.get("split", case.split)}
+        if path.name.startswith(".") or not (path / "case.json").is_file():
+            continue
+        try:
+            case = prepared.open_case(path, row={})
+            status = "stale" if case.case_id in stale else "ok"
+            row = prepared_writer.metadata_row(case, windows=settings.windows, status=status)
+        except (ValueError, KeyError):  # one that this run did not make
+            yield {"case_id": path.name, "status": "damaged"}
+            continue
+        side = case.sidecar
+        yield {**row, "patient": side.get("patient", case.patient), "split": side.get("split", case.split)}
 
 
 def _failure(outcome: Outcome, keep_names: bool) -> dict[str, str]:
     remedies = [CODES[code].remedy for code in outcome.codes] or ["see the message; report it if it looks like a fault"]
+    source = outcome.source.encode("utf-8", "backslashreplace").decode()  # a file's name may be no text
     return {
-        "source": outcome.source if keep_names else outcome.case,
+        "source": source if keep_names else outcome.case,
         "status": outcome.status,
         "codes": " ".join(outcome.codes),
         "message": outcome.message,

@@ -119,3 +119,32 @@ def test_labels_whose_data_file_changes_are_made_again(tmp_path):
         (case,) = prepared.find_cases(tmp_path / "out")
         sizes.append(case.sidecar["organs"]["liver"])
     assert sizes[1] == pytest.approx(2 * sizes[0], rel=0.3)
+
+
+def test_a_token_file_whose_array_header_is_damaged_is_refused_in_one_line(ct, tmp_path):
+    import zipfile
+
+    from app.refusals import RefusedInput
+    from app.scans import Volume
+    from app.token_files import read_tokens, write_tokens
+
+    hu = np.random.default_rng(0).integers(-400, 400, (16, 16, 16)).astype(np.int16)
+    write_tokens(tmp_path / "good.npz", ct.encode(Volume(hu, np.diag([8.0, 8.0, 8.0, 1.0]))))
+    with zipfile.ZipFile(tmp_path / "good.npz") as good, zipfile.ZipFile(tmp_path / "bad.npz", "w") as bad:
+        for name in good.namelist():
+            bad.writestr(name, good.read(name).replace(b"), }", b" , }"))  # an open bracket
+    with pytest.raises(RefusedInput, match=r"bad.npz is damaged or no token file"):
+        read_tokens(tmp_path / "bad.npz")
+
+
+def test_damaged_findings_of_a_phantom_are_made_again(ct, tmp_path):
+    from app.language import align_data
+
+    source = TokenSource(ct, cache_dir=tmp_path)
+    rows, _ = align_data.phantom_volumes(source, count=1, seed=0, split="train")
+    (file,) = tmp_path.rglob("phantom*.json")
+    whole = file.read_bytes()
+    for damage in (b"{", b"\xff", b""):
+        file.write_bytes(damage)
+        assert align_data.phantom_volumes(source, count=1, seed=0, split="train")[0] == rows
+        assert file.read_bytes() == whole
