@@ -3,6 +3,8 @@
 import errno
 import json
 import shutil
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from app.__main__ import _one_line
 from app.language.manifests import read_rows
 from app.prepare import cohort
 from app.prepare.check import check
+from app.prepare.workers import run_jobs
 from tests import scans
 from tests.cohorts import AFFINE, SMALL, raw_cohort, report, tree
 
@@ -87,16 +90,15 @@ def test_a_full_disk_ends_the_run_at_the_first_case(tmp_path, monkeypatch, error
     assert not list((tmp_path / "out").rglob(".*"))
 
 
-def test_a_full_disk_under_worker_processes_begins_no_more_cases():
-    from app.prepare.workers import run_jobs
-
+def test_a_full_disk_under_worker_processes_begins_no_more_cases(tmp_path):
     with pytest.raises(OSError, match="full"):
-        run_jobs(full_disk, list(range(40)), failed=lambda job: job, workers=2)
+        run_jobs(full_disk, [str(tmp_path / str(n)) for n in range(40)], failed=lambda job: job, workers=2)
+    assert 1 <= len(list(tmp_path.iterdir())) < 20
 
 
-def full_disk(job: int) -> int:
-    if job >= 20:
-        raise AssertionError("begun after the disk was full")
+def full_disk(begun: str) -> str:
+    Path(begun).touch()
+    time.sleep(0.1)
     raise OSError(errno.ENOSPC, "full")
 
 
