@@ -148,3 +148,13 @@ def test_damaged_findings_of_a_phantom_are_made_again(ct, tmp_path):
         file.write_bytes(damage)
         assert align_data.phantom_volumes(source, count=1, seed=0, split="train")[0] == rows
         assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04junk", b"\x80\x02]q\x00.", [1, 2], {"coords": 1}])
+def test_a_cached_item_that_is_damaged_or_holds_something_else_is_made_again(tmp_path, content, caplog):
+    from app import data
+
+    file = tmp_path / "c.pt"
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    assert data._read_cache(file) is None
+    assert "Cached item c.pt is damaged and is made again" in caplog.text
