@@ -7,7 +7,6 @@ is a function of (seed, step, case), so a resumed run sees the samples of the ru
 import hashlib
 import json
 import logging
-import pickle
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from transforms.array import CUT_OFF, DEFAULT_WINDOWS, window_values
 
 log = logging.getLogger(__name__)
 CACHE_FORMAT = 3  # raised when a cached item changes its meaning, or how it lies in memory
+CACHED = {"coords", "values", "spatial_shape", "affine", "beyond"}  # what an item holds
 MAX_SIDE = 2**15 - 1  # voxels: coordinates travel as int16
 Transform = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -254,10 +254,13 @@ def _read_cache(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        return torch.load(file, weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
-        log.warning("Cached item %s is damaged and is made again", file.name)
-        return None
+        item = torch.load(file, weights_only=True)
+        if set(item) >= CACHED:
+            return item
+    except Exception as error:  # damaged bytes may lead torch and pickle anywhere
+        log.debug("%s: %s", file.name, error)
+    log.warning("Cached item %s is damaged and is made again", file.name)
+    return None
 
 
 class Refusal(NamedTuple):

@@ -142,7 +142,9 @@ def _check_override(name: str, value: Any, call: CommandLine) -> None:
 
 def _check_value(name: str, value: Any) -> None:
     rule = RULES[name]
-    is_made = (isinstance(value, str) and value[:1] in "$@%") or (isinstance(value, dict) and "_target_" in value)
+    is_made = (isinstance(value, str) and value.startswith(("$", "@", "%"))) or (
+        isinstance(value, dict) and "_target_" in value
+    )
     if is_made or (value is None and rule.optional):
         return
     if not rule.allows(value):

@@ -11,6 +11,7 @@ import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num, Shaped
 
+from app.hashes import hash_files
 from app.refusals import RefusedInput
+from app.tables import read_table
 from transforms.array import AIR, WINDOWS, hu_from_windows, window, window_bounds
 
 SPLITS = ("train", "val")
@@ -36,6 +39,7 @@ class PreparedCase:
     patient: str
     split: str
     sidecar: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    status: str = "ok"  # stale: its source, as it is now, was refused when it was last prepared
 
     @property
     def is_hu(self) -> bool:
@@ -64,13 +68,16 @@ class PreparedCase:
     def codes(self) -> list[str]:
         return list(self.sidecar.get("codes", []))
 
-    @property
+    @cached_property
     def source_hash(self) -> str:
-        """Identity of the scan it was made from: the sidecar's hash, else that of the files' names, sizes and times."""
-        if "source_hash" in self.sidecar:
+        """Identity of the scan it was made from: the sidecar's hash, else that of the arrays that lie here.
+
+        Names, sizes and times would not do: files out of an archive have them in common.
+        """
+        if self.sidecar.get("source_hash"):
             return self.sidecar["source_hash"]
-        marks = sorted((str(f.relative_to(self.path)), *_size_and_time(f)) for f in self.path.rglob("*.np[yz]"))
-        return hashlib.sha256(json.dumps(marks).encode()).hexdigest()
+        arrays = [file for pattern in ("*.np[yz]", "*/*.np[yz]", "*.zarr/**/*") for file in self.path.glob(pattern)]
+        return hash_files([file for file in arrays if file.is_file()], below=self.path)
 
     @property
     def content_hash(self) -> str:
@@ -212,11 +219,6 @@ def _open_zarr(file: Path):
     return zarr.open(str(file), mode="r")
 
 
-def _size_and_time(file: Path) -> tuple[int, int]:
-    stat = file.stat()
-    return stat.st_size, stat.st_mtime_ns
-
-
 # ---- finding cases
 
 
@@ -280,12 +282,13 @@ def list_cases(dataset_dir: str | Path) -> list[PreparedCase | DamagedCase]:
     return cases
 
 
-def open_case(path: str | Path) -> PreparedCase:
-    """The case in one folder processed/{case}."""
+def open_case(path: str | Path, *, row: Mapping[str, str] | None = None) -> PreparedCase:
+    """The case in one folder processed/{case}; `row` is its row of metadata.csv, else it is looked up."""
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{str(path)!r} is no prepared case; it must be a folder OUT/dataset/processed/case")
-    row = read_rows(path.parent.parent / "metadata.csv").get(path.name, {})
+    if row is None:
+        row = read_rows(path.parent.parent / "metadata.csv").get(path.name, {})
     return _case(path, path.parent.parent.name, row)
 
 
@@ -314,7 +317,8 @@ def _case(path: Path, dataset: str, row: Mapping[str, str]) -> PreparedCase:
                 f"{path.name}/case.json must have {says} as its {name}, it has {_short(sidecar[name])}; {_AGAIN}"
             )
     patient = row.get("patient") or path.name
-    return PreparedCase(path, dataset, path.name, patient, row.get("split") or split_of(patient), sidecar)
+    split, status = row.get("split") or split_of(patient), row.get("status") or "ok"
+    return PreparedCase(path, dataset, path.name, patient, split, sidecar, status)
 
 
 def _is_affine(stored: Any) -> bool:
@@ -368,12 +372,11 @@ def read_rows(file: Path) -> dict[str, dict[str, str]]:
         return {}
     try:
         with open(file, newline="", encoding="utf-8") as stream:
-            reader = csv.DictReader(stream)
-            first = (reader.fieldnames or [""])[0]
-            column = "case_id" if "case_id" in (reader.fieldnames or []) else first
-            return {row[column]: row for row in reader if row.get(column)}
+            rows = list(read_table(stream, name=f"{file.parent.name}/{file.name}"))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{file.parent.name}/{file.name} is no UTF-8 csv ({error}); prepare again") from error
+    column = "case_id" if rows and "case_id" in rows[0] else next(iter(rows[0]), "") if rows else ""
+    return {row[column]: row for row in rows if row.get(column)}
 
 
 def versions() -> dict[str, str]:

@@ -4,9 +4,12 @@ A case appears whole or not at all: written beside, then renamed.
 """
 
 import csv
+import errno
 import hashlib
 import io
 import json
+import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,6 +35,8 @@ METADATA_COLUMNS = (
     "codes",
     "status",
 )
+UNFINISHED = re.compile(r"\.[^.].*\.[a-z0-9_]{8}\.unfinished(\.old)?")  # a case's folder before its last rename
+DATASET_FILES = ("metadata.csv", "failures.csv", "dataset_config.json", "text.jsonl")
 FAILURE_COLUMNS = ("source", "status", "codes", "message", "remedy")
 
 
@@ -54,11 +59,11 @@ def write_case(
     """
     processed = Path(dataset_dir) / "processed"
     processed.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{case_id}.", dir=processed))
+    beside = Path(tempfile.mkdtemp(prefix=f".{case_id}.", suffix=".unfinished", dir=processed))
     try:
         _write_volume(beside, hu, windows=windows, file_format=file_format)
         _write_organs(beside, organs or {}, hu.shape)
-        record = _sidecar(case_id, hu, affine, sidecar or {})
+        record = _sidecar(case_id, hu, affine, sidecar or {}) | {"files": sizes_of(beside)}
         (beside / "case.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
         beside.chmod(0o755)
         target = processed / case_id
@@ -69,10 +74,18 @@ def write_case(
             shutil.rmtree(old)
         else:
             beside.rename(target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno is None:  # NumPy's own, which writes less than it should
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(processed)) from error
         raise
     return open_case(target)
+
+
+def sizes_of(folder: Path) -> dict[str, int]:
+    """Bytes of each file of a case but its sidecar, which lists them: what is cut short or gone later is seen."""
+    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {name: file.stat().st_size for name, file in files.items() if name != "case.json"}
 
 
 def _write_volume(folder: Path, hu: np.ndarray, *, windows: Sequence[str], file_format: str) -> None:

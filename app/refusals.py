@@ -1,5 +1,7 @@
 """An input that cannot be used, as a stable code and one line. Whoever works on many lists it and goes on."""
 
+from pathlib import Path
+
 
 class RefusedInput(ValueError):
     def __init__(self, code: str, text: str) -> None:
@@ -8,6 +10,12 @@ class RefusedInput(ValueError):
 
     def __reduce__(self):
         return RefusedInput, (self.code, str(self))
+
+
+def refuse_empty(path: str | Path, *, name: str = "OUT") -> None:
+    """An empty path, as an unset variable leaves it, would mean the current folder."""
+    if not str(path).strip():
+        raise ValueError(f"{name} is empty (a variable that is not set?); give a path, the current folder is .")
 
 
 def code_of(error: ValueError) -> str:

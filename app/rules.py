@@ -123,7 +123,7 @@ def _are_findings(names: list) -> bool:
 
 RULES = {
     "dataset_dir": Rule(str, "a folder", optional=True),
-    "output_dir": Rule(str, "a folder"),
+    "output_dir": Rule(str, "a folder", holds=bool),
     "resume": Rule(
         (str, int), "latest or a step", minimum=0, optional=True, holds=lambda v: v == "latest" or isinstance(v, int)
     ),

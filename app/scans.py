@@ -139,6 +139,16 @@ def _unread(error: OSError | ValueError, item: Any) -> ValueError:
     return Refused(finding.code, f"{finding.message} ({error.strerror or error})")
 
 
+def raw_hash(path: Path) -> str:
+    """sha256 of all that opening a raw scan reads, data files that a header names included; whatever its name is."""
+    from app.prepare.files import hash_of
+    from app.prepare.survey import survey
+
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    return hash_of([ref for item in survey(path) if item.plan is not None for ref in item.refs])
+
+
 def _open_raw(path: Path, grid: Grid | None) -> Scan:
     from app.prepare import read_scan
 

@@ -19,7 +19,7 @@ from scipy import ndimage
 from app import prepared, scans
 from app.inference import CTTokenizer
 from app.preflight import fail
-from app.refusals import RefusedInput, code_of, text_of
+from app.refusals import RefusedInput, code_of, refuse_empty, text_of
 from app.scans import Found, Volume
 from app.token_files import CTTokens, read_tokens, write_tokens
 from app.whole_files import written_whole
@@ -40,6 +40,8 @@ def tokenize(
     OUT is a file where it ends in .npz and there is one scan, else a folder. Gives an entry a case; one that cannot be
     used is listed as refused, the rest is done.
     """
+    refuse_empty(source, name="SOURCE")
+    refuse_empty(out)
     source, out = Path(source), Path(out)
     if not source.exists():
         fail("NO_SOURCE", f"{source} does not exist", "give a scan, a prepared case or a prepared dataset")
@@ -171,6 +173,8 @@ def reconstruct(
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """NIfTI files in HU of a token file or a folder of them, in world coordinates; `like` a scan, on its own grid."""
+    refuse_empty(tokens, name="TOKENS")
+    refuse_empty(out)
     source, out = Path(tokens), Path(out)
     files = sorted(source.rglob("*.npz")) if source.is_dir() else [source]
     if not files or not source.exists():

@@ -6,6 +6,8 @@ refused. Knows no network.
 """
 
 import math
+import struct
+import tokenize
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ MAX_BYTES = 2**30  # of all arrays of a file, unpacked
 MAX_MEMBERS = 64
 UNREADABLE = (  # what zipfile, zlib and numpy raise on bytes that are no archive or no arrays
     *(OSError, EOFError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError),
-    *(zipfile.BadZipFile, zlib.error),
+    *(zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError),
 )
 
 

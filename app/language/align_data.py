@@ -190,14 +190,17 @@ def encode_rows(
     rows: Iterable[TextRow], source: TokenSource, *, skip_bad: bool = False
 ) -> tuple[dict[str, VolumeTokens], list[str]]:
     """Tokens of every image once, before training; what cannot be read is named, and ends the run unless skipped."""
-    wanted = {row.image: row.path for row in rows}
+    wanted: dict[str, TextRow] = {}
+    for row in rows:
+        if wanted.setdefault(row.image, row).path != row.path:
+            fail("BAD_MANIFEST", f"{row.image} names two scans: {wanted[row.image].path}, {row.path}", "rename one")
     volumes, bad = {}, []
 
     def encode(image: str) -> None:
         try:
-            if wanted[image] is None:
-                raise ValueError("no such file")
-            volumes[image] = source(wanted[image])
+            if wanted[image].path is None:
+                raise ValueError(wanted[image].missing)
+            volumes[image] = source(wanted[image].path)
         except (ValueError, OSError, KeyError, EOFError) as error:
             bad.append(image)
             reason = str(error).splitlines()[0]
@@ -264,9 +267,12 @@ def phantom_case(
         # the grid is centred, so that the affine of the mirror image is the same
         source.cached(f"{name}_mirrored", lambda: as_it_lies(made().hu[::-1].copy(), made().affine)),
     )
-    if not file.is_file():
-        write_text(file, json.dumps(made().findings) + "\n")
-    return json.loads(file.read_text(encoding="utf-8")), tokens
+    try:
+        findings = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # not there yet, or damaged
+        findings = made().findings
+        write_text(file, json.dumps(findings) + "\n")
+    return findings, tokens
 
 
 def builtin(

@@ -20,11 +20,12 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from app import checkpoints
+from app.hashes import hash_path
 from app.inference import CTTokenizer
 from app.language import align_data, chat
 from app.language.manifests import check_rows, read_rows
 from app.language.rows import TextRow
-from app.language.volume_tokens import Reducer, TokenSource, VolumeTokens, hash_path
+from app.language.volume_tokens import Reducer, TokenSource, VolumeTokens
 from app.preflight import fail
 from app.stage_start import STAGE1_COMMAND, train_demo_stage1
 from app.whole_files import write_text

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 
 from app import checkpoints, prepared, scans
+from app.hashes import hash_path
 from app.language import chat
 from app.language.align_setup import FrozenTokenizer, identify, make_collate
 from app.language.align_training import to_device
 from app.language.rows import REPORT_QUESTION
-from app.language.volume_tokens import VolumeTokens, as_tensors, hash_path
+from app.language.volume_tokens import VolumeTokens, as_tensors
 from app.preflight import fail
 from app.prepare import Refused
 from app.prepare.gate import Rules

@@ -14,6 +14,7 @@ from app.language.phantom_text import balance
 from app.language.rows import TextRow
 from app.language.volume_tokens import TokenSource, VolumeTokens, case_key
 from app.preflight import fail
+from app.refusals import refuse_empty
 from app.scans import Scan, as_it_lies, is_case
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ def evaluate(
 
     `options`: seed, batch_size, max_new_tokens, num_phantoms, and split (default: val, else test, else all rows).
     """
+    if output_dir is not None:
+        refuse_empty(output_dir)
     options = {"seed": 0, "batch_size": 16, "max_new_tokens": 160, "num_phantoms": 60, "split": None} | (options or {})
     assistant = CTAssistant.from_pretrained(align, tokenizer=tokenizer)
     source = assistant.tokenizer.source(align_data.tokens_folder(align))
@@ -48,7 +51,7 @@ def evaluate(
         rows = held_out(data, image_root=image_root, split=options["split"])
         volumes, _ = align_data.encode_rows(rows, source, skip_bad=skip_bad)
         mirrored = mirrored_cases(rows, volumes, source)
-    out = Path(output_dir or Path(align) / "evaluation")
+    out = Path(align, "evaluation") if output_dir is None else Path(output_dir)
     try:
         return evaluate_language(
             assistant,

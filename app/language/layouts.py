@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from app.language.rows import REPORT_QUESTION, TextRow, clean, join_report, label_columns, lettered
+from app.tables import read_table
 
 CT_RATE_NAME = re.compile(r"(?P<patient>(?P<split>train|valid)_\d+)_(?P<scan>[a-z]+)_(?P<recon>\d+)")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -65,10 +66,10 @@ def ct_rate_labels(base: Path) -> dict[str, dict[str, bool]]:
     found: dict[str, dict[str, bool]] = {}
     for file in sorted(base.glob("*.csv")):
         with open(file, newline="", encoding="utf-8-sig", errors="replace") as stream:  # any csv may lie there
-            reader = csv.DictReader(stream)
-            header = set(reader.fieldnames or ())
-            if "VolumeName" in header and "Medical material" in header:
-                found |= {row["VolumeName"]: label_columns(row) for row in reader}
+            first = stream.readline()
+            if {"VolumeName", "Medical material"} <= set(next(csv.reader([first]), ())):
+                rows = read_table(itertools.chain([first], stream), name=file.name)
+                found |= {row["VolumeName"]: label_columns(row) for row in rows}
     return found
 
 

@@ -10,10 +10,10 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from app import prepared
-from app.language.layouts import read_layout
+from app.language.layouts import CT_RATE_NAME, read_layout
 from app.language.rows import (
     ALIASES,
     REPORT_QUESTION,
@@ -25,6 +25,7 @@ from app.language.rows import (
     parse_choices,
     with_letter,
 )
+from app.tables import read_table
 
 H = TypeVar("H", bound=Hashable)
 
@@ -57,14 +58,19 @@ def read_rows(source: str | Path, *, image_root: str | Path | None = None) -> li
         if not rows:
             raise ValueError(f"{source} holds no rows: no conversation in it has a question with an answer")
     find = ImageFinder(base, Path(image_root) if image_root else None)
-    rows = without_guesses([replace(row, path=row.path or find(row.image)) for row in rows])
+    rows = without_guesses([row if row.path else find.put_path(row) for row in rows])
     return [complete(row, find) for row in rows]
 
 
 def without_guesses(rows: list[TextRow]) -> list[TextRow]:
     """Images in different folders that are taken for one file, for its name alone: none of them is that file."""
     named = claims((row.image, row.path) for row in rows if row.path is not None)
-    return [replace(row, path=None) if row.image not in named.get(row.path, {row.image}) else row for row in rows]
+    return [
+        replace(row, path=None, missing="several images have the name of one scan")
+        if row.image not in named.get(row.path, {row.image})
+        else row
+        for row in rows
+    ]
 
 
 def claims(pairs: Iterable[tuple[str, H]], *, place: Callable[[H], str] = str) -> dict[H, set[str]]:
@@ -72,15 +78,35 @@ def claims(pairs: Iterable[tuple[str, H]], *, place: Callable[[H], str] = str) -
     images: dict[H, set[str]] = defaultdict(set)
     for image, home in pairs:
         images[home].add(image)
-    sure = {home: {image for image in of if same_end(image, place(home))} for home, of in images.items()}
+    sure = {home: {image for image in of if names_file(image, place(home))} for home, of in images.items()}
     return {home: sure[home] or (of if len(of) == 1 else set()) for home, of in images.items()}
 
 
-def same_end(image: str, place: str) -> bool:
-    """Whether two paths are one as far as both go; a bare name has no folders that could differ."""
-    ours, theirs = Path(image).parts, Path(place).parts
-    shared = min(len(ours), len(theirs))
-    return len(ours) == 1 or ours[-shared:] == theirs[-shared:]
+def names_file(image: str, place: str) -> bool:
+    """Whether a path ends as the image says; the image may leave the ending of a scan away."""
+    *folders, name = Path(image).parts or ("",)
+    *theirs, file = Path(place).parts or ("",)
+    return name in (file, stem(file)) and theirs[len(theirs) - len(folders) :] == folders
+
+
+def may_be(image: str, root: str | Path, inside: str | Path) -> bool:
+    """Whether the scan `root/inside` may be what a manifest calls its image: every folder that the image names agrees.
+
+    A bare name, or one of CT-RATE, whose names tell the patient, may lie anywhere. An absolute path, of a disk that is
+    elsewhere now, must end as the scan lies below root, in a folder at least.
+    """
+    ours, below = _folders_and_stem(image), _folders_and_stem(inside)
+    if len(ours) == 1 or CT_RATE_NAME.fullmatch(ours[-1]):
+        return ours[-1:] == below[-1:]
+    whole = (*_folders_and_stem(Path(root).absolute()), *below)
+    moved = Path(image).is_absolute() and len(below) > 1 and ours[-len(below) :] == below
+    return moved or whole[-len(ours) :] == ours
+
+
+def _folders_and_stem(path: str | Path) -> tuple[str, ...]:
+    """Parts of a path without the ending of a scan, and without `processed`, which every case lies in."""
+    *folders, name = Path(path).parts or ("",)
+    return (*(folder for folder in folders if folder != "processed"), stem(name))
 
 
 def complete(row: TextRow, find: "ImageFinder") -> TextRow:
@@ -98,12 +124,12 @@ def read_records(file: Path) -> Iterator[dict]:
     try:
         with open(file, newline="", encoding="utf-8-sig") as stream:
             if file.suffix == ".csv":
-                yield from csv.DictReader(stream)
+                yield from read_table(stream, name=file.name)
                 return
             if file.suffix == ".jsonl":
-                yield from (json.loads(line) for line in stream if line.strip())
+                yield from (whole_characters(json.loads(line)) for line in stream if line.strip())
                 return
-            content = json.load(stream)
+            content = whole_characters(json.load(stream))
     except json.JSONDecodeError as error:
         raise ValueError(f"{file.name} is not valid JSON: {error}") from None
     except UnicodeDecodeError as error:
@@ -115,6 +141,17 @@ def read_records(file: Path) -> Iterator[dict]:
         raise ValueError(f"{file.name} must be a list of rows, or named lists of them; a row a line is jsonl")
     for name, records in named_lists.items():
         yield from ({"split": name, **r} if name and isinstance(r, dict) else r for r in records)
+
+
+def whole_characters(content: Any) -> Any:
+    """JSON content whose texts can be written: half of a character, left by a cut, becomes U+FFFD."""
+    if isinstance(content, str):
+        return content.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(content, list):
+        return [whole_characters(part) for part in content]
+    if isinstance(content, dict):
+        return {whole_characters(name): whole_characters(part) for name, part in content.items()}
+    return content
 
 
 def general_rows(record: Mapping, source: str) -> list[TextRow]:
@@ -149,7 +186,8 @@ def read_folder(folder: Path) -> list[TextRow]:
         for record in read_records(manifest):
             for row in general_rows(record, "text.jsonl"):
                 case = processed / row.image
-                rows.append(replace(row, path=case if case.is_dir() else None))
+                image = f"{manifest.parent.name}/{row.image}" if len(manifests) > 1 else row.image  # ids may be equal
+                rows.append(replace(row, image=image, path=case if case.is_dir() else None))
     if manifests:
         return rows
     for text in sorted(folder.rglob("*.txt")):
@@ -175,22 +213,41 @@ def stem(name: str) -> str:
 
 
 class ImageFinder:
-    """Finds what a row calls its image: a path as given, below manifest or image root, or a name anywhere there.
+    """Finds what a row calls its image: a path below the root, or a name anywhere there in the folders it names.
 
-    A name that several files answer to is not guessed.
+    The root is the image root, else the manifest's folder. What an image root lacks may still lie as the path says from
+    the manifest's folder; without an image root a path may also begin in the current folder. Where several files answer
+    to a name, none is taken.
     """
 
     def __init__(self, base: Path, image_root: Path | None):
-        self.roots = [root for root in (image_root, base) if root is not None]
+        self.root, self.base = image_root or base, base
+        self.here = None if image_root else Path()
         self._names: dict[str, list[Path]] | None = None
         self._cases: dict[Path, Mapping[str, Mapping[str, str]]] = {}  # rows of each metadata.csv that was needed
 
-    def __call__(self, image: str) -> Path | None:
-        for candidate in [Path(image), *(root / image for root in self.roots)]:
-            if candidate.exists():
-                return candidate
-        places = self.names().get(stem(image), [])
-        return places[0] if len(places) == 1 else None
+    def put_path(self, row: TextRow) -> TextRow:
+        """The row with the path of its scan, or with why it has none."""
+        places = self.places(row.image)
+        if len(places) == 1:
+            return replace(row, path=places[0])
+        several = f"{len(places)} files answer to it, such as {' and '.join(map(str, places[:2]))}"
+        return replace(row, missing=several if places else "no such file")
+
+    def places(self, image: str) -> list[Path]:
+        """The files that may be meant, each once."""
+        places = [self.root / image] if (self.root / image).exists() else self.named(image)
+        if self.here is not None and (self.here / image).exists():
+            places.append(self.here / image)
+        if not places and (self.base / image).exists():
+            places.append(self.base / image)
+        return list({path.resolve(): path for path in reversed(places)}.values())
+
+    def named(self, image: str) -> list[Path]:
+        """Files below the root that have its name, in the folders that it names."""
+        return [
+            path for path in self.names().get(stem(image), []) if may_be(image, self.root, path.relative_to(self.root))
+        ]
 
     def case_row(self, path: Path | None) -> Mapping[str, str]:
         """What the dataset of a prepared case says of it; nothing for any other image."""
@@ -202,10 +259,10 @@ class ImageFinder:
         return self._cases[table].get(path.name, {})
 
     def names(self) -> dict[str, list[Path]]:
-        """Scans, token files and prepared cases below the first root, by name; listed once, when first needed."""
+        """Scans, token files and prepared cases below the root, by name; listed once, when first needed."""
         if self._names is None:
             self._names = defaultdict(list)
-            for path in self.roots[0].rglob("*"):
+            for path in self.root.rglob("*"):
                 is_case = path.is_dir() and path.parent.name == "processed"
                 if is_case or (path.name.lower().endswith(SCAN_ENDINGS) and "processed" not in path.parts[:-1]):
                     self._names[stem(path.name)].append(path)
@@ -214,7 +271,7 @@ class ImageFinder:
 
 def check_rows(rows: list[TextRow]) -> dict:
     """What a manifest holds and what is wrong with it; `problems` are lines for people by code."""
-    missing = sorted({row.image for row in rows if row.path is None})
+    missing = sorted({f"{row.image} ({row.missing})" for row in rows if row.path is None})
     empty = [row for row in rows if not row.answer]
     repeated = [key for key, count in Counter((r.image, r.question, r.answer) for r in rows).items() if count > 1]
     sides = defaultdict(set)
@@ -225,7 +282,7 @@ def check_rows(rows: list[TextRow]) -> dict:
     problems = {
         code: f"{len(items)} {what}, first: {items[0]}. {remedy}."
         for code, items, what, remedy in (
-            ("SCANS_MISSING", missing, "images not found", "Give the folder they are in as image_root"),
+            ("SCANS_MISSING", missing, "images not found", "Give the folder that their paths begin in as image_root"),
             ("EMPTY_TEXT", [row.image for row in empty], "rows without an answer", "They are skipped"),
             ("DUPLICATED", [key[0] for key in repeated], "rows that stand there more than once", "Remove the copies"),
             ("SPLIT_LEAKAGE", leaking, "patients on both sides of a split", "Split by patient"),

@@ -34,6 +34,7 @@ class TextRow:
     split: str = ""
     labels: Mapping[str, bool] = field(default_factory=dict)
     path: Path | None = None
+    missing: str = "no such file"  # why there is no path, where there is none
 
     @property
     def prompt(self) -> str:

@@ -3,7 +3,6 @@
 Nothing is changed. A problem is one line: code, how often, what to do; cases are named by their ids.
 """
 
-import csv
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,9 +12,10 @@ import numpy as np
 
 from app import prepared
 from app.language.manifests import check_rows, read_rows
+from app.tables import read_table
 from transforms import array
 
-GRAVE = {"UNREADABLE", "WINDOW_MISSING", "OUT_OF_RANGE", "SPLIT_LEAKAGE", "SCANS_MISSING"}  # exit status 3
+GRAVE = {"UNREADABLE", "WINDOW_MISSING", "OUT_OF_RANGE", "SPLIT_LEAKAGE", "SCANS_MISSING", "STALE"}  # exit status 3
 
 
 class Problem(NamedTuple):
@@ -69,8 +69,13 @@ def check_prepared(path: Path, *, keep: str, windows: Sequence[str], spacing: fl
     if keep not in array.KEEPS:
         raise ValueError(f"keep must be one of {', '.join(array.KEEPS)}, got {keep!r}")
     rows, problems = [], defaultdict(list)
-    cases = prepared.find_cases(path)
-    for case in cases:
+    cases = []
+    for case in prepared.list_cases(path):
+        if isinstance(case, prepared.DamagedCase):
+            rows.append({"case": case.case_id, "dataset": case.dataset, "error": str(case.error)})
+            problems["UNREADABLE"].append(case.case_id)
+            continue
+        cases.append(case)
         row: dict[str, Any] = {"case": case.case_id, "dataset": case.dataset, "split": case.split, "codes": case.codes}
         try:
             row |= _look(case, keep=keep, windows=windows, spacing=spacing)
@@ -90,6 +95,7 @@ def check_prepared(path: Path, *, keep: str, windows: Sequence[str], spacing: fl
     }
     found = [Problem(code, f"{len(ids)} cases: {messages[code]}", tuple(ids)) for code, ids in problems.items()]
     found += _leaks((case.patient, case.split, case.case_id) for case in cases)
+    found += _stale(cases)
     found += _failures(path)
     found += _one_side([case.split for case in cases])
     points = sorted(row["points"] for row in rows if "points" in row)
@@ -159,9 +165,18 @@ def _leaks(rows: Iterable[tuple[str, str, str]]) -> list[Problem]:
     return [Problem("SPLIT_LEAKAGE", f"{len(both)} patients are in more than one split", cases)] if both else []
 
 
+def _stale(cases: Sequence[prepared.PreparedCase]) -> list[Problem]:
+    stale = tuple(case.case_id for case in cases if case.status == "stale")
+    remedy = "mend their sources and prepare again, or remove the cases"
+    return [Problem("STALE", f"{len(stale)} cases whose source is refused by now: {remedy}", stale)] if stale else []
+
+
 def _failures(path: Path) -> list[Problem]:
     files = [*path.glob("failures.csv"), *path.glob("*/failures.csv")]
-    rows = [row for file in files for row in csv.DictReader(file.read_text(encoding="utf-8").splitlines())]
+    rows = []
+    for file in files:
+        with open(file, newline="", encoding="utf-8") as stream:
+            rows += read_table(stream, name=f"{file.parent.name}/{file.name}")
     codes = Counter(row.get("codes") or row.get("status", "") for row in rows)
     told = ", ".join(f"{code} {count}" for code, count in sorted(codes.items()))
     if not rows:

@@ -258,4 +258,7 @@ def test_a_bad_scan_ends_the_run_by_name_unless_skipped(ct, tmp_path, capsys):
     assert capsys.readouterr().err.startswith("BAD_SCAN: bad.npz cannot be used: bad.npz is damaged or no token file")
     volumes, bad = encode_rows(rows, source, skip_bad=True)
     assert bad == ["bad.npz", "gone.npz"]
+    with pytest.raises(SystemExit):
+        encode_rows([rows[0], TextRow("good.npz", "q", "a", path=tmp_path / "bad.npz")], source)
+    assert capsys.readouterr().err.startswith("BAD_MANIFEST: good.npz names two scans: ")
     np.testing.assert_array_equal(volumes["good.npz"].codes.numpy(), read_tokens(good).codes)

@@ -219,8 +219,58 @@ def test_several_images_are_not_one_file_for_its_name(tmp_path):
     images = [[f"p{number}/scan.nii.gz", f"report {number}"] for number in range(3)]
     rows = read_rows(write_csv(tmp_path / "m.csv", ["image", "report"], *images))
     assert [row.path for row in rows] == [None, scan, None]
-    (row,) = read_rows(write_csv(tmp_path / "m.csv", ["image", "report"], ["elsewhere/scan.nii.gz", "x"]))
-    assert row.path == scan
+
+
+@pytest.mark.parametrize("image", ["siteA/x.nii.gz", "siteA/x", "/old/siteA/x.nii.gz", "/old/siteB/sub/x.nii.gz"])
+def test_a_scan_of_the_same_name_in_another_folder_is_not_taken(tmp_path, image):
+    touch(tmp_path / "data/siteB/x.nii.gz")
+    table = write_csv(tmp_path / "data/m.csv", ["image", "report"], [image, "x"])
+    for root in (None, tmp_path / "data", tmp_path / "data/siteB"):
+        (row,) = read_rows(table, image_root=root)
+        assert (row.path, row.missing) == (None, "no such file")
+        assert f"first: {image} (no such file)" in check_rows([row])["problems"]["SCANS_MISSING"]
+
+
+def test_folders_that_agree_are_the_scan_s_wherever_the_root_begins(tmp_path):
+    scan = touch(tmp_path / "data/siteA/x.nii.gz")
+    rate = touch(tmp_path / "data/flat/valid_53_a_1.nii.gz")
+    images = ["siteA/x.nii.gz", "data/siteA/x", "x.nii.gz", str(scan)]
+    for named in (images, ["/old/disk/siteA/x.nii.gz"]):
+        table = write_csv(tmp_path / "m.csv", ["image", "report"], *[[image, image] for image in named])
+        assert [row.path for row in read_rows(table, image_root=tmp_path / "data")] == [scan] * len(named)
+    table = write_csv(tmp_path / "m.csv", ["VolumeName", "Findings_EN"], ["valid_53_a_1.nii.gz", "x"])
+    assert [row.path for row in read_rows(table, image_root=tmp_path / "data")] == [rate]
+
+
+def test_an_image_root_decides_over_the_current_folder_and_without_one_two_files_are_refused(tmp_path, monkeypatch):
+    for folder in ("here", "root", "tables"):
+        (tmp_path / folder).mkdir()
+    table = write_csv(tmp_path / "tables/m.csv", ["image", "report"], ["x.nii.gz", "x"])
+    monkeypatch.chdir(tmp_path / "here")
+    mine = touch(tmp_path / "here/x.nii.gz")
+    (row,) = read_rows(table, image_root=tmp_path / "root")
+    assert (row.path, row.missing) == (None, "no such file")
+    assert read_rows(table)[0].path.resolve() == mine
+    beside, rooted = touch(tmp_path / "tables/x.nii.gz"), touch(tmp_path / "root/x.nii.gz")
+    assert read_rows(table, image_root=tmp_path / "root")[0].path == rooted
+    (row,) = read_rows(table)
+    assert row.path is None and "2 files answer to it" in row.missing and str(beside) in row.missing
+    monkeypatch.chdir(tmp_path / "tables")
+    assert read_rows(table)[0].path.resolve() == beside
+
+
+def test_one_case_id_in_two_datasets_is_two_images(tmp_path):
+    for name in "ab":
+        (tmp_path / name / "processed/c1").mkdir(parents=True)
+        (tmp_path / name / "text.jsonl").write_text(json.dumps({"case_id": "c1", "report": f"of {name}"}))
+    rows = read_rows(tmp_path)
+    assert {row.image: (row.answer, row.path) for row in rows} == {
+        f"{name}/c1": (f"of {name}", tmp_path / name / "processed/c1") for name in "ab"
+    }
+    table = write_csv(tmp_path / "m.csv", ["image", "report"], ["c1", "x"], ["a/c1", "y"], ["c/c1", "z"])
+    first, second, third = read_rows(table)
+    assert first.path is None and "2 files answer to it" in first.missing
+    assert second.path == tmp_path / "a/processed/c1" and third.path is None
 
 
 def test_check_counts_what_is_wrong(tmp_path):

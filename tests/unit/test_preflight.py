@@ -336,7 +336,9 @@ def test_a_step_of_plain_text_would_do_nothing(check, config, name):
     assert check(config=config(**{name: ["@part", "$@part"]})) is None
 
 
-@pytest.mark.parametrize(("key", "value"), [("max_steps", "ten"), ("batch_split", None), ("windows", ["lungs"])])
+@pytest.mark.parametrize(
+    ("key", "value"), [("max_steps", "ten"), ("batch_split", None), ("windows", ["lungs"]), ("output_dir", "")]
+)
 def test_a_wrong_value_in_a_file_is_named_with_its_rule(check, config, key, value):
     line = check(config=config(**{key: value}))
     assert line.startswith(f"BAD_VALUE: {key} must be {rules.RULES[key].says}, got {value!r}")

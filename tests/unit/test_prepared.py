@@ -41,8 +41,10 @@ def test_a_case_is_written_as_the_contract_names_it(tmp_path, hu, affine):
     sidecar = json.loads((case.path / "case.json").read_text())
     assert set(sidecar) == {
         *("case_id", "codes", "source_hash", "source_shape", "source_spacing", "source_affine"),
-        *("shape", "spacing", "affine", "hu_range", "steps", "versions"),
+        *("shape", "spacing", "affine", "hu_range", "steps", "versions", "files"),
     }
+    assert {name: (case.path / name).stat().st_size for name in sidecar["files"]} == sidecar["files"]
+    assert [f"set/processed/c1/{name}" for name in sidecar["files"]] == files[1:]
     assert sidecar["codes"] == ["TILT_CORRECTED"] and sidecar["spacing"] == [2.0, 2.0, 2.0]
     assert sidecar["hu_range"] == [int(hu.min()), int(hu.max())]
 
