@@ -24,7 +24,9 @@ from networks.presets import Preset
 from networks.vqvae import SparseVQVAE, build_vqvae
 
 NEWEST_TOKENIZERS = ("outputs/vq_stage2", "outputs/vq_stage1")
-OURS = re.compile(r"(?:misc|(?:vae|vqvae|align)(?:_ema[\d.e+-]+)?)_step(\d{7,})\.pt(\.part)?")  # no other name is removed
+OURS = re.compile(
+    r"(?:misc|(?:vae|vqvae|align)(?:_ema[\d.e+-]+)?)_step(\d{7,})\.pt(\.part)?"
+)  # no other name is removed
 CODEBOOK_FIELDS = {"codebook", "num_embeddings", "rotation_trick", "normalize_codes", "quantizer_levels"}
 DATA_FIELDS = ("resolution", "spacing", "windows", "features", "keep")
 
@@ -35,7 +37,9 @@ def step_file(output_dir: Path, name: str, step: int) -> Path:
 
 def complete_steps(output_dir: str | Path) -> list[int]:
     """Steps whose set is whole, oldest first."""
-    found = (re.fullmatch(r"misc_step(\d{7,})\.pt", path.name) for path in Path(output_dir, "ckpts").glob("misc_step*.pt"))
+    found = (
+        re.fullmatch(r"misc_step(\d{7,})\.pt", path.name) for path in Path(output_dir, "ckpts").glob("misc_step*.pt")
+    )
     return sorted(int(match[1]) for match in found if match)
 
 
@@ -53,6 +57,30 @@ def step_to_resume(output_dir: str | Path, resume: str | int | None) -> int | No
         remedy = "pass one of these" if steps else "train without --resume"
         fail("NO_CHECKPOINT", f"{output_dir} has no complete step {resume}; it has {kept}", remedy)
     return resume
+
+
+def warm_up_step(output_dir: str | Path, resume: str | int | None) -> int | None:
+    """The step of a warm-up that `resume: latest` goes on with: one that no complete set has followed."""
+    if resume != "latest" or complete_steps(output_dir):
+        return None
+    return max((step for _, step in _warm_ups(output_dir)), default=None)
+
+
+def save_warm_up(output_dir: Path, step: int, content: dict) -> None:
+    """One file, whole or not there; it replaces earlier ones."""
+    write_atomically(content, step_file(output_dir, "warmup", step))
+    drop_warm_ups(output_dir, keep=step)
+
+
+def drop_warm_ups(output_dir: Path, *, keep: int | None = None) -> None:
+    for path, step in _warm_ups(output_dir):
+        if step != keep:
+            path.unlink()
+
+
+def _warm_ups(output_dir: str | Path) -> list[tuple[Path, int]]:
+    paths = list(Path(output_dir, "ckpts").glob("warmup_step*.pt"))
+    return [(path, int(match[1])) for path in paths if (match := re.fullmatch(r"warmup_step(\d{7,})\.pt", path.name))]
 
 
 def write_atomically(content: dict, path: Path) -> None:

@@ -13,6 +13,7 @@ import logging
 import os
 import pydoc
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -84,6 +85,7 @@ def check() -> None:
     call = read_command_line(sys.argv)
     if call is None:
         return
+    end_at_once_on_sigterm()
     if call.run_id not in call.config:
         steps = [name for name in STEP_LISTS if name in call.config]
         near = difflib.get_close_matches(call.run_id, steps, n=1)
@@ -298,6 +300,18 @@ def one_line_errors() -> None:
         usual(kind, error, trace)
 
     sys.excepthook = hook
+
+
+def end_at_once_on_sigterm() -> None:
+    """Until steps are taken nothing is lost; a line tells it, like that of Ctrl-C."""
+    process = os.getpid()
+
+    def end(number: int, _frame: object) -> None:
+        if os.getpid() == process:  # what was forked from here has nothing to say
+            os.write(2, b"STOPPED: ended by SIGTERM. Run again, training with --resume latest.\n")
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def _says_more(_record: logging.LogRecord) -> bool:

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from app import checkpoints
 from app.checkpoints import unwrapped
+from app.stopping import StopWhenAsked
 from app.training import resume_optimizer
 
 log = logging.getLogger(__name__)
@@ -56,9 +57,10 @@ class StageHandlers:
         engine.add_event_handler(completed(event_filter=due("i_sample")), self._picture)
         engine.add_event_handler(completed(event_filter=due("i_save")), self._save)
         engine.add_event_handler(Events.COMPLETED, self._close)
+        StopWhenAsked(save=self._save, output_dir=self.folder.output_dir).attach(engine)
 
     def _start(self, engine: SupervisedTrainer) -> None:
-        step = self.folder.start_step
+        step = engine.last_saved_step = self.folder.start_step
         if step is None:
             self.averaged.module.load_state_dict(self.network.state_dict())
             self.folder.begin(self.network)
@@ -92,7 +94,6 @@ class StageHandlers:
             scaler.load_state_dict(misc["scaler"])
         engine.state.iteration = step
         engine.data_loader.sampler.start = step
-        engine.last_saved_step = step
         self.folder.begin(self.network)
         before, now = sizes.prepared, self.network.sizes.prepared
         if before != now and idist.get_rank() == 0:
@@ -135,6 +136,7 @@ class StageHandlers:
         }
         weights = {live: self.network.state_dict(), mean: self.averaged.module.state_dict()}
         checkpoints.save_set(path, step, weights, misc)
+        checkpoints.drop_warm_ups(path)
         self.folder.record_best(step)
         checkpoints.prune(path, self.every["keep_last"])
 
