@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import ignite.distributed as idist
+import torch
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from torch import nn
@@ -16,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from app import checkpoints
 from app.checkpoints import unwrapped
+from app.metrics import count_codes, is_collapsed, perplexity
 from app.stopping import StopWhenAsked
 from app.training import resume_optimizer
 
@@ -42,6 +44,7 @@ class StageHandlers:
         self.folder, self.network, self.averaged = folder, unwrapped(network), averaged
         self.optimizer, self.schedule, self.evaluator, self.every = optimizer, schedule, evaluator, every
         self.validated_step: int | None = None
+        self.collapsed = False
 
     def attach(self, engine: SupervisedTrainer) -> None:
         last = engine.state.epoch_length
@@ -53,6 +56,7 @@ class StageHandlers:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._advance)
         self.folder.record_steps(engine, optimizer=self.optimizer, phase="train", every=self.every, last=last)
         completed = Events.ITERATION_COMPLETED
+        engine.add_event_handler(completed(event_filter=due("i_print")), self._watch_codes)
         engine.add_event_handler(completed(event_filter=due("val_interval")), self._validate)
         engine.add_event_handler(completed(event_filter=due("i_sample")), self._picture)
         engine.add_event_handler(completed(event_filter=due("i_save")), self._save)
@@ -110,6 +114,27 @@ class StageHandlers:
         self.evaluator.state.output = self.evaluator.state.batch = None  # a whole case with its maps, on the device
         self.validated_step = engine.state.iteration
         self.folder.record_validation(engine.state.iteration, self.evaluator.state.metrics)
+
+    def _watch_codes(self, engine: SupervisedTrainer) -> None:
+        """Says when the codes of a step come to be nearly all the same, and when they no longer are."""
+        codes = engine._process_function.codes
+        if not codes:
+            return
+        counts = count_codes(torch.cat(codes), self.network.sizes.num_embeddings)
+        if idist.get_world_size() > 1:
+            counts = idist.all_reduce(counts.to(idist.device())).cpu()
+        level = min(counts, key=perplexity)
+        before, self.collapsed = self.collapsed, is_collapsed(level)
+        step, rate = engine.state.iteration, self.optimizer.param_groups[0]["lr"]
+        if self.collapsed and not before:
+            what = "COLLAPSED_CODEBOOK: at step %d %d of %d codes are used, as evenly as %.1f would be: tokens say next"
+            what += (
+                " to nothing. Stop, and begin again with a lower --learning_rate (it is %.2g) or with --codebook ema"
+            )
+            what += " from stage 1 on"
+            log.warning(what, step, int((level > 0).sum()), len(level), perplexity(level), rate)
+        elif before and not self.collapsed:
+            log.info("the codebook is in use again at step %d: %d codes", step, int((level > 0).sum()))
 
     def _picture(self, engine: SupervisedTrainer) -> None:
         if self.validated_step != engine.state.iteration:
