@@ -12,6 +12,7 @@ import resource
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -65,6 +66,7 @@ class RunFolder:
         self.start_step = checkpoints.step_to_resume(path, resume)
         self.warm_up_step = checkpoints.warm_up_step(path, resume)
         self.warmed_up = False
+        self.begun = time.perf_counter()
         self.validated: tuple[int, float] | None = None  # step and val_recon
         self.writer: SummaryWriter | None = None
         self.samples: list[pictures.Sample] = []
@@ -184,16 +186,27 @@ class RunFolder:
 
     def record_steps(self, engine: Engine, *, optimizer: Optimizer, phase: str, every: dict, last: int) -> None:
         """A console line every `i_print` steps, a metrics row every `i_log`; both at the first step and the last."""
+        begun: list[tuple[float, int]] = []  # when the first step began, and how many were done before
+
+        def begin(trainer: Engine) -> None:
+            if not begun:
+                begun.append((time.perf_counter(), trainer.state.iteration - 1))
+                log.info("drawing the samples of the first step and compiling what has to be; then a line at that step")
 
         def show(trainer: Engine) -> None:
             output = trainer.state.output
+            (start, before), step = begun[0], trainer.state.iteration
+            each = (time.perf_counter() - start) / (step - before)
             shown = " ".join(f"{name}={output[name]:.4g}" for name in SHOWN if name in output)
-            log.info("%s %d: %s", "Step" if phase == "train" else "Warm-up step", trainer.state.iteration, shown)
+            what = "%s %d: %s (%s a step, about %s left of %d steps)"
+            log.info(what, named, step, shown, duration(each), duration(each * (last - step)), last)
 
         def write(trainer: Engine) -> None:
             row = {"phase": phase, "step": trainer.state.iteration, **trainer.state.output}
             self._write({**row, "lr": optimizer.param_groups[0]["lr"], "memory_gib": peak_memory()}, prefix=phase)
 
+        named = "Step" if phase == "train" else "Warm-up step"
+        engine.add_event_handler(Events.GET_BATCH_STARTED, begin)
         self.warmed_up = self.warmed_up or phase == "warmup"
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.take_place)
         for record, key in ((show, "i_print"), (write, "i_log")):
@@ -221,6 +234,14 @@ class RunFolder:
                 self.samples.append(pictures.sample_of(engine.state.output))
 
         evaluator.add_event_handler(Events.ITERATION_COMPLETED, keep)
+
+    def record_end(self, *, then: str) -> None:
+        """The last line of a run that came to its end."""
+        best = checkpoints.read_best(self.output_dir)
+        kept = (
+            f"best step {best}" if best is not None else f"last step {checkpoints.complete_steps(self.output_dir)[-1]}"
+        )
+        log.info("done in %s: %s, in %s. %s", duration(time.perf_counter() - self.begun), kept, self.output_dir, then)
 
     def record_samples(self, step: int, *, window: str) -> None:
         if idist.get_rank() == 0 and self.samples:
@@ -275,6 +296,14 @@ def _of_parts(values: list) -> bool:
 def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= MAX_TOLD else text[:MAX_TOLD] + "…"
+
+
+def duration(seconds: float) -> str:
+    """In the one unit that reads best."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min"), (1, "s")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.2g} s"
 
 
 def summary(network: nn.Module) -> str:

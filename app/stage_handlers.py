@@ -23,6 +23,11 @@ from app.training import resume_optimizer
 
 log = logging.getLogger(__name__)
 
+NEXT = {  # by the name of a stage's files: what to run on what it left
+    "vae": "Next: bundles/vq_stage1.json with --pretrained_vae_path and this folder",
+    "vqvae": "Next: bundles/evaluate_tokenizer.json; after stage 1 bundles/vq_stage2.json with --init_from and this folder",
+}
+
 
 class StageHandlers:
     """All that hangs on the trainer, in the order in which it has to happen.
@@ -144,6 +149,8 @@ class StageHandlers:
     def _close(self, engine: SupervisedTrainer) -> None:
         engine.data_loader.close()
         self.evaluator.data_loader.close()
+        if idist.get_rank() == 0 and engine.last_saved_step == engine.state.iteration:
+            self.folder.record_end(then=NEXT[self.folder.name])
 
     def _save(self, engine: SupervisedTrainer) -> None:
         engine.last_saved_step = step = engine.state.iteration  # every rank has to be able to tell it

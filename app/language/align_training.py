@@ -162,6 +162,9 @@ class AlignHandlers:
             model = self.language.model if adapter is None else adapter.unload()
             save_language(model, self.language.tokenizer, Path(self.folder.path) / "language_final")
 
+        if idist.get_rank() == 0:
+            self.folder.record_end(then="Next: python -m app evaluate, or ask, with this folder")
+
     def _write(self, suffix: str) -> None:
         """The projector and, where there is one, the adapter; written beside and renamed."""
         if idist.get_rank() != 0:

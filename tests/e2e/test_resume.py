@@ -29,6 +29,17 @@ from tests.runs import (
     weights_of,
 )
 
+
+def test_a_run_says_from_its_first_step_how_long_it_takes_and_at_its_end_what_it_left(straight):
+    said = straight[1].out
+    assert said.index("drawing the samples of the first step") < said.index("Warm-up step 1:")
+    for name, last in (("Warm-up step", 10), ("Step", 20)):
+        (first,) = [line for line in said.splitlines() if f"{name} 1: loss=" in line]
+        assert re.search(rf"\([\d.]+ s a step, about [\d.]+ \w+ left of {last} steps\)$", first), first
+    best = checkpoints.read_best(straight[0])
+    assert re.search(rf"done in [\d.]+ \w+: best step {best}, in out\. Next: bundles/evaluate_tokenizer\.json", said)
+
+
 # ---- going on
 
 
