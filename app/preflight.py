@@ -275,7 +275,7 @@ def one_line_errors() -> None:
             chain.append(chain[-1].__cause__)
         cause = chain[-1]
         if isinstance(error, KeyboardInterrupt):
-            _leave("STOPPED: ended by Ctrl-C. Run again, training with --resume latest.\n", 130)
+            _leave("STOPPED: ended by Ctrl-C. Run again; where this run had saved a step, with --resume latest.\n", 130)
         refused = next((part for part in reversed(chain) if _refusal(part) is not None), None)
         if refused is not None:
             log.debug("".join(traceback.format_exception(kind, error, trace)))
@@ -308,7 +308,9 @@ def end_at_once_on_sigterm() -> None:
 
     def end(number: int, _frame: object) -> None:
         if os.getpid() == process:  # what was forked from here has nothing to say
-            os.write(2, b"STOPPED: ended by SIGTERM. Run again, training with --resume latest.\n")
+            os.write(
+                2, b"STOPPED: ended by SIGTERM. Run again; where this run had saved a step, with --resume latest.\n"
+            )
         os._exit(128 + number)
 
     signal.signal(signal.SIGTERM, end)

@@ -24,8 +24,8 @@ from app.training import resume_optimizer
 log = logging.getLogger(__name__)
 
 NEXT = {  # by the name of a stage's files: what to run on what it left
-    "vae": "Next: bundles/vq_stage1.json with --pretrained_vae_path and this folder",
-    "vqvae": "Next: bundles/evaluate_tokenizer.json; after stage 1 bundles/vq_stage2.json with --init_from and this folder",
+    "vae": "Next: bundles/vq_stage1.json with --pretrained_vae_path this folder",
+    "vqvae": "Next: bundles/evaluate_tokenizer.json; after stage 1 bundles/vq_stage2.json with --init_from this folder",
 }
 
 
