@@ -24,6 +24,9 @@ from networks.presets import Preset
 from networks.vqvae import SparseVQVAE, build_vqvae
 
 NEWEST_TOKENIZERS = ("outputs/vq_stage2", "outputs/vq_stage1")
+OURS = re.compile(
+    r"(?:misc|(?:vae|vqvae|align)(?:_ema[\d.e+-]+)?)_step(\d{7,})\.pt(\.part)?"
+)  # no other name is removed
 CODEBOOK_FIELDS = {"codebook", "num_embeddings", "rotation_trick", "normalize_codes", "quantizer_levels"}
 DATA_FIELDS = ("resolution", "spacing", "windows", "features", "keep")
 
@@ -34,7 +37,9 @@ def step_file(output_dir: Path, name: str, step: int) -> Path:
 
 def complete_steps(output_dir: str | Path) -> list[int]:
     """Steps whose set is whole, oldest first."""
-    found = (re.fullmatch(r"misc_step(\d+)\.pt", path.name) for path in Path(output_dir, "ckpts").glob("misc_step*.pt"))
+    found = (
+        re.fullmatch(r"misc_step(\d{7,})\.pt", path.name) for path in Path(output_dir, "ckpts").glob("misc_step*.pt")
+    )
     return sorted(int(match[1]) for match in found if match)
 
 
@@ -52,6 +57,30 @@ def step_to_resume(output_dir: str | Path, resume: str | int | None) -> int | No
         remedy = "pass one of these" if steps else "train without --resume"
         fail("NO_CHECKPOINT", f"{output_dir} has no complete step {resume}; it has {kept}", remedy)
     return resume
+
+
+def warm_up_step(output_dir: str | Path, resume: str | int | None) -> int | None:
+    """The step of a warm-up that `resume: latest` goes on with: one that no complete set has followed."""
+    if resume != "latest" or complete_steps(output_dir):
+        return None
+    return max((step for _, step in _warm_ups(output_dir)), default=None)
+
+
+def save_warm_up(output_dir: Path, step: int, content: dict) -> None:
+    """One file, whole or not there; it replaces earlier ones."""
+    write_atomically(content, step_file(output_dir, "warmup", step))
+    drop_warm_ups(output_dir, keep=step)
+
+
+def drop_warm_ups(output_dir: Path, *, keep: int | None = None) -> None:
+    for path, step in _warm_ups(output_dir):
+        if step != keep:
+            path.unlink()
+
+
+def _warm_ups(output_dir: str | Path) -> list[tuple[Path, int]]:
+    paths = list(Path(output_dir, "ckpts").glob("warmup_step*.pt"))
+    return [(path, int(match[1])) for path in paths if (match := re.fullmatch(r"warmup_step(\d{7,})\.pt", path.name))]
 
 
 def write_atomically(content: dict, path: Path) -> None:
@@ -83,21 +112,28 @@ def prune(output_dir: Path, keep_last: int) -> None:
     for step in complete_steps(output_dir)[:-keep_last]:
         if step != best:
             step_file(output_dir, "misc", step).unlink(missing_ok=True)
-            for path in Path(output_dir, "ckpts").glob(f"*_step{step:07d}.pt"):
-                path.unlink()
+            for path, number, _ in _files_of_sets(output_dir):
+                if number == step:
+                    path.unlink()
+
+
+def _files_of_sets(output_dir: Path) -> list[tuple[Path, int, bool]]:
+    """Files that runs of ours write to ckpts/, commit marks first: path, step and whether it is half written."""
+    paths = sorted(Path(output_dir, "ckpts").glob("*_step*"), key=lambda path: not path.name.startswith("misc"))
+    matches = ((path, OURS.fullmatch(path.name)) for path in paths)
+    return [(path, int(match[1]), match[2] is not None) for path, match in matches if match]
 
 
 def put_aside(output_dir: Path, *, after: int) -> None:
     """Moves sets later than a step to ckpts/aside, and removes what a killed run left half done."""
-    folder = Path(output_dir, "ckpts")
+    aside = Path(output_dir, "ckpts", "aside")
     whole = complete_steps(output_dir)
-    for path in sorted(folder.glob("*.pt*"), key=lambda path: not path.name.startswith("misc")):
-        match = re.fullmatch(r".+_step(\d+)\.pt", path.name)
-        if match is None or int(match[1]) not in whole:
+    for path, step, half in _files_of_sets(output_dir):
+        if half or step not in whole:
             path.unlink()
-        elif int(match[1]) > after:
-            (folder / "aside").mkdir(exist_ok=True)
-            os.replace(path, folder / "aside" / path.name)
+        elif step > after:
+            aside.mkdir(exist_ok=True)
+            os.replace(path, aside / path.name)
 
 
 def write_best(output_dir: Path, scores: dict[int, float]) -> None:
@@ -147,7 +183,12 @@ def averaged_file(path: str | Path) -> Path:
         fail("NO_CHECKPOINT", f"{path} has no complete checkpoint", "train it first, or name another folder")
     best = read_best(path)
     step = best if best in steps else steps[-1]
-    return next(Path(path, "ckpts").glob(f"*_ema*_step{step:07d}.pt"))
+    averaged = (file for file, number, half in _files_of_sets(path) if number == step and not half)
+    file = next((file for file in averaged if "_ema" in file.name), None)
+    if file is None:
+        what = f"{path} has no averaged weights of step {step}, so it is no tokenizer"
+        fail("NO_CHECKPOINT", what, "name the output folder of stage 0, 1 or 2")
+    return file
 
 
 def read_weights(path: str | Path) -> tuple[dict, Preset]:

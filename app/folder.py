@@ -1,7 +1,7 @@
 """The output folder of a training run: its log, its metrics, its pictures, its description. Only rank 0 writes.
 
 Layout: ckpts/ (see checkpoints.py), tb_logs/, samples/, {name}_model_summary.txt, config.json, command.txt, log.txt,
-metrics.jsonl.
+metrics.jsonl. Where an earlier run stands, a new one begins in STARTING inside, and takes its place after a first step.
 """
 
 import errno
@@ -10,7 +10,9 @@ import logging
 import os
 import resource
 import shlex
+import shutil
 import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -27,6 +29,7 @@ from app.whole_files import write_text
 
 log = logging.getLogger(__name__)
 
+STARTING = ".starting_run"
 MAX_PICTURED = 4
 MAX_TOLD = 60  # letters of a setting
 UNTOLD = {"resume", "output_dir", "i_print", "i_log", "i_sample", "i_save", "keep_last", "_desc_"}  # the same run
@@ -37,7 +40,7 @@ class RunFolder:
     """Where one run writes, and at which step it starts.
 
     Args:
-        path: the folder. One that holds an earlier run is moved aside unless this run resumes it.
+        path: the folder. An earlier run in it is moved aside by the first step of this one, unless this one resumes it.
         name: of the checkpoint files, vae or vqvae.
         ema_rate: part of the averaged files' name.
         resume: null, "latest" or a step.
@@ -53,27 +56,33 @@ class RunFolder:
         resume: str | int | None = None,
         settings: object = None,
     ):
-        if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
-            resume = "latest"  # torchrun started this process again after a failure
-        self.path, self.name = Path(path), name
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # by torchrun, after a failure
+        if resume is None and restarted and not Path(path, STARTING).exists():  # what stands there is this run's own
+            resume = "latest"
+        self.output_dir = self.path = Path(path)  # path: where it writes, until its first step another place
+        self.name = name
         self.settings = settings
         self.names = (name, f"{name}_ema{ema_rate:g}")
         self.start_step = checkpoints.step_to_resume(path, resume)
+        self.warm_up_step = checkpoints.warm_up_step(path, resume)
         self.warmed_up = False
+        self.begun = time.perf_counter()
         self.validated: tuple[int, float] | None = None  # step and val_recon
         self.writer: SummaryWriter | None = None
         self.samples: list[pictures.Sample] = []
+        idist.barrier()  # every rank has looked before anything changes
         if idist.get_rank() == 0:
             self._open(resume)
         idist.barrier()
 
     def _open(self, resume: str | int | None) -> None:
         try:
-            self._lock()
-            if self.start_step is None:
+            _lock(self.output_dir)
+            shutil.rmtree(self.output_dir / STARTING, ignore_errors=True)  # of a run that ended before its first step
+            if not self.resumes:
                 if resume is not None:
                     log.info("nothing to resume in %s: starting fresh", self.path)
-                self._move_aside()
+                self._begin_beside()
             for name in ("ckpts", "samples", "tb_logs"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -82,25 +91,14 @@ class RunFolder:
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         file.handleError = lambda record: None  # a full disk is said once, by what fails to be saved
         logging.getLogger().addHandler(file)
-        if self.start_step is None:
+        if not self.resumes:
             self._describe()
-        purged = None if self.start_step is None else self.start_step + 1
+        purged = (self.start_step or self.warm_up_step or 0) + 1 if self.resumes else None
         self.writer = SummaryWriter(str(self.path / "tb_logs"), purge_step=purged)
 
-    def _lock(self) -> None:
-        """One process at a time writes to a folder; the lock goes with the process, however it ends."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        try:
-            import fcntl
-        except ImportError:  # no such locks here
-            return
-        held = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):  # else the disk knows no locks
-                what = f"another run is writing to {self.path}"
-                preflight.fail("IN_USE", what, "wait for it, or pass another --output_dir")
+    @property
+    def resumes(self) -> bool:
+        return self.start_step is not None or self.warm_up_step is not None
 
     def _describe(self) -> None:
         (self.path / "command.txt").write_text(shlex.join(sys.argv) + "\n")
@@ -121,24 +119,42 @@ class RunFolder:
             if told:
                 log.warning("goes on with other settings than the run began with: %s", ", ".join(told))
 
-    def _move_aside(self) -> None:
-        """An earlier run in the same place is kept, under another name."""
-        if not (self.path / "metrics.jsonl").exists() and not checkpoints.complete_steps(self.path):
+    def _begin_beside(self) -> None:
+        """An earlier run keeps its place until this one has taken a step; whether it can be moved then is seen now."""
+        if not (self.output_dir / "metrics.jsonl").exists() and not checkpoints.complete_steps(self.output_dir):
             return
-        number = 1
-        while (aside := self.path.with_name(f"{self.path.name}.{number}")).exists():
+        place = self.output_dir.resolve()
+        if place.is_mount() or not os.access(place.parent, os.W_OK):
+            what = f"{self.output_dir} holds an earlier run, which cannot be moved aside from there"
+            preflight.fail("NO_OUTPUT", what, "pass another --output_dir, or --resume latest to go on with it")
+        self.path = self.output_dir / STARTING
+        _lock(self.path)  # it stays locked under its later name
+
+    def take_place(self, _engine: Engine) -> None:
+        """After each step; the first moves an earlier run aside and this one to where it was."""
+        if self.path == self.output_dir:
+            return
+        place, number = self.output_dir.resolve(), 1
+        while (aside := place.with_name(f"{place.name}.{number}")).exists():
             number += 1
-        os.replace(self.path, aside)
-        self._lock()  # the new folder of that name
-        log.info("%s held an earlier run, now in %s (to go on with it: --resume latest)", self.path, aside)
+        self.writer.close()
+        os.replace(place, aside)
+        os.replace(aside / STARTING, place)
+        self.path = self.output_dir
+        self.writer = SummaryWriter(str(self.path / "tb_logs"))
+        aside = self.output_dir.parent / aside.name if self.output_dir.name == place.name else aside
+        what = "%s held an earlier run, now in %s (to go on with it: --resume latest --output_dir %s)"
+        log.info(what, self.output_dir, aside, aside)
 
     def _cut_after_start(self) -> None:
         """What came after the step that is resumed never happened; sets of it are put aside."""
         path = self.path / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         rows = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be cut short
-        kept = [row for row in rows if _before(row, self.start_step)]
+        kept = [row for row in rows if self._happened(row)]
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        if self.start_step is None:
+            return
         checkpoints.put_aside(self.path, after=self.start_step)
         best = checkpoints.read_best(self.path)
         if best is not None and best > self.start_step:
@@ -146,31 +162,53 @@ class RunFolder:
             scores = {row["step"]: row["val_recon"] for row in kept if row.get("val_recon") and row["step"] in saved}
             checkpoints.write_best(self.path, scores)
 
+    def _happened(self, row: dict) -> bool:
+        if self.start_step is None:
+            return row["phase"] == "warmup" and row["step"] <= self.warm_up_step
+        return row["phase"] == "warmup" or row["step"] <= self.start_step
+
+    def go_on(self) -> None:
+        """From here on files of the run that is resumed change."""
+        if idist.get_rank() == 0:
+            self._say_what_changed()
+            self._describe()
+            self._cut_after_start()
+
     def begin(self, network: nn.Module) -> None:
         """From here on files of an earlier run change. Writes what is trained: freezing has to come before."""
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
         total = sum(p.numel() for p in network.parameters())
+        if self.start_step is not None:
+            self.go_on()
         if idist.get_rank() == 0:
-            if self.start_step is not None:
-                self._say_what_changed()
-                self._describe()
-                self._cut_after_start()
             (self.path / f"{self.name}_model_summary.txt").write_text(summary(network))
-        log.info("=== %s: %s parameters, %s trainable ===", self.path.name, f"{total:,}", f"{trained:,}")
+        log.info("=== %s: %s parameters, %s trainable ===", self.output_dir.name, f"{total:,}", f"{trained:,}")
 
     def record_steps(self, engine: Engine, *, optimizer: Optimizer, phase: str, every: dict, last: int) -> None:
         """A console line every `i_print` steps, a metrics row every `i_log`; both at the first step and the last."""
+        begun: list[tuple[float, int]] = []  # when the first step began, and how many were done before
+
+        def begin(trainer: Engine) -> None:
+            if not begun:
+                begun.append((time.perf_counter(), trainer.state.iteration - 1))
+                log.info("drawing the samples of the first step and compiling what has to be; then a line at that step")
 
         def show(trainer: Engine) -> None:
             output = trainer.state.output
+            (start, before), step = begun[0], trainer.state.iteration
+            each = (time.perf_counter() - start) / (step - before)
             shown = " ".join(f"{name}={output[name]:.4g}" for name in SHOWN if name in output)
-            log.info("%s %d: %s", "Step" if phase == "train" else "Warm-up step", trainer.state.iteration, shown)
+            what = "%s %d: %s (%s a step, about %s left of %d steps)"
+            log.info(what, named, step, shown, duration(each), duration(each * (last - step)), last)
 
         def write(trainer: Engine) -> None:
             row = {"phase": phase, "step": trainer.state.iteration, **trainer.state.output}
             self._write({**row, "lr": optimizer.param_groups[0]["lr"], "memory_gib": peak_memory()}, prefix=phase)
 
+        named = "Step" if phase == "train" else "Warm-up step"
+        engine.add_event_handler(Events.GET_BATCH_STARTED, begin)
         self.warmed_up = self.warmed_up or phase == "warmup"
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.take_place)
         for record, key in ((show, "i_print"), (write, "i_log")):
             due = partial(_due, every=every[key], last=last)
             engine.add_event_handler(Events.ITERATION_COMPLETED(event_filter=due), record)
@@ -197,10 +235,18 @@ class RunFolder:
 
         evaluator.add_event_handler(Events.ITERATION_COMPLETED, keep)
 
+    def record_end(self, *, then: str) -> None:
+        """The last line of a run that came to its end."""
+        best = checkpoints.read_best(self.output_dir)
+        kept = (
+            f"best step {best}" if best is not None else f"last step {checkpoints.complete_steps(self.output_dir)[-1]}"
+        )
+        log.info("done in %s: %s, in %s. %s", duration(time.perf_counter() - self.begun), kept, self.output_dir, then)
+
     def record_samples(self, step: int, *, window: str) -> None:
         if idist.get_rank() == 0 and self.samples:
             path = self.path / "samples" / f"step{step:07d}.png"
-            pictures.montage(self.samples, path, window=window, title=f"{self.path.name}, step {step}")
+            pictures.montage(self.samples, path, window=window, title=f"{self.output_dir.name}, step {step}")
 
     def _write(self, row: dict, *, prefix: str) -> None:
         if idist.get_rank() != 0:
@@ -211,6 +257,21 @@ class RunFolder:
             if isinstance(value, int | float) and name != "step":
                 self.writer.add_scalar(f"{prefix}/{name}", value, row["step"])
         self.writer.flush()
+
+
+def _lock(folder: Path) -> None:
+    """One process at a time writes to a folder; the lock goes with the process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # no such locks here
+        return
+    held = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # else the disk knows no locks
+            preflight.fail("IN_USE", f"another run is writing to {folder}", "wait for it, or pass another --output_dir")
 
 
 def differences(before: object, now: object, path: str = "") -> Iterator[tuple[str, object, object]]:
@@ -237,6 +298,14 @@ def _short(value: object) -> str:
     return text if len(text) <= MAX_TOLD else text[:MAX_TOLD] + "…"
 
 
+def duration(seconds: float) -> str:
+    """In the one unit that reads best."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min"), (1, "s")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.2g} s"
+
+
 def summary(network: nn.Module) -> str:
     """Name, shape, type and whether it learns: by gradient (True), by moving averages (EMA) or not at all (False)."""
     rows = [(name, p.shape, p.dtype, str(p.requires_grad)) for name, p in network.named_parameters()]
@@ -257,10 +326,6 @@ def peak_memory() -> float:
 
 def _due(_engine: Engine, step: int, *, every: int, last: int) -> bool:
     return step % every == 0 or step in (1, last)
-
-
-def _before(row: dict, step: int) -> bool:
-    return row["phase"] == "warmup" or row["step"] <= step
 
 
 def _plain(value: object) -> object:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from app.data import CTDataset, Refusal, or_refusal
+from app.stopping import serve_to_the_end
 from transforms.tensor import window_values
 
 log = logging.getLogger(__name__)
@@ -160,7 +161,10 @@ def _count_points(dataset: CTDataset, numbers: Sequence[int], *, num_workers: in
 
 
 class CaseLoader(DataLoader):
-    """A DataLoader that raises a worker's refusal as what it is."""
+    """A DataLoader that raises a worker's refusal as what it is. Signals that end the run do not end its workers."""
+
+    def __init__(self, dataset: Dataset, **options: Any) -> None:
+        super().__init__(dataset, worker_init_fn=serve_to_the_end, **options)
 
     def __iter__(self) -> Iterator[Any]:
         for batch in super().__iter__():

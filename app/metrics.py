@@ -15,6 +15,12 @@ def perplexity(counts: torch.Tensor) -> float:
     return float(torch.exp(-(share * share.log()).sum())) if share.numel() else 0.0
 
 
+def is_collapsed(counts: Float[torch.Tensor, " K"]) -> bool:
+    """Whether the use of a codebook is as good as one code, or under a hundredth of what there is to be used."""
+    usable = min(len(counts), int(counts.sum()))
+    return usable > 1 and perplexity(counts) < max(1.5, usable / 100)
+
+
 def count_codes(codes: Int[torch.Tensor, "M ..."], num_codes: int) -> Float[torch.Tensor, "L K"]:
     """How often each code of each quantiser level occurs."""
     levels = codes.cpu().long().reshape(len(codes), -1).T

@@ -13,6 +13,7 @@ import logging
 import os
 import pydoc
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -84,6 +85,7 @@ def check() -> None:
     call = read_command_line(sys.argv)
     if call is None:
         return
+    end_at_once_on_sigterm()
     if call.run_id not in call.config:
         steps = [name for name in STEP_LISTS if name in call.config]
         near = difflib.get_close_matches(call.run_id, steps, n=1)
@@ -275,7 +277,7 @@ def one_line_errors() -> None:
             chain.append(chain[-1].__cause__)
         cause = chain[-1]
         if isinstance(error, KeyboardInterrupt):
-            _leave("STOPPED: ended by Ctrl-C. Run again, training with --resume latest.\n", 130)
+            _leave("STOPPED: ended by Ctrl-C. Run again; where this run had saved a step, with --resume latest.\n", 130)
         refused = next((part for part in reversed(chain) if _refusal(part) is not None), None)
         if refused is not None:
             log.debug("".join(traceback.format_exception(kind, error, trace)))
@@ -300,6 +302,20 @@ def one_line_errors() -> None:
         usual(kind, error, trace)
 
     sys.excepthook = hook
+
+
+def end_at_once_on_sigterm() -> None:
+    """Until steps are taken nothing is lost; a line tells it, like that of Ctrl-C."""
+    process = os.getpid()
+
+    def end(number: int, _frame: object) -> None:
+        if os.getpid() == process:  # what was forked from here has nothing to say
+            os.write(
+                2, b"STOPPED: ended by SIGTERM. Run again; where this run had saved a step, with --resume latest.\n"
+            )
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def _says_more(_record: logging.LogRecord) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import ignite.distributed as idist
+import torch
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from torch import nn
@@ -16,9 +17,16 @@ from torch.optim.swa_utils import AveragedModel
 
 from app import checkpoints
 from app.checkpoints import unwrapped
+from app.metrics import count_codes, is_collapsed, perplexity
+from app.stopping import StopWhenAsked
 from app.training import resume_optimizer
 
 log = logging.getLogger(__name__)
+
+NEXT = {  # by the name of a stage's files: what to run on what it left
+    "vae": "Next: bundles/vq_stage1.json with --pretrained_vae_path this folder",
+    "vqvae": "Next: bundles/evaluate_tokenizer.json; after stage 1 bundles/vq_stage2.json with --init_from this folder",
+}
 
 
 class StageHandlers:
@@ -41,6 +49,7 @@ class StageHandlers:
         self.folder, self.network, self.averaged = folder, unwrapped(network), averaged
         self.optimizer, self.schedule, self.evaluator, self.every = optimizer, schedule, evaluator, every
         self.validated_step: int | None = None
+        self.collapsed = False
 
     def attach(self, engine: SupervisedTrainer) -> None:
         last = engine.state.epoch_length
@@ -52,13 +61,15 @@ class StageHandlers:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._advance)
         self.folder.record_steps(engine, optimizer=self.optimizer, phase="train", every=self.every, last=last)
         completed = Events.ITERATION_COMPLETED
+        engine.add_event_handler(completed(event_filter=due("i_print")), self._watch_codes)
         engine.add_event_handler(completed(event_filter=due("val_interval")), self._validate)
         engine.add_event_handler(completed(event_filter=due("i_sample")), self._picture)
         engine.add_event_handler(completed(event_filter=due("i_save")), self._save)
         engine.add_event_handler(Events.COMPLETED, self._close)
+        StopWhenAsked(save=self._save, output_dir=self.folder.output_dir).attach(engine)
 
     def _start(self, engine: SupervisedTrainer) -> None:
-        step = self.folder.start_step
+        step = engine.last_saved_step = self.folder.start_step
         if step is None:
             self.averaged.module.load_state_dict(self.network.state_dict())
             self.folder.begin(self.network)
@@ -92,7 +103,6 @@ class StageHandlers:
             scaler.load_state_dict(misc["scaler"])
         engine.state.iteration = step
         engine.data_loader.sampler.start = step
-        engine.last_saved_step = step
         self.folder.begin(self.network)
         before, now = sizes.prepared, self.network.sizes.prepared
         if before != now and idist.get_rank() == 0:
@@ -110,6 +120,27 @@ class StageHandlers:
         self.validated_step = engine.state.iteration
         self.folder.record_validation(engine.state.iteration, self.evaluator.state.metrics)
 
+    def _watch_codes(self, engine: SupervisedTrainer) -> None:
+        """Says when the codes of a step come to be nearly all the same, and when they no longer are."""
+        codes = engine._process_function.codes
+        if not codes:
+            return
+        counts = count_codes(torch.cat(codes), self.network.sizes.num_embeddings)
+        if idist.get_world_size() > 1:
+            counts = idist.all_reduce(counts.to(idist.device())).cpu()
+        level = min(counts, key=perplexity)
+        before, self.collapsed = self.collapsed, is_collapsed(level)
+        step, rate = engine.state.iteration, self.optimizer.param_groups[0]["lr"]
+        if self.collapsed and not before:
+            what = "COLLAPSED_CODEBOOK: at step %d %d of %d codes are used, as evenly as %.1f would be: tokens say next"
+            what += (
+                " to nothing. Stop, and begin again with a lower --learning_rate (it is %.2g) or with --codebook ema"
+            )
+            what += " from stage 1 on"
+            log.warning(what, step, int((level > 0).sum()), len(level), perplexity(level), rate)
+        elif before and not self.collapsed:
+            log.info("the codebook is in use again at step %d: %d codes", step, int((level > 0).sum()))
+
     def _picture(self, engine: SupervisedTrainer) -> None:
         if self.validated_step != engine.state.iteration:
             self._validate(engine)
@@ -118,6 +149,8 @@ class StageHandlers:
     def _close(self, engine: SupervisedTrainer) -> None:
         engine.data_loader.close()
         self.evaluator.data_loader.close()
+        if idist.get_rank() == 0 and engine.last_saved_step == engine.state.iteration:
+            self.folder.record_end(then=NEXT[self.folder.name])
 
     def _save(self, engine: SupervisedTrainer) -> None:
         engine.last_saved_step = step = engine.state.iteration  # every rank has to be able to tell it
@@ -135,6 +168,7 @@ class StageHandlers:
         }
         weights = {live: self.network.state_dict(), mean: self.averaged.module.state_dict()}
         checkpoints.save_set(path, step, weights, misc)
+        checkpoints.drop_warm_ups(path)
         self.folder.record_best(step)
         checkpoints.prune(path, self.every["keep_last"])
 

@@ -15,12 +15,15 @@ import ignite.distributed as idist
 import torch
 from ignite.engine import Events
 from monai.engines import SupervisedTrainer
+from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
 from app import checkpoints
 from app.preflight import fail
-from app.training import TrainStep, distribute, make_scheduler, to_sparse, trainable
+from app.stopping import StopWhenAsked
+from app.training import TrainStep, distribute, make_scheduler, resume_optimizer, to_sparse, trainable
 from networks.losses import TokenizerLoss
+from networks.presets import Preset
 from networks.quantizer import MIN_VECTORS_PER_CODE
 from networks.vqvae import SparseVQVAE
 
@@ -56,6 +59,8 @@ class CodebookStart:
         if self.folder.start_step is not None:
             return
         path = self.path
+        if path == "auto" and self.folder.warm_up_step is not None:
+            path = None
         if path == "auto":
             path = "outputs/vae" if checkpoints.complete_steps("outputs/vae") else None
         if path is None:
@@ -65,16 +70,17 @@ class CodebookStart:
             log.info("autoencoder weights from %s", file)
         self._lay_codebook()
 
-    def _loader(self, max_steps: int) -> DataLoader:
+    def _loader(self, max_steps: int, *, start: int = 0) -> DataLoader:
         """The training loader over other steps."""
         sampler = copy.copy(self.loader.sampler)
-        sampler.start, sampler.max_steps = 0, max_steps
+        sampler.start, sampler.max_steps = start, max_steps
         same = ("dataset", "batch_size", "num_workers", "collate_fn", "pin_memory")
         kept = {name: getattr(self.loader, name) for name in same}
         return type(self.loader)(sampler=sampler, generator=torch.Generator(), **kept)
 
     def _train_autoencoder(self) -> None:
         steps, device = self.warmup["steps"], next(self.network.parameters()).device
+        start = self.folder.warm_up_step or 0
         log.info("no autoencoder weights: training one for %d steps before the codebook", steps)
         codes = list(self.network.vq.parameters())
         for parameter in codes:  # without codes they would have no gradient, which ranks wait for
@@ -92,7 +98,7 @@ class CodebookStart:
             device=device,
             max_epochs=1,
             epoch_length=steps,
-            train_data_loader=self._loader(steps),
+            train_data_loader=self._loader(steps, start=start),
             network=distribute(self.network),
             optimizer=optimizer,
             loss_function=self.loss_function,
@@ -101,11 +107,48 @@ class CodebookStart:
             ),
             decollate=False,
         )
+        trainer.last_saved_step = None
+        if start:
+            self._go_on(trainer, schedule)
         trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _: schedule.step())
         self.folder.record_steps(trainer, optimizer=optimizer, phase="warmup", every=self.warmup, last=steps)
-        trainer.run()
+        what = {"phase": "warm-up step", "output_dir": self.folder.output_dir}
+        StopWhenAsked(save=self._save, **what).attach(trainer)
+        if start < steps:
+            trainer.run()
+            self._save(trainer)  # laying the codebook and the first validation can take long
         for parameter in codes:
             parameter.requires_grad_(True)
+
+    def _go_on(self, trainer: SupervisedTrainer, schedule: lr_scheduler.LRScheduler) -> None:
+        step = self.folder.warm_up_step
+        stored = checkpoints.read_tensors(checkpoints.step_file(self.folder.path, "warmup", step))
+        sizes, own = Preset.from_tensor(stored["network"]["_extra_state"]), self.network.sizes
+        otherwise = "begin in another --output_dir"
+        checkpoints.check_same(sizes, own, source=self.folder.path, skip=set(), otherwise=otherwise)
+        self.network.load_state_dict(stored["network"])
+        resume_optimizer(trainer.optimizer, schedule, stored["optimizer"], step=step)
+        if stored["scaler"]:
+            trainer._process_function.scaler.load_state_dict(stored["scaler"])
+
+        def set_iteration(engine: SupervisedTrainer) -> None:
+            engine.state.iteration = step
+
+        trainer.add_event_handler(Events.STARTED, set_iteration)
+        self.folder.warmed_up = True
+        self.folder.go_on()
+        log.info("resumed at warm-up step %d", step)
+
+    def _save(self, trainer: SupervisedTrainer) -> None:
+        trainer.last_saved_step = step = trainer.state.iteration
+        if idist.get_rank() == 0:
+            content = {
+                "step": step,
+                "network": self.network.state_dict(),
+                "optimizer": trainer.optimizer.state_dict(),
+                "scaler": trainer._process_function.scaler.state_dict(),
+            }
+            checkpoints.save_warm_up(self.folder.path, step, content)
 
     @torch.no_grad()
     def _lay_codebook(self) -> None:

@@ -78,6 +78,7 @@ class TrainStep:
         self.quantize, self.seed, self.amp, self.grad_clip = quantize, seed, AMP_TYPES[amp], grad_clip
         self.hold_encoder_steps = hold_encoder_steps  # the decoder adapts to the codes first
         self.scaler = torch.amp.GradScaler(enabled=self.amp == torch.float16)
+        self.codes: list[torch.Tensor] = []  # of the last step
 
     def __call__(self, engine: SupervisedTrainer, batch: dict | list[dict]) -> dict:
         started = time.perf_counter()
@@ -90,11 +91,15 @@ class TrainStep:
         names: list[str] = []
         sums: torch.Tensor | float = 0.0
         points = 0
+        self.codes = []
         for part in parts:
             x = to_sparse(part, engine.state.device)
             with torch.autocast(x.feats.device.type, dtype=self.amp, enabled=self.amp is not None):
                 seeds = [sample_seed(self.seed, engine.state.iteration, case) for case in part["case_id"]]
-                terms = engine.loss_function(engine.network(x, quantize=self.quantize, seeds=seeds), x)
+                output = engine.network(x, quantize=self.quantize, seeds=seeds)
+                terms = engine.loss_function(output, x)
+            if output.codes is not None:
+                self.codes.append(output.codes)
             share = part["batch_size"] / samples
             if terms["loss"].requires_grad:
                 self.scaler.scale(terms["loss"] * share).backward()

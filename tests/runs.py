@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import re
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -97,12 +98,15 @@ def run_in(folder: Path, config: str = STAGE1, *, run_id: str = "training", **se
         patch.setattr(
             "absl.logging.PythonHandler.close", lambda _: None
         )  # tensorboard's: it would close pytest's stream
+        signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             status = _status_of_run()
         finally:
             sys.excepthook = hook
+            for number, handler in signals.items():
+                signal.signal(number, handler)
             for worker in multiprocessing.active_children():  # as the end of the process would
                 worker.terminate()
                 worker.join()
@@ -136,9 +140,21 @@ def start_in(folder: Path, config: str = STAGE1, *, run_id: str = "training", la
     number = len(list(folder.glob("process_*.out")))
     said, complained = (folder / f"process_{number}.{end}" for end in ("out", "err"))
     with open(said, "w") as out, open(complained, "w") as err:  # a pipe that nobody reads would block the run
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=err)
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+            preexec_fn=_heed_ctrl_c,
+        )  # a group of its own, so that a signal can be sent to its workers as well
     process.said, process.complained = said, complained
     return process
+
+
+def _heed_ctrl_c():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has none
 
 
 def torchrun(*options):

@@ -24,7 +24,7 @@ from app.language import chat
 from app.language.phantom_text import balance, mirrored, phantom_rows
 from app.language.rows import TextRow
 from app.language.volume_tokens import Reducer, TokenSource, VolumeTokens, encode_sparse
-from app.loaders import StepSampler
+from app.loaders import CaseLoader, StepSampler
 from app.phantoms import VERSION, make_phantom
 from app.preflight import fail
 from app.scans import as_it_lies
@@ -299,7 +299,7 @@ def make_loader(
 ) -> DataLoader:
     """One long epoch of `max_steps` batches; each a list of micro-batches split by sample."""
     sampler = StepSampler(len(dataset), batch_size=batch_size, max_steps=max_steps, seed=seed)
-    return DataLoader(
+    return CaseLoader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,

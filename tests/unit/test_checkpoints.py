@@ -158,6 +158,26 @@ def test_later_sets_are_put_aside_and_halves_removed(out):
     assert aside == ["misc_step0000020.pt", "vqvae_ema0.9999_step0000020.pt", "vqvae_step0000020.pt"]
 
 
+def test_files_that_no_run_wrote_are_neither_removed_nor_moved_nor_taken_for_a_tokenizer(out):
+    for step in (10, 20, 30):
+        save(out, step)
+    users = ("my_backup_of_best.pt", "vqvae_step0000040.pt.bak", "copy_of_vqvae_step0000010.pt", "vqvae_best.pt")
+    users += ("a_ema0.9999_step0000030.pt", "misc_step5.pt", "vqvae_step0000020.pth", "notes.ptx", "vqvae_step40.pt")
+    for name in users:
+        (out / "ckpts" / name).write_text(name)
+    assert checkpoints.averaged_file(out).name == "vqvae_ema0.9999_step0000030.pt"
+    checkpoints.put_aside(out, after=20)
+    checkpoints.prune(out, 1)
+    assert checkpoints.complete_steps(out) == [20]
+    assert {name: (out / "ckpts" / name).read_text() for name in users} == {name: name for name in users}
+    assert len(names(out)) == 3 + 1 + len(users)
+
+
+def test_a_folder_without_averaged_weights_is_no_tokenizer(out, refused):
+    checkpoints.save_set(out, 4, {"align": {}}, {"step": 4})
+    assert "it is no tokenizer" in refused("NO_CHECKPOINT", checkpoints.averaged_file, out)
+
+
 def test_unreadable_files_are_one_line(out, refused):
     save(out, 10)
     file = step_file(out, "vqvae", 10)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from app.folder import differences
+from app.folder import differences, duration
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,11 @@ from app.folder import differences
 )
 def test_what_changed_is_told_by_the_smallest_part_that_both_have(before, now, told):
     assert list(differences(before, now)) == told
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0314, "0.031 s"), (59, "59 s"), (150, "2.5 min"), (7200, "2 h"), (1_440_000, "16.7 days"), (0, "0 s")],
+)
+def test_a_duration_is_told_in_the_unit_that_reads_best(seconds, text):
+    assert duration(seconds) == text
