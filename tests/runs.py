@@ -21,7 +21,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from app import checkpoints, phantoms, prepared_writer
+from app.dataset import writer
+from app.phantoms import phantoms
+from app.training import checkpoints
 from transforms.array import DEFAULT_WINDOWS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,11 +62,9 @@ def make_cohort(out: Path, *, splits=("train",) * 3 + ("val",) * 2, change=lambd
     for index, split in enumerate(splits):
         made = phantoms.make_phantom(index, size=SIZE, spacing=SPACING)
         hu = change(made.hu, index)
-        case = prepared_writer.write_case(out, f"case_{index}", hu, affine=made.affine, windows=DEFAULT_WINDOWS)
-        rows.append(
-            {**prepared_writer.metadata_row(case, windows=DEFAULT_WINDOWS), "patient": f"p{index}", "split": split}
-        )
-    prepared_writer.write_metadata(out, rows)
+        case = writer.write_case(out, f"case_{index}", hu, affine=made.affine, windows=DEFAULT_WINDOWS)
+        rows.append({**writer.metadata_row(case, windows=DEFAULT_WINDOWS), "patient": f"p{index}", "split": split})
+    writer.write_metadata(out, rows)
     return out
 
 

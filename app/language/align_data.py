@@ -21,15 +21,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from app.language import chat
-from app.language.phantom_text import balance, mirrored, phantom_rows
-from app.language.rows import TextRow
 from app.language.volume_tokens import Reducer, TokenSource, VolumeTokens, encode_sparse
-from app.loaders import CaseLoader, StepSampler
-from app.phantoms import VERSION, make_phantom
-from app.preflight import fail
-from app.scans import as_it_lies
-from app.token_commands import progress
-from app.whole_files import write_text
+from app.phantoms.phantoms import VERSION, make_phantom
+from app.phantoms.sentences import balance, mirrored, phantom_rows
+from app.shared.atomic_files import write_text
+from app.shared.refusals import fail
+from app.shared.terminal import progress
+from app.text.rows import TextRow
+from app.tokens.open_scan import as_it_lies
+from app.training.loaders import CaseLoader, StepSampler
 from networks.sparse import SparseTensor
 from networks.tokens import TokenSequence, reduce_tokens
 

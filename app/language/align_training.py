@@ -18,18 +18,11 @@ from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.utils.data import Dataset
 
-from app import checkpoints
-from app.checkpoints import unwrapped
 from app.language.align_setup import FrozenTokenizer, Language, check_same, write_train_args
-from app.stopping import StopWhenAsked
-from app.training import (
-    AMP_TYPES,
-    mean_of_ranks,
-    resume_optimizer,
-    seed_step,
-    step_optimizer,
-    stop_if_not_finite,
-)
+from app.training import checkpoints
+from app.training.checkpoints import unwrapped
+from app.training.step import AMP_TYPES, mean_of_ranks, resume_optimizer, seed_step, step_optimizer, stop_if_not_finite
+from app.training.stopping import StopWhenAsked
 from networks.qwen import save_language
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from app.language.assistant import NOTICE, CTAssistant, Scan
-from app.preflight import fail
-from app.refusals import refuse_empty
+from app.shared.refusals import fail, refuse_empty
 
 log = logging.getLogger(__name__)
 

@@ -13,11 +13,12 @@ import torch
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
-from app import prepared, scans
-from app.hashes import hash_path
-from app.inference import CTTokenizer
-from app.token_files import CTTokens, read_tokens, write_tokens
-from app.training import to_sparse
+from app.dataset import prepared
+from app.shared.hashes import hash_path
+from app.tokens import open_scan
+from app.tokens.token_files import CTTokens, read_tokens, write_tokens
+from app.tokens.tokenizer import CTTokenizer
+from app.training.step import to_sparse
 from networks.sparse import SparseTensor
 from networks.tokens import TokenSequence, reduce_tokens
 from networks.vqvae import SparseVQVAE
@@ -71,9 +72,9 @@ class TokenSource:
         """Tokens of a token file, a prepared case or a raw scan."""
         if path.suffix == ".npz":
             return self.read(path)
-        if scans.is_case(path):
+        if open_scan.is_case(path):
             return self.cached(case_key(path), lambda: prepared.open_case(path))
-        return self.cached(f"scan.{scans.raw_hash(path)[:24]}", lambda: path)
+        return self.cached(f"scan.{open_scan.raw_hash(path)[:24]}", lambda: path)
 
     def cached(self, key: str, scan: Callable[[], Any]) -> VolumeTokens:
         """Tokens kept under this key; else those of `scan()`, encoded now and kept."""

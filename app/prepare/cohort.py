@@ -18,8 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from app import prepared, prepared_writer
-from app.language.manifests import read_rows
+from app.dataset import prepared, writer
 from app.prepare import names, preview
 from app.prepare.codes import CODES, Refused, bare
 from app.prepare.files import hash_of
@@ -30,7 +29,8 @@ from app.prepare.survey import Item, survey
 from app.prepare.text import join_text
 from app.prepare.volume import read_item
 from app.prepare.workers import busy, only_run, run_jobs, worker_count
-from app.refusals import refuse_empty
+from app.shared.refusals import refuse_empty
+from app.text.manifests import read_rows
 from transforms import array
 
 
@@ -307,7 +307,7 @@ def _finished(job: Job, recipe: str) -> dict[str, Any] | None:
         return None
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # damaged, or made by older software
         sidecar = json.loads(file.read_text())
-        whole = sidecar["files"].items() <= prepared_writer.sizes_of(file.parent).items()
+        whole = sidecar["files"].items() <= writer.sizes_of(file.parent).items()
         seen = not job.preview or preview.path_of(job.folder, job.case).is_file()
         if sidecar["recipe"] == recipe and whole and seen:
             return sidecar
@@ -338,7 +338,7 @@ def _make(job: Job, recipe: str) -> dict[str, Any]:
     del volume
     if job.preview:
         preview.write(job.folder, job.case, on_grid.hu, settings.windows, settings.spacing)
-    case = prepared_writer.write_case(
+    case = writer.write_case(
         job.folder,
         job.case,
         on_grid.hu,
@@ -356,14 +356,14 @@ def _make(job: Job, recipe: str) -> dict[str, Any]:
 
 def _clear_leftovers(folders: Iterable[Path]) -> None:
     """What a killed run, or a killed worker of this one, half wrote into datasets; nothing that others put there."""
-    tables = re.compile(rf"\.\d+\.({'|'.join(map(re.escape, prepared_writer.DATASET_FILES))})")
+    tables = re.compile(rf"\.\d+\.({'|'.join(map(re.escape, writer.DATASET_FILES))})")
     for folder in folders:
         for place, pattern in (("", tables), ("previews", preview.UNFINISHED)):
             for left in (folder / place).glob(".*"):
                 if pattern.fullmatch(left.name) and left.is_file():
                     left.unlink()
         for left in (folder / "processed").glob(".*"):
-            if prepared_writer.UNFINISHED.fullmatch(left.name) and left.is_dir() and not left.is_symlink():
+            if writer.UNFINISHED.fullmatch(left.name) and left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left)
 
 
@@ -378,10 +378,10 @@ def _write_tables(out: Path, outcomes: Sequence[Outcome], settings: Settings, re
         organs = organs if settings.keep_names else {"*": organs.get("*", {})} if organs else {}
         config = {"size": settings.size, "spacing": settings.spacing, "windows": _window_table(settings.windows)}
         config |= {"settings": _settings_json(settings), "organ_mapping": organs}
-        prepared_writer.write_dataset_config(folder, config)
+        writer.write_dataset_config(folder, config)
         failures = [o for o in members if o.status in ("refused", "failed")]
-        prepared_writer.write_metadata(folder, _rows(folder, settings, {o.case for o in failures}))
-        prepared_writer.write_failures(folder, [_failure(o, settings.keep_names) for o in failures])
+        writer.write_metadata(folder, _rows(folder, settings, {o.case for o in failures}))
+        writer.write_failures(folder, [_failure(o, settings.keep_names) for o in failures])
 
 
 def _window_table(windows: Iterable[str]) -> dict[str, list[int]]:
@@ -397,7 +397,7 @@ def _rows(folder: Path, settings: Settings, stale: set[str]) -> Iterator[dict[st
         try:
             case = prepared.open_case(path, row={})
             status = "stale" if case.case_id in stale else "ok"
-            row = prepared_writer.metadata_row(case, windows=settings.windows, status=status)
+            row = writer.metadata_row(case, windows=settings.windows, status=status)
         except (ValueError, KeyError):  # one that this run did not make
             yield {"case_id": path.name, "status": "damaged"}
             continue

@@ -4,8 +4,8 @@ import csv
 import json
 from pathlib import Path
 
-from app.prepared import SPLITS
-from app.tables import read_table
+from app.dataset.prepared import SPLITS
+from app.shared.tables import read_table
 
 MARKS = ("source", "image", "case_id", "case", "patient", "volumename")
 

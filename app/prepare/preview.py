@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from app.whole_files import written_whole
+from app.shared.atomic_files import written_whole
 from transforms import array
 
 MOST = 256  # pixels a side: a larger volume is thinned for the picture

@@ -1,6 +1,6 @@
 """Reports and questions joined to the cases of a prepared dataset: text.jsonl beside its metadata.
 
-Which columns and layouts are understood is `app.language.manifests`' matter; here rows find their case. Of a row only
+Which columns and layouts are understood is `app.text.manifests`' matter; here rows find their case. Of a row only
 text, choices and labels are written: who the patient is and which split a case is in, the dataset says.
 """
 
@@ -11,9 +11,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from app.language.manifests import claims, may_be, stem
-from app.language.rows import REPORT_QUESTION, TextRow
-from app.whole_files import write_text
+from app.shared.atomic_files import write_text
+from app.text.manifests import claims, may_be, stem
+from app.text.rows import REPORT_QUESTION, TextRow
 
 
 def join_text(

@@ -7,6 +7,8 @@ import ast
 import json
 import pydoc
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,11 @@ ALLOWED = {  # who may import which of ours
     "networks": {"networks"},
     "app": {"app", "transforms", "networks"},
 }
+APP_ROOMS = (  # each knows only those before it
+    "shared", "dataset", "text", "measures", "prepare", "phantoms", "training", "tokens", "language", "evaluation",
+    "export",
+)  # fmt: skip
+MAX_LOOSE_FILES = 7  # of app/: the commands, and what uses many rooms
 OWNERS = {  # optional or heavy libraries, each behind one door
     "transformers": {"networks/qwen.py", "networks/tiny_qwen.py"},
     "tokenizers": {"networks/qwen.py", "networks/tiny_qwen.py"},
@@ -78,6 +85,45 @@ def test_rooms_import_only_who_they_may(path):
     room = name_of(path).split("/")[0]
     ours = {name.split(".")[0] for name in imports_of(path)} & {*ROOMS, "tests"}
     assert ours <= ALLOWED[room], f"{name_of(path)} imports {sorted(ours - ALLOWED[room])}"
+
+
+def rooms_used(path):
+    """The rooms of app/ that a file imports from, each with the import that shows it; a loose file as its own room."""
+    parts = [name.split(".") for name in imports_of(path) if name.startswith("app.")]
+    return {part[1]: ".".join(part) for part in parts}
+
+
+APP = [path for path in SOURCES if name_of(path).startswith("app/")]
+
+
+@pytest.mark.parametrize("path", APP, ids=ids(APP))
+def test_rooms_of_app_know_only_those_before_them(path):
+    room = name_of(path).split("/")[1]
+    if room.endswith(".py"):
+        return
+    assert room in APP_ROOMS, f"{room} is no room of {APP_ROOMS}"
+    allowed = APP_ROOMS[: APP_ROOMS.index(room) + 1]
+    back = {name: shown for name, shown in rooms_used(path).items() if name not in allowed}
+    assert not back, f"{name_of(path)} imports {back}: {room} knows only {allowed}"
+
+
+def test_the_rule_of_rooms_has_met_real_imports():
+    assert len([1 for path in APP for room in rooms_used(path) if not name_of(path).startswith(f"app/{room}/")]) > 60
+
+
+def test_app_has_few_loose_files():
+    loose = [path.name for path in APP if path.parent == ROOT / "app"]
+    assert len(loose) <= MAX_LOOSE_FILES, f"app/ has {sorted(loose)}"
+
+
+def test_a_stage_run_loads_nothing_of_language():
+    configs = [json.loads((ROOT / "bundles" / name).read_text()) for name in STAGES]
+    targets = {value for config in configs for _, key, value in walk(config) if key == "_target_"}
+    modules = sorted({target.rpartition(".")[0] for target in targets if target.startswith("app.")})
+    code = f"import importlib, sys; [importlib.import_module(m) for m in {modules}]; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    rooms = {name.split(".")[1] for name in loaded.split() if name.startswith("app.")}
+    assert modules and not rooms & {"language", "evaluation", "tokens", "export"}, sorted(rooms)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=ids(SOURCES))

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
-from app import stage_start
-from app.inference import CTTokenizer
 from app.language import align_setup
 from app.language.assistant import NOTICE, CTAssistant
-from app.token_files import write_tokens
-from app.training import make_scheduler
+from app.tokens.token_files import write_tokens
+from app.tokens.tokenizer import CTTokenizer
+from app.training import initial_weights
+from app.training.step import make_scheduler
 from networks import make_vqvae
 from networks.projector import Projector
 from tests.alignments import NUM_CASES, align, make_volume
@@ -283,7 +283,7 @@ def test_a_missing_tokenizer_is_trained_on_the_demo_and_asked_for_otherwise(home
         torch.save({"step": 1}, checkpoints / "misc_step0000001.pt")
         return subprocess.CompletedProcess(call, 0)
 
-    monkeypatch.setattr(stage_start.subprocess, "run", stage1)
+    monkeypatch.setattr(initial_weights.subprocess, "run", stage1)
     with pytest.raises(SystemExit) as end:
         align(home, place / "out", **demo)
     assert end.value.code == 1 and "stage 1 ended with status 3" in capsys.readouterr().err

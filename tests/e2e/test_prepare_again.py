@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app import prepared, prepared_writer
 from app.__main__ import _one_line
-from app.language.manifests import read_rows
+from app.check import check
+from app.dataset import prepared, writer
 from app.prepare import cohort
-from app.prepare.check import check
 from app.prepare.workers import run_jobs
+from app.text.manifests import read_rows
 from tests import scans
 from tests.cohorts import AFFINE, SMALL, raw_cohort, report, tree
 
@@ -82,7 +82,7 @@ def test_a_full_disk_ends_the_run_at_the_first_case(tmp_path, monkeypatch, error
         tried.append(1)
         raise error
 
-    monkeypatch.setattr(prepared_writer, "_write_volume", full)
+    monkeypatch.setattr(writer, "_write_volume", full)
     with pytest.raises(OSError, match=r".") as ended:
         cohort.prepare(raw_cohort(tmp_path / "raw", 2), tmp_path / "out", SMALL, cohort.Request(workers=1))
     status, line = _one_line(ended.value)

@@ -12,9 +12,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from app import prepared
+from app.check import check
+from app.dataset import prepared
 from app.prepare import cohort, names, options
-from app.prepare.check import check
 from app.prepare.workers import only_run
 from tests import scans
 from tests.cohorts import AFFINE, SMALL, raw_cohort, report, tree

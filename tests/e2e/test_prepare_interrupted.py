@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app import prepared
+from app.dataset import prepared
 from app.prepare import cohort
 from app.prepare.workers import run_jobs, worker_count
 from tests.cohorts import SMALL, raw_cohort, report, tree

@@ -6,10 +6,12 @@ import os
 import numpy as np
 import pytest
 
-from app import prepared_writer, token_commands
 from app.__main__ import app
-from app.language import ask, evaluate_language
+from app.dataset import writer
+from app.evaluation import evaluate
+from app.language import ask
 from app.prepare import cohort
+from app.tokens import commands
 from tests import scans
 from tests.cohorts import AFFINE, SMALL, raw_cohort, report, tree
 
@@ -47,10 +49,10 @@ def test_what_a_killed_run_left_is_cleared(tmp_path, monkeypatch):
     (dataset,) = {o.dataset for o in whole.outcomes if o.source.startswith("hospital")}
     folder = tmp_path / "out" / dataset
     case = next(o.case for o in whole.outcomes if o.dataset == dataset)
-    monkeypatch.setattr(prepared_writer.shutil, "rmtree", lambda path, **_: seen.append(path))
-    monkeypatch.setattr(prepared_writer, "_write_volume", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(writer.shutil, "rmtree", lambda path, **_: seen.append(path))
+    monkeypatch.setattr(writer, "_write_volume", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        prepared_writer.write_case(folder, case, np.zeros((2, 2, 2), np.int16), affine=AFFINE, windows=())
+        writer.write_case(folder, case, np.zeros((2, 2, 2), np.int16), affine=AFFINE, windows=())
     monkeypatch.undo()
     (half,) = seen
     (half / "case.json").write_text("{")
@@ -69,13 +71,13 @@ def test_an_empty_path_is_refused_by_every_command_that_writes(tmp_path, monkeyp
     for call, name in (
         (lambda: cohort.prepare("v.nii", "", SMALL), "OUT"),
         (lambda: cohort.prepare("", "../out", SMALL), "RAW"),
-        (lambda: token_commands.tokenize("v.nii", ""), "OUT"),
-        (lambda: token_commands.tokenize(" ", "out"), "SOURCE"),
-        (lambda: token_commands.reconstruct("v.nii", ""), "OUT"),
-        (lambda: token_commands.reconstruct("", "out"), "TOKENS"),
+        (lambda: commands.tokenize("v.nii", ""), "OUT"),
+        (lambda: commands.tokenize(" ", "out"), "SOURCE"),
+        (lambda: commands.reconstruct("v.nii", ""), "OUT"),
+        (lambda: commands.reconstruct("", "out"), "TOKENS"),
         (lambda: ask.ask("v.nii", [], out=""), "OUT"),
         (lambda: ask.ask("", []), "SCAN"),
-        (lambda: evaluate_language.evaluate(None, output_dir=""), "OUT"),
+        (lambda: evaluate.evaluate(None, output_dir=""), "OUT"),
     ):
         with pytest.raises(ValueError, match=f"{name} is empty"):
             call()

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from app import checkpoints
+from app.training import checkpoints
 from tests.runs import STAGE1, end_of, make_cohort, make_place, run_in, torchrun
 
 STEPS = {"warmup_steps": 4, "max_steps": 6, "i_save": 3, "val_interval": 3}

@@ -12,8 +12,9 @@ import time
 import pytest
 import torch
 
-from app import checkpoints
-from app.folder import RunFolder
+from app.tokens.tokenizer import find_tokenizer
+from app.training import checkpoints
+from app.training.run_folder import RunFolder
 from networks.presets import Preset
 from tests.runs import (
     NAMES,
@@ -276,11 +277,13 @@ def test_a_run_that_is_refused_before_its_first_step_leaves_the_earlier_one_wher
     before = snapshot(earlier)
     (place / "bad.pt").write_text("no checkpoint")
     if "learning_rate" in change:  # a loss that is no number at the first step
-        monkeypatch.setattr("app.stage_start.TrainStep._optimize", lambda *_: (_ for _ in ()).throw(ValueError("no")))
+        monkeypatch.setattr(
+            "app.training.initial_weights.TrainStep._optimize", lambda *_: (_ for _ in ()).throw(ValueError("no"))
+        )
     end = run_in(place, dataset_dir=cohort, output_dir="out", **{**STEPS, **change})
     assert end.status != 0
     assert {name: now for name, now in snapshot(earlier).items() if not name.startswith(".")} == before
-    assert not (place / "out.1").exists() and checkpoints.find_tokenizer(earlier).parent == earlier / "ckpts"
+    assert not (place / "out.1").exists() and find_tokenizer(earlier).parent == earlier / "ckpts"
     monkeypatch.undo()
     end = run_in(place, dataset_dir=cohort, output_dir="out", **{**STEPS, "warmup_steps": 2, "max_steps": 2})
     assert end.status == 0, end.err

@@ -7,8 +7,8 @@ import shutil
 import pytest
 import torch
 
-from app import checkpoints
-from app.training import TrainStep
+from app.training import checkpoints
+from app.training.step import TrainStep
 from tests.runs import make_place, rows_of, run_in, timeless, weights_of
 
 STEPS = {"max_steps": 6, "i_save": 3, "val_interval": 3}
