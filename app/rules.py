@@ -6,7 +6,7 @@ from typing import Any
 
 from app.language.phantom_text import PLACES
 from networks.losses import LOSS_TYPES
-from networks.presets import NORMS, PRESETS
+from networks.presets import NORMS, POOLS, PRESETS
 from networks.tokens import REDUCTIONS
 from transforms import RandTranslated
 from transforms.array import KEEPS, WINDOWS
@@ -146,6 +146,7 @@ RULES = {
     "num_embeddings": _count(2),
     "num_blocks": _count(0),
     "norm": _choice(*NORMS),
+    "pool": _choice(*POOLS),
     "pretrained_vae_path": Rule(str, "auto, null or a path", optional=True),
     "init_from": Rule(str, "a path"),
     "device": Rule(str, "cpu, or a CUDA device of this machine such as cuda:0", holds=_is_device),
