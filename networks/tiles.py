@@ -34,15 +34,16 @@ class Decoded(NamedTuple):
 
 
 @torch.no_grad()
-def encode_whole(network: SparseVQVAE, x: SparseTensor, *, max_points: int | None = None) -> Tokens:
+def encode_whole(
+    network: SparseVQVAE, x: SparseTensor, *, max_points: int | None = None, levels: int | None = None
+) -> Tokens:
     """`network.encode` of one volume with at most `max_points` rows of the finest level in work at a time."""
     if max_points is None or len(x) <= max_points or network.vq is None:
-        return network.encode(x)
+        return network.encode(x, levels=levels)
     if x.batch_size != 1 or max_points < 8:
         raise ValueError(f"parts need one volume and 8 voxels, got {x.batch_size} volumes and max_points {max_points}")
     latents, _ = network.encoder.from_half(_first_half(network, x, max_points))
-    codes = network.vq(latents.feats).codes
-    return Tokens(codes.int(), latents.coords, latents.spatial_shape, 1)
+    return network.tokens_of(latents, levels=levels)
 
 
 def _first_half(network: SparseVQVAE, x: SparseTensor, max_points: int) -> SparseTensor:

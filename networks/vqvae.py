@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from networks import losses
 from networks.fsq import FiniteScalarQuantizer
 from networks.presets import Preset, preset
-from networks.quantizer import VectorQuantizer
+from networks.quantizer import Quantized, VectorQuantizer
 from networks.residual import ResidualQuantizer, build_quantizer
 from networks.sparse.modules import (
     Doubling,
@@ -305,10 +305,18 @@ class SparseVQVAE(nn.Module):
         self.sizes = sizes
         self.encoder, self.vq, self.decoder, self.subdivision = encoder, vq, decoder, subdivision
 
-    def forward(self, x: SparseTensor, *, quantize: bool = True, seeds: list[int] | None = None) -> Reconstruction:
+    def forward(
+        self,
+        x: SparseTensor,
+        *,
+        quantize: bool = True,
+        seeds: list[int] | None = None,
+        levels: list[int] | None = None,
+    ) -> Reconstruction:
         """Encodes and decodes on the input's own voxels. Without quantising, training samples around the mean.
 
         `seeds`, one a sample, make a sample's noise its own, however the batch is split over micro-batches or ranks.
+        `levels`, one a sample: of how many quantiser levels each is decoded; all, where they are not given.
         """
         coarsest = x.level.prepare(halvings=3)
         for block in self.encoder.blocks:
@@ -317,7 +325,7 @@ class SparseVQVAE(nn.Module):
         zero = latents.feats.new_zeros(())
         codes, vq, commitment, kl = None, zero, zero, zero
         if quantize and self.vq is not None:
-            quantized = self.vq(latents.feats)
+            quantized = self._quantized(latents, levels)
             codes, values = quantized.codes, quantized.values
             vq = losses.mean_of_samples(quantized.vq, latents.level)
             commitment = losses.mean_of_samples(quantized.commitment, latents.level)
@@ -328,6 +336,12 @@ class SparseVQVAE(nn.Module):
                 values = values + (0.5 * log_var).exp() * noise_like(log_var, latents.level, seeds)
         recon, subdivision = self.decode_on(latents.replace(values), x.level)
         return Reconstruction(recon, codes, latents, vq, commitment, kl, subdivision)
+
+    def _quantized(self, latents: SparseTensor, levels: list[int] | None) -> Quantized:
+        if levels is None or not isinstance(self.vq, ResidualQuantizer):
+            return self.vq(latents.feats)
+        kept = torch.tensor(levels, device=latents.feats.device)
+        return self.vq(latents.feats, kept[latents.level.sample])
 
     def decode_on(self, latents: SparseTensor, level: Level) -> tuple[SparseTensor, Float[Tensor, ""]]:
         """Decodes the voxels of a known level; also the loss of predicting that level from the latents."""
@@ -342,12 +356,27 @@ class SparseVQVAE(nn.Module):
         return recon, torch.stack(errors).mean()
 
     @torch.no_grad()
-    def encode(self, x: SparseTensor) -> Tokens:
+    def encode(self, x: SparseTensor, *, levels: int | None = None) -> Tokens:
+        """Codes of the first `levels` of the quantiser's levels, or of all; (M,) where that is one."""
         if self.vq is None:
             raise ValueError("a continuous autoencoder has no codes: train stage 1 on it first")
-        latents, _ = self.encoder(x)
+        return self.tokens_of(self.encoder(x)[0], levels=levels)
+
+    @torch.no_grad()
+    def tokens_of(self, latents: SparseTensor, *, levels: int | None = None) -> Tokens:
+        """Codes of what the encoder gave."""
+        levels = self.check_levels(levels)
         codes = self.vq(latents.feats).codes
+        if codes.ndim == 2:
+            codes = codes[:, 0] if levels == 1 else codes[:, :levels]
         return Tokens(codes.int(), latents.coords, latents.spatial_shape, latents.batch_size)
+
+    def check_levels(self, levels: int | None) -> int:
+        """How many levels are meant; None means all there are."""
+        most = self.sizes.quantizer_levels
+        if levels is not None and not 1 <= levels <= most:
+            raise ValueError(f"levels must lie in 1..{most}, the levels of this tokenizer, got {levels}")
+        return most if levels is None else levels
 
     def latents_of(self, tokens: Tokens) -> SparseTensor:
         """Codebook rows on the latent grid."""
