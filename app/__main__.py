@@ -152,8 +152,8 @@ def check(
 ) -> None:
     """What is wrong with a prepared dataset or a text manifest, before any GPU time is spent."""
     with answering(as_json, debug) as answer:
-        from app.prepare.check import check as look
-        from app.prepare.check import lines
+        from app.check import check as look
+        from app.check import lines
 
         names = tuple(name.strip() for name in windows.split(",") if name.strip())
         checked = look(data, keep=keep, windows=names, spacing=spacing, min_points=min_points, image_root=image_root)
@@ -184,12 +184,12 @@ def tokenize(
 ) -> None:
     """Scans to token files."""
     with answering(as_json, debug) as answer:
-        from app import token_commands
+        from app.tokens import commands
 
-        done = token_commands.tokenize(
+        done = commands.tokenize(
             source, out, tokenizer=tokenizer, support=support, levels=levels, series=series, overwrite=overwrite
         )
-        answer.give(done, token_commands.lines(done), status=3 if done["refused"] else 0)
+        answer.give(done, commands.lines(done), status=3 if done["refused"] else 0)
 
 
 @app.command(epilog="Example: python -m app reconstruct tokens/case.npz case.nii.gz --like scan.nii.gz")
@@ -207,9 +207,9 @@ def reconstruct(
 ) -> None:
     """Token files back to CT volumes in HU, in world coordinates."""
     with answering(as_json, debug) as answer:
-        from app import token_commands
+        from app.tokens import commands
 
-        done = token_commands.reconstruct(
+        done = commands.reconstruct(
             tokens,
             out,
             tokenizer=tokenizer,
@@ -218,7 +218,7 @@ def reconstruct(
             levels=levels,
             overwrite=overwrite,
         )
-        answer.give(done, token_commands.lines(done), status=3 if done["refused"] else 0)
+        answer.give(done, commands.lines(done), status=3 if done["refused"] else 0)
 
 
 @app.command(epilog='Example: python -m app ask scan.nii.gz "Is there a nodule in the left lung?"')
@@ -270,11 +270,11 @@ def evaluate(
 ) -> None:
     """Scores of an aligned model beside what they are worth without the image."""
     with answering(as_json, debug) as answer:
-        from app.language import evaluate_language
-        from app.language.language_evaluation import table_lines
+        from app.evaluation import evaluate
+        from app.evaluation.answer_scores import table_lines
 
         options = {"seed": seed, "split": split, "num_phantoms": num_phantoms}
-        result = evaluate_language.evaluate(
+        result = evaluate.evaluate(
             data,
             align=align,
             tokenizer=tokenizer,
@@ -283,7 +283,7 @@ def evaluate(
             skip_bad=skip_bad,
             options={**options, "batch_size": batch_size, "max_new_tokens": max_new_tokens},
         )
-        answer.give(result, table_lines(result), status=evaluate_language.status_of(result))
+        answer.give(result, table_lines(result), status=evaluate.status_of(result))
 
 
 if __name__ == "__main__":

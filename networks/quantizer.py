@@ -63,7 +63,7 @@ def _fused(rows: Float[Tensor, "N D"]) -> ModuleType | None:
 @cache
 def _proven_search(index: int) -> ModuleType | None:
     try:
-        kernels = importlib.import_module("networks.code_search")
+        kernels = importlib.import_module("networks.kernels.code_search")
         codebook = torch.eye(16, device=torch.device("cuda", index))
         if kernels.nearest_codes(codebook[[3, 0, 9]], codebook).tolist() == [3, 0, 9]:
             return kernels

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from monai.bundle import run
 
-from app.inference import CTTokenizer
-from app.scans import Volume
-from app.token_files import write_tokens
+from app.tokens.open_scan import Volume
+from app.tokens.token_files import write_tokens
+from app.tokens.tokenizer import CTTokenizer
 from networks import make_vqvae
 from networks.qwen import save_language
 from networks.tiny_qwen import build_tiny

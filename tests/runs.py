@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import re
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from app import checkpoints, phantoms, prepared_writer
+from app.dataset import writer
+from app.phantoms import phantoms
+from app.training import checkpoints
 from transforms.array import DEFAULT_WINDOWS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,11 +62,9 @@ def make_cohort(out: Path, *, splits=("train",) * 3 + ("val",) * 2, change=lambd
     for index, split in enumerate(splits):
         made = phantoms.make_phantom(index, size=SIZE, spacing=SPACING)
         hu = change(made.hu, index)
-        case = prepared_writer.write_case(out, f"case_{index}", hu, affine=made.affine, windows=DEFAULT_WINDOWS)
-        rows.append(
-            {**prepared_writer.metadata_row(case, windows=DEFAULT_WINDOWS), "patient": f"p{index}", "split": split}
-        )
-    prepared_writer.write_metadata(out, rows)
+        case = writer.write_case(out, f"case_{index}", hu, affine=made.affine, windows=DEFAULT_WINDOWS)
+        rows.append({**writer.metadata_row(case, windows=DEFAULT_WINDOWS), "patient": f"p{index}", "split": split})
+    writer.write_metadata(out, rows)
     return out
 
 
@@ -97,12 +98,15 @@ def run_in(folder: Path, config: str = STAGE1, *, run_id: str = "training", **se
         patch.setattr(
             "absl.logging.PythonHandler.close", lambda _: None
         )  # tensorboard's: it would close pytest's stream
+        signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             status = _status_of_run()
         finally:
             sys.excepthook = hook
+            for number, handler in signals.items():
+                signal.signal(number, handler)
             for worker in multiprocessing.active_children():  # as the end of the process would
                 worker.terminate()
                 worker.join()
@@ -136,9 +140,21 @@ def start_in(folder: Path, config: str = STAGE1, *, run_id: str = "training", la
     number = len(list(folder.glob("process_*.out")))
     said, complained = (folder / f"process_{number}.{end}" for end in ("out", "err"))
     with open(said, "w") as out, open(complained, "w") as err:  # a pipe that nobody reads would block the run
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=err)
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+            preexec_fn=_heed_ctrl_c,
+        )  # a group of its own, so that a signal can be sent to its workers as well
     process.said, process.complained = said, complained
     return process
+
+
+def _heed_ctrl_c():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has none
 
 
 def torchrun(*options):

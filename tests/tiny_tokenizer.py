@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from app import checkpoints
-from app.inference import CTTokenizer
-from app.scans import Volume
+from app.tokens.open_scan import Volume
+from app.tokens.tokenizer import CTTokenizer
+from app.training import checkpoints
 from networks import make_vqvae
 
 AFFINE = np.array([[6.0, 0, 0, -150], [0, 6.0, 0, -130], [0, 0, 8.0, -900], [0, 0, 0, 1]])

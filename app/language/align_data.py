@@ -21,15 +21,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from app.language import chat
-from app.language.phantom_text import balance, mirrored, phantom_rows
-from app.language.rows import TextRow
 from app.language.volume_tokens import Reducer, TokenSource, VolumeTokens, encode_sparse
-from app.loaders import StepSampler
-from app.phantoms import VERSION, make_phantom
-from app.preflight import fail
-from app.scans import as_it_lies
-from app.token_commands import progress
-from app.whole_files import write_text
+from app.phantoms.phantoms import VERSION, make_phantom
+from app.phantoms.sentences import balance, mirrored, phantom_rows
+from app.shared.atomic_files import write_text
+from app.shared.refusals import fail
+from app.shared.terminal import progress
+from app.text.rows import TextRow
+from app.tokens.open_scan import as_it_lies
+from app.training.loaders import CaseLoader, StepSampler
 from networks.sparse import SparseTensor
 from networks.tokens import TokenSequence, reduce_tokens
 
@@ -190,14 +190,17 @@ def encode_rows(
     rows: Iterable[TextRow], source: TokenSource, *, skip_bad: bool = False
 ) -> tuple[dict[str, VolumeTokens], list[str]]:
     """Tokens of every image once, before training; what cannot be read is named, and ends the run unless skipped."""
-    wanted = {row.image: row.path for row in rows}
+    wanted: dict[str, TextRow] = {}
+    for row in rows:
+        if wanted.setdefault(row.image, row).path != row.path:
+            fail("BAD_MANIFEST", f"{row.image} names two scans: {wanted[row.image].path}, {row.path}", "rename one")
     volumes, bad = {}, []
 
     def encode(image: str) -> None:
         try:
-            if wanted[image] is None:
-                raise ValueError("no such file")
-            volumes[image] = source(wanted[image])
+            if wanted[image].path is None:
+                raise ValueError(wanted[image].missing)
+            volumes[image] = source(wanted[image].path)
         except (ValueError, OSError, KeyError, EOFError) as error:
             bad.append(image)
             reason = str(error).splitlines()[0]
@@ -264,9 +267,12 @@ def phantom_case(
         # the grid is centred, so that the affine of the mirror image is the same
         source.cached(f"{name}_mirrored", lambda: as_it_lies(made().hu[::-1].copy(), made().affine)),
     )
-    if not file.is_file():
-        write_text(file, json.dumps(made().findings) + "\n")
-    return json.loads(file.read_text(encoding="utf-8")), tokens
+    try:
+        findings = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # not there yet, or damaged
+        findings = made().findings
+        write_text(file, json.dumps(findings) + "\n")
+    return findings, tokens
 
 
 def builtin(
@@ -293,7 +299,7 @@ def make_loader(
 ) -> DataLoader:
     """One long epoch of `max_steps` batches; each a list of micro-batches split by sample."""
     sampler = StepSampler(len(dataset), batch_size=batch_size, max_steps=max_steps, seed=seed)
-    return DataLoader(
+    return CaseLoader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,

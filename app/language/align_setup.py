@@ -19,15 +19,16 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from app import checkpoints
-from app.inference import CTTokenizer
 from app.language import align_data, chat
-from app.language.manifests import check_rows, read_rows
-from app.language.rows import TextRow
-from app.language.volume_tokens import Reducer, TokenSource, VolumeTokens, hash_path
-from app.preflight import fail
-from app.stage_start import STAGE1_COMMAND, train_demo_stage1
-from app.whole_files import write_text
+from app.language.volume_tokens import Reducer, TokenSource, VolumeTokens
+from app.shared.atomic_files import write_text
+from app.shared.hashes import hash_path
+from app.shared.refusals import fail
+from app.text.manifests import check_rows, read_rows
+from app.text.rows import TextRow
+from app.tokens.tokenizer import CTTokenizer, find_tokenizer
+from app.training import checkpoints
+from app.training.initial_weights import STAGE1_COMMAND, train_demo_stage1
 from networks import qwen
 from networks.projector import Projector
 from networks.sparse.ops import defect
@@ -147,7 +148,7 @@ class FrozenTokenizer:
             if scale != "demo":
                 fail("NO_TOKENIZER", "there is no tokenizer yet", f"first run {STAGE1_COMMAND}, or pass --vae_ckpt")
             train_demo_stage1("NO_TOKENIZER")
-        self.file = checkpoints.find_tokenizer(path)
+        self.file = find_tokenizer(path)
         self.ct = CTTokenizer.from_pretrained(self.file, device=device)
         self.network: SparseVQVAE = self.ct.network.requires_grad_(False)
         self.hash = self.ct.digest

@@ -18,17 +18,11 @@ from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.utils.data import Dataset
 
-from app import checkpoints
-from app.checkpoints import unwrapped
 from app.language.align_setup import FrozenTokenizer, Language, check_same, write_train_args
-from app.training import (
-    AMP_TYPES,
-    mean_of_ranks,
-    resume_optimizer,
-    seed_step,
-    step_optimizer,
-    stop_if_not_finite,
-)
+from app.training import checkpoints
+from app.training.checkpoints import unwrapped
+from app.training.step import AMP_TYPES, mean_of_ranks, resume_optimizer, seed_step, step_optimizer, stop_if_not_finite
+from app.training.stopping import StopWhenAsked
 from networks.qwen import save_language
 
 log = logging.getLogger(__name__)
@@ -110,9 +104,10 @@ class AlignHandlers:
         engine.add_event_handler(completed(event_filter=due(self.every["epoch"])), self._save_epoch)
         engine.add_event_handler(completed(event_filter=due(self.every["i_save"])), self._save)
         engine.add_event_handler(Events.COMPLETED, self._save_final)
+        StopWhenAsked(save=self._save, output_dir=self.folder.output_dir).attach(engine)
 
     def _start(self, engine: SupervisedTrainer) -> None:
-        step = self.folder.start_step
+        step = engine.last_saved_step = self.folder.start_step
         if step is not None:
             check_same(Path(self.folder.path), self._record())
             stored = checkpoints.read_tensors(checkpoints.step_file(self.folder.path, self.folder.name, step))
@@ -127,7 +122,6 @@ class AlignHandlers:
                 engine._process_function.scaler.load_state_dict(misc["scaler"])
             engine.state.iteration = step
             engine.data_loader.sampler.start = step
-            engine.last_saved_step = step
             log.info("resumed at step %d", step)
         self.folder.begin(self.network)
         ended = step is not None and step >= engine.state.epoch_length
@@ -160,6 +154,9 @@ class AlignHandlers:
             adapter = self.language.adapter  # kept in a folder of its own: taken out of the model that is saved
             model = self.language.model if adapter is None else adapter.unload()
             save_language(model, self.language.tokenizer, Path(self.folder.path) / "language_final")
+
+        if idist.get_rank() == 0:
+            self.folder.record_end(then="Next: python -m app evaluate, or ask, with this folder")
 
     def _write(self, suffix: str) -> None:
         """The projector and, where there is one, the adapter; written beside and renamed."""

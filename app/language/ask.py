@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from app.language.assistant import NOTICE, CTAssistant, Scan
-from app.preflight import fail
+from app.shared.refusals import fail, refuse_empty
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +27,9 @@ def ask(
     max_new_tokens: int = 256,
 ) -> dict[str, Any]:
     """Answers for a scan, or for every scan of a folder (then into a jsonl file, refusals into failures.csv beside)."""
+    refuse_empty(source, name="SCAN")
+    if out is not None:
+        refuse_empty(out)
     path = Path(source)
     if not path.exists():
         fail("NO_SOURCE", f"{source} does not exist", "give a scan, a prepared case or dataset, or token files")

@@ -16,19 +16,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from app import checkpoints, prepared, scans
+from app.dataset import prepared
 from app.language import chat
 from app.language.align_setup import FrozenTokenizer, identify, make_collate
 from app.language.align_training import to_device
-from app.language.rows import REPORT_QUESTION
-from app.language.volume_tokens import VolumeTokens, as_tensors, hash_path
-from app.preflight import fail
+from app.language.volume_tokens import VolumeTokens, as_tensors
 from app.prepare import Refused
 from app.prepare.gate import Rules
 from app.prepare.survey import survey
 from app.prepare.volume import read_item
-from app.token_files import CTTokens, read_tokens
-from app.training import choose_device
+from app.shared.devices import choose_device
+from app.shared.hashes import hash_path
+from app.shared.refusals import fail
+from app.text.rows import REPORT_QUESTION
+from app.tokens import open_scan
+from app.tokens.token_files import CTTokens, read_tokens
+from app.training import checkpoints
 from networks import qwen
 from networks.projector import Projector
 from networks.tokens import TokenSequence
@@ -177,7 +180,7 @@ class CTAssistant:
         return len(encoded.input_ids) + num_tokens <= qwen.context_length(self.model.language)
 
     def open(self, source: Any) -> Scan:
-        """Tokens with their origin of a token file, or of what `app.scans` calls a scan."""
+        """Tokens with their origin of a token file, or of what `app.tokens.open_scan` calls a scan."""
         path = Path(source) if isinstance(source, str | Path) else None
         if path is not None and path.suffix == ".npz":
             return self._of_file(path)
@@ -193,13 +196,13 @@ class CTAssistant:
         origin |= {"tokens_sha256": hash_path(path), **_series(tokens)}
         return Scan(path.stem, as_tensors(tokens), origin, path.name)
 
-    def _of_scan(self, scan: scans.Scan, *, source: str) -> Scan:
+    def _of_scan(self, scan: open_scan.Scan, *, source: str) -> Scan:
         tokens = self.tokenizer.ct.encode(scan)
         return Scan(scan.name, as_tensors(tokens), {"scan_sha256": scan.source_hash, **_series(tokens)}, source)
 
     def open_all(self, path: Path) -> Iterator[Scan | ValueError]:
         """Everything of a folder: token files, prepared cases or raw scans; what is refused comes as its refusal."""
-        if scans.is_case(path) or path.is_file():
+        if open_scan.is_case(path) or path.is_file():
             yield self._tried(path)
         elif files := sorted(path.glob("*.npz")):
             yield from map(self._tried, files)

@@ -4,7 +4,6 @@ Encoding is the slow part of alignment and never changes while the tokenizer is 
 and kept under the tokenizer's hash. Turns codes into codebook vectors; knows no text.
 """
 
-import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +13,12 @@ import torch
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
-from app import prepared, scans
-from app.inference import CTTokenizer
-from app.token_files import CTTokens, read_tokens, write_tokens
-from app.training import to_sparse
+from app.dataset import prepared
+from app.shared.hashes import hash_path
+from app.tokens import open_scan
+from app.tokens.token_files import CTTokens, read_tokens, write_tokens
+from app.tokens.tokenizer import CTTokenizer
+from app.training.step import to_sparse
 from networks.sparse import SparseTensor
 from networks.tokens import TokenSequence, reduce_tokens
 from networks.vqvae import SparseVQVAE
@@ -74,9 +75,9 @@ class TokenSource:
         """Tokens of a token file, a prepared case or a raw scan."""
         if path.suffix == ".npz":
             return self.read(path)
-        if scans.is_case(path):
+        if open_scan.is_case(path):
             return self.cached(case_key(path), lambda: prepared.open_case(path))
-        return self.cached(f"scan.{hash_path(path)[:24]}", lambda: path)
+        return self.cached(f"scan.{open_scan.raw_hash(path)[:24]}", lambda: path)
 
     def cached(self, key: str, scan: Callable[[], Any]) -> VolumeTokens:
         """Tokens kept under this key; else those of `scan()`, encoded now and kept."""
@@ -97,25 +98,15 @@ class TokenSource:
 
 
 def case_key(path: Path) -> str:
-    """Name of a prepared case that changes when it is prepared in another way."""
-    sidecar = path / "case.json"
-    return f"{path.name}.{hash_path(sidecar if sidecar.is_file() else path)[:16]}"
+    """Name of a prepared case that changes with its scan and when it is prepared in another way.
+
+    A sidecar that names no scan, as older trees have it, says nothing of the files beside it.
+    """
+    case = prepared.open_case(path)
+    mark = hash_path(path / "case.json") if case.sidecar.get("source_hash") else case.content_hash
+    return f"{path.name}.{mark[:16]}"
 
 
 def as_tensors(tokens: CTTokens) -> VolumeTokens:
     """What a language model reads: of several codes a cell the first."""
     return VolumeTokens(torch.from_numpy(tokens.first_levels(1)), torch.from_numpy(tokens.coords), tokens.latent_shape)
-
-
-def hash_path(path: str | Path) -> str:
-    """sha256 of a file's bytes; of a folder the hash over its files' relative names and hashes."""
-    path = Path(path)
-    digest = hashlib.sha256()
-    if path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            digest.update(f"{file.relative_to(path)} {hash_path(file)}\n".encode())
-        return digest.hexdigest()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

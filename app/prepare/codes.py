@@ -71,13 +71,17 @@ CODES = MappingProxyType(
         "ASSUMED_HU": _warned(
             "values were taken for HU because --assume-hu says so", "check the HU range in case.json"
         ),
+        "DERIVED_SERIES": _warned(
+            "the image type says DERIVED or SECONDARY: rewritten by other software",
+            "prefer the scanner's own series where there is one",
+        ),
         "LABELS": _skipped(
             "labels, no scan: taken along with the scan they belong to", "nothing to do; name them with --organs"
         ),
         "NOT_CT": Code(
             ("skipped", "refused"),
-            "no CT volume: text, RTSTRUCT, screen shot (skipped); MR, PET, secondary or projected image (refused)",
-            "give the original CT series; one derived series can be asked for with --series UID",
+            "no CT volume: text, RTSTRUCT, screen shot (skipped); MR, PET, reformatted or projected image (refused)",
+            "give the axial CT series; one reformatted series can be asked for with --series UID",
         ),
         "NOT_HU": _refused(
             "values are not HU: 8-bit, 0..1, windowed, rescaled twice or never",
@@ -99,6 +103,10 @@ CODES = MappingProxyType(
         "MIXED_GEOMETRY": _refused(
             "slices of one series do not make one stack (matrix, spacing, orientation, position)",
             "separate the stacks, each with a series UID of its own",
+        ),
+        "MIXED_IDENTITY": _refused(
+            "slices of two patients, studies or frames of reference under one series UID",
+            "separate them, each with a series UID of its own",
         ),
         "MULTI_FRAME_UNSUPPORTED": _refused(
             "a multi-frame file without the functional groups of Enhanced CT", "export as classic CT slices"

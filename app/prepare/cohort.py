@@ -5,9 +5,11 @@ writes the same bytes. One function makes a case, whether in this process, in wo
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import traceback
@@ -16,8 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from app import prepared, prepared_writer
-from app.language.manifests import read_rows
+from app.dataset import prepared, writer
 from app.prepare import names, preview
 from app.prepare.codes import CODES, Refused, bare
 from app.prepare.files import hash_of
@@ -28,6 +29,8 @@ from app.prepare.survey import Item, survey
 from app.prepare.text import join_text
 from app.prepare.volume import read_item
 from app.prepare.workers import busy, only_run, run_jobs, worker_count
+from app.shared.refusals import refuse_empty
+from app.text.manifests import read_rows
 from transforms import array
 
 
@@ -110,6 +113,8 @@ NOTHING_MORE = Request()
 def prepare(raw: str | Path, out: str | Path, settings: Settings = DEFAULTS, request: Request = NOTHING_MORE) -> Report:
     """Prepares everything below RAW into OUT; raises ValueError for a call that cannot be meant."""
     start = time.perf_counter()
+    refuse_empty(raw, name="RAW")
+    refuse_empty(out)
     root, out = os.path.abspath(raw), Path(os.path.abspath(out))
     _check_call(root, out, settings)
     with only_run(out):
@@ -125,12 +130,13 @@ def _prepare(root: str, out: Path, settings: Settings, request: Request, start: 
     named = _name(items, root, key, settings.keep_names)
     _check_settings(out, {dataset for _, dataset, _ in named}, settings, request)
     names.write_sources(out, [(dataset, case, item.source) for item, dataset, case in named])
-    _clear_leftovers(out)
+    folders = {out / dataset for _, dataset, _ in named}
+    _clear_leftovers(folders)
     jobs = _jobs(named, root, out, key, settings, rules, request)
     outcomes = [_not_planned(*entry) for entry in named if entry[0].plan is None]
     workers = 0 if request.cluster else worker_count(request.workers, _bytes_for(jobs, settings), len(jobs))
     outcomes += run_jobs(prepare_case, jobs, failed=_failed, workers=workers, cluster=request.cluster)
-    _clear_leftovers(out)
+    _clear_leftovers(folders)
     if not any(o.status in ("ok", "refused", "failed") for o in outcomes):
         outcomes.append(Outcome("", "", ".", "refused", ("NO_CASES",), "nothing below RAW is a CT volume"))
     outcomes.sort(key=lambda o: (o.dataset, o.source, o.case))
@@ -138,7 +144,7 @@ def _prepare(root: str, out: Path, settings: Settings, request: Request, start: 
     if request.text is not None:
         cases = {(o.dataset, o.case): o.source for o in outcomes if o.status == "ok"}
         lost = {(o.dataset, o.case): o.source for o in outcomes if o.status in ("refused", "failed")}
-        join_text(text, out, cases, lost)
+        join_text(text, out, cases, lost, root=root if os.path.isdir(root) else os.path.dirname(root))
     return Report(tuple(outcomes), time.perf_counter() - start)
 
 
@@ -255,7 +261,7 @@ def prepare_case(job: Job) -> Outcome:
     """Makes one case, or finds it made from the same bytes; never raises for what its input does."""
     outcome = Outcome(job.case, Path(job.folder).name, job.item.source, "ok", ())
     try:
-        refs = (*job.item.refs, *(label.ref for label in job.item.labels))
+        refs = (*job.item.refs, *(ref for label in job.item.labels for ref in label.refs))
         recipe = _recipe(job, hash_of(refs))
         done = _finished(job, recipe)
         sidecar = _make(job, recipe) if done is None else done
@@ -263,10 +269,12 @@ def prepare_case(job: Job) -> Outcome:
         return outcome._replace(status=refused.finding.kind, codes=(refused.code,), message=refused.message)
     except MemoryError:
         return outcome._replace(status="failed", message="not enough memory; use fewer workers or a smaller size")
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # no other case would fare better
+            raise
+        return outcome._replace(status="failed", message=_place_of(error))
     except Exception as error:  # a fault of ours must not end the cohort; its text may hold names, its place cannot
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{os.path.basename(last.filename)}:{last.lineno}"
-        return outcome._replace(status="failed", message=f"{type(error).__name__} at {place}")
+        return outcome._replace(status="failed", message=_place_of(error))
     return outcome._replace(
         codes=tuple(sidecar["codes"]),
         message="; ".join(sidecar["notes"]),
@@ -274,6 +282,11 @@ def prepare_case(job: Job) -> Outcome:
         spacing=tuple(sidecar["spacing"]),
         hu_range=tuple(sidecar["hu_range"]),
     )
+
+
+def _place_of(error: Exception) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} at {os.path.basename(last.filename)}:{last.lineno}"
 
 
 def _failed(job: Job) -> Outcome:
@@ -292,9 +305,11 @@ def _finished(job: Job, recipe: str) -> dict[str, Any] | None:
     file = Path(job.folder) / "processed" / job.case / "case.json"
     if job.overwrite or not file.is_file():
         return None
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # damaged, or made by older software
         sidecar = json.loads(file.read_text())
-        if sidecar.get("recipe") == recipe and (not job.preview or preview.path_of(job.folder, job.case).is_file()):
+        whole = sidecar["files"].items() <= writer.sizes_of(file.parent).items()
+        seen = not job.preview or preview.path_of(job.folder, job.case).is_file()
+        if sidecar["recipe"] == recipe and whole and seen:
             return sidecar
     return None
 
@@ -323,7 +338,7 @@ def _make(job: Job, recipe: str) -> dict[str, Any]:
     del volume
     if job.preview:
         preview.write(job.folder, job.case, on_grid.hu, settings.windows, settings.spacing)
-    case = prepared_writer.write_case(
+    case = writer.write_case(
         job.folder,
         job.case,
         on_grid.hu,
@@ -339,10 +354,17 @@ def _make(job: Job, recipe: str) -> dict[str, Any]:
 # ---- tables
 
 
-def _clear_leftovers(out: Path) -> None:
-    """Half-written folders of a killed run, or of a killed worker of this one."""
-    for left in [*out.glob("*/processed/.*"), *out.glob("*/.*.*"), *out.glob("*/previews/.*")]:
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+def _clear_leftovers(folders: Iterable[Path]) -> None:
+    """What a killed run, or a killed worker of this one, half wrote into datasets; nothing that others put there."""
+    tables = re.compile(rf"\.\d+\.({'|'.join(map(re.escape, writer.DATASET_FILES))})")
+    for folder in folders:
+        for place, pattern in (("", tables), ("previews", preview.UNFINISHED)):
+            for left in (folder / place).glob(".*"):
+                if pattern.fullmatch(left.name) and left.is_file():
+                    left.unlink()
+        for left in (folder / "processed").glob(".*"):
+            if writer.UNFINISHED.fullmatch(left.name) and left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
 
 
 def _write_tables(out: Path, outcomes: Sequence[Outcome], settings: Settings, request: Request) -> None:
@@ -356,30 +378,38 @@ def _write_tables(out: Path, outcomes: Sequence[Outcome], settings: Settings, re
         organs = organs if settings.keep_names else {"*": organs.get("*", {})} if organs else {}
         config = {"size": settings.size, "spacing": settings.spacing, "windows": _window_table(settings.windows)}
         config |= {"settings": _settings_json(settings), "organ_mapping": organs}
-        prepared_writer.write_dataset_config(folder, config)
-        prepared_writer.write_metadata(folder, _rows(folder, settings))
+        writer.write_dataset_config(folder, config)
         failures = [o for o in members if o.status in ("refused", "failed")]
-        prepared_writer.write_failures(folder, [_failure(o, settings.keep_names) for o in failures])
+        writer.write_metadata(folder, _rows(folder, settings, {o.case for o in failures}))
+        writer.write_failures(folder, [_failure(o, settings.keep_names) for o in failures])
 
 
 def _window_table(windows: Iterable[str]) -> dict[str, list[int]]:
     return {name: list(array.WINDOWS[name]) for name in windows}
 
 
-def _rows(folder: Path, settings: Settings) -> Iterator[dict[str, str]]:
+def _rows(folder: Path, settings: Settings, stale: set[str]) -> Iterator[dict[str, str]]:
+    """Of every case that lies there; `stale` are those whose source gives no case any more."""
     processed = folder / "processed"
     for path in sorted(processed.iterdir()) if processed.is_dir() else ():
-        if not path.name.startswith("."):
-            case = prepared.open_case(path)
-            row = prepared_writer.metadata_row(case, windows=settings.windows)
-            side = case.sidecar
-            yield {**row, "patient": side.get("patient", case.patient), "split": side.get("split", case.split)}
+        if path.name.startswith(".") or not (path / "case.json").is_file():
+            continue
+        try:
+            case = prepared.open_case(path, row={})
+            status = "stale" if case.case_id in stale else "ok"
+            row = writer.metadata_row(case, windows=settings.windows, status=status)
+        except (ValueError, KeyError):  # one that this run did not make
+            yield {"case_id": path.name, "status": "damaged"}
+            continue
+        side = case.sidecar
+        yield {**row, "patient": side.get("patient", case.patient), "split": side.get("split", case.split)}
 
 
 def _failure(outcome: Outcome, keep_names: bool) -> dict[str, str]:
     remedies = [CODES[code].remedy for code in outcome.codes] or ["see the message; report it if it looks like a fault"]
+    source = outcome.source.encode("utf-8", "backslashreplace").decode()  # a file's name may be no text
     return {
-        "source": outcome.source if keep_names else outcome.case,
+        "source": source if keep_names else outcome.case,
         "status": outcome.status,
         "codes": " ".join(outcome.codes),
         "message": outcome.message,

@@ -14,24 +14,20 @@ import numpy as np
 from jaxtyping import Float
 
 from app.prepare.codes import Finding, Refused, found
-from app.prepare.headers import CT, ENHANCED_CT, SliceHeader
+from app.prepare.headers import SliceHeader
+from app.prepare.slice_rules import NO_RULES, SPACING_LIMITS, Rules, kinds_of, reason_against, reason_of_pixels
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 MIN_SLICES = 5
-MAX_SIDE = 8192  # pixels a side
 MAX_VOXELS = 1 << 30
-SPACING_LIMITS = (0.01, 50.0)  # mm, in the plane and between slices
 SAME_GEOMETRY = 1e-3  # by which direction cosines, and mm of pixel spacing, of one stack may differ
 SAME_PLACE = 0.01  # share of a step within which two slices lie at one position
 EVEN = 0.02  # share of a step (or of a mm) by which an even stack's slices may lie off
 GAP = 0.05  # share by which a step may differ from a multiple of the usual one to be a gap
 MAX_GAP = 64  # usual steps that may be missing in one place
 DRIFT = 0.1  # mm by which slices may lie off the line of a stack, in the plane
-DERIVED = {"SECONDARY", "MPR", "REFORMATTED", "MIP", "MINIP", "MNIP", "VRT", "PROJECTION IMAGE", "SCREEN SAVE"}
-STORAGE = "1.2.840.10008.5.1.4.1.1."
-SECONDARY_CAPTURE = STORAGE + "7"
-HU_TYPES = {"", "HU", "US"}
-NO_DECODER = {"1.2.840.10008.1.2.4.53", "1.2.840.10008.1.2.4.55"}
+REWRITTEN = {"DERIVED", "SECONDARY"}  # say who wrote the file, not what it shows
+MIXED = {"patient": "patients", "study": "studies", "frame_of_reference": "frames of reference"}
 LOSSY = {
     "1.2.840.10008.1.2.4.50",
     "1.2.840.10008.1.2.4.51",
@@ -39,17 +35,6 @@ LOSSY = {
     "1.2.840.10008.1.2.4.91",
     "1.2.840.10008.1.2.4.203",
 }
-
-
-class Rules(NamedTuple):
-    """What the user allowed or asked for."""
-
-    allow_gaps: bool = False
-    assume_hu: bool = False
-    series: str | None = None
-
-
-NO_RULES = Rules()
 
 
 class Stack(NamedTuple):
@@ -83,11 +68,12 @@ def judge(slices: Sequence[SliceHeader], rules: Rules = NO_RULES) -> list[Verdic
 
 
 def _series_key(header: SliceHeader) -> tuple:
-    """The series UID; without one, patient and geometry; multi-frame files stand alone."""
+    """The series UID; without one, identity and geometry; multi-frame files stand alone."""
     alone = header.ref if header.frames > 1 else None
     if header.series:
         return header.series, alone
-    return "", alone, header.patient, header.modality, *_geometry(header)
+    identity = header.patient, header.study, header.frame_of_reference
+    return "", alone, *identity, header.modality, *_geometry(header)
 
 
 def _judge_series(group: list[SliceHeader], rules: Rules) -> list[Verdict]:
@@ -96,7 +82,7 @@ def _judge_series(group: list[SliceHeader], rules: Rules) -> list[Verdict]:
     good, verdicts = [], []
     reasons: dict[tuple, list[SliceHeader]] = defaultdict(list)
     for header in group:
-        reason = _reason(header, rules)
+        reason = reason_against(header, rules)
         if reason is None:
             good.append(header)
         else:
@@ -105,6 +91,8 @@ def _judge_series(group: list[SliceHeader], rules: Rules) -> list[Verdict]:
         verdicts.append(_refuse(members, Refused(code, message, skipped=skipped)))
     if not good:
         return verdicts
+    if (apart := _why_not_one_series(good)) is not None:
+        return [*verdicts, _refuse(good, apart)]
     split = _split(good)
     if isinstance(split, Refused):
         return [*verdicts, _refuse(good, split)]
@@ -122,72 +110,24 @@ def _judge_series(group: list[SliceHeader], rules: Rules) -> list[Verdict]:
     return verdicts
 
 
+def _why_not_one_series(good: list[SliceHeader]) -> Refused | None:
+    """What slices of one series may not differ in, whatever their geometry."""
+    for name in ("patient", "study", "frame_of_reference"):
+        count = len({getattr(header, name) for header in good})
+        if count > 1:
+            return Refused("MIXED_IDENTITY", f"one series UID, but {count} {MIXED[name]}")
+    if not all(header.rescale_readable for header in good):
+        return Refused("CORRUPT_FILE", "a rescale slope or intercept that is no number")
+    pairs = {(header.slope is None, header.intercept is None) for header in good}
+    if pairs not in ({(True, True)}, {(False, False)}):
+        return Refused("CORRUPT_FILE", "rescale slope and intercept are missing in some slices, or one of them in all")
+    if len({(h.bits_allocated, h.bits_stored, h.high_bit, h.signed) for h in good}) > 1:
+        return Refused("CORRUPT_FILE", "slices of one series store their pixels in different bits, or signs")
+    return None
+
+
 def _refuse(members: Sequence[SliceHeader], refused: Refused) -> Verdict:
     return Verdict(tuple(members), finding=refused.finding)
-
-
-def _reason(header: SliceHeader, rules: Rules) -> Refused | None:
-    """Why one slice cannot be part of a CT volume, from its own header."""
-    asked = rules.series is not None and header.series == rules.series
-    kinds = {part.strip().upper() for part in header.image_type}
-    if header.modality != "CT" and header.sop_class not in (CT, *ENHANCED_CT):
-        image = header.rows is not None and header.columns is not None
-        return Refused("NOT_CT", "no CT modality" if image else "a DICOM object without an image", skipped=not image)
-    if header.modality not in ("", "CT"):
-        return Refused("NOT_CT", "the modality is not CT")
-    if header.rows is None and header.columns is None:
-        return Refused("NOT_CT", "a DICOM object without an image", skipped=True)
-    if "LOCALIZER" in kinds or "SCOUT" in kinds:
-        return Refused("LOCALIZER", "the image type says localizer")
-    if (header.samples or 1) != 1 or header.photometric.startswith(("RGB", "YBR", "PALETTE")):
-        return Refused("RGB", f"{header.samples} samples a pixel")
-    if header.sop_class.startswith(SECONDARY_CAPTURE):
-        return Refused("NOT_CT", "a secondary capture", skipped=True)
-    if header.sop_class.startswith(STORAGE) and header.sop_class not in (CT, *ENHANCED_CT):
-        return Refused("NOT_CT", "not stored as a CT image")
-    if kinds & DERIVED and not asked:
-        return Refused("NOT_CT", "the image type says secondary, reformatted or projected")
-    if header.frames > 1 and not header.position:
-        return Refused("MULTI_FRAME_UNSUPPORTED", f"{header.frames} frames without a position each")
-    if header.frames > 1 and header.sop_class == CT:
-        return Refused("MULTI_FRAME_UNSUPPORTED", f"{header.frames} frames in a classic CT file")
-    return _reason_of_pixels(header, rules) or _reason_of_geometry(header)
-
-
-def _reason_of_pixels(header: SliceHeader, rules: Rules) -> Refused | None:
-    sides = (header.rows or 0, header.columns or 0)
-    if min(sides) < 2 or max(sides) > MAX_SIDE:
-        return Refused("CORRUPT_FILE", f"a matrix of {sides[0]} x {sides[1]} pixels")
-    allocated, stored = header.bits_allocated, header.bits_stored
-    if allocated not in (8, 16, 32) or stored is None or not 1 <= stored <= allocated:
-        return Refused("CORRUPT_FILE", f"{stored} of {allocated} bits a pixel")
-    if header.syntax in NO_DECODER:
-        return Refused("DECODER_MISSING", f"transfer syntax {header.syntax}")
-    if rules.assume_hu:
-        return None
-    if stored <= 8:
-        return Refused("NOT_HU", f"{stored} bits a pixel")
-    if header.rescale_type.upper() not in HU_TYPES:
-        return Refused("NOT_HU", "the rescale type is not HU")
-    if header.slope is not None and not 1e-4 <= abs(header.slope) <= 1e3:
-        return Refused("NOT_HU", f"a rescale slope of {header.slope:g}")
-    return None
-
-
-def _reason_of_geometry(header: SliceHeader) -> Refused | None:
-    if header.spacing is None or header.position is None or header.orientation is None:
-        lacking = [name for name in ("spacing", "position", "orientation") if getattr(header, name) is None]
-        return Refused("NO_SPACING", f"no {' and no '.join(lacking)}")
-    low, high = SPACING_LIMITS
-    if not all(low <= step <= high for step in header.spacing):
-        return Refused("NO_SPACING", "an impossible pixel spacing")
-    row, column = np.reshape(header.orientation, (2, 3))
-    lengths = np.linalg.norm(row), np.linalg.norm(column)
-    if max(abs(lengths[0] - 1), abs(lengths[1] - 1), abs(row @ column)) > 1e-3:
-        return Refused("NO_SPACING", "an orientation that is not two perpendicular unit vectors")
-    if max(abs(part) for part in header.position) > 1e5:
-        return Refused("NO_SPACING", "a position farther than 100 m away")
-    return None
 
 
 def _geometry(header: SliceHeader) -> tuple:
@@ -364,7 +304,10 @@ def _warnings(members: Sequence[SliceHeader], step: float, rules: Rules) -> list
         findings.append(found("OVERLAPPING_SLICES", f"{first.thickness:g} mm thick, {step:g} mm apart"))
     if any(header.lossy or header.syntax in LOSSY for header in members):
         findings.append(found("LOSSY_COMPRESSION"))
-    odd = [h for h in members if _reason_of_pixels(h, rules._replace(assume_hu=False))]
+    rewritten = set().union(*map(kinds_of, members)) & REWRITTEN
+    if rewritten:
+        findings.append(found("DERIVED_SERIES", f"the image type says {' and '.join(sorted(rewritten))}"))
+    odd = [h for h in members if reason_of_pixels(h, rules._replace(assume_hu=False))]
     if rules.assume_hu and odd:
         findings.append(found("ASSUMED_HU", "the header says otherwise"))
     return findings

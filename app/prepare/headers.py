@@ -1,6 +1,7 @@
 """DICOM headers as plain records: the allowed fields of one slice or frame, checked for type, nothing else kept.
 
-The allow-list is `TAGS`. A field that is missing, malformed or not finite reads as None; the gate decides what follows.
+The allow-list is `TAGS`. A field that is missing, malformed or not finite reads as None, a malformed rescale value is
+told apart from a missing one; the gate decides what follows.
 Patient identity is kept only to be hashed (`patient`), and never shown.
 """
 
@@ -14,7 +15,8 @@ import pydicom
 from pydicom.dataset import Dataset
 
 from app.prepare.codes import Refused
-from app.prepare.files import Ref, open_ref
+from app.prepare.encoding import PixelElement, open_dicom, pixel_element
+from app.prepare.files import Ref
 
 TAGS = [
     "SOPClassUID",
@@ -23,6 +25,7 @@ TAGS = [
     "StudyInstanceUID",
     "SeriesInstanceUID",
     "PatientID",
+    "FrameOfReferenceUID",
     "Rows",
     "Columns",
     "PixelSpacing",
@@ -44,11 +47,13 @@ TAGS = [
     "ConvolutionKernel",
     "TemporalPositionIdentifier",
     "LossyImageCompression",
+    "BurnedInAnnotation",
     "NumberOfFrames",
     "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence",
     "ReferencedSeriesSequence",
 ]
+OVERLAY_BITS = [0x60000100 + (number << 17) for number in range(16)]  # OverlayBitsAllocated of each overlay group
 CT = "1.2.840.10008.5.1.4.1.1.2"
 ENHANCED_CT = ("1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")
 SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
@@ -67,6 +72,7 @@ class SliceHeader(NamedTuple):
     study: str = ""
     series: str = ""
     patient: str = ""
+    frame_of_reference: str = ""
     rows: int | None = None
     columns: int | None = None
     spacing: tuple[float, ...] | None = None  # between rows, between columns: y then x
@@ -74,10 +80,13 @@ class SliceHeader(NamedTuple):
     orientation: tuple[float, ...] | None = None
     slope: float | None = None
     intercept: float | None = None
+    rescale_readable: bool = True  # False where a slope or an intercept is there but is no number
     rescale_type: str = ""
     bits_allocated: int | None = None
     bits_stored: int | None = None
-    signed: bool = False
+    high_bit: int | None = None
+    signed: bool | None = False  # None where the header says neither
+    overlay: bool = False  # whether bits above those stored may hold a drawing
     samples: int | None = None
     photometric: str = ""
     padding: tuple[float, float] | None = None  # lowest and highest stored value that means no measurement
@@ -88,8 +97,9 @@ class SliceHeader(NamedTuple):
     stack: str = ""
     referenced_series: str = ""
     lossy: bool = False
+    burned_in: bool = False
     syntax: str = ""
-    pixel_offset: int = 0  # of the pixel data element in the file; 0 where there is none
+    pixels: PixelElement = PixelElement()
 
     def __repr__(self) -> str:
         return f"SliceHeader(frame {self.frame} of {self.frames})"
@@ -113,10 +123,10 @@ def read_headers(ref: Ref) -> list[SliceHeader]:
     """The slices or frames that a DICOM file holds, without their pixels."""
     with quiet():
         try:
-            with open_ref(ref) as stream:
-                ds = pydicom.dcmread(stream, stop_before_pixels=True, force=True, specific_tags=list(TAGS))
-                offset = stream.tell()
-            first = _header(ref, ds, offset)
+            stream, syntax = open_dicom(ref)
+            with stream:
+                ds = pydicom.dcmread(stream, stop_before_pixels=True, force=True, specific_tags=[*TAGS, *OVERLAY_BITS])
+                first = _header(ref, ds)._replace(syntax=syntax, pixels=pixel_element(stream))
             if first.sop_class in ENHANCED_CT and "PerFrameFunctionalGroupsSequence" in ds:
                 return _frames(first, ds)
         except Refused:
@@ -126,7 +136,7 @@ def read_headers(ref: Ref) -> list[SliceHeader]:
     return [first]
 
 
-def _header(ref: Ref, ds: Dataset, offset: int) -> SliceHeader:
+def _header(ref: Ref, ds: Dataset) -> SliceHeader:
     meta = getattr(ds, "file_meta", {})
     return SliceHeader(
         ref=ref,
@@ -137,17 +147,18 @@ def _header(ref: Ref, ds: Dataset, offset: int) -> SliceHeader:
         study=_text(ds, "StudyInstanceUID"),
         series=_text(ds, "SeriesInstanceUID"),
         patient=_text(ds, "PatientID"),
+        frame_of_reference=_text(ds, "FrameOfReferenceUID"),
         rows=_whole(ds, "Rows"),
         columns=_whole(ds, "Columns"),
         spacing=_numbers(ds, "PixelSpacing", 2),
         position=_numbers(ds, "ImagePositionPatient", 3),
         orientation=_numbers(ds, "ImageOrientationPatient", 6),
-        slope=_number(ds, "RescaleSlope"),
-        intercept=_number(ds, "RescaleIntercept"),
-        rescale_type=_text(ds, "RescaleType"),
+        **_rescale(ds),
         bits_allocated=_whole(ds, "BitsAllocated"),
         bits_stored=_whole(ds, "BitsStored"),
-        signed=_whole(ds, "PixelRepresentation") == 1,
+        high_bit=_whole(ds, "HighBit"),
+        signed={0: False, 1: True}.get(_whole(ds, "PixelRepresentation")),
+        overlay=any(tag in ds and ds[tag].value != 1 for tag in OVERLAY_BITS),
         samples=_whole(ds, "SamplesPerPixel"),
         photometric=_text(ds, "PhotometricInterpretation"),
         padding=_padding(ds),
@@ -157,8 +168,7 @@ def _header(ref: Ref, ds: Dataset, offset: int) -> SliceHeader:
         temporal=_text(ds, "TemporalPositionIdentifier"),
         referenced_series=_text(_item(ds, "ReferencedSeriesSequence"), "SeriesInstanceUID"),
         lossy=_text(ds, "LossyImageCompression") == "01",
-        syntax=str(meta.get("TransferSyntaxUID", "1.2.840.10008.1.2")),
-        pixel_offset=offset,
+        burned_in=_text(ds, "BurnedInAnnotation").upper() == "YES",
     )
 
 
@@ -184,9 +194,7 @@ def _frames(first: SliceHeader, ds: Dataset) -> list[SliceHeader]:
                 thickness=_number(measures, "SliceThickness"),
                 position=_numbers(group("PlanePositionSequence"), "ImagePositionPatient", 3),
                 orientation=_numbers(group("PlaneOrientationSequence"), "ImageOrientationPatient", 6),
-                slope=_number(values, "RescaleSlope"),
-                intercept=_number(values, "RescaleIntercept"),
-                rescale_type=_text(values, "RescaleType"),
+                **_rescale(values),
                 stack=_text(content, "StackID"),
                 temporal=_text(content, "TemporalPositionIndex"),
             )
@@ -233,6 +241,29 @@ def _number(ds: Dataset, name: str) -> float | None:
 def _whole(ds: Dataset, name: str) -> int | None:
     number = _number(ds, name)
     return int(number) if number is not None and number == int(number) else None
+
+
+def _rescale(ds: Dataset) -> dict[str, Any]:
+    """Slope, intercept and type; whether those that are there can be read."""
+    slope, intercept = _number(ds, "RescaleSlope"), _number(ds, "RescaleIntercept")
+    pair = (("RescaleSlope", slope), ("RescaleIntercept", intercept))
+    readable = all(number is not None or _is_blank(ds, name) for name, number in pair)
+    return {
+        "slope": slope,
+        "intercept": intercept,
+        "rescale_readable": readable,
+        "rescale_type": _text(ds, "RescaleType"),
+    }
+
+
+def _is_blank(ds: Dataset, name: str) -> bool:
+    """Whether a field is missing, or there without a value; one that its VR forbids is neither."""
+    if name not in ds:
+        return True
+    try:
+        return ds.get(name) in (None, "")
+    except Exception:  # pydicom raises nearly anything on damaged values
+        return False
 
 
 def _padding(ds: Dataset) -> tuple[float, float] | None:

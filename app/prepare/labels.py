@@ -47,6 +47,11 @@ class LabelFile(NamedTuple):
     file: VolumeFile | None
     stem: str
 
+    @property
+    def refs(self) -> tuple[Ref, ...]:
+        """All that is read of it: a header may name a data file."""
+        return (self.ref,) if self.file is None else tuple(dict.fromkeys((self.ref, self.file.data)))
+
     def __repr__(self) -> str:
         return "LabelFile(...)"
 

@@ -4,7 +4,8 @@ import csv
 import json
 from pathlib import Path
 
-from app.prepared import SPLITS
+from app.dataset.prepared import SPLITS
+from app.shared.tables import read_table
 
 MARKS = ("source", "image", "case_id", "case", "patient", "volumename")
 
@@ -33,13 +34,18 @@ def read_split(path: str | None) -> dict[str, str]:
         return {}
     try:
         with open(path, newline="", encoding="utf-8-sig") as stream:
-            rows = [{str(k).strip().lower(): v for k, v in row.items()} for row in csv.DictReader(stream)]
+            table = read_table(stream, name="the split file")
+            rows = [{name.strip().lower(): cell for name, cell in row.items()} for row in table]
     except OSError as error:
         raise ValueError("the split file cannot be opened; give a csv") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"the split file is no UTF-8 csv ({error})") from error
     out = {}
     for number, row in enumerate(rows, 2):
         marks = [row[name] for name in MARKS if row.get(name)]
         if not marks or row.get("split") not in SPLITS:
             raise ValueError(f"line {number} of the split file needs split train or val and one of {', '.join(MARKS)}")
-        out |= dict.fromkeys(marks, row["split"])
+        for mark in marks:
+            if out.setdefault(mark, row["split"]) != row["split"]:
+                raise ValueError(f"line {number} of the split file puts {mark!r} on the other side than a line before")
     return out

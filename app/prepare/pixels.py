@@ -7,15 +7,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import pydicom
+from pydicom.dataset import Dataset
 
 from app.prepare.codes import Finding, Refused, found
-from app.prepare.files import Ref, open_ref
+from app.prepare.encoding import NATIVE, RLE, items, open_dicom, rle_length, stream_heads
+from app.prepare.files import Ref
 from app.prepare.gate import Stack
 from app.prepare.headers import SliceHeader, quiet
 from transforms.array import AIR
-
-NATIVE = {"1.2.840.10008.1.2": "<", "1.2.840.10008.1.2.1": "<", "1.2.840.10008.1.2.2": ">"}
-PIXEL_TAG = {"<": b"\xe0\x7f\x10\x00", ">": b"\x7f\xe0\x00\x10"}
 
 
 def read_frames(stack: Stack) -> tuple[np.ndarray, list[Finding]]:
@@ -71,34 +70,31 @@ class _Frames:
 
     def read(self, header: SliceHeader) -> np.ndarray:
         """Stored values of one slice (rows, columns), as integers, sign and unused bits put right."""
-        if header.frames == 1:
-            pixels = _native(header) if header.syntax in NATIVE else decode(header)
-        else:
-            if self._ref != header.ref:
-                self._ref, self._decoded = header.ref, decode(header)
-            if self._decoded.shape[0] != header.frames:
-                raise Refused("CORRUPT_FILE", "fewer frames than the header says")
-            pixels = self._decoded[header.frame]
-        if pixels.shape != (header.rows, header.columns):
-            raise Refused("CORRUPT_FILE", "the pixels do not fill the matrix of the header")
-        return _stored_bits(pixels, header)
+        if self._ref != header.ref:
+            decoded = _native(header) if header.syntax in NATIVE else decode(header)
+            if header.frames == 1 and decoded.ndim == 2:
+                decoded = decoded[None]
+            if decoded.shape != (header.frames, header.rows, header.columns):
+                raise Refused("CORRUPT_FILE", "the pixels do not fill the matrix and frames of the header")
+            self._ref, self._decoded = header.ref, decoded
+        return _stored_bits(self._decoded[header.frame], header)
 
 
 def _native(header: SliceHeader) -> np.ndarray:
-    """Uncompressed pixels of a single-frame file."""
-    order = NATIVE[header.syntax]
-    length = header.rows * header.columns * header.bits_allocated // 8
-    with open_ref(header.ref) as stream:
-        stream.seek(header.pixel_offset)
-        head = stream.read(12)
-        explicit = header.syntax != "1.2.840.10008.1.2"
-        data = stream.read(length) if explicit else head[8:] + stream.read(length - 4)
-    if head[:4] != PIXEL_TAG[order]:
+    """Uncompressed pixels of every frame of a file."""
+    shape = (header.frames, header.rows, header.columns)
+    length = int(np.prod(shape)) * header.bits_allocated // 8
+    offset = header.pixels.offset
+    if not offset:
         raise Refused("EMPTY", "no pixels in the file")
+    stream, _ = open_dicom(header.ref, offset + length)
+    with stream:
+        stream.seek(offset)
+        data = stream.read(length)
     if len(data) != length:
         raise Refused("CORRUPT_FILE", "the pixels are cut short")
-    kind = "i" if header.signed else "u"
-    return np.frombuffer(data, f"{order}{kind}{header.bits_allocated // 8}").reshape(header.rows, header.columns)
+    kind = f"{NATIVE[header.syntax]}{'i' if header.signed else 'u'}{header.bits_allocated // 8}"
+    return np.frombuffer(data, kind).reshape(shape)
 
 
 def decode(header: SliceHeader) -> np.ndarray:
@@ -106,17 +102,18 @@ def decode(header: SliceHeader) -> np.ndarray:
     syntax = header.syntax
     with quiet():
         try:
-            with open_ref(header.ref) as stream:
+            stream, _ = open_dicom(header.ref)
+            with stream:
                 ds = pydicom.dcmread(stream, force=True)
         except Refused:
             raise
         except Exception as error:
             raise Refused("CORRUPT_FILE", "the DICOM file cannot be read") from error
         if "PixelData" not in ds:
-            begun = _begins_pixels(header)
-            raise Refused(
-                *(("CORRUPT_FILE", "the pixels are cut short") if begun else ("EMPTY", "no pixels in the file"))
-            )
+            begun = header.pixels.offset
+            code, why = ("CORRUPT_FILE", "the pixels are cut short") if begun else ("EMPTY", "no pixels in the file")
+            raise Refused(code, why)
+        _match_streams(ds, header)
         try:
             return np.asarray(ds.pixel_array)
         except Exception as error:  # decoders raise nearly anything; tell a missing one from a damaged stream
@@ -125,10 +122,24 @@ def decode(header: SliceHeader) -> np.ndarray:
             raise Refused("CORRUPT_FILE", "the pixels cannot be decoded") from error
 
 
-def _begins_pixels(header: SliceHeader) -> bool:
-    with open_ref(header.ref) as stream:
-        stream.seek(header.pixel_offset)
-        return stream.read(4) in PIXEL_TAG.values()
+def _match_streams(ds: Dataset, header: SliceHeader) -> None:
+    """Refuses streams of another image than the header's, on which decoders abort the process or garble it.
+
+    Decoders cut what they read to BitsStored: with all bits that a stream has, `_stored_bits` can tell what is lost.
+    """
+    heads = stream_heads(ds.PixelData)
+    if any((head.rows, head.columns) != (header.rows, header.columns) for head in heads):
+        raise Refused("CORRUPT_FILE", "the compressed image has another matrix than the header")
+    pixels = header.rows * header.columns
+    # some writers pad an image in RLE, by less than a row or a column that a header forgot
+    slack = min(header.rows, header.columns)
+    if header.syntax == RLE and any(not pixels <= rle_length(i) < pixels + slack for i in items(ds.PixelData)[1:]):
+        raise Refused("CORRUPT_FILE", "the compressed image has another number of pixels than the header")
+    bits = max((head.bits for head in heads), default=header.bits_allocated)
+    if bits > header.bits_allocated or bits <= 16 < header.bits_allocated:
+        raise Refused("CORRUPT_FILE", f"a compressed image of {bits} bits, {header.bits_allocated} in the header")
+    if bits > header.bits_stored:
+        ds.BitsStored, ds.HighBit = bits, bits - 1
 
 
 def can_decode(syntax: str, bits_stored: int = 12) -> bool:
@@ -147,14 +158,18 @@ def can_decode(syntax: str, bits_stored: int = 12) -> bool:
 
 
 def _stored_bits(pixels: np.ndarray, header: SliceHeader) -> np.ndarray:
-    """Keeps the stored bits alone: above them may lie overlays or an unextended sign."""
+    """The stored bits alone: above them may lie an overlay that the header tells, or a sign, extended or not."""
     unused = header.bits_allocated - header.bits_stored
     if unused == 0 or pixels.dtype.itemsize * 8 != header.bits_allocated:
         return pixels
+    mask = (1 << header.bits_stored) - 1
+    plain = pixels.astype(f"u{pixels.dtype.itemsize}") & mask
+    values = plain
     if header.signed:
-        signed = pixels.astype(f"i{pixels.dtype.itemsize}")
-        return (signed << unused) >> unused
-    return pixels & pixels.dtype.type((1 << header.bits_stored) - 1)
+        values = (plain.astype(f"i{pixels.dtype.itemsize}") << unused) >> unused
+    if not header.overlay and not ((pixels == values) | (pixels == plain)).all():
+        raise Refused("CORRUPT_FILE", f"values of more than the {header.bits_stored} bits that the header tells")
+    return values
 
 
 def at_even_steps(frames: np.ndarray, stack: Stack) -> np.ndarray:

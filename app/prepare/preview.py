@@ -1,15 +1,17 @@
 """A picture of a prepared case: three slices in each window, the body's outline, the voxels kept."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
 
-from app.whole_files import written_whole
+from app.shared.atomic_files import written_whole
 from transforms import array
 
 MOST = 256  # pixels a side: a larger volume is thinned for the picture
+UNFINISHED = re.compile(r"\.\d+\.[^.].*\.png")  # as `written_whole` calls one before its rename
 KEPT = "body"  # the sparsification that training uses by default
 
 

@@ -1,6 +1,6 @@
 """Reports and questions joined to the cases of a prepared dataset: text.jsonl beside its metadata.
 
-Which columns and layouts are understood is `app.language.manifests`' matter; here rows find their case. Of a row only
+Which columns and layouts are understood is `app.text.manifests`' matter; here rows find their case. Of a row only
 text, choices and labels are written: who the patient is and which split a case is in, the dataset says.
 """
 
@@ -11,26 +11,31 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from app.language.manifests import claims, same_end, stem
-from app.language.rows import REPORT_QUESTION, TextRow
-from app.whole_files import write_text
+from app.shared.atomic_files import write_text
+from app.text.manifests import claims, may_be, stem
+from app.text.rows import REPORT_QUESTION, TextRow
 
 
 def join_text(
-    rows: Sequence[TextRow], out: Path, cases: Mapping[tuple[str, str], str], lost: Mapping[tuple[str, str], str]
+    rows: Sequence[TextRow],
+    out: Path,
+    cases: Mapping[tuple[str, str], str],
+    lost: Mapping[tuple[str, str], str],
+    *,
+    root: str,
 ) -> None:
     """Writes OUT/{dataset}/text.jsonl for rows whose scan became a case; says how many did not.
 
-    `cases`, and `lost`, scans that became none: (dataset, case) to its source.
+    `cases`, and `lost`, scans that became none: (dataset, case) to its source, which lies in RAW, the folder `root`.
     """
     sources = {**lost, **cases}
     by_name: dict[str, set[tuple[str, str]]] = defaultdict(set)
     for home, source in sources.items():
         for name in {source, os.path.basename(source), stem(source), home[1]}:
             by_name[name].add(home)
-    homes = {row.image: _homes(row.image, by_name, sources) for row in rows}
+    homes = {row.image: _homes(row.image, by_name, sources, root) for row in rows}
     single = [(image, next(iter(of))) for image, of in homes.items() if len(of) == 1]
-    images = claims(single, place=sources.__getitem__)
+    images = claims(single, place=lambda home: os.path.join(root, sources[home]))
     lines: dict[str, list[str]] = defaultdict(list)
     missing = several = 0
     for row in rows:
@@ -53,12 +58,12 @@ def join_text(
 
 
 def _homes(
-    image: str, by_name: Mapping[str, set[tuple[str, str]]], sources: Mapping[tuple[str, str], str]
+    image: str, by_name: Mapping[str, set[tuple[str, str]]], sources: Mapping[tuple[str, str], str], root: str
 ) -> set[tuple[str, str]]:
-    """What has the image's name; of several those whose folders agree, where some do."""
+    """What has the image's name, in the folders that it names; a case may also be called by its id."""
     names = (image, os.path.basename(image), stem(image))
     homes = next((by_name[name] for name in names if name in by_name), set())
-    return {home for home in homes if same_end(image, sources[home])} or homes
+    return {home for home in homes if image in (home[1], "/".join(home)) or may_be(image, root, sources[home])}
 
 
 def _kept(row: TextRow) -> dict[str, object]:

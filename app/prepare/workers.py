@@ -121,7 +121,7 @@ def _interrupts_held() -> Iterator[None]:
 
 @contextmanager
 def _stopped_at_once(pool: ProcessPoolExecutor) -> Iterator[ProcessPoolExecutor]:
-    """A pool that is left by Ctrl-C neither begins nor ends what was given to it."""
+    """A pool that is left by Ctrl-C neither begins nor ends what was given to it; by an error it begins no more."""
     others = active_children()
     with pool:
         try:
@@ -131,6 +131,9 @@ def _stopped_at_once(pool: ProcessPoolExecutor) -> Iterator[ProcessPoolExecutor]
             for worker in active_children():
                 if worker not in others:
                     worker.terminate()
+            raise
+        except BaseException:  # what ends the whole run: a full disk
+            pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
@@ -154,6 +157,9 @@ def _on_cluster(
                 results.append(step(future.result()))
             except KilledWorker:
                 results.append(step(failed(futures[future])))
+            except BaseException:
+                executor.shutdown(wait=False, cancel_futures=True)
+                raise
     return results
 
 
@@ -166,7 +172,7 @@ def only_run(out: Path) -> Iterator[None]:
         yield
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out.with_name(f"{out.name}.lock"), "w") as lock:
+    with open(out.with_name(f"{out.name}.lock"), "a") as lock:  # it may be a file of the user's
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -22,7 +22,11 @@ from networks.sparse import torch_backend
 from networks.sparse.tensor import SparseTensor
 from networks.sparse.topology import Coarsening, Level
 
-BACKENDS = ("triton", "spconv", "torch")  # the order "auto" tries
+BACKENDS = {  # in the order that "auto" tries
+    "triton": "networks.kernels.convolution",
+    "spconv": "networks.sparse.spconv_backend",
+    "torch": "networks.sparse.torch_backend",
+}
 PROOF_TOLERANCE = 1e-2  # float16 in, float32 or float16 sums of 27 * 16 products
 MANY_NUMBERS = 2**24  # above it two kernels of ours replace torch's one: the pass, not the launch, is what costs
 log = logging.getLogger(__name__)
@@ -51,7 +55,7 @@ def choose_backend(name: str, feats: Float[Tensor, "N C"], columns: int) -> Modu
 
 @cache
 def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"networks.sparse.{name}_backend")
+    return importlib.import_module(BACKENDS[name])
 
 
 def _reason_against(name: str, feats: Float[Tensor, "N C"], columns: int) -> str | None:
@@ -205,7 +209,7 @@ def linear(
 
 
 def _fused(name: str, feats: Float[Tensor, "N ..."]) -> ModuleType | None:
-    """A module of fused kernels, `triton_{name}`, where these features can use it."""
+    """A module of `networks.kernels` where these features can use it."""
     if feats.device.type != "cuda" or feats.dtype == torch.float64 or defect("triton", feats.device.index):
         return None
     return _kernels(name)
@@ -213,7 +217,7 @@ def _fused(name: str, feats: Float[Tensor, "N ..."]) -> ModuleType | None:
 
 @cache
 def _kernels(name: str) -> ModuleType:
-    return importlib.import_module(f"networks.sparse.triton_{name}")
+    return importlib.import_module(f"networks.kernels.{name}")
 
 
 class _SpreadToChildren(torch.autograd.Function):
@@ -312,26 +316,6 @@ def scatter_children(x: SparseTensor, cells: Coarsening) -> SparseTensor:
     return SparseTensor.on(cells.fine, _FromSlots.apply(slotted, cells.slots, cells.places))
 
 
-class _FusedGroupNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, feats, weight, bias, chunks, num_groups, eps, silu):
-        kernels, feats = _fused("norm", feats), feats.contiguous()
-        out, stats = kernels.group_norm(feats, chunks, num_groups, weight, bias, eps=eps, silu=silu)
-        ctx.save_for_backward(feats, weight, bias, *stats)
-        ctx.kernels, ctx.chunks, ctx.num_groups, ctx.silu = kernels, chunks, num_groups, silu
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        _refuse_second_derivative()
-        feats, weight, bias, *stats = ctx.saved_tensors
-        norm = ctx.kernels.Statistics(*stats)
-        grads = ctx.kernels.group_norm_grads(
-            feats, grad.contiguous(), ctx.chunks, norm, ctx.num_groups, weight, bias, silu=ctx.silu
-        )
-        return grads[0], grads[1].to(weight.dtype), grads[2].to(bias.dtype), None, None, None, None
-
-
 def group_norm(
     x: SparseTensor,
     num_groups: int,
@@ -342,11 +326,6 @@ def group_norm(
     silu: bool = False,
 ) -> SparseTensor:
     """Group normalisation over each sample's own voxels, in float32, then SiLU where asked for."""
-    kernels = _fused("norm", x.feats)
-    if kernels and len(x):
-        rows = kernels.chunk_rows(x.feats.shape[1])
-        chunks = x.level.kept(("chunks", rows), lambda: kernels.cut(x.level.sample_sizes, rows, x.feats.device))
-        return x.replace(_FusedGroupNorm.apply(x.feats, weight, bias, chunks, num_groups, eps, silu))
     wide = torch.promote_types(x.feats.dtype, torch.float32)
     with without_autocast(x.feats.device.type):
         parts = [
@@ -366,7 +345,7 @@ def group_norm(
 class _FusedVoxelNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, feats, weight, bias, eps, silu):
-        kernels, feats = _fused("voxel_norm", feats), feats.contiguous()
+        kernels, feats = _fused("norm", feats), feats.contiguous()
         ctx.save_for_backward(feats, weight, bias)
         ctx.kernels, ctx.settings = kernels, {"eps": eps, "silu": silu}
         return kernels.voxel_norm(feats, weight, bias, **ctx.settings)
@@ -383,7 +362,7 @@ def voxel_norm(
     x: SparseTensor, weight: Float[Tensor, " C"], bias: Float[Tensor, " C"], *, eps: float = 1e-5, silu: bool = False
 ) -> SparseTensor:
     """Normalisation over each voxel's own channels, in float32, then SiLU where asked for."""
-    if _fused("voxel_norm", x.feats) and len(x):
+    if _fused("norm", x.feats) and len(x):
         return x.replace(_FusedVoxelNorm.apply(x.feats, weight, bias, eps, silu))
     wide = torch.promote_types(x.feats.dtype, torch.float32)
     with without_autocast(x.feats.device.type):
@@ -428,7 +407,7 @@ def window_attention(
     """Self-attention among the voxels of each cubic window of the absolute grid."""
     plan = level.windows(window, shift)
     kernels = _fused("attention", qkv)
-    if kernels and qkv.shape[3] <= kernels.MAX_WIDTH:
+    if kernels and qkv.shape[3] <= kernels.MAX_HEAD_WIDTH:
         return _FusedAttention.apply(qkv, plan)
     rows, slot = level.kept(("slots", window, shift), plan.padded)
     slots = _Rearrange.apply(qkv, rows.flatten(), slot)

@@ -9,14 +9,14 @@ import torch
 from jaxtyping import Float, Int, Int32, Int64
 from torch import Tensor
 
-from networks.sparse.topology import Level, map_kernels
+from networks.sparse.maps import maps_for
+from networks.sparse.topology import Level
 
 
 def _in_order(feats: Float[Tensor, "N C"], order: Int64[Tensor, " N"]) -> Float[Tensor, "N C"]:
-    kernels = map_kernels(feats.device)
-    if kernels and not feats.requires_grad:
-        return kernels.take_rows(feats, order)
-    return feats.index_select(0, order)
+    if feats.requires_grad:  # a kernel of its own would have no gradient
+        return feats.index_select(0, order)
+    return maps_for(feats.device).take_rows(feats, order)
 
 
 class SparseTensor:

@@ -1,50 +1,30 @@
-"""ALL coordinate arithmetic of sparse voxels: keys, neighbours, parents, children, windows, alignment.
+"""The coordinates of sparse voxels: levels of occupied voxels, neighbours, parents, children, windows, alignment.
 
 A `Level` is the set of occupied voxels of a batch at one resolution. Its rows are sorted by key: the Morton code of
 (x, y, z) with x highest, the sample above it, so that `parent key = key >> 3` and `octant = key & 7`, and children of
 sorted parents are sorted. Maps are built when first asked for and kept with the level, for every layer and backward.
-A row number equal to the number of rows means "no such voxel". Knows coordinates only, never features.
+A row number equal to the number of rows means "no such voxel". Knows coordinates only, never features; what is done
+row by row is one of two modules with the same functions, which `maps_for` chooses.
 
 Letters: B batch, N voxels, M coarse voxels or latents, W windows.
 """
 
-import importlib
-import logging
 import math
 from collections.abc import Callable, Hashable
-from functools import cache, cached_property
-from types import ModuleType
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int, Int32, Int64
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+from networks.sparse.maps import maps_for
+
 MIN_BITS = 8  # bits an axis at least, so that small grids can be halved often without losing the sample number
 MAX_TABLE_CELLS = 2**29  # 2 GiB of int32
-THIN = 20.0  # mean neighbours below which sorting rows by neighbourhood pays on a GPU (shells have 9 to 18)
-ORDER_CHUNK = 16384  # rows sorted among themselves: longer sorts better, shorter keeps gathers in the cache
+THIN_NEIGHBOURS = 20.0  # mean below which sorting rows by neighbourhood pays on a GPU (shells have 9 to 18)
+ORDER_CHUNK_ROWS = 16384  # sorted among themselves: longer sorts better, shorter keeps gathers in the cache
 CENTRE = 13  # index of offset (0, 0, 0) among the 27; the mirror of offset k is 26 - k
-
-
-def map_kernels(device: torch.device) -> ModuleType | None:
-    """The fused twins of what follows, for CUDA; None where they do not work."""
-    return _proven_kernels(device.index) if device.type == "cuda" else None
-
-
-@cache
-def _proven_kernels(index: int) -> ModuleType | None:
-    try:
-        kernels = importlib.import_module("networks.sparse.triton_maps")
-        corner = torch.tensor([[2, 5, 6, 7]], dtype=torch.int32, device=torch.device("cuda", index))
-        if torch.equal(kernels.morton_coords(kernels.morton_keys(corner, 8), 8), corner):
-            return kernels
-        reason = "wrong results"
-    except Exception as error:  # a Triton that is absent, or that cannot compile here, may raise anything
-        reason = f"{type(error).__name__}: {error}"
-    log.warning("maps are built in plain torch: the triton kernels do not work here (%s)", reason.splitlines()[0])
-    return None
 
 
 def neighbour_offsets(device: torch.device | str = "cpu") -> Int64[Tensor, "27 3"]:
@@ -53,48 +33,14 @@ def neighbour_offsets(device: torch.device | str = "cpu") -> Int64[Tensor, "27 3
     return torch.cartesian_prod(steps, steps, steps)
 
 
-def _spread(axis: Int64[Tensor, " N"]) -> Int64[Tensor, " N"]:
-    """Puts two zero bits between the lowest 21 bits of each number."""
-    for shift, mask in (
-        (32, 0x1F00000000FFFF),
-        (16, 0x1F0000FF0000FF),
-        (8, 0x100F00F00F00F00F),
-        (4, 0x10C30C30C30C30C3),
-        (2, 0x1249249249249249),
-    ):
-        axis = (axis | (axis << shift)) & mask
-    return axis
-
-
-def _gather_bits(key: Int64[Tensor, " N"]) -> Int64[Tensor, " N"]:
-    """Undoes `_spread`."""
-    key = key & 0x1249249249249249
-    for shift, mask in (
-        (2, 0x10C30C30C30C30C3),
-        (4, 0x100F00F00F00F00F),
-        (8, 0x1F0000FF0000FF),
-        (16, 0x1F00000000FFFF),
-        (32, 0x1FFFFF),
-    ):
-        key = (key | (key >> shift)) & mask
-    return key
-
-
 def morton_keys(coords: Int[Tensor, "N 4"], bits: int) -> Int64[Tensor, " N"]:
     """Sorting key of (batch, x, y, z) rows for axes of `bits` bits."""
-    if kernels := map_kernels(coords.device):
-        return kernels.morton_keys(coords, bits)
-    b, x, y, z = coords.long().unbind(1)
-    return (b << (3 * bits)) | (_spread(x) << 2) | (_spread(y) << 1) | _spread(z)
+    return maps_for(coords.device).morton_keys(coords, bits)
 
 
 def morton_coords(keys: Int64[Tensor, " N"], bits: int) -> Int32[Tensor, "N 4"]:
     """Undoes `morton_keys`."""
-    if kernels := map_kernels(keys.device):
-        return kernels.morton_coords(keys, bits)
-    b, xyz = keys >> (3 * bits), keys & ((1 << (3 * bits)) - 1)
-    axes = [_gather_bits(xyz >> 2), _gather_bits(xyz >> 1), _gather_bits(xyz)]
-    return torch.stack([b, *axes], 1).int()
+    return maps_for(keys.device).morton_coords(keys, bits)
 
 
 def find_rows(sorted_keys: Int64[Tensor, " N"], wanted: Int64[Tensor, " M"]) -> Int64[Tensor, " M"]:
@@ -193,12 +139,7 @@ class Level:
         if bits > 20 or 3 * bits + max(batch_size, 1).bit_length() > 63:
             raise ValueError(f"keys of 63 bits cannot hold {batch_size} samples of {shape} voxels")
         limits = (batch_size, *shape)
-        if kernels := map_kernels(coords.device):
-            keys, outside, mixed = kernels.checked_keys(coords, bits, limits)
-        else:
-            keys = morton_keys(coords, bits)
-            outside = bool(((coords < 0) | (coords >= torch.tensor(limits, device=coords.device))).any())
-            mixed = bool((keys[1:] <= keys[:-1]).any())
+        keys, outside, mixed = maps_for(coords.device).checked_keys(coords, bits, limits)
         if outside:
             low, high = coords.amin(0).tolist(), coords.amax(0).tolist()
             raise ValueError(f"coords (batch, x, y, z) must lie in 0..{limits} exclusive, got {low}..{high}")
@@ -265,10 +206,9 @@ class Level:
     def _neighbourhood(self) -> tuple[Int32[Tensor, "27 N"], Int32[Tensor, " N"] | None, Int64[Tensor, ""]]:
         """Neighbours, the bits of `_alive` where they came along, and the number of neighbours."""
         cells = self.batch_size * math.prod(n + 2 for n in self.spatial_shape)
-        fits = cells <= min(MAX_TABLE_CELLS, 256 * len(self) + 2**20)
-        if fits and (kernels := map_kernels(self.device)):
-            return kernels.neighbours(self.keys, self.bits, self.spatial_shape, self.batch_size)
-        table = self._neighbours_by_table(cells) if fits else self._neighbours_by_search()
+        if cells <= min(MAX_TABLE_CELLS, 256 * len(self) + 2**20):
+            return maps_for(self.device).neighbours(self.keys, self.bits, self.spatial_shape, self.batch_size)
+        table = self._neighbours_by_search()
         return table, None, (table < len(self)).sum()
 
     @cached_property
@@ -280,18 +220,6 @@ class Level:
         for k, row_of in enumerate(self.neighbours):
             bits |= (row_of < len(self)).int() << k
         return bits
-
-    def _neighbours_by_table(self, cells: int) -> Int32[Tensor, "27 N"]:
-        """One look-up table over the grid with an empty margin: a neighbour is a constant step away."""
-        size_x, size_y, size_z = (n + 2 for n in self.spatial_shape)
-        b, x, y, z = self.coords.long().unbind(1)
-        cell = ((b * size_x + x + 1) * size_y + y + 1) * size_z + z + 1
-        table = torch.full((cells,), len(self), dtype=torch.int32, device=self.device)
-        table[cell] = torch.arange(len(self), dtype=torch.int32, device=self.device)
-        neighbours = torch.empty((27, len(self)), dtype=torch.int32, device=self.device)
-        for k, (dx, dy, dz) in enumerate(neighbour_offsets().tolist()):
-            torch.index_select(table, 0, cell + ((dx * size_y + dy) * size_z + dz), out=neighbours[k])
-        return neighbours
 
     def _neighbours_by_search(self) -> Int32[Tensor, "27 N"]:
         """Half of the offsets searched among the keys; the other half is the mirror image."""
@@ -312,16 +240,12 @@ class Level:
     @cached_property
     def is_thin(self) -> bool:
         """Whether many of the 27 neighbours are missing, so that work must be chosen row by row."""
-        return self.mean_neighbours < THIN
+        return self.mean_neighbours < THIN_NEIGHBOURS
 
     @cached_property
     def _by_neighbourhood(self) -> tuple[Int32[Tensor, " N"], Int32[Tensor, "27 N"], Int32[Tensor, " N"]]:
         """Rows sorted by which neighbours they have, inside chunks of the key order; their neighbours and bits."""
-        if kernels := map_kernels(self.device):
-            return kernels.by_neighbourhood(self.neighbours, self._alive, ORDER_CHUNK)
-        chunk = torch.arange(len(self), device=self.device) // ORDER_CHUNK
-        order = torch.argsort((chunk << 27) | self._alive, stable=True)
-        return order.int(), self.neighbours[:, order], self._alive[order]
+        return maps_for(self.device).by_neighbourhood(self.neighbours, self._alive, ORDER_CHUNK_ROWS)
 
     def tiles(self, size: int) -> Tiles:
         """Tiles of `size` rows; rows with like neighbourhoods together where neighbours are few."""
@@ -331,29 +255,12 @@ class Level:
         order, table, alive = None, self.neighbours, self._alive
         if self.is_thin:
             order, table, alive = self._by_neighbourhood
-        if kernels := map_kernels(self.device):
-            offsets, counts = kernels.tile_offsets(alive, size)
-        else:
-            dead = torch.ones((27, -(-len(self) // size) * size), dtype=torch.bool, device=self.device)
-            torch.eq(table, len(self), out=dead[:, : len(self)])
-            dead = dead.view(27, -1, size).all(2).T.contiguous()
-            offsets = torch.argsort(dead.byte(), dim=1, stable=True).int()
-            counts = (~dead).sum(1, dtype=torch.int32)
-        return Tiles(order, table, offsets, counts)
+        return Tiles(order, table, *maps_for(self.device).tile_offsets(alive, size))
 
     @cached_property
     def neighbour_lists(self) -> NeighbourLists:
         """The pairs of `neighbour_pairs` in tables of fixed shape, so that nothing waits for their lengths."""
-        if kernels := map_kernels(self.device):
-            return NeighbourLists(*kernels.neighbour_lists(self.neighbours))
-        there = self.neighbours < len(self)
-        place = torch.where(there, there.cumsum(1) - 1, len(self))
-        rows = torch.empty((27, len(self) + 1), dtype=torch.int32, device=self.device)  # the last column takes the rest
-        near = torch.empty_like(rows)
-        rows.scatter_(1, place, torch.arange(len(self), dtype=torch.int32, device=self.device).expand(27, -1))
-        near.scatter_(1, place, self.neighbours)
-        rows, near = rows[:, :-1].contiguous(), near[:, :-1].contiguous()
-        return NeighbourLists(rows, near, there.sum(1, dtype=torch.int32))
+        return NeighbourLists(*maps_for(self.device).neighbour_lists(self.neighbours))
 
     @cached_property
     def neighbour_pairs(self) -> list[tuple[Int64[Tensor, " P"], Int64[Tensor, " P"]]]:
@@ -374,12 +281,7 @@ class Level:
         """The coarse level, parents and children. Knows not this level, or neither would be freed by counting."""
         if self.bits == 1:
             raise ValueError(f"a level of {self.spatial_shape} voxels cannot be halved again")
-        if kernels := map_kernels(self.device):
-            keys, parent, children = kernels.group_cells(self.keys)
-        else:
-            keys, parent = torch.unique_consecutive(self.keys >> 3, return_inverse=True)
-            children = torch.full((8, keys.shape[0]), len(self), dtype=torch.int64, device=self.device)
-            children[self.keys & 7, parent] = torch.arange(len(self), device=self.device)
+        keys, parent, children = maps_for(self.device).group_cells(self.keys)
         shape = tuple((n + 1) // 2 for n in self.spatial_shape)
         coarse = Level(keys, spatial_shape=shape, batch_size=self.batch_size, bits=self.bits - 1)
         return coarse, parent, children

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from app.checkpoints import load_tokenizer
-from app.metrics import perplexity
-from app.phantoms import make_phantom
-from app.training import shuffled_rows
+from app.measures.tokenizer_metrics import perplexity
+from app.phantoms.phantoms import make_phantom
+from app.training.checkpoints import load_tokenizer
+from app.training.step import shuffled_rows
 from networks.sparse import SparseTensor
 from transforms import Resampled, Sparsifyd, Windowsd
 from transforms.array import WINDOWS, window_values

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from app import checkpoints, prepared
-from app import reconstruction_metrics as measure
-from app.inference import dense_hu
+from app.dataset import prepared
+from app.measures import hu_errors as measure
+from app.tokens.tokenizer import dense_hu
+from app.training import checkpoints
 from tests.benchmarks.bench_real import DEVICE, ROOT, seen_by_both
 from tests.benchmarks.timed_stages import environment_of_runs
 from tests.benchmarks.timing import machine

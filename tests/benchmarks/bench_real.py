@@ -24,11 +24,14 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from app import card, data, loaders, prepared, scans
-from app import reconstruction_metrics as measure
-from app.inference import CTTokenizer, dense_hu
-from app.metrics import count_codes, perplexity
-from app.plan import FULL
+from app.dataset import prepared
+from app.evaluation import card
+from app.measures import hu_errors as measure
+from app.measures.tokenizer_metrics import count_codes, perplexity
+from app.tokens import open_scan
+from app.tokens.tokenizer import CTTokenizer, dense_hu
+from app.training import data, loaders
+from app.training.plan import FULL
 from networks.presets import NORMS, PRESETS, Preset
 from networks.sparse import SparseTensor
 from tests.benchmarks import dense_peer
@@ -71,7 +74,7 @@ def judge_ours(given: argparse.Namespace, place: Path) -> dict[str, Any]:
     found = json.loads((place / "card" / "tokenizer_card.json").read_text())
     made = CTTokenizer.from_pretrained(file)
     for case in val_cases(given):
-        scan = scans.open_scan(case, made.sizes.windows)
+        scan = open_scan.open_scan(case, made.sizes.windows)
         tokens = made.encode(scan, support=True)
         keep_slice(place, case.case_id, on_grid(scan, made.sizes), made.to_hu(made.decode_sparse(tokens), tokens).hu)
     cases = {row["case"]: row for row in found["per_case"]}
@@ -198,14 +201,14 @@ def val_cases(given: argparse.Namespace) -> list[prepared.PreparedCase]:
     return prepared.find_cases(given.data, split="val")
 
 
-def on_grid(scan: scans.Scan, sizes: Preset) -> Float[np.ndarray, "X Y Z"]:
+def on_grid(scan: open_scan.Scan, sizes: Preset) -> Float[np.ndarray, "X Y Z"]:
     resampled = Resampled("image", spacing=sizes.spacing, grid=sizes.resolution)
     return resampled({"image": scan.volume.hu, "affine": scan.volume.affine})["image"]
 
 
 def seen_by_both(case: prepared.PreparedCase, sizes: Preset) -> tuple[Float[np.ndarray, "X Y Z"], SparseTensor]:
     """A whole scan in HU, and the window values of its kept voxels."""
-    scan = scans.open_scan(case, sizes.windows)
+    scan = open_scan.open_scan(case, sizes.windows)
     steps = data.preprocessing(resolution=sizes.resolution, spacing=sizes.spacing, windows=sizes.windows)
     item: dict[str, Any] = {"image": scan.volume.hu, "affine": scan.volume.affine}
     for step in [*steps, *data.sampling(windows=sizes.windows)]:

@@ -15,8 +15,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig
 
-from app.inference import CTTokenizer
-from app.token_files import CTTokens, write_tokens
+from app.tokens.token_files import CTTokens, write_tokens
+from app.tokens.tokenizer import CTTokenizer
 from networks import make_vqvae
 from networks.qwen import FAMILIES, save_language, wrap_tokenizer
 from networks.tiny_qwen import SPECIAL_TOKENS, SYSTEM_PROMPT, chat_template

@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from app import checkpoints
+from app.training import checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("vae", "vq_stage1", "vq_stage2")

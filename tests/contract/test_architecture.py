@@ -7,6 +7,8 @@ import ast
 import json
 import pydoc
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,11 @@ ALLOWED = {  # who may import which of ours
     "networks": {"networks"},
     "app": {"app", "transforms", "networks"},
 }
+APP_ROOMS = (  # each knows only those before it
+    "shared", "dataset", "text", "measures", "prepare", "phantoms", "training", "tokens", "language", "evaluation",
+    "export",
+)  # fmt: skip
+MAX_LOOSE_FILES = 7  # of app/: the commands, and what uses many rooms
 OWNERS = {  # optional or heavy libraries, each behind one door
     "transformers": {"networks/qwen.py", "networks/tiny_qwen.py"},
     "tokenizers": {"networks/qwen.py", "networks/tiny_qwen.py"},
@@ -31,21 +38,20 @@ OWNERS = {  # optional or heavy libraries, each behind one door
     "spconv": {"networks/sparse/spconv_backend.py"},
     "cumm": {"networks/sparse/spconv_backend.py"},
     "triton": {
-        f"networks/sparse/triton_{part}.py"
-        for part in ("attention", "linear", "backend", "launch", "maps", "norm", "rows", "voxel_norm")
-    }
-    | {"networks/code_search.py"},
+        f"networks/kernels/{part}.py"
+        for part in ("attention", "code_search", "convolution", "launch", "linear", "maps", "norm", "rows")
+    },
 }
 SPARSE_LAYERS = (
-    "launch",
-    "tiles",
-    "kernels",
+    "torch_maps",
+    "maps",
     "topology",
     "tensor",
     "backend",
     "ops",
     "modules",
 )  # each may import those before it
+ASK_KERNELS = {"networks/sparse/maps.py", "networks/sparse/ops.py", "networks/quantizer.py"}
 
 
 def name_of(path):
@@ -81,6 +87,45 @@ def test_rooms_import_only_who_they_may(path):
     assert ours <= ALLOWED[room], f"{name_of(path)} imports {sorted(ours - ALLOWED[room])}"
 
 
+def rooms_used(path):
+    """The rooms of app/ that a file imports from, each with the import that shows it; a loose file as its own room."""
+    parts = [name.split(".") for name in imports_of(path) if name.startswith("app.")]
+    return {part[1]: ".".join(part) for part in parts}
+
+
+APP = [path for path in SOURCES if name_of(path).startswith("app/")]
+
+
+@pytest.mark.parametrize("path", APP, ids=ids(APP))
+def test_rooms_of_app_know_only_those_before_them(path):
+    room = name_of(path).split("/")[1]
+    if room.endswith(".py"):
+        return
+    assert room in APP_ROOMS, f"{room} is no room of {APP_ROOMS}"
+    allowed = APP_ROOMS[: APP_ROOMS.index(room) + 1]
+    back = {name: shown for name, shown in rooms_used(path).items() if name not in allowed}
+    assert not back, f"{name_of(path)} imports {back}: {room} knows only {allowed}"
+
+
+def test_the_rule_of_rooms_has_met_real_imports():
+    assert len([1 for path in APP for room in rooms_used(path) if not name_of(path).startswith(f"app/{room}/")]) > 60
+
+
+def test_app_has_few_loose_files():
+    loose = [path.name for path in APP if path.parent == ROOT / "app"]
+    assert len(loose) <= MAX_LOOSE_FILES, f"app/ has {sorted(loose)}"
+
+
+def test_a_stage_run_loads_nothing_of_language():
+    configs = [json.loads((ROOT / "bundles" / name).read_text()) for name in STAGES]
+    targets = {value for config in configs for _, key, value in walk(config) if key == "_target_"}
+    modules = sorted({target.rpartition(".")[0] for target in targets if target.startswith("app.")})
+    code = f"import importlib, sys; [importlib.import_module(m) for m in {modules}]; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    rooms = {name.split(".")[1] for name in loaded.split() if name.startswith("app.")}
+    assert modules and not rooms & {"language", "evaluation", "tokens", "export"}, sorted(rooms)
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=ids(SOURCES))
 def test_heavy_libraries_stay_with_their_owners(path):
     for library in {name.split(".")[0] for name in imports_of(path)} & set(OWNERS):
@@ -89,8 +134,7 @@ def test_heavy_libraries_stay_with_their_owners(path):
 
 def layer_of(module):
     """Place of networks.sparse.X among the layers; None for the package itself."""
-    name = module.removeprefix("triton_") if module in ("triton_launch", "triton_tiles") else module
-    name = "backend" if module.endswith("_backend") else "kernels" if name.startswith("triton_") else name
+    name = "backend" if module.endswith("_backend") else module
     return SPARSE_LAYERS.index(name) if name in SPARSE_LAYERS else None
 
 
@@ -114,6 +158,45 @@ def test_sparse_core_is_layered():
                         f"{path.name} imports {name}"
                     )
     assert judged >= 6  # the rule has met real imports
+
+
+def test_kernels_know_rows_and_levels_and_no_network():
+    judged = 0
+    for path in sorted((ROOT / "networks/kernels").glob("*.py")):
+        ours = {name for name in imports_of(path) if name.startswith("networks.")}
+        judged += len(ours)
+        wrong = {name for name in ours if not re.match(r"networks\.(kernels|sparse\.topology)\.", name)}
+        assert not wrong, f"{name_of(path)} imports {sorted(wrong)}"
+    assert judged >= 20  # the rule has met real imports
+
+
+def test_kernels_are_asked_for_by_few_and_never_imported():
+    """Triton may be absent or broken: kernels are looked up by name, where their plain twin stands by."""
+    for path in SOURCES:
+        if name_of(path).startswith("networks/kernels/"):
+            continue
+        assert not {n for n in imports_of(path) if n.startswith("networks.kernels")}, f"{name_of(path)} imports kernels"
+        asks = "networks.kernels." in path.read_text(encoding="utf-8")
+        assert asks == (name_of(path) in ASK_KERNELS), f"{name_of(path)}: only {sorted(ASK_KERNELS)} ask for kernels"
+
+
+def signatures_of(path):
+    """Public functions of a file with their parameters, as written."""
+    made = (node for node in tree_of(path).body if isinstance(node, ast.FunctionDef))
+    return {node.name: ast.unparse(node.args) for node in made if not node.name.startswith("_")}
+
+
+def test_both_modules_of_maps_have_equal_functions():
+    plain, fused = (signatures_of(ROOT / "networks" / name) for name in ("sparse/torch_maps.py", "kernels/maps.py"))
+    assert plain == fused and len(plain) == 9
+
+
+def test_every_convolution_backend_has_the_same_functions():
+    names = ("sparse/torch_backend.py", "sparse/spconv_backend.py", "kernels/convolution.py")
+    plain, *fast = (signatures_of(ROOT / "networks" / name) for name in names)
+    assert len(plain) == 3
+    for other in fast:
+        assert {name: other[name] for name in plain} == plain and "refusal" in other
 
 
 def test_backends_are_reached_only_through_the_choice():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from networks.sparse import SparseTensor, ops, spconv_backend, torch_backend
+from networks.sparse import SparseTensor, maps, ops, spconv_backend, torch_backend, torch_maps
 
 
 @pytest.mark.parametrize("name", ["triton", "spconv"])
@@ -32,6 +32,23 @@ def test_auto_says_once_what_it_took_and_why_not_the_others(monkeypatch, caplog)
             ops.choose_backend("triton", feats, 4)
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 1 and "torch.float32: torch (triton cannot be imported" in lines[0]
+
+
+def test_maps_are_plain_on_cpu_and_where_no_kernel_works(monkeypatch, caplog):
+    def absent(name):
+        raise ImportError(f"no {name}")
+
+    assert maps.maps_for(torch.device("cpu")) is torch_maps
+    maps._proven_maps.cache_clear()
+    monkeypatch.setattr(maps.importlib, "import_module", absent)
+    try:
+        with caplog.at_level(logging.WARNING, logger=maps.__name__):
+            assert maps.maps_for(torch.device("cuda", 0)) is maps.maps_for(torch.device("cuda", 0)) is torch_maps
+    finally:
+        maps._proven_maps.cache_clear()
+    assert [record.getMessage() for record in caplog.records] == [
+        "maps are built in plain torch: the triton kernels do not work here (ImportError: no networks.kernels.maps)"
+    ]
 
 
 def test_spconv_names_its_limits():

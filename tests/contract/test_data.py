@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from app import prepared, prepared_writer
-from app.data import CTDataset, make_dataset, preprocessing, sampling
-from app.loaders import StepSampler, collate, make_train_loader, make_val_loader
-from app.refusals import RefusedInput
-from app.training import to_sparse
+from app.dataset import prepared, writer
+from app.shared.refusals import RefusedInput
+from app.training.data import CTDataset, make_dataset, preprocessing, sampling
+from app.training.loaders import StepSampler, collate, make_train_loader, make_val_loader
+from app.training.step import to_sparse
 from transforms import Resampled, Sparsifyd, Windowsd, array
 
 SETTINGS = {"resolution": 16, "spacing": 8.0}
@@ -30,12 +30,10 @@ def dataset_dir(tmp_path, rng):
     root, rows = tmp_path / "set", []
     affine = np.diag([4.0, 4.0, 4.0, 1.0])
     for number in range(7):
-        case = prepared_writer.write_case(
-            root, f"case{number}", blob(rng, 7 + number / 2), affine=affine, windows=["lung"]
-        )
-        row = prepared_writer.metadata_row(case, windows=["lung"])
+        case = writer.write_case(root, f"case{number}", blob(rng, 7 + number / 2), affine=affine, windows=["lung"])
+        row = writer.metadata_row(case, windows=["lung"])
         rows.append({**row, "split": "val" if number >= 5 else "train"})
-    prepared_writer.write_metadata(root, rows)
+    writer.write_metadata(root, rows)
     return root
 
 
@@ -241,7 +239,7 @@ def test_windows_of_the_features_alone_do_not_spoil_the_cache(dataset_dir, monke
 def test_a_case_that_changed_is_not_read_from_the_cache(dataset_dir, rng):
     before = make(dataset_dir)[1]
     affine = np.diag([4.0, 4.0, 4.0, 1.0])
-    prepared_writer.write_case(dataset_dir, "case1", blob(rng, 9), affine=affine, windows=["lung"])
+    writer.write_case(dataset_dir, "case1", blob(rng, 9), affine=affine, windows=["lung"])
     assert len(make(dataset_dir)[1]["coords"]) > len(before["coords"])
 
 
@@ -249,7 +247,7 @@ def test_a_scan_prepared_onto_another_grid_is_not_read_from_the_cache(dataset_di
     hu, scan, counts = blob(rng, 6), {"source_hash": "of one scan"}, []
     for step in (4.0, 6.0):  # the second in the place of the first
         affine = np.diag([step, step, step, 1.0])
-        prepared_writer.write_case(dataset_dir, "case1", hu, affine=affine, windows=["lung"], sidecar=scan)
+        writer.write_case(dataset_dir, "case1", hu, affine=affine, windows=["lung"], sidecar=scan)
         counts.append(len(make(dataset_dir)[1]["coords"]))
     assert counts[1] > 2 * counts[0]
 
@@ -337,8 +335,8 @@ def test_constant_features_are_refused(tmp_path, workers):
     affine = np.diag([4.0, 4.0, 4.0, 1.0])
     hu = np.full((24, 24, 24), -1000, np.int16)
     hu[4:20, 4:20, 4:20] = 3000
-    prepared_writer.write_case(tmp_path, "steel", hu, affine=affine, windows=[])
-    prepared_writer.write_metadata(tmp_path, [])
+    writer.write_case(tmp_path, "steel", hu, affine=affine, windows=[])
+    writer.write_metadata(tmp_path, [])
     cases = prepared.find_cases(tmp_path)
     inner = [Resampled(spacing=4.0, grid=24), Sparsifyd()]
     dataset = CTDataset(cases, preprocessing=inner, sampling=[Windowsd(windows=["brain"])])
@@ -372,7 +370,7 @@ def test_a_damaged_case_is_one_line_from_a_worker_too(dataset_dir):
 
 
 def test_an_empty_side_and_an_empty_dataset_say_so(dataset_dir, tmp_path):
-    prepared_writer.write_metadata(dataset_dir, [{"case_id": f"case{n}", "split": "train"} for n in range(7)])
+    writer.write_metadata(dataset_dir, [{"case_id": f"case{n}", "split": "train"} for n in range(7)])
     with pytest.raises(ValueError, match="has no case with split 'val'"):
         make(dataset_dir, split="val")
     with pytest.raises(ValueError, match="dataset has no case"):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from networks.quantizer import VectorQuantizer
-from networks.sparse import SparseTensor, modules, ops, topology
+from networks.sparse import SparseTensor, modules, ops, torch_maps
+from networks.sparse.maps import maps_for
 from networks.sparse.topology import Level, morton_keys
 
 pytestmark = pytest.mark.gpu
@@ -21,7 +22,7 @@ def levels(seed, *, side=21, filling=0.5, batch_size=3):
 
 
 def test_the_fused_maps_are_in_use():
-    assert topology.map_kernels(torch.device("cuda", 0)) is not None
+    assert maps_for(torch.device("cuda", 0)) is not torch_maps
 
 
 @pytest.mark.parametrize("filling", [0.02, 0.5, 1.0])
@@ -128,16 +129,16 @@ def test_parameters_of_mixed_layers_get_float32_gradients(dtype, assert_close):
 @pytest.mark.parametrize(("channels", "columns"), [(4, 32), (32, 4), (64, 128), (256, 768), (256, 1024), (1024, 256)])
 @pytest.mark.parametrize("count", [1, 1000, 70001])
 def test_the_linear_map_of_rows_equals_float64(count, channels, columns, dtype, assert_close):
-    triton_linear = pytest.importorskip("networks.sparse.triton_linear")
+    linear = pytest.importorskip("networks.kernels.linear")
     made = torch.Generator().manual_seed(count)
     rows, grad = (torch.randn(count, width, generator=made).to(dtype) for width in (channels, columns))
     weight = (torch.randn(columns, channels, generator=made) / 8).to(dtype)
     bias = torch.randn(columns, generator=made)
     x, w, upstream = (value.cuda().double() for value in (rows, weight, grad))
     rows, grad, weight, bias = (value.cuda() for value in (rows, grad, weight, bias))
-    assert_close(triton_linear.rows_product(rows, weight, bias), x @ w.T + bias.double(), dtype=dtype)
-    assert_close(triton_linear.rows_product(grad, weight.T, None), upstream @ w, dtype=dtype)
-    for_weight, for_bias = triton_linear.parameter_grads(rows, grad)
+    assert_close(linear.rows_product(rows, weight, bias), x @ w.T + bias.double(), dtype=dtype)
+    assert_close(linear.rows_product(grad, weight.T, None), upstream @ w, dtype=dtype)
+    for_weight, for_bias = linear.parameter_grads(rows, grad)
     assert_close(for_weight, upstream.T @ x, dtype=torch.float32)
     assert_close(for_bias, upstream.sum(0), dtype=torch.float32)
 

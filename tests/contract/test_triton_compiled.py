@@ -6,23 +6,13 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-from networks import code_search  # noqa: E402
-from networks.sparse import (  # noqa: E402
-    triton_attention,
-    triton_backend,
-    triton_linear,
-    triton_maps,
-    triton_norm,
-    triton_rows,
-    triton_tiles,
-    triton_voxel_norm,
-)
+from networks.kernels import attention, code_search, convolution, linear, maps, norm, tiles  # noqa: E402
+from networks.kernels import rows as row_kernels  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROOM = {90: 232448, 80: 166912, 89: 101376}  # bytes of shared memory on an H200, an A100, an RTX 4090
-FLOATS = ["scale", "parts", "sums", "sums_along", "dots", "mean", "rstd", "bias", "flat", "tilt"]
-FLOATS += ["high", "low", "halves"]
+FLOATS = ["scale", "parts", "sums", "dots", "bias", "halves"]
 LONGS = ["children", "parent", "order", "bounds", "keys"]
 COUNTS = ["num_rows", "num_fine", "num_coarse", "num_codes", "num_blocks", "num_cells", "length"]
 INTEGERS = [*COUNTS, "weight_k", "weight_c", "weight_f", "size_x", "size_y", "size_z"]
@@ -48,10 +38,10 @@ MAPS = dict.fromkeys(("neighbours", "order", "offsets", "counts", "list_rows", "
 
 
 def forward(channels, columns, dtype, *, card=90, thin=False):
-    tile = triton_tiles.product_tile(channels, columns, DTYPES[dtype], thin=thin)
-    tile = triton_tiles.fitted(tile, DTYPES[dtype], ROOM[card])
+    tile = tiles.product_tile(channels, columns, DTYPES[dtype], thin=thin)
+    tile = tiles.fitted(tile, DTYPES[dtype], ROOM[card])
     return compiled(
-        triton_backend._gather_product,
+        convolution._gather_product,
         dtype,
         card=card,
         warps=tile.warps,
@@ -72,11 +62,11 @@ def forward(channels, columns, dtype, *, card=90, thin=False):
 
 
 def weight_gradient(channels, columns, dtype, *, card=90, thin=False):
-    tile = triton_tiles.grad_tile(channels, columns, DTYPES[dtype])
-    tile = triton_tiles.fitted(tile, DTYPES[dtype], ROOM[card])
-    block, offsets, _ = triton_backend._parts(channels, columns, tile, thin)
+    tile = tiles.grad_tile(channels, columns, DTYPES[dtype])
+    tile = tiles.fitted(tile, DTYPES[dtype], ROOM[card])
+    block, offsets, _ = convolution._parts(channels, columns, tile, thin)
     return compiled(
-        triton_backend._row_product,
+        convolution._row_product,
         dtype,
         card=card,
         warps=tile.warps,
@@ -124,19 +114,17 @@ def test_convolution_fits_the_card(make, channels, dtype, card):
 
 
 def linear_map(channels, columns, card):
-    tile = triton_tiles.fitted(
-        triton_tiles.product_tile(channels, columns, torch.bfloat16, thin=False), torch.bfloat16, ROOM[card]
-    )
+    tile = tiles.fitted(tiles.product_tile(channels, columns, torch.bfloat16, thin=False), torch.bfloat16, ROOM[card])
     sizes = {"CHANNELS": channels, "COLUMNS": columns, "TILE_ROWS": tile.rows, "TILE_COLUMNS": tile.columns}
     run = {"card": card, "warps": tile.warps, "stages": tile.stages}
-    return compiled(triton_linear._rows_product, HAS_BIAS=True, DEPTH=tile.depth, weight_c=1, **sizes, **run)
+    return compiled(linear._rows_product, HAS_BIAS=True, DEPTH=tile.depth, weight_c=1, **sizes, **run)
 
 
 def linear_gradient(channels, columns, card):
-    tile, lines, _ = triton_linear._parts(channels, columns, torch.bfloat16, ROOM[card])
+    tile, lines, _ = linear._parts(channels, columns, torch.bfloat16, ROOM[card])
     sizes = {"CHANNELS": channels, "COLUMNS": columns, "TILE_LINES": lines, "TILE_CHANNELS": tile.columns}
     run = {"card": card, "warps": tile.warps, "stages": tile.stages}
-    return compiled(triton_linear._parameter_grads, DEPTH=tile.depth, **sizes, **run)
+    return compiled(linear._parameter_grads, DEPTH=tile.depth, **sizes, **run)
 
 
 @pytest.mark.parametrize("card", ROOM)
@@ -181,39 +169,32 @@ def test_code_search_has_wgmma_and_fits_the_card(few, width, card, monkeypatch):
 @pytest.mark.parametrize(("width", "dtype"), [(32, "bf16"), (128, "bf16"), (128, "fp32")])
 @pytest.mark.parametrize("kernel", ["_attend", "_grad_queries", "_grad_keys"])
 def test_attention_fits_the_smallest_card(kernel, width, dtype):
-    shape = triton_attention._shape(torch.empty(1, 3, 4, width, dtype=DTYPES[dtype]))
-    made = compiled(getattr(triton_attention, kernel), dtype, card=89, types={"bounds": "*i32"}, **shape)
+    shape = attention._shape(torch.empty(1, 3, 4, width, dtype=DTYPES[dtype]))
+    made = compiled(getattr(attention, kernel), dtype, card=89, types={"bounds": "*i32"}, **shape)
     assert made.metadata.shared <= ROOM[89]
 
 
 def test_row_operations_and_maps_compile():
     rows = {"CHANNELS": 32, "WIDTH": 32, "TILE": 128}
-    bounds = {"bounds": "*i32"}
-    compiled(triton_rows._sum_children, SCALED=True, **rows)
-    compiled(triton_rows._spread, SCALED=True, **rows)
-    compiled(triton_rows._column_sums, **rows)
-    compiled(triton_norm._moments, types=bounds, **rows)
-    for kernel in (triton_norm._normalize, triton_norm._grad_moments, triton_norm._grad_input):
-        compiled(kernel, types=bounds, SILU=True, **rows)
-    for kernel in (triton_voxel_norm._normalize, triton_voxel_norm._grads):
+    compiled(row_kernels._sum_children, SCALED=True, **rows)
+    compiled(row_kernels._spread, SCALED=True, **rows)
+    compiled(row_kernels._column_sums, **rows)
+    for kernel in (norm._normalize, norm._grads):
         for width, card in ((32, 90), (128, 80), (512, 89)):
             shape = {"CHANNELS": width, "WIDTH": width, "TILE": max(4096 // width, 1), "STEPS": 4}
             compiled(kernel, types={"weight": "*fp32", "eps": "fp32"}, card=card, SILU=True, **shape)
-    groups = {"CHANNELS": 32, "GROUP": 1, "BLOCK": 16, "WIDTH": 16, "TILE": 128}
-    for kernel in (triton_norm._combine, triton_norm._combine_grads):
-        compiled(kernel, "fp32", types=bounds | {"starts": "*i32", "eps": "fp32"}, **groups)
-    compiled(triton_maps._encode_checked, "i32", types={"size_b": "i32"}, BITS=8, TILE=512)
-    for kernel in (triton_maps._encode, triton_maps._decode):
+    compiled(maps._encode_checked, "i32", types={"size_b": "i32"}, BITS=8, TILE=512)
+    for kernel in (maps._encode, maps._decode):
         compiled(kernel, "i32", BITS=8, TILE=512)
-    for kernel in (triton_maps._fill, triton_maps._look_up):
+    for kernel in (maps._fill, maps._look_up):
         compiled(kernel, "i32", BITS=8, TILE=512)
-    for kernel in (triton_maps._count_pairs, triton_maps._list_offsets, triton_maps._mark_firsts):
+    for kernel in (maps._count_pairs, maps._list_offsets, maps._mark_firsts):
         compiled(kernel, "i32", TILE=512)
-    compiled(triton_maps._group, "i32", types={"cells": "*i64"}, TILE=512)
-    compiled(triton_maps._sorting_keys, "i32", CHUNK=16384, TILE=512)
-    compiled(triton_maps._take_columns, "i32", TILE=512)
-    compiled(triton_maps._list_pairs, "i32", TILE=512)
-    compiled(triton_maps._take_rows, "fp32", types={"rows": "*i64"}, CHANNELS=4, TILE=1024, WIDTH=4)
+    compiled(maps._group, "i32", types={"cells": "*i64"}, TILE=512)
+    compiled(maps._sorting_keys, "i32", CHUNK=16384, TILE=512)
+    compiled(maps._take_columns, "i32", TILE=512)
+    compiled(maps._list_pairs, "i32", TILE=512)
+    compiled(maps._take_rows, "fp32", types={"rows": "*i64"}, CHANNELS=4, TILE=1024, WIDTH=4)
     codes = {"ordered": "*i16", "halvings": "i32", "share": "fp32", "rate": "fp32", "least": "fp32", "unused": "*i1"}
     compiled(code_search._segment_sums, "fp32", types=codes, WIDTH=32, DEPTH=32, ROWS=64)
     compiled(code_search._advance, "fp32", types=codes, WIDTH=32, DEPTH=32, TILE=32)

@@ -12,22 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from networks.sparse import ops, topology, torch_backend
+from networks.sparse import ops, torch_backend, torch_maps
 from networks.sparse.topology import Level
 from tests import oracle
 
 triton = pytest.importorskip("triton")
-from networks import code_search  # noqa: E402
+from networks.kernels import attention, code_search, convolution, linear, maps, norm  # noqa: E402
+from networks.kernels import rows as row_kernels  # noqa: E402
 from networks.quantizer import VectorQuantizer  # noqa: E402
-from networks.sparse import (  # noqa: E402
-    triton_attention,
-    triton_backend,
-    triton_linear,
-    triton_maps,
-    triton_norm,
-    triton_rows,
-    triton_voxel_norm,
-)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that the test below starts")
@@ -72,10 +64,10 @@ def test_interpreted_kernels_equal_the_oracle(count, dtype, thin, generator, ass
     truth = [t.double().requires_grad_() for t in (feats, weight)]
     expected = oracle.submanifold_conv(truth[0], level.coords, (8, 9, 7), 1, truth[1], bias.double())
     expected.backward(grad.double())
-    assert_close(triton_backend.forward(feats, weight, bias, level), expected, dtype=dtype)
+    assert_close(convolution.forward(feats, weight, bias, level), expected, dtype=dtype)
     zeros = [torch.zeros_like(t) if t.grad is None else t.grad for t in truth]
-    assert_close(triton_backend.input_grad(grad, weight, level), zeros[0], dtype=dtype)
-    assert_close(triton_backend.weight_grad(feats, grad, level), zeros[1], dtype=dtype)
+    assert_close(convolution.input_grad(grad, weight, level), zeros[0], dtype=dtype)
+    assert_close(convolution.weight_grad(feats, grad, level), zeros[1], dtype=dtype)
 
 
 @in_interpreter
@@ -84,52 +76,54 @@ def test_interpreted_kernels_take_any_width(channels, columns, generator, assert
     level = scattered((4, 4, 4), 40, generator)
     feats, grad = torch.randn(40, channels, generator=generator), torch.randn(40, columns, generator=generator)
     weight = torch.randn(27, channels, columns, generator=generator)
-    assert_close(triton_backend.forward(feats, weight, None, level), torch_backend.forward(feats, weight, None, level))
-    assert_close(triton_backend.input_grad(grad, weight, level), torch_backend.input_grad(grad, weight, level))
-    assert_close(triton_backend.weight_grad(feats, grad, level), torch_backend.weight_grad(feats, grad, level))
+    assert_close(convolution.forward(feats, weight, None, level), torch_backend.forward(feats, weight, None, level))
+    assert_close(convolution.input_grad(grad, weight, level), torch_backend.input_grad(grad, weight, level))
+    assert_close(convolution.weight_grad(feats, grad, level), torch_backend.weight_grad(feats, grad, level))
 
 
 @in_interpreter
 @pytest.mark.parametrize("count", [1, 77, 300])
-def test_interpreted_maps_equal_plain_torch(count, generator, monkeypatch):
+def test_interpreted_maps_equal_plain_torch(count, generator):
     level = scattered((8, 9, 7), count, generator)
     for bits in (8, 20):
         coords = torch.randint(2**bits, (count, 4), generator=generator, dtype=torch.int32)
         coords[:, 0] %= 5
-        keys = topology.morton_keys(coords, bits)
-        assert torch.equal(triton_maps.morton_keys(coords, bits), keys)
-        assert torch.equal(triton_maps.morton_coords(keys, bits), coords)
-        keys, outside, mixed = triton_maps.checked_keys(coords, bits, (5, *[2**bits] * 3))
-        assert torch.equal(keys, topology.morton_keys(coords, bits)) and not outside
+        keys = torch_maps.morton_keys(coords, bits)
+        assert torch.equal(maps.morton_keys(coords, bits), keys)
+        assert torch.equal(maps.morton_coords(keys, bits), coords)
+        keys, outside, mixed = maps.checked_keys(coords, bits, (5, *[2**bits] * 3))
+        assert torch.equal(keys, torch_maps.morton_keys(coords, bits)) and not outside
         assert mixed == bool((keys[1:] <= keys[:-1]).any())
+        assert (outside, mixed) == torch_maps.checked_keys(coords, bits, (5, *[2**bits] * 3))[1:]
         for axis in range(4):
             for wrong in (-1, (5, *[2**bits] * 3)[axis]):
                 far = coords.clone()
                 far[-1, axis] = wrong
-                assert triton_maps.checked_keys(far, bits, (5, *[2**bits] * 3))[1]
-    assert triton_maps.checked_keys(level.coords, level.bits, (1, 8, 9, 7))[1:] == (False, False)
+                assert maps.checked_keys(far, bits, (5, *[2**bits] * 3))[1]
+                assert torch_maps.checked_keys(far, bits, (5, *[2**bits] * 3))[1]
+    assert maps.checked_keys(level.coords, level.bits, (1, 8, 9, 7))[1:] == (False, False)
     two = torch.cat([level.coords, level.coords + torch.tensor([1, 0, 0, 0], dtype=torch.int32)])
     level, count = Level.from_coords(two, (8, 9, 7), 2)[0], 2 * count
-    found, alive, number = triton_maps.neighbours(level.keys, level.bits, (8, 9, 7), 2)
+    found, alive, number = maps.neighbours(level.keys, level.bits, (8, 9, 7), 2)
     assert torch.equal(found, level.neighbours)
     assert torch.equal(alive, level._alive) and int(number) == int((level.neighbours < count).sum())
-    lists = triton_maps.neighbour_lists(found)
+    lists = maps.neighbour_lists(found)
     for k, (rows, near) in enumerate(level.neighbour_pairs):
         assert int(lists[2][k]) == len(rows)
         assert torch.equal(lists[0][k, : len(rows)].long(), rows) and torch.equal(lists[1][k, : len(rows)].long(), near)
-    keys, parent, children = triton_maps.group_cells(level.keys)
+    keys, parent, children = maps.group_cells(level.keys)
     cells = level.coarsening
     assert torch.equal(keys, cells.coarse.keys)
     assert torch.equal(parent, cells.parent) and torch.equal(children, cells.children)
-    monkeypatch.setattr(topology, "ORDER_CHUNK", 64)
-    for mine, plain in zip(triton_maps.by_neighbourhood(found, alive, 64), level._by_neighbourhood, strict=True):
+    ordered = maps.by_neighbourhood(found, alive, 64), torch_maps.by_neighbourhood(found, alive, 64)
+    for mine, plain in zip(*ordered, strict=True):
         assert torch.equal(mine, plain)
     order = torch.randperm(count, generator=generator)
-    assert torch.equal(triton_maps.take_rows(level.coords, order), level.coords[order])
+    assert torch.equal(maps.take_rows(level.coords, order), level.coords[order])
     for size in (16, 128):
-        offsets, counts = triton_maps.tile_offsets(alive, size)
-        for mine, plain in zip((offsets, counts), level.tiles(size)[-2:], strict=True):
-            assert torch.equal(mine, plain) or level.is_thin  # thin levels reorder their rows first
+        offsets, counts = maps.tile_offsets(alive, size)
+        for mine, plain in zip((offsets, counts), torch_maps.tile_offsets(alive, size), strict=True):
+            assert torch.equal(mine, plain)
         for tile, rows in enumerate(level.neighbours.split(size, 1)):
             there = [k for k in range(27) if (rows[k] < count).any()]
             assert offsets[tile, : counts[tile]].tolist() == there
@@ -142,10 +136,10 @@ def test_interpreted_sums_and_copies_of_children(channels, generator, assert_clo
     fine = torch.randn(200, channels, generator=generator)
     coarse, scale = torch.randn(len(cells.coarse), channels, generator=generator), torch.rand(len(cells.coarse))
     expected = torch.zeros_like(coarse).index_add_(0, cells.parent, fine)
-    assert_close(triton_rows.sum_children(fine, cells.children, None), expected)
-    assert_close(triton_rows.sum_children(fine, cells.children, scale), expected * scale[:, None])
-    assert_close(triton_rows.spread(coarse, cells.parent, None), coarse[cells.parent])
-    assert_close(triton_rows.spread(coarse, cells.parent, scale), (coarse * scale[:, None])[cells.parent])
+    assert_close(row_kernels.sum_children(fine, cells.children, None), expected)
+    assert_close(row_kernels.sum_children(fine, cells.children, scale), expected * scale[:, None])
+    assert_close(row_kernels.spread(coarse, cells.parent, None), coarse[cells.parent])
+    assert_close(row_kernels.spread(coarse, cells.parent, scale), (coarse * scale[:, None])[cells.parent])
 
 
 @in_interpreter
@@ -157,9 +151,9 @@ def test_interpreted_linear_map_and_its_gradients(count, channels, columns, gene
     bias = torch.randn(columns, generator=generator)
     x, w, upstream = feats.double(), weight.double(), grad.double()
     half = {"dtype": torch.float16}
-    assert_close(triton_linear.rows_product(feats, weight, bias), x @ w.T + bias.double(), **half)
-    assert_close(triton_linear.rows_product(grad, weight.T, None), upstream @ w, **half)
-    for_weight, for_bias = triton_linear.parameter_grads(feats, grad)
+    assert_close(linear.rows_product(feats, weight, bias), x @ w.T + bias.double(), **half)
+    assert_close(linear.rows_product(grad, weight.T, None), upstream @ w, **half)
+    for_weight, for_bias = linear.parameter_grads(feats, grad)
     assert for_weight.dtype == for_bias.dtype == torch.float32
     assert_close(for_weight, upstream.T @ x)
     assert_close(for_bias, upstream.sum(0))
@@ -174,7 +168,7 @@ def test_interpreted_mixed_layer_takes_any_strides_and_frozen_parts(count, learn
     weight, bias = torch.randn(40, 24, generator=generator).T / 8, torch.randn(48, generator=generator)[::2]
     mine = [t.detach().requires_grad_(bool(on)) for t, on in zip((feats, weight, bias), learned, strict=True)]
     truth = [t.detach().double().requires_grad_(t.requires_grad) for t in mine]
-    out, expected = ops._MixedLinear.apply(*mine, triton_linear), torch.nn.functional.linear(*truth)
+    out, expected = ops._MixedLinear.apply(*mine, linear), torch.nn.functional.linear(*truth)
     assert_close(out, expected, dtype=torch.float16)
     out.backward(upstream)
     expected.backward(upstream.double())
@@ -187,24 +181,24 @@ def test_interpreted_mixed_layer_takes_any_strides_and_frozen_parts(count, learn
 @in_interpreter
 @pytest.mark.parametrize("count", [0, 5, 700])
 def test_interpreted_column_sums(count, generator, assert_close, monkeypatch):
-    monkeypatch.setattr(triton_rows, "ELEMENTS", 64)
+    monkeypatch.setattr(row_kernels, "NUMBERS_PER_PROGRAM", 64)
     x = torch.randn(count, 6, generator=generator)
-    assert_close(triton_rows.column_sums(x), x.double().sum(0))
+    assert_close(row_kernels.column_sums(x), x.double().sum(0))
 
 
 @in_interpreter
 @pytest.mark.parametrize("width", [20])
 def test_interpreted_attention_and_its_gradient(width, generator, assert_close, monkeypatch):
-    monkeypatch.setattr(triton_attention, "BLOCK", 16)  # windows of several blocks
+    monkeypatch.setattr(attention, "ROWS_PER_STEP", 16)  # windows of several blocks
     level = scattered((9, 8, 7), 150, generator)
     qkv = torch.randn(150, 3, 2, width, generator=generator, dtype=torch.float64, requires_grad=True)
     grad = torch.randn(150, 2, width, generator=generator, dtype=torch.float64)
     expected = oracle.window_attention(qkv, level.coords, 5, 2)
     expected.backward(grad)
     plan = level.windows(5, 2)
-    out, sums = triton_attention.attend(qkv.detach().float(), *plan)
+    out, sums = attention.attend(qkv.detach().float(), *plan)
     assert_close(out, expected)
-    assert_close(triton_attention.attend_grad(grad.float(), qkv.detach().float(), out, sums, *plan), qkv.grad)
+    assert_close(attention.attend_grad(grad.float(), qkv.detach().float(), out, sums, *plan), qkv.grad)
 
 
 @in_interpreter
@@ -249,38 +243,10 @@ def test_interpreted_search_takes_the_lowest_of_equal_codes(generator):
 
 @in_interpreter
 @pytest.mark.parametrize("silu", [False, True])
-@pytest.mark.parametrize(("channels", "groups", "chunks_in_all"), [(6, 2, 512), (6, 2, 2), (32, 16, 3), (40, 2, 3)])
-def test_interpreted_group_norm_and_its_gradients(
-    channels, groups, chunks_in_all, silu, generator, assert_close, monkeypatch
-):
-    monkeypatch.setattr(triton_norm, "ELEMENTS", 512)
-    monkeypatch.setattr(triton_norm, "CHUNKS", chunks_in_all)  # one step a chunk, or several
-    sizes = [70, 0, 1, 29]
-    x = 5 + 3 * torch.randn(100, channels, generator=generator)
-    weight, bias = torch.randn(2, channels, generator=generator)
-    grad = torch.randn(100, channels, generator=generator)
-    truth = [t.double().requires_grad_() for t in (x, weight, bias)]
-    parts = [
-        torch.nn.functional.group_norm(part.T[None], groups, *truth[1:])[0].T if part.shape[0] else part
-        for part in truth[0].split(sizes)
-    ]
-    expected = torch.cat(parts)
-    expected = torch.nn.functional.silu(expected) if silu else expected
-    expected.backward(grad.double())
-    chunks = triton_norm.cut(sizes, triton_norm.chunk_rows(channels), x.device)
-    out, stats = triton_norm.group_norm(x, chunks, groups, weight, bias, eps=1e-5, silu=silu)
-    assert_close(out, expected)
-    grads = triton_norm.group_norm_grads(x, grad, chunks, stats, groups, weight, bias, silu=silu)
-    for mine, reference in zip(grads, truth, strict=True):
-        assert_close(mine, reference.grad)
-
-
-@in_interpreter
-@pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize(("channels", "programs"), [(6, 512), (6, 2), (32, 3), (40, 1)])
 def test_interpreted_voxel_norm_and_its_gradients(channels, programs, silu, generator, assert_close, monkeypatch):
-    monkeypatch.setattr(triton_voxel_norm, "ELEMENTS", 512)
-    monkeypatch.setattr(triton_voxel_norm, "PROGRAMS", programs)  # one step a program, or several, the last not full
+    monkeypatch.setattr(norm, "NUMBERS_PER_STEP", 512)
+    monkeypatch.setattr(norm, "PROGRAMS_PER_BATCH", programs)  # one step a program, or several, the last not full
     x = 5 + 3 * torch.randn(107, channels, generator=generator)
     weight, bias = torch.randn(2, channels, generator=generator)
     grad = torch.randn(107, channels, generator=generator)
@@ -288,7 +254,7 @@ def test_interpreted_voxel_norm_and_its_gradients(channels, programs, silu, gene
     expected = torch.nn.functional.layer_norm(truth[0], (channels,), *truth[1:])
     expected = torch.nn.functional.silu(expected) if silu else expected
     expected.backward(grad.double())
-    assert_close(triton_voxel_norm.voxel_norm(x, weight, bias, eps=1e-5, silu=silu), expected)
-    grads = triton_voxel_norm.voxel_norm_grads(x, grad, weight, bias, eps=1e-5, silu=silu)
+    assert_close(norm.voxel_norm(x, weight, bias, eps=1e-5, silu=silu), expected)
+    grads = norm.voxel_norm_grads(x, grad, weight, bias, eps=1e-5, silu=silu)
     for mine, reference in zip(grads, truth, strict=True):
         assert_close(mine, reference.grad)

@@ -1,9 +1,12 @@
 """bundles/align.json for real on a manifest of token files: what it leaves, resumes, refuses, and over processes."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
-from app import stage_start
-from app.inference import CTTokenizer
 from app.language import align_setup
 from app.language.assistant import NOTICE, CTAssistant
-from app.token_files import write_tokens
-from app.training import make_scheduler
+from app.tokens.token_files import write_tokens
+from app.tokens.tokenizer import CTTokenizer
+from app.training import initial_weights
+from app.training.step import make_scheduler
 from networks import make_vqvae
 from networks.projector import Projector
 from tests.alignments import NUM_CASES, align, make_volume
@@ -67,6 +70,47 @@ def test_resuming_gives_the_run_that_was_not_interrupted(home, aligned):
         assert torch.equal(value, other[name]), name
     steps = [json.loads(line)["step"] for line in (again / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 17))
+
+
+def test_a_run_that_is_told_to_end_saves_its_step_and_goes_on_as_if_it_had_not(home, aligned, place, start_process):
+    settings = {
+        "data": home / "text.jsonl", "vl_model": home / "qwen", "vae_ckpt": home / "tokenizer.pt", "i_save": 100,
+        "use_lora": True, "learning_rate": 1e-3, "max_3d_tokens": 40, "num_workers": 2, **dict.fromkeys(TINY),
+        "i_log": 1,
+    }  # fmt: skip
+    process = start_process("bundles/align.json", output_dir="out", epochs=200, **settings)
+    file = place / "out/metrics.jsonl"
+    while not (file.exists() and '"step": 3,' in file.read_text()):
+        assert process.poll() is None, process.complained.read_text()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)
+    end = end_of(process)
+    (step,) = (int(path.stem[-7:]) for path in (place / "out/ckpts").glob("misc_*"))
+    said = f"STOPPED: ended by SIGTERM at step {step}, saved whole in out. To go on, run the same command with --resume"
+    assert end.status == 143 and end.error.startswith(said), end.err
+    end = end_of(start_process("bundles/align.json", output_dir="out", epochs=200, resume="latest", **settings, **{
+        "train#steps": step + 2}))  # fmt: skip
+    assert end.status == 0 and f"resumed at step {step}" in end.out, end.err
+    losses = [json.loads(line)["loss"] for line in file.open()]
+    assert len(losses) == step + 2 and losses[-1] < losses[0]
+
+
+def test_a_run_that_is_refused_late_leaves_the_earlier_one_where_it_is(home, aligned, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(aligned, out)
+    before = {path.name for path in out.iterdir()}
+    weights = weights_of(out)
+    with monkeypatch.context() as patch:
+        patch.setattr("app.language.align_training.step_optimizer", lambda *_, **__: sys.exit(2))
+        with pytest.raises(SystemExit):
+            align(home, out)
+    assert {path.name for path in out.iterdir()} == before | {".starting_run"} and not (tmp_path / "out.1").exists()
+    assert all(torch.equal(value, weights[name]) for name, value in weights_of(out).items())
+    align(home, out, epochs=1)
+    assert all(torch.equal(value, weights[name]) for name, value in weights_of(tmp_path / "out.1").items())
+    names = {path.name for path in out.iterdir()}
+    assert {"projector_final.pt", "train_args.json", "lora_epoch0"} <= names and "projector_epoch1.pt" not in names
+    assert ".starting_run" not in names
 
 
 def test_a_longer_run_goes_on_with_the_rates_of_its_own_length(home, tmp_path):
@@ -239,7 +283,7 @@ def test_a_missing_tokenizer_is_trained_on_the_demo_and_asked_for_otherwise(home
         torch.save({"step": 1}, checkpoints / "misc_step0000001.pt")
         return subprocess.CompletedProcess(call, 0)
 
-    monkeypatch.setattr(stage_start.subprocess, "run", stage1)
+    monkeypatch.setattr(initial_weights.subprocess, "run", stage1)
     with pytest.raises(SystemExit) as end:
         align(home, place / "out", **demo)
     assert end.value.code == 1 and "stage 1 ended with status 3" in capsys.readouterr().err

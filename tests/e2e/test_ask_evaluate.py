@@ -13,12 +13,13 @@ from monai.bundle import run
 from typer.testing import CliRunner
 
 from app.__main__ import app
+from app.dataset.writer import write_case
+from app.evaluation import answer_scores, evaluate
 from app.language import ask as asking
-from app.language import controls, evaluate_language, language_evaluation
 from app.language.assistant import NOTICE, CTAssistant
-from app.language.rows import REPORT_QUESTION
-from app.phantoms import make_phantom, write_nifti
-from app.prepared_writer import write_case
+from app.measures import controls
+from app.phantoms.phantoms import make_phantom, write_nifti
+from app.text.rows import REPORT_QUESTION
 from tests.alignments import NUM_CASES, make_volume
 from tests.runs import ROOT
 
@@ -153,12 +154,12 @@ def test_ask_as_a_command(home, aligned, tmp_path):
 def few_draws(monkeypatch):
     """Intervals from a handful of draws: what they are is tested elsewhere."""
     for name in ("paired_gap", "mean_gap"):
-        monkeypatch.setattr(language_evaluation, name, partial(getattr(controls, name), num_samples=5))
+        monkeypatch.setattr(answer_scores, name, partial(getattr(controls, name), num_samples=5))
 
 
 def test_evaluation_writes_scores_beside_controls_and_goes_on_where_it_was(home, aligned, monkeypatch):
     options = {"options": {"max_new_tokens": 6}, "align": str(aligned)}
-    result = evaluate_language.evaluate(str(home / "text.jsonl"), **options)
+    result = evaluate.evaluate(str(home / "text.jsonl"), **options)
     out = aligned / "evaluation"
     assert result == json.loads((out / "language.json").read_text()) and (out / "language.png").stat().st_size > 1000
     assert result["rows"] == 8 and result["patients"] == 4
@@ -177,7 +178,7 @@ def test_evaluation_writes_scores_beside_controls_and_goes_on_where_it_was(home,
     monkeypatch.setattr(
         CTAssistant, "answer_many", lambda _self, batch, **_: asked.extend(batch) or ["again"] * len(batch)
     )
-    evaluate_language.evaluate(str(home / "text.jsonl"), **options)
+    evaluate.evaluate(str(home / "text.jsonl"), **options)
     assert len(asked) == 3
 
 
@@ -194,9 +195,7 @@ def test_an_answer_is_asked_again_when_it_was_shown_another_volume_or_cut_shorte
     counts = []
     for options in ({"seed": 0}, {"seed": 0}, {"seed": 1}, {"seed": 1, "max_new_tokens": 9}):
         asked.clear()
-        evaluate_language.evaluate(
-            str(home / "text.jsonl"), align=str(aligned), output_dir=str(tmp_path), options=options
-        )
+        evaluate.evaluate(str(home / "text.jsonl"), align=str(aligned), output_dir=str(tmp_path), options=options)
         counts.append(len(asked))
     everything = 4 * 8
     assert counts[0] == counts[3] == everything and counts[1] == 0
@@ -210,7 +209,7 @@ def test_rows_that_cannot_be_asked_are_left_out_and_counted(home, aligned, tmp_p
     lines += [{**held[0], "question": "side " * 2000}, {**held[0], "answer": ""}]
     (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, lines)))
     options = {"max_new_tokens": 1}
-    result = evaluate_language.evaluate(str(tmp_path / "text.jsonl"), align=str(aligned), options=options)
+    result = evaluate.evaluate(str(tmp_path / "text.jsonl"), align=str(aligned), options=options)
     assert result["rows"] == 8 and result["left_out"] == {"question too long": 1, "empty answer": 1}
     assert "8 rows of 4 patients, 1 left out (question too long)" in (aligned / "evaluation/language.md").read_text()
 
@@ -228,7 +227,7 @@ def test_a_question_beyond_the_context_does_not_end_an_evaluation(home, aligned,
     assert assistant.fits("On which side?", num_tokens=4000) and not assistant.fits("On which side?", num_tokens=4096)
     lengths.clear()
     options = {"max_new_tokens": 1}
-    assert evaluate_language.evaluate(str(home / "text.jsonl"), align=str(aligned), options=options)["rows"] == 8
+    assert evaluate.evaluate(str(home / "text.jsonl"), align=str(aligned), options=options)["rows"] == 8
     assert len(lengths) == 1 and 0 < lengths.pop() <= 40
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from app import checkpoints
+from app.training import checkpoints
 from tests.runs import STEPS, assert_refused, make_cohort, run_in, snapshot
 
 

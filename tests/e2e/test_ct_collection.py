@@ -37,7 +37,7 @@ READ = {  # source: codes, shape, HU range
 }
 REFUSED = {
     "compressed_single/CT1_J2KR": "TOO_FEW_SLICES",
-    "compressed_single/CT2_J2KR": "NOT_CT",
+    "compressed_single/CT2_J2KR": "TOO_FEW_SLICES",
     "compressed_single/CT_small.dcm": "TOO_FEW_SLICES",
     "compressed_single/J2K_pixelrep_mismatch.dcm": "TOO_FEW_SLICES",
     "head_phantom_nifti/CT_pitch.nii.gz": "NOT_HU",

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from app import checkpoints
-from app.evaluation import TokenizerEvaluation
-from app.inference import CTTokenizer
-from app.phantoms import make_phantom
-from app.prepared import find_cases
-from app.prepared_writer import write_case
-from app.scans import open_scan
+from app.dataset.prepared import find_cases
+from app.dataset.writer import write_case
+from app.evaluation.tokenizer_evaluation import TokenizerEvaluation
+from app.phantoms.phantoms import make_phantom
+from app.tokens.open_scan import open_scan
+from app.tokens.tokenizer import CTTokenizer
+from app.training import checkpoints
 from networks import make_vqvae
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,7 +112,7 @@ def test_no_case_that_can_be_judged_is_one_plain_line(output_dir, tmp_path, caps
 
 
 def test_where_the_card_cannot_go_is_said_before_any_work(output_dir, cohort, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("app.evaluation.judge", lambda *given: pytest.fail("it was said too late"))
+    monkeypatch.setattr("app.evaluation.tokenizer_evaluation.judge", lambda *given: pytest.fail("it was said too late"))
     (tmp_path / "mine").write_text("x")
     settings = {"dataset_dir": str(cohort), "tokenizer": str(output_dir), "output_dir": str(tmp_path / "mine" / "card")}
     with pytest.raises(SystemExit):

@@ -12,9 +12,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from app import prepared
+from app.check import check
+from app.dataset import prepared
 from app.prepare import cohort, names, options
-from app.prepare.check import check
 from app.prepare.workers import only_run
 from tests import scans
 from tests.cohorts import AFFINE, SMALL, raw_cohort, report, tree
@@ -338,12 +338,24 @@ def test_a_report_is_never_joined_to_another_patient_s_scan_of_the_same_name(tmp
         (["bad/ct.nii.gz"], 0),
         (["bad/ct.nii.gz", "ct.nii.gz"], 0),
         (["/old/good/ct.nii.gz", "gone/ct.nii.gz"], 1),
+        (["other/good/ct.nii.gz", "gone/ct.nii.gz"], 0),
+        (["raw/good/ct.nii.gz"], 1),
     ):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         (tmp_path / "text.csv").write_text("image,report\n" + "".join(f"{image},{image}\n" for image in images))
         report(raw, tmp_path / "out", text=str(tmp_path / "text.csv"))
         texts = [json.loads(line) for file in (tmp_path / "out").glob("*/text.jsonl") for line in file.open()]
         assert len(texts) == joined and all("good/" in text["report"] for text in texts)
+
+
+def test_a_report_of_another_site_is_not_joined_to_the_only_scan_of_that_name(tmp_path):
+    scans.write_nifti(tmp_path / "siteB" / "x.nii.gz", AFFINE, scans.sample(AFFINE, (36, 32, 28)))
+    for raw in (tmp_path / "siteB", tmp_path / "siteB" / "x.nii.gz"):
+        for image, joined in (("siteA/x.nii.gz", 0), ("siteB/x.nii.gz", 1), ("x.nii.gz", 1)):
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+            (tmp_path / "text.csv").write_text(f"image,report\n{image},Clear.\n")
+            report(raw, tmp_path / "out", text=str(tmp_path / "text.csv"))
+            assert len(list((tmp_path / "out").glob("*/text.jsonl"))) == joined, (raw, image)
 
 
 def test_one_patient_is_on_one_side(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app import prepared
+from app.dataset import prepared
 from app.prepare import cohort
 from app.prepare.workers import run_jobs, worker_count
 from tests.cohorts import SMALL, raw_cohort, report, tree
@@ -97,7 +97,7 @@ def test_a_worker_that_dies_takes_no_other_case_with_it():
 def test_what_a_killed_worker_leaves_half_written_is_cleared(tmp_path, monkeypatch):
     def killed_while_writing(work, jobs, **rest):
         outcomes = run_jobs(work, jobs, **rest)
-        half = Path(jobs[0].folder) / "processed" / f".{jobs[0].case}.half"
+        half = Path(jobs[0].folder) / "processed" / f".{jobs[0].case}.abcd_123.unfinished"
         half.mkdir()
         (half / "case.json").write_text("{")
         return outcomes

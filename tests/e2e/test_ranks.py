@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from app import checkpoints
+from app.training import checkpoints
 from tests.runs import STAGE1, end_of, make_cohort, make_place, run_in, torchrun
 
 STEPS = {"warmup_steps": 4, "max_steps": 6, "i_save": 3, "val_interval": 3}
@@ -15,7 +15,7 @@ BOTH = f"['{STAGE1}','bundles/multi_gpu.json']"
 TOLERANCE = 2e-5  # float32 sums in another order, through ten steps of Adam
 
 
-def told(folder):
+def told_by(folder):
     """What the metrics say, less time and the points that one rank saw."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in ("seconds", "memory_gib", "points")} for row in rows]
@@ -48,7 +48,7 @@ def test_two_processes_tell_the_story_of_one(data, alone, place, start_process):
     end = end_of(start_process(BOTH, launcher=torchrun(), dataset_dir=data, output_dir="out", **STEPS))
     assert end.status == 0, end.err
     out = place / "out"
-    assert_same_story(told(out), told(alone))
+    assert_same_story(told_by(out), told_by(alone))
     assert end.out.count("Step 6: loss=") == 1, "one voice on the console"
     assert checkpoints.complete_steps(out) == [0, 3, 6] and len(list(out.glob("tb_logs/*"))) == 1
     assert checkpoints.read_weights(out)[0].keys() == checkpoints.read_weights(alone)[0].keys()
@@ -57,7 +57,7 @@ def test_two_processes_tell_the_story_of_one(data, alone, place, start_process):
         checkpoints.step_file(out, name, 6).unlink()
     end = run_in(place, dataset_dir=data, output_dir="out", batch_size_per_gpu=2, resume="latest", **STEPS)
     assert end.status == 0 and "resumed at step 3" in end.out
-    assert_same_story(told(out), told(alone))
+    assert_same_story(told_by(out), told_by(alone))
 
 
 @pytest.mark.slow
@@ -81,7 +81,7 @@ def test_micro_batches_tell_the_story_of_the_batch(stage, data, place):
         )
         assert end.status == 0, end.err
     for split in (2, 4):
-        assert_same_story(told(place / f"by{split}"), told(place / "by1"))
+        assert_same_story(told_by(place / f"by{split}"), told_by(place / "by1"))
 
 
 @pytest.mark.slow
@@ -117,7 +117,30 @@ def test_a_killed_rank_is_started_again_and_goes_on(data, place, start_process):
     end = end_of(process)
     assert end.status == 0, end.err
     assert "resumed at step" in end.out
-    assert_same_story(told(place / "out"), told(place / "alone"))
+    assert_same_story(told_by(place / "out"), told_by(place / "alone"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", ["launcher", "one rank"])
+@pytest.mark.parametrize("phase", ["warmup", "train"])
+def test_when_one_process_is_told_to_end_all_end_after_the_same_step(told, phase, data, place, start_process):
+    settings = {**STEPS, "warmup_steps": 30, "max_steps": 30, "i_save": 30, "val_interval": 30, "num_workers": 1}
+    straight = run_in(place, dataset_dir=data, output_dir="alone", batch_size_per_gpu=2, **settings)
+    assert straight.status == 0, straight.err
+    process = start_process(BOTH, launcher=torchrun(), dataset_dir=data, output_dir="out", **settings)
+    out = place / "out"
+    deadline = time.monotonic() + 200
+    while not (out / "metrics.jsonl").exists() or f'"{phase}", "step": 3,' not in (out / "metrics.jsonl").read_text():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid if told == "launcher" else ranks_of(process.pid)[-1], signal.SIGTERM)
+    end = end_of(process)
+    assert end.status != 0
+    (line,) = [line for line in end.err.splitlines() if line.startswith("STOPPED")]
+    assert ("at warm-up step" in line) == (phase == "warmup") and "saved whole in out" in line
+    end = run_in(place, dataset_dir=data, output_dir="out", batch_size_per_gpu=2, resume="latest", **settings)
+    assert end.status == 0 and "resumed at" in end.out, end.err
+    assert_same_story(told_by(out), told_by(place / "alone"))
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """How a run of stage 1 goes on: to the bit, after `kill -9`, and what it refuses to go on from."""
 
 import json
+import os
 import random
 import re
 import signal
@@ -11,14 +12,16 @@ import time
 import pytest
 import torch
 
-from app import checkpoints
-from app.folder import RunFolder
+from app.tokens.tokenizer import find_tokenizer
+from app.training import checkpoints
+from app.training.run_folder import RunFolder
 from networks.presets import Preset
 from tests.runs import (
     NAMES,
     STEPS,
     assert_refused,
     assert_same_weights,
+    end_of,
     make_place,
     rows_of,
     run_in,
@@ -26,6 +29,17 @@ from tests.runs import (
     timeless,
     weights_of,
 )
+
+
+def test_a_run_says_from_its_first_step_how_long_it_takes_and_at_its_end_what_it_left(straight):
+    said = straight[1].out
+    assert said.index("drawing the samples of the first step") < said.index("Warm-up step 1:")
+    for name, last in (("Warm-up step", 10), ("Step", 20)):
+        (first,) = [line for line in said.splitlines() if f"{name} 1: loss=" in line]
+        assert re.search(rf"\([\d.]+ s a step, about [\d.]+ \w+ left of {last} steps\)$", first), first
+    best = checkpoints.read_best(straight[0])
+    assert re.search(rf"done in [\d.]+ \w+: best step {best}, in out\. Next: bundles/evaluate_tokenizer\.json", said)
+
 
 # ---- going on
 
@@ -170,7 +184,132 @@ def test_killed_in_the_warm_up_it_starts_afresh(start_process, place, cohort):
     assert "starting fresh" in end.out
 
 
+# ---- told to end
+
+
+def told_to_end(place, start_process, number, there, **settings):
+    """Starts a run, sends all its processes the signal once `there` holds, and gives how it ended."""
+    process = start_process(output_dir="out", **settings)
+    wait_until(there, process)
+    os.killpg(process.pid, number)
+    return end_of(process)
+
+
+LONG = {**STEPS, "warmup_steps": 6, "max_steps": 2000, "i_save": 1000, "val_interval": 1000, "i_sample": 1000}
+
+
+def has_row(out, phase, step):
+    def there():
+        lines = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []
+        return any(f'"phase": "{phase}", "step": {step},' in line for line in lines)
+
+    return there
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "name", "workers"),
+    [(signal.SIGTERM, 143, "SIGTERM", 2), (signal.SIGINT, 130, "Ctrl-C", 2), (signal.SIGTERM, 143, "SIGTERM", 0)],
+)
+def test_a_run_that_is_told_to_end_saves_its_step_and_goes_on_as_if_it_had_not(
+    number, status, name, workers, start_process, place, cohort
+):
+    out = place / "out"
+    settings = {**LONG, "dataset_dir": cohort, "num_workers": workers}
+    end = told_to_end(place, start_process, number, has_row(out, "train", 5), **settings)
+    (_, step) = checkpoints.complete_steps(out)
+    assert end.status == status and step >= 5, end.err
+    said = f"STOPPED: ended by {name} at step {step}, saved whole in out. To go on, run the same command with --resume"
+    assert end.error.startswith(said) and len(end.error.splitlines()) == 1, end.err
+    again = run_in(place, output_dir="out", resume="latest", **{**settings, "max_steps": step + 3, "num_workers": 0})
+    assert again.status == 0 and f"resumed at step {step}" in again.out, again.err
+    assert [row["step"] for row in rows_of(out) if "loss" in row] == list(range(1, step + 4))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_end_in_either_phase_it_goes_on_to_the_losses_of_the_uninterrupted_run(
+    number, start_process, place, cohort
+):
+    settings = {**STEPS, "dataset_dir": cohort, "warmup_steps": 40, "max_steps": 40, "i_save": 100, "val_interval": 8}
+    straight = run_in(place, output_dir="straight", **settings)
+    assert straight.status == 0, straight.err
+    out = place / "out"
+    end = told_to_end(place, start_process, number, has_row(out, "warmup", 3), num_workers=2, **settings)
+    assert end.status == 128 + number and "at warm-up step" in end.error, end.err
+    assert len(end.error.splitlines()) == 1 and not checkpoints.complete_steps(out)
+    step = len(rows_of(out, "warmup"))
+    (file,) = (out / "ckpts").iterdir()
+    assert file.name == f"warmup_step{step:07d}.pt"
+    end = told_to_end(place, start_process, number, has_row(out, "train", 3), resume="latest", **settings)
+    assert end.status == 128 + number and "at step" in end.error, end.err
+    assert f"resumed at warm-up step {step}" in end.out
+    assert not list((out / "ckpts").glob("warmup*"))
+    again = run_in(place, output_dir="out", resume="latest", **settings)
+    assert again.status == 0, again.err
+    assert timeless(rows_of(out, None)) == timeless(rows_of(place / "straight", None))
+    assert_same_weights(weights_of(out, 40), weights_of(place / "straight", 40))
+
+
+def test_before_its_first_step_a_run_ends_at_once_and_in_one_line(start_process, place, cohort):
+    slow = "$(__import__('time').sleep(60), 1e-3)[1]"
+    end = told_to_end(
+        place, start_process, signal.SIGTERM, (place / "here").exists, dataset_dir=cohort, **STEPS,
+        learning_rate=slow, seed="$(__import__('pathlib').Path('here').touch(), 0)[1]",
+    )  # fmt: skip
+    assert end.status == 143 and end.error.startswith("STOPPED: ended by SIGTERM."), end.err
+    assert len(end.error.splitlines()) == 1
+
+
 # ---- refused
+
+
+REFUSED_LATE = [
+    {"max_points": 30},
+    {"pretrained_vae_path": "bad.pt"},
+    {"learning_rate": 1e30},
+    {"lr_scheduler": "ExponentialLR", "lr_scheduler_options": "{'gama': 1}"},
+]
+
+
+@pytest.mark.parametrize("change", REFUSED_LATE, ids=lambda change: next(iter(change)))
+def test_a_run_that_is_refused_before_its_first_step_leaves_the_earlier_one_where_it_is(
+    earlier, place, cohort, change, monkeypatch
+):
+    before = snapshot(earlier)
+    (place / "bad.pt").write_text("no checkpoint")
+    if "learning_rate" in change:  # a loss that is no number at the first step
+        monkeypatch.setattr(
+            "app.training.initial_weights.TrainStep._optimize", lambda *_: (_ for _ in ()).throw(ValueError("no"))
+        )
+    end = run_in(place, dataset_dir=cohort, output_dir="out", **{**STEPS, **change})
+    assert end.status != 0
+    assert {name: now for name, now in snapshot(earlier).items() if not name.startswith(".")} == before
+    assert not (place / "out.1").exists() and find_tokenizer(earlier).parent == earlier / "ckpts"
+    monkeypatch.undo()
+    end = run_in(place, dataset_dir=cohort, output_dir="out", **{**STEPS, "warmup_steps": 2, "max_steps": 2})
+    assert end.status == 0, end.err
+    assert snapshot(place / "out.1") == before and not list(place.glob("out*/.starting_run"))
+    assert "to go on with it: --resume latest --output_dir out.1" in end.out
+    assert (earlier / "log.txt").read_text().count("Warm-up step 1:") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_before_its_first_step_a_run_leaves_the_earlier_one_where_it_is(
+    number, earlier, start_process, place, cohort
+):
+    before = snapshot(earlier)
+    settings = {**STEPS, "pretrained_vae_path": "out", "max_steps": 3}
+    slow = {"schedule#warmup_lr_steps": "$(__import__('time').sleep(60), 0)[1]"}
+    starting = earlier / ".starting_run"
+    end = told_to_end(
+        place, start_process, number, (starting / "config.json").exists, dataset_dir=cohort, **settings, **slow
+    )
+    assert end.status in (143, -9)
+    assert {name: now for name, now in snapshot(earlier).items() if not name.startswith(".")} == before
+    end = run_in(
+        place, dataset_dir=cohort, output_dir="out", **settings
+    )  # its own weights are still there to start from
+    assert end.status == 0, end.err
+    assert snapshot(place / "out.1") == before and checkpoints.complete_steps(earlier) == [3]
 
 
 def test_a_folder_that_another_process_writes_to_is_left_alone(earlier, place, cohort):

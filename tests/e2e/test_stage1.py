@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from app import checkpoints
-from app.checkpoints import find_tokenizer, load_tokenizer
-from app.prepared import find_cases
+from app.dataset.prepared import find_cases
+from app.tokens.tokenizer import find_tokenizer
+from app.training import checkpoints
+from app.training.checkpoints import load_tokenizer
 from networks.presets import Preset
 from tests.runs import NAMES, STEPS, assert_refused, end_of, rows_of, run_in, weights_of
 

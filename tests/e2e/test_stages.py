@@ -7,7 +7,8 @@ import shutil
 import pytest
 import torch
 
-from app import checkpoints
+from app.training import checkpoints
+from app.training.step import TrainStep
 from tests.runs import make_place, rows_of, run_in, timeless, weights_of
 
 STEPS = {"max_steps": 6, "i_save": 3, "val_interval": 3}
@@ -148,7 +149,29 @@ def test_the_original_recipe_resumed_takes_a_lower_rate(earlier, place, cohort):
     end = run(place, "vq_stage2", cohort, "recipe_ct", resume=3, learning_rate=1e-5)
     assert end.status == 0, end.err
     rates = [row["lr"] for row in story(earlier / "vq_stage2") if "lr" in row]
-    assert rates == pytest.approx([r * 0.999**n for n, r in enumerate([5e-3] * 3 + [1e-5] * 3, start=1)], rel=1e-3)
+    decay = 0.01 ** (1 / 6)  # to a hundredth at the last of six steps
+    assert rates == pytest.approx(
+        [r * decay**n for n, r in enumerate([5e-3] * 3 + [1e-5] * 3, start=1)], rel=1e-3, abs=1e-8
+    )
+    assert rates[-1] == pytest.approx(1e-7, rel=1e-3)
+
+
+def test_a_codebook_that_collapses_is_told_while_it_happens_and_what_to_do(earlier, place, cohort, monkeypatch):
+    real = TrainStep.__call__
+
+    def collapse(self, engine, batch):
+        totals = real(self, engine, batch)
+        if engine.state.iteration in (3, 4):
+            self.codes = [torch.full_like(codes, 7) for codes in self.codes]
+        return totals
+
+    monkeypatch.setattr(TrainStep, "__call__", collapse)
+    end = run(place, "vq_stage2", cohort, output_dir="new")
+    assert end.status == 0, end.err
+    (line,) = [line for line in end.out.splitlines() if "COLLAPSED_CODEBOOK" in line]
+    assert "at step 3 1 of 16 codes" in line and "--learning_rate" in line and "--codebook ema" in line
+    assert end.out.index("Step 2:") < end.out.index(line) < end.out.index("Step 4:")
+    assert "the codebook is in use again at step 5" in end.out
 
 
 def test_the_decoder_may_adapt_first(earlier, place, cohort):

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from app import prepared_writer
-from app.inference import CTTokenizer
+from app.dataset import writer
+from app.tokens.tokenizer import CTTokenizer
 from tests.tiny_tokenizer import AFFINE, hu_volume, make_network, save
 
 
@@ -20,7 +20,7 @@ def dataset(tmp_path_factory):
     side = {"source_shape": [60, 60, 60], "source_affine": np.diag([-2.0, -2.0, 5.0, 1.0]).tolist()}
     for name, shift in (("case_a", 0), ("case_b", 1)):
         hu = np.roll(hu_volume(), shift, 0)
-        prepared_writer.write_case(folder, name, hu, affine=AFFINE, windows=["lung"], sidecar=side)
+        writer.write_case(folder, name, hu, affine=AFFINE, windows=["lung"], sidecar=side)
     return folder
 
 

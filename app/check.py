@@ -1,0 +1,217 @@
+"""Reads a prepared dataset, or a manifest of texts, and says what is wrong with it before any GPU time is spent.
+
+Nothing is changed. A problem is one line: code, how often, what to do; cases are named by their ids.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from app.dataset import prepared
+from app.shared.tables import read_table
+from app.text.manifests import check_rows, read_rows
+from transforms import array
+
+GRAVE = {"UNREADABLE", "WINDOW_MISSING", "OUT_OF_RANGE", "SPLIT_LEAKAGE", "SCANS_MISSING", "STALE"}  # exit status 3
+
+
+class Problem(NamedTuple):
+    code: str
+    message: str
+    cases: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        return {"code": self.code, "message": self.message, "cases": list(self.cases)}
+
+
+class Checked(NamedTuple):
+    """What was read, case by case, and what is wrong."""
+
+    kind: str  # prepared or manifest
+    rows: tuple[dict[str, Any], ...]
+    summary: dict[str, Any]
+    problems: tuple[Problem, ...]
+
+    @property
+    def exit_status(self) -> int:
+        return 3 if any(problem.code in GRAVE for problem in self.problems) else 0
+
+    def as_json(self) -> dict[str, Any]:
+        problems = [problem.as_json() for problem in self.problems]
+        return {"kind": self.kind, **self.summary, "cases": list(self.rows), "problems": problems}
+
+
+def check(
+    data: str | Path,
+    *,
+    keep: str = "body",
+    windows: Sequence[str] = array.DEFAULT_WINDOWS,
+    spacing: float | None = None,
+    min_points: int = 100,
+    image_root: str | None = None,
+) -> Checked:
+    """A prepared dataset (or several under one folder), a text manifest, or a folder of scans with .txt beside them."""
+    path = Path(data)
+    if not path.exists():
+        raise ValueError(f"{path.name!r} does not exist; give the OUT of `python -m app prepare RAW OUT` or a manifest")
+    if path.is_file() or (not prepared.find_datasets(path) and any(path.rglob("*.txt"))):
+        return check_manifest(path, image_root=image_root)
+    return check_prepared(path, keep=keep, windows=windows, spacing=spacing, min_points=min_points)
+
+
+# ---- prepared datasets
+
+
+def check_prepared(path: Path, *, keep: str, windows: Sequence[str], spacing: float | None, min_points: int) -> Checked:
+    if keep not in array.KEEPS:
+        raise ValueError(f"keep must be one of {', '.join(array.KEEPS)}, got {keep!r}")
+    rows, problems = [], defaultdict(list)
+    cases = []
+    for case in prepared.list_cases(path):
+        if isinstance(case, prepared.DamagedCase):
+            rows.append({"case": case.case_id, "dataset": case.dataset, "error": str(case.error)})
+            problems["UNREADABLE"].append(case.case_id)
+            continue
+        cases.append(case)
+        row: dict[str, Any] = {"case": case.case_id, "dataset": case.dataset, "split": case.split, "codes": case.codes}
+        try:
+            row |= _look(case, keep=keep, windows=windows, spacing=spacing)
+        except (ValueError, OSError, KeyError) as error:
+            row["error"] = str(error).splitlines()[0]
+            problems["UNREADABLE"].append(case.case_id)
+        rows.append(row)
+        for code, wrong in _wrong(row, windows, min_points).items():
+            if wrong:
+                problems[code].append(case.case_id)
+    messages = {
+        "UNREADABLE": "files cannot be read: prepare these cases again",
+        "WINDOW_MISSING": f"not all of {', '.join(windows)} are there: prepare again with --windows",
+        "CONSTANT": "a window says the same everywhere: the scan shows nothing in it",
+        "OUT_OF_RANGE": "values outside -32768..32767 or not HU: prepare again",
+        "UNDER_MIN_POINTS": f"fewer than {min_points} points: training skips these cases",
+    }
+    found = [Problem(code, f"{len(ids)} cases: {messages[code]}", tuple(ids)) for code, ids in problems.items()]
+    found += _leaks((case.patient, case.split, case.case_id) for case in cases)
+    found += _stale(cases)
+    found += _failures(path)
+    found += _one_side([case.split for case in cases])
+    points = sorted(row["points"] for row in rows if "points" in row)
+    summary = {
+        "num_cases": len(rows),
+        "datasets": sorted({case.dataset for case in cases}),
+        "splits": dict(sorted(Counter(case.split for case in cases).items())),
+        "shapes": dict(Counter(" x ".join(map(str, row["shape"])) for row in rows if "shape" in row)),
+        "codes": dict(sorted(Counter(code for case in cases for code in case.codes).items())),
+        "keep": keep,
+        "points": [points[0], points[len(points) // 2], points[-1]] if points else None,
+    }
+    return Checked("prepared", tuple(rows), summary, tuple(found))
+
+
+def _look(case: prepared.PreparedCase, *, keep: str, windows: Sequence[str], spacing: float | None) -> dict[str, Any]:
+    """Shape, range, share of foreground and points of one case."""
+    has = case.window_names()
+    row: dict[str, Any] = {"shape": list(case.shape), "windows": list(has), "hu": case.is_hu}
+    if not case.is_hu:
+        masks = [np.asarray(case.window(name)) > 0 for name in windows if name in has]
+        union = np.logical_or.reduce(masks) if masks else np.zeros(case.shape, bool)
+        row |= {"points": int(union.sum()), "foreground": float(union.mean())}
+        return row | {"constant": [n for n in windows if n in has and _flat(case.window(n))]}
+    hu = np.asarray(case.hu())
+    if tuple(hu.shape) != tuple(case.shape):
+        raise ValueError(f"the volume is {hu.shape}, case.json says {tuple(case.shape)}")
+    for name in case._window_files():
+        if case.window(name).shape != hu.shape:
+            raise ValueError(f"window {name} is {case.window(name).shape}, the volume {hu.shape}")
+    row["hu_range"] = [int(hu.min()), int(hu.max())]
+    own = float(case.spacing[0])
+    # at full resolution a body mask takes minutes; the preset's own spacing, or 4 mm, is what training will see
+    step = max(1, round((spacing or max(own, 4.0)) / own))
+    small = np.ascontiguousarray(hu[::step, ::step, ::step])
+    mask = array.keep_mask(small, keep, windows=tuple(windows), spacing=own * step)
+    row |= {"points": int(mask.sum()), "points_spacing": own * step, "foreground": float((small > -500).mean())}
+    row["constant"] = [name for name in windows if _flat(array.window(small, *array.WINDOWS[name])[mask])]
+    return row
+
+
+def _flat(values: np.ndarray) -> bool:
+    return values.size == 0 or bool(values.min() == values.max())
+
+
+def _wrong(row: Mapping[str, Any], windows: Sequence[str], min_points: int) -> dict[str, bool]:
+    if "error" in row:
+        return {}
+    low, high = row.get("hu_range", (0, 1))
+    return {
+        "WINDOW_MISSING": not set(windows) <= set(row["windows"]),
+        "CONSTANT": bool(row["constant"]),
+        "OUT_OF_RANGE": (low >= 0 and high > 1) or low < -2000,
+        "UNDER_MIN_POINTS": row["points"] < min_points,
+    }
+
+
+def _leaks(rows: Iterable[tuple[str, str, str]]) -> list[Problem]:
+    sides: dict[str, set[str]] = defaultdict(set)
+    members: dict[str, list[str]] = defaultdict(list)
+    for patient, split, case in rows:
+        if patient:
+            sides[patient].add(split)
+            members[patient].append(case)
+    both = [patient for patient, splits in sides.items() if len(splits) > 1]
+    cases = tuple(case for patient in both for case in members[patient])
+    return [Problem("SPLIT_LEAKAGE", f"{len(both)} patients are in more than one split", cases)] if both else []
+
+
+def _stale(cases: Sequence[prepared.PreparedCase]) -> list[Problem]:
+    stale = tuple(case.case_id for case in cases if case.status == "stale")
+    remedy = "mend their sources and prepare again, or remove the cases"
+    return [Problem("STALE", f"{len(stale)} cases whose source is refused by now: {remedy}", stale)] if stale else []
+
+
+def _failures(path: Path) -> list[Problem]:
+    files = [*path.glob("failures.csv"), *path.glob("*/failures.csv")]
+    rows = []
+    for file in files:
+        with open(file, newline="", encoding="utf-8") as stream:
+            rows += read_table(stream, name=f"{file.parent.name}/{file.name}")
+    codes = Counter(row.get("codes") or row.get("status", "") for row in rows)
+    told = ", ".join(f"{code} {count}" for code, count in sorted(codes.items()))
+    if not rows:
+        return []
+    return [Problem("INPUTS_REFUSED", f"{len(rows)} inputs never became cases ({told}): see failures.csv")]
+
+
+def _one_side(splits: Sequence[str]) -> list[Problem]:
+    sides = set(splits)
+    if not splits or {"train", "val"} <= sides:
+        return []
+    return [Problem("NO_VALIDATION" if "val" not in sides else "NO_TRAINING", f"every case is in {', '.join(sides)}")]
+
+
+# ---- manifests
+
+
+def check_manifest(path: Path, *, image_root: str | None = None) -> Checked:
+    """Rows matched to scans, missing, repeated, empty; patients in two splits; labels."""
+    told = check_rows(read_rows(path, image_root=image_root))
+    problems = tuple(Problem(code, line) for code, line in told.pop("problems").items())
+    return Checked("manifest", (), told, problems)
+
+
+def lines(checked: Checked) -> Iterable[str]:
+    for row in checked.rows:
+        if "error" in row:
+            yield f"{row['case']}  {row['error']}"
+            continue
+        shape, low_high = " x ".join(map(str, row["shape"])), row.get("hu_range")
+        told = f"HU {low_high[0]}..{low_high[1]}" if low_high else "no HU"
+        share = f"foreground {row['foreground']:.0%}  {row['points']} points"
+        yield f"{row['case']}  {row['split']}  {shape}  {told}  {share}"
+    for name, value in checked.summary.items():
+        yield f"{name}: {value}"
+    for problem in checked.problems:
+        yield f"{problem.code}: {problem.message}"
+    yield "no problems" if not checked.problems else f"{len(checked.problems)} problems"

@@ -1,0 +1,1 @@
+"""The prepared layout on disk: its one reader, its one writer."""

@@ -1,0 +1,1 @@
+"""The tokenizer's card; answers beside every control."""

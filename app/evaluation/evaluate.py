@@ -1,0 +1,114 @@
+"""What `evaluate` runs on: an aligned model, rows of text with their tokens, and mirrored scans where there are HU."""
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from app.dataset import prepared
+from app.evaluation.answer_scores import evaluate_language, table_lines
+from app.language import align_data
+from app.language.assistant import CTAssistant
+from app.language.volume_tokens import TokenSource, VolumeTokens, case_key
+from app.phantoms.sentences import balance
+from app.shared.refusals import fail, refuse_empty
+from app.text.manifests import read_rows
+from app.text.rows import TextRow
+from app.tokens.open_scan import Scan, as_it_lies, is_case
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(
+    data: str | None = None,
+    *,
+    align: str = "outputs/align",
+    tokenizer: str | None = None,
+    output_dir: str | None = None,
+    image_root: str | None = None,
+    skip_bad: bool = False,
+    options: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Scores on the held-out rows of a manifest or prepared dataset; without data on phantoms never seen in training.
+
+    `options`: seed, batch_size, max_new_tokens, num_phantoms, and split (default: val, else test, else all rows).
+    """
+    if output_dir is not None:
+        refuse_empty(output_dir)
+    options = {"seed": 0, "batch_size": 16, "max_new_tokens": 160, "num_phantoms": 60, "split": None} | (options or {})
+    assistant = CTAssistant.from_pretrained(align, tokenizer=tokenizer)
+    source = assistant.tokenizer.source(align_data.tokens_folder(align))
+    mirrored: dict[str, VolumeTokens] = {}
+    if data is None:
+        fresh = {"count": options["num_phantoms"], "seed": options["seed"], "split": "val"}
+        fresh["about"] = assistant.settings.get("about")
+        rows, volumes = align_data.phantom_volumes(source, **fresh)
+        rows = balance(rows, seed=options["seed"])
+        mirrored = align_data.phantom_volumes(source, **fresh, mirror=True)[1]
+        mirrored = {name.removesuffix("_mirrored"): tokens for name, tokens in mirrored.items()}
+    else:
+        rows = held_out(data, image_root=image_root, split=options["split"])
+        volumes, _ = align_data.encode_rows(rows, source, skip_bad=skip_bad)
+        mirrored = mirrored_cases(rows, volumes, source)
+    out = Path(align, "evaluation") if output_dir is None else Path(output_dir)
+    try:
+        return evaluate_language(
+            assistant,
+            rows,
+            volumes,
+            out=out,
+            mirrored=mirrored,
+            batch_size=options["batch_size"],
+            max_new_tokens=options["max_new_tokens"],
+            seed=options["seed"],
+        )
+    except ValueError as error:
+        fail("BAD_EVALUATION", str(error), "see `python -m app check` on the data")
+
+
+def held_out(data: str, *, image_root: str | None, split: str | None) -> list[TextRow]:
+    """Rows of the named split; else of val, of test, or all of them, whichever is there first."""
+    try:
+        rows = read_rows(data, image_root=image_root)
+    except ValueError as error:
+        fail("BAD_MANIFEST", str(error), "see `python -m app check` on it")
+    for wanted in [split] if split else ["val", "test"]:
+        kept = [row for row in rows if row.split == wanted]
+        if kept:
+            log.info("evaluating %d rows of split %s", len(kept), wanted)
+            return kept
+    if split:
+        fail("NO_CASES", f"{data} has no row with split {split}", f"it has {sorted({row.split for row in rows})}")
+    log.warning("no split val or test in %s: evaluating all rows, also those of training", data)
+    return rows
+
+
+def mirrored_cases(
+    rows: list[TextRow], volumes: dict[str, VolumeTokens], source: TokenSource
+) -> dict[str, VolumeTokens]:
+    """Mirrored tokens of prepared cases, whose HU lie on a RAS grid; other images take no part in the mirror test."""
+    found: dict[str, VolumeTokens] = {}
+    for row in rows:
+        if row.image in volumes and row.image not in found and row.path and is_case(row.path):
+            case = prepared.open_case(row.path)
+            if case.is_hu:
+                found[row.image] = source.cached(f"{case_key(row.path)}.mirrored", partial(mirror_image, case))
+    return found
+
+
+def mirror_image(case: prepared.PreparedCase) -> Scan:
+    """The patient seen in a mirror; the grid is centred and keeps its affine."""
+    return as_it_lies(case.hu()[::-1].copy(), case.affine)
+
+
+def status_of(result: dict[str, Any]) -> int:
+    """3 where scans could not be read and were left out."""
+    return 3 if result["left_out"].get("no volume") else 0
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """The table for people, in the log of a bundle run, whose status it sets."""
+    for line in table_lines(result):
+        log.info("%s", line)
+    if status := status_of(result):
+        raise SystemExit(status)

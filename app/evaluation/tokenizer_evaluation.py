@@ -1,0 +1,263 @@
+"""A tokenizer judged on whole cases it did not learn from: the body of `bundles/evaluate_tokenizer.json`.
+
+Three reconstructions of each case are compared with its source: from the codes alone (the network says where voxels
+are), with the stored support, and with the codes exchanged at random within the case, which shows how much a decoder
+reads off the coordinates. Writes a card as JSON, Markdown and PNG beside the checkpoint (see card.py).
+"""
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+
+from app.dataset import prepared
+from app.evaluation import card
+from app.measures import hu_errors as measure
+from app.measures.tokenizer_metrics import count_codes, perplexity
+from app.phantoms.phantoms import ensure_cohort
+from app.shared.output_folder import check_folder
+from app.shared.refusals import fail
+from app.tokens.token_files import CTTokens
+from app.tokens.tokenizer import CTTokenizer, dense_hu, find_tokenizer
+from app.training import checkpoints
+from app.training.initial_weights import train_demo_stage1
+from transforms import Resampled
+
+log = logging.getLogger(__name__)
+
+WAYS = ("codes alone", "stored support", "shuffled codes")
+RESAMPLES = 2000
+
+
+class Judged(NamedTuple):
+    """One case: numbers for the card, and a slice for its picture. Volumes are not kept: there may be thousands."""
+
+    row: dict[str, Any]
+    code_counts: Float[torch.Tensor, "L K"]
+    slice: card.Slice
+
+
+class TokenizerEvaluation:
+    """Evaluates and writes the card.
+
+    Args:
+        dataset_dir: a prepared dataset; None takes the built-in phantoms, and a tokenizer trained on them.
+        tokenizer: checkpoint, output folder or bundle; None takes the newest stage under outputs/.
+        output_dir: where the card goes; None: beside the checkpoint.
+        split: train, val, or None for all cases.
+        max_cases: at most this many, evenly spread over the split; None takes all.
+        max_points: voxels in work at a time; None leaves it to the preset.
+    """
+
+    def __init__(
+        self,
+        *,
+        dataset_dir: str | None = None,
+        tokenizer: str | None = None,
+        output_dir: str | None = None,
+        split: str | None = "val",
+        max_cases: int | None = None,
+        max_points: int | None = None,
+        seed: int = 0,
+    ):
+        self.dataset_dir, self.tokenizer, self.output_dir = dataset_dir, tokenizer, output_dir
+        self.split, self.max_cases, self.max_points, self.seed = split, max_cases, max_points, seed
+
+    def run(self) -> dict[str, Any]:
+        started = time.perf_counter()
+        data = self.dataset_dir or str(ensure_cohort("outputs/phantoms"))
+        cases = prepared.find_cases(data, split=self.split)
+        if not cases:
+            fail("NO_CASES", f"{data} has no case with split {self.split}", "pass --split train, or '$None' for all")
+        if self.max_cases is not None and self.max_cases < len(cases):
+            cases = [cases[i] for i in np.linspace(0, len(cases) - 1, self.max_cases).round().astype(int)]
+        file = self._tokenizer_file()
+        folder = Path(self.output_dir) if self.output_dir else _beside(file)
+        check_folder(folder, name="output_dir")
+        folder.mkdir(parents=True, exist_ok=True)
+        made = CTTokenizer.from_pretrained(file, max_points=self.max_points)
+        judged, refused = [], {}
+        for case in cases:
+            try:
+                judged.append(judge(made, case))
+            except ValueError as error:
+                refused[case.case_id] = str(error)
+                log.warning("%s is not judged: %s", case.case_id, error)
+                continue
+            whole = judged[-1].row["errors"]["codes alone"]["tissues"]["foreground"]["mae"]
+            log.info("%s: MAE %.1f HU from codes alone", case.case_id, whole)
+        if not judged:
+            name, reason = next(iter(refused.items()))
+            fail("NO_CASES", f"none of {len(cases)} cases can be judged; {name}: {reason}", "check the dataset")
+        result = summarize(judged, made, seed=self.seed)
+        result["tokenizer"] = {"file": file.name, "sha256": made.digest, "sizes": asdict(made.sizes)}
+        result["data"] = {
+            "dataset": "built-in phantoms" if self.dataset_dir is None else Path(data).name,
+            "split": self.split or "all",
+            "cases": len(judged),
+            "not_judged": refused,
+        }
+        result["software"] = prepared.versions() | {"torch": torch.__version__}
+        result["seconds"] = round(time.perf_counter() - started, 1)
+        card.write(folder, result, judged)
+        log.info("card in %s", folder / "tokenizer_card.md")
+        return result
+
+    def _tokenizer_file(self) -> Path:
+        missing = self.tokenizer is None and not any(
+            checkpoints.complete_steps(p) for p in checkpoints.NEWEST_TOKENIZERS
+        )
+        if missing and self.dataset_dir is None:
+            train_demo_stage1("NO_TOKENIZER")
+        return find_tokenizer(self.tokenizer)
+
+
+def _beside(file: Path) -> Path:
+    return file.parent.parent if file.parent.name in ("ckpts", "models") else file.parent
+
+
+def judge(made: CTTokenizer, case: prepared.PreparedCase) -> Judged:
+    """All measurements of one case."""
+    sizes = made.sizes
+    scan = made.open(case)
+    on_grid = Resampled("image", spacing=sizes.spacing, grid=sizes.resolution)(
+        {"image": scan.volume.hu, "affine": scan.volume.affine}
+    )
+    truth = on_grid["image"]
+    masks = measure.tissue_masks(truth, spacing=sizes.spacing)
+    if not masks["foreground"].any():
+        raise ValueError("no body is found in it")
+    started = time.perf_counter()
+    tokens = made.encode(scan, support=True)
+    encoded = time.perf_counter()
+    decoded = {
+        "codes alone": made.decode_sparse(tokens, use_support=False),
+        "stored support": made.decode_sparse(tokens),
+        "shuffled codes": made.decode_sparse(replace(tokens, codes=shuffled(tokens.codes))),
+    }
+    seconds = {"encode": encoded - started, "three decodings": time.perf_counter() - encoded}
+    volumes = {way: dense_hu(part.values, sizes) for way, part in decoded.items()}
+    errors = {
+        way: {
+            "tissues": measure.errors_in_hu(truth, hu, masks, windows=sizes.windows),
+            "windows": measure.errors_by_window(truth, hu, masks["foreground"], windows=sizes.windows),
+        }
+        for way, hu in volumes.items()
+    }
+    kept, predicted = (_occupied(decoded[way].values) for way in ("stored support", "codes alone"))
+    alone = decoded["codes alone"]
+    row = {
+        "case": case.case_id,
+        "errors": errors,
+        "share": {name: float(mask.mean()) for name, mask in masks.items()},
+        "clipped_share": measure.clipped_share(truth, masks["foreground"], windows=sizes.windows),
+        "beyond": on_grid["beyond"],
+        "tokens": len(tokens.codes),
+        "rate": rate(tokens, sizes.num_embeddings, foreground=int(masks["foreground"].sum())),
+        "support": {
+            "foreground_kept": measure.kept_share(kept, masks["foreground"]),
+            "foreground_decoded": measure.kept_share(predicted, masks["foreground"]),
+            "dice": measure.dice(predicted, kept),
+            "forced_children": alone.forced,
+            "computed_of_full_expansion": alone.computed / (512 * len(tokens.codes)),
+        },
+        "labels": _labels_kept(case, tokens, {"kept": kept, "decoded": predicted}),
+        "seconds": seconds,
+    }
+    counts = count_codes(torch.from_numpy(tokens.codes), sizes.num_embeddings)
+    return Judged(row, counts, card.slice_of(truth, volumes, _code_map(tokens)))
+
+
+def _labels_kept(
+    case: prepared.PreparedCase, tokens: CTTokens, ways: dict[str, Bool[np.ndarray, "X Y Z"]]
+) -> dict[str, dict[str, float]]:
+    """Share of each organ's voxels that lie where voxels were kept."""
+    found = {}
+    for name in case.organ_names():
+        label, grids = case.organ(name), {"label_affine": case.affine, "affine": tokens.grid_affine}
+        found[name] = {way: measure.label_share(voxels, label, **grids) for way, voxels in ways.items()}
+    return found
+
+
+def rate(tokens: CTTokens, num_codes: int, *, foreground: int) -> dict[str, float]:
+    """Bits: of the codes, and with them a bit for each latent that says whether it has one. Support is not counted."""
+    code_bits = tokens.codes.size * math.log2(num_codes)
+    bits = code_bits + math.prod(tokens.latent_shape)
+    voxels = math.prod(tokens.grid_shape)
+    return {
+        "bits_per_voxel": bits / voxels,
+        "bits_per_foreground_voxel": bits / max(foreground, 1),
+        "compression_of_16_bit": 16 * voxels / bits,
+    }
+
+
+def shuffled(codes: np.ndarray) -> np.ndarray:
+    """The same codes at other places, the same way every time."""
+    return codes[np.random.default_rng(0).permutation(len(codes))]
+
+
+def _occupied(values) -> np.ndarray:
+    kept = np.zeros(values.spatial_shape, bool)
+    kept[tuple(values.coords[:, 1:].cpu().numpy().T)] = True
+    return kept
+
+
+def _code_map(tokens: CTTokens) -> np.ndarray:
+    grid = np.full(tokens.latent_shape, np.nan)
+    grid[tuple(tokens.coords.T)] = tokens.codes.reshape(len(tokens.codes), -1)[:, 0]
+    return grid
+
+
+# ---- over cases
+
+
+def summarize(judged: Sequence[Judged], made: CTTokenizer, *, seed: int) -> dict[str, Any]:
+    """Means over cases, with 95 % bootstrap intervals where there are at least three."""
+    rows = [one.row for one in judged]
+    counts = torch.stack([one.code_counts for one in judged]).sum(0)
+    ways = {way: _mean_of([row["errors"][way] for row in rows], seed) for way in WAYS}
+    true, mixed = (ways[way]["tissues"]["foreground"]["mae"]["mean"] for way in ("stored support", "shuffled codes"))
+    return {
+        "errors": ways,
+        "shuffled_ratio": mixed / max(true, 1e-9),
+        "tissue_share": _mean_of([row["share"] for row in rows], seed),
+        "clipped_share": _mean_of([row["clipped_share"] for row in rows], seed),
+        "beyond": _mean_of([row["beyond"] for row in rows], seed),
+        "codes": {
+            "num_embeddings": made.sizes.num_embeddings,
+            "levels": len(counts),
+            "used": [int((level > 0).sum()) for level in counts],
+            "perplexity": [perplexity(level) for level in counts],
+            "per_case": _mean_of([row["tokens"] for row in rows], seed),
+        },
+        "code_counts": [level.long().tolist() for level in counts],
+        "rate": _mean_of([row["rate"] for row in rows], seed),
+        "support": _mean_of([row["support"] for row in rows], seed),
+        "labels": {
+            name: _mean_of([row["labels"][name] for row in rows if name in row["labels"]], seed)
+            for name in sorted({name for row in rows for name in row["labels"]})
+        },
+        "per_case": rows,
+    }
+
+
+def _mean_of(parts: list[Any], seed: int) -> Any:
+    """The same nest with `mean`, `low`, `high` and `cases` at its leaves; what a case lacks does not count for it."""
+    if isinstance(parts[0], dict):
+        names = dict.fromkeys(name for part in parts for name in part)
+        return {name: _mean_of([part[name] for part in parts if name in part], seed) for name in names}
+    values = np.array([part for part in parts if math.isfinite(part)], np.float64)
+    if not len(values):
+        return {"mean": None, "low": None, "high": None, "cases": 0}
+    found = {"mean": float(values.mean()), "low": None, "high": None, "cases": len(values)}
+    if len(values) >= 3:
+        picks = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
+        found["low"], found["high"] = (float(v) for v in np.percentile(values[picks].mean(1), (2.5, 97.5)))
+    return found

@@ -1,0 +1,1 @@
+"""The built-in cohort: anatomy, findings, what may be said of them."""

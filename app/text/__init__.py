@@ -1,0 +1,1 @@
+"""Scans with words: manifests, published layouts, rows."""

@@ -1,0 +1,1 @@
+"""Scans to tokens and back: CTTokenizer, token files, tokenize, reconstruct."""

@@ -1,0 +1,250 @@
+"""`tokenize` and `reconstruct`: scans to token files and back, one or a folder of them.
+
+Both give what they print. A mistake of the user ends them in one line; an input that cannot be used is listed, and the
+rest is done.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from jaxtyping import Float
+from scipy import ndimage
+
+from app.dataset import prepared
+from app.shared.atomic_files import written_whole
+from app.shared.output_folder import check_folder
+from app.shared.refusals import RefusedInput, code_of, fail, refuse_empty, text_of
+from app.shared.terminal import progress
+from app.tokens import open_scan
+from app.tokens.open_scan import Found, Volume
+from app.tokens.token_files import CTTokens, read_tokens, write_tokens
+from app.tokens.tokenizer import CTTokenizer
+from transforms.array import DROPPED
+
+
+def tokenize(
+    source: str | Path,
+    out: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    support: bool = False,
+    levels: int | None = None,
+    series: str | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Token files of a scan, a prepared case, or every case of a prepared dataset.
+
+    OUT is a file where it ends in .npz and there is one scan, else a folder. Gives an entry a case; one that cannot be
+    used is listed as refused, the rest is done. `levels`: so many codes a cell, the first of the tokenizer's levels.
+    """
+    refuse_empty(source, name="SOURCE")
+    refuse_empty(out)
+    source, out = Path(source), Path(out)
+    if not source.exists():
+        fail("NO_SOURCE", f"{source} does not exist", "give a scan, a prepared case or a prepared dataset")
+    made = _loaded(tokenizer)
+    try:
+        wanted = made.network.check_levels(levels)
+    except ValueError as error:
+        fail("BAD_VALUE", str(error), "leave --levels out for all of them")
+    cases, single = list(_cases_in(source, made, series)), out.suffix == ".npz"
+    if single and len(cases) > 1:
+        cases = _one_good(cases, source, out)
+    _check_kind(source, out, single=single, kinds=".npz")
+    check_folder(out.parent if single else out)
+    entries = []
+    for name, source_hash, open_it in progress(cases, "tokenize"):
+        path = out if single else out / f"{name}.npz"
+        try:
+            if isinstance(open_it, ValueError):
+                raise open_it
+            tokens = None if overwrite else _there_already(path, made, source_hash, support=support, levels=wanted)
+            message = "" if tokens is None else "there already"
+            if tokens is None:
+                tokens = made.encode(open_it(), support=support, levels=levels)
+                write_tokens(path, tokens)
+        except ValueError as error:
+            entries.append(_refused(name, error))
+            continue
+        entries.append(
+            {
+                "case": name,
+                "status": "ok",
+                "codes": _codes_of(tokens),
+                "tokens": str(path),
+                "count": len(tokens.codes),
+                "message": message,
+            }
+        )
+    return _summary(entries, made)
+
+
+def _one_good(cases: list[Found], source: Path, out: Path) -> list[Found]:
+    """Cases for one file: what does not open with its refusal, which only the values may tell, and one that does."""
+    tried: list[Found] = []
+    for case in cases:
+        try:
+            if callable(case.open):
+                case.open()
+        except ValueError as error:
+            case = case._replace(open=error)
+        tried.append(case)
+        if sum(callable(one.open) for one in tried) > 1:
+            fail("MANY_SCANS", f"{source} holds more than one scan, {out} is one file", "give a folder as OUT")
+    return tried
+
+
+def _check_kind(source: Path, out: Path, *, single: bool, kinds: str) -> None:
+    """One file in and a file of another kind out is a slip, not a folder's name."""
+    if source.is_file() and out.suffix and not single and not out.is_dir():
+        fail("NO_OUTPUT", f"what is written ends in {kinds}, OUT is {out}", "give such a file, or a folder")
+
+
+def _there_already(path: Path, made: CTTokenizer, source_hash: str, *, support: bool, levels: int) -> CTTokens | None:
+    """Tokens of an earlier, interrupted call. Those of another tokenizer or scan are neither taken nor overwritten.
+
+    Those without the support, or of another number of levels than is asked for now, are made again.
+    """
+    if not path.exists():
+        return None
+    try:
+        tokens = read_tokens(path)
+    except RefusedInput as error:
+        raise RefusedInput(error.code, f"{text_of(error)}: it is in OUT already, --overwrite makes it again") from error
+    if tokens.tokenizer != made.digest:
+        raise RefusedInput(
+            "EXISTS", f"{path.name} is there already, by tokenizer {tokens.tokenizer[:12]}: --overwrite, or another OUT"
+        )
+    if tokens.source_hash != source_hash:
+        raise RefusedInput("EXISTS", f"{path.name} is there already, of another scan: --overwrite, or another OUT")
+    return None if (support and tokens.support is None) or tokens.levels != levels else tokens
+
+
+def _codes_of(tokens: CTTokens) -> list[str]:
+    """What was found of their scan; a file of older software does not say."""
+    return ["EXISTS"] if tokens.findings is None else [*tokens.findings] or ["OK"]
+
+
+def _refused(name: str, error: ValueError) -> dict[str, Any]:
+    return {"case": name, "status": "refused", "codes": [code_of(error)], "message": text_of(error)}
+
+
+def _cases_in(source: Path, made: CTTokenizer, series: str | None) -> Iterator[Found]:
+    """Every scan of a source."""
+    is_prepared = open_scan.is_case(source) or (source.is_dir() and prepared.find_datasets(source))
+    if is_prepared and series is not None:
+        fail("BAD_VALUE", f"{source} is prepared, so --series names nothing", "leave it out")
+    if open_scan.is_case(source):
+        try:
+            source_hash, open_it = prepared.open_case(source).source_hash, lambda: made.open(source)
+        except ValueError as error:
+            source_hash, open_it = "", error
+        yield Found(source.name, source_hash, open_it)
+    elif is_prepared:
+        cases = prepared.list_cases(source)
+        several = len({case.dataset for case in cases}) > 1
+        for case in cases:
+            name = f"{case.dataset}/{case.case_id}" if several else case.case_id
+            if isinstance(case, prepared.DamagedCase):
+                yield Found(name, "", case.error)
+            else:
+                yield Found(name, case.source_hash, lambda case=case: made.open(case))
+    else:
+        yield from open_scan.raw_scans(source, series=series, grid=made.sizes.prepared)
+
+
+def reconstruct(
+    tokens: str | Path,
+    out: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    like: str | Path | None = None,
+    use_support: bool = True,
+    levels: int | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """NIfTI files in HU of a token file or a folder of them, in world coordinates; `like` a scan, on its own grid.
+
+    `levels`: of the first so many codes of each cell.
+    """
+    refuse_empty(tokens, name="TOKENS")
+    refuse_empty(out)
+    source, out = Path(tokens), Path(out)
+    files = sorted(source.rglob("*.npz")) if source.is_dir() else [source]
+    if not files or not source.exists():
+        fail("NO_TOKENS", f"{source} holds no token file", "make one with `python -m app tokenize SOURCE OUT`")
+    single = out.name.endswith((".nii", ".nii.gz"))
+    if single and len(files) > 1:
+        fail("MANY_SCANS", f"{source} holds {len(files)} token files, {out} is one file", "give a folder as OUT")
+    _check_kind(source, out, single=single, kinds=".nii or .nii.gz")
+    check_folder(out.parent if single else out)
+    try:
+        grid = None if like is None else open_scan.grid_of(Path(like))
+    except ValueError as error:
+        reason = getattr(error, "message", error)  # without the remedy that a refusal of `prepare` brings
+        fail("BAD_LIKE", f"{like}: {reason}", "give one scan that can be read", status=3)
+    made = _loaded(tokenizer)
+    entries = []
+    for file in progress(files, "reconstruct"):
+        name = file.relative_to(source).with_suffix("").as_posix() if source.is_dir() else file.stem
+        path = out if single else out / f"{name}.nii.gz"
+        try:
+            if path.exists() and not overwrite:  # it may be the user's own scan
+                raise RefusedInput("EXISTS", f"{path} is there already: --overwrite, or another OUT")
+            content = read_tokens(file)
+            decoded = made.decode_sparse(content, use_support=use_support, levels=levels)
+        except ValueError as error:
+            entries.append(_refused(name, error))
+            continue
+        volume = made.to_hu(decoded, content)
+        write_nifti(path, volume if grid is None else onto_grid(volume, *grid))
+        ok = {"case": name, "status": "ok", "codes": _codes_of(content), "image": str(path)}
+        entries.append({**ok, "forced_children": decoded.forced})
+    return _summary(entries, made)
+
+
+def _loaded(path: str | Path | None) -> CTTokenizer:
+    try:
+        return CTTokenizer.from_pretrained(path)
+    except ValueError as error:
+        fail("BAD_TOKENIZER", str(error), "give another with --tokenizer")
+
+
+def _summary(entries: list[dict[str, Any]], made: CTTokenizer) -> dict[str, Any]:
+    done = sum(entry["status"] == "ok" for entry in entries)
+    by = {"file": made.source, "sha256": made.digest}
+    return {"cases": entries, "ok": done, "refused": len(entries) - done, "tokenizer": by}
+
+
+def lines(done: dict[str, Any]) -> Iterator[str]:
+    """What the commands print of it."""
+    for entry in done["cases"]:
+        told, message = entry.get("tokens") or entry.get("image") or "", entry.get("message", "")
+        codes = "" if entry["codes"] == ["OK"] else ", ".join(entry["codes"])
+        said = ": ".join(part for part in (codes, message) if part)
+        yield "  ".join(part for part in (entry["status"], entry["case"], told, said) if part)
+    yield f"{done['ok']} ok, {done['refused']} refused, by tokenizer {done['tokenizer']['file']}"
+
+
+# ---- volumes out
+
+
+def onto_grid(volume: Volume, shape: tuple[int, int, int], affine: Float[np.ndarray, "4 4"]) -> Volume:
+    """The volume on another grid, linear, air outside."""
+    there = np.linalg.inv(volume.affine) @ affine
+    hu = ndimage.affine_transform(
+        np.asarray(volume.hu, np.float32), there[:3, :3], there[:3, 3], shape, order=1, mode="constant", cval=DROPPED
+    )
+    return Volume(hu, affine)
+
+
+def write_nifti(path: Path, volume: Volume) -> None:
+    """int16 HU in mm, whole or not at all."""
+    image = nibabel.Nifti1Image(np.clip(np.rint(volume.hu), -32768, 32767).astype(np.int16), volume.affine)
+    image.header.set_xyzt_units("mm")
+    image.set_sform(volume.affine, code=1)
+    with written_whole(path) as beside:
+        nibabel.save(image, beside)

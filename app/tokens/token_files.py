@@ -1,0 +1,233 @@
+"""Token files: the one reader and the one writer of `.npz` files with a volume's codes and all that decoding needs.
+
+Codes and coordinates lie in Morton order of the latent grid. A file from outside is hostile: nothing in it is executed,
+every array is checked against its own header before memory is taken, and contents that contradict each other are
+refused. Knows no network.
+"""
+
+import math
+import struct
+import tokenize
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int32, UInt8
+from numpy.lib import format as npy
+
+from app.shared.atomic_files import written_whole
+from app.shared.refusals import RefusedInput
+from networks.sparse.topology import bits_for, morton_keys
+
+VERSION = 1
+SUPPORT_LEVELS = 3  # support_0: children of each latent; support_1, support_2: of each cell of the two levels below
+MAX_BYTES = 2**30  # of all arrays of a file, unpacked
+MAX_MEMBERS = 64
+UNREADABLE = (  # what zipfile, zlib and numpy raise on bytes that are no archive or no arrays
+    *(OSError, EOFError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CTTokens:
+    """One volume as tokens. `source_…` is the scan as it came in; `affine` takes a latent index to RAS mm.
+
+    `source_hash` is empty for an array in memory. `findings` are the codes of what was found, fixed or cut off on the
+    way here; files of older software do not say.
+    """
+
+    codes: Int32[np.ndarray, "M ..."]  # (M,), or (M, levels)
+    coords: Int32[np.ndarray, "M 3"]
+    latent_shape: tuple[int, int, int]
+    affine: Float[np.ndarray, "4 4"]
+    source_shape: tuple[int, int, int]
+    source_affine: Float[np.ndarray, "4 4"]
+    features: str
+    windows: tuple[str, ...]
+    spacing: float
+    keep: str
+    tokenizer: str  # sha256 of the weights that made it
+    source_hash: str = ""
+    findings: tuple[str, ...] | None = None
+    support: tuple[UInt8[np.ndarray, " _"], ...] | None = None
+
+    @property
+    def levels(self) -> int:
+        """Codes a latent."""
+        return 1 if self.codes.ndim == 1 else self.codes.shape[1]
+
+    def first_levels(self, levels: int | None) -> Int32[np.ndarray, "M ..."]:
+        """The codes of the first quantiser levels; None: of all there are."""
+        if levels is None or levels == self.levels:
+            return self.codes
+        if not 1 <= levels <= self.levels:
+            raise RefusedInput(
+                "TOO_FEW_LEVELS",
+                f"levels must lie in 1..{self.levels}, the levels of these tokens, got {levels}: ask for fewer, or "
+                "tokenize the scan again with more",
+            )
+        return np.ascontiguousarray(self.codes[:, 0] if levels == 1 else self.codes[:, :levels])
+
+    @property
+    def grid_shape(self) -> tuple[int, int, int]:
+        return tuple(8 * n for n in self.latent_shape)
+
+    @property
+    def grid_affine(self) -> Float[np.ndarray, "4 4"]:
+        """Voxel index of the tokenizer's grid to RAS mm."""
+        return self.affine @ np.linalg.inv(latent_to_voxel())
+
+
+def latent_to_voxel() -> Float[np.ndarray, "4 4"]:
+    """The middle of latent i is that of voxels 8 i to 8 i + 7."""
+    matrix = np.diag([8.0, 8.0, 8.0, 1.0])
+    matrix[:3, 3] = 3.5
+    return matrix
+
+
+def write_tokens(path: str | Path, tokens: CTTokens) -> None:
+    """A whole file or none; the same tokens give the same bytes."""
+    path = Path(path)
+    arrays = {
+        "codes": tokens.codes.astype(np.int32),
+        "coords": tokens.coords.astype(np.int32),
+        "latent_shape": np.array(tokens.latent_shape, np.int32),
+        "affine": np.asarray(tokens.affine, np.float64),
+        "source_shape": np.array(tokens.source_shape, np.int32),
+        "source_affine": np.asarray(tokens.source_affine, np.float64),
+        "source_hash": np.array(tokens.source_hash),
+        "features": np.array(tokens.features),
+        "windows": np.array(tokens.windows),
+        "spacing": np.array(tokens.spacing, np.float64),
+        "keep": np.array(tokens.keep),
+        "tokenizer": np.array(tokens.tokenizer),
+        "version": np.array(VERSION, np.int32),
+    }
+    if tokens.findings is not None:
+        arrays["findings"] = np.array(tokens.findings, np.str_)
+    for i, part in enumerate(tokens.support or ()):
+        arrays[f"support_{i}"] = part
+    with written_whole(path) as beside, open(beside, "wb") as stream:  # given a name, NumPy puts its own ending behind
+        np.savez_compressed(stream, **arrays)
+
+
+def read_tokens(path: str | Path) -> CTTokens:
+    """The tokens in a file, checked. Raises ValueError in one line where it is damaged or no token file."""
+    path = Path(path)
+    try:
+        arrays = _read_arrays(path)
+        tokens = _tokens_of(arrays)
+    except FileNotFoundError:
+        raise RefusedInput("NO_TOKENS", f"token file {path} does not exist") from None
+    except UNREADABLE as error:
+        text = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
+        reason = f"it has no {error}" if isinstance(error, KeyError) else text.splitlines()[0]
+        raise RefusedInput("DAMAGED_TOKENS", f"{path.name} is damaged or no token file: {reason}") from error
+    return tokens
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an npz; no member may claim more than its bytes hold."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if len(members) > MAX_MEMBERS or sum(m.file_size for m in members) > MAX_BYTES:
+            raise ValueError(f"it unpacks to more than {MAX_MEMBERS} arrays or {MAX_BYTES >> 20} MiB")
+        return {member.filename.removesuffix(".npy"): _read_array(archive, member) for member in members}
+
+
+def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    with archive.open(member) as stream:
+        version = npy.read_magic(stream)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"{member.filename} has array format {version}")
+        read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, by_column, dtype = read_header(stream, max_header_size=10_000)
+        if dtype.hasobject or dtype.kind not in "iufU":
+            raise ValueError(f"{member.filename} holds {dtype}")
+        size = math.prod(shape) * dtype.itemsize
+        content = stream.read(member.file_size)
+        if len(content) != size:
+            raise ValueError(f"{member.filename} should hold {size} bytes, it has {len(content)}")
+    array = np.frombuffer(content, dtype)
+    return (array.reshape(shape[::-1]).T if by_column else array.reshape(shape)).copy()
+
+
+def _tokens_of(arrays: dict[str, np.ndarray]) -> CTTokens:
+    if (version := int(arrays["version"])) > VERSION:
+        raise ValueError(f"it is of version {version}, this software reads up to {VERSION}")
+    codes, coords = arrays["codes"], arrays["coords"]
+    shape = _triple(arrays["latent_shape"], "latent_shape")
+    if codes.dtype.kind != "i" or codes.ndim not in (1, 2) or codes.size == 0 or codes.min() < 0:
+        raise ValueError(f"codes must be integers from 0 up, (M,) or (M, levels), got {codes.dtype} {codes.shape}")
+    if coords.dtype.kind != "i" or coords.shape != (len(codes), 3):
+        raise ValueError(f"coords must be integers ({len(codes)}, 3), got {coords.dtype} {coords.shape}")
+    if coords.min() < 0 or (coords >= np.array(shape)).any():
+        raise ValueError(f"coords leave the latent grid {shape}")
+    rows = torch.nn.functional.pad(torch.from_numpy(coords.astype(np.int32)), (1, 0))
+    keys = morton_keys(rows, bits_for(shape))
+    if bool((keys[1:] <= keys[:-1]).any()):
+        raise ValueError("coords are not in Morton order, or not unique")
+    return CTTokens(
+        codes=codes.astype(np.int32),
+        coords=coords.astype(np.int32),
+        latent_shape=shape,
+        affine=_affine(arrays["affine"], "affine"),
+        source_shape=_triple(arrays["source_shape"], "source_shape"),
+        source_affine=_affine(arrays["source_affine"], "source_affine"),
+        features=_text(arrays["features"]),
+        windows=_names(arrays["windows"], "windows", least=1),
+        spacing=float(arrays["spacing"]),
+        keep=_text(arrays["keep"]),
+        tokenizer=_text(arrays["tokenizer"]),
+        source_hash=_text(arrays["source_hash"]) if "source_hash" in arrays else "",
+        findings=_names(arrays["findings"], "findings") if "findings" in arrays else None,
+        support=_support(arrays, len(codes)),
+    )
+
+
+def _support(arrays: dict[str, np.ndarray], num_tokens: int) -> tuple[np.ndarray, ...] | None:
+    names = [name for name in arrays if name.startswith("support")]
+    if not names:
+        return None
+    if sorted(names) != [f"support_{i}" for i in range(SUPPORT_LEVELS)]:
+        raise ValueError(f"its support must have {SUPPORT_LEVELS} levels, it has {', '.join(sorted(names))}")
+    parts, cells = [], num_tokens
+    for i in range(SUPPORT_LEVELS):
+        part = arrays[f"support_{i}"]
+        if part.dtype != np.uint8 or part.shape != (cells,) or not part.all():
+            raise ValueError(
+                f"support_{i} must hold {cells} bytes, each with a child, it has {part.dtype} {part.shape} "
+                f"with {int((part == 0).sum())} empty"
+            )
+        parts.append(part)
+        cells = int(np.unpackbits(part).sum())
+    return tuple(parts)
+
+
+def _triple(array: np.ndarray, name: str) -> tuple[int, int, int]:
+    if array.shape != (3,) or array.dtype.kind not in "iu" or array.min() < 1 or array.max() > 2**17:
+        raise ValueError(f"{name} must be three positive sizes, got {array.tolist()}")
+    return tuple(int(n) for n in array)
+
+
+def _affine(array: np.ndarray, name: str) -> np.ndarray:
+    square = array.shape == (4, 4) and array.dtype.kind == "f" and np.isfinite(array).all()
+    if not square or not np.array_equal(array[3], [0, 0, 0, 1]) or abs(np.linalg.det(array[:3, :3])) < 1e-9:
+        raise ValueError(f"{name} must be an invertible 4 x 4 matrix")
+    return array.astype(np.float64)
+
+
+def _names(array: np.ndarray, name: str, *, least: int = 0) -> tuple[str, ...]:
+    if array.dtype.kind != "U" or array.ndim != 1 or array.size < least:
+        raise ValueError(f"{name} must be a list of {least} or more names, got {array.dtype} {array.shape}")
+    return tuple(array.tolist())
+
+
+def _text(array: np.ndarray) -> str:
+    if array.dtype.kind != "U" or array.size != 1:
+        raise ValueError(f"a text field holds {array.dtype} {array.shape}")
+    return str(array.item())

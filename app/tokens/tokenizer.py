@@ -1,0 +1,203 @@
+"""A trained tokenizer behind two methods: a whole scan to tokens, tokens back to HU. Crops are for training."""
+
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from app.shared.devices import choose_device
+from app.shared.refusals import RefusedInput, fail
+from app.tokens import open_scan
+from app.tokens.open_scan import Scan, Volume
+from app.tokens.token_files import CTTokens, latent_to_voxel, read_tokens
+from app.training import checkpoints, data
+from app.training.checkpoints import NEWEST_TOKENIZERS, averaged_file, complete_steps, step_file
+from networks.presets import Preset
+from networks.sparse import SparseTensor
+from networks.tiles import Decoded, decode_whole, encode_whole
+from networks.vqvae import SparseVQVAE, Tokens, support_of
+from transforms.array import CUT_OFF, densify, fill_for, hu_from_windows
+
+log = logging.getLogger(__name__)
+
+MIN_POINTS = 100
+
+
+class Seen(NamedTuple):
+    """Voxels for a network, the affine of their grid, and what share of all denser than air lies beyond that grid."""
+
+    x: SparseTensor
+    affine: Float[np.ndarray, "4 4"]
+    beyond: float
+
+
+class CTTokenizer:
+    """Scans to tokens and back.
+
+    Args:
+        network: a trained SparseVQVAE.
+        digest: sha256 of its weights, written into every token file.
+        source: where it came from, to be said.
+        max_points: voxels in work at a time; a larger volume goes through in parts, with the same result.
+    """
+
+    def __init__(self, network: SparseVQVAE, *, digest: str, source: str = "", max_points: int | None = None):
+        if network.vq is None:
+            raise ValueError("a continuous autoencoder makes no tokens: give the output folder of stage 1 or 2")
+        self.network, self.digest, self.source = network.eval(), digest, source
+        self.max_points = max_points or network.sizes.max_points
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path | None = None, *, device: str | torch.device | None = None, max_points: int | None = None
+    ) -> "CTTokenizer":
+        """From a checkpoint, an output folder or an exported bundle; by default the newest stage under outputs/."""
+        file = find_tokenizer(path)
+        network = checkpoints.load_tokenizer(file)
+        log.info("tokenizer %s", file)
+        digest = checkpoints.weights_hash(network.state_dict())
+        made = cls(network, digest=digest, source=str(file), max_points=max_points)
+        made.network.to(choose_device() if device is None else device)
+        return made
+
+    @property
+    def sizes(self) -> Preset:
+        return self.network.sizes
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def open(self, scan: Any) -> Scan:
+        """What `app.tokens.open_scan` calls a scan; a raw one on the grid that the training data were prepared on."""
+        return open_scan.open_scan(scan, self.sizes.windows, grid=self.sizes.prepared)
+
+    def encode(self, scan: Any, *, support: bool = False, levels: int | None = None) -> CTTokens:
+        """Tokens of a scan: a path (prepared case or raw), a PreparedCase, or anything with `hu` and `affine`.
+
+        With `support` the tokens also carry which voxels there were, so that decoding need not predict them. Of a
+        tokenizer with several quantiser levels the first `levels` alone are kept, fewer bits for a coarser volume.
+        """
+        self.network.check_levels(levels)
+        scan = scan if isinstance(scan, Scan) else self.open(scan)
+        x, affine, beyond = self.features(scan.volume)
+        findings = [code for code in scan.codes if code != "OK"]
+        if beyond >= CUT_OFF:
+            side = self.sizes.resolution * self.sizes.spacing
+            log.warning(
+                "%s: %.1f %% of what is denser than air lies beyond the %g mm grid", scan.name, 100 * beyond, side
+            )
+            findings.append("FOV_CROPPED")
+        tokens = encode_whole(self.network, x, max_points=self.max_points, levels=levels)
+        return CTTokens(
+            codes=tokens.codes.cpu().numpy(),
+            coords=tokens.coords[:, 1:].cpu().numpy(),
+            latent_shape=tokens.latent_shape,
+            affine=affine @ latent_to_voxel(),
+            source_shape=scan.source_shape,
+            source_affine=scan.source_affine,
+            source_hash=scan.source_hash,
+            findings=tuple(dict.fromkeys(findings)),
+            features=self.sizes.features,
+            windows=self.sizes.windows,
+            spacing=float(self.sizes.spacing),
+            keep=self.sizes.keep,
+            tokenizer=self.digest,
+            support=tuple(part.cpu().numpy() for part in support_of(x.level)) if support else None,
+        )
+
+    def features(self, volume: Volume) -> Seen:
+        """What the network sees of a RAS volume."""
+        sizes = self.sizes
+        if sizes.features != "window":
+            raise ValueError(f"this tokenizer was trained on features {sizes.features}, a scan gives windows")
+        steps = data.preprocessing(
+            resolution=sizes.resolution, spacing=sizes.spacing, keep=sizes.keep, windows=sizes.windows
+        )
+        item: dict[str, Any] = {"image": volume.hu, "affine": volume.affine}
+        for step in [*steps, *data.sampling(windows=sizes.windows)]:  # Compose would hide a refusal (see data.py)
+            item = step(item)
+        if len(item["coords"]) < MIN_POINTS:
+            raise RefusedInput(
+                "EMPTY",
+                f"only {len(item['coords'])} voxels are left of the scan, {MIN_POINTS} are needed: is it empty?",
+            )
+        coords = torch.from_numpy(np.pad(item["coords"].astype(np.int32), ((0, 0), (1, 0))))
+        feats = torch.from_numpy(np.ascontiguousarray(item["feats"], np.float32))
+        x = SparseTensor(feats.to(self.device), coords.to(self.device), tuple(item["spatial_shape"]), 1)
+        return Seen(x, np.asarray(item["affine"], np.float64), item["beyond"])
+
+    def decode(self, tokens: CTTokens | str | Path, *, levels: int | None = None) -> Volume:
+        """HU on the tokenizer's grid, from the first `levels` codes of each cell or from all that there are.
+
+        Voxels that no token speaks for are air (-1024).
+        """
+        tokens = read_tokens(tokens) if isinstance(tokens, str | Path) else tokens
+        return self.to_hu(self.decode_sparse(tokens, levels=levels), tokens)
+
+    def decode_sparse(self, tokens: CTTokens, *, use_support: bool = True, levels: int | None = None) -> Decoded:
+        """Window values on the stored support where the tokens carry one, else on predicted voxels."""
+        self.check(tokens)
+        rows = torch.nn.functional.pad(torch.from_numpy(tokens.coords), (1, 0)).to(self.device)
+        codes = torch.from_numpy(tokens.first_levels(levels)).to(self.device)
+        support = None
+        if use_support and tokens.support is not None:
+            support = [torch.from_numpy(part).to(self.device) for part in tokens.support]
+        given = Tokens(codes, rows, tokens.latent_shape, 1)
+        return decode_whole(self.network, given, support=support, max_points=self.max_points)
+
+    def check(self, tokens: CTTokens) -> None:
+        """Raises unless this very tokenizer made the tokens."""
+        sizes = self.sizes
+        if tokens.tokenizer != self.digest:
+            raise RefusedInput(
+                "OTHER_TOKENIZER",
+                f"the tokens were made by tokenizer {tokens.tokenizer[:12]}, this one is {self.digest[:12]}: "
+                "give theirs with --tokenizer, or tokenize the scan again",
+            )
+        top = int(tokens.codes.max())
+        pairs = {
+            "codes a latent": (tokens.levels, min(tokens.levels, sizes.quantizer_levels)),
+            "codes up to": (top, min(top, sizes.num_embeddings - 1)),
+            "a grid of": (tokens.grid_shape, (sizes.resolution,) * 3),
+            **{
+                name: (getattr(tokens, name), getattr(sizes, name))
+                for name in ("features", "windows", "spacing", "keep")
+            },
+        }
+        for name, (told, own) in pairs.items():
+            if told != own:
+                raise RefusedInput(
+                    "DAMAGED_TOKENS", f"the tokens tell {name} {told}, their tokenizer {own}: tokenize the scan again"
+                )
+
+    def to_hu(self, decoded: Decoded, tokens: CTTokens) -> Volume:
+        return Volume(dense_hu(decoded.values, self.sizes), tokens.grid_affine)
+
+
+def dense_hu(values: SparseTensor, sizes: Preset) -> Float[np.ndarray, "X Y Z"]:
+    """Window values of one volume as HU on the whole grid."""
+    hu = hu_from_windows(values.feats.float().cpu().numpy(), sizes.windows)
+    return densify(hu, values.coords[:, 1:].cpu().numpy(), values.spatial_shape, fill=fill_for(sizes.keep))
+
+
+def find_tokenizer(path: str | Path | None) -> Path:
+    """The weights of a tokenizer: a file, an output folder, or an exported bundle; None takes the newest stage here."""
+    if path is None:
+        stages = [Path(stage) for stage in NEWEST_TOKENIZERS if complete_steps(stage)]
+        if not stages:
+            fail(
+                "NO_TOKENIZER",
+                f"there is no tokenizer in {' or '.join(NEWEST_TOKENIZERS)}",
+                "train one (python -m monai.bundle run training --config_file bundles/vq_stage1.json), "
+                "or name one with --tokenizer",
+            )
+        path = max(stages, key=lambda stage: step_file(stage, "misc", complete_steps(stage)[-1]).stat().st_mtime)
+    path = Path(path)
+    if not path.exists():
+        fail("NO_TOKENIZER", f"{path} does not exist", "give a checkpoint, an output folder or an exported bundle")
+    bundled = path / "models" / "model.pt"
+    return bundled if bundled.is_file() else averaged_file(path)

@@ -1,0 +1,292 @@
+"""What a run keeps on disk: complete sets of files per step, the best step, and finding and loading them again.
+
+A set is `{name}_step….pt`, `{name}_ema{rate}_step….pt` and `misc_step….pt`. Files are written beside and renamed, misc
+last: a step with a misc file is whole, any other is ignored. Weights are flat state dicts that load without running
+code and carry the sizes of their network (`networks.presets.Preset`).
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from app.shared.atomic_files import write_text
+from app.shared.refusals import fail
+from app.training.key_rules import RULES
+from networks.presets import Preset
+from networks.vqvae import SparseVQVAE, build_vqvae
+
+NEWEST_TOKENIZERS = ("outputs/vq_stage2", "outputs/vq_stage1")
+OURS = re.compile(
+    r"(?:misc|(?:vae|vqvae|align)(?:_ema[\d.e+-]+)?)_step(\d{7,})\.pt(\.part)?"
+)  # no other name is removed
+CODEBOOK_FIELDS = {"codebook", "num_embeddings", "rotation_trick", "normalize_codes", "quantizer_levels"}
+DATA_FIELDS = ("resolution", "spacing", "windows", "features", "keep")
+
+
+def step_file(output_dir: Path, name: str, step: int) -> Path:
+    return Path(output_dir) / "ckpts" / f"{name}_step{step:07d}.pt"
+
+
+def complete_steps(output_dir: str | Path) -> list[int]:
+    """Steps whose set is whole, oldest first."""
+    found = (
+        re.fullmatch(r"misc_step(\d{7,})\.pt", path.name) for path in Path(output_dir, "ckpts").glob("misc_step*.pt")
+    )
+    return sorted(int(match[1]) for match in found if match)
+
+
+def step_to_resume(output_dir: str | Path, resume: str | int | None) -> int | None:
+    """The step that `resume` (null, latest or a number) names; None starts fresh."""
+    if resume is None:
+        return None
+    steps = complete_steps(output_dir)
+    if resume == "latest":
+        return steps[-1] if steps else None
+    if not isinstance(resume, int) or isinstance(resume, bool):
+        fail("BAD_RESUME", f"resume must be latest or a step, got {resume!r}", "pass --resume latest")
+    if resume not in steps:
+        kept = ", ".join(map(str, steps)) or "none"
+        remedy = "pass one of these" if steps else "train without --resume"
+        fail("NO_CHECKPOINT", f"{output_dir} has no complete step {resume}; it has {kept}", remedy)
+    return resume
+
+
+def warm_up_step(output_dir: str | Path, resume: str | int | None) -> int | None:
+    """The step of a warm-up that `resume: latest` goes on with: one that no complete set has followed."""
+    if resume != "latest" or complete_steps(output_dir):
+        return None
+    return max((step for _, step in _warm_ups(output_dir)), default=None)
+
+
+def save_warm_up(output_dir: Path, step: int, content: dict) -> None:
+    """One file, whole or not there; it replaces earlier ones."""
+    write_atomically(content, step_file(output_dir, "warmup", step))
+    drop_warm_ups(output_dir, keep=step)
+
+
+def drop_warm_ups(output_dir: Path, *, keep: int | None = None) -> None:
+    for path, step in _warm_ups(output_dir):
+        if step != keep:
+            path.unlink()
+
+
+def _warm_ups(output_dir: str | Path) -> list[tuple[Path, int]]:
+    paths = list(Path(output_dir, "ckpts").glob("warmup_step*.pt"))
+    return [(path, int(match[1])) for path in paths if (match := re.fullmatch(r"warmup_step(\d{7,})\.pt", path.name))]
+
+
+def write_atomically(content: dict, path: Path) -> None:
+    """Saves beside and renames, so that a file under its name is always whole."""
+    part = path.with_name(path.name + ".part")
+    try:
+        torch.save(content, part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        part.unlink(missing_ok=True)
+        kept = complete_steps(path.parent.parent)
+        last = f"the last complete step is {kept[-1]}" if kept else "no complete step exists yet"
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        if isinstance(error, RuntimeError) and "unexpected pos" in reason:  # a write that came out short
+            reason = "No space left on device"
+        fail("SAVE_FAILED", f"could not write {path} ({reason}); {last}", "free disk space, then --resume latest")
+
+
+def save_set(output_dir: Path, step: int, weights: dict[str, dict], misc: dict) -> None:
+    """One complete set; misc last, as the commit mark."""
+    for name, state in weights.items():
+        write_atomically(state, step_file(output_dir, name, step))
+    write_atomically(misc, step_file(output_dir, "misc", step))
+
+
+def prune(output_dir: Path, keep_last: int) -> None:
+    """Removes older sets than the last few; the best step stays. The commit mark goes first."""
+    best = read_best(output_dir)
+    for step in complete_steps(output_dir)[:-keep_last]:
+        if step != best:
+            step_file(output_dir, "misc", step).unlink(missing_ok=True)
+            for path, number, _ in _files_of_sets(output_dir):
+                if number == step:
+                    path.unlink()
+
+
+def _files_of_sets(output_dir: Path) -> list[tuple[Path, int, bool]]:
+    """Files that runs of ours write to ckpts/, commit marks first: path, step and whether it is half written."""
+    paths = sorted(Path(output_dir, "ckpts").glob("*_step*"), key=lambda path: not path.name.startswith("misc"))
+    matches = ((path, OURS.fullmatch(path.name)) for path in paths)
+    return [(path, int(match[1]), match[2] is not None) for path, match in matches if match]
+
+
+def put_aside(output_dir: Path, *, after: int) -> None:
+    """Moves sets later than a step to ckpts/aside, and removes what a killed run left half done."""
+    aside = Path(output_dir, "ckpts", "aside")
+    whole = complete_steps(output_dir)
+    for path, step, half in _files_of_sets(output_dir):
+        if half or step not in whole:
+            path.unlink()
+        elif step > after:
+            aside.mkdir(exist_ok=True)
+            os.replace(path, aside / path.name)
+
+
+def write_best(output_dir: Path, scores: dict[int, float]) -> None:
+    """Names the step of the lowest score; of equals the first. One that is no number is never the best."""
+    path = Path(output_dir, "ckpts", "best.json")
+    scores = {step: score for step, score in scores.items() if math.isfinite(score)}
+    if not scores:
+        path.unlink(missing_ok=True)
+        return
+    step = min(scores, key=scores.get)
+    write_text(path, json.dumps({"step": step, "val_recon": scores[step]}) + "\n")
+
+
+def best_score(output_dir: str | Path) -> dict[int, float]:
+    """The best step so far with its score; empty before the first."""
+    path = Path(output_dir, "ckpts", "best.json")
+    if not path.exists():
+        return {}
+    stored = json.loads(path.read_text())
+    return {stored["step"]: stored["val_recon"]}
+
+
+def read_best(output_dir: str | Path) -> int | None:
+    return next(iter(best_score(output_dir)), None)
+
+
+def read_tensors(path: str | Path) -> dict:
+    """A checkpoint file, read without running code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail("NO_CHECKPOINT", f"{path} does not exist", "train it first, or name another file or output folder")
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        if not zipfile.is_zipfile(path):  # what torch says then is about pickles, or a page long
+            reason = "it is no checkpoint, or not a whole one"
+        fail("BAD_CHECKPOINT", f"{path} cannot be read ({reason})", "if it was cut short, use an older step")
+
+
+def averaged_file(path: str | Path) -> Path:
+    """The averaged weights of an output folder (its best complete step, else the newest); a file stays itself."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    steps = complete_steps(path)
+    if not steps:
+        fail("NO_CHECKPOINT", f"{path} has no complete checkpoint", "train it first, or name another folder")
+    best = read_best(path)
+    step = best if best in steps else steps[-1]
+    averaged = (file for file, number, half in _files_of_sets(path) if number == step and not half)
+    file = next((file for file in averaged if "_ema" in file.name), None)
+    if file is None:
+        what = f"{path} has no averaged weights of step {step}, so it is no tokenizer"
+        fail("NO_CHECKPOINT", what, "name the output folder of stage 0, 1 or 2")
+    return file
+
+
+def read_weights(path: str | Path) -> tuple[dict, Preset]:
+    """State dict and sizes of one of our checkpoints."""
+    path = averaged_file(path)
+    state = read_tensors(path)
+    if not isinstance(state, dict) or "_extra_state" not in state:
+        fail("FOREIGN_CHECKPOINT", f"{path} does not say what it was made for", "use a checkpoint of this project")
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    spoilt = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if spoilt:
+        fail("BAD_CHECKPOINT", f"{path} holds values that are no numbers, in {spoilt[0]}", "use an older step")
+    try:
+        return state, Preset.from_tensor(state["_extra_state"])
+    except (AttributeError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        fail("BAD_CHECKPOINT", f"the sizes in {path} cannot be read ({reason})", "it is damaged: use another step")
+
+
+def weights_hash(state: dict) -> str:
+    """sha256 over names and values, so the same for the same weights saved again elsewhere."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_tokenizer(path: str | Path) -> SparseVQVAE:
+    """A network as it was saved, in evaluation mode."""
+    state, sizes = read_weights(path)
+    network = build_vqvae(sizes)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        fail("BAD_CHECKPOINT", f"{path} does not fit ({_first_misfit(error)})", "it may be damaged: use another step")
+    return network.eval()
+
+
+def _first_misfit(error: RuntimeError) -> str:
+    """The first of what `load_state_dict` complains about."""
+    return (" ".join(str(error).split("\n\t")[1:2]) or "its tensors do not fit its sizes").strip().rstrip(".")
+
+
+def start_from(network: SparseVQVAE, path: str | Path, *, codebook: bool) -> Path:
+    """Weights only, from another stage. Without `codebook` the quantiser is left as it is."""
+    file = averaged_file(path)
+    state, sizes = read_weights(file)
+    if codebook and sizes.codebook == "none":
+        fail("NO_CODEBOOK", f"{file} is a continuous autoencoder without codes", "give the output folder of stage 1")
+    skip = {"rotation_trick"} if codebook else CODEBOOK_FIELDS  # how gradients pass is no part of the weights
+    check_same(sizes, network.sizes, source=file, skip=skip)
+    own = {name: tensor for name, tensor in state.items() if name != "_extra_state" and not name.startswith("vq.")}
+    if codebook:
+        own |= {name: tensor for name, tensor in state.items() if name.startswith("vq.")}
+    try:
+        left = network.load_state_dict(own, strict=False)
+    except RuntimeError as error:
+        fail("BAD_CHECKPOINT", f"{file} does not fit ({_first_misfit(error)})", "it may be damaged: use another step")
+    missing = [n for n in left.missing_keys if n != "_extra_state" and (codebook or not n.startswith("vq."))]
+    if missing or left.unexpected_keys:
+        what = (
+            f"it lacks {', '.join(missing) or 'nothing'}, it has besides {', '.join(left.unexpected_keys) or 'nothing'}"
+        )
+        fail("BAD_CHECKPOINT", f"{file} does not fit ({what})", "it may be damaged: use another step")
+    return file
+
+
+def check_same(
+    stored: Preset, wanted: Preset, *, source: Path, skip: set[str], otherwise: str = "train the earlier stage again"
+) -> None:
+    """Ends the run where a checkpoint differs from it: the first difference is told, and every flag that is wanted."""
+    names = [field.name for field in dataclasses.fields(Preset) if field.name not in skip | {"max_points", "prepared"}]
+    other = [name for name in names if getattr(stored, name) != getattr(wanted, name)]
+    if other:
+        name, flags = other[0], dict.fromkeys(_flag(name, getattr(stored, name)) for name in other)
+        to_copy = " ".join(flag for flag in flags if flag.startswith("--"))
+        to_give = ", ".join(filter(None, (to_copy, *(flag for flag in flags if not flag.startswith("--")))))
+        old, new = _plain(getattr(stored, name)), _plain(getattr(wanted, name))
+        what = "data made with" if name in DATA_FIELDS else "a network with"
+        fail(
+            "OTHER_TOKENIZER",
+            f"{source} is for {what} {name} {old}, this run has {name} {new}",
+            f"pass {to_give}, or {otherwise}",
+        )
+
+
+def _plain(value: object) -> str:
+    return ",".join(value) if isinstance(value, tuple) and value and isinstance(value[0], str) else str(value)
+
+
+def _flag(name: str, value: object) -> str:
+    if name not in RULES:  # one of the sizes that only a preset sets
+        return "the --preset it was made with"
+    return f'--{name} "{list(value)}"' if isinstance(value, tuple) else f"--{name} {value}"
+
+
+def unwrapped(network: nn.Module) -> nn.Module:
+    """The network itself, inside DistributedDataParallel or not."""
+    return network.module if hasattr(network, "module") else network

@@ -1,0 +1,218 @@
+"""What a stage needs before its first step: weights of the stage before, and for stage 1 a codebook laid over them.
+
+Does nothing when a run resumes.
+"""
+
+import copy
+import logging
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Events
+from monai.engines import SupervisedTrainer
+from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader
+
+from app.shared.refusals import fail
+from app.training import checkpoints
+from app.training.step import TrainStep, distribute, make_scheduler, resume_optimizer, to_sparse, trainable
+from app.training.stopping import StopWhenAsked
+from networks.losses import TokenizerLoss
+from networks.presets import Preset
+from networks.quantizer import MIN_VECTORS_PER_CODE
+from networks.vqvae import SparseVQVAE
+
+log = logging.getLogger(__name__)
+
+MAX_PASSES = 16  # over the cases, each drawn anew, to fill a codebook at the start
+STAGE1_COMMAND = "python -m monai.bundle run training --config_file bundles/vq_stage1.json"
+
+
+class CodebookStart:
+    """What stage 1 needs before its first step: a trained autoencoder, and a codebook laid over its outputs.
+
+    Weights come from `pretrained_vae_path` (auto: stage 0's output where there is one); without any, the autoencoder is
+    trained first for `warmup_steps`, a phase of its own. Does nothing when the run resumes.
+    """
+
+    def __init__(
+        self,
+        *,
+        network: SparseVQVAE,
+        folder,
+        pretrained_vae_path: str | None,
+        loader: DataLoader,
+        loss_function: TokenizerLoss,
+        warmup: dict,
+        vectors_per_code: int = 64,
+    ):
+        self.network, self.folder, self.path = network, folder, pretrained_vae_path
+        self.loader, self.loss_function, self.warmup = loader, loss_function, warmup
+        self.vectors_per_code = vectors_per_code
+
+    def run(self) -> None:
+        if self.folder.start_step is not None:
+            return
+        path = self.path
+        if path == "auto" and self.folder.warm_up_step is not None:
+            path = None
+        if path == "auto":
+            path = "outputs/vae" if checkpoints.complete_steps("outputs/vae") else None
+        if path is None:
+            self._train_autoencoder()
+        else:
+            file = checkpoints.start_from(self.network, path, codebook=False)
+            log.info("autoencoder weights from %s", file)
+        self._lay_codebook()
+
+    def _loader(self, max_steps: int, *, start: int = 0) -> DataLoader:
+        """The training loader over other steps."""
+        sampler = copy.copy(self.loader.sampler)
+        sampler.start, sampler.max_steps = start, max_steps
+        same = ("dataset", "batch_size", "num_workers", "collate_fn", "pin_memory")
+        kept = {name: getattr(self.loader, name) for name in same}
+        return type(self.loader)(sampler=sampler, generator=torch.Generator(), **kept)
+
+    def _train_autoencoder(self) -> None:
+        steps, device = self.warmup["steps"], next(self.network.parameters()).device
+        start = self.folder.warm_up_step or 0
+        log.info("no autoencoder weights: training one for %d steps before the codebook", steps)
+        codes = list(self.network.vq.parameters())
+        for parameter in codes:  # without codes they would have no gradient, which ranks wait for
+            parameter.requires_grad_(False)
+        optimizer = torch.optim.AdamW(
+            trainable(self.network), lr=self.warmup["learning_rate"], weight_decay=0.0, fused=device.type == "cuda"
+        )
+        schedule = make_scheduler(
+            optimizer,
+            name=self.warmup["lr_scheduler"],
+            max_steps=steps,
+            options=self.warmup["lr_scheduler_options"],
+        )
+        trainer = SupervisedTrainer(
+            device=device,
+            max_epochs=1,
+            epoch_length=steps,
+            train_data_loader=self._loader(steps, start=start),
+            network=distribute(self.network),
+            optimizer=optimizer,
+            loss_function=self.loss_function,
+            iteration_update=TrainStep(
+                quantize=False, seed=self.warmup["seed"], amp=self.warmup["amp"], grad_clip=self.warmup["grad_clip"]
+            ),
+            decollate=False,
+        )
+        trainer.last_saved_step = None
+        if start:
+            self._go_on(trainer, schedule)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _: schedule.step())
+        self.folder.record_steps(trainer, optimizer=optimizer, phase="warmup", every=self.warmup, last=steps)
+        what = {"phase": "warm-up step", "output_dir": self.folder.output_dir}
+        StopWhenAsked(save=self._save, **what).attach(trainer)
+        if start < steps:
+            trainer.run()
+            self._save(trainer)  # laying the codebook and the first validation can take long
+        for parameter in codes:
+            parameter.requires_grad_(True)
+
+    def _go_on(self, trainer: SupervisedTrainer, schedule: lr_scheduler.LRScheduler) -> None:
+        step = self.folder.warm_up_step
+        stored = checkpoints.read_tensors(checkpoints.step_file(self.folder.path, "warmup", step))
+        sizes, own = Preset.from_tensor(stored["network"]["_extra_state"]), self.network.sizes
+        otherwise = "begin in another --output_dir"
+        checkpoints.check_same(sizes, own, source=self.folder.path, skip=set(), otherwise=otherwise)
+        self.network.load_state_dict(stored["network"])
+        resume_optimizer(trainer.optimizer, schedule, stored["optimizer"], step=step)
+        if stored["scaler"]:
+            trainer._process_function.scaler.load_state_dict(stored["scaler"])
+
+        def set_iteration(engine: SupervisedTrainer) -> None:
+            engine.state.iteration = step
+
+        trainer.add_event_handler(Events.STARTED, set_iteration)
+        self.folder.warmed_up = True
+        self.folder.go_on()
+        log.info("resumed at warm-up step %d", step)
+
+    def _save(self, trainer: SupervisedTrainer) -> None:
+        trainer.last_saved_step = step = trainer.state.iteration
+        if idist.get_rank() == 0:
+            content = {
+                "step": step,
+                "network": self.network.state_dict(),
+                "optimizer": trainer.optimizer.state_dict(),
+                "scaler": trainer._process_function.scaler.state_dict(),
+            }
+            checkpoints.save_warm_up(self.folder.path, step, content)
+
+    @torch.no_grad()
+    def _lay_codebook(self) -> None:
+        """k-means on encoder outputs of training samples, drawn until there are enough for every code.
+
+        One pass over the cases has to hold what k-means takes at least: more passes only vary the same voxels.
+        """
+        vq, device = self.network.vq, next(self.network.parameters()).device
+        world = idist.get_world_size()
+        one_pass = math.ceil(len(self.loader.dataset) / (self.loader.batch_size * world))
+        rows, seen = [], 0
+        self.network.eval()
+        for number, batch in enumerate(self._loader(MAX_PASSES * one_pass), start=1):
+            for part in batch if isinstance(batch, list) else [batch]:
+                latents, _ = self.network.encoder(to_sparse(part, device))
+                rows.append(latents.feats)
+                seen += idist.all_reduce(len(latents))
+            too_few = number == one_pass and seen < MIN_VECTORS_PER_CODE * vq.num_embeddings
+            if too_few or seen >= self.vectors_per_code * vq.num_embeddings:
+                break
+        rows = torch.cat(rows)
+        if not rows.std(0).mean() > 1e-3:
+            fail(
+                "CONSTANT_ENCODER",
+                f"the encoder gives the same output everywhere (spread {rows.std(0).mean():.2g})",
+                "give trained weights with --pretrained_vae_path, or null to train the autoencoder first",
+            )
+        try:
+            vq.start_from(rows, generator=torch.Generator().manual_seed(self.warmup["seed"]))
+        except ValueError as error:
+            fail(
+                "TOO_LITTLE_DATA",
+                str(error).split(":")[0],
+                "give more cases, larger crops (--max_points) or fewer codes (--num_embeddings)",
+            )
+        log.info("codebook of %d codes laid over %d encoder outputs", vq.num_embeddings, rows.shape[0])
+
+
+class Stage2Start:
+    """Weights of stage 1. On the demo a missing stage 1 is trained first; with the user's data it is refused."""
+
+    def __init__(self, *, network: SparseVQVAE, folder, init_from: str, scale: str):
+        self.network, self.folder, self.init_from, self.scale = network, folder, init_from, scale
+
+    def run(self) -> None:
+        if self.folder.start_step is not None:
+            return
+        path = Path(self.init_from)
+        if not path.is_file() and not checkpoints.complete_steps(path):
+            if self.scale != "demo" or path != Path("outputs/vq_stage1"):
+                remedy = f"first run {STAGE1_COMMAND} with your dataset_dir"
+                fail("NO_STAGE1", f"{path} has no checkpoint of stage 1", remedy)
+            train_demo_stage1("NO_STAGE1")
+        log.info("weights from %s", checkpoints.start_from(self.network, path, codebook=True))
+
+
+def train_demo_stage1(code: str) -> None:
+    """Stage 1 on the built-in phantoms, in a process of its own; `code` says what is missing where that fails."""
+    log.info("no tokenizer yet: training one on the demo first (%s)", STAGE1_COMMAND)
+    idist.barrier()  # before the first files appear every rank has seen that there are none
+    if idist.get_rank() == 0:
+        config = Path(__file__).resolve().parent.parent / "bundles" / "vq_stage1.json"
+        call = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", str(config)]
+        alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        if status := subprocess.run(call, env=alone).returncode:
+            fail(code, f"stage 1 ended with status {status}", "see its output above", status=1)
+    idist.barrier()

@@ -1,0 +1,335 @@
+"""The output folder of a training run: its log, its metrics, its pictures, its description. Only rank 0 writes.
+
+Layout: ckpts/ (see checkpoints.py), tb_logs/, samples/, {name}_model_summary.txt, config.json, command.txt, log.txt,
+metrics.jsonl. Where an earlier run stands, a new one begins in STARTING inside, and takes its place after a first step.
+"""
+
+import errno
+import json
+import logging
+import os
+import resource
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.tensorboard import SummaryWriter
+
+from app.shared.atomic_files import write_text
+from app.shared.refusals import fail
+from app.training import checkpoints, pictures, preflight
+
+log = logging.getLogger(__name__)
+
+STARTING = ".starting_run"
+MAX_PICTURED = 4
+MAX_TOLD = 60  # letters of a setting
+UNTOLD = {"resume", "output_dir", "i_print", "i_log", "i_sample", "i_save", "keep_last", "_desc_"}  # the same run
+SHOWN = ("loss", "recon", "vq", "commitment", "correct")  # on the console line, where a step has them
+
+
+class RunFolder:
+    """Where one run writes, and at which step it starts.
+
+    Args:
+        path: the folder. An earlier run in it is moved aside by the first step of this one, unless this one resumes it.
+        name: of the checkpoint files, vae or vqvae.
+        ema_rate: part of the averaged files' name.
+        resume: null, "latest" or a step.
+        settings: resolved flat settings for config.json, over what the command line says.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        name: str,
+        ema_rate: float = 0.9999,
+        resume: str | int | None = None,
+        settings: object = None,
+    ):
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # by torchrun, after a failure
+        if resume is None and restarted and not Path(path, STARTING).exists():  # what stands there is this run's own
+            resume = "latest"
+        self.output_dir = self.path = Path(path)  # path: where it writes, until its first step another place
+        self.name = name
+        self.settings = settings
+        self.names = (name, f"{name}_ema{ema_rate:g}")
+        self.start_step = checkpoints.step_to_resume(path, resume)
+        self.warm_up_step = checkpoints.warm_up_step(path, resume)
+        self.warmed_up = False
+        self.begun = time.perf_counter()
+        self.validated: tuple[int, float] | None = None  # step and val_recon
+        self.writer: SummaryWriter | None = None
+        self.samples: list[pictures.Sample] = []
+        idist.barrier()  # every rank has looked before anything changes
+        if idist.get_rank() == 0:
+            self._open(resume)
+        idist.barrier()
+
+    def _open(self, resume: str | int | None) -> None:
+        try:
+            _lock(self.output_dir)
+            shutil.rmtree(self.output_dir / STARTING, ignore_errors=True)  # of a run that ended before its first step
+            if not self.resumes:
+                if resume is not None:
+                    log.info("nothing to resume in %s: starting fresh", self.path)
+                self._begin_beside()
+            for name in ("ckpts", "samples", "tb_logs"):
+                (self.path / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail("NO_OUTPUT", f"cannot write to {self.path} ({error.strerror})", "pass another --output_dir")
+        file = logging.FileHandler(self.path / "log.txt")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        file.handleError = lambda record: None  # a full disk is said once, by what fails to be saved
+        logging.getLogger().addHandler(file)
+        if not self.resumes:
+            self._describe()
+        purged = (self.start_step or self.warm_up_step or 0) + 1 if self.resumes else None
+        self.writer = SummaryWriter(str(self.path / "tb_logs"), purge_step=purged)
+
+    @property
+    def resumes(self) -> bool:
+        return self.start_step is not None or self.warm_up_step is not None
+
+    def _describe(self) -> None:
+        (self.path / "command.txt").write_text(shlex.join(sys.argv) + "\n")
+        (self.path / "config.json").write_text(json.dumps(preflight.resolved_config(self.settings), indent=2) + "\n")
+
+    def _say_what_changed(self) -> None:
+        """What the run did not begin with: given otherwise now, or by software that knew no such choice."""
+        now = json.loads(json.dumps(preflight.resolved_config(self.settings)))
+        file = self.path / "config.json"
+        try:
+            before = json.loads(file.read_text())
+        except (OSError, ValueError):
+            before = None
+        if not isinstance(before, dict):
+            log.warning("%s cannot be read: what changed since the run began is not known", file)
+        elif before and now:
+            told = [f"{name} {_short(new)} (was {_short(old)})" for name, old, new in differences(before, now)]
+            if told:
+                log.warning("goes on with other settings than the run began with: %s", ", ".join(told))
+
+    def _begin_beside(self) -> None:
+        """An earlier run keeps its place until this one has taken a step; whether it can be moved then is seen now."""
+        if not (self.output_dir / "metrics.jsonl").exists() and not checkpoints.complete_steps(self.output_dir):
+            return
+        place = self.output_dir.resolve()
+        if place.is_mount() or not os.access(place.parent, os.W_OK):
+            what = f"{self.output_dir} holds an earlier run, which cannot be moved aside from there"
+            fail("NO_OUTPUT", what, "pass another --output_dir, or --resume latest to go on with it")
+        self.path = self.output_dir / STARTING
+        _lock(self.path)  # it stays locked under its later name
+
+    def take_place(self, _engine: Engine) -> None:
+        """After each step; the first moves an earlier run aside and this one to where it was."""
+        if self.path == self.output_dir:
+            return
+        place, number = self.output_dir.resolve(), 1
+        while (aside := place.with_name(f"{place.name}.{number}")).exists():
+            number += 1
+        self.writer.close()
+        os.replace(place, aside)
+        os.replace(aside / STARTING, place)
+        self.path = self.output_dir
+        self.writer = SummaryWriter(str(self.path / "tb_logs"))
+        aside = self.output_dir.parent / aside.name if self.output_dir.name == place.name else aside
+        what = "%s held an earlier run, now in %s (to go on with it: --resume latest --output_dir %s)"
+        log.info(what, self.output_dir, aside, aside)
+
+    def _cut_after_start(self) -> None:
+        """What came after the step that is resumed never happened; sets of it are put aside."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be cut short
+        kept = [row for row in rows if self._happened(row)]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        if self.start_step is None:
+            return
+        checkpoints.put_aside(self.path, after=self.start_step)
+        best = checkpoints.read_best(self.path)
+        if best is not None and best > self.start_step:
+            saved = set(checkpoints.complete_steps(self.path)) - {0}
+            scores = {row["step"]: row["val_recon"] for row in kept if row.get("val_recon") and row["step"] in saved}
+            checkpoints.write_best(self.path, scores)
+
+    def _happened(self, row: dict) -> bool:
+        if self.start_step is None:
+            return row["phase"] == "warmup" and row["step"] <= self.warm_up_step
+        return row["phase"] == "warmup" or row["step"] <= self.start_step
+
+    def go_on(self) -> None:
+        """From here on files of the run that is resumed change."""
+        if idist.get_rank() == 0:
+            self._say_what_changed()
+            self._describe()
+            self._cut_after_start()
+
+    def begin(self, network: nn.Module) -> None:
+        """From here on files of an earlier run change. Writes what is trained: freezing has to come before."""
+        trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in network.parameters())
+        if self.start_step is not None:
+            self.go_on()
+        if idist.get_rank() == 0:
+            (self.path / f"{self.name}_model_summary.txt").write_text(summary(network))
+        log.info("=== %s: %s parameters, %s trainable ===", self.output_dir.name, f"{total:,}", f"{trained:,}")
+
+    def record_steps(self, engine: Engine, *, optimizer: Optimizer, phase: str, every: dict, last: int) -> None:
+        """A console line every `i_print` steps, a metrics row every `i_log`; both at the first step and the last."""
+        begun: list[tuple[float, int]] = []  # when the first step began, and how many were done before
+
+        def begin(trainer: Engine) -> None:
+            if not begun:
+                begun.append((time.perf_counter(), trainer.state.iteration - 1))
+                log.info("drawing the samples of the first step and compiling what has to be; then a line at that step")
+
+        def show(trainer: Engine) -> None:
+            output = trainer.state.output
+            (start, before), step = begun[0], trainer.state.iteration
+            each = (time.perf_counter() - start) / (step - before)
+            shown = " ".join(f"{name}={output[name]:.4g}" for name in SHOWN if name in output)
+            what = "%s %d: %s (%s a step, about %s left of %d steps)"
+            log.info(what, named, step, shown, duration(each), duration(each * (last - step)), last)
+
+        def write(trainer: Engine) -> None:
+            row = {"phase": phase, "step": trainer.state.iteration, **trainer.state.output}
+            self._write({**row, "lr": optimizer.param_groups[0]["lr"], "memory_gib": peak_memory()}, prefix=phase)
+
+        named = "Step" if phase == "train" else "Warm-up step"
+        engine.add_event_handler(Events.GET_BATCH_STARTED, begin)
+        self.warmed_up = self.warmed_up or phase == "warmup"
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.take_place)
+        for record, key in ((show, "i_print"), (write, "i_log")):
+            due = partial(_due, every=every[key], last=last)
+            engine.add_event_handler(Events.ITERATION_COMPLETED(event_filter=due), record)
+
+    def record_validation(self, step: int, metrics: dict) -> None:
+        values = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+        log.info("Validation at step %d: %s", step, " ".join(f"{name}={value:.4g}" for name, value in values.items()))
+        self._write({"phase": "train", "step": step, **values}, prefix="validation")
+        self.validated = (step, values["val_recon"])
+
+    def record_best(self, step: int) -> None:
+        """Of a set just saved: whether it is the best one to take downstream."""
+        if self.validated is not None and self.validated[0] == step > 0:
+            checkpoints.write_best(self.path, {**checkpoints.best_score(self.path), step: self.validated[1]})
+
+    def attach(self, evaluator: Engine) -> None:
+        """Holds the evaluator's first cases for the next picture."""
+
+        def keep(engine: Engine) -> None:
+            if engine.state.iteration == 1:
+                self.samples.clear()
+            if len(self.samples) < MAX_PICTURED:
+                self.samples.append(pictures.sample_of(engine.state.output))
+
+        evaluator.add_event_handler(Events.ITERATION_COMPLETED, keep)
+
+    def record_end(self, *, then: str) -> None:
+        """The last line of a run that came to its end."""
+        best = checkpoints.read_best(self.output_dir)
+        kept = (
+            f"best step {best}" if best is not None else f"last step {checkpoints.complete_steps(self.output_dir)[-1]}"
+        )
+        log.info("done in %s: %s, in %s. %s", duration(time.perf_counter() - self.begun), kept, self.output_dir, then)
+
+    def record_samples(self, step: int, *, window: str) -> None:
+        if idist.get_rank() == 0 and self.samples:
+            path = self.path / "samples" / f"step{step:07d}.png"
+            pictures.montage(self.samples, path, window=window, title=f"{self.output_dir.name}, step {step}")
+
+    def _write(self, row: dict, *, prefix: str) -> None:
+        if idist.get_rank() != 0:
+            return
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({key: _plain(value) for key, value in row.items()}) + "\n")
+        for name, value in row.items():
+            if isinstance(value, int | float) and name != "step":
+                self.writer.add_scalar(f"{prefix}/{name}", value, row["step"])
+        self.writer.flush()
+
+
+def _lock(folder: Path) -> None:
+    """One process at a time writes to a folder; the lock goes with the process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # no such locks here
+        return
+    held = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # else the disk knows no locks
+            fail("IN_USE", f"another run is writing to {folder}", "wait for it, or pass another --output_dir")
+
+
+def differences(before: object, now: object, path: str = "") -> Iterator[tuple[str, object, object]]:
+    """Path, earlier value and present one of all that two configs have otherwise, by the parts that both have."""
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now) and _of_parts(now):
+        before, now = dict(enumerate(before)), dict(enumerate(now))
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in {**now, **before}:
+            old, new = before.get(name, "not to be chosen"), now.get(name, "left out")
+            told = path or name not in UNTOLD
+            passed_on = path and name not in before and str(new).startswith("@")  # the key it stands for is told
+            if told and not passed_on:
+                yield from differences(old, new, f"{path}#{name}" if path else name)
+    elif before != now:
+        yield path, before, now
+
+
+def _of_parts(values: list) -> bool:
+    return any(isinstance(value, dict) for value in values)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= MAX_TOLD else text[:MAX_TOLD] + "…"
+
+
+def duration(seconds: float) -> str:
+    """In the one unit that reads best."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min"), (1, "s")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.2g} s"
+
+
+def summary(network: nn.Module) -> str:
+    """Name, shape, type and whether it learns: by gradient (True), by moving averages (EMA) or not at all (False)."""
+    rows = [(name, p.shape, p.dtype, str(p.requires_grad)) for name, p in network.named_parameters()]
+    rows += [(name, b.shape, b.dtype, "EMA") for name, b in network.named_buffers()]
+    lines = [("Name", "Shape", "Type", "Grad")]
+    lines += [(n, "x".join(map(str, s)), str(t).removeprefix("torch."), g) for n, s, t, g in sorted(rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(4)]
+    return "".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() + "\n" for line in lines)
+
+
+def peak_memory() -> float:
+    """GiB at most so far: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def _due(_engine: Engine, step: int, *, every: int, last: int) -> bool:
+    return step % every == 0 or step in (1, last)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, torch.Tensor):
+        return value.item()
+    return round(value, 8) if isinstance(value, float) else value

@@ -1,0 +1,319 @@
+"""Training as MONAI's SupervisedTrainer runs it: one iteration, and what it takes: device, ranks, average, schedule.
+
+Nothing here loops over steps: stage_start.py is what comes before the first, stage_handlers.py what hangs on each.
+Randomness of a step is a function of (seed, step), so that a resumed run is the same run.
+"""
+
+import logging
+import math
+import os
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import ignite.distributed as idist
+import torch
+import torch.distributed as dist
+from ignite.engine import Engine
+from monai.engines import SupervisedEvaluator, SupervisedTrainer
+from torch import nn
+from torch.distributed.rendezvous import rendezvous
+from torch.optim import Optimizer, lr_scheduler
+from torch.optim.swa_utils import AveragedModel
+
+from app.shared.devices import choose_device
+from app.shared.refusals import fail
+from app.training.checkpoints import unwrapped
+from app.training.preflight import one_line_errors
+from networks.losses import TokenizerLoss
+from networks.residual import drawn_levels
+from networks.sparse import SparseTensor
+from networks.vqvae import SparseVQVAE
+from transforms.tensor import window_values
+
+log = logging.getLogger(__name__)
+
+AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def to_sparse(batch: dict, device: torch.device) -> SparseTensor:
+    """The batch dictionary of `app.training.loaders.collate` as the networks take it."""
+    moved = {key: batch[key].to(device, non_blocking=True) for key in ("coords", "feats", "hu") if key in batch}
+    feats = moved["feats"] if "feats" in moved else window_values(moved["hu"], batch["windows"])
+    return SparseTensor(feats, moved["coords"], tuple(batch["spatial_shape"]), batch["batch_size"])
+
+
+def seed_step(seed: int, step: int, *, rank: int = 0) -> None:
+    """Random numbers of a step depend on nothing that happened before it."""
+    torch.manual_seed((seed * 1_000_003 + step) * 1009 + rank)
+
+
+def sample_seed(seed: int, step: int, case_id: str) -> int:
+    """Of what is drawn for one sample, so that it does not matter what shares its batch."""
+    return zlib.crc32(f"{seed}/{step}/{case_id}".encode())
+
+
+class TrainStep:
+    """`iteration_update`: all micro-batches of a step, then one optimizer step and one codebook update."""
+
+    def __init__(
+        self,
+        *,
+        quantize: bool,
+        seed: int = 0,
+        amp: str = "off",
+        grad_clip: float | None = 1.0,
+        hold_encoder_steps: int = 0,
+        level_dropout: float = 0.0,
+    ):
+        if amp not in AMP_TYPES:
+            raise ValueError(f"amp must be one of {', '.join(AMP_TYPES)}, got {amp!r}")
+        self.quantize, self.seed, self.amp, self.grad_clip = quantize, seed, AMP_TYPES[amp], grad_clip
+        self.hold_encoder_steps = hold_encoder_steps  # the decoder adapts to the codes first
+        self.level_dropout = (
+            level_dropout  # share of samples that are decoded from fewer quantiser levels than there are
+        )
+        self.scaler = torch.amp.GradScaler(enabled=self.amp == torch.float16)
+        self.codes: list[torch.Tensor] = []  # of the last step
+
+    def __call__(self, engine: SupervisedTrainer, batch: dict | list[dict]) -> dict:
+        started = time.perf_counter()
+        parts = batch if isinstance(batch, list) else [batch]
+        samples = sum(part["batch_size"] for part in parts)
+        seed_step(self.seed, engine.state.iteration, rank=idist.get_rank())
+        if not unwrapped(engine.network).training:  # it walks through all modules; a wrapper's own flag says nothing
+            engine.network.train()
+        engine.optimizer.zero_grad(set_to_none=True)
+        num_levels = unwrapped(engine.network).sizes.quantizer_levels
+        names: list[str] = []
+        sums: torch.Tensor | float = 0.0
+        points = 0
+        self.codes = []
+        for part in parts:
+            x = to_sparse(part, engine.state.device)
+            with torch.autocast(x.feats.device.type, dtype=self.amp, enabled=self.amp is not None):
+                seeds = [sample_seed(self.seed, engine.state.iteration, case) for case in part["case_id"]]
+                levels = drawn_levels(num_levels, seeds, dropout=self.level_dropout) if self.level_dropout else None
+                output = engine.network(x, quantize=self.quantize, seeds=seeds, levels=levels)
+                terms = engine.loss_function(output, x)
+            if output.codes is not None:
+                self.codes.append(output.codes)
+            share = part["batch_size"] / samples
+            if terms["loss"].requires_grad:
+                self.scaler.scale(terms["loss"] * share).backward()
+            names = list(terms)
+            sums = sums + torch.stack([term.detach().double() for term in terms.values()]) * share
+            points += len(x)
+        self._optimize(engine)
+        totals = mean_of_ranks(dict(zip(names, sums.tolist(), strict=True)))  # waits for the device, once
+        case_ids = [case for part in parts for case in part["case_id"]]
+        stop_if_not_finite(engine, totals, case_ids)
+        return {**totals, "points": points, "seconds": time.perf_counter() - started}
+
+    def _optimize(self, engine: SupervisedTrainer) -> None:
+        if engine.state.iteration <= self.hold_encoder_steps:
+            for parameter in unwrapped(engine.network).encoder.parameters():
+                parameter.grad = None
+        step_optimizer(engine.optimizer, scaler=self.scaler, grad_clip=self.grad_clip)
+        vq = unwrapped(engine.network).vq
+        if vq is not None and self.quantize:
+            vq.update(generator=torch.Generator().manual_seed(self.seed * 1_000_003 + engine.state.iteration))
+
+
+def step_optimizer(optimizer: Optimizer, *, scaler: torch.amp.GradScaler, grad_clip: float | None) -> None:
+    """One step along the gradients there are, clipped together; none where nothing has a gradient."""
+    learned = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if learned:
+        scaler.unscale_(optimizer)
+        if grad_clip is not None:
+            nn.utils.clip_grad_norm_(learned, grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+
+
+def stop_if_not_finite(engine: Engine, totals: dict[str, float], case_ids: list[str]) -> None:
+    if not math.isfinite(totals["loss"]):
+        last = getattr(engine, "last_saved_step", None)
+        kept = f"the last checkpoint is step {last}" if last is not None else "no checkpoint exists yet"
+        again = "start again with a lower learning_rate"
+        if last is not None:
+            again = "resume from it with a lower learning_rate (from an earlier step, if this comes again)"
+        fail(
+            "NOT_FINITE",
+            f"loss is {totals['loss']} at step {engine.state.iteration} on cases {', '.join(case_ids)}; {kept}",
+            f"{again}, or check these cases with `python -m app check`",
+            status=1,
+        )
+
+
+def mean_of_ranks(totals: dict[str, float]) -> dict[str, float]:
+    """Every rank has as many samples, so the mean over ranks is the mean over samples."""
+    if idist.get_world_size() == 1:
+        return totals
+    values = torch.tensor(list(totals.values()), dtype=torch.float64, device=idist.device())
+    values = idist.all_reduce(values) / idist.get_world_size()
+    return dict(zip(totals, values.tolist(), strict=True))
+
+
+class ProcessGroup:
+    """Joined before anything else of a run that torchrun started, left at its end."""
+
+    def join(self) -> None:
+        if "RANK" not in os.environ:
+            fail(
+                "NO_TORCHRUN",
+                "bundles/multi_gpu.json runs under torchrun",
+                "start it with torchrun --nproc_per_node=N -m monai.bundle …",
+            )
+        if not dist.is_initialized():
+            choose_device()
+            store, rank, world = next(rendezvous("env://"))
+            if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+                # torchrun's restart keeps the store: without a name of its own an attempt would read where the ranks
+                # of the last one listened. Over several nodes attempts are not counted alike, and stores are new.
+                attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+                store = dist.PrefixStore(f"attempt {attempt}", store)
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+            one_line_errors()  # torch has put its own hook before ours
+        if dist.get_rank() != 0:  # one voice on the console
+            logging.getLogger().setLevel(logging.WARNING)
+
+    def leave(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def distribute(network: nn.Module) -> nn.Module:
+    """The network with gradients averaged over ranks, where there are several."""
+    if idist.get_world_size() == 1 or not trainable(network):
+        return network
+    with warnings.catch_warnings():  # the argument's new name is not in every torch we support
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+
+
+def freeze(network: SparseVQVAE, parts: Iterable[str]) -> SparseVQVAE:
+    """The network with some of its parts fixed. Has to come before the optimizer."""
+    for name in parts:
+        for parameter in getattr(network, name).parameters():
+            parameter.requires_grad_(False)
+    return network
+
+
+def trainable(network: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
+def average(network: nn.Module, *, ema_rate: float) -> AveragedModel:
+    """Averaged parameters with decay min(rate, (1 + n) / (10 + n)); buffers, so the codebook too, are copies."""
+
+    def blend(averaged: list[torch.Tensor], current: list[torch.Tensor], _: torch.Tensor) -> None:
+        n = int(model.n_averaged)  # on the CPU; the copy that torch hands over would have to be waited for
+        torch._foreach_lerp_(averaged, current, 1 - min(ema_rate, (1 + n) / (10 + n)))
+
+    model = AveragedModel(unwrapped(network), multi_avg_fn=blend)
+    return model
+
+
+def make_scheduler(
+    optimizer: Optimizer, *, name: str, max_steps: int, warmup_lr_steps: int | None = None, options: dict | None = None
+) -> lr_scheduler.LRScheduler:
+    """cosine, one_cycle, constant, or any class of torch.optim.lr_scheduler with its options; the first two warm up."""
+    warmup = round(0.02 * max_steps) if warmup_lr_steps is None else warmup_lr_steps
+    if name not in ("cosine", "constant"):
+        kind = lr_scheduler.OneCycleLR if name == "one_cycle" else getattr(lr_scheduler, name, None)
+        if not (isinstance(kind, type) and issubclass(kind, lr_scheduler.LRScheduler)):
+            raise ValueError(f"lr_scheduler must be cosine, one_cycle, constant or a torch scheduler, got {name!r}")
+        own = {"max_lr": optimizer.param_groups[0]["lr"], "total_steps": max_steps + 1} if name == "one_cycle" else {}
+        try:
+            make = partial(kind, **own, **(options or {}))
+            _try_schedule(make, [group["lr"] for group in optimizer.param_groups], max_steps)
+            return make(optimizer)
+        except Exception as error:  # what torch says of arguments is one line
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"lr_scheduler {name} with lr_scheduler_options {options}: {reason}") from None
+    if options:
+        raise ValueError(f"lr_scheduler {name} takes no lr_scheduler_options, got {options}")
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if name == "constant":
+            return 1.0
+        done = min((step - warmup) / max(max_steps - warmup, 1), 1.0)
+        return 0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2
+
+    return lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def _try_schedule(make: Callable[[Optimizer], lr_scheduler.LRScheduler], rates: list[float], max_steps: int) -> None:
+    """Takes the first step and the last: some options are found wrong only there, the last after days."""
+    stand_in = torch.optim.AdamW([{"params": [torch.zeros(1)], "lr": rate} for rate in rates])
+    schedule = make(stand_in)
+    stand_in.step()
+    for step in (1, max_steps):
+        schedule.last_epoch = step - 1
+        schedule.step()
+
+
+def resume_optimizer(optimizer: Optimizer, schedule: lr_scheduler.LRScheduler, stored: dict, *, step: int) -> None:
+    """Loads what an optimizer gathered. Rates and other settings are those of this run, as if it had had them always.
+
+    A schedule is a function of its settings and the number of steps: one just made is stepped there, to the bit.
+    """
+    groups = zip(optimizer.param_groups, stored["param_groups"], strict=True)
+    own = [{**group, "params": before["params"]} for group, before in groups]
+    optimizer.load_state_dict({**stored, "param_groups": own})
+    with warnings.catch_warnings():  # torch misses a step of the optimizer before each
+        warnings.simplefilter("ignore", UserWarning)
+        for _ in range(step):
+            schedule.step()
+    now, before = optimizer.param_groups[0]["lr"], stored["param_groups"][0]["lr"]
+    if not math.isclose(now, before):
+        what = "the schedule was brought to step %d with this run's settings: its rate is %.4g, it was %.4g"
+        log.info(what, step, now, before)
+
+
+class ValidationStep:
+    """`iteration_update` of the evaluator: whole cases, no randomness, and the same with latents shuffled in the case.
+
+    A decoder that reads shape off the coordinates alone gives the same error for both.
+    """
+
+    def __init__(self, *, quantize: bool, loss_function: TokenizerLoss, amp: str = "off"):
+        self.quantize, self.loss_function, self.amp = quantize, loss_function, AMP_TYPES[amp]
+
+    def __call__(self, engine: SupervisedEvaluator, batch: dict) -> dict:
+        network = unwrapped(engine.network)
+        network.eval()
+        x = to_sparse(batch, engine.state.device)
+        with torch.no_grad(), torch.autocast(x.feats.device.type, dtype=self.amp, enabled=self.amp is not None):
+            output = network(x, quantize=self.quantize)
+            values = network.vq.lookup(output.codes) if output.codes is not None else output.latents.feats
+            mixed, _ = network.decode_on(output.latents.replace(shuffled_rows(values, output.latents)), x.level)
+            terms = self.loss_function(output, x)
+            if output.codes is not None and output.codes.ndim == 2:
+                first, _ = network.decode_on(output.latents.replace(network.vq.lookup(output.codes[:, 0])), x.level)
+                terms["recon_level0"] = self.loss_function.reconstruction(first, x)
+            terms["shuffled"] = self.loss_function.reconstruction(mixed, x)
+        return {
+            "terms": {name: float(term) for name, term in terms.items()},
+            "codes": output.codes,
+            "num_codes": network.sizes.num_embeddings,
+            "windows": network.sizes.windows,
+            "absolute_error": (output.recon.feats - x.feats.float()).abs().mean(0),
+            "case_id": batch["case_id"],
+            "input": x,
+            "recon": output.recon,
+            "latents": output.latents,
+        }
+
+
+def shuffled_rows(values: torch.Tensor, latents: SparseTensor) -> torch.Tensor:
+    """Rows exchanged at random within each sample, the same way every time."""
+    generator = torch.Generator().manual_seed(0)
+    parts = values.split(latents.level.sample_sizes)
+    return torch.cat([part[torch.randperm(len(part), generator=generator).to(part.device)] for part in parts])

@@ -1,0 +1,79 @@
+"""Ctrl-C and SIGTERM: a step that is under way is finished and saved before the process ends; outside of steps at once.
+
+SLURM sends SIGTERM to every process of a job, a terminal sends Ctrl-C to all in front: loader workers get them too.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+
+import ignite.distributed as idist
+import torch.distributed as dist
+from ignite.engine import Engine, Events
+
+from app.shared.refusals import fail
+
+NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+
+
+class StopWhenAsked:
+    """Ends a run after the step in which any of its processes was told to end. Attach it behind all other handlers.
+
+    Args:
+        save: writes all that resuming needs; called on every rank, at the same step.
+        phase: what steps are called here.
+        output_dir: what to tell the user of where it was saved.
+    """
+
+    def __init__(self, *, save: Callable[[Engine], None], output_dir: object, phase: str = "step"):
+        self.save, self.output_dir, self.phase = save, output_dir, phase
+        self.received = 0
+        self.before: dict[int, object] = {}
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self._watch)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._stop)
+        engine.add_event_handler(Events.COMPLETED, self._let_go)
+
+    def _watch(self, _engine: Engine) -> None:
+        self.before = {number: signal.signal(number, self._receive) for number in NAMES}
+
+    def _let_go(self, _engine: Engine) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame: object) -> None:
+        if self.received and number == signal.SIGINT and "RANK" not in os.environ:  # torchrun passes one on twice
+            raise KeyboardInterrupt
+        if not self.received:  # not by logging: it may be what was interrupted
+            os.write(1, f"{NAMES[number]}: this {self.phase} is finished and saved first\n".encode())
+        self.received = number
+
+    def _stop(self, engine: Engine) -> None:
+        received = self.received if idist.get_world_size() == 1 else idist.all_reduce(self.received, op="MAX")
+        if not received:
+            return
+        if engine.last_saved_step != engine.state.iteration:
+            self.save(engine)
+        if dist.is_initialized():
+            dist.barrier()  # a rank that is gone would end the one that still writes
+        if idist.get_rank() != 0:
+            sys.exit(128 + received)
+        what = f"ended by {NAMES[received]} at {self.phase} {engine.state.iteration}, saved whole in {self.output_dir}"
+        fail("STOPPED", what, "to go on, run the same command with --resume latest", status=128 + received)
+
+
+def serve_to_the_end(_worker: int) -> None:
+    """In a loader's worker: it ends on its loader's word alone, which needs its batches to finish a step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_for, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_for(loader: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != loader:
+        pass
+    os._exit(0)

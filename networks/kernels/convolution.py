@@ -1,0 +1,304 @@
+"""The submanifold 3x3x3 convolution as masked implicit matrix products in Triton: CUDA, bf16, fp16, fp32.
+
+The three functions of torch_backend.py with float32 sums in a fixed order, so repeats are equal to the bit. Forward and
+input gradient: a program owns a tile of rows, and gathers the neighbours of the offsets that are alive in it. Weight
+gradient: the rows are split among programs whose partial sums are added up afterwards. float32 runs as three TF32
+products (error near 1e-6), or as one where `torch.backends.cuda.matmul.allow_tf32` is set.
+"""
+
+import math
+from functools import cache
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from networks.kernels.launch import ceil_div, power_of_two, processors, quick, shared_memory
+from networks.kernels.tiles import Tile, fitted, grad_tile, product_tile, split
+from networks.sparse.topology import Level
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def forward(
+    feats: Float[Tensor, "N C"], weight: Float[Tensor, "27 C F"], bias: Float[Tensor, " F"] | None, level: Level
+) -> Float[Tensor, "N F"]:
+    tile = product_tile(weight.shape[1], weight.shape[2], feats.dtype, thin=level.is_thin)
+    tile = fitted(tile, feats.dtype, shared_memory(feats.device))
+    return gather_product(feats, weight, bias, level, mirrored=False, tile=tile)
+
+
+def input_grad(grad: Float[Tensor, "N F"], weight: Float[Tensor, "27 C F"], level: Level) -> Float[Tensor, "N C"]:
+    tile = product_tile(weight.shape[2], weight.shape[1], grad.dtype, thin=level.is_thin)
+    tile = fitted(tile, grad.dtype, shared_memory(grad.device))
+    return gather_product(grad, weight.mT, None, level, mirrored=True, tile=tile)
+
+
+def weight_grad(feats: Float[Tensor, "N C"], grad: Float[Tensor, "N F"], level: Level) -> Float[Tensor, "27 C F"]:
+    tile = grad_tile(feats.shape[1], grad.shape[1], feats.dtype)
+    return row_product(feats, grad, level, tile=fitted(tile, feats.dtype, shared_memory(feats.device)))
+
+
+def refusal(feats: Float[Tensor, "N C"], columns: int) -> str | None:
+    """Why this backend cannot convolve these features to `columns` channels; None where it can."""
+    if feats.dtype not in DTYPES:
+        return f"computes in bfloat16, float16 or float32, got {feats.dtype}"
+    return None
+
+
+def _precision(dtype: torch.dtype) -> str:
+    if dtype != torch.float32:
+        return "ieee"  # 16-bit inputs: exact products
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+def gather_product(
+    feats: Float[Tensor, "N C"],
+    weight: Float[Tensor, "27 C F"],
+    bias: Float[Tensor, " F"] | None,
+    level: Level,
+    *,
+    mirrored: bool,
+    tile: Tile,
+) -> Float[Tensor, "N F"]:
+    """out[p] = bias + sum over k of feats[neighbours[k, p]] @ weight[26 - k if mirrored else k]."""
+    (num_rows, channels), columns = feats.shape, weight.shape[2]
+    out = feats.new_empty((num_rows, columns))
+    if num_rows == 0 or columns == 0:
+        return out
+    plan = level.tiles(tile.rows)
+    grid = (plan.offsets.shape[0] * -(-columns // tile.columns),)
+    _gather_product[grid](
+        feats.contiguous(),
+        weight,
+        bias,
+        plan.neighbours,
+        plan.rows,
+        plan.offsets,
+        plan.counts,
+        out,
+        num_rows,
+        *weight.stride(),
+        CHANNELS=channels,
+        COLUMNS=columns,
+        HAS_BIAS=bias is not None,
+        ORDERED=plan.rows is not None,
+        MIRRORED=mirrored,
+        PRECISION=_precision(feats.dtype),
+        TILE_ROWS=tile.rows,
+        TILE_COLUMNS=tile.columns,
+        DEPTH=tile.depth,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return out
+
+
+@no_type_check  # jaxtyping's import hook would otherwise break compilation
+@quick
+@triton.jit(do_not_specialize=["num_rows"])
+def _gather_product(  # noqa: PLR0913
+    feats,
+    weight,
+    bias,
+    neighbours,
+    order,
+    offsets,
+    counts,
+    out,
+    num_rows,
+    weight_k,
+    weight_c,
+    weight_f,
+    CHANNELS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ORDERED: tl.constexpr,
+    MIRRORED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    column_tiles: tl.constexpr = (COLUMNS + TILE_COLUMNS - 1) // TILE_COLUMNS
+    blocks: tl.constexpr = (CHANNELS + DEPTH - 1) // DEPTH
+    tile = tl.program_id(0) // column_tiles
+    places = tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    inside = places < num_rows
+    columns = (tl.program_id(0) % column_tiles) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    count = tl.load(counts + tile)  # () of (T,)
+    sums = tl.zeros((TILE_ROWS, TILE_COLUMNS), dtype=tl.float32)
+    k = tl.load(offsets + tile * 27)  # () of (T, 27)
+    # (TILE_ROWS,) of (27, N)
+    near = tl.load(neighbours + k.to(tl.int64) * num_rows + places, mask=inside, other=num_rows)
+    for step in range(count * blocks):
+        channels = (step % blocks) * DEPTH + tl.arange(0, DEPTH)
+        there = (near < num_rows)[:, None]
+        if CHANNELS % DEPTH != 0:
+            there = there & (channels < CHANNELS)[None, :]
+        # (TILE_ROWS, DEPTH) of (N, C)
+        gathered = tl.load(feats + near.to(tl.int64)[:, None] * CHANNELS + channels[None, :], mask=there, other=0.0)
+        index = 26 - k if MIRRORED else k
+        pointers = weight + index * weight_k + channels[:, None] * weight_c + columns[None, :] * weight_f
+        if CHANNELS % DEPTH != 0 or COLUMNS % TILE_COLUMNS != 0:
+            known = (channels < CHANNELS)[:, None] & (columns < COLUMNS)[None, :]
+            block = tl.load(pointers, mask=known, other=0.0)  # (DEPTH, TILE_COLUMNS) of (27, C, F)
+        else:
+            block = tl.load(pointers)  # (DEPTH, TILE_COLUMNS) of (27, C, F)
+        # The next step's rows are read a step ahead, or every gather would wait for its addresses.
+        k = tl.load(offsets + tile * 27 + tl.minimum((step + 1) // blocks, count - 1))  # ()
+        near = tl.load(neighbours + k.to(tl.int64) * num_rows + places, mask=inside, other=num_rows)
+        sums = tl.dot(gathered, block, sums, input_precision=PRECISION)
+    if HAS_BIAS:
+        sums += tl.load(bias + columns, mask=columns < COLUMNS, other=0.0).to(tl.float32)[None, :]  # of (F,)
+    if ORDERED:
+        rows = tl.load(order + places, mask=inside, other=0)  # (TILE_ROWS,) of (N,)
+    else:
+        rows = places
+    target = out + rows.to(tl.int64)[:, None] * COLUMNS + columns[None, :]
+    tl.store(target, sums.to(out.dtype.element_ty), mask=inside[:, None] & (columns < COLUMNS)[None, :])
+
+
+def row_product(
+    feats: Float[Tensor, "N C"], grad: Float[Tensor, "N F"], level: Level, *, tile: Tile
+) -> Float[Tensor, "27 C F"]:
+    """out[k] = sum over p of feats[neighbours[k, p]]^T grad[p], in float32."""
+    (num_rows, channels), columns = feats.shape, grad.shape[1]
+    if num_rows == 0 or channels == 0 or columns == 0:
+        return feats.new_zeros((27, channels, columns), dtype=torch.float32)
+    feats = feats.contiguous()
+    if feats.data_ptr() % 16:  # the kernel copies 16 bytes at a time
+        feats = feats.clone()
+    listed = level.is_thin
+    lists = level.neighbour_lists if listed else None
+    block, offsets, programs = _parts(channels, columns, tile, listed)
+    splits, length = split(num_rows, programs, tile.depth, processors(feats.device))
+    parts = feats.new_empty((splits, 27, channels, columns), dtype=torch.float32)
+    _row_product[(programs, splits)](
+        feats,
+        grad.contiguous(),
+        lists.near if listed else level.neighbours,
+        lists.rows if listed else None,
+        lists.counts if listed else None,
+        parts,
+        num_rows,
+        length,
+        CHANNELS=channels,
+        COLUMNS=columns,
+        LISTED=listed,
+        PRECISION=_precision(feats.dtype),
+        OFFSETS=offsets,
+        BLOCK=block,
+        TILE_COLUMNS=tile.columns,
+        DEPTH=tile.depth,
+        ALIGNED=math.gcd(channels, 8),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return parts.sum(0)
+
+
+@cache
+def _parts(channels: int, columns: int, tile: Tile, listed: bool) -> tuple[int, int, int]:
+    """Channels and offsets of a program, and the programs that cover all 27."""
+    block = min(max(power_of_two(channels), 16), tile.rows)
+    offsets = 1 if listed else tile.rows // block  # with lists each offset has rows of its own
+    return block, offsets, ceil_div(27, offsets) * ceil_div(channels, block) * ceil_div(columns, tile.columns)
+
+
+@no_type_check
+@triton.jit
+def _pairs(  # noqa: PLR0913
+    neighbours,
+    list_rows,
+    num_rows,
+    first,
+    start,
+    end,
+    LISTED: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Rows of a step, and their neighbours at each of its offsets; num_rows beyond the end."""
+    places = start + tl.arange(0, DEPTH)
+    if LISTED:
+        at = first.to(tl.int64) * num_rows + places
+        rows = tl.load(list_rows + at, mask=places < end, other=num_rows)  # (DEPTH,) of line k of (27, N)
+        near = tl.load(neighbours + at, mask=places < end, other=num_rows)  # (DEPTH,) of line k of (27, N)
+    elif OFFSETS == 1:
+        rows = tl.where(places < end, places, num_rows)
+        # (DEPTH,) of line k of (27, N)
+        near = tl.load(neighbours + first.to(tl.int64) * num_rows + places, mask=places < end, other=num_rows)
+    else:
+        rows = tl.where(places < end, places, num_rows)
+        offsets = first + tl.arange(0, OFFSETS)
+        at = offsets.to(tl.int64)[None, :] * num_rows + places[:, None]
+        # (DEPTH, OFFSETS) of (27, N), turned
+        near = tl.load(neighbours + at, mask=(places < end)[:, None] & (offsets < 27)[None, :], other=num_rows)
+    return rows, near
+
+
+@no_type_check
+@quick
+@triton.jit(do_not_specialize=["num_rows", "length"])
+def _row_product(  # noqa: PLR0913
+    feats,
+    grad,
+    neighbours,
+    list_rows,
+    list_counts,
+    out,
+    num_rows,
+    length,
+    CHANNELS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LISTED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    column_tiles: tl.constexpr = (COLUMNS + TILE_COLUMNS - 1) // TILE_COLUMNS
+    blocks: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK
+    column_tile = tl.program_id(0) % column_tiles
+    block = tl.program_id(0) // column_tiles % blocks
+    first = tl.program_id(0) // (column_tiles * blocks) * OFFSETS
+    columns = column_tile * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    channels = block * BLOCK + tl.arange(0, BLOCK)
+    start = tl.program_id(1) * length
+    end = tl.minimum(start + length, num_rows)
+    if LISTED:
+        end = tl.minimum(end, tl.load(list_counts + first))  # () of (27,)
+    sums = tl.zeros((OFFSETS * BLOCK, TILE_COLUMNS), dtype=tl.float32)
+    rows, near = _pairs(neighbours, list_rows, num_rows, first, start, end, LISTED, OFFSETS, DEPTH)
+    for position in range(start, end, DEPTH):
+        if OFFSETS == 1:
+            there = (near < num_rows)[:, None] & (channels < CHANNELS)[None, :]
+            pointers = feats + (near.to(tl.int64)[:, None] * CHANNELS + channels[None, :])
+        else:
+            there = (near < num_rows)[:, :, None] & (channels < CHANNELS)[None, None, :]
+            there = tl.max_constancy(tl.reshape(there, (DEPTH, OFFSETS * BLOCK)), (1, ALIGNED))
+            index = near.to(tl.int64)[:, :, None] * CHANNELS + channels[None, None, :]
+            pointers = feats + tl.reshape(index, (DEPTH, OFFSETS * BLOCK))
+            size: tl.constexpr = feats.dtype.element_ty.primitive_bitwidth // 8
+            pointers = tl.max_contiguous(tl.multiple_of(pointers, (1, ALIGNED * size)), (1, ALIGNED))
+        gathered = tl.load(pointers, mask=there, other=0.0)  # (DEPTH, OFFSETS * BLOCK) of (N, C)
+        # (DEPTH, TILE_COLUMNS) of (N, F)
+        upstream = tl.load(
+            grad + rows.to(tl.int64)[:, None] * COLUMNS + columns[None, :],
+            mask=(rows < num_rows)[:, None] & (columns < COLUMNS)[None, :],
+            other=0.0,
+        )
+        rows, near = _pairs(neighbours, list_rows, num_rows, first, position + DEPTH, end, LISTED, OFFSETS, DEPTH)
+        sums = tl.dot(tl.trans(gathered), upstream, sums, input_precision=PRECISION)
+    lines = tl.arange(0, OFFSETS * BLOCK)
+    k = first + lines // BLOCK
+    channel = block * BLOCK + lines % BLOCK
+    target = (tl.program_id(1).to(tl.int64) * 27 + k) * CHANNELS + channel
+    keep = ((k < 27) & (channel < CHANNELS))[:, None] & (columns < COLUMNS)[None, :]
+    tl.store(out + target[:, None] * COLUMNS + columns[None, :], sums, mask=keep)

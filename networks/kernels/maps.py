@@ -1,0 +1,384 @@
+"""Maps of sparse voxels fused in Triton: keys, coordinates, neighbours, offsets alive in a tile, lists of pairs. CUDA.
+
+The same numbers as torch_maps.py computes, by the same functions, in one pass over the rows each.
+"""
+
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Int, Int32, Int64, Shaped
+from torch import Tensor
+
+from networks.kernels.launch import ceil_div, power_of_two, quick
+
+ROWS_PER_PROGRAM = 512
+NUMBERS_PER_PROGRAM = 4096  # taken by take_rows
+
+
+def morton_keys(coords: Int[Tensor, "N 4"], bits: int) -> Int64[Tensor, " N"]:
+    keys = torch.empty(coords.shape[0], dtype=torch.int64, device=coords.device)
+    if keys.numel():
+        _encode[(ceil_div(len(keys), ROWS_PER_PROGRAM),)](coords.contiguous(), keys, len(keys), bits, ROWS_PER_PROGRAM)
+    return keys
+
+
+@no_type_check
+@triton.jit
+def _spread(axis):
+    """Two zero bits between the lowest 21 bits."""
+    axis = (axis | (axis << 32)) & 0x1F00000000FFFF
+    axis = (axis | (axis << 16)) & 0x1F0000FF0000FF
+    axis = (axis | (axis << 8)) & 0x100F00F00F00F00F
+    axis = (axis | (axis << 4)) & 0x10C30C30C30C30C3
+    return (axis | (axis << 2)) & 0x1249249249249249
+
+
+@no_type_check
+@triton.jit
+def _gather_bits(key):
+    """Undoes `_spread`."""
+    key = key & 0x1249249249249249
+    key = (key | (key >> 2)) & 0x10C30C30C30C30C3
+    key = (key | (key >> 4)) & 0x100F00F00F00F00F
+    key = (key | (key >> 8)) & 0x1F0000FF0000FF
+    key = (key | (key >> 16)) & 0x1F00000000FFFF
+    return (key | (key >> 32)) & 0x1FFFFF
+
+
+@no_type_check
+@triton.jit
+def _key_of(b, x, y, z, BITS: tl.constexpr):
+    return (b << (3 * BITS)) | (_spread(x) << 2) | (_spread(y) << 1) | _spread(z)
+
+
+@no_type_check
+@triton.jit
+def _axes(coords, rows, inside):
+    """Sample, x, y and z of some rows."""
+    b = tl.load(coords + rows * 4, mask=inside, other=0).to(tl.int64)  # (TILE,) of (N, 4)
+    x = tl.load(coords + rows * 4 + 1, mask=inside, other=0).to(tl.int64)
+    y = tl.load(coords + rows * 4 + 2, mask=inside, other=0).to(tl.int64)
+    return b, x, y, tl.load(coords + rows * 4 + 3, mask=inside, other=0).to(tl.int64)
+
+
+@no_type_check
+@quick
+@triton.jit(do_not_specialize=["num_rows"])
+def _encode(coords, keys, num_rows, BITS: tl.constexpr, TILE: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = rows < num_rows
+    b, x, y, z = _axes(coords, rows, inside)  # (TILE,) each
+    tl.store(keys + rows, _key_of(b, x, y, z, BITS), mask=inside)
+
+
+def checked_keys(
+    coords: Int[Tensor, "N 4"], bits: int, limits: tuple[int, int, int, int]
+) -> tuple[Int64[Tensor, " N"], bool, bool]:
+    """Keys, whether any coordinate lies outside 0..limits, and whether the keys are not in rising order."""
+    keys = torch.empty(coords.shape[0], dtype=torch.int64, device=coords.device)
+    if not keys.numel():
+        return keys, False, False
+    grid = (ceil_div(len(keys), ROWS_PER_PROGRAM),)
+    faults = torch.empty((2, *grid), dtype=torch.int32, device=coords.device)
+    _encode_checked[grid](coords.contiguous(), keys, faults, len(keys), *limits, grid[0], bits, ROWS_PER_PROGRAM)
+    outside, mixed = faults.amax(1).tolist()
+    return keys, outside > 0, mixed > 0
+
+
+@no_type_check
+@quick
+@triton.jit(do_not_specialize=["num_rows", "size_b", "size_x", "size_y", "size_z", "num_blocks"])
+def _encode_checked(  # noqa: PLR0913
+    coords,
+    keys,
+    faults,
+    num_rows,
+    size_b,
+    size_x,
+    size_y,
+    size_z,
+    num_blocks,
+    BITS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = rows < num_rows
+    b, x, y, z = _axes(coords, rows, inside)  # (TILE,) each
+    key = _key_of(b, x, y, z, BITS)
+    tl.store(keys + rows, key, mask=inside)
+    outside = (b < 0) | (b >= size_b) | (x < 0) | (x >= size_x) | (y < 0) | (y >= size_y) | (z < 0) | (z >= size_z)
+    tl.store(faults + tl.program_id(0), tl.max((outside & inside).to(tl.int32), 0))
+    later = inside & (rows > 0)
+    b, x, y, z = _axes(coords, rows - 1, later)
+    falls = later & (key <= _key_of(b, x, y, z, BITS))
+    tl.store(faults + num_blocks + tl.program_id(0), tl.max(falls.to(tl.int32), 0))
+
+
+def morton_coords(keys: Int64[Tensor, " N"], bits: int) -> Int32[Tensor, "N 4"]:
+    coords = torch.empty((len(keys), 4), dtype=torch.int32, device=keys.device)
+    if keys.numel():
+        _decode[(ceil_div(len(keys), ROWS_PER_PROGRAM),)](keys.contiguous(), coords, len(keys), bits, ROWS_PER_PROGRAM)
+    return coords
+
+
+@no_type_check
+@quick
+@triton.jit(do_not_specialize=["num_rows"])
+def _decode(keys, coords, num_rows, BITS: tl.constexpr, TILE: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = rows < num_rows
+    key = tl.load(keys + rows, mask=inside, other=0)  # (TILE,)
+    tl.store(coords + rows * 4, (key >> (3 * BITS)).to(tl.int32), mask=inside)
+    key = key & ((1 << (3 * BITS)) - 1)
+    tl.store(coords + rows * 4 + 1, _gather_bits(key >> 2).to(tl.int32), mask=inside)
+    tl.store(coords + rows * 4 + 2, _gather_bits(key >> 1).to(tl.int32), mask=inside)
+    tl.store(coords + rows * 4 + 3, _gather_bits(key).to(tl.int32), mask=inside)
+
+
+def neighbours(
+    keys: Int64[Tensor, " N"], bits: int, spatial_shape: tuple[int, int, int], batch_size: int
+) -> tuple[Int32[Tensor, "27 N"], Int32[Tensor, " N"], Int64[Tensor, ""]]:
+    """Rows of the 27 neighbours by a look-up table, a bit for each that exists, and their number."""
+    num_rows, device = len(keys), keys.device
+    size_x, size_y, size_z = (n + 2 for n in spatial_shape)
+    table = torch.full((batch_size * size_x * size_y * size_z,), num_rows, dtype=torch.int32, device=device)
+    found = torch.empty((27, num_rows), dtype=torch.int32, device=device)
+    alive = torch.empty(num_rows, dtype=torch.int32, device=device)
+    grid = (ceil_div(num_rows, ROWS_PER_PROGRAM),)
+    counts = torch.empty(grid, dtype=torch.int32, device=device)
+    if num_rows:
+        _fill[grid](keys, table, num_rows, size_x, size_y, size_z, bits, ROWS_PER_PROGRAM)
+        _look_up[grid](keys, table, found, alive, counts, num_rows, size_x, size_y, size_z, bits, ROWS_PER_PROGRAM)
+    return found, alive, counts.sum()
+
+
+@no_type_check
+@triton.jit
+def _cells(keys, rows, inside, size_x, size_y, size_z, BITS: tl.constexpr):
+    key = tl.load(keys + rows, mask=inside, other=0)  # (TILE,)
+    b, xyz = key >> (3 * BITS), key & ((1 << (3 * BITS)) - 1)
+    x, y, z = _gather_bits(xyz >> 2), _gather_bits(xyz >> 1), _gather_bits(xyz)
+    return ((b * size_x + x + 1) * size_y + y + 1) * size_z + z + 1
+
+
+@no_type_check
+@quick
+@triton.jit(do_not_specialize=["num_rows", "size_x", "size_y", "size_z"])
+def _fill(keys, table, num_rows, size_x, size_y, size_z, BITS: tl.constexpr, TILE: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = rows < num_rows
+    tl.store(table + _cells(keys, rows, inside, size_x, size_y, size_z, BITS), rows.to(tl.int32), mask=inside)
+
+
+@no_type_check
+@quick
+@triton.jit(do_not_specialize=["num_rows", "size_x", "size_y", "size_z"])
+def _look_up(  # noqa: PLR0913
+    keys,
+    table,
+    found,
+    alive,
+    counts,
+    num_rows,
+    size_x,
+    size_y,
+    size_z,
+    BITS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = rows < num_rows
+    cells = _cells(keys, rows, inside, size_x, size_y, size_z, BITS)
+    bits = tl.zeros((TILE,), dtype=tl.int32)
+    count = tl.zeros((TILE,), dtype=tl.int32)
+    for k in tl.static_range(27):
+        step = ((k // 9 - 1) * size_y + (k // 3 % 3 - 1)) * size_z + (k % 3 - 1)
+        near = tl.load(table + cells + step, mask=inside, other=num_rows)  # (TILE,) of the table, a number a cell
+        tl.store(found + k * num_rows.to(tl.int64) + rows, near, mask=inside)
+        there = (near < num_rows).to(tl.int32)
+        bits |= there << k
+        count += there
+    tl.store(alive + rows, bits, mask=inside)
+    tl.store(counts + tl.program_id(0), tl.sum(count))
+
+
+def group_cells(
+    keys: Int64[Tensor, " N"],
+) -> tuple[Int64[Tensor, " M"], Int64[Tensor, " N"], Int64[Tensor, "8 M"]]:
+    """Keys of the cells that sorted keys lie in, each row's cell, and each cell's rows by octant (N: none)."""
+    num_rows, device = len(keys), keys.device
+    firsts = torch.empty(num_rows, dtype=torch.int32, device=device)
+    parent = torch.empty(num_rows, dtype=torch.int64, device=device)
+    if num_rows == 0:
+        return keys.clone(), parent, keys.new_empty((8, 0))
+    grid = (ceil_div(num_rows, ROWS_PER_PROGRAM),)
+    _mark_firsts[grid](keys, firsts, num_rows, ROWS_PER_PROGRAM)
+    numbers = firsts.cumsum(0, dtype=torch.int32)
+    num_cells = int(numbers[-1])
+    cells = torch.empty(num_cells, dtype=torch.int64, device=device)
+    children = torch.full((8, num_cells), num_rows, dtype=torch.int64, device=device)
+    _group[grid](keys, numbers, cells, parent, children, num_rows, num_cells, ROWS_PER_PROGRAM)
+    return cells, parent, children
+
+
+@no_type_check
+@quick
+@triton.jit(do_not_specialize=["num_rows"])
+def _mark_firsts(keys, firsts, num_rows, TILE: tl.constexpr):
+    """1 where a row is the first of its cell."""
+    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = rows < num_rows
+    cell = tl.load(keys + rows, mask=inside, other=0) >> 3  # (TILE,)
+    before = tl.load(keys + rows - 1, mask=inside & (rows > 0), other=-1) >> 3  # (TILE,)
+    tl.store(firsts + rows, (cell != before).to(tl.int32), mask=inside)
+
+
+@no_type_check
+@quick
+@triton.jit(do_not_specialize=["num_rows", "num_cells"])
+def _group(keys, numbers, cells, parent, children, num_rows, num_cells, TILE: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = rows < num_rows
+    key = tl.load(keys + rows, mask=inside, other=0)  # (TILE,)
+    cell = tl.load(numbers + rows, mask=inside, other=1).to(tl.int64) - 1  # (TILE,)
+    tl.store(parent + rows, cell, mask=inside)
+    tl.store(cells + cell, key >> 3, mask=inside)  # all rows of a cell write the same number
+    tl.store(children + (key & 7) * num_cells.to(tl.int64) + cell, rows, mask=inside)
+
+
+def by_neighbourhood(
+    found: Int32[Tensor, "27 N"], alive: Int32[Tensor, " N"], chunk: int
+) -> tuple[Int32[Tensor, " N"], Int32[Tensor, "27 N"], Int32[Tensor, " N"]]:
+    """Rows sorted by their bits inside runs of `chunk` rows; their neighbours and bits in that order."""
+    num_rows = len(alive)
+    keys = torch.empty(num_rows, dtype=torch.int64, device=alive.device)
+    rows, bits, table = torch.empty_like(alive), torch.empty_like(alive), torch.empty_like(found)
+    if num_rows:
+        grid = (ceil_div(num_rows, ROWS_PER_PROGRAM),)
+        _sorting_keys[grid](alive, keys, num_rows, chunk, ROWS_PER_PROGRAM)
+        keys, order = torch.sort(keys, stable=True)
+        _take_columns[grid](found, keys, order, rows, bits, table, num_rows, ROWS_PER_PROGRAM)
+    return rows, table, bits
+
+
+@no_type_check
+@quick
+@triton.jit(do_not_specialize=["num_rows"])
+def _sorting_keys(alive, keys, num_rows, CHUNK: tl.constexpr, TILE: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    bits = tl.load(alive + rows, mask=rows < num_rows, other=0).to(tl.int64)  # (TILE,)
+    tl.store(keys + rows, ((rows // CHUNK) << 27) | bits, mask=rows < num_rows)
+
+
+@no_type_check
+@quick
+@triton.jit(do_not_specialize=["num_rows"])
+def _take_columns(found, keys, order, rows_out, bits_out, out, num_rows, TILE: tl.constexpr):
+    places = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = places < num_rows
+    row = tl.load(order + places, mask=inside, other=0)  # (TILE,)
+    tl.store(rows_out + places, row.to(tl.int32), mask=inside)
+    bits = tl.load(keys + places, mask=inside, other=0) & ((1 << 27) - 1)  # (TILE,)
+    tl.store(bits_out + places, bits.to(tl.int32), mask=inside)
+    for k in tl.static_range(27):
+        line = k * num_rows.to(tl.int64)
+        near = tl.load(found + line + row, mask=inside, other=0)  # (TILE,) of line k of (27, N)
+        tl.store(out + line + places, near, mask=inside)
+
+
+def tile_offsets(alive: Int32[Tensor, " N"], size: int) -> tuple[Int32[Tensor, "T 27"], Int32[Tensor, " T"]]:
+    """For each run of `size` rows the offsets that any of them has, those first, and how many."""
+    tiles = ceil_div(len(alive), size)
+    offsets = torch.empty((tiles, 27), dtype=torch.int32, device=alive.device)
+    counts = torch.empty(tiles, dtype=torch.int32, device=alive.device)
+    if tiles:
+        _list_offsets[(tiles,)](alive, offsets, counts, len(alive), size)
+    return offsets, counts
+
+
+@no_type_check
+@triton.jit
+def _either(a, b):
+    return a | b
+
+
+@no_type_check
+@quick
+@triton.jit(do_not_specialize=["num_rows"])
+def _list_offsets(alive, offsets, counts, num_rows, TILE: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    bits = tl.reduce(tl.load(alive + rows, mask=rows < num_rows, other=0), 0, _either)  # () from (TILE,)
+    k = tl.arange(0, 32)
+    there = tl.where(k < 27, (bits >> k) & 1, 0)
+    before = tl.cumsum(there, 0) - there
+    count = tl.sum(there)
+    place = tl.where(there == 1, before, count + k - before)
+    tl.store(offsets + tl.program_id(0).to(tl.int64) * 27 + place, k, mask=k < 27)
+    tl.store(counts + tl.program_id(0), count)
+
+
+def neighbour_lists(
+    found: Int32[Tensor, "27 N"],
+) -> tuple[Int32[Tensor, "27 N"], Int32[Tensor, "27 N"], Int32[Tensor, " 27"]]:
+    """Rows that have each neighbour, that neighbour's row, both packed to the front, and how many."""
+    num_rows = found.shape[1]
+    rows, near = torch.empty_like(found), torch.empty_like(found)
+    blocks = torch.empty((27, ceil_div(num_rows, ROWS_PER_PROGRAM)), dtype=torch.int32, device=found.device)
+    counts = torch.zeros(27, dtype=torch.int32, device=found.device)
+    if num_rows:
+        grid = (blocks.shape[1], 27)
+        _count_pairs[grid](found, blocks, num_rows, blocks.shape[1], ROWS_PER_PROGRAM)
+        ends = blocks.cumsum(1, dtype=torch.int32)
+        _list_pairs[grid](found, ends, rows, near, counts, num_rows, blocks.shape[1], ROWS_PER_PROGRAM)
+    return rows, near, counts
+
+
+@no_type_check
+@quick
+@triton.jit(do_not_specialize=["num_rows", "num_blocks"])
+def _count_pairs(found, blocks, num_rows, num_blocks, TILE: tl.constexpr):
+    places = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    start = found + tl.program_id(1).to(tl.int64) * num_rows
+    near = tl.load(start + places, mask=places < num_rows, other=num_rows)  # (TILE,) of line k of (27, N)
+    tl.store(blocks + tl.program_id(1) * num_blocks + tl.program_id(0), tl.sum((near < num_rows).to(tl.int32)))
+
+
+@no_type_check
+@quick
+@triton.jit(do_not_specialize=["num_rows", "num_blocks"])
+def _list_pairs(found, ends, rows_out, near_out, counts, num_rows, num_blocks, TILE: tl.constexpr):
+    places = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    line = tl.program_id(1).to(tl.int64) * num_rows
+    near = tl.load(found + line + places, mask=places < num_rows, other=num_rows)  # (TILE,) of line k of (27, N)
+    there = (near < num_rows).to(tl.int32)
+    end = tl.load(ends + tl.program_id(1) * num_blocks + tl.program_id(0))  # () of (27, blocks)
+    at = line + end - tl.sum(there) + tl.cumsum(there, 0) - there
+    tl.store(rows_out + at, places, mask=there == 1)
+    tl.store(near_out + at, near, mask=there == 1)
+    if tl.program_id(0) == num_blocks - 1:
+        tl.store(counts + tl.program_id(1), end)
+
+
+def take_rows(values: Shaped[Tensor, "N C"], rows: Int64[Tensor, " M"]) -> Shaped[Tensor, "M C"]:
+    """values[rows]; several times faster than torch's where rows are narrow."""
+    out = values.new_empty((len(rows), values.shape[1]))
+    width = power_of_two(values.shape[1])
+    tile = max(1, NUMBERS_PER_PROGRAM // width)
+    if out.numel():
+        grid = (ceil_div(len(rows), tile),)
+        _take_rows[grid](values.contiguous(), rows, out, len(rows), values.shape[1], tile, width)
+    return out
+
+
+@no_type_check
+@quick
+@triton.jit(do_not_specialize=["num_rows"])
+def _take_rows(values, rows, out, num_rows, CHANNELS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
+    places = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    channels = tl.arange(0, WIDTH)
+    keep = (places < num_rows)[:, None] & (channels < CHANNELS)[None, :]
+    row = tl.load(rows + places, mask=places < num_rows, other=0)  # (TILE,)
+    taken = tl.load(values + row[:, None] * CHANNELS + channels[None, :], mask=keep)  # (TILE, WIDTH) of (N, C)
+    tl.store(out + places[:, None] * CHANNELS + channels[None, :], taken, mask=keep)

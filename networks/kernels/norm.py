@@ -1,0 +1,141 @@
+"""Normalisation of each voxel's own channels with its activation, and its gradients, fused in Triton. CUDA.
+
+A row is read once, forward and backward: nothing of it but the input is kept. What ops.py does in plain torch.
+"""
+
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from networks.kernels.launch import ceil_div, power_of_two, quick
+
+NUMBERS_PER_STEP = 4096
+PROGRAMS_PER_BATCH = 1024  # about: eight for each processor of a large card
+
+
+def voxel_norm(
+    x: Float[Tensor, "N C"], weight: Float[Tensor, " C"], bias: Float[Tensor, " C"], *, eps: float, silu: bool
+) -> Float[Tensor, "N C"]:
+    out = torch.empty_like(x)
+    grid, shape = _parts(x)
+    _normalize[grid](x, weight, bias, out, x.shape[0], eps, SILU=silu, **shape)
+    return out
+
+
+def voxel_norm_grads(
+    x: Float[Tensor, "N C"],
+    grad: Float[Tensor, "N C"],
+    weight: Float[Tensor, " C"],
+    bias: Float[Tensor, " C"],
+    *,
+    eps: float,
+    silu: bool,
+) -> tuple[Float[Tensor, "N C"], Float32[Tensor, " C"], Float32[Tensor, " C"]]:
+    """Gradients of input, weight and bias. With z the normalised row, and means over its channels,
+    d input = rstd * (w g - mean(w g) - z * mean(w g z)).
+    """
+    out = torch.empty_like(x)
+    grid, shape = _parts(x)
+    sums = x.new_empty((*grid, 2, x.shape[1]), dtype=torch.float32)
+    _grads[grid](x, grad, weight, bias, out, sums, x.shape[0], eps, SILU=silu, **shape)
+    of_bias, of_weight = sums.sum(0)
+    return out, of_weight, of_bias
+
+
+def _parts(x: Float[Tensor, "N C"]) -> tuple[tuple[int], dict[str, int]]:
+    """Programs, each with a run of whole steps, and the sizes of a step."""
+    rows, channels = x.shape
+    width = power_of_two(channels)
+    tile = max(1, NUMBERS_PER_STEP // width)
+    steps = power_of_two(ceil_div(rows, tile * PROGRAMS_PER_BATCH))  # few values: each is compiled
+    return (ceil_div(rows, tile * steps),), {"CHANNELS": channels, "TILE": tile, "WIDTH": width, "STEPS": steps}
+
+
+@no_type_check
+@triton.jit
+def _centred(x, step, num_rows, eps, CHANNELS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
+    """Offsets and mask of a step's rows, the rows without their mean, and their inverse deviations."""
+    row = step.to(tl.int64) * TILE + tl.arange(0, TILE)
+    channels = tl.arange(0, WIDTH)
+    at = row[:, None] * CHANNELS + channels[None, :]
+    keep = (row < num_rows)[:, None] & (channels < CHANNELS)[None, :]
+    values = tl.load(x + at, mask=keep, other=0.0).to(tl.float32)  # (TILE, WIDTH) of (N, C)
+    away = tl.where(keep, values - (tl.sum(values, 1) / CHANNELS)[:, None], 0.0)
+    return at, keep, away, (1.0 / tl.sqrt(tl.sum(away * away, 1) / CHANNELS + eps))[:, None]
+
+
+@no_type_check
+@triton.jit
+def _of_channels(table, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
+    channels = tl.arange(0, WIDTH)
+    # (1, WIDTH) of (C,)
+    return tl.load(table + channels, mask=channels < CHANNELS, other=0.0).to(tl.float32)[None, :]
+
+
+@no_type_check
+@quick
+@triton.jit
+def _normalize(  # noqa: PLR0913
+    x,
+    weight,
+    bias,
+    out,
+    num_rows,
+    eps,
+    SILU: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TILE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    gain, lift = _of_channels(weight, CHANNELS, WIDTH), _of_channels(bias, CHANNELS, WIDTH)
+    for step in range(STEPS):
+        at, keep, away, rstd = _centred(x, tl.program_id(0) * STEPS + step, num_rows, eps, CHANNELS, TILE, WIDTH)
+        values = away * rstd * gain + lift
+        if SILU:
+            values *= tl.sigmoid(values)
+        tl.store(out + at, values.to(out.dtype.element_ty), mask=keep)
+
+
+@no_type_check
+@quick
+@triton.jit
+def _grads(  # noqa: PLR0913
+    x,
+    grad,
+    weight,
+    bias,
+    out,
+    sums,
+    num_rows,
+    eps,
+    SILU: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TILE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    gain, lift = _of_channels(weight, CHANNELS, WIDTH), _of_channels(bias, CHANNELS, WIDTH)
+    total, along = tl.zeros((WIDTH,), dtype=tl.float32), tl.zeros((WIDTH,), dtype=tl.float32)
+    for step in range(STEPS):
+        at, keep, away, rstd = _centred(x, tl.program_id(0) * STEPS + step, num_rows, eps, CHANNELS, TILE, WIDTH)
+        # (TILE, WIDTH) of (N, C)
+        z, slope = away * rstd, tl.load(grad + at, mask=keep, other=0.0).to(tl.float32)
+        if SILU:
+            before = z * gain + lift
+            gate = tl.sigmoid(before)
+            slope *= gate * (1 + before * (1 - gate))
+        total += tl.sum(slope, 0)
+        along += tl.sum(slope * z, 0)
+        slope *= gain
+        level, tilt = tl.sum(slope, 1) / CHANNELS, tl.sum(slope * z, 1) / CHANNELS
+        values = rstd * (slope - level[:, None] - z * tilt[:, None])
+        tl.store(out + at, values.to(out.dtype.element_ty), mask=keep)
+    channels = tl.arange(0, WIDTH)
+    target = sums + tl.program_id(0).to(tl.int64) * 2 * CHANNELS + channels
+    tl.store(target, total, mask=channels < CHANNELS)
+    tl.store(target + CHANNELS, along, mask=channels < CHANNELS)

@@ -1,0 +1,70 @@
+"""How products of rows are cut into programs: tiles by width and type, made to fit the card; rows among programs."""
+
+import math
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import torch
+
+from networks.kernels.launch import power_of_two
+
+SPARE_BYTES = 4096  # of shared memory for what is no tile
+
+
+class Tile(NamedTuple):
+    """Rows x columns of a program's sums, products a step, and how Triton runs it."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+@cache
+def product_tile(channels: int, columns: int, dtype: torch.dtype, *, thin: bool) -> Tile:
+    """Tile of the forward product and the input gradient; the fastest of a dozen on an H200 (bench_conv.py)."""
+    width = max(power_of_two(columns), 16)
+    depth = max(power_of_two(channels), 16)
+    if dtype == torch.float32:
+        return Tile(64, min(width, 128), min(depth, 32), 4, 3)
+    if width <= 32:
+        return Tile(256, width, min(depth, 64), 4, 3)
+    if width >= 256 and not thin:
+        return Tile(128, 256, min(depth, 64), 8, 3)
+    return Tile(128, min(width, 128), min(depth, 64), 8, 3) if width <= 128 else Tile(128, 128, min(depth, 64), 4, 3)
+
+
+@cache
+def grad_tile(channels: int, columns: int, dtype: torch.dtype) -> Tile:
+    """Tile of the weight gradient: its rows are input channels, of several offsets where they are few."""
+    width = min(max(power_of_two(columns), 16), 128)
+    if dtype == torch.float32:
+        return Tile(64, width, 32, 4, 3)
+    if max(channels, columns) <= 32:
+        return Tile(128, width, 32, 4, 3)
+    return Tile(128, width, 64, 4, 3) if max(channels, columns) > 64 else Tile(128, width, 64, 8, 2)
+
+
+@cache
+def fitted(tile: Tile, dtype: torch.dtype, room: int) -> Tile:
+    """The tile made to fit a smaller card: fewer steps read ahead, then fewer columns, then fewer rows."""
+    while tile.stages * (tile.rows + tile.columns) * tile.depth * dtype.itemsize > room - SPARE_BYTES:
+        if tile.stages > 2:
+            tile = tile._replace(stages=tile.stages - 1)
+        elif tile.columns > 64:
+            tile = tile._replace(columns=tile.columns // 2)
+        else:
+            tile = tile._replace(rows=tile.rows // 2)
+    return tile
+
+
+@lru_cache(maxsize=1024)
+def split(num_rows: int, programs: int, depth: int, num_processors: int) -> tuple[int, int]:
+    """How many parts the rows are cut into, and the rows of each: several even waves of programs over the card."""
+    most = max(1, min(-(-num_rows // (4 * depth)), -(-10 * num_processors // programs)))
+    least = min(most, -(-4 * num_processors // programs))
+    waves = {s: s * programs / num_processors for s in range(least, most + 1)}
+    best = max(waves, key=lambda s: waves[s] / math.ceil(waves[s]))
+    length = -(-num_rows // (best * depth)) * depth
+    return -(-num_rows // length), length

@@ -1,0 +1,480 @@
+"""Pre-flight: a mistaken flag or config ends the run in one line that names the key and the nearest match."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from app.shared.refusals import fail
+from app.training import key_rules, preflight
+
+ROOT = Path(__file__).resolve().parents[3]
+STAGE1, ALIGN, EVALUATE = (str(ROOT / f"bundles/{name}.json") for name in ("vq_stage1", "align", "evaluate_language"))
+
+
+def flat_keys(config):
+    return [k for k, v in json.loads(Path(config).read_text()).items() if not isinstance(v, dict | list)]
+
+
+FLAT = flat_keys(STAGE1)
+
+
+@pytest.fixture
+def check(monkeypatch, capsys):
+    """Runs the check on a command line; gives the line it ended with, or None."""
+
+    def run(*flags, config=STAGE1):
+        what = "run" if config == EVALUATE else "training"
+        line = ["/x/monai/bundle/__main__.py", "run", what, "--config_file", str(config), *map(str, flags)]
+        monkeypatch.setattr(sys, "argv", line)
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # the check installs its own
+        try:
+            preflight.check()
+        except SystemExit as end:
+            said = capsys.readouterr().err
+            assert end.code == 2 and said.count("\n") == 1
+            assert re.match(r"[A-Z_]+: .+\. .+[.?]\n$", said) and "?." not in said, said
+            return said.strip()
+        return None
+
+    return run
+
+
+# ---- flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--max_stepz", "5"], ["UNKNOWN_KEY", "max_stepz", "max_steps"]),
+        (["--windwos", "['lung']"], ["windwos", "windows"]),
+        (["--learning-rte=1"], ["learning_rte", "learning_rate"]),
+        (["--train#trainer#max_epoch", "2"], ["train#trainer", "max_epoch", "max_epochs"]),
+        (["--train::loader::batchsize", "2"], ["batchsize", "batch_size"]),
+        (["--trian#loader", "2"], ["trian", "train"]),
+        (["--preprocessing#0#spacng", "2"], ["spacng", "spacing"]),
+        (["--zzzzqqqq", "1"], ["zzzzqqqq", "It has", "max_steps"]),
+    ],
+)
+def test_an_unknown_key_is_named_with_its_nearest(check, flags, parts):
+    line = check(*flags)
+    for part in parts:
+        assert part in line, line
+
+
+@pytest.mark.parametrize(
+    ("old", "ours"),
+    [
+        ("data_dir", "dataset_dir"),
+        ("lr", "learning_rate"),
+        ("load_dir", "pretrained_vae_path"),
+        ("ckpt", "resume"),
+        ("num_gpus", "torchrun"),
+        ("epochs", "max_steps"),
+        ("embed_dim", "latent_channels"),
+        ("auto_retry", "--max_restarts"),
+        ("master_port", "torchrun"),
+        ("tryrun", "max_steps"),
+    ],
+)
+def test_names_of_the_original_scripts_lead_to_ours(check, old, ours):
+    line = check(f"--{old}", "3")
+    assert line.startswith("UNKNOWN_KEY") and old in line and ours in line
+
+
+@pytest.mark.parametrize(
+    ("old", "ours"),
+    [
+        ("data_path", "data"),
+        ("dataset_dir", "data"),
+        ("max_steps", "epochs"),
+        ("max_epochs", "epochs"),
+        ("batch_size_per_gpu", "batch_size"),
+        ("tokenizer", "vae_ckpt"),
+        ("load_dir", "resume"),
+        ("model", "vl_model"),
+    ],
+)
+def test_the_name_told_is_one_that_this_run_has(check, old, ours):
+    assert check(f"--{old}", "3", config=ALIGN).endswith(f"this run has no key {old}. Here it is {ours}.")
+
+
+def test_a_setting_does_not_take_the_place_of_a_part(check):
+    assert "language is a part of this config" in check("--language", "Qwen/Qwen2-VL-2B-Instruct", config=ALIGN)
+    assert check("--language", "{'_target_': 'mine.Language'}", config=ALIGN) is None
+
+
+def test_every_name_we_lead_to_exists():
+    known = {*FLAT, *flat_keys(ALIGN), *flat_keys(EVALUATE), "torchrun", "init_from"}
+    for name, candidates in key_rules.OTHER_NAMES.items():
+        for ours in candidates:
+            assert ours.split()[0] in known and ours != name, ours
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--max_steps", "5"],
+        ["--max-steps=5"],
+        ["--seed", "0", "--learning_rate", "0.5", "--grad_clip", "2"],
+        ["--windows", "['lung','bone']", "--keep", "band"],
+        ["--use_checkpoint", "True"],
+        ["--use_checkpoint"],
+        ["--resume", "latest"],
+        ["--resume", "10"],
+        ["--grad_clip", "$None"],
+        ["--learning_rate", "$1e-3 * 2"],
+        ["--max_points", "@resolution"],
+        ["--train#trainer#max_epochs", "1"],
+        ["--validate::loader::num_workers=2"],
+        ["--preprocessing#0#spacing", "2.0"],
+        ["--resume", "None"],
+        ["--dataset_dir", "None"],
+        ["--dataset_dir", "/data/2024"],
+        ["--lr_scheduler", "ExponentialLR", "--lr_scheduler_options", "{'gamma': 0.9}"],
+        ["--logging_file", "False", "--meta_file", "x.json"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_right_passes_in_silence(check, flags):
+    assert check(*flags) is None
+
+
+@pytest.mark.parametrize("key", ["grad_clip", "pretrained_vae_path", "codebook_size", "lr_scheduler_options"])
+def test_none_is_set_or_said(check, key):
+    if key == "grad_clip" or key == "pretrained_vae_path":  # may be null, but MONAI would drop it
+        line = check(f"--{key}", "None")
+        assert line.startswith("NULL_IGNORED") and f"--{key}" in line and "$None" in line
+        assert check(f"--{key}", "$None") is None
+    elif key == "codebook_size":
+        assert check(f"--{key}", "None").startswith("UNKNOWN_KEY")
+    else:  # null already
+        assert check(f"--{key}", "None") is None
+
+
+@pytest.mark.parametrize("key", ["max_steps", "output_dir", "num_workers", "lambda_vq"])
+@pytest.mark.parametrize("null", ["None", "$None"])
+def test_null_where_it_cannot_be(check, key, null):
+    line = check(f"--{key}", null)
+    assert line.startswith(f"BAD_VALUE: {key} cannot be null") and f"--{key}" in line
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "7"])
+def test_a_device_that_is_not_here(check, device):
+    assert check("--device", "cpu") is None
+    line = check("--device", device)
+    assert line.startswith("BAD_VALUE: device must be cpu") and device in line
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("max_steps", "many"),
+        ("max_steps", "0"),
+        ("max_steps", "2.5"),
+        ("max_steps", "True"),
+        ("seed", "-1"),
+        ("learning_rate", "-0.1"),
+        ("learning_rate", "fast"),
+        ("grad_clip", "-1"),
+        ("lambda_vq", "-2"),
+        ("ema_rate", "1.5"),
+        ("keep", "bodies"),
+        ("codebook", "kmeans"),
+        ("amp", "fp32"),
+        ("loss_type", "huber"),
+        ("scale", "big"),
+        ("windows", "lung"),
+        ("windows", "['lungs']"),
+        ("window_type", "lungs"),
+        ("preset", "giant"),
+        ("lr_scheduler", "CosinAnnealingLR"),
+        ("lr_scheduler", "Optimizer"),
+        ("lr_scheduler", "ReduceLROnPlateau"),
+        ("lr_scheduler", "LRScheduler"),
+        ("grad_clip", "0"),
+        ("use_checkpoint", "1"),
+        ("use_checkpoint", "false"),
+        ("min_points", "-5"),
+        ("batch_split", "0"),
+        ("max_shift", "-2"),
+        ("max_shift", "1.5"),
+        ("max_shift", "four"),
+        ("resume", "newest"),
+        ("dataset_dir", "7"),
+        ("resolution", "20"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_rule(check, key, value):
+    line = check(f"--{key}", value)
+    assert line is not None, f"--{key} {value} passed"
+    assert line.startswith("BAD_VALUE") and key in line and value.strip("[']") in line
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data", "7"),
+        ("dataset", "Mine"),
+        ("image_root", "['a']"),
+        ("vl_model", "3"),
+        ("vae_ckpt", "True"),
+        ("dummy_data", "yes"),
+        ("dummy_samples", "0"),
+        ("skip_bad", "1"),
+        ("max_3d_tokens", "0"),
+        ("max_3d_tokens", "2048.0"),
+        ("max_text_tokens", "-1"),
+        ("token_reduction", "average"),
+        ("use_3d_pos", "maybe"),
+        ("position", "3d"),
+        ("fusion", "suffix"),
+        ("projector_layers", "0"),
+        ("with_volumes", "no"),
+        ("train_language", "1"),
+        ("use_lora", "true"),
+        ("lora_r", "0"),
+        ("lora_alpha", "-4"),
+        ("lora_dropout", "1"),
+        ("compile_layers", "maybe"),
+        ("num_phantoms", "1"),
+        ("about", "nodule"),
+        ("about", "['fracture']"),
+        ("about", "[]"),
+        ("tiny", "{'width': 40}"),
+        ("tiny", "{'depth': 3}"),
+        ("tiny", "3"),
+        ("epochs", "0"),
+        ("epochs", "1.5"),
+        ("batch_size", "0"),
+        ("weight_decay", "-1"),
+        ("learning_rate", "quick"),
+        ("seed", "x"),
+    ],
+)
+def test_a_wrong_value_for_alignment_is_named_with_its_rule(check, key, value):
+    line = check(f"--{key}", value, config=ALIGN)
+    assert line is not None, f"--{key} {value} passed"
+    assert line.startswith(f"BAD_VALUE: {key} must be") and value.strip("[']") in line
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("num_phantoms", "one"), ("batch_size", "0"), ("max_new_tokens", "0"), ("split", "3")]
+)
+def test_a_wrong_value_for_an_evaluation_is_named_with_its_rule(check, key, value):
+    line = check(f"--{key}", value, config=EVALUATE)
+    assert line is not None, f"--{key} {value} passed"
+    assert line.startswith(f"BAD_VALUE: {key} must be")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--data", "reports.csv", "--image_root", "scans", "--vl_model", "Qwen/Qwen3-VL-2B-Instruct"],
+        ["--about", "['nodule','kidney stone']", "--use_lora", "True", "--lora_alpha", "16", "--lora_dropout", "0.05"],
+        ["--vae_config", "config.json", "--dataset", "mine.sets.Reports", "--weight_decay", "0"],
+        ["--data", "None", "--vl_model", "None", "--about", "$None"],
+        ["--grad_clip", "$None", "--epochs", "$2+1", "--tiny", "{'num_layers': 3}"],
+    ],
+    ids=" ".join,
+)
+def test_right_flags_of_an_alignment_pass_in_silence(check, flags):
+    assert check(*flags, config=ALIGN) is None
+
+
+@pytest.mark.parametrize("key", ["epochs", "use_3d_pos", "max_3d_tokens", "position", "learning_rate", "output_dir"])
+@pytest.mark.parametrize("null", ["None", "$None"])
+def test_none_for_a_key_of_alignment_that_needs_a_value_is_refused(check, key, null):
+    line = check(f"--{key}", null, config=ALIGN)
+    assert line.startswith(f"BAD_VALUE: {key} cannot be null")
+
+
+def test_a_default_of_alignment_is_set_to_null_by_a_dollar_alone(check):
+    assert check("--about", "None", config=ALIGN).startswith("NULL_IGNORED: MONAI ignores --about None")
+    assert check("--about", "$None", config=ALIGN) is None
+
+
+def test_null_stays_null(check):
+    assert check("--output_dir", "None", "--data", "None", "--split", "None", config=EVALUATE) is None
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "bundles").glob("*.json")), ids=lambda file: file.stem)
+def test_every_flat_key_of_a_bundle_has_a_rule(config):
+    if config.stem == "metadata":
+        return
+    free = {"_desc_", "lr_scheduler_options", "network"}
+    assert set(flat_keys(config)) - free <= set(key_rules.RULES), set(flat_keys(config)) - free - set(key_rules.RULES)
+
+
+# ---- configs
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A config file with one mistake in it."""
+
+    def write(**content):
+        file = tmp_path / "stage.json"
+        start = {"max_steps": 5, "part": {"_target_": "collections.OrderedDict"}, "training": ["$@part"]}
+        file.write_text(json.dumps({**start, **content}))
+        return file
+
+    return write
+
+
+def test_a_right_config_passes(check, config):
+    assert check(config=config(x=["@max_steps", "$@part['a'] + @part#_target_"], y="mail@example.com")) is None
+
+
+@pytest.mark.parametrize("name", ["initialize", "training", "run", "finalize"])
+def test_a_step_of_plain_text_would_do_nothing(check, config, name):
+    for step in ("start.run()", "@part.run()"):
+        line = check(config=config(**{name: ["$@part", step]}))
+        assert line.startswith("PLAIN_STEP") and f"{name}#1" in line and step in line
+    assert check(config=config(**{name: ["@part", "$@part"]})) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("max_steps", "ten"), ("batch_split", None), ("windows", ["lungs"]), ("output_dir", "")]
+)
+def test_a_wrong_value_in_a_file_is_named_with_its_rule(check, config, key, value):
+    line = check(config=config(**{key: value}))
+    assert line.startswith(f"BAD_VALUE: {key} must be {key_rules.RULES[key].says}, got {value!r}")
+    assert check(config=config(preset=None, lr_scheduler="$foo", part={"_target_": "SupervisedTrainer"})) is None
+
+
+@pytest.mark.parametrize(
+    ("target", "near"),
+    [
+        ("networks.losses.TokenzerLoss", "did you mean networks.losses.TokenizerLoss?"),
+        ("networkz.losses.TokenizerLoss", "Give the dotted path"),
+        ("SupervisedTrainr", "did you mean SupervisedTrainer?"),  # MONAI's own go by one word
+    ],
+)
+def test_a_target_that_is_not_there(check, config, target, near):
+    line = check(config=config(part={"_target_": target}))
+    assert line.startswith("BAD_TARGET: ") and target in line and near.lower() in line.lower()
+
+
+def test_an_argument_that_nobody_takes(check, config):
+    line = check(config=config(part={"_target_": "networks.losses.TokenizerLoss", "lambda_vqq": 1}))
+    assert line.startswith("UNKNOWN_ARGUMENT") and "part gives lambda_vqq" in line and "lambda_vq?" in line
+    assert check(config=config(part={"_target_": "networks.losses.TokenizerLoss", "lambda_vq": 1})) is None
+
+
+def test_an_argument_that_is_missing(check, config):
+    line = check(config=config(part={"_target_": "networks.vqvae.SparseVQVAE"}))
+    assert line.startswith("MISSING_ARGUMENT: part makes networks.vqvae.SparseVQVAE without ")
+    for waits in ({"_mode_": "callable"}, {"_mode_": "partial"}, {"_disabled_": True}):
+        assert check(config=config(part={"_target_": "networks.vqvae.SparseVQVAE", **waits})) is None
+
+
+def test_several_processes_need_the_overlay(check, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = check()
+    assert line.startswith("NO_OVERLAY: torchrun started 2 processes") and "multi_gpu.json" in line
+    assert check(config=f"['{STAGE1}','{ROOT / 'bundles/multi_gpu.json'}']") is None
+
+
+def test_a_run_that_is_not_there(check, config, monkeypatch, capsys):
+    argv = ["/x/monai/bundle/__main__.py", "run", "trainin", "--config_file", str(config())]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit):
+        preflight.check()
+    said = capsys.readouterr().err
+    assert said == "UNKNOWN_RUN: this config has no trainin to run. Did you mean training?\n"
+
+
+@pytest.mark.parametrize("key", ["_Target_", "_target", "target_", "__target__", "_TARGET_", "_taget_"])
+def test_a_misspelt_target_is_seen(check, config, key):
+    line = check(config=config(part={"a": [{key: "torch.nn.Linear"}]}))
+    assert line.startswith("BAD_TARGET_KEY") and key in line and "_target_" in line
+
+
+@pytest.mark.parametrize(
+    ("value", "named", "near"),
+    [
+        ("@max_stepz", "max_stepz", "max_steps"),
+        ("$@part#_targt_ + 1", "part#_targt_", "_target_"),
+        ("$[@max_steps, @prat]", "prat", "part"),
+        ("@training#4", "training#4", "Define it"),
+    ],
+)
+def test_a_reference_to_nothing_is_seen(check, config, value, named, near):
+    line = check(config=config(x=value))
+    assert line.startswith("MISSING_REFERENCE") and named in line and near in line
+
+
+def test_several_files_are_read_as_one(check, config, tmp_path):
+    over = tmp_path / "over.json"
+    over.write_text(json.dumps({"part#extra": "@max_steps", "+training": ["plain"]}))
+    line = check(config=f"['{config()}','{over}']")
+    assert line.startswith("PLAIN_STEP")
+    over.write_text(json.dumps({"part#extra": "@max_steps", "+training": ["$@part"]}))
+    assert check("--part#extra", "3", config=f"['{config()}','{over}']") is None
+
+
+@pytest.mark.parametrize("stage", ["vae", "vq_stage1", "vq_stage2"])
+@pytest.mark.parametrize("overlay", [None, "multi_gpu", "recipe_ct", "recipe_shapellm"])
+def test_our_own_configs_pass(check, stage, overlay):
+    files = [str(ROOT / f"bundles/{name}.json") for name in (stage, overlay) if name]
+    assert check(config=str(files)) is None
+
+
+# ---- around it
+
+
+def test_no_bundle_run_no_check(monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    for argv in (["pytest"], ["/x/monai/bundle/__main__.py", "verify_metadata", "--max_stepz", "1"]):
+        monkeypatch.setattr(sys, "argv", argv)
+        preflight.check()
+
+
+def test_ctrl_c_is_one_line_and_a_shell_s_status(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(preflight.os, "_exit", sys.exit)
+    monkeypatch.setattr(
+        preflight.logging, "shutdown", lambda: None
+    )  # tensorboard's handler would close pytest's stream
+    preflight.one_line_errors()
+    with pytest.raises(SystemExit) as end:
+        sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert end.value.code == 130 and capsys.readouterr().err.startswith("STOPPED: ended by Ctrl-C. Run again")
+
+
+def test_fail_is_one_line_and_a_status(capsys):
+    for status in (2, 3):
+        with pytest.raises(SystemExit) as end:
+            fail("SOME_CODE", "this is wrong.", "do that", status=status)
+        assert end.value.code == status
+        assert capsys.readouterr().err == "SOME_CODE: this is wrong. Do that.\n"
+
+
+def test_the_resolved_config_holds_overrides_and_the_plan(monkeypatch):
+    from app.training.plan import make_plan
+
+    flags = ["--max_steps", "7", "--train#trainer#max_epochs", "1", "--dataset_dir", "cohort"]
+    argv = ["/x/monai/bundle/__main__.py", "run", "training", "--config_file", STAGE1, *flags]
+    monkeypatch.setattr(sys, "argv", argv)
+    config = preflight.resolved_config(make_plan(1, dataset_dir="cohort"))
+    assert config["max_steps"] == 7 and config["dataset_dir"] == "cohort"
+    assert config["train"]["trainer"]["max_epochs"] == 1
+    assert config["resolution"] == 256 and config["learning_rate"] == 1e-4 and config["num_embeddings"] == 8192
+    json.dumps(config)
+
+
+def test_what_the_plan_does_not_have_is_named(monkeypatch, tmp_path, capsys):
+    from app.training.plan import make_plan
+
+    (tmp_path / "over.json").write_text('{"learning_rate": "$@plan.learning_rat"}')
+    files = f"['{STAGE1}','{tmp_path / 'over.json'}']"
+    argv = ["/x/monai/bundle/__main__.py", "run", "training", "--config_file", files]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit):
+        preflight.resolved_config(make_plan(1, dataset_dir="cohort"))
+    line = capsys.readouterr().err
+    assert line.startswith("MISSING_REFERENCE: learning_rate is $@plan.learning_rat") and "learning_rate?" in line
