@@ -170,3 +170,17 @@ def preset(name: str) -> Preset:
     if name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
     return PRESETS[name]
+
+
+def make_sizes(preset_name: str, **changes) -> Preset:
+    """A preset's sizes, with `changes` to any of them where they are not None."""
+    return preset(preset_name).changed(**changes)
+
+
+def describe(name: str) -> str:
+    """The numbers of a preset in one line, for the files that name it."""
+    sizes = preset(name)
+    described = ("model_channels", "latent_channels", "num_embeddings", "num_blocks", "num_heads", "window")
+    rest = ", ".join(f"{field} {getattr(sizes, field)}" for field in (*described, "max_points", "pool", "norm"))
+    widths = "/".join(map(str, sizes.widths))
+    return f"{name}: resolution {sizes.resolution}, spacing {sizes.spacing:g} mm, widths {widths}, {rest}"
