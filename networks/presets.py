@@ -178,9 +178,15 @@ def make_sizes(preset_name: str, **changes) -> Preset:
 
 
 def describe(name: str) -> str:
-    """The numbers of a preset in one line, for the files that name it."""
+    """What the flat keys that follow a preset are there, in one line for the files that name it."""
     sizes = preset(name)
-    described = ("model_channels", "latent_channels", "num_embeddings", "num_blocks", "num_heads", "window")
-    rest = ", ".join(f"{field} {getattr(sizes, field)}" for field in (*described, "max_points", "pool", "norm"))
-    widths = "/".join(map(str, sizes.widths))
-    return f"{name}: resolution {sizes.resolution}, spacing {sizes.spacing:g} mm, widths {widths}, {rest}"
+    fields = (
+        "resolution",
+        "spacing",
+        "model_channels",
+        "latent_channels",
+        "num_embeddings",
+        "num_blocks",
+        "max_points",
+    )
+    return f"{name}: " + ", ".join(f"{field} {getattr(sizes, field)}" for field in fields)

@@ -15,11 +15,13 @@ import ignite.distributed as idist
 import torch
 from ignite.engine import Events
 from monai.engines import SupervisedTrainer
+from monai.handlers import LrScheduleHandler
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
 from app.shared.refusals import fail
 from app.training import checkpoints
+from app.training.handlers import StopAtNonFiniteLoss, record_steps
 from app.training.step import (
     TrainStep,
     distribute,
@@ -117,8 +119,10 @@ class CodebookStart:
         trainer.last_saved_step = None
         if start:
             self._go_on(trainer, schedule)
-        trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _: schedule.step())
-        self.folder.record_steps(trainer, optimizer=optimizer, phase="warmup", every=self.warmup, last=steps)
+        StopAtNonFiniteLoss().attach(trainer)
+        LrScheduleHandler(schedule, print_lr=False, epoch_level=False).attach(trainer)
+        record_steps(trainer, self.folder, optimizer=optimizer, phase="warmup", every=self.warmup)
+        self.folder.warmed_up = True
         what = {"phase": "warm-up step", "output_dir": self.folder.output_dir}
         StopWhenAsked(save=self._save, **what).attach(trainer)
         if start < steps:

@@ -109,8 +109,6 @@ class TrainStep:
             points += len(x)
         self._optimize(engine)
         totals = mean_of_ranks(dict(zip(names, sums.tolist(), strict=True)))  # waits for the device, once
-        case_ids = [case for part in parts for case in part["case_id"]]
-        stop_if_not_finite(engine, totals, case_ids)
         return {**totals, "points": points, "seconds": time.perf_counter() - started}
 
     def _optimize(self, engine: SupervisedTrainer) -> None:

@@ -383,11 +383,14 @@ def test_configs_are_short_and_without_tricks(path):
 @pytest.mark.parametrize("path", BUNDLES, ids=ids(BUNDLES))
 def test_every_target_resolves(path):
     import monai.engines
+    import monai.handlers
 
     for here, key, value in walk(json.loads(path.read_text(encoding="utf-8"))):
         if key != "_target_" or value.startswith("$"):
             continue
-        found = pydoc.locate(value) if "." in value else getattr(monai.engines, value, None)
+        found = (
+            pydoc.locate(value) if "." in value else getattr(monai.engines, value, getattr(monai.handlers, value, None))
+        )
         assert callable(found), f"{path.name}: {here} names {value}, which does not exist"
 
 

@@ -117,7 +117,7 @@ def test_a_window_of_other_numbers_under_its_name_is_refused(capsys):
 def test_a_reader_of_a_stage_file_sees_the_sizes_of_both_presets():
     for stage in STAGES:
         assert raw(stage)["sizes"]["_desc_"] == [describe("tiny"), describe("base")]
-    assert "resolution 256, spacing 1.5 mm" in describe("base") and "num_embeddings 8192" in describe("base")
+    assert "resolution 256, spacing 1.5, " in describe("base") and "num_embeddings 8192" in describe("base")
 
 
 def numerals(node, inside=""):
