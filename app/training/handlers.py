@@ -10,7 +10,7 @@ from pathlib import Path
 
 import ignite.distributed as idist
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import CallableEventWithFilter, Engine, Events
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from torch import nn
 from torch.optim import Optimizer, lr_scheduler
@@ -132,7 +132,7 @@ class Average:
 class Console:
     """A line a step where due, with the time left. The first step makes the run's folder its own."""
 
-    def __init__(self, *, folder, on: Events, phase: str = "train"):
+    def __init__(self, *, folder, on: CallableEventWithFilter, phase: str = "train"):
         self.folder, self.on, self.phase = folder, on, phase
         self.begun: tuple[float, int] | None = None  # when the first step began, and how many were done before
 
@@ -162,7 +162,7 @@ class MetricsRows:
     Not MONAI's TensorBoardStatsHandler: the folder that its writer holds is moved by a run's first step.
     """
 
-    def __init__(self, *, folder, optimizer: Optimizer, on: Events, phase: str = "train"):
+    def __init__(self, *, folder, optimizer: Optimizer, on: CallableEventWithFilter, phase: str = "train"):
         self.folder, self.optimizer, self.on, self.phase = folder, optimizer, on, phase
 
     def attach(self, engine: Engine) -> None:
@@ -183,7 +183,7 @@ def record_steps(engine: Engine, folder, *, optimizer: Optimizer, phase: str, ev
 class CodebookWatch:
     """Says when the codes of a step come to be nearly all the same, and when they no longer are."""
 
-    def __init__(self, *, network: nn.Module, optimizer: Optimizer, on: Events):
+    def __init__(self, *, network: nn.Module, optimizer: Optimizer, on: CallableEventWithFilter):
         self.network, self.optimizer, self.on = unwrapped(network), optimizer, on
         self.collapsed = False
 
@@ -228,7 +228,7 @@ class LastValidation:
 class Pictures:
     """Validation cases beside their reconstructions."""
 
-    def __init__(self, *, folder, evaluator: SupervisedEvaluator, window: str, on: Events):
+    def __init__(self, *, folder, evaluator: SupervisedEvaluator, window: str, on: CallableEventWithFilter):
         self.folder, self.evaluator, self.window, self.on = folder, evaluator, window, on
 
     def attach(self, engine: Engine) -> None:
@@ -252,7 +252,7 @@ class Checkpoints:
         optimizer: Optimizer,
         schedule: lr_scheduler.LRScheduler,
         keep_last: int,
-        on: Events,
+        on: CallableEventWithFilter,
     ):
         self.folder, self.network, self.averaged = folder, unwrapped(network), averaged
         self.optimizer, self.schedule, self.keep_last, self.on = optimizer, schedule, keep_last, on

@@ -197,7 +197,7 @@ RULES = {
     "dataset": Rule(str, "the dotted path of a torch Dataset", optional=True, holds=lambda name: "." in name),
     "image_root": Rule(str, "a folder", optional=True),
     "align_dir": Rule(str, "the output folder of an alignment run"),
-    "vl_model": Rule(str, "a Qwen2-VL or Qwen3-VL by hub name or path", optional=True),
+    "vl_model": Rule(str, "a Qwen2-VL or Qwen3-VL by hub name or path"),
     "vae_ckpt": Rule(str, "a tokenizer: a checkpoint, an output folder or a bundle", optional=True),
     "vae_config": Rule((str, dict), "a path", optional=True),
     "dummy_data": _switch(),

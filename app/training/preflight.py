@@ -234,7 +234,7 @@ def _walk(node: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
         yield from _walk(value, here)
 
 
-def resolved_config(settings: object = None) -> dict[str, Any]:
+def resolved_config() -> dict[str, Any]:
     """The config of this run: files, overrides, and in the place of each open flat key what it comes to."""
     call = read_command_line(sys.argv)
     if call is None:
@@ -246,16 +246,6 @@ def resolved_config(settings: object = None) -> dict[str, Any]:
             node = node[int(part) if isinstance(node, list) else part]
         node[int(rest[-1]) if isinstance(node, list) else rest[-1]] = value
     _fill_open_keys(config)
-    for name, value in config.items():
-        if settings is not None and isinstance(value, str) and value.startswith("$@plan."):
-            found: Any = settings
-            for part in value.removeprefix("$@plan.").split("."):
-                if not hasattr(found, part):
-                    near = difflib.get_close_matches(part, dir(found), n=1)
-                    hint = f"did you mean {near[0]}?" if near else "correct it in the config or on the line"
-                    fail("MISSING_REFERENCE", f"{name} is {value}, the plan has no {part}", hint)
-                found = getattr(found, part)
-            config[name] = list(found) if isinstance(found, tuple) else found
     return config
 
 
@@ -266,7 +256,7 @@ def _fill_open_keys(config: dict[str, Any]) -> None:
     parser = ConfigParser(config)
     made = {name: value for name, value in config.items() if name in RULES and str(value)[:1] in ("$", "@")}
     found = {name: parser.get_parsed_content(name) for name in ("demo", *made)}
-    sizes = dataclasses.asdict(parser.get_parsed_content("sizes"))
+    sizes = dataclasses.asdict(parser.get_parsed_content("sizes")) if "sizes" in config else {}
     open_sizes = [name for name in sizes if name in config["sizes"] and {**config, **found}.get(name) is None]
     found |= {name: sizes[name] for name in open_sizes if name in config}
     config.update({name: list(value) if isinstance(value, tuple) else value for name, value in found.items()})
@@ -274,7 +264,7 @@ def _fill_open_keys(config: dict[str, Any]) -> None:
 
 def _say_choices(config: dict[str, Any]) -> None:
     """What the keys that were left open come to."""
-    if "demo" not in config:
+    if "training_stage" not in config:
         return
     scale, data = "demo" if config["demo"] else "full", config.get("dataset_dir")
     log.info("scale %s: %s", scale, f"your data in {data}" if data else "built-in phantoms")

@@ -12,6 +12,7 @@ from monai.bundle import ConfigParser
 
 from app.training import choices, preflight
 from app.training.choices import choose_backend, is_demo, window_names
+from networks import make_vqvae
 from networks.presets import PRESETS, describe
 from transforms.array import DEFAULT_WINDOWS, WINDOWS
 
@@ -234,23 +235,28 @@ def test_the_key_wins_over_the_environment_and_foreign_backends_mean_auto(
     assert ("SPARSE_BACKEND=torchsparse is not among" in caplog.text) == (environment == "torchsparse")
 
 
-def test_an_alignment_speaks_of_what_the_demo_can_show_and_of_everything_in_data(tmp_path, monkeypatch):
-    from app.language import align_setup
+def test_an_alignment_speaks_of_what_the_demo_can_show_and_of_everything_in_data(monkeypatch):
+    demo, full = resolved(monkeypatch, "align"), resolved(monkeypatch, "align", "--data", "reports.csv")
+    shown = ("demo", "about", "vl_model", "train_language", "use_3d_pos", "epochs", "batch_size", "num_phantoms")
+    assert [demo[k] for k in shown] == [True, ["pleural effusion"], "tiny_qwen2_vl", True, True, 5, 16, 800]
+    assert [full[k] for k in shown] == [False, None, "Qwen/Qwen2-VL-2B-Instruct", False, False, 3, 2, 800]
+    for key, numbers in {"learning_rate": (1e-3, 1e-4), "i_print": (25, 100), "i_save": (200, 1000)}.items():
+        assert (demo[key], full[key]) == numbers
+    assert demo["compile_layers"] is False and demo["num_workers"] == 0
+    assert not resolved(monkeypatch, "align", "--use_lora", "True")["train_language"]
+    some = resolved(monkeypatch, "align", "--dummy_data", "True", "--dummy_samples", "9")
+    assert some["num_phantoms"] == 9 and some["demo"] is True
+    assert resolved(monkeypatch, "align", "--vl_model", "tiny_qwen3_vl", "--data", "reports.csv")["use_3d_pos"]
 
-    monkeypatch.setattr(align_setup.qwen, "family_of", lambda name: "qwen2_vl")
-    (tmp_path / "reports.csv").write_text("image,report\n")
-    demo, full = align_setup.make_align_plan(), align_setup.make_align_plan(data=str(tmp_path / "reports.csv"))
-    assert (demo.scale, demo.about, demo.language, demo.train_language) == (
-        "demo",
-        ["pleural effusion"],
-        "tiny_qwen2_vl",
-        True,
-    )
-    assert (full.scale, full.about, full.language, full.train_language) == (
-        "full",
-        None,
-        align_setup.STOCK_MODEL,
-        False,
-    )
-    assert not align_setup.make_align_plan(use_lora=True).train_language
-    assert align_setup.make_align_plan(dummy_data=True, dummy_samples=9).num_phantoms == 9
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_parts_named_one_by_one_are_the_network_that_older_checkpoints_hold(stage):
+    """The same record byte by byte, so the same hashes, and the same weights from the same seed."""
+    parser = ConfigParser(raw(stage))
+    torch.manual_seed(0)
+    named = parser.get_parsed_content("network_def").state_dict()
+    torch.manual_seed(0)
+    changes = {"codebook": "none"} if stage == "vae" else {}
+    whole = make_vqvae("tiny", norm="sample", **changes).state_dict()
+    assert list(named) == list(whole)
+    assert all(torch.equal(named[name], whole[name]) for name in whole)

@@ -276,7 +276,7 @@ def test_a_wrong_value_for_an_evaluation_is_named_with_its_rule(check, key, valu
         ["--data", "reports.csv", "--image_root", "scans", "--vl_model", "Qwen/Qwen3-VL-2B-Instruct"],
         ["--about", "['nodule','kidney stone']", "--use_lora", "True", "--lora_alpha", "16", "--lora_dropout", "0.05"],
         ["--vae_config", "config.json", "--dataset", "mine.sets.Reports", "--weight_decay", "0"],
-        ["--data", "None", "--vl_model", "None", "--about", "$None"],
+        ["--data", "None", "--about", "$None"],
         ["--grad_clip", "$None", "--epochs", "$2+1", "--tiny", "{'num_layers': 3}"],
     ],
     ids=" ".join,
