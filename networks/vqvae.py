@@ -423,7 +423,7 @@ def _check_codes(vq: nn.Module | None, sizes: Preset) -> None:
     if (vq is None) != (sizes.codebook == "none"):
         got = "none" if vq is None else type(vq).__name__
         raise ValueError(f"vq must be a quantiser unless codebook is none, got codebook {sizes.codebook} and {got}")
-    parts = [] if vq is None else list(getattr(vq, "levels", [vq]))
+    parts = [] if vq is None else list(vq.levels) if isinstance(vq, ResidualQuantizer) else [vq]
     if parts and len(parts) != sizes.quantizer_levels:
         raise ValueError(f"vq must have quantizer_levels = {sizes.quantizer_levels} levels, got {len(parts)}")
     for part in parts:

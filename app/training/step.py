@@ -195,9 +195,10 @@ def distribute(network: nn.Module) -> nn.Module:
 
 
 def to_train(
-    network: SparseVQVAE, *, device: torch.device | str, learns: Sequence[str], grid: tuple[int, float] | None = None
+    network: SparseVQVAE, *, device: torch.device | str, learns: Sequence[str], grid: Sequence | None = None
 ) -> SparseVQVAE:
     """The network on its device, with only the named parts to learn, and the grid of its data in its record."""
+    grid = tuple(grid) if isinstance(grid, list) else grid  # as a config gives it
     network.sizes = dataclasses.replace(network.sizes, prepared=grid)
     let_learn(network, learns)
     return network.to(device)

@@ -140,7 +140,7 @@ def test_the_saved_tokenizer_encodes_and_decodes(straight):
         ("augmentation#0#max_shift", -2, ["max_shift", "-2"]),
         ("max_shift", "$-3", ["max_shift", "-3"]),
         ("max_shift", "$1.5", ["max_shift", "1.5"]),
-        ("network_def#prepared", "[100000,1.0]", ["prepared", "100000"]),
+        ("network#grid", "[100000,1.0]", ["prepared", "100000"]),
     ],
 )
 def test_a_value_that_reaches_a_part_past_the_check_is_one_line(run_bundle, cohort, key, value, naming):
@@ -151,7 +151,7 @@ def test_real_processes_end_with_one_line_and_status_2(start_process, place, coh
     started = [
         start_process(dataset_dir=cohort, output_dir="a", max_stepz=5),
         start_process(dataset_dir="nowhere", output_dir="b"),
-        start_process(dataset_dir=cohort, output_dir="c", **{"network_def#prepared": "foo"}),
+        start_process(dataset_dir=cohort, output_dir="c", **{"network#grid": "foo"}),
         start_process(dataset_dir=cohort, output_dir="d", **{"augmentation#0#max_shift": "abc"}),
     ]
     namings = (["max_stepz", "max_steps"], ["nowhere"], ["prepared", "'foo'"], ["max_shift", "'abc'"])
