@@ -261,7 +261,7 @@ def evaluate(
     """Scores of an aligned model beside what they are worth without the image."""
     with answering(as_json, debug) as answer:
         from app.evaluation import evaluate
-        from app.evaluation.answer_scores import table_lines
+        from app.evaluation.answer_pages import table_lines
 
         options = {"seed": seed, "split": split, "num_phantoms": num_phantoms}
         result = evaluate.evaluate(
