@@ -3,6 +3,7 @@
 Nothing is changed. A problem is one line: code, how often, what to do; cases are named by their ids.
 """
 
+import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,15 @@ from app.shared.tables import read_table
 from app.text.manifests import check_rows, read_rows
 from transforms import array
 
-GRAVE = {"UNREADABLE", "WINDOW_MISSING", "OUT_OF_RANGE", "SPLIT_LEAKAGE", "SCANS_MISSING", "STALE"}  # exit status 3
+GRAVE = {
+    "UNREADABLE",
+    "WINDOW_MISSING",
+    "OUT_OF_RANGE",
+    "SPLIT_LEAKAGE",
+    "SAME_SCAN",
+    "SCANS_MISSING",
+    "STALE",
+}  # exit status 3
 
 
 class Problem(NamedTuple):
@@ -95,6 +104,7 @@ def check_prepared(path: Path, *, keep: str, windows: Sequence[str], spacing: fl
     }
     found = [Problem(code, f"{len(ids)} cases: {messages[code]}", tuple(ids)) for code, ids in problems.items()]
     found += _leaks((case.patient, case.split, case.case_id) for case in cases)
+    found += _same_scans(cases, {row["case"]: row.pop("voxels", "") for row in rows})
     found += _stale(cases)
     found += _failures(path)
     found += _one_side([case.split for case in cases])
@@ -127,6 +137,7 @@ def _look(case: prepared.PreparedCase, *, keep: str, windows: Sequence[str], spa
         if case.window(name).shape != hu.shape:
             raise ValueError(f"window {name} is {case.window(name).shape}, the volume {hu.shape}")
     row["hu_range"] = [int(hu.min()), int(hu.max())]
+    row["voxels"] = hashlib.sha256(np.ascontiguousarray(hu)).hexdigest()
     own = float(case.spacing[0])
     # at full resolution a body mask takes minutes; the preset's own spacing, or 4 mm, is what training will see
     step = max(1, round((spacing or max(own, 4.0)) / own))
@@ -163,6 +174,19 @@ def _leaks(rows: Iterable[tuple[str, str, str]]) -> list[Problem]:
     both = [patient for patient, splits in sides.items() if len(splits) > 1]
     cases = tuple(case for patient in both for case in members[patient])
     return [Problem("SPLIT_LEAKAGE", f"{len(both)} patients are in more than one split", cases)] if both else []
+
+
+def _same_scans(cases: Sequence[prepared.PreparedCase], voxels: Mapping[str, str]) -> list[Problem]:
+    """One scan under two names, or in two formats, of which one side learns and the other is judged by."""
+    holders: dict[str, list[prepared.PreparedCase]] = defaultdict(list)
+    for case in cases:
+        for mark in {*case.scan_marks, voxels.get(case.case_id, "")} - {""}:
+            holders[mark].append(case)
+    both = [members for members in holders.values() if len({case.split for case in members}) > 1]
+    ids = tuple(sorted({case.case_id for members in both for case in members}))
+    what = f"{len(ids)} cases hold scans that lie on both sides of the split under another name: remove the copies, or "
+    what += "name one patient for them in the text manifest"
+    return [Problem("SPLIT_LEAKAGE", what, ids)] if ids else []
 
 
 def _stale(cases: Sequence[prepared.PreparedCase]) -> list[Problem]:

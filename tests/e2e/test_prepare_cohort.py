@@ -417,7 +417,7 @@ def test_check_tells_that_a_dataset_of_one_case_cannot_be_trained_on(tmp_path, s
 
 def test_check_reads_scans_with_text_beside_them(tmp_path):
     for name in ("a.nii.gz", "a.txt", "b.nii.gz"):
-        (tmp_path / name).write_text("No nodule.")
+        (tmp_path / name).write_text(f"No nodule in {name}.")
     (tmp_path / "b.txt").touch()
     checked = check(tmp_path)
     assert checked.kind == "manifest" and checked.summary["matched"] == 2
