@@ -17,6 +17,7 @@ from matplotlib.gridspec import GridSpec
 from matplotlib.ticker import NullFormatter
 
 from app.measures import report
+from app.measures.controls import MIN_PATIENTS
 from app.measures.report import table
 from app.measures.report import with_interval as told
 from app.shared.atomic_files import write_text, written_whole
@@ -112,8 +113,11 @@ def _errors(result: dict[str, Any]) -> list[str]:
         if name in ways["codes alone"]["tissues"]
     ]
     ratio = result["shuffled_ratio"]
+    patients = result["data"]["patients"]
     verdict = (
-        "the codes carry the image"
+        f"no verdict from {patients} patients, it takes {MIN_PATIENTS}"
+        if patients < MIN_PATIENTS
+        else "the codes carry the image"
         if ratio > 2
         else "much of the image does not hang on which code is where (too little training, or a decoder that reads it "
         "off the coordinates)"
