@@ -21,6 +21,7 @@ from app.measures.controls import MIN_PATIENTS
 from app.measures.report import table
 from app.measures.report import with_interval as told
 from app.shared.atomic_files import write_text, written_whole
+from app.shared.sides import write_sides
 from transforms.array import WINDOWS, window
 
 NAME = "tokenizer_card"
@@ -251,9 +252,10 @@ def _slices(figure: Figure, grid: GridSpec, shown: Slice, names: Sequence[str], 
                 axis.text(-0.04, 0.5, label, rotation=90, fontsize=9, transform=axis.transAxes, ha="right", va="center")
         axis = figure.add_subplot(grid[row, 2])
         change = (window(alone, *WINDOWS[name]) - window(truth, *WINDOWS[name])) * width
-        _show(axis, change, cmap="RdBu_r", vmin=-width / 4, vmax=width / 4)
-        box_look = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1.5}
-        axis.text(0.02, 0.02, f"± {width / 4:.0f} HU", fontsize=7.5, transform=axis.transAxes, bbox=box_look)
+        drawn = _show(axis, change, cmap="RdBu_r", vmin=-width / 4, vmax=width / 4)
+        scale = figure.colorbar(drawn, ax=axis, shrink=0.7, pad=0.01)
+        scale.ax.tick_params(labelsize=6)
+        scale.set_label("HU", fontsize=6)
         if row == 0:
             axis.set_title("difference (red: too high)", fontsize=9)
             axis = figure.add_subplot(grid[row, 4])
@@ -265,6 +267,7 @@ def _show(axis: Axes, image: Float[np.ndarray, "X Z"], **looks: Any) -> Any:
     """Patient upright, their right on the left."""
     shown = axis.imshow(image[::-1].T, origin="lower", interpolation="none", **looks)
     axis.set_axis_off()
+    write_sides(axis, "coronal")
     return shown
 
 

@@ -219,7 +219,8 @@ def check_weights(state: dict, path: Path) -> Preset:
         told = json.loads(bytes(stored.tolist())).get(CHECKSUM)
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        fail("BAD_CHECKPOINT", f"the sizes in {path} cannot be read ({reason})", "it is damaged: use another step")
+        remedy = "update this software if a later one made it, else it is damaged: use another step"
+        fail("BAD_CHECKPOINT", f"the sizes in {path} cannot be read ({reason})", remedy)
     if told is not None and told != tensors_hash(state):  # older files do not say
         fail("BAD_CHECKPOINT", f"the weights in {path} are not those that were saved", "use another step or copy")
     return sizes

@@ -144,7 +144,7 @@ class StageHandlers:
     def _picture(self, engine: SupervisedTrainer) -> None:
         if self.validated_step != engine.state.iteration:
             self._validate(engine)
-        self.folder.record_samples(engine.state.iteration, window=self.network.sizes.windows[0])
+        self.folder.record_samples(engine.state.iteration)
 
     def _close(self, engine: SupervisedTrainer) -> None:
         engine.data_loader.close()

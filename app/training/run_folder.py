@@ -244,10 +244,12 @@ class RunFolder:
         )
         log.info("done in %s: %s, in %s. %s", duration(time.perf_counter() - self.begun), kept, self.output_dir, then)
 
-    def record_samples(self, step: int, *, window: str) -> None:
+    def record_samples(self, step: int) -> None:
         if idist.get_rank() == 0 and self.samples:
             path = self.path / "samples" / f"step{step:07d}.png"
-            pictures.montage(self.samples, path, window=window, title=f"{self.output_dir.name}, step {step}")
+            pixels = pictures.montage(self.samples, path, title=f"{self.output_dir.name}, step {step}")
+            self.writer.add_image("samples", pixels, step, dataformats="HWC")
+            self.writer.flush()
 
     def _write(self, row: dict, *, prefix: str) -> None:
         if idist.get_rank() != 0:
