@@ -201,13 +201,13 @@ def read_weights(path: str | Path) -> tuple[dict, Preset]:
     """State dict and sizes of one of our checkpoints."""
     path = averaged_file(path)
     state = read_tensors(path)
-    if not isinstance(state, dict) or "_extra_state" not in state:
-        fail("FOREIGN_CHECKPOINT", f"{path} does not say what it was made for", "use a checkpoint of this project")
     return state, check_weights(state, path)
 
 
-def check_weights(state: dict, path: Path) -> Preset:
+def check_weights(state: object, path: str | Path) -> Preset:
     """The sizes of a state dict whose values are tensors, finite, and as they were written."""
+    if not isinstance(state, dict) or "_extra_state" not in state:
+        fail("FOREIGN_CHECKPOINT", f"{path} does not say what it was made for", "use a checkpoint of this project")
     for name, value in state.items():
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
             fail("BAD_CHECKPOINT", f"{path} holds no plain tensor as {name!r:.60}", "it is damaged: use another step")
