@@ -44,7 +44,7 @@ from app.shared.atomic_files import write_text
 
 log = logging.getLogger(__name__)
 WAIT = 600  # seconds that other ranks give rank 0
-VERSION = 2  # of the anatomy: a cohort of another version is made again
+VERSION = 3  # of the anatomy: a cohort of another version is made again
 
 
 class Phantom(NamedTuple):
@@ -100,7 +100,7 @@ def paint_nodules(canvas: Canvas, build: Build, torso: Torso, side: str) -> dict
                 canvas.ellipsoid(center, (sizes[-1] / 2,) * 3, build.near(45, 20))
                 centers.append(center)
                 break
-    return _finding("nodule", "lung", side, sizes, centers)
+    return _finding("nodule", "lung", side, sizes, [canvas.in_scan(center) for center in centers])
 
 
 def paint_stones(canvas: Canvas, build: Build, torso: Torso, side: str) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def paint_stones(canvas: Canvas, build: Build, torso: Torso, side: str) -> dict[
     centers = [(x - SIDES[side] * (8 + 0.2 * offset), y + 2, z + offset) for offset in offsets]
     for center, size in zip(centers, sizes, strict=True):
         canvas.ellipsoid(center, (size / 2,) * 3, build.near(950, 250))
-    return _finding("kidney stone", "kidney", side, sizes, centers)
+    return _finding("kidney stone", "kidney", side, sizes, [canvas.in_scan(center) for center in centers])
 
 
 PAINTERS: tuple[Callable[..., dict[str, Any]], ...] = (paint_effusion, paint_nodules, paint_stones)
