@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from tests.unit.test_prepare_encoding import BIG, DEFLATED, EXPLICIT, IMPLICIT, body, deflated, meta
-from tests.unit.test_prepare_pixels import enhanced, recode
 
 from app.prepare.codes import Refused
 from app.prepare.gate import NO_RULES
 from app.prepare.survey import survey
 from app.prepare.volume import read_item
 from tests import scans
+from tests.unit.prepare.test_prepare_encoding import BIG, DEFLATED, EXPLICIT, IMPLICIT, body, deflated, meta
+from tests.unit.prepare.test_prepare_pixels import enhanced, recode
 
 JPEG_2000 = "1.2.840.10008.1.2.4.90"
 COMPRESSED = {"JPEG2000Lossless": JPEG_2000, "JPEGLSLossless": "1.2.840.10008.1.2.4.80"}

@@ -9,12 +9,12 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
-from tests.unit.test_prepare_pixels import enhanced
 
 from app.prepare import Refused, read_scan
 from app.prepare.encoding import HEADER_BYTES
 from app.prepare.survey import survey
 from tests import scans
+from tests.unit.prepare.test_prepare_pixels import enhanced
 
 IMPLICIT, EXPLICIT, BIG = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
 DEFLATED, JPEG_2000 = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.4.90"
