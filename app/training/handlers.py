@@ -73,8 +73,8 @@ class BeginOrResume:
         weights = {name: checkpoints.step_file(self.folder.path, name, step) for name in self.folder.names}
         live, mean = (checkpoints.read_tensors(path) for path in weights.values())
         misc = checkpoints.read_tensors(checkpoints.step_file(self.folder.path, "misc", step))
-        for stored in (live, mean):
-            sizes = type(self.network.sizes).from_tensor(stored["_extra_state"])
+        for name, stored in zip(weights, (live, mean), strict=True):
+            sizes = checkpoints.check_weights(stored, weights[name])
             checkpoints.check_same(
                 sizes,
                 self.network.sizes,
@@ -228,8 +228,8 @@ class LastValidation:
 class Pictures:
     """Validation cases beside their reconstructions."""
 
-    def __init__(self, *, folder, evaluator: SupervisedEvaluator, window: str, on: CallableEventWithFilter):
-        self.folder, self.evaluator, self.window, self.on = folder, evaluator, window, on
+    def __init__(self, *, folder, evaluator: SupervisedEvaluator, on: CallableEventWithFilter):
+        self.folder, self.evaluator, self.on = folder, evaluator, on
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(self.on, self._draw)
@@ -237,7 +237,7 @@ class Pictures:
     def _draw(self, engine: Engine) -> None:
         if not self.folder.is_validated:
             self.evaluator.run()
-        self.folder.record_samples(engine.state.iteration, window=self.window)
+        self.folder.record_samples(engine.state.iteration)
 
 
 class Checkpoints:

@@ -143,6 +143,9 @@ RULES = {
     "min_points": _count(1),
     "max_points": _count(1, optional=True),
     "max_shift": Rule((int, float), RandTranslated.SHIFTS, holds=RandTranslated.is_shift),
+    "sharpness": Rule((int, float), "a number from 0 to 1", minimum=0, holds=lambda share: share <= 1),
+    "slice_blur": Rule((int, float), "a number from 0 to 1", minimum=0, holds=lambda share: share <= 1),
+    "grain": _number(0),
     "num_workers": _count(0),
     "resolution": Rule(
         int, "a multiple of 8, or null as the preset has it", minimum=8, optional=True, holds=lambda side: side % 8 == 0

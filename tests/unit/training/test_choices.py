@@ -34,7 +34,7 @@ def resolved(monkeypatch, stage, *flags, overlay=None):
 
 @pytest.mark.parametrize(
     ("stage", "steps", "rate", "loss"),
-    [("vae", 450, 3e-3, "l1_l2"), ("vq_stage1", 300, 3e-3, "l1_l2"), ("vq_stage2", 150, 5e-4, "l1_l2")],
+    [("vae", 800, 3e-3, "l1_l2"), ("vq_stage1", 300, 3e-3, "l1_l2"), ("vq_stage2", 150, 5e-4, "l1_l2")],
 )
 def test_without_data_it_is_the_demo(monkeypatch, stage, steps, rate, loss):
     config = resolved(monkeypatch, stage)
@@ -45,7 +45,9 @@ def test_without_data_it_is_the_demo(monkeypatch, stage, steps, rate, loss):
     assert (config["i_print"], config["i_save"], config["val_interval"]) == (25, 150, 150)
     assert config["lr_scheduler"] == "one_cycle" and config["batch_size_per_gpu"] == 1
     if stage == "vq_stage1":
-        assert config["warmup_steps"] == 450
+        assert config["warmup_steps"] == 800
+    if stage != "vae":
+        assert config["quantizer_levels"] == 2
 
 
 @pytest.mark.parametrize(
@@ -62,7 +64,7 @@ def test_with_data_it_is_the_real_thing(monkeypatch, stage, steps, loss):
     if stage == "vq_stage1":
         assert config["warmup_steps"] == 20_000
     if stage != "vae":
-        assert config["num_embeddings"] == 8192
+        assert config["num_embeddings"] == 8192 and config["quantizer_levels"] == 1
 
 
 def test_a_preset_of_its_own_norm_keeps_it(monkeypatch):
@@ -256,7 +258,7 @@ def test_parts_named_one_by_one_are_the_network_that_older_checkpoints_hold(stag
     torch.manual_seed(0)
     named = parser.get_parsed_content("network_def").state_dict()
     torch.manual_seed(0)
-    changes = {"codebook": "none"} if stage == "vae" else {}
+    changes = {"codebook": "none"} if stage == "vae" else {"quantizer_levels": 2}
     whole = make_vqvae("tiny", norm="sample", **changes).state_dict()
     assert list(named) == list(whole)
     assert all(torch.equal(named[name], whole[name]) for name in whole)
