@@ -323,7 +323,7 @@ def _refusal(error: BaseException) -> str | None:
         cause = re.split(r"\n\n(?:The above exception|During handling)", text)[0]
         files = re.findall(r'^ *File "(.+?)", line', cause, re.MULTILINE)
         _, refused, text = cause.rpartition("\nValueError: ")
-    here = Path(__file__).resolve().parent.parent
+    here = Path(__file__).resolve().parents[2]
     ours = bool(files) and any(
         Path(files[-1]).is_relative_to(here / part) for part in ("app", "transforms", "networks")
     )
