@@ -129,6 +129,12 @@ class CTAssistant:
             settings["adapter_sha256"] = hash_path(adapter)
         return cls(model=model, text_tokenizer=text_tokenizer, tokenizer=frozen, settings=settings)
 
+    def with_budget(self, max_3d_tokens: int) -> "CTAssistant":
+        """The same with at most so many tokens of a volume."""
+        settings = {**self.settings, "max_3d_tokens": max_3d_tokens}
+        parts = {"model": self.model, "text_tokenizer": self.text_tokenizer, "tokenizer": self.tokenizer}
+        return CTAssistant(**parts, settings=settings)
+
     def ask(
         self,
         scan: Any,
