@@ -4,8 +4,10 @@ MONAI Label loads this file by its path; nothing else imports it. What is served
 Label's form. --conf takes tokenizer, align and max_upload_mb.
 """
 
+import atexit
 import logging
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -64,6 +66,7 @@ class Voxelingo(MONAILabelApp):
             self.served = Served(tokenizer=given["tokenizer"], align=given["align"])
         except (ValueError, SystemExit) as error:
             _leave("" if isinstance(error, SystemExit) else str(error))
+        self.uploads = _private_folder()
         super().__init__(
             app_dir=app_dir,
             studies=studies,
@@ -88,14 +91,19 @@ class Voxelingo(MONAILabelApp):
         )
 
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
-        if request.get("model") not in self._infers:
-            told = f"there is no such model, there is {', '.join(self._infers)}"
-            raise HTTPException(404, {"code": "NO_MODEL", "message": told, "remedy": "name one of these"})
         place = self.place_of(str(request.get("image") or ""), datastore or self.datastore())
-        if place is None:
-            told = {"code": "NO_SOURCE", "message": "there is no such image", "remedy": "see /datastore for the ids"}
-            raise HTTPException(404, told)
-        return super().infer({**request, "image": str(place), "save_label": False}, datastore)
+        try:
+            if request.get("model") not in self._infers:
+                told = f"there is no such model, there is {', '.join(self._infers)}"
+                raise HTTPException(404, {"code": "NO_MODEL", "message": told, "remedy": "name one of these"})
+            if place is None:
+                told = "there is no such image"
+                raise HTTPException(404, {"code": "NO_SOURCE", "message": told, "remedy": "see /datastore for the ids"})
+            return super().infer({**request, "image": str(place), "save_label": False}, datastore)
+        except HTTPException:
+            if place is not None and place.parent == self.uploads:  # MONAI Label removes what it could answer
+                place.unlink(missing_ok=True)
+            raise
 
     def place_of(self, image: str, datastore: Datastore) -> Path | None:
         """The file of an id, or of a path where this server takes them: uploads, sessions, the studies."""
@@ -106,13 +114,12 @@ class Voxelingo(MONAILabelApp):
             if uri := datastore.get_image_uri(image):
                 return Path(uri)
             path = Path(self.studies, image)
-        place, uploads = path.resolve(), Path(tempfile.gettempdir()).resolve()
-        uploaded = place.parent == uploads and place.name.startswith("tmp") and place.is_file()
-        folders = [Path(self.studies).resolve()]
+        place = path.resolve()
+        folders = [self.uploads, Path(self.studies).resolve()]
         if self.sessions() is not None:
             folders.append(Path(self.sessions().store_path).resolve())
         below = any(folder in place.parents for folder in folders)
-        return place if place.exists() and (uploaded or below) else None
+        return place if place.exists() and below else None
 
 
 def guard_server(*, max_bytes: int) -> None:
@@ -125,6 +132,13 @@ def guard_server(*, max_bytes: int) -> None:
         config.host = LOOPBACK  # it is bound only after the app has loaded
     local = config.host in (LOOPBACK, "localhost", "::1") or not named
     config.loaded_app = Guard(config.loaded_app, max_bytes=max_bytes, local_only=local)
+
+
+def _private_folder() -> Path:
+    """Where this process puts files from now on: uploads are patients', so nobody else reads them and none is left."""
+    tempfile.tempdir = tempfile.mkdtemp(prefix="voxelingo_")
+    atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
+    return Path(tempfile.tempdir).resolve()
 
 
 def _running_server() -> Any:
