@@ -35,7 +35,7 @@ from app.tokens.tokenizer import CTTokenizer
 
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the same input gives the same bytes whenever it is packed
 PROOF_SIDE, PROOF_MM = 64, 6.0  # the scan that a bundle is proven on: a phantom's whole trunk
-PRIVATE = ("data", "tokenizer_path", "output_dir")  # of an alignment's record: where its maker kept things
+PRIVATE = ("data", "vl_model", "tokenizer_path")  # of an alignment's record: where its maker kept things
 Json = dict[str, Any]
 
 
@@ -136,14 +136,16 @@ def _copy_aligned(align: Path, out: Path, settings: Json) -> None:
     out.mkdir()
     shutil.copyfile(projector, out / "projector_final.pt")
     if adapter is not None:
-        shutil.copytree(adapter, out / "lora_final")
+        shutil.copytree(adapter, out / "lora_final", ignore=shutil.ignore_patterns("README.md"))
     if (align / "language_final").is_dir():
         shutil.copytree(align / "language_final", out / "language_final")
     elif settings["base_model"]["name"] is None:
         fail("NOT_FINISHED", f"the alignment in {align} did not reach its end", "go on with --resume latest")
     base = dict(settings["base_model"])
-    if base["name"] is not None and Path(base["name"]).is_dir():
+    if base["name"] is not None and Path(base["name"]).is_absolute():
         base["name"] = Path(base["name"]).name
+    for config in out.glob("lora_final/adapter_config.json"):
+        _write_json(config, {**_read_json(config), "base_model_name_or_path": base["name"]})
     kept = {key: value for key, value in settings.items() if key not in PRIVATE}
     _write_json(out / "train_args.json", {**kept, "base_model": base, "tokenizer_path": "../model.pt"})
 
