@@ -96,6 +96,7 @@ def _good_name(name: str) -> str:
 
 def write_bundle(bundle: Path, made: CTTokenizer, *, name: str, align: Path | None, settings: Json | None) -> Json:
     """All files of the bundle; gives its metadata."""
+    record = None if settings is None else _without_places(settings)
     sources = code.read_sources()
     package = code.package_name(name, VERSION, sources)
     code.write_package(bundle, sources, name=package, version=VERSION)
@@ -112,9 +113,9 @@ def write_bundle(bundle: Path, made: CTTokenizer, *, name: str, align: Path | No
     for file in (SCHEMA, "logging.conf"):
         shutil.copyfile(templates / file, bundle / "configs" / file)
     _write_weights(bundle / "models", made)
-    if align is not None:
-        _copy_aligned(align, bundle / "models" / "align", settings)
-    base_model = None if settings is None else settings["base_model"]
+    if record is not None:
+        _copy_aligned(align, bundle / "models" / "align", record)
+    base_model = None if record is None else record["base_model"]
     (bundle / "docs").mkdir()
     (bundle / "docs" / "README.md").write_text(model_card(told, card=card, base_model=base_model), encoding="utf-8")
     (bundle / "LICENSE").write_text(_licence(), encoding="utf-8")
@@ -130,24 +131,29 @@ def _write_weights(models: Path, made: CTTokenizer) -> None:
     save_file(state, models / "model.safetensors")
 
 
-def _copy_aligned(align: Path, out: Path, settings: Json) -> None:
-    """Projector, adapter and record; the base model only where nobody else has it. Names no folder of its maker."""
-    projector, adapter = newest_files(align, settings)
+def _without_places(settings: Json) -> Json:
+    """An alignment's record without the folders of its maker; a base model from a folder keeps that folder's name."""
+    base = dict(settings["base_model"])
+    if base["name"] is not None and Path(base["name"]).is_absolute():
+        base["name"] = Path(base["name"]).name
+    kept = {key: value for key, value in settings.items() if key not in PRIVATE}
+    return {**kept, "base_model": base, "tokenizer_path": "../model.pt"}
+
+
+def _copy_aligned(align: Path, out: Path, record: Json) -> None:
+    """Projector, adapter and record; the base model only where nobody else has it."""
+    projector, adapter = newest_files(align, record)
     out.mkdir()
     shutil.copyfile(projector, out / "projector_final.pt")
     if adapter is not None:
         shutil.copytree(adapter, out / "lora_final", ignore=shutil.ignore_patterns("README.md"))
     if (align / "language_final").is_dir():
         shutil.copytree(align / "language_final", out / "language_final")
-    elif settings["base_model"]["name"] is None:
+    elif record["base_model"]["name"] is None:
         fail("NOT_FINISHED", f"the alignment in {align} did not reach its end", "go on with --resume latest")
-    base = dict(settings["base_model"])
-    if base["name"] is not None and Path(base["name"]).is_absolute():
-        base["name"] = Path(base["name"]).name
     for config in out.glob("lora_final/adapter_config.json"):
-        _write_json(config, {**_read_json(config), "base_model_name_or_path": base["name"]})
-    kept = {key: value for key, value in settings.items() if key not in PRIVATE}
-    _write_json(out / "train_args.json", {**kept, "base_model": base, "tokenizer_path": "../model.pt"})
+        _write_json(config, {**_read_json(config), "base_model_name_or_path": record["base_model"]["name"]})
+    _write_json(out / "train_args.json", record)
 
 
 def _card_beside(made: CTTokenizer) -> Json | None:

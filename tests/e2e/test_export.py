@@ -118,7 +118,8 @@ def test_evaluation_writes_a_card_of_the_owners_data(exported, cohort, tmp_path)
 
 def test_an_aligned_bundle_answers_as_the_run_it_is_from(exported, aligned, home, scan, tmp_path):
     config = exported[0] / "configs" / "ask.json"
-    words = ["run", "--config_file", config, "--scan", scan, "--question", "On which side?", "--language_model", home / "qwen", "--max_new_tokens", "8"]  # fmt: skip
+    asked = ["--scan", scan, "--question", "On which side?", "--max_new_tokens", "8"]
+    words = ["run", "--config_file", config, *asked, "--language_model", home / "qwen"]
     said = alone(COMMAND, tmp_path / "else", *words)
     expected = CTAssistant.from_pretrained(aligned).ask(scan, "On which side?", max_new_tokens=8)
     assert f"On which side?\n{expected.answer}\n" in said and expected.notice in said
