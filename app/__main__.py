@@ -82,12 +82,13 @@ def _one_line(error: BaseException) -> tuple[int, str]:
     return 1, f"FAULT: {type(error).__name__}. This is our mistake; run again with --debug and report it."
 
 
-def _show_version(asked: bool) -> None:
+def _show_version(asked: bool) -> bool:
     if asked:
         from app.shared.version import VERSION
 
         sys.stdout.write(f"voxelingo {VERSION}\n")
         raise typer.Exit
+    return asked
 
 
 @app.callback()

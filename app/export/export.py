@@ -58,9 +58,7 @@ def export(
         fail("EXISTS", f"{archive} is there already", "give another OUT, or remove it first")
     check_folder(out.resolve().parent)
     if not bundles_folder().is_dir():
-        fail(
-            "NO_TEMPLATES", "this copy of the code has no bundles/ to export from", "use a checkout or an installation"
-        )
+        fail("NO_TEMPLATES", "a bundle's own code exports no bundle", "use a checkout or an installation")
     folder = None if align is None else aligned_folder(align)
     settings = None if folder is None else read_settings(folder)
     made = CTTokenizer.from_pretrained(tokenizer or (settings and str(folder / settings["tokenizer_path"])))
@@ -101,7 +99,6 @@ def write_bundle(bundle: Path, made: CTTokenizer, *, name: str, align: Path | No
     package = code.package_name(name, VERSION, sources)
     code.write_package(bundle, sources, name=package, version=VERSION)
     templates = bundles_folder()
-    shutil.copytree(templates, bundle / package / "bundles", ignore=shutil.ignore_patterns("pretrained", "__pycache__"))
     base = _read_json(templates / "metadata.json")
     told = make_metadata(base, made.sizes, name=name, package=package, digest=made.digest)
     card = _card_beside(made)
