@@ -5,6 +5,7 @@ every bundle, reads the command line again and refuses these in one line each. `
 other exception would reach the user as MONAI's forty-line chain.
 """
 
+import dataclasses
 import difflib
 import errno
 import inspect
@@ -97,6 +98,9 @@ def check() -> None:
             _check_value(name, value)
     for name, value in call.overrides.items():
         _check_override(name, value, call)
+    if call.overrides.get("windows") is not None and call.overrides.get("window_type") is not None:
+        fail("BAD_VALUE", "windows and window_type are both given", "give one of them")
+    _say_choices(resolved_config())
 
 
 def _check_override(name: str, value: Any, call: CommandLine) -> None:
@@ -230,8 +234,8 @@ def _walk(node: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
         yield from _walk(value, here)
 
 
-def resolved_config(settings: object = None) -> dict[str, Any]:
-    """The config of this run: files, overrides, and the plan's values where a key reads them from the plan."""
+def resolved_config() -> dict[str, Any]:
+    """The config of this run: files, overrides, and in the place of each open flat key what it comes to."""
     call = read_command_line(sys.argv)
     if call is None:
         return {}
@@ -241,17 +245,31 @@ def resolved_config(settings: object = None) -> dict[str, Any]:
         for part in rest[:-1]:
             node = node[int(part) if isinstance(node, list) else part]
         node[int(rest[-1]) if isinstance(node, list) else rest[-1]] = value
-    for name, value in config.items():
-        if settings is not None and isinstance(value, str) and value.startswith("$@plan."):
-            found: Any = settings
-            for part in value.removeprefix("$@plan.").split("."):
-                if not hasattr(found, part):
-                    near = difflib.get_close_matches(part, dir(found), n=1)
-                    hint = f"did you mean {near[0]}?" if near else "correct it in the config or on the line"
-                    fail("MISSING_REFERENCE", f"{name} is {value}, the plan has no {part}", hint)
-                found = getattr(found, part)
-            config[name] = list(found) if isinstance(found, tuple) else found
+    _fill_open_keys(config)
     return config
+
+
+def _fill_open_keys(config: dict[str, Any]) -> None:
+    """Expressions of flat keys become values, null sizes those of the preset, `demo` what it is here."""
+    if "demo" not in config:
+        return
+    parser = ConfigParser(config)
+    made = {name: value for name, value in config.items() if name in RULES and str(value)[:1] in ("$", "@")}
+    found = {name: parser.get_parsed_content(name) for name in ("demo", *made)}
+    sizes = dataclasses.asdict(parser.get_parsed_content("sizes")) if "sizes" in config else {}
+    open_sizes = [name for name in sizes if name in config["sizes"] and {**config, **found}.get(name) is None]
+    found |= {name: sizes[name] for name in open_sizes if name in config}
+    config.update({name: list(value) if isinstance(value, tuple) else value for name, value in found.items()})
+
+
+def _say_choices(config: dict[str, Any]) -> None:
+    """What the keys that were left open come to."""
+    if "training_stage" not in config:
+        return
+    scale, data = "demo" if config["demo"] else "full", config.get("dataset_dir")
+    log.info("scale %s: %s", scale, f"your data in {data}" if data else "built-in phantoms")
+    what = "preset %s, stage %s; a default a flag does not override comes from scale %s"
+    log.info(what, config["preset"], config["training_stage"], scale)
 
 
 def one_line_errors() -> None:

@@ -19,7 +19,7 @@ SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 BUNDLES = sorted(path for path in (ROOT / "bundles").glob("*.json") if "schema" not in path.name)
 STAGES = ("vae.json", "vq_stage1.json", "vq_stage2.json")
-MAX_CONFIG_LINES = 75
+MAX_CONFIG_LINES = 360  # one key a line
 
 ALLOWED = {  # who may import which of ours
     "transforms": {"transforms"},
@@ -414,7 +414,10 @@ def test_stages_share_what_they_must():
             "training_stage",
             "init_from",
             "warmup_steps",
-            "plan",
+            "decoder_steps",
+            "level_dropout",
+            "learning_rate",
+            "max_steps",
             "loss_type",
         }
         flat = {k for k, v in first.items() if not isinstance(v, dict | list) and k in config} - free
