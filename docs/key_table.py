@@ -1,4 +1,4 @@
-"""The key tables of docs/training.md: every flat key of every bundle, its defaults as the file resolves them, a meaning.
+"""The key tables of docs/training.md: every flat key of every bundle, its defaults as a run resolves them, a meaning.
 
     python docs/key_table.py     writes them anew between the marks; a test holds the page to what this gives
 

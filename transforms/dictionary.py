@@ -18,7 +18,7 @@ from transforms.array import Number
 class Resampled(MapTransform):
     """`array.resample` onto a cube of `grid` voxels of `spacing` mm. Without an affine the field fills the cube.
 
-    `beyond` tells of HU what share of all that is denser than air the cube cuts off.
+    `beyond` is the share of all that is denser than air, of a volume in HU, that the cube cuts off.
     """
 
     def __init__(self, keys: str | Sequence[str] = "image", *, spacing: Number, grid: int) -> None:
@@ -64,8 +64,7 @@ class Sparsifyd(MapTransform):
         if keep not in array.KEEPS:
             raise ValueError(f"keep must be one of {', '.join(array.KEEPS)}, got {keep!r}")
         self.keep, self.windows = keep, tuple(windows)
-        by_window = keep in ("nonzero", "informative")
-        self.settings = {"keep": keep, "keep_windows": list(self.windows) if by_window else None}
+        self.settings = {"keep": keep, "keep_windows": list(self.windows) if array.KEEPS[keep].by_window else None}
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)
