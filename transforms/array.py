@@ -20,7 +20,7 @@ DROPPED = -1024  # HU that a voxel outside the kept ones stands for
 BODY_LEVEL = -400  # HU between air and tissue: a voxel a little more than half full
 WALL_LEVEL = -650  # HU of a block that is a third wall
 CUT_OFF = 0.001  # share of what is denser than air beyond a grid, above which it is reported
-COARSE = 6.0  # mm: a table's shell is much thinner, a chest wall is not
+BODY_BLOCK_MM = 6.0  # a table's shell is much thinner, a chest wall is not
 INTERFACES = (-400, 200)  # HU between air and tissue, between soft tissue and bone
 BAND = 4  # voxels on either side of a surface
 SATURATION = 0.02  # a window says little about HU this close to its ends
@@ -147,12 +147,12 @@ def _largest(mask: Bool[np.ndarray, "X Y Z"]) -> Bool[np.ndarray, "X Y Z"]:
 def body_mask(hu: Num[np.ndarray, "X Y Z"], *, spacing: Number = 4.0) -> Bool[np.ndarray, "X Y Z"]:
     """The patient: largest component above air with everything enclosed by it, lungs included. `spacing` is in mm.
 
-    Found on blocks of about COARSE mm, where a table's thin shell has blurred away and a chest wall has not, then drawn
+    Found on blocks of about BODY_BLOCK_MM mm, where a table's thin shell has blurred away and a chest wall has not, then drawn
     at the volume's own voxels. Lungs and airways that the volume's end cuts open are enclosed in the planes along that
     end, so each of the three planes fills too.
     """
     hu = np.asarray(hu)
-    factor = max(1, round(COARSE / spacing))
+    factor = max(1, round(BODY_BLOCK_MM / spacing))
     padded = np.pad(hu, [(0, -n % factor) for n in hu.shape], mode="edge")
     blocks = reduce(padded, "(x a) (y b) (z c) -> x y z", np.mean, a=factor, b=factor, c=factor)
     body = _largest(blocks > BODY_LEVEL)
@@ -370,7 +370,7 @@ def columns(coords: Integer[np.ndarray, "N 3"]) -> list[Integer[np.ndarray, " N"
     return [coords[:, axis] for axis in range(3)]
 
 
-def take_rows(array: Shaped[np.ndarray, "N ..."], rows: Int[np.ndarray, " M"]) -> Shaped[np.ndarray, "M ..."]:
+def pick_rows(array: Shaped[np.ndarray, "N ..."], rows: Int[np.ndarray, " M"]) -> Shaped[np.ndarray, "M ..."]:
     """`array[rows]`, in columns where the array lies in columns."""
     if array.ndim != 2 or not array.flags.f_contiguous:
         return array[rows]

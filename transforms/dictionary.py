@@ -71,12 +71,12 @@ class Sparsifyd(MapTransform):
         for key in self.key_iterator(item):
             volume = item.pop(key)
             if volume.ndim == 4:  # masks
-                kept = array.sparsify_masks(volume)
+                sparse = array.sparsify_masks(volume)
             else:
                 spacing = float(np.linalg.norm(item["affine"][:3, 0]))
                 mask = array.keep_mask(volume, self.keep, windows=self.windows, spacing=spacing)
-                kept = array.sparsify(volume, mask)
-            item["coords"], item["values"] = kept
+                sparse = array.sparsify(volume, mask)
+            item["coords"], item["values"] = sparse
             item["spatial_shape"] = tuple(int(n) for n in volume.shape[:3])
         return item
 
@@ -122,7 +122,7 @@ class RandCropToBudgetd(RandomizableTransform, MapTransform):
         rows = array.crop_to_budget(coords, self.max_points, center=center, max_side=self.max_side)
         if len(rows) < len(coords):
             for key in self.key_iterator(item):
-                item[key] = array.take_rows(item[key], rows)
+                item[key] = array.pick_rows(item[key], rows)
         return item
 
 

@@ -11,7 +11,7 @@ from app.shared.atomic_files import written_whole
 from transforms import array
 
 MOST = 256  # pixels a side: a larger volume is thinned for the picture
-UNFINISHED = re.compile(r"\.\d+\.[^.].*\.png")  # as `written_whole` calls one before its rename
+UNFINISHED_PREVIEW = re.compile(r"\.\d+\.[^.].*\.png")  # as `written_whole` calls one before its rename
 KEPT = "body"  # the sparsification that training uses by default
 
 
@@ -19,7 +19,9 @@ def path_of(folder: str | Path, case: str) -> Path:
     return Path(folder) / "previews" / f"{case}.png"
 
 
-def write(folder: str | Path, case: str, hu: Int[np.ndarray, "X Y Z"], windows: Sequence[str], spacing: float) -> None:
+def write_preview(
+    folder: str | Path, case: str, hu: Int[np.ndarray, "X Y Z"], windows: Sequence[str], spacing: float
+) -> None:
     """previews/{case}.png, whole or not at all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
