@@ -176,13 +176,21 @@ def table(names: tuple[str, ...]) -> list[str]:
     return lines
 
 
+def preset_sizes() -> list[str]:
+    from networks.presets import PRESETS
+
+    keys = [key for key in MEANINGS if hasattr(PRESETS["tiny"], key) and key not in ("windows", "features", "keep")]
+    lines = [f"| key | {' | '.join(PRESETS)} |", "|---" * (len(PRESETS) + 1) + "|"]
+    return lines + [f"| `{key}` | {' | '.join(as_text(getattr(it, key)) for it in PRESETS.values())} |" for key in keys]
+
+
 def overlay(name: str) -> list[str]:
     lines = ["| key | value |", "|---|---|"]
     return lines + [f"| `{key}` | {as_text(value)} |" for key, value in config_of(name).items() if key != "_desc_"]
 
 
 def tables() -> str:
-    lines = ["### Stage files", "", *table(STAGES)]
+    lines = ["### Stage files", "", *table(STAGES), "", "### Sizes of the presets", "", *preset_sizes()]
     for name in OTHERS:
         lines += ["", f"### {name}.json", "", *table((name,))]
     for name in OVERLAYS:

@@ -147,9 +147,9 @@ def _largest(mask: Bool[np.ndarray, "X Y Z"]) -> Bool[np.ndarray, "X Y Z"]:
 def body_mask(hu: Num[np.ndarray, "X Y Z"], *, spacing: Number = 4.0) -> Bool[np.ndarray, "X Y Z"]:
     """The patient: largest component above air with everything enclosed by it, lungs included. `spacing` is in mm.
 
-    Found on blocks of about BODY_BLOCK_MM mm, where a table's thin shell has blurred away and a chest wall has not, then drawn
-    at the volume's own voxels. Lungs and airways that the volume's end cuts open are enclosed in the planes along that
-    end, so each of the three planes fills too.
+    Looked for on blocks of about BODY_BLOCK_MM, where a table's thin shell has blurred away and a chest wall has not,
+    then drawn at the volume's own voxels. Lungs and airways that the volume's end cuts open are enclosed in the planes
+    along that end, so each of the three planes fills too.
     """
     hu = np.asarray(hu)
     factor = max(1, round(BODY_BLOCK_MM / spacing))

@@ -29,7 +29,7 @@ from app.text.rows import (
 
 H = TypeVar("H", bound=Hashable)
 
-SPLIT_WORDS = {
+SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     "test": "test",
@@ -113,7 +113,7 @@ def complete(row: TextRow, find: "ImageFinder") -> TextRow:
     """With patient and split where the row leaves them open: of a prepared case its dataset's."""
     case = find.case_row(row.path)
     patient = row.patient or case.get("patient") or stem(row.image)
-    split = SPLIT_WORDS.get(row.split.strip().lower(), row.split) or case.get("split") or prepared.split_of(patient)
+    split = SPLITS.get(row.split.strip().lower(), row.split) or case.get("split") or prepared.split_of(patient)
     return replace(row, patient=patient, split=split)
 
 

@@ -1,6 +1,5 @@
 """Pictures that a run makes: one row a case with input, reconstruction, difference and code map."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,24 +18,6 @@ class Sample(NamedTuple):
     image: Float[np.ndarray, "X Y Z"]  # the first window, -1..1
     recon: Float[np.ndarray, "X Y Z"]
     codes: Float[np.ndarray, "x y z"]
-
-
-class Panel(NamedTuple):
-    """A column of the picture."""
-
-    title: str
-    image: Callable[[Sample], np.ndarray]  # [x, y, z]
-    colours: str  # a colour map of matplotlib
-    low: float | None = None  # the value of its first colour; None: the image's lowest
-    high: float | None = None
-
-
-PANELS = (
-    Panel("input ({window})", lambda sample: sample.image, "gray", -1, 1),
-    Panel("reconstruction", lambda sample: sample.recon, "gray", -1, 1),
-    Panel("difference", lambda sample: sample.recon - sample.image, "coolwarm", -1, 1),
-    Panel("codes", lambda sample: sample.codes, "turbo"),
-)
 
 
 def sample_of(output: dict) -> Sample:
@@ -59,16 +40,21 @@ def sample_of(output: dict) -> Sample:
 
 def montage(samples: list[Sample], path: Path, *, window: str, title: str) -> None:
     """Coronal slices, patient upright and seen from the front, as PNG."""
-    figure = Figure(figsize=(2.4 * len(PANELS), 2.4 * len(samples) + 0.5), layout="constrained")
+    columns = ("input", "reconstruction", "difference", "codes")
+    figure = Figure(figsize=(2.4 * len(columns), 2.4 * len(samples) + 0.5), layout="constrained")
     figure.suptitle(title, fontsize=9)
-    axes = figure.subplots(len(samples), len(PANELS), squeeze=False)
+    axes = figure.subplots(len(samples), len(columns), squeeze=False)
+    grey = matplotlib.colormaps["gray"].with_extremes(bad="black")
+    change = matplotlib.colormaps["coolwarm"].with_extremes(bad="black")
+    kinds = matplotlib.colormaps["turbo"].with_extremes(bad="black")
     for row, sample in zip(axes, samples, strict=True):
-        for axis, panel in zip(row, PANELS, strict=True):
-            image, colours = panel.image(sample), matplotlib.colormaps[panel.colours].with_extremes(bad="black")
-            look = {"cmap": colours, "vmin": panel.low, "vmax": panel.high, "interpolation": "none"}
-            axis.imshow(image[::-1, image.shape[1] // 2].T, origin="lower", **look)
+        images = (sample.image, sample.recon, sample.recon - sample.image, sample.codes)
+        looks = ((grey, -1, 1), (grey, -1, 1), (change, -1, 1), (kinds, None, None))
+        for axis, image, (colours, low, high) in zip(row, images, looks, strict=True):
+            middle = image.shape[1] // 2
+            axis.imshow(image[::-1, middle].T, origin="lower", cmap=colours, vmin=low, vmax=high, interpolation="none")
             axis.set_axis_off()
         row[0].text(0.02, 0.02, sample.case_id, color="white", fontsize=6, transform=row[0].transAxes)
-    for axis, panel in zip(axes[0], PANELS, strict=True):
-        axis.set_title(panel.title.format(window=window), fontsize=8)
+    for axis, name in zip(axes[0], columns, strict=True):
+        axis.set_title(f"{name} ({window})" if name == "input" else name, fontsize=8)
     figure.savefig(path, dpi=110)

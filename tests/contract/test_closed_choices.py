@@ -13,7 +13,7 @@ import torch
 from app.prepare import read_scan
 from app.prepare.files import FORMATS, Format, Ref, sniff
 from app.prepare.formats import READERS, VolumeFile
-from app.training import key_rules, pictures
+from app.training import key_rules
 from networks import make_vqvae
 from networks.losses import LOSS_TYPES, reconstruction
 from networks.presets import PRESETS
@@ -84,12 +84,3 @@ def test_a_raw_format_is_a_row_and_a_reader(add_row, tmp_path):
     assert sniff(Ref(str(path))) == "toy"
     (volume,) = read_scan(path, assume_hu=True)
     assert (volume.hu == hu).all() and volume.affine[0, 0] == 2
-
-
-def test_a_panel_of_the_picture_is_one_row(monkeypatch, tmp_path):
-    seen = []
-    toy = pictures.Panel("toy", lambda sample: seen.append(sample.case_id) or sample.image, "gray")
-    monkeypatch.setattr(pictures, "PANELS", (*pictures.PANELS, toy))
-    image = np.zeros((4, 4, 4), np.float32)
-    pictures.montage([pictures.Sample("a", image, image, image)], tmp_path / "a.png", window="lung", title="t")
-    assert seen == ["a"] and (tmp_path / "a.png").stat().st_size > 1000
