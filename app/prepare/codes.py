@@ -1,6 +1,6 @@
 """The one table of codes: what can be found in an input, how it ends, what it means, what to do.
 
-The table of docs/codes.md is this one, held equal by a test. No rule is decided here.
+The README's section "Codes" is this table, held equal by a test. No rule is decided here.
 """
 
 from types import MappingProxyType

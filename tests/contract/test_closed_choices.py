@@ -4,7 +4,7 @@ docs/contributing.md says where each table lies.
 """
 
 import sys
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from app.prepare.files import FORMATS, Format, Ref, sniff
 from app.prepare.formats import READERS, VolumeFile
 from app.training import key_rules
 from networks import make_vqvae
-from networks.losses import LOSS_TYPES, reconstruction
+from networks.losses import LOSS_TYPES, TokenizerLoss, reconstruction
 from networks.presets import PRESETS
 from networks.sparse import SparseTensor
 from tests.scans import sample
@@ -62,6 +62,18 @@ def test_a_reconstruction_error_is_one_row(add_row):
     truth = SparseTensor(torch.zeros(2, 1), coords, spatial_shape=(8, 8, 8), batch_size=1)
     loss = reconstruction(truth.replace(torch.tensor([[2.0], [0.0]])), truth, loss_type="toy")
     assert loss.item() == 4.0
+
+
+def test_a_loss_term_is_a_value_of_the_forward_pass_and_a_weight():
+    loss = TokenizerLoss()
+    loss.weights["toy"] = 2.0
+    network = make_vqvae("tiny", windows=["lung"])
+    coords = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1]], dtype=torch.int32)
+    x = SparseTensor(torch.zeros(2, 1), coords, spatial_shape=(48, 48, 48), batch_size=1)
+    output = network(x)._asdict()
+    plain = TokenizerLoss()(SimpleNamespace(**output), x)["loss"]
+    terms = loss(SimpleNamespace(**output, toy=torch.tensor(3.0, requires_grad=True)), x)
+    assert terms["toy"] == 3 and terms["loss"].item() == pytest.approx(plain.item() + 6, rel=1e-5)
 
 
 def test_a_preset_is_one_row(add_row):
