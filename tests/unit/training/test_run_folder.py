@@ -2,7 +2,7 @@
 
 import pytest
 
-from app.training.run_folder import differences, duration
+from app.training.run_folder import RunFolder, differences, duration
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,23 @@ def test_what_changed_is_told_by_the_smallest_part_that_both_have(before, now, t
 )
 def test_a_duration_is_told_in_the_unit_that_reads_best(seconds, text):
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["[1]}", '{"step": "3", "phase": "train"}', '{"phase": "train"}', '{"step": 1, "phase": 2}',
+     '{"step": 4, "phase": "train", "val_recon": [1]}'],
+)  # fmt: skip
+def test_a_foreign_line_of_metrics_is_one_line(tmp_path, capsys, line):
+    folder = RunFolder.__new__(RunFolder)
+    folder.path, folder.start_step, folder.warm_up_step = tmp_path, None, 5
+    kept = '{"phase": "warmup", "step": 2}\n'
+    (tmp_path / "metrics.jsonl").write_text(kept + '{"phase": "warmup", "step": 9}\n{"phase": "warm')
+    folder._cut_after_start()
+    assert (tmp_path / "metrics.jsonl").read_text() == kept
+    (tmp_path / "metrics.jsonl").write_text(kept + line + "\n")
+    with pytest.raises(SystemExit) as end:
+        folder._cut_after_start()
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("BAD_RUN: ") and error.count("\n") == 1
+    assert (tmp_path / "metrics.jsonl").read_text() == kept + line + "\n"
