@@ -6,7 +6,7 @@ from typing import Any
 
 from app.phantoms.sentences import PLACES
 from networks.losses import LOSS_TYPES
-from networks.presets import NORMS, POOLS, PRESETS
+from networks.presets import CODEBOOKS, NORMS, POOLS, PRESETS
 from networks.tokens import REDUCTIONS
 from transforms import RandTranslated
 from transforms.array import KEEPS, WINDOWS
@@ -161,11 +161,14 @@ RULES = {
     "init_from": Rule(str, "a path"),
     "device": Rule(str, "cpu, or a CUDA device of this machine such as cuda:0", holds=_is_device),
     "tokenizer": Rule(str, "a checkpoint, an output folder or a bundle", optional=True),
+    "scan": Rule(str, "a scan", optional=True),
+    "question": Rule(str, "text", optional=True),
+    "language_model": Rule(str, "a hub name or a folder", optional=True),
     "split": Rule(str, "the name of a split such as train or val", optional=True),
     "max_cases": _count(1, optional=True),
     "warmup_steps": _count(1),
     "decoder_steps": _count(0),
-    "codebook": _choice("ema", "gradient", "fsq"),
+    "codebook": _choice(*(name for name in CODEBOOKS if name != "none")),
     "rotation_trick": _switch(),
     "normalize_codes": _switch(),
     "quantizer_levels": _count(1),

@@ -1,11 +1,11 @@
-"""The README's table of codes is the code's table: same codes, kinds, meanings and remedies, in the same order."""
+"""The table of docs/codes.md is the code's table: same codes, kinds, meanings and remedies, in the same order."""
 
 import re
 from pathlib import Path
 
 from app.prepare.codes import CODES
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs/codes.md"
 
 
 def table(text: str) -> list[tuple[str, ...]]:
@@ -14,8 +14,8 @@ def table(text: str) -> list[tuple[str, ...]]:
     return [tuple(cell.strip() for cell in row) for row in rows]
 
 
-def test_readme_lists_every_code_as_the_program_has_it():
-    assert table(README.read_text(encoding="utf-8")) == [
+def test_the_page_lists_every_code_as_the_program_has_it():
+    assert table(PAGE.read_text(encoding="utf-8")) == [
         (name, " or ".join(code.kinds), code.meaning, code.remedy) for name, code in CODES.items()
     ]
 
