@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from app.dataset import prepared
+from app.shared.refusals import Refused
 from app.shared.tables import read_table
 from app.text.manifests import check_rows, read_rows
 from transforms import array
@@ -56,7 +57,11 @@ def check(
     """A prepared dataset (or several under one folder), a text manifest, or a folder of scans with .txt beside them."""
     path = Path(data)
     if not path.exists():
-        raise ValueError(f"{path.name!r} does not exist; give the OUT of `python -m app prepare RAW OUT` or a manifest")
+        raise Refused(
+            "NO_SOURCE",
+            f"{path.name!r} does not exist",
+            "give the OUT of `python -m app prepare RAW OUT` or a manifest",
+        )
     if path.is_file() or (not prepared.find_datasets(path) and any(path.rglob("*.txt"))):
         return check_manifest(path, image_root=image_root)
     return check_prepared(path, keep=keep, windows=windows, spacing=spacing, min_points=min_points)

@@ -25,7 +25,7 @@ from app.language.volume_tokens import Reducer, TokenSource, VolumeTokens, encod
 from app.phantoms.phantoms import VERSION, make_phantom
 from app.phantoms.sentences import balance, mirrored, phantom_rows
 from app.shared.atomic_files import write_text
-from app.shared.refusals import fail
+from app.shared.refusals import Refused, fail, refusal_of
 from app.shared.terminal import progress
 from app.text.rows import TextRow
 from app.tokens.open_scan import as_it_lies
@@ -83,7 +83,8 @@ class TextDataset(Dataset):
             self.rows.append(row)
             self.encoded.append(encoded)
         if not self.rows:
-            raise ValueError(f"no row can be learned from: {dict(self.dropped)} of {len(rows)}")
+            what = f"no row can be learned from: {dict(self.dropped)} of {len(rows)}"
+            fail("NO_CASES", what, "check answers and max_text_tokens")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -123,12 +124,10 @@ class OwnDataset(Dataset):
             except Exception as error:  # items are made by the user's code, which may raise anything
                 reason = str(error).strip().split("\n")[0]
                 if not self.skip_bad:
-                    raise ValueError(
-                        f"item {number} of the dataset cannot be used ({type(error).__name__}: {reason}); "
-                        f"repair it, or pass --skip_bad True"
-                    ) from None
+                    what = f"item {number} of the dataset cannot be used ({type(error).__name__}: {reason})"
+                    raise Refused("BAD_DATASET", what, "repair it, or pass --skip_bad True") from None
                 log.warning("left out item %d of the dataset: %s", number, reason)
-        raise ValueError(f"no item of the dataset can be used, of {len(self)}")
+        fail("NO_CASES", f"no item of the dataset can be used, of {len(self)}", "the lines above say why")
 
 
 def as_sample(item: dict, *, reduce: Reducer, network=None, vocabulary: int | None = None) -> dict:
@@ -199,11 +198,12 @@ def encode_rows(
     def encode(image: str) -> None:
         try:
             if wanted[image].path is None:
-                raise ValueError(wanted[image].missing)
+                fail("SCANS_MISSING", wanted[image].missing, "give image_root")
             volumes[image] = source(wanted[image].path)
         except (ValueError, OSError, KeyError, EOFError) as error:
             bad.append(image)
-            reason = str(error).splitlines()[0]
+            refused = refusal_of(error)
+            reason = str(error).splitlines()[0] if refused is None else f"{refused.code}: {refused.what}"
             if not skip_bad:
                 leave = "repair it, or leave it out with --skip_bad True (of python -m app: --skip-bad)"
                 fail("BAD_SCAN", f"{image} cannot be used: {reason}", leave)

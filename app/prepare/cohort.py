@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 from app.dataset import prepared, writer
 from app.prepare import names, preview
-from app.prepare.codes import CODES, Refused, bare
 from app.prepare.files import hash_of
+from app.prepare.findings import bare, finding_of
 from app.prepare.gate import Rules, Stack
 from app.prepare.geometry import Grid, normalise, spacing_of
 from app.prepare.labels import organ_coords
@@ -29,7 +29,8 @@ from app.prepare.survey import Item, survey
 from app.prepare.text import join_text
 from app.prepare.volume import read_item
 from app.prepare.workers import busy, only_run, run_jobs, worker_count
-from app.shared.refusals import refuse_empty
+from app.shared.codes import CODES
+from app.shared.refusals import Refused, fail, refuse_empty
 from app.text.manifests import read_rows
 from transforms import array
 
@@ -111,7 +112,7 @@ NOTHING_MORE = Request()
 
 
 def prepare(raw: str | Path, out: str | Path, settings: Settings = DEFAULTS, request: Request = NOTHING_MORE) -> Report:
-    """Prepares everything below RAW into OUT; raises ValueError for a call that cannot be meant."""
+    """Prepares everything below RAW into OUT; refuses a call that cannot be meant."""
     start = time.perf_counter()
     refuse_empty(raw, name="RAW")
     refuse_empty(out)
@@ -150,10 +151,10 @@ def _prepare(root: str, out: Path, settings: Settings, request: Request, start: 
 
 def _check_call(root: str, out: Path, settings: Settings) -> None:
     if not os.path.exists(root):
-        raise ValueError("RAW does not exist; give a folder, a zip or a file of scans")
+        fail("NO_SOURCE", "RAW does not exist", "give a folder, a zip or a file of scans")
     inside = os.path.commonpath([os.path.realpath(root), os.path.realpath(out)])
     if inside in (os.path.realpath(root), os.path.realpath(out)):
-        raise ValueError("RAW and OUT must not lie in one another; choose another OUT")
+        fail("NO_OUTPUT", "RAW and OUT must not lie in one another", "choose another OUT")
     if not 8 <= settings.size <= 2048 or not 0.05 <= settings.spacing <= 50:
         raise ValueError(f"size must be 8 to 2048 and spacing 0.05 to 50 mm, got {settings.size}, {settings.spacing:g}")
     if settings.file_format not in ("npy", "zarr"):
@@ -172,7 +173,7 @@ def _check_settings(out: Path, datasets: set[str], settings: Settings, request: 
         new = _settings_json(settings)
         changed = sorted(name for name in new if old.get(name, new[name]) != new[name])
         if changed:
-            raise ValueError(f"OUT was prepared with another {', '.join(changed)}; use another OUT or --overwrite")
+            fail("NO_OUTPUT", f"OUT was prepared with another {', '.join(changed)}", "use another OUT or --overwrite")
 
 
 def _settings_json(settings: Settings) -> dict[str, Any]:
@@ -266,7 +267,7 @@ def prepare_case(job: Job) -> Outcome:
         done = _finished(job, recipe)
         sidecar = _make(job, recipe) if done is None else done
     except Refused as refused:
-        return outcome._replace(status=refused.finding.kind, codes=(refused.code,), message=refused.message)
+        return outcome._replace(status=finding_of(refused).kind, codes=(refused.code,), message=refused.what)
     except MemoryError:
         return outcome._replace(status="failed", message="not enough memory; use fewer workers or a smaller size")
     except OSError as error:

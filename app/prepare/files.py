@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from app.prepare.codes import Refused
+from app.shared.refusals import Refused
 
 MAX_MEMBERS = 100_000
 MAX_MEMBER_BYTES = 4 << 30

@@ -206,6 +206,8 @@ def read_weights(path: str | Path) -> tuple[dict, Preset]:
     except (AttributeError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         fail("BAD_CHECKPOINT", f"the sizes in {path} cannot be read ({reason})", "it is damaged: use another step")
+    except ValueError as error:  # sizes that this software does not know
+        fail("BAD_CHECKPOINT", f"{path}: {error}", "use the software that wrote it, or another checkpoint")
 
 
 def weights_hash(state: dict) -> str:

@@ -45,7 +45,8 @@ class RunFolder:
         name: of the checkpoint files, vae or vqvae.
         ema_rate: part of the averaged files' name.
         resume: null, "latest" or a step.
-        settings: resolved flat settings for config.json, over what the command line says.
+        settings: resolved flat settings for config.json, over what the call says.
+        call: what this run was called with; None reads MONAI's command line.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class RunFolder:
         ema_rate: float = 0.9999,
         resume: str | int | None = None,
         settings: object = None,
+        call: preflight.CommandLine | None = None,
     ):
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # by torchrun, after a failure
         if resume is None and restarted and not Path(path, STARTING).exists():  # what stands there is this run's own
@@ -63,6 +65,7 @@ class RunFolder:
         self.output_dir = self.path = Path(path)  # path: where it writes, until its first step another place
         self.name = name
         self.settings = settings
+        self.call = call or preflight.read_command_line(sys.argv)
         self.names = (name, f"{name}_ema{ema_rate:g}")
         self.start_step = checkpoints.step_to_resume(path, resume)
         self.warm_up_step = checkpoints.warm_up_step(path, resume)
@@ -102,12 +105,14 @@ class RunFolder:
         return self.start_step is not None or self.warm_up_step is not None
 
     def _describe(self) -> None:
-        (self.path / "command.txt").write_text(shlex.join(sys.argv) + "\n")
-        (self.path / "config.json").write_text(json.dumps(preflight.resolved_config(self.settings), indent=2) + "\n")
+        (self.path / "command.txt").write_text(shlex.join(self.call.words if self.call else sys.argv) + "\n")
+        (self.path / "config.json").write_text(
+            json.dumps(preflight.resolved_config(self.call, self.settings), indent=2) + "\n"
+        )
 
     def _say_what_changed(self) -> None:
         """What the run did not begin with: given otherwise now, or by software that knew no such choice."""
-        now = json.loads(json.dumps(preflight.resolved_config(self.settings)))
+        now = json.loads(json.dumps(preflight.resolved_config(self.call, self.settings)))
         file = self.path / "config.json"
         try:
             before = json.loads(file.read_text())

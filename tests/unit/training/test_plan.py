@@ -3,6 +3,7 @@
 import pytest
 
 from app.phantoms import phantoms
+from app.shared.refusals import Refused
 from app.training import plan
 from app.training.plan import make_plan
 from networks.presets import PRESETS
@@ -55,11 +56,10 @@ def test_windows_are_all_four_or_those_asked_for():
         ({"windows": ["lung"], "window_type": "bone"}, "BAD_VALUE: windows and window_type are both given"),
     ],
 )
-def test_what_cannot_be_is_one_line(settings, says, capsys):
-    with pytest.raises(SystemExit) as end:
+def test_what_cannot_be_is_refused(settings, says):
+    with pytest.raises(Refused) as end:
         make_plan(1, **settings)
-    line = capsys.readouterr().err
-    assert end.value.code == 2 and line.startswith(says) and line.count("\n") == 1
+    assert end.value.status == 2 and str(end.value).startswith(says)
 
 
 @pytest.mark.parametrize(
