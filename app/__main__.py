@@ -167,6 +167,7 @@ def tokenize(
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder for token files, or one .npz for one scan.")],
     tokenizer: Annotated[str | None, typer.Option(help="Checkpoint, output folder or bundle; else the newest.")] = None,
     support: Annotated[bool, typer.Option("--support", help="Also store which voxels there were.")] = False,
+    levels: Annotated[int | None, typer.Option(min=1, help="Codes a cell, the first of a tokenizer's levels.")] = None,
     series: Annotated[str | None, typer.Option(help="Take this DICOM series alone.", metavar="UID")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Make every file again.")] = False,
     as_json: Json = False,
@@ -177,7 +178,9 @@ def tokenize(
     with answering(as_json, debug) as answer:
         from app.tokens import commands
 
-        done = commands.tokenize(source, out, tokenizer=tokenizer, support=support, series=series, overwrite=overwrite)
+        done = commands.tokenize(
+            source, out, tokenizer=tokenizer, support=support, levels=levels, series=series, overwrite=overwrite
+        )
         answer.give(done, commands.lines(done), status=3 if done["refused"] else 0)
 
 
@@ -188,6 +191,7 @@ def reconstruct(
     tokenizer: Annotated[str | None, typer.Option(help="Checkpoint, output folder or bundle; else the newest.")] = None,
     like: Annotated[str | None, typer.Option(help="A scan on whose own grid to write.", metavar="SCAN")] = None,
     codes_alone: Annotated[bool, typer.Option("--codes-alone", help="Leave stored support unused.")] = False,
+    levels: Annotated[int | None, typer.Option(min=1, help="Use the first so many codes of each cell.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Make every file again.")] = False,
     as_json: Json = False,
     seed: Seed = 0,
@@ -198,7 +202,13 @@ def reconstruct(
         from app.tokens import commands
 
         done = commands.reconstruct(
-            tokens, out, tokenizer=tokenizer, like=like, use_support=not codes_alone, overwrite=overwrite
+            tokens,
+            out,
+            tokenizer=tokenizer,
+            like=like,
+            use_support=not codes_alone,
+            levels=levels,
+            overwrite=overwrite,
         )
         answer.give(done, commands.lines(done), status=3 if done["refused"] else 0)
 

@@ -20,8 +20,17 @@ def mean_of_samples(values: Float[Tensor, " N"], level: Level) -> Float[Tensor, 
     return torch.stack(parts).mean() if parts else values.sum()
 
 
-def reconstruction(recon: SparseTensor, target: SparseTensor, *, loss_type: str = "l1") -> Float[Tensor, ""]:
-    """Error on the target's voxels, matched by key. Voxels decoded beyond the target are not judged here."""
+def reconstruction(
+    recon: SparseTensor,
+    target: SparseTensor,
+    *,
+    loss_type: str = "l1",
+    channel_weights: Float[Tensor, " C"] | None = None,
+) -> Float[Tensor, ""]:
+    """Error on the target's voxels, matched by key. Voxels decoded beyond the target are not judged here.
+
+    Channels count equally, or as `channel_weights` says; only their ratios matter.
+    """
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
     values = recon.feats
@@ -37,7 +46,12 @@ def reconstruction(recon: SparseTensor, target: SparseTensor, *, loss_type: str 
         "mse": diff.square,
         "l1_l2": lambda: 0.5 * diff.abs() + 0.5 * diff.square(),
     }[loss_type]()
-    return mean_of_samples(per_voxel.mean(1), target.level)
+    if channel_weights is None:
+        return mean_of_samples(per_voxel.mean(1), target.level)
+    weights = channel_weights.to(per_voxel)
+    if weights.shape != per_voxel.shape[1:]:
+        raise ValueError(f"channel_weights must be {per_voxel.shape[1]} numbers, one a channel, got {len(weights)}")
+    return mean_of_samples(per_voxel @ (weights / weights.sum()), target.level)
 
 
 def kl_divergence(mean: Float[Tensor, "M D"], log_var: Float[Tensor, "M D"], level: Level) -> Float[Tensor, ""]:
@@ -55,7 +69,8 @@ def subdivision(logits: Float[Tensor, "M 8"], occupied: Bool[Tensor, "M 8"], lev
 class TokenizerLoss:
     """Weighted sum of what a forward pass of the sparse VQ-VAE gives, and its terms by name.
 
-    `vq` enters only where the codebook learns by gradient, `kl` only where nothing was quantised.
+    `vq` enters only where the codebook learns by gradient, `kl` only where nothing was quantised. `window_weights` says
+    how much each window counts in the reconstruction; None: equally.
     """
 
     def __init__(
@@ -66,10 +81,14 @@ class TokenizerLoss:
         lambda_commitment: float = 0.25,
         lambda_kl: float = 1e-6,
         lambda_subdivision: float = 0.1,
+        window_weights: list[float] | None = None,
     ):
         if loss_type not in LOSS_TYPES:
             raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
+        if window_weights is not None and not (min(window_weights) >= 0 and sum(window_weights) > 0):
+            raise ValueError(f"window_weights must be numbers from 0, not all 0, got {window_weights}")
         self.loss_type = loss_type
+        self.window_weights = None if window_weights is None else torch.tensor(window_weights, dtype=torch.float32)
         self.weights = {
             "recon": 1.0,
             "vq": lambda_vq,
@@ -78,8 +97,11 @@ class TokenizerLoss:
             "subdivision": lambda_subdivision,
         }
 
+    def reconstruction(self, recon: SparseTensor, target: SparseTensor) -> Float[Tensor, ""]:
+        return reconstruction(recon, target, loss_type=self.loss_type, channel_weights=self.window_weights)
+
     def __call__(self, output, target: SparseTensor) -> dict[str, Float[Tensor, ""]]:
-        terms = {"recon": reconstruction(output.recon, target, loss_type=self.loss_type)}
+        terms = {"recon": self.reconstruction(output.recon, target)}
         terms |= {name: getattr(output, name) for name in self.weights if name != "recon"}
         learned = [self.weights[name] * term for name, term in terms.items() if term.requires_grad or name == "recon"]
         return {"loss": torch.stack([part.float() for part in learned]).sum(), **terms}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 CODEBOOKS = ("ema", "gradient", "fsq", "none")
 NORMS = ("voxel", "sample")
+POOLS = ("children", "mean", "legacy")
 MAX_SIDE = 4096  # voxels of the grid of a dataset: what is said beyond is damage, and more than memory holds
 WINDOW_NAMES = ("lung", "bone", "soft_tissue", "brain")
 
@@ -23,7 +24,7 @@ WINDOW_NAMES = ("lung", "bone", "soft_tissue", "brain")
 class Preset:
     resolution: int  # voxels a side of the grid the encoder sees; latents lie on a grid of an eighth
     spacing: float  # mm
-    widths: tuple[int, int, int]  # channels at full, half and quarter resolution
+    widths: tuple[int, int, int]  # channels at full (unless pool children), half and quarter resolution
     model_channels: int  # channels at an eighth, where the transformer works
     latent_channels: int  # code width D
     num_embeddings: int  # codes K
@@ -38,7 +39,7 @@ class Preset:
     rotation_trick: bool = False
     normalize_codes: bool = False
     quantizer_levels: int = 1  # codes a latent
-    pool: str = "mean"  # legacy for published weights
+    pool: str = "mean"  # how cells are halved: children side by side; mean, as older checkpoints; legacy, as published
     prepared: tuple[int, float] | None = None  # side and mm of the grid its training data lay on, if they lay on one
     norm: str = "sample"  # over what the encoder normalises: each voxel, or all of a sample, as in older checkpoints
 
@@ -53,6 +54,8 @@ class Preset:
             raise ValueError(f"codebook must be one of {', '.join(CODEBOOKS)}, got {self.codebook!r}")
         if self.norm not in NORMS:
             raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
+        if self.pool not in POOLS:
+            raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {self.pool!r}")
         if self.prepared is not None and not is_grid(self.prepared):
             raise ValueError(
                 f"prepared must be None, or a side of 1 to {MAX_SIDE} voxels and mm above 0, got {self.prepared!r}"
@@ -115,6 +118,7 @@ PRESETS = {
         num_heads=4,
         window=4,
         max_points=None,
+        pool="children",
         norm="voxel",
     ),
     "base": Preset(
@@ -128,6 +132,7 @@ PRESETS = {
         num_heads=8,
         window=8,
         max_points=8_000_000,
+        pool="children",
         norm="voxel",
     ),
     "large": Preset(
@@ -141,6 +146,7 @@ PRESETS = {
         num_heads=8,
         window=8,
         max_points=16_000_000,
+        pool="children",
         norm="voxel",
     ),
     "direct3d_s2": Preset(

@@ -1,7 +1,7 @@
 """Residual quantiser: each level quantises what the levels before it left over (arXiv:2107.03312, section III.C).
 
-A row becomes one code a level, and its value is their sum. Every level has a codebook of its own. Also the one place
-that builds a quantiser of any kind from a tokenizer's sizes.
+A row becomes one code a level, and its value is their sum; the first few levels alone are a coarser value. Every level
+has a codebook of its own. Also the one place that builds a quantiser of any kind from a tokenizer's sizes.
 """
 
 import torch
@@ -14,7 +14,10 @@ from networks.quantizer import Quantized, VectorQuantizer, nearest_codes, rotate
 
 
 class ResidualQuantizer(nn.Module):
-    """Several `VectorQuantizer`s one after another; same methods, codes (N, levels)."""
+    """Several `VectorQuantizer`s one after another; same methods, codes (N, levels).
+
+    With `kept`, a number of levels for each row, values are sums over that many; all levels learn all the same.
+    """
 
     def __init__(self, levels: list[VectorQuantizer]):
         super().__init__()
@@ -23,26 +26,30 @@ class ResidualQuantizer(nn.Module):
         self.levels = nn.ModuleList(levels)
         self.num_embeddings, self.embedding_dim = levels[0].num_embeddings, levels[0].embedding_dim
 
-    def forward(self, rows: Float[Tensor, "N D"]) -> Quantized:
+    def forward(self, rows: Float[Tensor, "N D"], kept: Int[Tensor, " N"] | None = None) -> Quantized:
         with torch.autocast(rows.device.type, enabled=False):
             wide = rows.float()
             total, parts = torch.zeros_like(wide), []
-            for level in self.levels:
+            given = total
+            for number, level in enumerate(self.levels):
                 parts.append(level(wide - total))
                 total = total + parts[-1].values.detach()
+                given = total if kept is None else torch.where((kept > number)[:, None], total, given)
             estimate = rotated if self.levels[0].rotation_trick else straight_through
             return Quantized(
-                estimate(wide, total),
+                estimate(wide, given),
                 torch.stack([part.codes for part in parts], 1),
                 torch.stack([part.vq for part in parts]).mean(0),
                 torch.stack([part.commitment for part in parts]).mean(0),
             )
 
-    def lookup(self, codes: Int[Tensor, "N L"]) -> Float[Tensor, "N D"]:
-        """Sum of each level's codebook rows."""
-        if codes.ndim != 2 or codes.shape[1] != len(self.levels):
-            raise ValueError(f"codes must be (N, {len(self.levels)}), one a level, got {tuple(codes.shape)}")
-        return torch.stack([level.lookup(part) for level, part in zip(self.levels, codes.T, strict=True)]).sum(0)
+    def lookup(self, codes: Int[Tensor, "N ..."]) -> Float[Tensor, "N D"]:
+        """Sum of the codebook rows of the levels there are codes of: all, or the first few; (N,) is the first alone."""
+        columns = codes[:, None] if codes.ndim == 1 else codes
+        if columns.ndim != 2 or not 1 <= columns.shape[1] <= len(self.levels):
+            raise ValueError(f"codes must be (N, 1 to {len(self.levels)}), one a level, got {tuple(codes.shape)}")
+        given = zip(self.levels, columns.T, strict=False)
+        return torch.stack([level.lookup(part) for level, part in given]).sum(0)
 
     @torch.no_grad()
     def start_from(self, rows: Float[Tensor, "N D"], *, generator: torch.Generator) -> None:
@@ -54,6 +61,20 @@ class ResidualQuantizer(nn.Module):
 
     def update(self, *, generator: torch.Generator) -> int:
         return sum(level.update(generator=generator) for level in self.levels)
+
+
+def drawn_levels(num_levels: int, seeds: list[int], *, dropout: float) -> list[int]:
+    """Of how many levels each sample is decoded in training, drawn from its seed.
+
+    A share `dropout` of them is decoded from the first n levels only, n less than all and with odds of 1/n: the first
+    level has to serve alone.
+    """
+    fewer = 1 / torch.arange(1, num_levels)
+    odds = (
+        torch.cat([fewer * (dropout / fewer.sum()), torch.tensor([1.0 - dropout])]) if num_levels > 1 else torch.ones(1)
+    )
+    made = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return [1 + int(torch.multinomial(odds, 1, generator=one)) for one in made]
 
 
 def build_quantizer(sizes: Preset) -> VectorQuantizer | FiniteScalarQuantizer | ResidualQuantizer | None:

@@ -1,9 +1,9 @@
 """A whole volume through a tokenizer in bounded memory: the finest levels in parts, the coarse ones at once.
 
-Exact but for the rounding of sums. The encoder's finest level has no convolution, only a norm: its rows go through in
-parts, and once before that where the norm is over the sample, for its statistics. The decoder has no norm and, after
-the transformer, nothing but convolutions: tiles with a halo, cut thinner level by level, give what the whole gives. The
-transformer sees all latents, an eighth of the resolution, at once.
+Exact but for the rounding of sums. At full resolution the encoder has no convolution: its rows go through in parts, and
+once before that where they meet a norm over the sample (`pool` mean and legacy), for its statistics. The decoder has no
+norm but over single voxels and, after the transformer, nothing but convolutions: tiles with a halo, cut thinner level
+by level, give what the whole gives. The transformer sees all latents, an eighth of the resolution, at once.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,11 +18,11 @@ from torch import Tensor
 from networks.sparse import SparseTensor
 from networks.sparse.modules import Norm
 from networks.sparse.topology import Coarsening, Level, find_rows, morton_keys
-from networks.vqvae import SparseVQVAE, Support, Tokens, children_of
+from networks.vqvae import HalvingBlock, SparseVQVAE, Support, Tokens, children_of
 
-# Cells around a tile that each level of the decoder still needs: its convolutions reach 8 + 4, 4 + 2 and 2 + 1 voxels,
-# so before them 21, 9 and 3 are left, in cells of 8, 4 and 2.
-HALOS = (3, 3, 2)
+# Cells around a tile that each level of the decoder still needs: at a quarter and half of the resolution convolutions
+# reach 4 and 2 cells, so before them 5 and 2 are left, and 3 latents. With `pool` mean and legacy it is 3, 3 and 2.
+HALOS = (3, 5, 2)
 MIN_SIDE = 4  # latents of a tile: below it there would be little but halo
 VOXELS_PER_LATENT = 512
 
@@ -34,31 +34,41 @@ class Decoded(NamedTuple):
 
 
 @torch.no_grad()
-def encode_whole(network: SparseVQVAE, x: SparseTensor, *, max_points: int | None = None) -> Tokens:
+def encode_whole(
+    network: SparseVQVAE, x: SparseTensor, *, max_points: int | None = None, levels: int | None = None
+) -> Tokens:
     """`network.encode` of one volume with at most `max_points` rows of the finest level in work at a time."""
     if max_points is None or len(x) <= max_points or network.vq is None:
-        return network.encode(x)
+        return network.encode(x, levels=levels)
     if x.batch_size != 1 or max_points < 8:
         raise ValueError(f"parts need one volume and 8 voxels, got {x.batch_size} volumes and max_points {max_points}")
     latents, _ = network.encoder.from_half(_first_half(network, x, max_points))
-    codes = network.vq(latents.feats).codes
-    return Tokens(codes.int(), latents.coords, latents.spatial_shape, 1)
+    return network.tokens_of(latents, levels=levels)
 
 
 def _first_half(network: SparseVQVAE, x: SparseTensor, max_points: int) -> SparseTensor:
     """Input layer and first halving, part by part."""
     widen, block = network.encoder.input_layer1, network.encoder.downsample[0]
+    if isinstance(block, HalvingBlock):
+        halved = [block.down(SparseTensor.on(level, x.feats[rows])) for rows, level in _parts(x.level, max_points)]
+        coarse = _joined([part.level for part in halved])
+        return block.residual(SparseTensor.on(coarse, torch.cat([part.feats for part in halved])))
     activate = _first_norm(network, x, max_points)
-    keys, inner, outer = [], [], []
+    levels, inner, outer = [], [], []
     for rows, level in _parts(x.level, max_points):
         part = widen(SparseTensor.on(level, x.feats[rows]))
         pooled, cells = block.down(activate(part))
-        keys.append(cells.coarse.keys)
+        levels.append(cells.coarse)
         inner.append(pooled.feats)
         outer.append(block.down(part)[0].feats)
-    shape = tuple((n + 1) // 2 for n in x.spatial_shape)
-    coarse = Level(torch.cat(keys), spatial_shape=shape, batch_size=1, bits=x.level.bits - 1)
+    coarse = _joined(levels)
     return block.mix(SparseTensor.on(coarse, torch.cat(inner)), SparseTensor.on(coarse, torch.cat(outer)))
+
+
+def _joined(levels: list[Level]) -> Level:
+    """One level of consecutive parts."""
+    sizes = {"spatial_shape": levels[0].spatial_shape, "batch_size": 1, "bits": levels[0].bits}
+    return Level(torch.cat([level.keys for level in levels]), **sizes)
 
 
 def _first_norm(

@@ -57,6 +57,40 @@ def pooled(feats, coords, *, legacy=False):
     return {cell: sum(rows) / (len(rows) + legacy) for cell, rows in cells.items()}
 
 
+def children_of_cells(grid):
+    """(B, C, X, Y, Z) with even sides as (B, C, 8, X/2, Y/2, Z/2), child 4(x&1) + 2(y&1) + (z&1)."""
+    parts = [grid[:, :, dx::2, dy::2, dz::2] for dx, dy, dz in itertools.product(range(2), repeat=3)]
+    return torch.stack(parts, 2)
+
+
+def group_means(values, outputs):
+    """Means of equal groups of neighbouring channels (B, I, ...), or each channel repeated where outputs are more."""
+    inputs = values.shape[1]
+    if inputs >= outputs:
+        return values.unflatten(1, (outputs, inputs // outputs)).mean(2)
+    return values.repeat_interleave(outputs // inputs, 1)
+
+
+def halved(grid, there, weight, bias):
+    """Dense space to channels: weight (out, 8 (C + 1)), child slowest, its last channel the occupancy."""
+    with_bits = torch.cat([grid, there], 1)
+    stacked = children_of_cells(with_bits).transpose(1, 2).flatten(1, 2)
+    plain = children_of_cells(grid).flatten(1, 2)  # channel slowest
+    mapped = torch.einsum("oi,bixyz->boxyz", weight, stacked) + bias[:, None, None, None]
+    return mapped + group_means(plain, weight.shape[0])
+
+
+def doubled(grid, weight, bias):
+    """Dense channels to space: weight (8 F, C), child slowest."""
+    count = weight.shape[0] // 8
+    parts = torch.einsum("oi,bixyz->boxyz", weight, grid) + bias[:, None, None, None]
+    parts = parts.unflatten(1, (8, count)) + group_means(grid, 8 * count).unflatten(1, (count, 8)).transpose(1, 2)
+    fine = parts.new_zeros(parts.shape[0], count, *(2 * n for n in grid.shape[2:]))
+    for child, (dx, dy, dz) in enumerate(itertools.product(range(2), repeat=3)):
+        fine[:, :, dx::2, dy::2, dz::2] = parts[:, child]
+    return fine
+
+
 def group_norm(feats, coords, groups, weight, bias, eps=1e-5):
     out = torch.empty_like(feats)
     for b in set(coords[:, 0].tolist()):

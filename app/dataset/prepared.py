@@ -1,4 +1,4 @@
-"""The prepared layout on disk, OUT/{dataset}/processed/{case}: its one reader. prepared_writer.py writes it.
+"""The prepared layout on disk, OUT/{dataset}/processed/{case}: its one reader. writer.py writes it.
 
 Knows files, not what is in them: no gate, no resampling, no features. Older trees are read too: window files of 0/1 or
 of floats, any size, no sidecar; their volumes are never taken for HU.

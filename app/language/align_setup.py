@@ -156,11 +156,7 @@ class FrozenTokenizer:
 
     def vectors(self) -> torch.Tensor:
         """A vector for each code number: what a projector will see the like of."""
-        codes = torch.arange(self.lookup_on_cpu.num_embeddings)
-        levels = getattr(self.lookup_on_cpu, "levels", None)
-        if isinstance(levels, nn.ModuleList):  # residual: one code a level
-            codes = codes[:, None].expand(-1, len(levels))
-        return self.lookup_on_cpu.lookup(codes).detach().float()
+        return self.lookup_on_cpu.lookup(torch.arange(self.lookup_on_cpu.num_embeddings)).detach().float()
 
     def reducer(self, *, max_tokens: int, method: str) -> Reducer:
         lookup = self.lookup_on_cpu.lookup

@@ -27,14 +27,14 @@ log = logging.getLogger(__name__)
 
 
 class VolumeTokens(NamedTuple):
-    codes: Int32[Tensor, "M ..."]  # (M,), or (M, levels) of a residual quantiser
+    codes: Int32[Tensor, " M"]  # of several quantiser levels the first
     coords: Int32[Tensor, "M 3"]
     latent_shape: tuple[int, int, int]
 
 
 def encode_sparse(network: SparseVQVAE, x: SparseTensor) -> list[VolumeTokens]:
     """Tokens of each sample of a batch."""
-    tokens = network.encode(x)
+    tokens = network.encode(x, levels=1)
     parts = [tokens.coords[:, 0] == sample for sample in range(tokens.batch_size)]
     return [VolumeTokens(tokens.codes[p].cpu(), tokens.coords[p, 1:].cpu(), tokens.latent_shape) for p in parts]
 
@@ -42,8 +42,11 @@ def encode_sparse(network: SparseVQVAE, x: SparseTensor) -> list[VolumeTokens]:
 def extract_3d_latent_and_indices(
     batch: dict, vqvae: SparseVQVAE
 ) -> tuple[Float[Tensor, "M D"], Int32[Tensor, "M 4"], Int[Tensor, "M ..."]]:
-    """Codebook vectors, coordinates and codes of a batch of features: what language models are given."""
-    tokens = vqvae.encode(to_sparse(batch, next(vqvae.parameters()).device))
+    """Codebook vectors, coordinates and codes of a batch of features: what language models are given.
+
+    Of several quantiser levels they read the first.
+    """
+    tokens = vqvae.encode(to_sparse(batch, next(vqvae.parameters()).device), levels=1)
     return vqvae.vq.lookup(tokens.codes), tokens.coords, tokens.codes
 
 
@@ -84,7 +87,7 @@ class TokenSource:
                 return self.read(file)
             except ValueError:
                 log.warning("cached tokens %s are damaged and are made again", file.name)
-        tokens = self.tokenizer.encode(scan())
+        tokens = self.tokenizer.encode(scan(), levels=1)
         write_tokens(file, tokens)
         return as_tensors(tokens)
 
@@ -105,4 +108,5 @@ def case_key(path: Path) -> str:
 
 
 def as_tensors(tokens: CTTokens) -> VolumeTokens:
-    return VolumeTokens(torch.from_numpy(tokens.codes), torch.from_numpy(tokens.coords), tokens.latent_shape)
+    """What a language model reads: of several codes a cell the first."""
+    return VolumeTokens(torch.from_numpy(tokens.first_levels(1)), torch.from_numpy(tokens.coords), tokens.latent_shape)

@@ -199,6 +199,10 @@ CODES = MappingProxyType(
             ("call", "refused"), "no token file is there", "make one with `python -m app tokenize SOURCE OUT`"
         ),
         "DAMAGED_TOKENS": _refused("a token file is damaged, or contradicts itself", "tokenize the scan again"),
+        "TOO_FEW_LEVELS": _refused(
+            "tokens with fewer quantiser levels than are asked for",
+            "ask for fewer, or tokenize the scan again with more",
+        ),
         "EXISTS": Code(
             ("fine", "refused"),
             "a file is there already: taken as it is, or of another scan or tokenizer and not overwritten",

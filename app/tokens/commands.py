@@ -31,13 +31,14 @@ def tokenize(
     *,
     tokenizer: str | Path | None = None,
     support: bool = False,
+    levels: int | None = None,
     series: str | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Token files of a scan, a prepared case, or every case of a prepared dataset.
 
     OUT is a file where it ends in .npz and there is one scan, else a folder. Gives an entry a case; one that cannot be
-    used is listed as refused, the rest is done.
+    used is listed as refused, the rest is done. `levels`: so many codes a cell, the first of the tokenizer's levels.
     """
     refuse_empty(source, name="SOURCE")
     refuse_empty(out)
@@ -45,6 +46,10 @@ def tokenize(
     if not source.exists():
         fail("NO_SOURCE", f"{source} does not exist", "give a scan, a prepared case or a prepared dataset")
     made = CTTokenizer.from_pretrained(tokenizer)
+    try:
+        wanted = made.network.check_levels(levels)
+    except ValueError as error:
+        fail("BAD_VALUE", str(error), "leave --levels out for all of them")
     cases, single = list(_cases_in(source, made, series)), out.suffix == ".npz"
     if single and len(cases) > 1:
         cases = _one_good(cases, source, out)
@@ -56,10 +61,10 @@ def tokenize(
         try:
             if isinstance(open_it, ValueError):
                 raise open_it
-            tokens = None if overwrite else _there_already(path, made, source_hash=source_hash, support=support)
+            tokens = None if overwrite else _there_already(path, made, source_hash, support=support, levels=wanted)
             message = "" if tokens is None else "there already"
             if tokens is None:
-                tokens = made.encode(open_it(), support=support)
+                tokens = made.encode(open_it(), support=support, levels=levels)
                 write_tokens(path, tokens)
         except ValueError as error:
             entries.append(_refused(name, error))
@@ -98,10 +103,10 @@ def _check_kind(source: Path, out: Path, *, single: bool, kinds: str) -> None:
         fail("NO_OUTPUT", f"what is written ends in {kinds}, OUT is {out}", "give such a file, or a folder")
 
 
-def _there_already(path: Path, made: CTTokenizer, *, source_hash: str, support: bool) -> CTTokens | None:
+def _there_already(path: Path, made: CTTokenizer, source_hash: str, *, support: bool, levels: int) -> CTTokens | None:
     """Tokens of an earlier, interrupted call. Those of another tokenizer or scan are neither taken nor overwritten.
 
-    Those without the support that is asked for now are made again.
+    Those without the support, or of another number of levels than is asked for now, are made again.
     """
     if not path.exists():
         return None
@@ -113,7 +118,7 @@ def _there_already(path: Path, made: CTTokenizer, *, source_hash: str, support: 
         raise Refused("EXISTS", f"{path.name} is there already, by tokenizer {tokens.tokenizer[:12]}")
     if tokens.source_hash != source_hash:
         raise Refused("EXISTS", f"{path.name} is there already, of another scan")
-    return None if support and tokens.support is None else tokens
+    return None if (support and tokens.support is None) or tokens.levels != levels else tokens
 
 
 def _codes_of(tokens: CTTokens) -> list[str]:
@@ -157,9 +162,13 @@ def reconstruct(
     tokenizer: str | Path | None = None,
     like: str | Path | None = None,
     use_support: bool = True,
+    levels: int | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """NIfTI files in HU of a token file or a folder of them, in world coordinates; `like` a scan, on its own grid."""
+    """NIfTI files in HU of a token file or a folder of them, in world coordinates; `like` a scan, on its own grid.
+
+    `levels`: of the first so many codes of each cell.
+    """
     refuse_empty(tokens, name="TOKENS")
     refuse_empty(out)
     source, out = Path(tokens), Path(out)
@@ -184,7 +193,7 @@ def reconstruct(
             if path.exists() and not overwrite:  # it may be the user's own scan
                 raise Refused("EXISTS", f"{path} is there already")
             content = read_tokens(file)
-            decoded = made.decode_sparse(content, use_support=use_support)
+            decoded = made.decode_sparse(content, use_support=use_support, levels=levels)
         except ValueError as error:
             entries.append(_refused(name, error))
             continue

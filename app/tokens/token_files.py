@@ -56,6 +56,20 @@ class CTTokens:
     support: tuple[UInt8[np.ndarray, " _"], ...] | None = None
 
     @property
+    def levels(self) -> int:
+        """Codes a latent."""
+        return 1 if self.codes.ndim == 1 else self.codes.shape[1]
+
+    def first_levels(self, levels: int | None) -> Int32[np.ndarray, "M ..."]:
+        """The codes of the first quantiser levels; None: of all there are."""
+        if levels is None or levels == self.levels:
+            return self.codes
+        if not 1 <= levels <= self.levels:
+            what = f"levels must lie in 1..{self.levels}, the levels of these tokens, got {levels}"
+            raise Refused("TOO_FEW_LEVELS", what)
+        return np.ascontiguousarray(self.codes[:, 0] if levels == 1 else self.codes[:, :levels])
+
+    @property
     def grid_shape(self) -> tuple[int, int, int]:
         return tuple(8 * n for n in self.latent_shape)
 

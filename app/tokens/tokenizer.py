@@ -75,11 +75,13 @@ class CTTokenizer:
         """What `app.tokens.open_scan` calls a scan; a raw one on the grid that the training data were prepared on."""
         return open_scan.open_scan(scan, self.sizes.windows, grid=self.sizes.prepared)
 
-    def encode(self, scan: Any, *, support: bool = False) -> CTTokens:
+    def encode(self, scan: Any, *, support: bool = False, levels: int | None = None) -> CTTokens:
         """Tokens of a scan: a path (prepared case or raw), a PreparedCase, or anything with `hu` and `affine`.
 
-        With `support` the tokens also carry which voxels there were, so that decoding need not predict them.
+        With `support` the tokens also carry which voxels there were, so that decoding need not predict them. Of a
+        tokenizer with several quantiser levels the first `levels` alone are kept, fewer bits for a coarser volume.
         """
+        self.network.check_levels(levels)
         scan = scan if isinstance(scan, Scan) else self.open(scan)
         x, affine, beyond = self.features(scan.volume)
         findings = [code for code in scan.codes if code != "OK"]
@@ -89,7 +91,7 @@ class CTTokenizer:
                 "%s: %.1f %% of what is denser than air lies beyond the %g mm grid", scan.name, 100 * beyond, side
             )
             findings.append("FOV_CROPPED")
-        tokens = encode_whole(self.network, x, max_points=self.max_points)
+        tokens = encode_whole(self.network, x, max_points=self.max_points, levels=levels)
         return CTTokens(
             codes=tokens.codes.cpu().numpy(),
             coords=tokens.coords[:, 1:].cpu().numpy(),
@@ -128,16 +130,19 @@ class CTTokenizer:
         x = SparseTensor(feats.to(self.device), coords.to(self.device), tuple(item["spatial_shape"]), 1)
         return Seen(x, np.asarray(item["affine"], np.float64), item["beyond"])
 
-    def decode(self, tokens: CTTokens | str | Path) -> Volume:
-        """HU on the tokenizer's grid; voxels that no token speaks for are air (-1024)."""
-        tokens = read_tokens(tokens) if isinstance(tokens, str | Path) else tokens
-        return self.to_hu(self.decode_sparse(tokens), tokens)
+    def decode(self, tokens: CTTokens | str | Path, *, levels: int | None = None) -> Volume:
+        """HU on the tokenizer's grid, from the first `levels` codes of each cell or from all that there are.
 
-    def decode_sparse(self, tokens: CTTokens, *, use_support: bool = True) -> Decoded:
+        Voxels that no token speaks for are air (-1024).
+        """
+        tokens = read_tokens(tokens) if isinstance(tokens, str | Path) else tokens
+        return self.to_hu(self.decode_sparse(tokens, levels=levels), tokens)
+
+    def decode_sparse(self, tokens: CTTokens, *, use_support: bool = True, levels: int | None = None) -> Decoded:
         """Window values on the stored support where the tokens carry one, else on predicted voxels."""
         self.check(tokens)
         rows = torch.nn.functional.pad(torch.from_numpy(tokens.coords), (1, 0)).to(self.device)
-        codes = torch.from_numpy(tokens.codes).to(self.device)
+        codes = torch.from_numpy(tokens.first_levels(levels)).to(self.device)
         support = None
         if use_support and tokens.support is not None:
             support = [torch.from_numpy(part).to(self.device) for part in tokens.support]
@@ -150,10 +155,9 @@ class CTTokenizer:
         if tokens.tokenizer != self.digest:
             what = f"the tokens were made by tokenizer {tokens.tokenizer[:12]}, this one is {self.digest[:12]}"
             raise Refused("OTHER_TOKENIZER", what, "give theirs with --tokenizer, or tokenize the scan again")
-        levels = 1 if tokens.codes.ndim == 1 else tokens.codes.shape[1]
         top = int(tokens.codes.max())
         pairs = {
-            "codes a latent": (levels, sizes.quantizer_levels),
+            "codes a latent": (tokens.levels, min(tokens.levels, sizes.quantizer_levels)),
             "codes up to": (top, min(top, sizes.num_embeddings - 1)),
             "a grid of": (tokens.grid_shape, (sizes.resolution,) * 3),
             **{

@@ -210,7 +210,7 @@ def train_demo_stage1(code: str) -> None:
     log.info("no tokenizer yet: training one on the demo first (%s)", STAGE1_COMMAND)
     idist.barrier()  # before the first files appear every rank has seen that there are none
     if idist.get_rank() == 0:
-        config = Path(__file__).resolve().parent.parent / "bundles" / "vq_stage1.json"
+        config = Path(__file__).resolve().parents[2] / "bundles" / "vq_stage1.json"
         call = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", str(config)]
         alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         if status := subprocess.run(call, env=alone).returncode:

@@ -6,7 +6,7 @@ from typing import Any
 
 from app.phantoms.sentences import PLACES
 from networks.losses import LOSS_TYPES
-from networks.presets import NORMS, PRESETS
+from networks.presets import NORMS, POOLS, PRESETS
 from networks.tokens import REDUCTIONS
 from transforms import RandTranslated
 from transforms.array import KEEPS, WINDOWS
@@ -112,6 +112,11 @@ def _are_windows(names: list) -> bool:
     return bool(names) and all(name in WINDOWS for name in names)
 
 
+def _are_weights(values: list) -> bool:
+    numbers = all(type(value) in (int, float) and 0 <= value < float("inf") for value in values)
+    return numbers and sum(values) > 0
+
+
 def _are_sizes(sizes: dict) -> bool:
     counts = all(type(count) is int and count > 0 for count in sizes.values())
     return counts and set(sizes) <= {"width", "num_layers"} and sizes.get("width", 32) % 32 == 0
@@ -146,6 +151,7 @@ RULES = {
     "num_embeddings": _count(2),
     "num_blocks": _count(0),
     "norm": _choice(*NORMS),
+    "pool": _choice(*POOLS),
     "pretrained_vae_path": Rule(str, "auto, null or a path", optional=True),
     "init_from": Rule(str, "a path"),
     "device": Rule(str, "cpu, or a CUDA device of this machine such as cuda:0", holds=_is_device),
@@ -158,6 +164,7 @@ RULES = {
     "rotation_trick": _switch(),
     "normalize_codes": _switch(),
     "quantizer_levels": _count(1),
+    "level_dropout": Rule((int, float), "a number from 0 to 1", minimum=0, holds=lambda share: share <= 1),
     "max_steps": _count(1),
     "batch_size_per_gpu": _count(1),
     "batch_split": _count(1),
@@ -169,6 +176,9 @@ RULES = {
     "warmup_lr_steps": _count(0, optional=True),
     "grad_clip": Rule((int, float), "a number above 0, or null not to clip", optional=True, holds=lambda v: v > 0),
     "loss_type": _choice(*LOSS_TYPES),
+    "window_weights": Rule(
+        list, "null, or a list of numbers from 0, one a window, not all 0", optional=True, holds=_are_weights
+    ),
     "lambda_vq": _number(0),
     "lambda_commitment": _number(0),
     "lambda_kl": _number(0),

@@ -27,7 +27,8 @@ from app.shared.devices import choose_device
 from app.shared.refusals import fail
 from app.training.checkpoints import unwrapped
 from app.training.preflight import one_line_errors
-from networks.losses import TokenizerLoss, reconstruction
+from networks.losses import TokenizerLoss
+from networks.residual import drawn_levels
 from networks.sparse import SparseTensor
 from networks.vqvae import SparseVQVAE
 from transforms.tensor import window_values
@@ -65,11 +66,15 @@ class TrainStep:
         amp: str = "off",
         grad_clip: float | None = 1.0,
         hold_encoder_steps: int = 0,
+        level_dropout: float = 0.0,
     ):
         if amp not in AMP_TYPES:
             raise ValueError(f"amp must be one of {', '.join(AMP_TYPES)}, got {amp!r}")
         self.quantize, self.seed, self.amp, self.grad_clip = quantize, seed, AMP_TYPES[amp], grad_clip
         self.hold_encoder_steps = hold_encoder_steps  # the decoder adapts to the codes first
+        self.level_dropout = (
+            level_dropout  # share of samples that are decoded from fewer quantiser levels than there are
+        )
         self.scaler = torch.amp.GradScaler(enabled=self.amp == torch.float16)
         self.codes: list[torch.Tensor] = []  # of the last step
 
@@ -81,6 +86,7 @@ class TrainStep:
         if not unwrapped(engine.network).training:  # it walks through all modules; a wrapper's own flag says nothing
             engine.network.train()
         engine.optimizer.zero_grad(set_to_none=True)
+        num_levels = unwrapped(engine.network).sizes.quantizer_levels
         names: list[str] = []
         sums: torch.Tensor | float = 0.0
         points = 0
@@ -89,7 +95,8 @@ class TrainStep:
             x = to_sparse(part, engine.state.device)
             with torch.autocast(x.feats.device.type, dtype=self.amp, enabled=self.amp is not None):
                 seeds = [sample_seed(self.seed, engine.state.iteration, case) for case in part["case_id"]]
-                output = engine.network(x, quantize=self.quantize, seeds=seeds)
+                levels = drawn_levels(num_levels, seeds, dropout=self.level_dropout) if self.level_dropout else None
+                output = engine.network(x, quantize=self.quantize, seeds=seeds, levels=levels)
                 terms = engine.loss_function(output, x)
             if output.codes is not None:
                 self.codes.append(output.codes)
@@ -288,7 +295,10 @@ class ValidationStep:
             values = network.vq.lookup(output.codes) if output.codes is not None else output.latents.feats
             mixed, _ = network.decode_on(output.latents.replace(shuffled_rows(values, output.latents)), x.level)
             terms = self.loss_function(output, x)
-            terms["shuffled"] = reconstruction(mixed, x, loss_type=self.loss_function.loss_type)
+            if output.codes is not None and output.codes.ndim == 2:
+                first, _ = network.decode_on(output.latents.replace(network.vq.lookup(output.codes[:, 0])), x.level)
+                terms["recon_level0"] = self.loss_function.reconstruction(first, x)
+            terms["shuffled"] = self.loss_function.reconstruction(mixed, x)
         return {
             "terms": {name: float(term) for name, term in terms.items()},
             "codes": output.codes,

@@ -103,6 +103,67 @@ class Upsample(nn.Module):
         return ops.unpool(x, cells)
 
 
+class Halving(nn.Module):
+    """Halves the grid: eight children side by side through a linear map, so that none loses its place.
+
+    The shortcut beside it (means over groups of children and channels, arXiv:2410.10733) is linear too: it is added to
+    the weight, and one product does both. With `occupancy` a channel of ones tells which children are there.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, occupancy: bool = False):
+        super().__init__()
+        self.occupancy = occupancy
+        self.linear = RowLinear(8 * (in_channels + occupancy), out_channels)
+        means = rearrange(group_means(8 * in_channels, out_channels), "out (c child) -> out child c", child=8)
+        means = F.pad(means, (0, int(occupancy)))
+        self.register_buffer("shortcut", rearrange(means, "out child c -> out (child c)"), persistent=False)
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        x = x.replace(F.pad(x.feats, (0, 1), value=1.0)) if self.occupancy else x
+        gathered, _ = ops.gather_children(x)
+        return gathered.replace(ops.linear(gathered.feats, self.linear.weight + self.shortcut, self.linear.bias))
+
+
+class Doubling(nn.Module):
+    """Doubles the grid on the voxels that a plan names: a linear map to eight parts, of which each child takes its own.
+
+    The shortcut is the parent's copy, its channels dealt out in turn as `Halving` gathers them.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.linear = RowLinear(in_channels, 8 * out_channels)
+        copies = rearrange(group_means(in_channels, 8 * out_channels), "(c child) i -> (child c) i", child=8)
+        self.register_buffer("shortcut", copies.contiguous(), persistent=False)
+
+    def forward(self, x: SparseTensor, cells: Coarsening) -> SparseTensor:
+        parts = x.replace(ops.linear(x.feats, self.linear.weight + self.shortcut, self.linear.bias))
+        return ops.scatter_children(parts, cells)
+
+
+def group_means(inputs: int, outputs: int) -> Float[Tensor, "outputs inputs"]:
+    """The linear map to means over equal groups of neighbouring inputs; to copies, where outputs are more."""
+    return F.adaptive_avg_pool1d(torch.eye(inputs), outputs).T.contiguous()
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions, each after its norm and activation, beside the features as they came."""
+
+    def __init__(self, channels: int, *, norm: str, backend: str):
+        super().__init__()
+        self.layers = nn.Sequential(
+            Norm(channels, over=norm),
+            SubmanifoldConv3d(channels, channels, backend=backend),
+            Norm(channels, over=norm),
+            SubmanifoldConv3d(channels, channels, backend=backend),
+        )
+        with torch.no_grad():  # a sum of several blocks starts near its first term
+            self.layers[3].weight.mul_(0.3)
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        return x.replace(x.feats + self.layers(x).feats)
+
+
 def position_encoding(coords: Int[Tensor, "N 3"], channels: int) -> Float[Tensor, "N C"]:
     """Fixed sinusoids of absolute coordinates: (sin, cos) of channels // 6 frequencies for x, y, z, then zeros."""
     num_freqs = channels // 6

@@ -272,6 +272,50 @@ def unpool(x: SparseTensor, cells: Coarsening) -> SparseTensor:
     return SparseTensor.on(cells.fine, _SpreadToChildren.apply(x.feats, cells, None))
 
 
+class _ToSlots(torch.autograd.Function):
+    """Puts fine rows into the eight places of their cells, zeros where there is none; backward takes them out."""
+
+    @staticmethod
+    def forward(ctx, fine, slots, places):
+        ctx.slots, ctx.places = slots, places
+        return _take(fine, slots)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _FromSlots.apply(grad, ctx.slots, ctx.places), None, None
+
+
+class _FromSlots(torch.autograd.Function):
+    """Takes fine rows out of the places of their cells; backward puts them there."""
+
+    @staticmethod
+    def forward(ctx, slotted, slots, places):
+        ctx.slots, ctx.places = slots, places
+        return slotted.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _ToSlots.apply(grad, ctx.slots, ctx.places), None, None
+
+
+def gather_children(x: SparseTensor) -> tuple[SparseTensor, Coarsening]:
+    """The eight children of each 2x2x2 cell side by side, child 4(x&1) + 2(y&1) + (z&1) at its place, absent ones zero.
+
+    Channels of the result are (child, channel), child slowest.
+    """
+    cells = x.level.coarsening
+    slotted = _ToSlots.apply(x.feats, cells.slots, cells.places)
+    return SparseTensor.on(cells.coarse, rearrange(slotted, "(m child) c -> m (child c)", child=8)), cells
+
+
+def scatter_children(x: SparseTensor, cells: Coarsening) -> SparseTensor:
+    """Each child that `cells` names takes its own eighth of its parent's channels; undoes `gather_children`."""
+    if not x.level.same_as(cells.coarse):
+        raise ValueError(f"up-sampling needs the coarse level of its plan ({len(cells.coarse)} voxels), got {len(x)}")
+    slotted = rearrange(x.feats, "m (child c) -> (m child) c", child=8)
+    return SparseTensor.on(cells.fine, _FromSlots.apply(slotted, cells.slots, cells.places))
+
+
 def group_norm(
     x: SparseTensor,
     num_groups: int,

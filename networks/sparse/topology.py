@@ -69,6 +69,16 @@ class Coarsening(NamedTuple):
     def occupied(self) -> Bool[Tensor, "M 8"]:
         return (self.children < self.parent.shape[0]).T
 
+    @property
+    def slots(self) -> Int64[Tensor, " M8"]:
+        """Fine row in each of the eight places of every cell, cell after cell, N where it is empty."""
+        return self.children.T.flatten()
+
+    @property
+    def places(self) -> Int64[Tensor, " N"]:
+        """Where each fine row lies among the slots."""
+        return 8 * self.parent + (self.fine.keys & 7)
+
 
 class Windows(NamedTuple):
     """Rows grouped by cubic window, one window after another."""

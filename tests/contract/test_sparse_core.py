@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from networks.sparse import SparseTensor, SubmanifoldConv3d, ops, torch_backend, torch_maps
-from networks.sparse.modules import layer_norm
+from networks.sparse.modules import Doubling, Halving, layer_norm
 from networks.sparse.topology import Level, align_rows, bits_for, morton_coords, morton_keys
 from tests import oracle
 
@@ -195,6 +195,80 @@ def test_pooling_equals_the_oracle_and_its_gradient_the_mean(problem, generator,
         torch.autograd.gradcheck(lambda f: ops.unpool(coarse.replace(f), cells).feats, start)
     spread = ops.unpool(coarse, cells)
     assert torch.equal(spread.feats, coarse.feats[cells.parent]) and spread.level.same_as(x.level)
+
+
+EVEN = {name: (tuple(n + n % 2 for n in shape), counts) for name, (shape, counts) in CASES.items() if name != "nothing"}
+
+
+@pytest.fixture(params=EVEN, ids=lambda name: name.replace(" ", "-"))
+def even_problem(request, generator):
+    shape, counts = EVEN[request.param]
+    return shape, len(counts), random_coords(shape, counts, generator)
+
+
+@pytest.mark.parametrize("outputs", [3, 48], ids=["means", "copies"])
+def test_halving_equals_space_to_channels_of_the_dense_grid(even_problem, outputs, generator, assert_close):
+    shape, batch_size, coords = even_problem
+    layer = Halving(3, outputs, occupancy=True).double()
+    feats = torch.randn(len(coords), 3, generator=generator, dtype=torch.float64)
+    x = SparseTensor(feats, coords, shape, batch_size)
+    ours = x.feats.clone().requires_grad_()
+    out = layer(x.replace(ours))
+    theirs = x.feats.clone().requires_grad_()
+    there = oracle.dense_of(torch.ones(len(coords), 1, dtype=torch.float64), coords, shape, batch_size)
+    dense = oracle.halved(
+        oracle.dense_of(theirs, x.coords, shape, batch_size), there, layer.linear.weight, layer.linear.bias
+    )
+    expected = oracle.rows_of(dense, out.coords)
+    assert_close(out.feats, expected)
+    upstream = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    grads = torch.autograd.grad((out.feats * upstream).sum(), [ours, layer.linear.weight])
+    truth = torch.autograd.grad((expected * upstream).sum(), [theirs, layer.linear.weight])
+    for mine, reference in zip(grads, truth, strict=True):
+        assert_close(mine, reference)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(6, 3), (32, 2)], ids=["copies", "means"])
+def test_doubling_equals_channels_to_space_of_the_dense_grid(even_problem, inputs, outputs, generator, assert_close):
+    shape, batch_size, coords = even_problem
+    level, _ = Level.from_coords(coords, shape, batch_size)
+    layer = Doubling(inputs, outputs).double()
+    feats = torch.randn(len(level.coarsening.coarse), inputs, generator=generator, dtype=torch.float64)
+    coarse = SparseTensor.on(level.coarsening.coarse, feats)
+    ours, theirs = feats.clone().requires_grad_(), feats.clone().requires_grad_()
+    out = layer(coarse.replace(ours), level.coarsening)
+    grid = oracle.dense_of(theirs, coarse.coords, coarse.spatial_shape, batch_size)
+    expected = oracle.rows_of(oracle.doubled(grid, layer.linear.weight, layer.linear.bias), level.coords)
+    assert out.level.same_as(level)
+    assert_close(out.feats, expected)
+    upstream = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    grads = torch.autograd.grad((out.feats * upstream).sum(), [ours, layer.linear.weight])
+    truth = torch.autograd.grad((expected * upstream).sum(), [theirs, layer.linear.weight])
+    for mine, reference in zip(grads, truth, strict=True):
+        assert_close(mine, reference)
+
+
+def test_children_scattered_are_the_children_gathered(problem, generator):
+    shape, batch_size, coords = problem
+    x = SparseTensor(torch.randn(len(coords), 3, generator=generator, dtype=torch.float64), coords, shape, batch_size)
+    gathered, cells = ops.gather_children(x)
+    assert torch.equal(ops.scatter_children(gathered, cells).feats, x.feats)
+    expected = torch.zeros(len(cells.coarse), 8, 3, dtype=torch.float64)
+    for row, (parent, key) in enumerate(zip(cells.parent.tolist(), x.level.keys.tolist(), strict=True)):
+        expected[parent, key % 8] = x.feats[row]
+    assert torch.equal(gathered.feats, expected.flatten(1))
+    if len(x):
+        torch.autograd.gradcheck(lambda f: ops.gather_children(x.replace(f))[0].feats, x.feats.clone().requires_grad_())
+        start = gathered.feats.clone().requires_grad_()
+        torch.autograd.gradcheck(lambda f: ops.scatter_children(gathered.replace(f), cells).feats, start)
+    with pytest.raises(ValueError, match="up-sampling needs the coarse level of its plan"):
+        ops.scatter_children(SparseTensor.on(*_one_voxel_more(cells.coarse)), cells)
+
+
+def _one_voxel_more(level):
+    """Another level of the same grid, and features for it."""
+    other = Level(torch.arange(len(level) + 1), spatial_shape=(8, 8, 8), batch_size=1, bits=level.bits)
+    return other, torch.zeros(len(other), 8)
 
 
 @pytest.mark.parametrize("silu", [False, True])

@@ -169,6 +169,60 @@ def test_what_lies_elsewhere_in_a_scan_changes_latents_only_through_norms_over_s
     assert not torch.equal(latents[0].feats, latents[1].feats)
 
 
+@pytest.mark.parametrize(("pool", "told"), [("children", True), ("mean", False)])
+def test_the_order_of_the_children_in_a_cell_reaches_the_code(pool, told, generator):
+    """A mean has forgotten which of eight voxels was bright before any weight has seen them."""
+    net = network(pool=pool).eval()
+    coords = torch.nn.functional.pad(torch.ones(8, 8, 8).nonzero(), (1, 0))
+    x = SparseTensor(torch.rand(512, 4, generator=generator) * 2 - 1, coords, (SIDE,) * 3, 1)
+    first, second = (x.coords == torch.tensor([[0, 2, 4, 6]])).all(1), (x.coords == torch.tensor([[0, 3, 4, 7]])).all(1)
+    feats = x.feats.clone()
+    feats[first], feats[second] = x.feats[second], x.feats[first]
+    latents, swapped = net.encoder(x)[0].feats, net.encoder(x.replace(feats))[0].feats
+    assert (not torch.allclose(latents, swapped, atol=1e-5)) is told
+    if told:
+        with torch.no_grad():
+            net.vq.embeddings.weight[:2] = torch.cat([latents, swapped])
+            net.vq.embeddings.weight[2:] = 99.0
+        assert [net.encode(x.replace(part)).codes.tolist() for part in (x.feats, feats)] == [[0], [1]]
+
+
+def test_which_voxels_exist_reaches_the_latents_where_values_do_not_tell(generator):
+    net = network().eval()
+    coords = torch.nn.functional.pad(torch.ones(8, 8, 8).nonzero(), (1, 0))
+    whole = SparseTensor(torch.zeros(512, 4), coords, (SIDE,) * 3, 1)
+    holed = SparseTensor(torch.zeros(511, 4), coords[coords.sum(1) > 0], (SIDE,) * 3, 1)
+    assert not torch.allclose(net.encoder(whole)[0].feats, net.encoder(holed)[0].feats, atol=1e-6)
+
+
+def test_nothing_is_wider_than_the_values_at_full_resolution():
+    for name in ("tiny", "base", "large"):
+        with torch.device("meta"):
+            net = make_vqvae(name)
+        channels = net.sizes.in_channels
+        assert not list(net.encoder.input_layer1.parameters()) and not list(net.decoder.out_layer.parameters())
+        assert net.encoder.downsample[0].down.linear.in_features == 8 * (channels + 1)
+        assert net.decoder.upsample[2].up.linear.out_features == 8 * channels
+
+
+@pytest.mark.parametrize("shift", [(8, 0, 0), (0, 8, 16), (16, 8, 8)])
+def test_halving_commutes_with_moving_by_a_latent(shift, generator, assert_close):
+    net = network().eval()
+    near = ball(6.3, (7, 8, 7))
+    feats = torch.rand(len(near), 4, generator=generator)
+    moved = near + torch.tensor([0, *shift])
+    halved = []
+    for coords in (near, moved):
+        x = SparseTensor(feats, coords, (2 * SIDE,) * 3, 1)
+        for block in net.encoder.downsample:
+            x = block(x)
+        halved.append(x)
+    at = {tuple(c): row for c, row in zip(halved[1].coords.tolist(), halved[1].feats, strict=True)}
+    there = halved[0].coords + torch.tensor([0, *(n // 8 for n in shift)])
+    assert len(at) == len(there) == 8
+    assert_close(torch.stack([at[tuple(c)] for c in there.tolist()]), halved[0].feats)
+
+
 # ---- decoding
 
 

@@ -186,7 +186,7 @@ def test_a_cohort_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch, smal
     def broken(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(phantoms.prepared_writer, "write_metadata", broken)
+    monkeypatch.setattr(phantoms.writer, "write_metadata", broken)
     with pytest.raises(OSError, match="No space left"):
         ensure_cohort(tmp_path / "p", num_train=1, num_val=1)
     assert not list(tmp_path.iterdir())

@@ -233,7 +233,7 @@ def test_a_continuous_autoencoder_starts_stage_1_but_not_stage_2(out, refused):
     source, target = make_vqvae("tiny", **SIZES, codebook="none"), make_vqvae("tiny", **SIZES)
     torch.save(source.state_dict(), out / "vae.pt")
     checkpoints.start_from(target, out / "vae.pt", codebook=False)
-    assert torch.equal(target.decoder.out_layer.weight, source.decoder.out_layer.weight)
+    assert torch.equal(target.decoder.input_layer.weight, source.decoder.input_layer.weight)
     assert "stage 1" in refused("NO_CODEBOOK", checkpoints.start_from, target, out / "vae.pt", codebook=True)
 
 
@@ -248,6 +248,7 @@ def test_a_continuous_autoencoder_starts_stage_1_but_not_stage_2(out, refused):
         ({"keep": "band"}, "data made with keep band"),
         ({"codebook": "gradient"}, "codebook gradient"),
         ({"norm": "sample"}, "Pass --norm sample, or"),
+        ({"pool": "mean"}, "Pass --pool mean, or"),
         ({"resolution": 24, "spacing": 4.0}, "--resolution 24 --spacing 4.0, or"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
