@@ -139,17 +139,22 @@ def check(
 
 @app.command(
     epilog="Example: python -m app train vq_stage1 --dataset_dir prepared/ --max_steps 1000",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    options_metavar="STAGE [--key value]...",
+    context_settings={"ignore_unknown_options": True},
 )
-def train(context: typer.Context, as_json: Json = False, debug: Debug = False) -> None:
+def train(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="STAGE [--key value]", help="Keys are those of its file.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
     """Train a stage: vae, vq_stage1, vq_stage2 or align. Keys are those of bundles/STAGE.json."""
     with answering(as_json, debug) as answer:
         from app.training import preflight
         from app.training.train import train_words
 
         preflight.end_at_once_on_sigterm()
-        answer.give(train_words(context.args)._asdict())
+        answer.give(train_words(words or [])._asdict())
 
 
 @app.command(epilog="Example: python -m app doctor")

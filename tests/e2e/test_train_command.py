@@ -110,7 +110,9 @@ def test_a_config_that_is_no_json_is_one_line(tmp_path):
 
 def test_null_is_set_in_python(place, monkeypatch):
     monkeypatch.chdir(place)
-    train("vae", **{**settings("null"), "max_steps": 2}, grad_clip=None)
+    only_stage1 = ("num_embeddings", "warmup_steps")
+    given = {key: value for key, value in settings("null").items() if key not in only_stage1}
+    train("vae", **given, grad_clip=None)
     assert json.loads((place / "null/config.json").read_text())["grad_clip"] == "$None"
 
 
