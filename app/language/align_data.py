@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from app.language import chat
-from app.language.volume_tokens import Reducer, TokenSource, VolumeTokens, encode_sparse
+from app.language.volume_tokens import Reducer, TokenSource, VolumeTokens, encode_sparse, sparse_inputs
 from app.phantoms.phantoms import VERSION, make_phantom
 from app.phantoms.sentences import balance, mirrored, phantom_rows
 from app.shared.atomic_files import write_text
@@ -30,7 +30,6 @@ from app.shared.terminal import progress
 from app.text.rows import TextRow
 from app.tokens.open_scan import as_it_lies
 from app.training.loaders import CaseLoader, StepSampler
-from networks.sparse import SparseTensor
 from networks.tokens import TokenSequence, reduce_tokens
 
 log = logging.getLogger(__name__)
@@ -164,12 +163,7 @@ def split_volumes(feats: Tensor, coords: Tensor, *, reduce: Reducer) -> list[Tok
 
 def encode_inputs_3d(network, inputs: dict) -> list[VolumeTokens]:
     """Form B: values on voxels of the tokenizer's own grid."""
-    device = next(network.parameters()).device
-    index, sample = torch.as_tensor(inputs["sparse_index"]), torch.as_tensor(inputs["batch_idx"])
-    coords = torch.cat([sample.view(-1, 1), index], 1).int().to(device)
-    feats = torch.as_tensor(inputs["sparse_sdf"]).float().to(device)
-    grid = (network.sizes.resolution,) * 3
-    return encode_sparse(network, SparseTensor(feats, coords, grid, int(sample.max()) + 1))
+    return encode_sparse(network, sparse_inputs(inputs, network))
 
 
 def load_own_dataset(name: str) -> Dataset:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 import traceback
 from collections import Counter, defaultdict
@@ -136,6 +137,8 @@ def _prepare(root: str, out: Path, settings: Settings, request: Request, start: 
     jobs = _jobs(named, root, out, key, settings, rules, request)
     outcomes = [_not_planned(*entry) for entry in named if entry[0].plan is None]
     workers = 0 if request.cluster else worker_count(request.workers, _bytes_for(jobs, settings), len(jobs))
+    if jobs:
+        sys.stderr.write(_needs(jobs, settings, out, workers=workers) + "\n")
     outcomes += run_jobs(prepare_case, jobs, failed=_failed, workers=workers, cluster=request.cluster)
     _clear_leftovers(folders)
     if not any(o.status in ("ok", "refused", "failed") for o in outcomes):
@@ -248,6 +251,16 @@ def _bytes_for(jobs: Sequence[Job], settings: Settings) -> int:
         shape = (plan.slices[0].rows, plan.slices[0].columns, plan.count) if isinstance(plan, Stack) else plan.shape
         largest = max(largest, shape[0] * shape[1] * shape[2])
     return largest * 12 + settings.size**3 * 4 + (600 << 20)
+
+
+def _needs(jobs: Sequence[Job], settings: Settings, out: Path, *, workers: int) -> str:
+    """What the work takes, in a line that is said before it begins."""
+    windows = len(settings.windows) if settings.file_format == "npy" else 0  # zarr makes them when they are read
+    each = settings.size**3 * (2 + windows)
+    free = shutil.disk_usage(next(part for part in (out, *out.parents) if part.exists())).free
+    disk = f"at most {each * len(jobs) / 1e9:.2g} GB of disk ({each / 1e9:.2g} GB a case), {free / 1e9:.2g} GB are free"
+    memory = f"about {_bytes_for(jobs, settings) * max(workers, 1) / 1e9:.2g} GB of memory"
+    return f"{len(jobs)} cases: {disk}; {memory}"
 
 
 def _not_planned(item: Item, dataset: str, case: str) -> Outcome:

@@ -45,7 +45,10 @@ def is_case(path: Path) -> bool:
 
 
 def open_scan(scan: Any, windows: Sequence[str], *, grid: Grid | None = None) -> Scan:
-    """One scan: a path, a PreparedCase, what `app.prepare.read_scan` gives, or anything with `hu` and `affine`.
+    """One scan: a path, a PreparedCase, what `app.prepare.read_scan` gives, or a volume in memory.
+
+    In memory: anything with `hu` and `affine`, a nibabel image, a MetaTensor (X, Y, Z) or (1, X, Y, Z), or a pair of an
+    array and its affine; HU, and an index to RAS mm.
 
     `windows` are those a case without HU must have: what they cannot tell is lost. `grid` is where a raw scan goes.
     """
@@ -58,9 +61,31 @@ def open_scan(scan: Any, windows: Sequence[str], *, grid: Grid | None = None) ->
         return _open_case(scan, windows)
     if hasattr(scan, "findings"):
         return scan_of(scan, grid)
-    hu, affine = np.asarray(scan.hu), np.asarray(scan.affine, np.float64)
+    hu, affine = _in_memory(scan)
     placed, codes = _placed(Volume(hu, affine), grid)
     return Scan("scan", placed, _sizes(hu.shape), affine, codes=codes)
+
+
+def _in_memory(scan: Any) -> tuple[np.ndarray, np.ndarray]:
+    """HU and affine of a volume that others have read."""
+    if isinstance(scan, nibabel.spatialimages.SpatialImage):
+        from app.prepare.formats import nifti_units
+
+        units = nifti_units(scan.header) if isinstance(scan, nibabel.Nifti1Image) else np.eye(4)
+        hu, affine = np.asanyarray(scan.dataobj), units @ scan.affine
+    elif isinstance(scan, tuple) and len(scan) == 2:
+        hu, affine = scan
+    elif hasattr(scan, "affine"):
+        hu, affine = getattr(scan, "hu", scan), scan.affine
+    else:
+        raise Refused("BAD_VALUE", f"a {type(scan).__name__} is no scan", "give a path, or an array with its affine")
+    hu, affine = (part.detach().cpu() if hasattr(part, "detach") else part for part in (hu, affine))
+    hu, affine = np.asarray(hu), np.asarray(affine, np.float64)
+    hu = hu[0] if hu.ndim == 4 and len(hu) == 1 else hu  # a MetaTensor's channel
+    if hu.ndim != 3 or affine.shape != (4, 4):
+        what = f"a scan has three axes and a 4 x 4 affine, got {hu.shape} and {affine.shape}"
+        raise Refused("FOUR_D" if hu.ndim > 3 else "BAD_VALUE", what)
+    return hu, affine
 
 
 def _open_case(case: prepared.PreparedCase, windows: Sequence[str]) -> Scan:

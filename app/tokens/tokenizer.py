@@ -76,7 +76,7 @@ class CTTokenizer:
         return open_scan.open_scan(scan, self.sizes.windows, grid=self.sizes.prepared)
 
     def encode(self, scan: Any, *, support: bool = False, levels: int | None = None) -> CTTokens:
-        """Tokens of a scan: a path (prepared case or raw), a PreparedCase, or anything with `hu` and `affine`.
+        """Tokens of a scan: a path (case or raw), a PreparedCase, a nibabel image, a MetaTensor, (array, affine).
 
         With `support` the tokens also carry which voxels there were, so that decoding need not predict them. Of a
         tokenizer with several quantiser levels the first `levels` alone are kept, fewer bits for a coarser volume.

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 STARTING = ".starting_run"
 MAX_PICTURED = 4
+LONG_RUN_SECONDS = 48 * 3600
 MAX_TOLD = 60  # letters of a setting
 UNTOLD = {"resume", "output_dir", "i_print", "i_log", "i_sample", "i_save", "keep_last", "_desc_"}  # the same run
 SHOWN = ("loss", "recon", "vq", "commitment", "correct")  # on the console line, where a step has them
@@ -192,6 +193,7 @@ class RunFolder:
 
     def record_steps(self, engine: Engine, *, optimizer: Optimizer, phase: str, every: dict, last: int) -> None:
         """A console line every `i_print` steps, a metrics row every `i_log`; both at the first step and the last."""
+        paces: list[float] = []  # when steps ended
         begun: list[tuple[float, int]] = []  # when the first step began, and how many were done before
 
         def begin(trainer: Engine) -> None:
@@ -207,6 +209,13 @@ class RunFolder:
             what = "%s %d: %s (%s a step, about %s left of %d steps)"
             log.info(what, named, step, shown, duration(each), duration(each * (last - step)), last)
 
+        def judge(trainer: Engine) -> None:
+            paces.append(time.perf_counter())
+            if len(paces) == 2:  # the first step also drew samples and compiled
+                seconds = (paces[1] - paces[0]) * (last - trainer.state.iteration)
+                if (advice := advice_for(seconds, on_gpu=torch.cuda.is_available())) is not None:
+                    log.warning("%s", advice)
+
         def write(trainer: Engine) -> None:
             row = {"phase": phase, "step": trainer.state.iteration, **trainer.state.output}
             self._write({**row, "lr": optimizer.param_groups[0]["lr"], "memory_gib": peak_memory()}, prefix=phase)
@@ -215,6 +224,7 @@ class RunFolder:
         engine.add_event_handler(Events.GET_BATCH_STARTED, begin)
         self.warmed_up = self.warmed_up or phase == "warmup"
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.take_place)
+        engine.add_event_handler(Events.ITERATION_COMPLETED(event_filter=lambda _, step: len(paces) < 2), judge)
         for record, key in ((show, "i_print"), (write, "i_log")):
             due = partial(_due, every=every[key], last=last)
             engine.add_event_handler(Events.ITERATION_COMPLETED(event_filter=due), record)
@@ -302,6 +312,14 @@ def _of_parts(values: list) -> bool:
 def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= MAX_TOLD else text[:MAX_TOLD] + "…"
+
+
+def advice_for(seconds: float, *, on_gpu: bool) -> str | None:
+    """A line where a run will take longer than anybody waits for."""
+    if seconds < LONG_RUN_SECONDS:
+        return None
+    machine, instead = ("GPU", "several GPUs under torchrun") if on_gpu else ("CPU", "--preset tiny, or a GPU")
+    return f"about {seconds / 3600:.0f} h at this rate on this {machine}: {instead}, or fewer steps"
 
 
 def duration(seconds: float) -> str:

@@ -71,6 +71,10 @@ def test_form_a_equals_form_b(ct, language, reduce):
     }
     feats, coords, codes = extract_3d_latent_and_indices(features, ct.network)
     torch.testing.assert_close(feats, ct.network.vq.lookup(codes))
+    for ours, theirs in zip(
+        (feats, coords, codes), extract_3d_latent_and_indices(inputs, ct.network, "cpu"), strict=True
+    ):
+        assert torch.equal(ours, theirs)
     text = text_part(tokenizer)
     forms = [{"feats_3d": feats, "coords_3d": coords, **text}, {"inputs_3d": inputs, **text}]
     samples = [as_sample(form, reduce=reduce, network=ct.network) for form in forms]
