@@ -83,11 +83,12 @@ def refusal_of(error: BaseException) -> Refused | None:
         return Refused("STOPPED", "ended by Ctrl-C")
     if (told := next((part for part in chain if isinstance(part, Refused)), None)) is not None:
         return told
-    plain = (_refused_value(part) or _from_worker(part) for part in reversed(chain))
-    made = next((refused for refused in plain if refused is not None), None) or _of_system(chain[-1])
-    if made is not None:
-        made.__cause__ = chain[-1]
-    return made
+    for part in reversed(chain):
+        made = _refused_value(part) or _from_worker(part) or _of_system(part)
+        if made is not None:
+            made.__cause__ = part
+            return made
+    return None
 
 
 def _refused_value(error: BaseException) -> Refused | None:

@@ -106,6 +106,7 @@ def test_the_refusal_behind_a_chain_is_what_is_told():
     assert refusal_of(chained(ValueError("raised in a test, which is none of our rooms"))) is None
     assert refusal_of(FileNotFoundError(2, "No such file", "a.txt")).code == "BAD_PATH"
     assert refusal_of(OSError(28, "No space left")).status == 2
+    assert refusal_of(chained(OSError("9 requested and 4 written"), OSError(28, "full"))).code == "DISK_FULL"
     assert refusal_of(KeyboardInterrupt()).status == 130
 
 

@@ -80,7 +80,7 @@ def test_a_damaged_case(run_bundle, place, cohort, how):
     shutil.copytree(cohort, data)
     naming = spoil(data / "processed" / "case_0", how)
     end = run_bundle(dataset_dir=data, output_dir="out", num_workers=0, **STEPS)
-    assert_refused(end, code="BAD_VALUE", naming=naming)
+    assert_refused(end, code="DAMAGED_CASE", naming=naming)
 
 
 def test_a_table_of_cases_that_is_no_text(run_bundle, place, cohort):
@@ -88,7 +88,7 @@ def test_a_table_of_cases_that_is_no_text(run_bundle, place, cohort):
     shutil.copytree(cohort, data)
     (data / "metadata.csv").write_bytes(b"\xff\xfe\x00")
     end = run_bundle(dataset_dir=data, output_dir="out", **STEPS)
-    assert_refused(end, code="BAD_VALUE", naming=["metadata.csv", "UTF-8"])
+    assert_refused(end, code="DAMAGED_CASE", naming=["metadata.csv", "UTF-8"])
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(run_bundle, place, cohort):
