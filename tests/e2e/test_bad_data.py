@@ -13,12 +13,18 @@ from tests.runs import STEPS, assert_refused, make_cohort, run_in, snapshot
 
 
 def test_a_missing_folder_of_data(run_bundle):
-    assert_refused(run_bundle(dataset_dir="nowhere", output_dir="out"), code="[A-Z_]+", naming=["nowhere", "prepare"])
+    assert_refused(
+        run_bundle(dataset_dir="nowhere", output_dir="out"),
+        code="[A-Z_]+",
+        naming=["nowhere", "Prepare the case again"],
+    )
 
 
 def test_an_empty_folder_of_data(run_bundle, place):
     (place / "empty").mkdir()
-    assert_refused(run_bundle(dataset_dir="empty", output_dir="out"), code="[A-Z_]+", naming=["empty", "prepare"])
+    assert_refused(
+        run_bundle(dataset_dir="empty", output_dir="out"), code="[A-Z_]+", naming=["empty", "Prepare the case again"]
+    )
 
 
 def test_bad_data_leaves_an_earlier_run_in_its_place(earlier, place):
@@ -65,7 +71,7 @@ def spoil(case, how):
         side.write_text(json.dumps({**json.loads(side.read_text()), "shape": None}))
     if how == "volume gone":
         volume.unlink()
-    return [case.name, volume.name if how.startswith("volume") else side.name, "prepare"]
+    return [case.name, volume.name if how.startswith("volume") else side.name, "Prepare the case again"]
 
 
 @pytest.mark.parametrize(
