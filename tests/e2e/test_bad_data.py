@@ -16,15 +16,13 @@ def test_a_missing_folder_of_data(run_bundle):
     assert_refused(
         run_bundle(dataset_dir="nowhere", output_dir="out"),
         code="[A-Z_]+",
-        naming=["nowhere", "Prepare the case again"],
+        naming=["nowhere", "prepare"],
     )
 
 
 def test_an_empty_folder_of_data(run_bundle, place):
     (place / "empty").mkdir()
-    assert_refused(
-        run_bundle(dataset_dir="empty", output_dir="out"), code="[A-Z_]+", naming=["empty", "Prepare the case again"]
-    )
+    assert_refused(run_bundle(dataset_dir="empty", output_dir="out"), code="[A-Z_]+", naming=["empty", "prepare"])
 
 
 def test_bad_data_leaves_an_earlier_run_in_its_place(earlier, place):
