@@ -119,8 +119,9 @@ def check(
     keep: Annotated[str, typer.Option(help="Sparsification: body, nonzero, band or informative.")] = "body",
     windows: Annotated[str, typer.Option(help="Windows by name, comma separated.")] = "lung,bone,soft_tissue,brain",
     spacing: Annotated[
-        float | None, typer.Option(help="Millimetres at which points are counted; else about 4.")
+        float | None, typer.Option(help="Millimetres at which points are counted; else the preset's.")
     ] = None,
+    preset: Annotated[str, typer.Option(help="Sizes that will train: tiny, base, large or direct3d_s2.")] = "base",
     min_points: Annotated[int, typer.Option(help="Cases with fewer points are told.")] = 100,
     image_root: Annotated[str | None, typer.Option(help="Folder that a manifest's images are in.")] = None,
     as_json: Json = False,
@@ -133,7 +134,8 @@ def check(
         from app.check import lines
 
         names = tuple(name.strip() for name in windows.split(",") if name.strip())
-        checked = look(data, keep=keep, windows=names, spacing=spacing, min_points=min_points, image_root=image_root)
+        counted = {"keep": keep, "windows": names, "preset": preset, "spacing": spacing, "min_points": min_points}
+        checked = look(data, **counted, image_root=image_root)
         answer.give(checked.as_json(), lines(checked), status=checked.exit_status)
 
 
@@ -268,7 +270,7 @@ def evaluate(
     """Scores of an aligned model beside what they are worth without the image."""
     with answering(as_json, debug) as answer:
         from app.evaluation import evaluate
-        from app.evaluation.answer_scores import table_lines
+        from app.evaluation.answer_pages import table_lines
 
         options = {"seed": seed, "split": split, "num_phantoms": num_phantoms}
         result = evaluate.evaluate(

@@ -3,6 +3,7 @@
 Nothing is changed. A problem is one line: code, how often, what to do; cases are named by their ids.
 """
 
+import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,9 +15,18 @@ from app.dataset import prepared
 from app.shared.refusals import Refused
 from app.shared.tables import read_table
 from app.text.manifests import check_rows, read_rows
-from transforms import array
+from networks import presets
+from transforms import Resampled, Sparsifyd, array
 
-GRAVE = {"UNREADABLE", "WINDOW_MISSING", "OUT_OF_RANGE", "SPLIT_LEAKAGE", "SCANS_MISSING", "STALE"}  # exit status 3
+GRAVE = {
+    "UNREADABLE",
+    "WINDOW_MISSING",
+    "OUT_OF_RANGE",
+    "SPLIT_LEAKAGE",
+    "SAME_SCAN",
+    "SCANS_MISSING",
+    "STALE",
+}  # exit status 3
 
 
 class Problem(NamedTuple):
@@ -50,11 +60,15 @@ def check(
     *,
     keep: str = "body",
     windows: Sequence[str] = array.DEFAULT_WINDOWS,
+    preset: str = "base",
     spacing: float | None = None,
     min_points: int = 100,
     image_root: str | None = None,
 ) -> Checked:
-    """A prepared dataset (or several under one folder), a text manifest, or a folder of scans with .txt beside them."""
+    """A prepared dataset (or several under one folder), a text manifest, or a folder of scans with .txt beside them.
+
+    Points are counted as training with that preset will see them; `spacing` in mm stands for the preset's.
+    """
     path = Path(data)
     if not path.exists():
         raise Refused(
@@ -64,15 +78,20 @@ def check(
         )
     if path.is_file() or (not prepared.find_datasets(path) and any(path.rglob("*.txt"))):
         return check_manifest(path, image_root=image_root)
-    return check_prepared(path, keep=keep, windows=windows, spacing=spacing, min_points=min_points)
+    onto = (presets.preset(preset).resolution, spacing or presets.preset(preset).spacing)
+    return check_prepared(path, keep=keep, windows=windows, onto=onto, min_points=min_points)
 
 
 # ---- prepared datasets
 
 
-def check_prepared(path: Path, *, keep: str, windows: Sequence[str], spacing: float | None, min_points: int) -> Checked:
+def check_prepared(
+    path: Path, *, keep: str, windows: Sequence[str], onto: tuple[int, float], min_points: int
+) -> Checked:
     if keep not in array.KEEPS:
         raise ValueError(f"keep must be one of {', '.join(array.KEEPS)}, got {keep!r}")
+    for name in windows:
+        array.window_bounds(name)
     rows, problems = [], defaultdict(list)
     cases = []
     for case in prepared.list_cases(path):
@@ -83,7 +102,7 @@ def check_prepared(path: Path, *, keep: str, windows: Sequence[str], spacing: fl
         cases.append(case)
         row: dict[str, Any] = {"case": case.case_id, "dataset": case.dataset, "split": case.split, "codes": case.codes}
         try:
-            row |= _look(case, keep=keep, windows=windows, spacing=spacing)
+            row |= _look(case, keep=keep, windows=windows, onto=onto)
         except (ValueError, OSError, KeyError) as error:
             row["error"] = str(error).splitlines()[0]
             problems["UNREADABLE"].append(case.case_id)
@@ -100,6 +119,7 @@ def check_prepared(path: Path, *, keep: str, windows: Sequence[str], spacing: fl
     }
     found = [Problem(code, f"{len(ids)} cases: {messages[code]}", tuple(ids)) for code, ids in problems.items()]
     found += _leaks((case.patient, case.split, case.case_id) for case in cases)
+    found += _same_scans(cases, {row["case"]: row.pop("voxels", "") for row in rows})
     found += _stale(cases)
     found += _failures(path)
     found += _one_side([case.split for case in cases])
@@ -111,12 +131,13 @@ def check_prepared(path: Path, *, keep: str, windows: Sequence[str], spacing: fl
         "shapes": dict(Counter(" x ".join(map(str, row["shape"])) for row in rows if "shape" in row)),
         "codes": dict(sorted(Counter(code for case in cases for code in case.codes).items())),
         "keep": keep,
+        "points_spacing": onto[1],
         "points": [points[0], points[len(points) // 2], points[-1]] if points else None,
     }
     return Checked("prepared", tuple(rows), summary, tuple(found))
 
 
-def _look(case: prepared.PreparedCase, *, keep: str, windows: Sequence[str], spacing: float | None) -> dict[str, Any]:
+def _look(case: prepared.PreparedCase, *, keep: str, windows: Sequence[str], onto: tuple[int, float]) -> dict[str, Any]:
     """Shape, range, share of foreground and points of one case."""
     has = case.window_names()
     row: dict[str, Any] = {"shape": list(case.shape), "windows": list(has), "hu": case.is_hu}
@@ -132,13 +153,15 @@ def _look(case: prepared.PreparedCase, *, keep: str, windows: Sequence[str], spa
         if case.window(name).shape != hu.shape:
             raise ValueError(f"window {name} is {case.window(name).shape}, the volume {hu.shape}")
     row["hu_range"] = [int(hu.min()), int(hu.max())]
-    own = float(case.spacing[0])
-    # at full resolution a body mask takes minutes; the preset's own spacing, or 4 mm, is what training will see
-    step = max(1, round((spacing or max(own, 4.0)) / own))
-    small = np.ascontiguousarray(hu[::step, ::step, ::step])
-    mask = array.keep_mask(small, keep, windows=tuple(windows), spacing=own * step)
-    row |= {"points": int(mask.sum()), "points_spacing": own * step, "foreground": float((small > -500).mean())}
-    row["constant"] = [name for name in windows if _flat(array.window(small, *array.WINDOWS[name])[mask])]
+    row["constant"] = []
+    row["voxels"] = hashlib.sha256(np.ascontiguousarray(hu)).hexdigest()
+    grid, spacing = onto
+    on_grid = Resampled("image", spacing=spacing, grid=grid)({"image": hu, "affine": case.affine})
+    kept = Sparsifyd("image", keep=keep, windows=windows)(on_grid)
+    values = kept["values"]
+    row |= {"points": len(values), "points_spacing": spacing, "foreground": float((on_grid["image"] > -500).mean())}
+    if values.ndim == 1:  # else distances, of which no window shows anything
+        row["constant"] = [name for name in windows if _flat(array.window(values, *array.WINDOWS[name]))]
     return row
 
 
@@ -168,6 +191,19 @@ def _leaks(rows: Iterable[tuple[str, str, str]]) -> list[Problem]:
     both = [patient for patient, splits in sides.items() if len(splits) > 1]
     cases = tuple(case for patient in both for case in members[patient])
     return [Problem("SPLIT_LEAKAGE", f"{len(both)} patients are in more than one split", cases)] if both else []
+
+
+def _same_scans(cases: Sequence[prepared.PreparedCase], voxels: Mapping[str, str]) -> list[Problem]:
+    """One scan under two names, or in two formats, of which one side learns and the other is judged by."""
+    holders: dict[str, list[prepared.PreparedCase]] = defaultdict(list)
+    for case in cases:
+        for mark in {*case.scan_marks, voxels.get(case.case_id, "")} - {""}:
+            holders[mark].append(case)
+    both = [members for members in holders.values() if len({case.split for case in members}) > 1]
+    ids = tuple(sorted({case.case_id for members in both for case in members}))
+    what = f"{len(ids)} cases hold scans that lie on both sides of the split under another name: remove the copies, or "
+    what += "name one patient for them in the text manifest"
+    return [Problem("SPLIT_LEAKAGE", what, ids)] if ids else []
 
 
 def _stale(cases: Sequence[prepared.PreparedCase]) -> list[Problem]:

@@ -17,6 +17,19 @@ CODEBOOKS = ("ema", "gradient", "fsq", "none")
 NORMS = ("voxel", "sample")
 POOLS = ("children", "mean", "legacy")
 MAX_SIDE = 4096  # voxels of the grid of a dataset: what is said beyond is damage, and more than memory holds
+CHECKSUM = "sha256"  # in the stored sizes, of all other tensors of the file
+LIMITS = {  # of sizes that strangers' files say: beyond is damage, and more than memory holds
+    "resolution": (8, MAX_SIDE),
+    "spacing": (0.01, 100.0),
+    "widths": (1, 1 << 14),
+    "model_channels": (1, 1 << 14),
+    "latent_channels": (1, 1 << 14),
+    "num_embeddings": (1, 1 << 24),
+    "num_blocks": (0, 256),
+    "num_heads": (1, 1 << 10),
+    "window": (1, 1 << 10),
+    "quantizer_levels": (1, 64),
+}
 WINDOW_NAMES = ("lung", "bone", "soft_tissue", "brain")
 
 
@@ -93,10 +106,24 @@ class Preset:
     @classmethod
     def from_tensor(cls, stored: UInt8[Tensor, " bytes"]) -> "Preset":
         values = json.loads(bytes(stored.tolist()))
+        if not isinstance(values, dict):
+            raise ValueError(f"the stored sizes must be named values, got {type(values).__name__}")
+        values.pop(CHECKSUM, None)  # of the file's weights, not one of the sizes
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"the stored sizes have {unknown}, which this software does not know: update it")
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        for name, (low, high) in LIMITS.items():
+            if name in values and not _within(values[name], low, high):
+                raise ValueError(f"the stored {name} must be within {low:g} and {high:g}, got {str(values[name])[:40]}")
+        return cls(**values)
+
+
+def _within(value: object, low: int | float, high: int | float) -> bool:
+    """Whether a stored size, or each of several, is a number between two: whole where the lower one is."""
+    parts = value if isinstance(value, tuple) else (value,)
+    kinds = (int,) if isinstance(low, int) else (int, float)
+    return all(type(part) in kinds and low <= part <= high for part in parts)
 
 
 def is_grid(grid: object) -> bool:
@@ -112,7 +139,7 @@ PRESETS = {
         spacing=8.0,
         widths=(16, 16, 32),
         model_channels=64,
-        latent_channels=8,
+        latent_channels=16,
         num_embeddings=256,
         num_blocks=2,
         num_heads=4,

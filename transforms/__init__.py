@@ -4,7 +4,15 @@ The dictionary twins are imported when first asked for: they bring MONAI, which 
 of it.
 """
 
-__all__ = ["RandCropToBudgetd", "RandJitterd", "RandTranslated", "Resampled", "Sparsifyd", "Windowsd"]
+__all__ = [
+    "RandAcquisitiond",
+    "RandCropToBudgetd",
+    "RandJitterd",
+    "RandTranslated",
+    "Resampled",
+    "Sparsifyd",
+    "Windowsd",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -189,3 +189,44 @@ class RandJitterd(RandomizableTransform, MapTransform):
                     noise *= np.float32(level)
                     item[key] = array.jitter(item[key], scale=scale, offset=offset, noise=noise)
         return item
+
+
+class RandAcquisitiond(RandomizableTransform, MapTransform):
+    """`array.acquire`: kernels sharper or softer by up to `sharpness`, slices mixed by up to `slice_blur`, noise of up
+    to `grain` HU. Whoever leaves all three at 0 gets the values as they are.
+    """
+
+    def __init__(
+        self,
+        keys: str | Sequence[str] = "values",
+        *,
+        sharpness: Number = 0.0,
+        slice_blur: Number = 0.0,
+        grain: Number = 0.0,
+        prob: Number = 1.0,
+    ) -> None:
+        MapTransform.__init__(self, keys)
+        RandomizableTransform.__init__(self, prob)
+        if not (0 <= sharpness <= 1 and 0 <= slice_blur <= 1 and grain >= 0):
+            raise ValueError(
+                f"sharpness and slice_blur must lie in 0..1 and grain be at least 0 HU, got {sharpness}, {slice_blur} "
+                f"and {grain}"
+            )
+        self.sharpness, self.slice_blur, self.grain = sharpness, slice_blur, grain
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        item = dict(data)
+        if not (self.sharpness or self.slice_blur or self.grain) or len(item["coords"]) == 0:
+            return item
+        self.randomize(None)
+        drawn = {
+            "sharpness": self.R.uniform(-self.sharpness, self.sharpness),
+            "slice_blur": self.R.uniform(0, self.slice_blur),
+            "grain": self.R.uniform(0, self.grain),
+        }
+        generator = np.random.default_rng(self.R.randint(2**32, dtype=np.uint32))
+        if self._do_transform:
+            for key in self.key_iterator(item):
+                if item[key].ndim == 1:  # HU; bands and distances are geometry
+                    item[key] = array.acquire(item[key], item["coords"], **drawn, generator=generator)
+        return item

@@ -9,11 +9,12 @@ import hashlib
 import json
 import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,6 +79,12 @@ class PreparedCase:
             return self.sidecar["source_hash"]
         arrays = [file for pattern in ("*.np[yz]", "*/*.np[yz]", "*.zarr/**/*") for file in self.path.glob(pattern)]
         return hash_files([file for file in arrays if file.is_file()], below=self.path)
+
+    @property
+    def scan_marks(self) -> tuple[str, ...]:
+        """What the same scan has in common under any name: its bytes, and in any format its voxels."""
+        marks = (self.sidecar.get("source_hash"), self.sidecar.get("hu_hash"))
+        return tuple(mark for mark in marks if mark)
 
     @property
     def content_hash(self) -> str:
@@ -356,6 +363,7 @@ _FIELDS = {  # what is read of a sidecar; older trees and other hands may leave 
     "spacing": ("three numbers above 0", _is_spacing),
     "codes": ("a list of texts", _are_codes),
     "source_hash": ("a text", _is_text),
+    "hu_hash": ("a text", _is_text),
 }
 
 
@@ -367,6 +375,18 @@ def _short(stored: Any) -> str:
 def split_of(patient: str) -> str:
     """train or val by the patient's name alone: about one in ten is val."""
     return "val" if int(hashlib.sha256(patient.encode()).hexdigest()[:8], 16) % 10 == 0 else "train"
+
+
+def split_patients(patients: Iterable[str], given: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """train, val or what is given of each patient. Of two or more at least one is held out, and one is trained on."""
+    names = list(dict.fromkeys(patients))
+    sides = {name: given.get(name) or split_of(name) for name in names}
+    open_ = [name for name in names if not given.get(name)]
+    held_out = {side != "train" for side in sides.values()}
+    if len(names) > 1 and open_ and len(held_out) == 1:
+        other = "train" if True in held_out else "val"
+        sides[min(open_, key=lambda name: hashlib.sha256(name.encode()).hexdigest())] = other
+    return sides
 
 
 def read_rows(file: Path) -> dict[str, dict[str, str]]:

@@ -1,7 +1,7 @@
-"""Language, measured: answers with the true volume and with every control, scores, gaps, one table.
+"""Language, measured: answers with the true volume and with every control, scores, gaps, verdicts.
 
 Generates each column once, line by line on disk, so that a stopped run goes on where it was. Scores come from
-`text_metrics` and `findings`, what to compare them with from `controls`; pictures and words for people are at the end.
+`text_scores` and `findings`, what to compare them with from `controls`; `answer_pages` shows them to people.
 """
 
 import hashlib
@@ -9,26 +9,37 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from app.evaluation import answer_pages
 from app.language.assistant import NOTICE, CTAssistant
 from app.language.volume_tokens import VolumeTokens
 from app.measures.controls import (
-    BETTER,
     CONTROLS,
-    USED,
-    Gap,
     constant_answers,
     derange,
     mean_gap,
-    paired_gap,
+    paired_gaps,
+    spread,
     swap_sides,
+    verdicts,
 )
-from app.measures.findings import KEYWORDS, finding_matrix, finding_scores, matcher_error
-from app.measures.text_scores import METEOR_NOTE, corpus_bleu, diversity, exact_match, text_scores, token_f1
+from app.measures.findings import KEYWORDS, finding_matrix, finding_scores, matcher_error, random_labels, reads
+from app.measures.report import plain
+from app.measures.text_scores import (
+    CHARACTERS,
+    METEOR_NOTE,
+    are_chinese,
+    corpus_bleu,
+    diversity,
+    exact_match,
+    text_scores,
+    token_f1,
+)
 from app.shared.atomic_files import write_text
 from app.shared.refusals import Refused
 from app.shared.terminal import progress
@@ -38,6 +49,7 @@ from networks.tokens import TokenSequence
 log = logging.getLogger(__name__)
 
 COLUMNS = ("real", *CONTROLS)
+RANDOM = "random_labels"
 GENERATED = COLUMNS[:-1]  # the constant answers need no model
 REPORT_GAPS = ("bleu4", "rougeL", "meteor", "cider")
 FINDING_GAPS = ("f1_micro", "f1_macro", "crg")
@@ -73,6 +85,7 @@ def evaluate_language(
     result = {"rows": len(rows), "patients": len({row.patient for row in rows}), "notice": NOTICE}
     result["left_out"] = dict(left_out)
     result |= {"questions": question_scores(rows, answers), "reports": report_scores(rows, answers)}
+    judge(result["questions"], result["reports"], (result["reports"] or {}).get("findings"))
     if mirrored:
         asked = [row for row in rows if row.image in mirrored and swap_sides(row.answer) != row.answer]
         asked = [row for row in asked if row.kind != "report"]
@@ -81,10 +94,10 @@ def evaluate_language(
             said = Answers(out / "answers_mirrored.jsonl", asked, seen, assistant).complete("mirrored", **options)
             at = {id(row): number for number, row in enumerate(rows)}
             result["mirror"] = mirror_scores(asked, [answers["real"][at[id(row)]] for row in asked], said)
-    result = without_nan(result)
+    result = plain(result)
     write_text(out / "language.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
-    (out / "language.md").write_text("\n".join(table_lines(result)) + "\n")
-    draw_bars(result, out / "language.png")
+    write_text(out / "language.md", "\n".join(answer_pages.table_lines(result)) + "\n")
+    answer_pages.draw_bars(result, out / "language.png")
     return result
 
 
@@ -193,17 +206,22 @@ def question_scores(rows: Sequence[TextRow], answers: dict[str, list[str]]) -> d
     if not asked:
         return None
     hits = {c: np.array([exact_match(answers[c][at], answers["reference"][at]) for at in asked]) for c in COLUMNS}
-    patients = [rows[at].patient for at in asked]
+    patients = np.array([rows[at].patient for at in asked])
     kinds = np.array([rows[at].kind for at in asked])
     by_kind = {
         kind: {"rows": int((kinds == kind).sum()), **{c: float(hits[c][kinds == kind].mean()) for c in COLUMNS}}
         for kind in sorted(set(kinds.tolist()))
     }
-    gaps = {control: tell(mean_gap(hits["real"], hits[control], patients), control) for control in CONTROLS}
+    gaps = {control: {"accuracy": mean_gap(hits["real"], hits[control], patients.tolist())} for control in CONTROLS}
     f1 = {c: float(np.mean([token_f1(answers[c][at], answers["reference"][at]) for at in asked])) for c in COLUMNS}
     overall = {c: float(hits[c].mean()) for c in COLUMNS}
-    said = diversity([answers["real"][at] for at in asked])
-    return {"rows": len(asked), "accuracy": overall, "token_f1": f1, "by_kind": by_kind, "gaps": gaps, **said}
+    chosen = {"all": kinds == kinds, **{kind: kinds == kind for kind in by_kind}}
+    spans = {
+        kind: {c: spread(partial(mean, hits[c][of]), patients[of].tolist()) for c in COLUMNS}
+        for kind, of in chosen.items()
+    }
+    told = {"accuracy": overall, "intervals": spans, "token_f1": f1, "by_kind": by_kind, "gaps": gaps}
+    return {"rows": len(asked), **told, **diversity([answers["real"][at] for at in asked])}
 
 
 def report_scores(rows: Sequence[TextRow], answers: dict[str, list[str]]) -> dict[str, Any] | None:
@@ -218,17 +236,20 @@ def report_scores(rows: Sequence[TextRow], answers: dict[str, list[str]]) -> dic
     for c in COLUMNS:
         table[c] |= corpus_bleu(texts[c], texts["reference"])
     gaps = {
-        control: {
-            name: tell(mean_gap(scores["real"][name], scores[control][name], patients), control) for name in REPORT_GAPS
-        }
+        control: {name: mean_gap(scores["real"][name], scores[control][name], patients) for name in REPORT_GAPS}
         for control in CONTROLS
     }
-    result = {"rows": len(asked), "meteor": METEOR_NOTE, "scores": table, "gaps": gaps, **diversity(texts["real"])}
-    return result | {"findings": report_findings([rows[at] for at in asked], texts, patients)}
+    tokens = CHARACTERS if are_chinese(texts["reference"]) else "words"
+    result = {"rows": len(asked), "tokens": tokens, "meteor": METEOR_NOTE, "scores": table, "gaps": gaps}
+    found = report_findings([rows[at] for at in asked], texts, patients) if reads(texts["reference"]) else None
+    return {**result, **diversity(texts["real"]), "findings": found}
 
 
 def report_findings(rows: Sequence[TextRow], texts: dict[str, list[str]], patients: Sequence[str]) -> dict[str, Any]:
-    """Findings against label columns where the data has them, else against the matcher's reading of the reference."""
+    """Findings against label columns where the data has them, else against the matcher's reading of the reference.
+
+    Beside the controls stand as many labels a report drawn at random, which needs no model at all.
+    """
     labels = sorted({name for row in rows for name in row.labels})
     known = [name for name in labels if name in KEYWORDS]
     has_labels = bool(known) and all(set(known) <= set(row.labels) for row in rows)
@@ -238,20 +259,27 @@ def report_findings(rows: Sequence[TextRow], texts: dict[str, list[str]], patien
     else:
         truth = finding_matrix(texts["reference"], names)
     said = {c: finding_matrix(texts[c], names) for c in COLUMNS}
+    said |= {RANDOM: random_labels(said["real"])}
     said |= {"all_negative": np.zeros_like(truth), "all_positive": np.ones_like(truth)}
     scores = {c: finding_scores(matrix, truth) for c, matrix in said.items()}
+    both = np.concatenate([truth, truth])
     gaps = {}
-    for control in CONTROLS:
-        gaps[control] = {}
-        for name in FINDING_GAPS:
-
-            def both(weights: np.ndarray, name: str = name, control: str = control) -> tuple[float, float]:
-                return tuple(finding_scores(said[c], truth, weights)[name] for c in ("real", control))
-
-            gaps[control][name] = tell(paired_gap(both, patients), control)
+    for control in (*CONTROLS, RANDOM):
+        stacked = np.concatenate([said["real"], said[control]])
+        gaps[control] = paired_gaps(partial(finding_scores, stacked, both), patients, FINDING_GAPS)
+    spans = {c: spread(partial(f1_micro, said[c], truth), patients) for c in (*COLUMNS, RANDOM)}
     source = "label columns" if has_labels else "the matcher's reading of the reference reports"
     error = matcher_error(texts["reference"], truth, names) if has_labels else None
-    return {"labels": names, "truth": source, "matcher_error": error, "scores": scores, "gaps": gaps}
+    told = {"labels": names, "truth": source, "matcher_error": error, "scores": scores}
+    return {**told, "intervals": spans, "gaps": gaps}
+
+
+def mean(values: np.ndarray, weights: np.ndarray) -> float:
+    return float(np.average(values, weights=weights))
+
+
+def f1_micro(said: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> float:
+    return finding_scores(said, truth, weights)["f1_micro"]
 
 
 def mirror_scores(rows: Sequence[TextRow], real: Sequence[str], mirrored: Sequence[str]) -> dict[str, Any]:
@@ -261,90 +289,10 @@ def mirror_scores(rows: Sequence[TextRow], real: Sequence[str], mirrored: Sequen
     return {"asked": len(rows), "right": len(was_right), "flipped": float(np.mean(flipped)) if flipped else None}
 
 
-def tell(gap: Gap, control: str) -> dict[str, Any]:
-    verdict = USED if control == "shuffled" and gap.verdict == BETTER else gap.verdict
-    return {"difference": gap.difference, "low": gap.low, "high": gap.high, "verdict": verdict}
-
-
-def without_nan(value: Any) -> Any:
-    """Scores that do not exist (CRG where every label is positive) as null: JSON knows no NaN."""
-    if isinstance(value, dict):
-        return {name: without_nan(part) for name, part in value.items()}
-    return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-# ---- for people
-
-
-def table_lines(result: dict[str, Any]) -> list[str]:
-    """Markdown: every score beside its controls, then the gaps in words."""
-    left_out = "".join(f", {count} left out ({reason})" for reason, count in result["left_out"].items())
-    lines = [f"{result['rows']} rows of {result['patients']} patients{left_out}. {NOTICE}", ""]
-    head = "| | " + " | ".join(column.replace("_", " ") for column in COLUMNS) + " |"
-    rule = "|---|" + "---|" * len(COLUMNS)
-
-    def row(name: str, values: dict[str, float]) -> str:
-        return f"| {name} | " + " | ".join(shown(values[c]) for c in COLUMNS) + " |"
-
-    questions, reports = result["questions"], result["reports"]
-    if questions:
-        lines += [head, rule, row(f"accuracy, {questions['rows']} questions", questions["accuracy"])]
-        lines += [row(f"{kind} ({part['rows']})", part) for kind, part in questions["by_kind"].items()]
-        lines += [row("token F1", questions["token_f1"]), ""]
-        lines += [gap_line("accuracy", control, gap) for control, gap in questions["gaps"].items()]
-        lines.append("")
-    if reports:
-        lines += [head, rule]
-        for name in ("corpus_bleu1", "corpus_bleu4", "rougeL", "meteor", "cider", "exact_match"):
-            lines.append(row(f"reports: {name}", {c: reports["scores"][c][name] for c in COLUMNS}))
-        found = reports["findings"]["scores"]
-        for name in ("precision", "recall", "f1_micro", "f1_macro", "crg"):
-            lines.append(row(f"findings: {name}", {c: found[c][name] for c in COLUMNS}))
-        floors = ", ".join(f"{c.replace('_', '-')} {shown(found[c]['crg'])}" for c in ("all_negative", "all_positive"))
-        lines += ["", f"CRG floors: {floors}. Findings are judged against {reports['findings']['truth']}."]
-        if reports["findings"]["matcher_error"]:
-            wrong = reports["findings"]["matcher_error"]
-            lines.append(f"The matcher itself is wrong on {wrong['wrong_share']:.1%} of labels of the references.")
-        for control, gaps in reports["gaps"].items():
-            lines.append(gap_line("rougeL", control, gaps["rougeL"]))
-            lines.append(gap_line("findings F1 (micro)", control, reports["findings"]["gaps"][control]["f1_micro"]))
-        lines += [f"Different reports: {reports['unique_share']:.1%} of all.", f"METEOR: {reports['meteor']}.", ""]
-    if result.get("mirror"):
-        mirror = result["mirror"]
-        share = "none was right" if mirror["flipped"] is None else f"{mirror['flipped']:.1%} turned over"
-        lines.append(f"Mirror test: of {mirror['right']} right answers with a side, {share} with the mirrored scan.")
-    return lines
-
-
-def gap_line(name: str, control: str, gap: dict[str, Any]) -> str:
-    if gap["difference"] is None:
-        return f"- {name}, real minus {control.replace('_', ' ')}: not defined here"
-    interval = f"{gap['difference']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"
-    return f"- {name}, real minus {control.replace('_', ' ')}: {interval}: {gap['verdict']}"
-
-
-def draw_bars(result: dict[str, Any], file: Path) -> None:
-    """Accuracy by kind and findings F1, real beside the controls."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    groups: dict[str, dict[str, float]] = {}
-    if result["questions"]:
-        groups["all questions"] = result["questions"]["accuracy"]
-        groups |= result["questions"]["by_kind"]
-    if result["reports"]:
-        groups["findings F1"] = {c: result["reports"]["findings"]["scores"][c]["f1_micro"] for c in COLUMNS}
-    figure = Figure(figsize=(max(5.0, 1.5 + 1.4 * len(groups)), 3.2), layout="constrained")  # as wide as the legend
-    axes = figure.add_subplot()
-    for at, column in enumerate(COLUMNS):
-        heights = [values[column] for values in groups.values()]
-        axes.bar(np.arange(len(groups)) + 0.16 * (at - 2), heights, 0.16, label=column.replace("_", " "))
-    axes.set_xticks(np.arange(len(groups)), list(groups))
-    axes.set_ylim(0, 1)
-    axes.set_ylabel("accuracy / F1")
-    axes.legend(fontsize=7, ncols=5, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    FigureCanvasAgg(figure).print_png(str(file))
+def judge(*scores: dict[str, Any] | None) -> None:
+    """Puts a verdict to every gap in place, all that are compared with one control being one family of tests."""
+    homes = [part["gaps"] for part in scores if part is not None]
+    for control in (*CONTROLS, RANDOM):
+        family = {(at, name): gap for at, home in enumerate(homes) for name, gap in home.get(control, {}).items()}
+        for (at, name), verdict in verdicts(family, control=control).items():
+            homes[at][control][name] = {**family[at, name]._asdict(), "verdict": verdict}

@@ -4,7 +4,6 @@ Knows how results are shown, not how they are made (see evaluation.py).
 """
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.ticker import NullFormatter
 
+from app.measures import report
+from app.measures.controls import MIN_PATIENTS
+from app.measures.report import table
+from app.measures.report import with_interval as told
 from app.shared.atomic_files import write_text, written_whole
+from app.shared.sides import write_sides
 from transforms.array import WINDOWS, window
 
 NAME = "tokenizer_card"
@@ -48,38 +52,13 @@ def slice_of(
 def write(folder: Path, result: dict[str, Any], judged: Sequence[Any]) -> None:
     """The three files. `judged` gives the case that is pictured: the one of median error."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / f"{NAME}.json", json.dumps(_plain(result), indent=1) + "\n")
+    write_text(folder / f"{NAME}.json", json.dumps(report.plain(result), indent=1) + "\n")
     write_text(folder / f"{NAME}.md", markdown(result))
     error = [one.row["errors"]["codes alone"]["tissues"]["foreground"]["mae"] for one in judged]
     picture(result, judged[int(np.argsort(error)[(len(error) - 1) // 2])], folder / f"{NAME}.png")
 
 
-def _plain(node: Any) -> Any:
-    """Without NaN, which JSON does not know."""
-    if isinstance(node, dict):
-        return {key: _plain(value) for key, value in node.items()}
-    if isinstance(node, list | tuple):
-        return [_plain(value) for value in node]
-    return None if isinstance(node, float) and not math.isfinite(node) else node
-
-
 # ---- text
-
-
-def told(value: dict[str, Any], form: str = ".1f", *, percent: bool = False) -> str:
-    """A mean with its interval."""
-    if value["mean"] is None:
-        return "–"
-    scale, unit = (100, " %") if percent else (1, "")
-    text = f"{scale * value['mean']:{form}}{unit}"
-    if value["low"] is not None:
-        text += f" ({scale * value['low']:{form}}–{scale * value['high']:{form}})"
-    return text
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -119,7 +98,7 @@ def _facts(result: dict[str, Any]) -> list[str]:
          f"{told(rate['bits_per_foreground_voxel'], '.4f')} of the body"),
         ("compression of 16-bit voxels", f"{rate['compression_of_16_bit']['mean']:.0f} ×"),
     ]  # fmt: skip
-    return ["## What was judged", "", *_table(("", ""), rows)]
+    return ["## What was judged", "", *table(("", ""), rows)]
 
 
 def _errors(result: dict[str, Any]) -> list[str]:
@@ -135,8 +114,11 @@ def _errors(result: dict[str, Any]) -> list[str]:
         if name in ways["codes alone"]["tissues"]
     ]
     ratio = result["shuffled_ratio"]
+    patients = result["data"]["patients"]
     verdict = (
-        "the codes carry the image"
+        f"no verdict from {patients} patients, it takes {MIN_PATIENTS}"
+        if patients < MIN_PATIENTS
+        else "the codes carry the image"
         if ratio > 2
         else "much of the image does not hang on which code is where (too little training, or a decoder that reads it "
         "off the coordinates)"
@@ -144,7 +126,7 @@ def _errors(result: dict[str, Any]) -> list[str]:
     return [
         "## Error in HU, on every voxel of the grid",
         "",
-        *_table(("tissue", "share of grid", *(f"MAE, {way}" for way in ways), "RMSE, codes alone"), rows),
+        *table(("tissue", "share of grid", *(f"MAE, {way}" for way in ways), "RMSE, codes alone"), rows),
         f"With the codes exchanged at random inside each case the error in the body is {ratio:.1f} times that of the "
         f"true codes on the same support: "
         f"{verdict}. {told(result['clipped_share'], '.2f', percent=True)} of the body lies beyond all windows and "
@@ -161,13 +143,13 @@ def _by_window(result: dict[str, Any]) -> list[str]:
             told(part["mae"]),
             told(part["rmse"]),
             told(part["psnr"]),
-            told(part["ssim"], ".3f") if "ssim" in part else "–",
+            told(part["ssim"], ".3f") if "ssim" in part else report.MISSING,
             f"{part['data_range']['mean']:.0f} HU",
         )
         for name, part in scores.items()
     ]
     head = ("window", "MAE, HU", "RMSE, HU", "PSNR, dB", "SSIM", "data range")
-    return ["## As each window shows the body, from codes alone", "", *_table(head, rows)]
+    return ["## As each window shows the body, from codes alone", "", *table(head, rows)]
 
 
 def _codes(result: dict[str, Any]) -> list[str]:
@@ -176,7 +158,7 @@ def _codes(result: dict[str, Any]) -> list[str]:
         (str(i), f"{used} of {codes['num_embeddings']} ({used / codes['num_embeddings']:.0%})", f"{spread:.0f}")
         for i, (used, spread) in enumerate(zip(codes["used"], codes["perplexity"], strict=True))
     ]
-    return ["## Code use over all cases", "", *_table(("level", "used", "perplexity"), rows)]
+    return ["## Code use over all cases", "", *table(("level", "used", "perplexity"), rows)]
 
 
 def _kept(result: dict[str, Any]) -> list[str]:
@@ -189,13 +171,17 @@ def _kept(result: dict[str, Any]) -> list[str]:
         ("voxels computed, of full expansion", told(support["computed_of_full_expansion"], ".0f", percent=True)),
         ("cells where all children were judged empty", told(support["forced_children"], ".1f")),
     ]  # fmt: skip
-    lines = ["## What was kept", "", *_table(("", ""), rows)]
+    lines = ["## What was kept", "", *table(("", ""), rows)]
     if result["labels"]:
         organs = [
-            (name, told(part["kept"], ".2f", percent=True), told(part["decoded"], ".2f", percent=True))
+            (
+                name,
+                told(part["kept"], ".2f", percent=True),
+                told(part["decoded"], ".2f", percent=True),
+            )
             for name, part in result["labels"].items()
         ]
-        lines += _table(("label voxels", "given to the encoder", "back from codes alone"), organs)
+        lines += table(("label voxels", "given to the encoder", "back from codes alone"), organs)
     return lines
 
 
@@ -206,7 +192,7 @@ def _cases(result: dict[str, Any]) -> list[str]:
         counts = (str(row["tokens"]), f"{alone:.1f}", f"{mixed:.1f}", f"{row['support']['dice']:.4f}")
         rows.append((row["case"], *counts, f"{row['seconds']['encode']:.1f}"))
     head = ("case", "tokens", "MAE, HU", "shuffled", "Dice of support", "encoding, s")
-    return ["## Case by case", "", *_table(head, rows)]
+    return ["## Case by case", "", *table(head, rows)]
 
 
 def _definitions() -> list[str]:
@@ -266,9 +252,10 @@ def _slices(figure: Figure, grid: GridSpec, shown: Slice, names: Sequence[str], 
                 axis.text(-0.04, 0.5, label, rotation=90, fontsize=9, transform=axis.transAxes, ha="right", va="center")
         axis = figure.add_subplot(grid[row, 2])
         change = (window(alone, *WINDOWS[name]) - window(truth, *WINDOWS[name])) * width
-        _show(axis, change, cmap="RdBu_r", vmin=-width / 4, vmax=width / 4)
-        box_look = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1.5}
-        axis.text(0.02, 0.02, f"± {width / 4:.0f} HU", fontsize=7.5, transform=axis.transAxes, bbox=box_look)
+        drawn = _show(axis, change, cmap="RdBu_r", vmin=-width / 4, vmax=width / 4)
+        scale = figure.colorbar(drawn, ax=axis, shrink=0.7, pad=0.01)
+        scale.ax.tick_params(labelsize=6)
+        scale.set_label("HU", fontsize=6)
         if row == 0:
             axis.set_title("difference (red: too high)", fontsize=9)
             axis = figure.add_subplot(grid[row, 4])
@@ -280,6 +267,7 @@ def _show(axis: Axes, image: Float[np.ndarray, "X Z"], **looks: Any) -> Any:
     """Patient upright, their right on the left."""
     shown = axis.imshow(image[::-1].T, origin="lower", interpolation="none", **looks)
     axis.set_axis_off()
+    write_sides(axis, "coronal")
     return shown
 
 

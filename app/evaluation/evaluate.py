@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from app.dataset import prepared
-from app.evaluation.answer_scores import evaluate_language, table_lines
+from app.evaluation.answer_pages import table_lines
+from app.evaluation.answer_scores import evaluate_language
 from app.language import align_data
 from app.language.assistant import CTAssistant
 from app.language.volume_tokens import TokenSource, VolumeTokens, case_key

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 WAYS = ("codes alone", "stored support", "shuffled codes")
 RESAMPLES = 2000
+UNSEEN = 20  # phantoms: what a verdict takes
 
 
 class Judged(NamedTuple):
@@ -72,7 +73,7 @@ class TokenizerEvaluation:
 
     def run(self) -> dict[str, Any]:
         started = time.perf_counter()
-        data = self.dataset_dir or str(ensure_cohort("outputs/phantoms"))
+        data = self.dataset_dir or str(_phantoms(self.split))
         cases = prepared.find_cases(data, split=self.split)
         if not cases:
             fail("NO_CASES", f"{data} has no case with split {self.split}", "pass --split train, or '$None' for all")
@@ -102,6 +103,7 @@ class TokenizerEvaluation:
             "dataset": "built-in phantoms" if self.dataset_dir is None else Path(data).name,
             "split": self.split or "all",
             "cases": len(judged),
+            "patients": len({case.patient for case in cases if case.case_id not in refused}),
             "not_judged": refused,
         }
         result["software"] = prepared.versions() | {"torch": torch.__version__}
@@ -117,6 +119,13 @@ class TokenizerEvaluation:
         if missing and self.dataset_dir is None:
             train_demo_stage1("NO_TOKENIZER")
         return find_tokenizer(self.tokenizer)
+
+
+def _phantoms(split: str | None) -> Path:
+    """Twenty that no stage has seen, not in its validation either: it has only as many as a short run can afford."""
+    if split == "val":
+        return ensure_cohort("outputs/phantoms_unseen", num_train=0, num_val=UNSEEN, seed=1)
+    return ensure_cohort("outputs/phantoms")
 
 
 def _beside(file: Path) -> Path:

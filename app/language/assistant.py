@@ -7,6 +7,7 @@ it is not for. Trains nothing and measures nothing.
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -33,7 +34,7 @@ from app.tokens.token_files import CTTokens, read_tokens
 from app.training import checkpoints
 from networks import qwen
 from networks.projector import Projector
-from networks.tokens import TokenSequence
+from networks.tokens import REDUCTIONS, TokenSequence
 
 log = logging.getLogger(__name__)
 
@@ -105,10 +106,13 @@ class CTAssistant:
             position_grid=settings.get("position_grid", 128),  # 128 where it was not recorded
         )
         file, adapter = newest_files(path, settings)
+        weights = checkpoints.read_tensors(file)
         try:
-            projector.load_state_dict(checkpoints.read_tensors(file))
-        except RuntimeError:
+            projector.load_state_dict(weights)
+        except (RuntimeError, TypeError, AttributeError):
             fail("BAD_PROJECTOR", f"{file} is not the projector that {path} describes", "align again")
+        if not all(weight.isfinite().all() for weight in projector.parameters()):
+            fail("BAD_PROJECTOR", f"{file} holds values that are no numbers", "align again, or take an older epoch")
         if adapter is not None:
             try:
                 qwen.load_lora(language, adapter)
@@ -241,8 +245,42 @@ class CTAssistant:
 
 
 SETTINGS_TOLD = ("max_3d_tokens", "token_reduction", "use_3d_pos", "position", "fusion", "use_lora")
-SETTINGS_NEEDED = {"tokenizer", "tokenizer_path", "in_features", "projector_layers", "position_scale", "base_model"}
-SETTINGS_NEEDED |= {"amp", "max_text_tokens", *SETTINGS_TOLD}
+
+
+def _whole(low: int, high: int) -> tuple[str, Callable[[Any], bool]]:
+    return f"a whole number from {low} to {high}", lambda value: type(value) is int and low <= value <= high
+
+
+def _one_of(*names: str) -> tuple[str, Callable[[Any], bool]]:
+    return f"one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names
+
+
+def _is_base(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("name", 0), str | None)
+
+
+def _is_scale(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+TEXT = ("a text", lambda value: isinstance(value, str))
+YES_OR_NO = ("true or false", lambda value: isinstance(value, bool))
+SETTINGS = {  # of train_args.json, what is used: whoever wrote it
+    "tokenizer": TEXT,
+    "tokenizer_path": TEXT,
+    "in_features": _whole(1, 1 << 16),
+    "projector_layers": _whole(1, 64),
+    "position_scale": ("a number above 0", _is_scale),
+    "base_model": ("a model with its name, or null where it was built", _is_base),
+    "amp": _one_of("off", "bf16", "fp16"),
+    "max_text_tokens": _whole(1, 1 << 24),
+    "max_3d_tokens": _whole(1, 1 << 24),
+    "token_reduction": _one_of(*REDUCTIONS),
+    "use_3d_pos": YES_OR_NO,
+    "position": _one_of("1d", "mrope3d"),
+    "fusion": _one_of("placeholder", "prefix"),
+    "use_lora": YES_OR_NO,
+}
 
 
 def _series(tokens: CTTokens) -> dict[str, Any]:
@@ -266,10 +304,14 @@ def read_settings(path: Path) -> dict[str, Any]:
         )
     try:
         settings = json.loads(file.read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         settings = None
-    if not isinstance(settings, dict) or not set(settings) >= SETTINGS_NEEDED:
+    if not isinstance(settings, dict) or not set(settings) >= set(SETTINGS):
         fail("NO_ALIGNMENT", f"{file} is damaged", "align again")
+    for name, (rule, holds) in SETTINGS.items():
+        if not holds(settings[name]):
+            what = f"{file} must have {rule} as its {name}, it has {str(settings[name])[:40]}"
+            fail("NO_ALIGNMENT", what, "copy the folder again, or align again")
     return settings
 
 

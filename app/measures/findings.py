@@ -1,7 +1,7 @@
 """Findings named in a report, by keyword and negation, and how well two reports agree on them.
 
 One table, open to correction: CT-RATE's 18 labels and what the built-in phantoms show. It reads mentions, not meaning;
-its own error against given label columns is printed wherever its scores are (`matcher_error`).
+its own error against given label columns is printed wherever its scores are (`matcher_error`). It reads English only.
 CRG follows arXiv:2505.17167; its floor is 1/3, which all-negative and all-positive answers both reach.
 """
 
@@ -9,7 +9,10 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Bool, Float, Shaped
 
+LAST_LATIN = 0x24F
+MAX_FOREIGN = 0.2  # of letters
 KEYWORDS: dict[str, str] = {
     "Medical material": r"medical material|catheter|pacemaker|stent|prosthe\w+|sternotomy|surgical (?:clip|suture)\w*|"
     r"port chamber|\btube\b",
@@ -37,22 +40,32 @@ KEYWORDS: dict[str, str] = {
     "Kidney stone": r"(?:kidney|renal)(?: \w+){0,2} (?:stones?|calcul\w+)|nephrolith\w+|"
     r"(?:stones?|calcul\w+)(?: [\w.]+){0,7} kidneys?",
 }
-# "no" reaches over a list, "not" only to the next comma
+# these deny a change, not the finding; what is resolved in part is still there
+NO_DENIAL = re.compile(
+    r"\b(?:no|without|not)(?: (?:any|interval|significant|definite|appreciable|obvious|substantial|relevant|further|"
+    r"notable|marked|clear|evident|measurable|gross|major|overall|longer))*"
+    r" (?:changes?|increase|decrease|growth|progression|enlargement|worsening|improvement|resolution|regression)\b|"
+    r"\b(?:partial(?:ly)?|partly|incomplete(?:ly)?|near(?:ly)?[- ]complete(?:ly)?|almost(?: complete(?:ly)?)?|mostly|"
+    r"not(?: yet)?(?: \w+ly)?) resol\w+"
+)
+# "no" reaches over a list, "not" only to the next comma, "resolved" over the few words of what it stands before
 BEFORE = re.compile(
     r"\b(?:no|without|free of|negative for|absence of|neither|nor|denies|(?<!not )rule[sd]? out|lack of)\b"
-    r"(?:(?!\band an?\b)[^:])*$|\bnot\b(?! (?:be )?rule)[^:,]*$"
+    r"(?:(?!\band an?\b)[^:])*$|\bnot\b(?! (?:be )?rule)[^:,]*$|"
+    r"\b(?:resolved|(?:resolution|disappearance|clearance|clearing) of)(?: (?!(?:and|with|but|new|now)\b)[\w-]+){1,6}$"
 )
 AFTER = re.compile(
     r"^[^,]*?\b(?:(?:not|no longer) (?:\w+ly )?(?:seen|observed|detected|present|identified|found|noted|visible|"
-    r"visuali[sz]ed|demonstrated|evident|shown)|absent|(?<!not be )ruled out|(?:has|have) resolved)\b|"
-    r"^ ?: *(?:no|none|negative)\b"
+    r"visuali[sz]ed|demonstrated|evident|shown)|absent|(?<!not be )ruled out|"
+    r"(?:has|have|had|is|are|was|were)(?: \w+ly| since| now| been)* resolved)\b|"
+    r"^,?(?: \w+ly)? ?\(?resolved\b|^ ?: *(?:no|none|negative)\b"
 )
 CLAUSE = re.compile(r"[;\n]|\.(?!\d)|\bbut\b|\bhowever\b|\balthough\b|\bexcept(?: for)?\b|\bwith the exception of\b")
 
 
 def find_findings(text: str, labels: Sequence[str] | None = None) -> dict[str, bool]:
     """For each label whether the text states it: at least one mention that is not negated."""
-    clauses = CLAUSE.split(text.lower())
+    clauses = [NO_DENIAL.sub(" ", clause) for clause in CLAUSE.split(text.lower())]
     return {
         label: any(states(clause, re.compile(KEYWORDS[label])) for clause in clauses)
         for label in (KEYWORDS if labels is None else labels)
@@ -66,19 +79,32 @@ def states(clause: str, keyword: re.Pattern) -> bool:
     )
 
 
+def reads(texts: Sequence[str]) -> bool:
+    """Whether the matcher can read these: most of their letters are Latin ones."""
+    letters = [letter for text in texts for letter in text if letter.isalpha()]
+    return sum(ord(letter) > LAST_LATIN for letter in letters) <= len(letters) * MAX_FOREIGN
+
+
+def random_labels(said: Bool[np.ndarray, "N L"]) -> Float[np.ndarray, "N L"]:
+    """As many findings a case as were said, each label as likely: what is expected of naming them at random."""
+    return np.broadcast_to(said.mean(1, keepdims=True), said.shape)
+
+
 def finding_matrix(texts: Sequence[str], labels: Sequence[str]) -> np.ndarray:
     """(cases, labels) of booleans."""
     return np.array([list(find_findings(text, labels).values()) for text in texts], dtype=bool).reshape(-1, len(labels))
 
 
-def finding_scores(said: np.ndarray, truth: np.ndarray, weights: np.ndarray | None = None) -> dict[str, float]:
-    """Precision, recall, F1 (micro and macro) and CRG of boolean (cases, labels); `weights` repeats cases.
+def finding_scores(
+    said: Shaped[np.ndarray, "N L"], truth: Bool[np.ndarray, "N L"], weights: np.ndarray | None = None
+) -> dict[str, float]:
+    """Precision, recall, F1 (micro and macro) and CRG; what was said may be shares of a label. `weights` repeats cases.
 
     Macro is over labels that occur in the truth.
     """
     weights = np.ones(len(truth)) if weights is None else weights
-    hits = weights @ (said & truth)
-    false_alarms, misses = weights @ (said & ~truth), weights @ (~said & truth)
+    hits = weights @ (said * truth)
+    false_alarms, misses = weights @ said - hits, weights @ truth - hits
     with np.errstate(invalid="ignore"):
         f1 = 2 * hits / (2 * hits + false_alarms + misses)
     occurs = hits + misses > 0

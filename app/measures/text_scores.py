@@ -1,8 +1,9 @@
 """Scores of generated text against references, all offline: BLEU, ROUGE, METEOR, CIDEr, exact match, token F1.
 
 BLEU is sacrebleu's, ROUGE is rouge-score's; METEOR is nltk's with the modules exact and stem (synonyms would need a
-download); CIDEr is the D variant of arXiv:1411.5726. Each comes per case, so that intervals can resample
-patients. None of them shows by itself that the image was used: see `controls`.
+download); CIDEr is the D variant of arXiv:1411.5726. Each comes per case, so that intervals can resample patients. None
+of them shows by itself that the image was used: see `controls`. Chinese has no blanks between words: there a token is
+a character, and BLEU takes sacrebleu's tokenizer `zh`.
 """
 
 import math
@@ -17,14 +18,29 @@ from nltk.translate.meteor_score import single_meteor_score
 from rouge_score import rouge_scorer
 from sacrebleu.metrics import BLEU
 
-WORD = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+")
+HAN = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
+HAN_LETTER = re.compile(f"[{HAN}]")
+MIN_HAN = 0.2  # of letters, above which texts are taken for Chinese
+WORD = re.compile(rf"[{HAN}]|\d+(?:\.\d+)?|[^\W\d_{HAN}]+")
 METEOR_NOTE = "exact and stem modules (nltk, alpha 0.9, beta 3, gamma 0.5)"
+CHARACTERS = "characters (Chinese; BLEU by sacrebleu's tokenizer zh)"
 CIDER_SIGMA = 6.0
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words and numbers; signs do not count."""
+    """Lower-case words, numbers and Chinese characters; signs do not count."""
     return WORD.findall(text.lower())
+
+
+class Characters:
+    """`words` as rouge-score wants its tokenizer; its own drops all that is not English."""
+
+    tokenize = staticmethod(words)
+
+
+def are_chinese(texts: Sequence[str]) -> bool:
+    letters = sum(letter.isalpha() for text in texts for letter in text)
+    return sum(len(HAN_LETTER.findall(text)) for text in texts) > MIN_HAN * letters
 
 
 def text_scores(outputs: Sequence[str], references: Sequence[str]) -> dict[str, np.ndarray]:
@@ -32,10 +48,15 @@ def text_scores(outputs: Sequence[str], references: Sequence[str]) -> dict[str, 
     if len(outputs) != len(references) or not outputs:
         raise ValueError(f"outputs and references must pair up, got {len(outputs)} and {len(references)}")
     pairs = list(zip(outputs, references, strict=True))
-    scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False)
+    chinese = are_chinese(references)
+    tokenizer = Characters() if chinese else None
+    scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False, tokenizer=tokenizer)
+    bleu = {order: sentence_metric(order, "zh" if chinese else "13a") for order in (1, 4)}
     rouge = [scorer.score(reference, output) for output, reference in pairs]
     return {
-        **{f"bleu{order}": np.array([sentence_bleu(order, *pair) for pair in pairs]) for order in (1, 4)},
+        **{
+            f"bleu{order}": np.array([sentence_bleu(metric, *pair) for pair in pairs]) for order, metric in bleu.items()
+        },
         **{name: np.array([row[name].fmeasure for row in rouge]) for name in ("rouge1", "rouge2", "rougeL")},
         "meteor": np.array([meteor(output, reference) for output, reference in pairs]),
         "cider": cider(outputs, references),
@@ -47,20 +68,21 @@ def text_scores(outputs: Sequence[str], references: Sequence[str]) -> dict[str, 
 def corpus_bleu(outputs: Sequence[str], references: Sequence[str]) -> dict[str, float | str]:
     """Corpus BLEU-1..4 (0..1) with sacrebleu's signature: the figures to quote."""
     scores: dict[str, float | str] = {}
+    tokenize = "zh" if are_chinese(references) else "13a"
     for order in range(1, 5):
-        metric = BLEU(max_ngram_order=order, lowercase=True)
+        metric = BLEU(max_ngram_order=order, lowercase=True, tokenize=tokenize)
         scores[f"corpus_bleu{order}"] = metric.corpus_score(list(outputs), [list(references)]).score / 100
     scores["bleu_signature"] = str(metric.get_signature())
     return scores
 
 
 @cache
-def sentence_metric(order: int) -> BLEU:
-    return BLEU(max_ngram_order=order, lowercase=True, effective_order=True, smooth_method="exp")
+def sentence_metric(order: int, tokenize: str) -> BLEU:
+    return BLEU(max_ngram_order=order, lowercase=True, effective_order=True, smooth_method="exp", tokenize=tokenize)
 
 
-def sentence_bleu(order: int, output: str, reference: str) -> float:
-    return sentence_metric(order).sentence_score(output, [reference]).score / 100
+def sentence_bleu(metric: BLEU, output: str, reference: str) -> float:
+    return metric.sentence_score(output, [reference]).score / 100
 
 
 class NoSynonyms:

@@ -103,6 +103,13 @@ class Canvas:
             slices.append(slice(int(low), int(high)))
         return tuple(slices)
 
+    def in_scan(self, place: Point) -> Point:
+        """Where a place in the patient lies in the scan, in mm: pose and warp undone, to a fraction of a voxel."""
+        axes = (self.x, self.y, self.z)
+        away = sum((axis - at) ** 2 for axis, at in zip(axes, place, strict=True))
+        nearest = np.unravel_index(int(np.argmin(away)), away.shape)
+        return tuple(float(self.axis[i] + at - axis[nearest]) for i, axis, at in zip(nearest, axes, place, strict=True))
+
     def blend(self, part: np.ndarray, value: Number | np.ndarray, where: tuple = (slice(None),) * 3) -> None:
         self.hu[where] += part * (value - self.hu[where])
 

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from app.dataset import prepared, writer
-from app.prepare import names, preview
+from app.prepare import names, preview, splits
 from app.prepare.files import hash_of
 from app.prepare.findings import bare, finding_of
 from app.prepare.gate import Rules, Stack
-from app.prepare.geometry import Grid, normalise, spacing_of
+from app.prepare.geometry import Grid, hash_of_voxels, normalise, spacing_of
 from app.prepare.labels import organ_coords
 from app.prepare.survey import Item, survey
-from app.prepare.text import join_text
+from app.prepare.text import join_text, patients_of
 from app.prepare.volume import read_item
 from app.prepare.workers import busy, only_run, run_jobs, worker_count
 from app.shared.codes import CODES
@@ -95,6 +95,8 @@ class Outcome(NamedTuple):
 class Report(NamedTuple):
     outcomes: tuple[Outcome, ...]
     seconds: float
+    splits: Mapping[str, Mapping[str, int]] = {}
+    notes: tuple[str, ...] = ()
 
     def count(self, status: str) -> int:
         return sum(outcome.status == status for outcome in self.outcomes)
@@ -105,7 +107,13 @@ class Report(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         counts = {status: self.count(status) for status in ("ok", "skipped", "refused", "failed")}
-        return {"cases": [o.as_json() for o in self.outcomes], **counts, "seconds": round(self.seconds, 3)}
+        return {
+            "cases": [o.as_json() for o in self.outcomes],
+            **counts,
+            "splits": self.splits,
+            "notes": list(self.notes),
+            "seconds": round(self.seconds, 3),
+        }
 
 
 DEFAULTS = Settings()
@@ -134,7 +142,13 @@ def _prepare(root: str, out: Path, settings: Settings, request: Request, start: 
     names.write_sources(out, [(dataset, case, item.source) for item, dataset, case in named])
     folders = {out / dataset for _, dataset, _ in named}
     _clear_leftovers(folders)
-    jobs = _jobs(named, root, out, key, settings, rules, request)
+    sources = {(dataset, case): item.source for item, dataset, case in named if item.plan is not None}
+    stated = patients_of(text, sources, root=_folder_of(root))
+    who = _patients(named, root, key, stated)
+    members = [
+        splits.member_of(item, case, who[dataset, case]) for item, dataset, case in named if item.plan is not None
+    ]
+    jobs = _jobs(named, root, out, who, splits.sides_of(members, request.split), settings, rules, request)
     outcomes = [_not_planned(*entry) for entry in named if entry[0].plan is None]
     workers = 0 if request.cluster else worker_count(request.workers, _bytes_for(jobs, settings), len(jobs))
     if jobs:
@@ -148,8 +162,15 @@ def _prepare(root: str, out: Path, settings: Settings, request: Request, start: 
     if request.text is not None:
         cases = {(o.dataset, o.case): o.source for o in outcomes if o.status == "ok"}
         lost = {(o.dataset, o.case): o.source for o in outcomes if o.status in ("refused", "failed")}
-        join_text(text, out, cases, lost, root=root if os.path.isdir(root) else os.path.dirname(root))
-    return Report(tuple(outcomes), time.perf_counter() - start)
+        join_text(text, out, cases, lost, root=_folder_of(root))
+    done = {(o.dataset, o.case) for o in outcomes if o.status == "ok"}
+    counts = splits.counts((j.split, j.patient) for j in jobs if (Path(j.folder).name, j.case) in done)
+    notes = splits.about_table(members, request.split)
+    return Report(tuple(outcomes), time.perf_counter() - start, counts, tuple(notes))
+
+
+def _folder_of(root: str) -> str:
+    return root if os.path.isdir(root) else os.path.dirname(root)
 
 
 def _check_call(root: str, out: Path, settings: Settings) -> None:
@@ -202,37 +223,54 @@ def _name(items: Sequence[Item], root: str, key: bytes, keep_names: bool) -> lis
     return out
 
 
+def _patients(
+    named: Sequence[tuple[Item, str, str]], root: str, key: bytes, stated: Mapping[tuple[str, str], str]
+) -> dict[tuple[str, str], str]:
+    """Hash of who each planned case is of: whom the manifest names, else what the scan and its place say."""
+    planned = [entry for entry in named if entry[0].plan is not None]
+    whole = names.one_dataset([item for item, _, _ in named], root)
+    places = {
+        (dataset, case): names.inside(item, names.dataset_of(item, root, whole=whole))
+        for item, dataset, case in planned
+    }
+    folders = defaultdict(set)
+    for (dataset, _), place in places.items():
+        folders[dataset].add(place.rpartition(os.sep)[0].split(os.sep)[0])
+    patients = {}
+    for item, dataset, case in planned:
+        several, home = len(folders[dataset]) > 1, (dataset, case)
+        patients[home] = (
+            names.hashed(key, "patient", stated[home])
+            if home in stated
+            else names.patient_of(item, places[home], key, several_folders=several)
+        )
+    return patients
+
+
 def _jobs(
     named: Sequence[tuple[Item, str, str]],
     root: str,
     out: Path,
-    key: bytes,
+    patients: Mapping[tuple[str, str], str],
+    sides: Sequence[str],
     settings: Settings,
     rules: Rules,
     request: Request,
 ) -> list[Job]:
     planned = [entry for entry in named if entry[0].plan is not None]
     whole = names.one_dataset([item for item, _, _ in named], root)
-    folders = defaultdict(set)
-    for item, dataset, _ in planned:
-        place = names.inside(item, names.dataset_of(item, root, whole=whole))
-        folders[dataset].add(place.rpartition(os.sep)[0].split(os.sep)[0])
     jobs = []
-    for item, dataset, case in planned:
+    for (item, dataset, case), side in zip(planned, sides, strict=True):
         folder = names.dataset_of(item, root, whole=whole)
-        place, several = names.inside(item, folder), len(folders[dataset]) > 1
-        patient = names.patient_of(item, place, key, several_folders=several)
         raw_name = os.path.basename(root) if folder == "." else folder
         mapping = {**request.organs.get("*", {}), **request.organs.get(raw_name, {})}
-        marks = (item.source, os.path.basename(item.source), case, patient, item.patient)
-        split = next((request.split[m] for m in marks if m and m in request.split), prepared.split_of(patient))
         jobs.append(
             Job(
                 item,
                 str(out / dataset),
                 case,
-                patient,
-                split,
+                patients[dataset, case],
+                side,
                 settings,
                 rules,
                 tuple(sorted(mapping.items())),
@@ -343,6 +381,7 @@ def _make(job: Job, recipe: str) -> dict[str, Any]:
         "split": job.split,
         "recipe": recipe,
         "source_hash": volume.source_hash,
+        "hu_hash": hash_of_voxels(volume.hu, volume.affine),
         "source_shape": list(volume.hu.shape),
         "source_spacing": [round(float(step), 6) for step in spacing_of(volume.affine)],
         "source_affine": volume.affine.tolist(),
@@ -440,4 +479,7 @@ def lines(report: Report, keep_names: bool) -> Iterator[str]:
         tail = f"  {o.message}" if o.message else ""
         yield f"{o.status:8} {what}  {' '.join(o.codes)}{tail}"
     counts = ", ".join(f"{report.count(status)} {status}" for status in ("ok", "skipped", "refused", "failed"))
+    yield from report.notes
     yield f"{counts} in {report.seconds:.1f} s"
+    if report.count("ok"):
+        yield splits.line(report.splits)

@@ -7,10 +7,12 @@ Axes that run askew are smoothed as much by a Gaussian. Within half a voxel of t
 holds; beyond is air. Labels take the nearest voxel. Pure functions; indices are [x, y, z].
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import nibabel
 import numpy as np
 from jaxtyping import Float, Int, Num, Shaped
 from scipy import ndimage, sparse
@@ -47,6 +49,15 @@ class Axis(NamedTuple):
 
 def spacing_of(affine: Float[np.ndarray, "4 4"]) -> Float[np.ndarray, " 3"]:
     return np.linalg.norm(affine[:3, :3], axis=0)
+
+
+def hash_of_voxels(hu: Num[np.ndarray, "X Y Z"], affine: Float[np.ndarray, "4 4"]) -> str:
+    """sha256 of a scan's HU along its patient's axes: the same whatever format, file order or name it came in."""
+    along_patient = nibabel.apply_orientation(hu, nibabel.io_orientation(affine))
+    digest = hashlib.sha256(str(along_patient.shape).encode())
+    for z in range(along_patient.shape[2]):  # a slice at a time, for want of memory
+        digest.update(np.ascontiguousarray(np.rint(along_patient[:, :, z].T), np.int32))
+    return digest.hexdigest()
 
 
 def normalise(volume: "object", size: int, spacing: float | int) -> Normalised:

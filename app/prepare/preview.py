@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from app.shared.atomic_files import written_whole
+from app.shared.sides import write_sides
 from transforms import array
 
 MOST = 256  # pixels a side: a larger volume is thinned for the picture
@@ -30,6 +31,7 @@ def write(folder: str | Path, case: str, hu: Int[np.ndarray, "X Y Z"], windows: 
     kept = array.keep_mask(small, KEPT, windows=tuple(windows), spacing=spacing * step)
     middle = np.round(np.argwhere(body).mean(0)).astype(int) if body.any() else np.array(small.shape) // 2
     figure = Figure(figsize=(2.2 * (len(windows) + 1), 6.6), layout="tight")
+    figure.suptitle(case, fontsize=8)
     axes = figure.subplots(3, len(windows) + 1, squeeze=False)
     for row, (axis, view) in enumerate(((2, "axial"), (1, "coronal"), (0, "sagittal"))):
         cut = [np.take(volume, middle[axis], axis).T for volume in (small, body, kept)]
@@ -39,9 +41,11 @@ def write(folder: str | Path, case: str, hu: Int[np.ndarray, "X Y Z"], windows: 
             if cut[1].any() and not cut[1].all():
                 picture.contour(cut[1], levels=[0.5], colors="tab:cyan", linewidths=0.6)
             picture.set_title(f"{name}, {view}", fontsize=7)
+            write_sides(picture, view)
         shown = np.where(cut[2], np.clip((cut[0] + 1000) / 2000, 0, 1), np.nan)
         axes[row, -1].imshow(shown, cmap="viridis", origin="lower", vmin=0, vmax=1)
         axes[row, -1].set_title(f"kept ({KEPT}), {view}", fontsize=7)
+        write_sides(axes[row, -1], view)
     for picture in axes.flat:
         picture.set_axis_off()
         if picture.get_title().endswith(("axial", "coronal")):

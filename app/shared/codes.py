@@ -170,6 +170,9 @@ CODES = MappingProxyType(
             "the source of a prepared case is refused by now", "mend the source and prepare again, or remove the case"
         ),
         "SPLIT_LEAKAGE": _refused("a patient is on both sides of a split", "split by patient"),
+        "SAME_SCAN": _refused(
+            "one scan is on both sides of a split under two names", "give both one patient, or remove a copy"
+        ),
         "SCANS_MISSING": _refused(
             "a manifest names images that are not found", "give the folder that their paths begin in as image_root"
         ),
@@ -250,6 +253,7 @@ CODES = MappingProxyType(
         # training
         "BAD_RESUME": _call("--resume takes latest or a step", "pass --resume latest"),
         "NO_CHECKPOINT": _call("no complete checkpoint is there", "train first, or name another file or output folder"),
+        "BAD_RUN": _call("a file of an output folder is no longer what a run wrote", "the line says what to remove"),
         "BAD_CHECKPOINT": _call("a checkpoint is damaged or does not fit", "use another step"),
         "FOREIGN_CHECKPOINT": _call(
             "a file that does not say what it was made for", "use a checkpoint of this project"

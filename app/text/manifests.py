@@ -5,14 +5,16 @@ scan, knows no tokens and no model. `check_rows` says what is wrong before any t
 """
 
 import csv
+import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from app.dataset import prepared
+from app.shared.hashes import hash_path
 from app.shared.refusals import Refused
 from app.shared.tables import read_table
 from app.text.layouts import CT_RATE_NAME, read_layout
@@ -35,6 +37,7 @@ SPLITS = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     "test": "test",
 }
+SAMPLE = 1 << 16  # bytes
 SCAN_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".zip", ".npz")
 
 
@@ -65,7 +68,14 @@ def read_rows(source: str | Path, *, image_root: str | Path | None = None) -> li
             )
     find = ImageFinder(base, Path(image_root) if image_root else None)
     rows = without_guesses([row if row.path else find.put_path(row) for row in rows])
-    return [complete(row, find) for row in rows]
+    return with_split([complete(row, find) for row in rows])
+
+
+def with_split(rows: list[TextRow]) -> list[TextRow]:
+    """Rows that say no split go with their patient's others, else by the patient's name; somebody is held out."""
+    given = {row.patient: row.split for row in rows if row.split}
+    sides = prepared.split_patients([row.patient for row in rows], given)
+    return [row if row.split else replace(row, split=sides[row.patient]) for row in rows]
 
 
 def without_guesses(rows: list[TextRow]) -> list[TextRow]:
@@ -116,10 +126,10 @@ def _folders_and_stem(path: str | Path) -> tuple[str, ...]:
 
 
 def complete(row: TextRow, find: "ImageFinder") -> TextRow:
-    """With patient and split where the row leaves them open: of a prepared case its dataset's."""
+    """With a patient, and the split where the row leaves it open and a prepared case's dataset tells it."""
     case = find.case_row(row.path)
     patient = row.patient or case.get("patient") or stem(row.image)
-    split = SPLITS.get(row.split.strip().lower(), row.split) or case.get("split") or prepared.split_of(patient)
+    split = SPLITS.get(row.split.strip().lower(), row.split) or case.get("split") or ""
     return replace(row, patient=patient, split=split)
 
 
@@ -282,6 +292,73 @@ class ImageFinder:
         return self._names
 
 
+def same_scans(rows: Sequence[TextRow]) -> list[str]:
+    """Images whose scan also stands on another side of the split under another name.
+
+    Prepared cases are known by their bytes and voxels. Of other files the whole is read only where size and a few
+    samples agree; the same scan in another format is found once it is prepared.
+    """
+    sides: dict[Path, set[str]] = defaultdict(set)
+    image = {}
+    for row in rows:
+        if row.path is not None:
+            sides[row.path].add(row.split)
+            image[row.path] = row.image
+    groups: dict[Hashable, list[Path]] = defaultdict(list)
+    for path in sides:
+        for mark in marks_of(path):
+            groups[mark].append(path)
+    found = set()
+    for mark, members in groups.items():
+        parts = [members] if isinstance(mark, str) else equal_files(members, sides) if mark else []
+        for part in parts:
+            if len(part) > 1 and len(set.union(*(sides[path] for path in part))) > 1:
+                found |= {image[path] for path in part}
+    return sorted(found)
+
+
+def marks_of(path: Path) -> tuple[Hashable, ...]:
+    """By what a scan is known: of a prepared case hashes, of other files as yet their size."""
+    if path.parent.name != "processed" or not (path / "case.json").is_file():
+        return (size_of(path),)
+    try:
+        return prepared.open_case(path, row={}).scan_marks
+    except ValueError:  # damaged: said by whoever opens it
+        return ()
+
+
+def equal_files(paths: Sequence[Path], sides: Mapping[Path, set[str]]) -> list[list[Path]]:
+    """Files of one size grouped by content."""
+    groups = [list(paths)]
+    for mark in (sample_of, hash_path):
+        finer: dict[tuple[int, str], list[Path]] = defaultdict(list)
+        for number, group in enumerate(groups):
+            if len(group) > 1 and len(set.union(*(sides[path] for path in group))) > 1:
+                for path in group:
+                    finer[number, mark(path)].append(path)
+        groups = list(finer.values())
+    return groups
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a scan's file, or of all files of its folder."""
+    return (
+        sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else path.stat().st_size
+    )
+
+
+def sample_of(path: Path) -> str:
+    """A hash over parts of a file that tells most scans of one size apart."""
+    if path.is_dir():
+        return ""
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with open(path, "rb") as stream:
+        for start in (0, size // 2, max(size - SAMPLE, 0)):
+            stream.seek(start)
+            digest.update(stream.read(SAMPLE))
+    return digest.hexdigest()
+
+
 def check_rows(rows: list[TextRow]) -> dict:
     """What a manifest holds and what is wrong with it; `problems` are lines for people by code."""
     missing = sorted({f"{row.image} ({row.missing})" for row in rows if row.path is None})
@@ -291,6 +368,7 @@ def check_rows(rows: list[TextRow]) -> dict:
     for row in rows:
         sides[row.patient].add(row.split)
     leaking = sorted(patient for patient, splits in sides.items() if len(splits) > 1)
+    copies = same_scans(rows)
     labels = Counter(name for row in {r.image: r for r in rows}.values() for name, value in row.labels.items() if value)
     problems = {
         code: f"{len(items)} {what}, first: {items[0]}. {remedy}."
@@ -299,6 +377,7 @@ def check_rows(rows: list[TextRow]) -> dict:
             ("EMPTY_TEXT", [row.image for row in empty], "rows without an answer", "They are skipped"),
             ("DUPLICATED", [key[0] for key in repeated], "rows that stand there more than once", "Remove the copies"),
             ("SPLIT_LEAKAGE", leaking, "patients on both sides of a split", "Split by patient"),
+            ("SAME_SCAN", copies, "scans on both sides of a split under two names", "Give them one patient and split"),
         )
         if items
     }

@@ -164,6 +164,12 @@ def _tokens_of(arrays: dict[str, np.ndarray]) -> CTTokens:
         raise ValueError(f"coords must be integers ({len(codes)}, 3), got {coords.dtype} {coords.shape}")
     if coords.min() < 0 or (coords >= np.array(shape)).any():
         raise ValueError(f"coords leave the latent grid {shape}")
+    affine, spacing = _affine(arrays["affine"], "affine"), float(arrays["spacing"])
+    if not 0 < spacing < math.inf:
+        raise ValueError(f"spacing must be mm above 0, got {spacing}")
+    inner = affine[:3, :3].T @ affine[:3, :3]
+    if not np.allclose(inner, np.eye(3) * (8 * spacing) ** 2, rtol=0, atol=1e-3 * (8 * spacing) ** 2):
+        raise ValueError(f"affine and spacing contradict each other: its cells are not cubes of 8 x {spacing:g} mm")
     rows = torch.nn.functional.pad(torch.from_numpy(coords.astype(np.int32)), (1, 0))
     keys = morton_keys(rows, bits_for(shape))
     if bool((keys[1:] <= keys[:-1]).any()):
@@ -172,12 +178,12 @@ def _tokens_of(arrays: dict[str, np.ndarray]) -> CTTokens:
         codes=codes.astype(np.int32),
         coords=coords.astype(np.int32),
         latent_shape=shape,
-        affine=_affine(arrays["affine"], "affine"),
+        affine=affine,
         source_shape=_triple(arrays["source_shape"], "source_shape"),
         source_affine=_affine(arrays["source_affine"], "source_affine"),
         features=_text(arrays["features"]),
         windows=_names(arrays["windows"], "windows", least=1),
-        spacing=float(arrays["spacing"]),
+        spacing=spacing,
         keep=_text(arrays["keep"]),
         tokenizer=_text(arrays["tokenizer"]),
         source_hash=_text(arrays["source_hash"]) if "source_hash" in arrays else "",

@@ -20,7 +20,7 @@ from torch import nn
 from app.shared.atomic_files import write_text
 from app.shared.refusals import fail
 from app.training.key_rules import RULES
-from networks.presets import Preset
+from networks.presets import CHECKSUM, Preset
 from networks.vqvae import SparseVQVAE, build_vqvae
 
 NEWEST_TOKENIZERS = ("outputs/vq_stage2", "outputs/vq_stage1")
@@ -102,7 +102,7 @@ def write_atomically(content: dict, path: Path) -> None:
 def save_set(output_dir: Path, step: int, weights: dict[str, dict], misc: dict) -> None:
     """One complete set; misc last, as the commit mark."""
     for name, state in weights.items():
-        write_atomically(state, step_file(output_dir, name, step))
+        write_atomically(sealed(state), step_file(output_dir, name, step))
     write_atomically(misc, step_file(output_dir, "misc", step))
 
 
@@ -152,8 +152,14 @@ def best_score(output_dir: str | Path) -> dict[int, float]:
     path = Path(output_dir, "ckpts", "best.json")
     if not path.exists():
         return {}
-    stored = json.loads(path.read_text())
-    return {stored["step"]: stored["val_recon"]}
+    try:
+        stored = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        stored = None
+    step, score = (stored.get(name) for name in ("step", "val_recon")) if isinstance(stored, dict) else (None, None)
+    if type(step) is not int or step < 0 or type(score) not in (int, float) or not math.isfinite(score):
+        fail("BAD_RUN", f"{path} does not name a step and its val_recon", "remove it: the newest step is taken then")
+    return {step: score}
 
 
 def read_best(output_dir: str | Path) -> int | None:
@@ -195,26 +201,60 @@ def read_weights(path: str | Path) -> tuple[dict, Preset]:
     """State dict and sizes of one of our checkpoints."""
     path = averaged_file(path)
     state = read_tensors(path)
+    return state, check_weights(state, path)
+
+
+def check_weights(state: object, path: str | Path) -> Preset:
+    """The sizes of a state dict whose values are tensors, finite, and as they were written."""
     if not isinstance(state, dict) or "_extra_state" not in state:
         fail("FOREIGN_CHECKPOINT", f"{path} does not say what it was made for", "use a checkpoint of this project")
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    spoilt = [name for name, value in tensors.items() if not value.isfinite().all()]
-    if spoilt:
-        fail("BAD_CHECKPOINT", f"{path} holds values that are no numbers, in {spoilt[0]}", "use an older step")
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            fail("BAD_CHECKPOINT", f"{path} holds no plain tensor as {name!r:.60}", "it is damaged: use another step")
+        if not value.isfinite().all():
+            fail("BAD_CHECKPOINT", f"{path} holds values that are no numbers, in {name}", "use an older step")
     try:
-        return state, Preset.from_tensor(state["_extra_state"])
-    except (AttributeError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        stored = state["_extra_state"]
+        sizes = Preset.from_tensor(stored)
+        told = json.loads(bytes(stored.tolist())).get(CHECKSUM)
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        fail("BAD_CHECKPOINT", f"the sizes in {path} cannot be read ({reason})", "it is damaged: use another step")
-    except ValueError as error:  # sizes that this software does not know
-        fail("BAD_CHECKPOINT", f"{path}: {error}", "use the software that wrote it, or another checkpoint")
+        remedy = "update this software if a later one made it, else it is damaged: use another step"
+        fail("BAD_CHECKPOINT", f"the sizes in {path} cannot be read ({reason})", remedy)
+    if told is not None and told != tensors_hash(state):  # older files do not say
+        fail("BAD_CHECKPOINT", f"the weights in {path} are not those that were saved", "use another step or copy")
+    return sizes
+
+
+def sealed(state: dict) -> dict:
+    """A state dict that carries the hash of its tensors beside its sizes, where it has any. Neither sizes nor identity
+    (`weights_hash` of the network's own state) know of it.
+    """
+    if "_extra_state" not in state:
+        return state
+    sizes = json.loads(bytes(state["_extra_state"].tolist())) | {CHECKSUM: tensors_hash(state)}
+    return {**state, "_extra_state": as_bytes(sizes)}
+
+
+def unsealed(stored: torch.Tensor) -> torch.Tensor:
+    sizes = json.loads(bytes(stored.tolist()))
+    return as_bytes({name: value for name, value in sizes.items() if name != CHECKSUM}) if CHECKSUM in sizes else stored
+
+
+def as_bytes(sizes: dict) -> torch.Tensor:
+    return torch.tensor(list(json.dumps(sizes).encode()), dtype=torch.uint8)
+
+
+def tensors_hash(state: dict) -> str:
+    return weights_hash({name: tensor for name, tensor in state.items() if name != "_extra_state"})
 
 
 def weights_hash(state: dict) -> str:
-    """sha256 over names and values, so the same for the same weights saved again elsewhere."""
+    """sha256 over names and values, so the same for the same weights saved again elsewhere, sealed or not."""
     digest = hashlib.sha256()
     for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
+        tensor = state[name] if name != "_extra_state" else unsealed(state[name])
+        tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -223,12 +263,23 @@ def weights_hash(state: dict) -> str:
 def load_tokenizer(path: str | Path) -> SparseVQVAE:
     """A network as it was saved, in evaluation mode."""
     state, sizes = read_weights(path)
+    check_extent(sizes, state, path)
     network = build_vqvae(sizes)
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
         fail("BAD_CHECKPOINT", f"{path} does not fit ({_first_misfit(error)})", "it may be damaged: use another step")
     return network.eval()
+
+
+def check_extent(sizes: Preset, state: dict, path: str | Path) -> None:
+    """Before memory is taken: a network of these sizes has about as many numbers as the file."""
+    with torch.device("meta"):
+        wanted = sum(tensor.numel() for tensor in build_vqvae(sizes).state_dict().values())
+    stored = sum(tensor.numel() for tensor in state.values())
+    if wanted > 4 * stored + 1_000_000:
+        what = f"{path} holds {stored:,} numbers, its sizes say {wanted:,}"
+        fail("BAD_CHECKPOINT", what, "it is damaged: use another step")
 
 
 def _first_misfit(error: RuntimeError) -> str:

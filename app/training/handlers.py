@@ -80,8 +80,8 @@ class StageHandlers:
         weights = {name: checkpoints.step_file(self.folder.path, name, step) for name in self.folder.names}
         live, mean = (checkpoints.read_tensors(path) for path in weights.values())
         misc = checkpoints.read_tensors(checkpoints.step_file(self.folder.path, "misc", step))
-        for stored in (live, mean):
-            sizes = type(self.network.sizes).from_tensor(stored["_extra_state"])
+        for name, stored in zip(weights, (live, mean), strict=True):
+            sizes = checkpoints.check_weights(stored, weights[name])
             checkpoints.check_same(
                 sizes,
                 self.network.sizes,
@@ -144,7 +144,7 @@ class StageHandlers:
     def _picture(self, engine: SupervisedTrainer) -> None:
         if self.validated_step != engine.state.iteration:
             self._validate(engine)
-        self.folder.record_samples(engine.state.iteration, window=self.network.sizes.windows[0])
+        self.folder.record_samples(engine.state.iteration)
 
     def _close(self, engine: SupervisedTrainer) -> None:
         engine.data_loader.close()

@@ -1,60 +1,93 @@
-"""Pictures that a run makes: one row a case with input, reconstruction, difference and code map."""
+"""Pictures that a run makes: one row a case with input, reconstruction, difference and code map.
 
+The first case is shown in every window, the others in the first.
+"""
+
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from app.shared.sides import write_sides
 from networks.sparse import SparseTensor
+from transforms.array import WINDOWS
 
 
 class Sample(NamedTuple):
-    """One validation case on its dense grids; outside the kept voxels NaN."""
+    """The middle coronal plane of one validation case; outside the kept voxels NaN."""
 
     case_id: str
-    image: Float[np.ndarray, "X Y Z"]  # the first window, -1..1
-    recon: Float[np.ndarray, "X Y Z"]
-    codes: Float[np.ndarray, "x y z"]
+    windows: tuple[str, ...]  # a name a channel; none where channels are no windows
+    image: Float[np.ndarray, "C X Z"]  # -1..1
+    recon: Float[np.ndarray, "C X Z"]
+    codes: Float[np.ndarray, "x z"]
 
 
 def sample_of(output: dict) -> Sample:
-    """The first case of a `ValidationStep` output, in its first window."""
+    """The first case of a `ValidationStep` output."""
 
-    def dense(x: SparseTensor, values) -> np.ndarray:
-        return x.replace(values[:, None].float()).dense(fill=float("nan"))[0, 0].cpu().numpy()
+    def plane(x: SparseTensor, values) -> np.ndarray:
+        dense = x.replace(values[:, None].float()).dense(fill=float("nan"))[0, 0]
+        return dense[:, dense.shape[1] // 2].cpu().numpy()
 
     x, recon, latents = output["input"], output["recon"], output["latents"]
     codes = output["codes"] if output["codes"] is not None else latents.feats[:, 0]
     if codes.ndim == 2:  # of several levels the first, which says most
         codes = codes[:, 0]
+    channels = range(x.feats.shape[1])  # one at a time: a dense volume is large
     return Sample(
         output["case_id"][0],
-        dense(x, x.feats[:, 0]),
-        dense(recon, recon.feats[:, 0]),
-        dense(latents, codes),
+        tuple(output["windows"]) if len(output["windows"]) == len(channels) else (),
+        np.stack([plane(x, x.feats[:, c]) for c in channels]),
+        np.stack([plane(recon, recon.feats[:, c]) for c in channels]),
+        plane(latents, codes),
     )
 
 
-def montage(samples: list[Sample], path: Path, *, window: str, title: str) -> None:
-    """Coronal slices, patient upright and seen from the front, as PNG."""
+def montage(samples: list[Sample], path: Path, *, title: str) -> UInt8[np.ndarray, "H W 3"]:
+    """Coronal slices, patient upright and seen from the front, as PNG; gives its pixels."""
     columns = ("input", "reconstruction", "difference", "codes")
-    figure = Figure(figsize=(2.4 * len(columns), 2.4 * len(samples) + 0.5), layout="constrained")
+    rows = [(sample, c) for at, sample in enumerate(samples) for c in range(len(sample.image) if at == 0 else 1)]
+    figure = Figure(figsize=(2.5 * len(columns), 2.4 * len(rows) + 0.5), layout="constrained", dpi=110)
+    canvas = FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=9)
-    axes = figure.subplots(len(samples), len(columns), squeeze=False)
-    grey = matplotlib.colormaps["gray"].with_extremes(bad="black")
-    change = matplotlib.colormaps["coolwarm"].with_extremes(bad="black")
-    kinds = matplotlib.colormaps["turbo"].with_extremes(bad="black")
-    for row, sample in zip(axes, samples, strict=True):
-        images = (sample.image, sample.recon, sample.recon - sample.image, sample.codes)
-        looks = ((grey, -1, 1), (grey, -1, 1), (change, -1, 1), (kinds, None, None))
-        for axis, image, (colours, low, high) in zip(row, images, looks, strict=True):
-            middle = image.shape[1] // 2
-            axis.imshow(image[::-1, middle].T, origin="lower", cmap=colours, vmin=low, vmax=high, interpolation="none")
-            axis.set_axis_off()
-        row[0].text(0.02, 0.02, sample.case_id, color="white", fontsize=6, transform=row[0].transAxes)
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
+    for line, (sample, channel) in zip(axes, rows, strict=True):
+        _draw_row(figure, line, sample, channel)
     for axis, name in zip(axes[0], columns, strict=True):
-        axis.set_title(f"{name} ({window})" if name == "input" else name, fontsize=8)
-    figure.savefig(path, dpi=110)
+        axis.set_title(name, fontsize=8)
+    canvas.print_png(str(path))
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _draw_row(figure: Figure, axes: np.ndarray, sample: Sample, channel: int) -> None:
+    name = sample.windows[channel] if sample.windows else f"channel {channel}"
+    half, unit = (WINDOWS[name][0] / 2, "HU") if sample.windows else (1, "of the features")
+    for axis, (image, look) in zip(axes, _looks(sample, channel, half), strict=True):
+        shown = axis.imshow(image[::-1].T, origin="lower", interpolation="none", **look)
+        axis.set_axis_off()
+        write_sides(axis, "coronal")
+        if look["cmap"].name == "coolwarm":
+            scale = figure.colorbar(shown, ax=axis, shrink=0.8, ticks=[-half, 0, half])
+            scale.ax.tick_params(labelsize=6)
+            scale.set_label(f"{unit}, red: too high", fontsize=6)
+    label = f"{sample.case_id}\n{name}"
+    look = {"color": "white", "fontsize": 6, "va": "top", "bbox": {"facecolor": "black", "alpha": 0.55, "pad": 0.8}}
+    axes[0].text(0.02, 0.98, label, transform=axes[0].transAxes, **look)
+
+
+def _looks(sample: Sample, channel: int, half: float) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+    """Each picture of a row with its colours and limits."""
+    grey, change, kinds = (
+        matplotlib.colormaps[name].with_extremes(bad="black") for name in ("gray", "coolwarm", "turbo")
+    )
+    image, recon = sample.image[channel], sample.recon[channel]
+    yield image, {"cmap": grey, "vmin": -1, "vmax": 1}
+    yield recon, {"cmap": grey, "vmin": -1, "vmax": 1}
+    yield (recon - image) * half, {"cmap": change, "vmin": -half, "vmax": half}
+    yield sample.codes, {"cmap": kinds}

@@ -18,14 +18,15 @@ log = logging.getLogger(__name__)
 STAGES = ("vae", "vq_stage1", "vq_stage2")  # by training_stage
 
 DEMO = {
-    "max_steps": {"vae": 450, "vq_stage1": 300, "vq_stage2": 150},
-    "warmup_steps": 450,
+    "max_steps": {"vae": 800, "vq_stage1": 300, "vq_stage2": 150},
+    "warmup_steps": 800,
     "batch_size_per_gpu": 1,
     "learning_rate": {"vae": 3e-3, "vq_stage1": 3e-3, "vq_stage2": 5e-4},
     "lr_scheduler": "one_cycle",
     "loss_type": "l1_l2",
     "max_shift": 4,
     "norm": "sample",  # phantoms are all alike: as good on those it has not seen, and sooner
+    "quantizer_levels": 2,  # 256 codes of one level would lose a tenth of what the autoencoder keeps
     "intervals": {"i_print": 25, "i_log": 25, "i_sample": 150, "i_save": 150, "val_interval": 150},
 }
 FULL = {
@@ -37,6 +38,7 @@ FULL = {
     "loss_type": None,
     "max_shift": 0.25,  # of the grid's side
     "norm": None,
+    "quantizer_levels": None,
     "intervals": {"i_print": 100, "i_log": 100, "i_sample": 5000, "i_save": 5000, "val_interval": 5000},
 }
 
@@ -59,6 +61,7 @@ class Plan:
     num_workers: int
     max_shift: int | float
     norm: str
+    quantizer_levels: int
     windows: list[str]
     sparse_backend: str
     i_print: int
@@ -110,6 +113,7 @@ def make_plan(
         num_workers=0 if chosen == "demo" else min(8, max((os.cpu_count() or 2) - 1, 1)),
         max_shift=table["max_shift"],
         norm=table["norm"] or PRESETS[preset].norm,
+        quantizer_levels=table["quantizer_levels"] or PRESETS[preset].quantizer_levels,
         sparse_backend=choose_backend(sparse_backend),
         windows=list(windows or ([window_type] if window_type else PRESETS[preset].windows)),
         **table["intervals"],

@@ -157,7 +157,7 @@ class RunFolder:
         """What came after the step that is resumed never happened; sets of it are put aside."""
         path = self.path / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        rows = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be cut short
+        rows = [_row_of(line, path) for line in lines if line.endswith("}")]  # the last may be cut short
         kept = [row for row in rows if self._happened(row)]
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         if self.start_step is None:
@@ -259,10 +259,12 @@ class RunFolder:
         )
         log.info("done in %s: %s, in %s. %s", duration(time.perf_counter() - self.begun), kept, self.output_dir, then)
 
-    def record_samples(self, step: int, *, window: str) -> None:
+    def record_samples(self, step: int) -> None:
         if idist.get_rank() == 0 and self.samples:
             path = self.path / "samples" / f"step{step:07d}.png"
-            pictures.montage(self.samples, path, window=window, title=f"{self.output_dir.name}, step {step}")
+            pixels = pictures.montage(self.samples, path, title=f"{self.output_dir.name}, step {step}")
+            self.writer.add_image("samples", pixels, step, dataformats="HWC")
+            self.writer.flush()
 
     def _write(self, row: dict, *, prefix: str) -> None:
         if idist.get_rank() != 0:
@@ -273,6 +275,19 @@ class RunFolder:
             if isinstance(value, int | float) and name != "step":
                 self.writer.add_scalar(f"{prefix}/{name}", value, row["step"])
         self.writer.flush()
+
+
+def _row_of(line: str, path: Path) -> dict:
+    """A row of metrics.jsonl."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    score = row.get("val_recon") if isinstance(row, dict) else None
+    known = isinstance(row, dict) and isinstance(row.get("phase"), str) and type(row.get("step")) is int
+    if not known or not (score is None or type(score) in (int, float)):
+        fail("BAD_RUN", f"{path} has a line that is no row of a run: {line[:60]}", "remove the line")
+    return row
 
 
 def _lock(folder: Path) -> None:

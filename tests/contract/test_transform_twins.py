@@ -57,6 +57,34 @@ def test_sparsifyd_turns_masks_into_bands(item):
     assert values.shape[1] == 2
 
 
+CHANGES = {"sharper": {"sharpness": 0.8}, "thicker slices": {"slice_blur": 0.6}, "grain": {"grain": 30.0}}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_acquisition_draws_from_its_seed_what_its_twin_does(kept, name):
+    change = transforms.RandAcquisitiond(**CHANGES[name])
+    first, second = (change.set_random_state(seed=3)(kept)["values"] for _ in range(2))
+    other = change.set_random_state(seed=4)(kept)["values"]
+    assert np.array_equal(first, second) and not np.array_equal(first, other)
+    draw = np.random.RandomState(3)
+    draw.rand()  # whether to do it at all
+    drawn = {
+        "sharpness": draw.uniform(-change.sharpness, change.sharpness),
+        "slice_blur": draw.uniform(0, change.slice_blur),
+        "grain": draw.uniform(0, change.grain),
+    }
+    twin = array.acquire(
+        kept["values"], kept["coords"], **drawn, generator=np.random.default_rng(draw.randint(2**32, dtype=np.uint32))
+    )
+    assert np.array_equal(first, twin)
+
+
+def test_acquisition_left_at_zero_leaves_values_alone(kept):
+    assert transforms.RandAcquisitiond()(kept)["values"] is kept["values"]
+    with pytest.raises(ValueError, match=r"sharpness and slice_blur must lie in 0..1 .*, got 1.5, 0.0 and 0.0"):
+        transforms.RandAcquisitiond(sharpness=1.5)
+
+
 def test_windowsd(kept):
     out = Windowsd("values", windows=["lung", "brain"])(kept)
     assert np.array_equal(out["feats"], array.window_values(kept["values"], ["lung", "brain"]))

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from typer.testing import CliRunner
 
 from app.__main__ import app
 from app.dataset.writer import write_case
-from app.evaluation import answer_scores, evaluate
+from app.evaluation import evaluate
 from app.language import ask as asking
 from app.language.assistant import NOTICE, CTAssistant
 from app.measures import controls
@@ -154,8 +153,7 @@ def test_ask_as_a_command(home, aligned, tmp_path):
 @pytest.fixture
 def few_draws(monkeypatch):
     """Intervals from a handful of draws: what they are is tested elsewhere."""
-    for name in ("paired_gap", "mean_gap"):
-        monkeypatch.setattr(answer_scores, name, partial(getattr(controls, name), num_samples=5))
+    monkeypatch.setattr(controls, "RESAMPLES", 5)
 
 
 def test_evaluation_writes_scores_beside_controls_and_goes_on_where_it_was(home, aligned, monkeypatch):
@@ -168,7 +166,12 @@ def test_evaluation_writes_scores_beside_controls_and_goes_on_where_it_was(home,
     floors = result["reports"]["findings"]["scores"]
     assert result["reports"]["findings"]["truth"] == "label columns" and {"all_negative", "all_positive"} <= set(floors)
     table = (out / "language.md").read_text()
-    assert "no evidence the image is used" in table and "question only" in table and NOTICE in table
+    assert (
+        "no verdict from 4 patients, it takes 20" in table
+        and "random labels" in table
+        and "question only" in table
+        and NOTICE in table
+    )
     wanted = {
         line["row"]: line["answer"] for line in map(json.loads, (out / "answers_real.jsonl").read_text().splitlines())
     }

@@ -50,7 +50,7 @@ def card(output_dir, cohort, tmp_path_factory):
 
 def test_card_as_json(card, cohort, output_dir):
     found = json.loads((card / "tokenizer_card.json").read_text())
-    assert found["data"] == {"dataset": "data", "split": "val", "cases": 2, "not_judged": {}}
+    assert found["data"] == {"dataset": "data", "split": "val", "cases": 2, "patients": 2, "not_judged": {}}
     assert found["tokenizer"]["sizes"]["quantizer_levels"] == found["codes"]["levels"] == 2
     state = checkpoints.read_tensors(checkpoints.averaged_file(output_dir))
     assert found["tokenizer"]["sha256"] == checkpoints.weights_hash(state)
@@ -73,7 +73,7 @@ def test_card_as_text_and_picture(card):
     text = (card / "tokenizer_card.md").read_text()
     for part in ("## Error in HU", "| **body** |", "soft_tissue (W 400, L 50)", "| 1 | ", "Dice of decoded", "case_4"):
         assert part in text, part
-    assert "nan" not in text
+    assert "nan" not in text and "no verdict from 2 patients, it takes 20" in text
     assert (card / "tokenizer_card.png").read_bytes().startswith(b"\x89PNG")
 
 

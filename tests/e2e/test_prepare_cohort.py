@@ -17,6 +17,7 @@ from app.check import check
 from app.dataset import prepared
 from app.prepare import cohort, names, options
 from app.prepare.workers import only_run
+from app.training.data import preprocessing
 from tests import scans
 from tests.cohorts import AFFINE, SMALL, raw_cohort, report, tree
 
@@ -412,6 +413,23 @@ def test_check_tells_what_is_wrong(tmp_path):
     assert "UNDER_MIN_POINTS" in {p.code for p in few.problems}
 
 
+def test_check_counts_the_points_that_will_train_and_knows_its_windows(tmp_path):
+    report(raw_cohort(tmp_path / "raw", 1), tmp_path / "out", SMALL._replace(keep_names=True))
+    chain = preprocessing(resolution=48, spacing=8.0)
+    for case, row in zip(
+        prepared.find_cases(tmp_path / "out"), check(tmp_path / "out", preset="tiny").rows, strict=True
+    ):
+        item = {"image": case.hu(), "affine": case.affine}
+        for transform in chain:
+            item = transform(item)
+        assert (row["points"], row["points_spacing"]) == (len(item["coords"]), 8.0)
+    assert check(tmp_path / "out", preset="tiny", spacing=4.0).rows[-1]["points"] > 4 * row["points"]
+    with pytest.raises(ValueError, match="lnug"):
+        check(tmp_path / "out", windows=("lnug", "bone"))
+    with pytest.raises(ValueError, match="preset must be one of"):
+        check(tmp_path / "out", preset="basic")
+
+
 @pytest.mark.parametrize(("split", "code"), [("train", "NO_VALIDATION"), ("val", "NO_TRAINING")])
 def test_check_tells_that_a_dataset_of_one_case_cannot_be_trained_on(tmp_path, split, code):
     scans.write_series(tmp_path / "raw" / "one", scans.series())
@@ -421,7 +439,7 @@ def test_check_tells_that_a_dataset_of_one_case_cannot_be_trained_on(tmp_path, s
 
 def test_check_reads_scans_with_text_beside_them(tmp_path):
     for name in ("a.nii.gz", "a.txt", "b.nii.gz"):
-        (tmp_path / name).write_text("No nodule.")
+        (tmp_path / name).write_text(f"No nodule in {name}.")
     (tmp_path / "b.txt").touch()
     checked = check(tmp_path)
     assert checked.kind == "manifest" and checked.summary["matched"] == 2

@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from app.measures.findings import KEYWORDS, crg, find_findings, finding_matrix, finding_scores, matcher_error
+from app.measures.findings import (
+    KEYWORDS,
+    crg,
+    find_findings,
+    finding_matrix,
+    finding_scores,
+    matcher_error,
+    random_labels,
+    reads,
+)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +45,22 @@ from app.measures.findings import KEYWORDS, crg, find_findings, finding_matrix, 
         ("Mild emphysematous changes and bronchiectasis.", {"Emphysema", "Bronchiectasis"}),
         ("No lymphadenopathy. Interlobular septal thickening. Mosaic attenuation pattern.",
          {"Interlobular septal thickening", "Mosaic attenuation pattern"}),
+        ("No change in nodule.", {"Lung nodule"}),
+        ("No significant interval change in the 5 mm nodule, no effusion.", {"Lung nodule"}),
+        ("Consolidation without increase of the pleural effusion.", {"Consolidation", "Pleural effusion"}),
+        ("No increase in size of the nodules.", {"Lung nodule"}),
+        ("No nodule or change of note.", set()),
+        ("No fibrotic changes.", set()),
+        ("Resolved effusion.", set()),
+        ("Resolved left pleural effusion and a new nodule.", {"Lung nodule"}),
+        ("Nodule and resolved effusion.", {"Lung nodule"}),
+        ("Resolution of the pericardial effusion.", set()),
+        ("Pleural effusion, resolved. Consolidation has since resolved.", set()),
+        ("The effusion is completely resolved.", set()),
+        ("Partially resolved pleural effusion.", {"Pleural effusion"}),
+        ("The consolidation has not completely resolved.", {"Consolidation"}),
+        ("Incomplete resolution of the consolidation.", {"Consolidation"}),
+        ("Resolving consolidation.", {"Consolidation"}),
     ],
 )  # fmt: skip
 def test_mentions_and_negations(text, stated):
@@ -63,6 +88,21 @@ def test_scores_by_hand_and_weights_repeat_cases():
     assert scores["crg"] == pytest.approx(3 / (6 - (2 - 1 - 2)))
     repeated = finding_scores(said[[0, 0, 2]], truth[[0, 0, 2]])
     assert finding_scores(said, truth, np.array([2.0, 0.0, 1.0])) == pytest.approx(repeated)
+
+
+def test_what_is_not_in_latin_letters_is_not_read():
+    assert reads(["A nodule of 5 mm.", "No effusion."]) and reads(["Nódulo pulmonar"]) and reads(["5 mm"])
+    assert not reads(["左肺结节 5 mm"]) and not reads(["Узел в левом лёгком"])
+
+
+def test_random_labels_are_as_many_a_report_and_each_as_likely():
+    said = np.array([[1, 1, 0, 0], [0, 0, 0, 1]], dtype=bool)
+    np.testing.assert_allclose(random_labels(said), [[0.5] * 4, [0.25] * 4])
+    truth = np.array([[1, 0, 0, 0], [0, 0, 0, 1]], dtype=bool)
+    draws = np.random.default_rng(0).permuted(np.repeat(said[None], 4000, 0), axis=2)
+    drawn = np.mean([finding_scores(draw, truth)["f1_micro"] for draw in draws])
+    assert finding_scores(random_labels(said), truth)["f1_micro"] == pytest.approx(2 * 0.75 / 5)
+    assert drawn == pytest.approx(2 * 0.75 / 5, rel=0.05)
 
 
 def test_the_matchers_own_error_is_measured():

@@ -132,6 +132,6 @@ def test_shuffling_keeps_the_codes_and_moves_them():
 
 
 def test_card_holds_no_nan():
-    from app.evaluation.card import _plain
+    from app.measures.report import plain
 
-    assert json.dumps(_plain({"a": [float("nan"), 1.0], "b": {"c": float("inf")}}), allow_nan=False)
+    assert json.dumps(plain({"a": [float("nan"), 1.0], "b": {"c": float("inf")}}), allow_nan=False)

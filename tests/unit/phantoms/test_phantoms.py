@@ -112,6 +112,10 @@ def test_nodules_and_stones_are_on_their_side_as_many_and_as_large_as_said(monke
         assert count == said["count"] == len(said["size_mm"]) == len(said["center_mm"])
         found = sorted((6 / np.pi * 6.0**3 * np.bincount(labels.ravel())[1:]) ** (1 / 3))
         assert np.allclose(found, sorted(said["size_mm"]), rtol=0.35, atol=5)
+        middles = np.array(ndimage.center_of_mass(mask, labels, range(1, count + 1)))
+        middles = middles * 6.0 + phantom.affine[:3, 3]
+        off = np.linalg.norm(middles[:, None] - np.array(said["center_mm"]), axis=-1).min(1)
+        assert off.max() < 3, "places are told as they lie in the scan, pose and warp undone"
     assert seen >= 3
 
 

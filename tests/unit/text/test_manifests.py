@@ -4,9 +4,10 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from app.text.manifests import check_rows, read_rows
+from app.text.manifests import check_rows, read_rows, same_scans
 from app.text.rows import REPORT_QUESTION
 
 CT_RATE_LABELS = [
@@ -313,3 +314,26 @@ def test_unreadable_manifests_are_named(tmp_path, name, content, message):
         read_rows(tmp_path / name)
     with pytest.raises(ValueError, match="does not exist"):
         read_rows(tmp_path / "nowhere.csv")
+
+
+def test_of_two_people_without_a_split_one_is_held_out_and_rows_go_with_their_patient(tmp_path):
+    for name in ("ab", "cd", "ef"):
+        rows = [[f"{name[0]}{n}.nii", "Clear.", name[0]] for n in range(2)] + [[f"{name[1]}.nii", "Clear.", name[1]]]
+        read = read_rows(write_csv(tmp_path / f"{name}.csv", ["image", "report", "patient"], *rows))
+        assert {row.split for row in read} == {"train", "val"} and read[0].split == read[1].split
+    given = [["a.nii", "x", "p", "val"], ["b.nii", "x", "p", ""], ["c.nii", "x", "q", ""]]
+    read = read_rows(write_csv(tmp_path / "some.csv", ["image", "report", "patient", "split"], *given))
+    assert [row.split for row in read] == ["val", "val", "train"]
+
+
+def test_the_same_file_under_two_names_on_both_sides_is_told(tmp_path):
+    content = np.random.default_rng(0).bytes(300_000)
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.nii").write_bytes(content)
+    (tmp_path / "d.nii").write_bytes(content[:-1] + b"x")  # as long, and another at its end
+    (tmp_path / "e.nii").write_bytes(content[:100_000] + b"x" + content[100_001:])  # between what is sampled
+    sides = {"a": "train", "b": "val", "c": "train", "d": "val", "e": "val"}
+    rows = [[f"{name}.nii", "Clear.", side] for name, side in sides.items()]
+    rows = read_rows(write_csv(tmp_path / "m.csv", ["image", "report", "split"], *rows))
+    assert same_scans(rows) == ["a.nii", "b.nii", "c.nii"]
+    assert check_rows(rows)["problems"]["SAME_SCAN"].startswith("3 scans on both sides")

@@ -26,7 +26,7 @@ def tokens(rng):
         codes=rng.integers(0, 256, len(coarse)).astype(np.int32),
         coords=coarse.coords[:, 1:].numpy(),
         latent_shape=(3, 3, 3),
-        affine=np.diag([12.0, 12.0, 12.0, 1.0]) @ latent_to_voxel(),
+        affine=np.diag([1.5, 1.5, 1.5, 1.0]) @ latent_to_voxel(),
         source_shape=(100, 90, 80),
         source_affine=np.diag([-0.7, -0.7, 2.5, 1.0]),
         features="window",
@@ -213,3 +213,23 @@ def test_a_file_that_unpacks_to_too_much_is_refused(tokens, tmp_path, monkeypatc
 def test_no_file(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         read_tokens(tmp_path / "case.npz")
+
+
+def test_an_affine_that_contradicts_the_spacing_is_refused(tokens, tmp_path):
+    turned = np.eye(4)
+    turned[:2, :2] = [[0.8, -0.6], [0.6, 0.8]]
+    write_tokens(tmp_path / "good.npz", replace(tokens, affine=turned @ tokens.affine))
+    read_tokens(tmp_path / "good.npz")
+    skewed = np.eye(4)
+    skewed[0, 1] = 0.2
+    for changes in (
+        {"spacing": 3.0},
+        {"affine": np.diag([2.0, 1.0, 1.0, 1.0]) @ tokens.affine},
+        {"affine": skewed @ tokens.affine},
+        {"spacing": float("nan")},
+        {"spacing": float("inf")},
+        {"spacing": 0.0},
+    ):
+        write_tokens(tmp_path / "bad.npz", replace(tokens, **changes))
+        with pytest.raises(ValueError, match=r"contradict each other|spacing must be mm above 0"):
+            read_tokens(tmp_path / "bad.npz")

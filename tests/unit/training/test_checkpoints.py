@@ -262,3 +262,74 @@ def test_other_sizes_are_named_with_both_values(out, refused, change, line):
 def test_a_point_budget_is_no_other_tokenizer(out):
     torch.save(make_vqvae("tiny", **SIZES, max_points=5000).state_dict(), out / "net.pt")
     checkpoints.start_from(make_vqvae("tiny", **SIZES), out / "net.pt", codebook=True)
+
+
+def weights_in(tmp_path, change=lambda state: state, sizes=None):
+    """A checkpoint of a small network, with what a stranger's file may hold instead."""
+    state = checkpoints.sealed(make_vqvae("tiny", **SIZES).state_dict())
+    if sizes is not None:
+        told = json.loads(bytes(state["_extra_state"].tolist()))
+        content = sizes(told) if callable(sizes) else {**told, **sizes}
+        state["_extra_state"] = torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
+    torch.save(change(state), tmp_path / "w.pt")
+    return tmp_path / "w.pt"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "naming"),
+    [
+        ({"num_blocks": 10**9}, "num_blocks must be within 0 and 256, got 1000000000"),
+        ({"num_blocks": 200, "model_channels": 4096}, "its sizes say"),
+        ({"num_heads": 0}, "num_heads"),
+        ({"num_heads": "4"}, "num_heads"),
+        ({"num_heads": True}, "num_heads"),
+        ({"spacing": float("nan")}, "spacing"),
+        ({"spacing": -1.0}, "spacing"),
+        ({"widths": [8, 0, 8]}, "widths"),
+        ({"resolution": 10**30}, "resolution"),
+        ({"quantizer_levels": 0}, "quantizer_levels"),
+        ({"windows": 3}, "cannot be read"),
+        (lambda told: [told], "named values"),
+        (lambda told: None, "named values"),
+    ],
+)
+def test_foreign_sizes_are_one_line_before_any_memory_is_taken(tmp_path, refused, sizes, naming):
+    assert naming in refused("BAD_CHECKPOINT", checkpoints.load_tokenizer, weights_in(tmp_path, sizes=sizes))
+
+
+@pytest.mark.parametrize("foreign", [[1.0, 2.0], "text", None, {"a": 1}, float("nan")])
+def test_what_stands_where_a_tensor_belongs_is_one_line(tmp_path, refused, foreign):
+    file = weights_in(tmp_path, lambda state: {**state, next(iter(state)): foreign})
+    refused("BAD_CHECKPOINT", checkpoints.load_tokenizer, file)
+    assert "holds no plain tensor" in refused("BAD_CHECKPOINT", checkpoints.read_weights, file)
+
+
+def test_weights_that_changed_since_they_were_saved_are_refused_and_older_files_load(tmp_path, refused):
+    network = make_vqvae("tiny", **SIZES)
+    whole, state = checkpoints.sealed(network.state_dict()), network.state_dict()
+    torch.save(whole, tmp_path / "w.pt")
+    loaded = checkpoints.load_tokenizer(tmp_path / "w.pt")
+    assert loaded.sizes == network.sizes
+    # neither sizes nor identity know of the checksum
+    marks = {checkpoints.weights_hash(part) for part in (whole, state, loaded.state_dict())}
+    assert len(marks) == 1 and b"sha256" not in bytes(loaded.state_dict()["_extra_state"].tolist())
+    name = next(name for name, tensor in state.items() if tensor.dtype.is_floating_point)
+    other = whole[name].clone()
+    other.view(-1)[0] += 1e-6
+    torch.save({**whole, name: other}, tmp_path / "w.pt")
+    assert "not those that were saved" in refused("BAD_CHECKPOINT", checkpoints.load_tokenizer, tmp_path / "w.pt")
+    torch.save({**state, name: other}, tmp_path / "w.pt")  # of older software, which kept none
+    checkpoints.load_tokenizer(tmp_path / "w.pt")
+
+
+def test_a_set_is_saved_with_its_checksum(out):
+    network = make_vqvae("tiny", **SIZES)
+    checkpoints.save_set(out, 3, {"vqvae": network.state_dict()}, {"step": 3})
+    stored = checkpoints.read_tensors(step_file(out, "vqvae", 3))["_extra_state"]
+    assert json.loads(bytes(stored.tolist()))["sha256"] == checkpoints.tensors_hash(network.state_dict())
+
+
+@pytest.mark.parametrize("content", ["[", "[3]", '{"step": "3"}', '{"step": 3, "val_recon": NaN}', '{"step": -1}'])
+def test_a_best_that_names_no_step_is_one_line(out, refused, content):
+    (out / "ckpts" / "best.json").write_text(content)
+    assert "best.json does not name a step" in refused("BAD_RUN", checkpoints.read_best, out)

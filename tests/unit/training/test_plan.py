@@ -20,7 +20,7 @@ def test_without_data_it_is_the_demo(stage, name):
     assert (made.scale, made.preset, made.sizes) == ("demo", "tiny", PRESETS["tiny"])
     assert made.dataset_dir == "outputs/phantoms" and made.num_workers == 0
     assert made.max_steps == plan.DEMO["max_steps"][name] < 2000 and made.learning_rate > 0
-    assert (made.max_shift, made.norm) == (4, "sample")
+    assert (made.max_shift, made.norm, made.quantizer_levels) == (4, "sample", 2)
     assert made.i_save <= made.max_steps and made.val_interval <= made.max_steps
 
 
@@ -29,7 +29,7 @@ def test_with_data_it_is_the_real_thing(stage, steps, loss):
     made = make_plan(stage, dataset_dir="cohort")
     assert (made.scale, made.preset, made.dataset_dir) == ("full", "base", "cohort")
     assert (made.max_steps, made.learning_rate, made.lr_scheduler, made.loss_type) == (steps, 1e-4, "cosine", loss)
-    assert (made.max_shift, made.norm) == (0.25, "voxel")
+    assert (made.max_shift, made.norm, made.quantizer_levels) == (0.25, "voxel", 1)
     assert make_plan(stage, dataset_dir="cohort", preset="direct3d_s2").norm == "sample", "as published"
     assert made.batch_size_per_gpu == 2 and (made.i_print, made.i_save) == (100, 5000)
 

@@ -1,0 +1,115 @@
+"""Whether a tokenizer keeps the findings of phantoms it has never seen: contrast of nodules and stones.
+
+    python -m tests.benchmarks.bench_findings outputs/vq_stage1 [--cases 24] [--levels N]
+
+Contrast is the mean HU inside a finding (a sphere of 0.7 of its radius, of 0.6 voxels at least) minus that of the organ
+around it, both on the tokenizer's grid: what a blurred or absent finding has lost is missing from it. The truth is on
+the same grid, so what the spacing alone takes is not counted. Beside it the same with codes shuffled within the case.
+"""
+
+import argparse
+import json
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from app.evaluation.tokenizer_evaluation import shuffled
+from app.phantoms.phantoms import Phantom, make_phantom
+from app.tokens.open_scan import Volume
+from app.tokens.tokenizer import CTTokenizer
+from tests.benchmarks.timing import machine
+from transforms import Resampled
+
+FIRST_SEED = 1_000_000  # far from any seed of the cohort
+AROUND_MM = 14.0  # of the organ, beyond a margin that blur may reach
+ORGANS = {"nodule": (-1100, -500), "kidney stone": (-100, 300)}  # HU of what lies around
+
+
+class Contrast(NamedTuple):
+    finding: str
+    size_mm: float
+    truth: float
+    made: float
+
+
+def contrasts(
+    phantom: Phantom,
+    truth: Float[np.ndarray, "X Y Z"],
+    made: Float[np.ndarray, "X Y Z"],
+    affine: Float[np.ndarray, "4 4"],
+) -> list[Contrast]:
+    """One for each nodule and stone; both volumes lie on the grid of `affine`, index to RAS mm."""
+    spacing = float(affine[0, 0])
+    index = np.stack(np.meshgrid(*[np.arange(n) for n in truth.shape], indexing="ij"), -1)
+    rows = []
+    for finding in phantom.findings:
+        low, high = ORGANS.get(finding["finding"], (0, 0))
+        if low == high:
+            continue
+        for size, centre in zip(finding["size_mm"], finding["center_mm"], strict=True):
+            at = (np.linalg.inv(affine) @ [*centre, 1])[:3]
+            away = np.linalg.norm(index - at, axis=-1) * spacing
+            inside = away <= max(0.35 * size, 0.6 * spacing)
+            edge = size / 2 + 1.5 * spacing
+            around = (away > edge) & (away <= edge + AROUND_MM) & (truth > low) & (truth < high)
+            if inside.any() and around.any():
+                pair = [float(volume[inside].mean() - volume[around].mean()) for volume in (truth, made)]
+                rows.append(Contrast(finding["finding"], size, *pair))
+    return rows
+
+
+def judge(tokenizer: CTTokenizer, cases: int, levels: int | None) -> dict[str, list[Contrast]]:
+    """Contrasts of all findings of `cases` unseen phantoms, as decoded and with codes shuffled."""
+    sizes = tokenizer.sizes
+    resampled = Resampled("image", spacing=sizes.spacing, grid=sizes.resolution)
+    found: dict[str, list[Contrast]] = {"decoded": [], "codes shuffled": []}
+    for seed in range(FIRST_SEED, FIRST_SEED + cases):
+        phantom = make_phantom(seed)
+        on_grid = resampled({"image": phantom.hu, "affine": phantom.affine})
+        tokens = tokenizer.encode(Volume(phantom.hu, phantom.affine), support=True, levels=levels)
+        mixed = tokens.__class__(**{**vars(tokens), "codes": shuffled(tokens.codes)})
+        truth = np.asarray(on_grid["image"], np.float32)
+        for name, given in (("decoded", tokens), ("codes shuffled", mixed)):
+            made = tokenizer.decode(given).hu
+            found[name] += contrasts(phantom, truth, made, np.asarray(on_grid["affine"]))
+    return found
+
+
+def share_kept(rows: list[Contrast]) -> float:
+    """Contrast that is left over contrast that was, of all together."""
+    return float(sum(row.made for row in rows) / sum(row.truth for row in rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tokenizer", help="checkpoint or output folder")
+    parser.add_argument("--cases", type=int, default=24)
+    parser.add_argument("--levels", type=int)
+    given = parser.parse_args()
+    torch.manual_seed(0)
+    found = judge(CTTokenizer.from_pretrained(given.tokenizer), given.cases, given.levels)
+    print("| finding | number | mm | contrast, HU | decoded | share kept | codes shuffled |")
+    print("|---|---|---|---|---|---|---|")
+    table = {}
+    for finding, limit in (("nodule", 18.0), ("kidney stone", 11.0)):
+        for name, small in ((finding, False), (f"small {finding}", True)):
+            rows, mixed = (
+                [row for row in part if row.finding == finding and (row.size_mm < limit or not small)]
+                for part in found.values()
+            )
+            if not rows:
+                continue
+            mean = {key: np.mean([getattr(row, key) for row in rows]) for key in ("size_mm", "truth", "made")}
+            kept, control = share_kept(rows), share_kept(mixed)
+            table[name] = {"number": len(rows), "share_kept": round(kept, 3), "shuffled": round(control, 3)}
+            print(
+                f"| {name} | {len(rows)} | {mean['size_mm']:.0f} | {mean['truth']:.0f} | {mean['made']:.0f} "
+                f"| {kept:.2f} | {control:.2f} |"
+            )
+    print(json.dumps({"benchmark": "findings", **machine("cpu"), "cases": given.cases, "findings": table}))
+
+
+if __name__ == "__main__":
+    main()
