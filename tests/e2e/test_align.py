@@ -174,7 +174,7 @@ def test_other_sizes_do_not_resume_and_other_settings_are_said(home, aligned, tm
     assert (tmp_path / "run/train_args.json").read_text() == before, "what is asked is what was trained"
     (tmp_path / "run/log.txt").unlink()
     align(home, tmp_path / "run", resume="latest", epochs=3, lora_dropout=0.1, learning_rate=0.5)
-    (said,) = [line for line in (tmp_path / "run/log.txt").read_text().splitlines() if "other settings" in line]
+    (said,) = [line for line in (tmp_path / "run/log.txt").read_text().splitlines() if "this run goes on" in line]
     assert "lora_dropout 0.1 (was 0.0)" in said and "learning_rate 0.5 (was " in said and "lora_r" not in said
 
 
