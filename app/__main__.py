@@ -59,8 +59,21 @@ def answering(as_json: bool, debug: bool) -> Iterator[Answer]:
     raise typer.Exit(answer.status)
 
 
+def _show_version(asked: bool) -> bool:
+    if asked:
+        from app.shared.version import VERSION
+
+        sys.stdout.write(f"voxelingo {VERSION}\n")
+        raise typer.Exit
+    return asked
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
     """Voxelingo: CT volumes as short sequences of discrete 3D tokens, and language models that read them."""
 
 
@@ -285,7 +298,48 @@ def evaluate(
         answer.give(result, table_lines(result), status=evaluate.status_of(result))
 
 
-if __name__ == "__main__":
+@app.command(epilog="Example: python -m app export my_bundle --tokenizer outputs/vq_stage2 --zip")
+def export(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder of the bundle; it must not be there yet.")],
+    tokenizer: Annotated[str | None, typer.Option(help="Checkpoint, output folder or bundle; else the newest.")] = None,
+    align: Annotated[str | None, typer.Option(help="Output folder of an alignment run, to go along.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the bundle; else that of OUT.")] = None,
+    zipped: Annotated[bool, typer.Option("--zip", help="Also OUT.zip; the same input gives the same bytes.")] = False,
+    as_json: Json = False,
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> None:
+    """A self-contained MONAI bundle, proven in a process of its own."""
+    with answering(as_json, debug) as answer:
+        from app.export import export as exporting
+
+        done = exporting.export(out, tokenizer=tokenizer, align=align, name=name, zipped=zipped)
+        answer.give(done, exporting.lines(done))
+
+
+@app.command(epilog="Example: monailabel start_server --app $(python -m app where app) --studies DIR")
+def where(
+    what: Annotated[str, typer.Argument(metavar="bundles|app", help="Which folder.")],
+    as_json: Json = False,
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> None:
+    """Prints the folder of the bundles (for --config_file) or of the app (for MONAI Label)."""
+    with answering(as_json, debug) as answer:
+        from app.shared.places import app_folder, bundles_folder
+
+        places = {"bundles": bundles_folder(), "app": app_folder()}
+        if what not in places:
+            raise ValueError(f"there is bundles and app, got {what!r}")
+        answer.give({what: str(places[what])}, [str(places[what])])
+
+
+def run() -> None:
+    """The command `voxelingo`, and `python -m app`."""
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold anything
     sys.stderr.reconfigure(errors="backslashreplace")
-    app(prog_name="python -m app")
+    app(prog_name="voxelingo" if sys.argv[0].endswith("voxelingo") else "python -m app")
+
+
+if __name__ == "__main__":
+    run()

@@ -3,7 +3,18 @@
 from networks.fsq import FiniteScalarQuantizer
 from networks.projector import Projector
 from networks.quantizer import VectorQuantizer
-from networks.residual import ResidualQuantizer
-from networks.vqvae import SparseVQVAE, make_vqvae
+from networks.residual import ResidualQuantizer, build_quantizer
+from networks.vqvae import Decoder, Encoder, SparseVQVAE, SubdivisionHeads, make_vqvae
 
-__all__ = ["FiniteScalarQuantizer", "Projector", "ResidualQuantizer", "SparseVQVAE", "VectorQuantizer", "make_vqvae"]
+__all__ = [
+    "Decoder",
+    "Encoder",
+    "FiniteScalarQuantizer",
+    "Projector",
+    "ResidualQuantizer",
+    "SparseVQVAE",
+    "SubdivisionHeads",
+    "VectorQuantizer",
+    "build_quantizer",
+    "make_vqvae",
+]

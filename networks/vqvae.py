@@ -161,6 +161,7 @@ class _Torso(nn.Module):
 
     def __init__(self, sizes: Preset, use_checkpoint: bool):
         super().__init__()
+        self.sizes = sizes
         self.use_checkpoint = use_checkpoint
         self.blocks = nn.ModuleList(
             TransformerBlock(
@@ -273,6 +274,7 @@ class SubdivisionHeads(nn.ModuleList):
     def __init__(self, sizes: Preset):
         channels = (sizes.model_channels, *sizes.widths[:0:-1])
         super().__init__(RowLinear(width, 8) for width in channels)
+        self.sizes = sizes
 
     def choose(
         self, i: int, x: SparseTensor, *, fine_shape: tuple[int, int, int]
@@ -290,7 +292,10 @@ class SubdivisionHeads(nn.ModuleList):
 
 
 class SparseVQVAE(nn.Module):
-    """Encoder, quantiser (None for the continuous autoencoder), decoder and subdivision heads, with their sizes."""
+    """Encoder, quantiser (None for the continuous autoencoder), decoder and subdivision heads.
+
+    `sizes`, which all of them were made with, are what a checkpoint records; parts of other sizes are refused.
+    """
 
     def __init__(
         self,
@@ -302,6 +307,15 @@ class SparseVQVAE(nn.Module):
         subdivision: SubdivisionHeads,
     ):
         super().__init__()
+        for name, part in {"encoder": encoder, "decoder": decoder, "subdivision": subdivision}.items():
+            if part.sizes != sizes:
+                other = [
+                    f.name for f in dataclasses.fields(sizes) if getattr(part.sizes, f.name) != getattr(sizes, f.name)
+                ]
+                raise ValueError(
+                    f"{name} was made with another {', '.join(other)} than the network: give both the same sizes"
+                )
+        _check_codes(vq, sizes)
         self.sizes = sizes
         self.encoder, self.vq, self.decoder, self.subdivision = encoder, vq, decoder, subdivision
 
@@ -402,6 +416,23 @@ class SparseVQVAE(nn.Module):
         stored = Preset.from_tensor(state)
         if dataclasses.replace(stored, prepared=self.sizes.prepared) != self.sizes:
             raise ValueError(f"the checkpoint was made for {stored}, this network is {self.sizes}")
+
+
+def _check_codes(vq: nn.Module | None, sizes: Preset) -> None:
+    """That a quantiser is the one that the sizes tell of."""
+    if (vq is None) != (sizes.codebook == "none"):
+        got = "none" if vq is None else type(vq).__name__
+        raise ValueError(f"vq must be a quantiser unless codebook is none, got codebook {sizes.codebook} and {got}")
+    parts = [] if vq is None else list(vq.levels) if isinstance(vq, ResidualQuantizer) else [vq]
+    if parts and len(parts) != sizes.quantizer_levels:
+        raise ValueError(f"vq must have quantizer_levels = {sizes.quantizer_levels} levels, got {len(parts)}")
+    for part in parts:
+        made = (part.num_embeddings, part.embedding_dim)
+        if made != (sizes.num_embeddings, sizes.latent_channels):
+            raise ValueError(
+                f"vq must have num_embeddings {sizes.num_embeddings} codes of latent_channels {sizes.latent_channels}, "
+                f"got {made[0]} of {made[1]}"
+            )
 
 
 def noise_like(values: Float[Tensor, "M D"], level: Level, seeds: list[int] | None) -> Float[Tensor, "M D"]:

@@ -1,4 +1,4 @@
-"""What an alignment run consists of before its first step: plan, frozen tokenizer, text with tokens, language model.
+"""What an alignment run consists of before its first step: choices, frozen tokenizer, text with tokens, language model.
 
 `scale: auto` is the demo (phantoms and a tiny Qwen trained whole) without data, and the real thing (a stock Qwen-VL,
 projector or LoRA) with it. What a run was made with is written down, so that nothing is ever loaded against another
@@ -9,9 +9,7 @@ import copy
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from app.text.manifests import check_rows, read_rows
 from app.text.rows import TextRow
 from app.tokens.tokenizer import CTTokenizer, find_tokenizer
 from app.training import checkpoints
+from app.training.choices import SCALES
 from app.training.initial_weights import STAGE1_COMMAND, train_demo_stage1
 from networks import qwen
 from networks.projector import Projector
@@ -37,8 +36,8 @@ from networks.vqvae import SparseVQVAE
 
 log = logging.getLogger(__name__)
 
-STOCK_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
 TINY_MODELS = {"tiny_qwen2_vl": "qwen2_vl", "tiny_qwen3_vl": "qwen3_vl"}  # built here, from the text
+TINY_SIZES = {"width": 64, "num_layers": 2}
 LORA_SIZES = ("lora_r", "lora_alpha")
 RESUMED_WITH = {  # what a run cannot change on its way, and the code of its refusal
     "tokenizer": "OTHER_TOKENIZER",
@@ -47,65 +46,49 @@ RESUMED_WITH = {  # what a run cannot change on its way, and the code of its ref
 }
 
 
-@dataclass(frozen=True)
-class AlignPlan:
-    """Defaults of one run."""
-
-    scale: str
-    language: str
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    lr_scheduler: str
-    train_language: bool
-    use_3d_pos: bool
-    num_phantoms: int
-    about: list[str] | None
-    tiny: dict
-    amp: str
-    compile_layers: bool
-    num_workers: int
-    i_print: int
-    i_log: int
-    i_save: int
-
-
-def make_align_plan(
-    *,
-    scale: str = "auto",
-    data: str | None = None,
-    dataset: str | None = None,
-    dummy_data: bool = False,
-    dummy_samples: int = 50,
-    vl_model: str | None = None,
-    use_lora: bool = False,
-) -> AlignPlan:
-    """Fills what is open and says what was chosen. `dummy_data` is the demo on `dummy_samples` phantoms.
-
-    What the end of the preparations needs (a Qwen-VL, peft) is looked for here, before scans are encoded for hours.
-    """
-    if scale not in ("auto", "demo", "full"):
+def is_demo(
+    scale: str = "auto", *, data: str | None = None, dataset: str | None = None, dummy_data: bool = False
+) -> bool:
+    """Whether the demo's numbers are meant; `auto` means them as long as there is no text. `dummy_data` is the demo."""
+    if scale not in SCALES:
         fail("BAD_VALUE", f"scale must be auto, demo or full, got {scale!r}", "leave --scale out for auto")
     own = data is not None or dataset is not None
     if data is not None and dataset is not None:
         fail("BAD_VALUE", "data and dataset are both given", "give one of them")
     if dummy_data and own:
         fail("BAD_VALUE", "dummy_data and data are both given", "give one of them")
-    chosen = scale if scale != "auto" else ("full" if own else "demo")
-    if chosen == "full" and not own:
+    if scale == "full" and not own:
         fail("NO_DATA", "scale full needs text", "pass --data MANIFEST, or leave --scale out for the demo")
+    return scale == "demo" or (scale == "auto" and not own)
+
+
+def is_tiny(vl_model: str) -> bool:
+    """Whether this is a language model that is built here, from the text."""
+    return vl_model in TINY_MODELS
+
+
+def can_compile(vl_model: str) -> bool:
+    """Whether the layers of a language model run faster compiled, on this machine."""
+    return torch.cuda.is_available() and not is_tiny(vl_model) and not defect("triton", torch.cuda.current_device())
+
+
+def check_choices(
+    *, demo: bool, vl_model: str, data: str | None = None, dataset: str | None = None, use_lora: bool = False
+) -> None:
+    """Says what was chosen, and looks for what the end of the preparations needs (a Qwen-VL, peft).
+
+    That is before scans are encoded for hours.
+    """
     if data is not None and not Path(data).exists():
         fail("NO_DATA", f"{data} does not exist", "give a manifest, a prepared dataset with text.jsonl, or a folder")
-    cuda = torch.cuda.is_available()
-    demo = chosen == "demo"
-    log.info("scale %s: %s", chosen, f"text of {data or dataset}" if own else "text of built-in phantoms")
-    language = vl_model or ("tiny_qwen2_vl" if demo else STOCK_MODEL)
-    tiny = language in TINY_MODELS
+    text = f"text of {data or dataset}" if data or dataset else "text of built-in phantoms"
+    log.info("scale %s: %s", "demo" if demo else "full", text)
+    tiny = is_tiny(vl_model)
     whole = tiny and not use_lora
-    log.info("language model: %s%s%s", language, ", built here" * tiny, " and trained whole" * whole)
+    log.info("language model: %s%s%s", vl_model, ", built here" * tiny, " and trained whole" * whole)
     try:
         if not tiny:
-            qwen.family_of(language)
+            qwen.family_of(vl_model)
     except ValueError as error:
         fail("BAD_MODEL", str(error), "give a hub name or the folder of a Qwen2-VL or Qwen3-VL")
     try:
@@ -113,25 +96,6 @@ def make_align_plan(
             qwen.import_peft()
     except ValueError as error:
         fail("NO_PEFT", str(error), "pip install peft, or leave out --use_lora")
-    return AlignPlan(
-        scale=chosen,
-        epochs=5 if demo else 3,
-        batch_size=16 if demo else 2,
-        learning_rate=1e-3 if demo else 1e-4,
-        lr_scheduler="one_cycle" if demo else "cosine",
-        language=language,
-        train_language=whole,
-        use_3d_pos=tiny,
-        num_phantoms=dummy_samples if dummy_data else 800,
-        about=["pleural effusion"] if demo else None,  # what tokens at 8 mm can show
-        tiny={"width": 64, "num_layers": 2},
-        amp="bf16" if cuda else "off",
-        compile_layers=cuda and not tiny and not defect("triton", torch.cuda.current_device()),
-        num_workers=0 if demo else min(8, max((os.cpu_count() or 2) - 1, 1)),
-        i_print=25 if demo else 100,
-        i_log=25 if demo else 100,
-        i_save=200 if demo else 1000,
-    )
 
 
 class FrozenTokenizer:
@@ -141,11 +105,11 @@ class FrozenTokenizer:
         path: checkpoint, output folder or bundle; None takes the newest output. On the demo a missing one is trained.
     """
 
-    def __init__(self, path: str | None, *, scale: str, device: torch.device, config: str | None = None):
+    def __init__(self, path: str | None, *, demo: bool, device: torch.device, config: str | None = None):
         if config is not None:
             log.info("vae_config is not needed: the checkpoint carries its sizes")
         if path is None and not any(map(checkpoints.complete_steps, checkpoints.NEWEST_TOKENIZERS)):
-            if scale != "demo":
+            if not demo:
                 fail("NO_TOKENIZER", "there is no tokenizer yet", f"first run {STAGE1_COMMAND}, or pass --vae_ckpt")
             train_demo_stage1("NO_TOKENIZER")
         self.file = find_tokenizer(path)
@@ -172,7 +136,6 @@ class TrainingText:
     def __init__(
         self,
         *,
-        plan: AlignPlan,
         tokenizer: FrozenTokenizer,
         data: str | None = None,
         dataset: str | None = None,
@@ -188,7 +151,7 @@ class TrainingText:
         if dataset is not None:
             return
         if data is None:
-            settings = {"count": plan.num_phantoms, "seed": 0, "about": None} | (phantoms or {})
+            settings = {"count": 800, "seed": 0, "about": None} | (phantoms or {})
             self.rows, self.volumes = align_data.builtin(source, split="train", **settings)
             return
         self.rows = training_rows(data, image_root=image_root)
@@ -216,13 +179,13 @@ def training_rows(data: str, *, image_root: str | None) -> list[TextRow]:
 class Language:
     """The language model and its tokenizer, with what may be trained left trainable.
 
-    Which one the plan says; a tiny one is built on the text. `identity` is what a projector belongs to.
+    Any Qwen-VL by hub name or path; a tiny one is built on the text. `identity` is what a projector belongs to.
     """
 
     def __init__(
         self,
         *,
-        plan: AlignPlan,
+        vl_model: str,
         amp: str,
         texts: Sequence[str],
         train_language: bool = False,
@@ -235,9 +198,9 @@ class Language:
             fail("BAD_VALUE", "use_lora and train_language are both on", "turn one of them off: --train_language False")
         self.trained = train_language
         half = amp == "bf16" and torch.cuda.is_available() and not train_language
-        if plan.language in TINY_MODELS:
-            family = TINY_MODELS[plan.language]
-            sizes = plan.tiny | (tiny or {})
+        if is_tiny(vl_model):
+            family = TINY_MODELS[vl_model]
+            sizes = TINY_SIZES | (tiny or {})
             self.model, self.tokenizer = build_tiny(texts, family=family, seed=seed, **sizes)
             words = json.dumps(self.tokenizer.get_vocab(), sort_keys=True).encode()
             self.identity = {"name": None, "built": family, "seed": seed, **sizes}
@@ -245,11 +208,11 @@ class Language:
         else:
             try:
                 self.model, self.tokenizer = qwen.load_language(
-                    plan.language, dtype=torch.bfloat16 if half else torch.float32
+                    vl_model, dtype=torch.bfloat16 if half else torch.float32
                 )
             except ValueError as error:
                 fail("BAD_MODEL", str(error), "give a hub name or the folder of a Qwen2-VL or Qwen3-VL")
-            self.identity = identify(plan.language, self.model)
+            self.identity = identify(vl_model, self.model)
         qwen.freeze(self.model)
         self.adapter = None
         if lora is not None and lora["use"]:

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from app.language.align_setup import FrozenTokenizer, Language, check_same, write_train_args
 from app.training import checkpoints
 from app.training.checkpoints import unwrapped
+from app.training.handlers import record_steps
 from app.training.step import AMP_TYPES, mean_of_ranks, resume_optimizer, seed_step, step_optimizer, stop_if_not_finite
 from app.training.stopping import StopWhenAsked
 from networks.qwen import save_language
@@ -99,7 +100,7 @@ class AlignHandlers:
 
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, lambda _: self.schedule.step())
-        self.folder.record_steps(engine, optimizer=self.optimizer, phase="train", every=self.every, last=last)
+        record_steps(engine, self.folder, optimizer=self.optimizer, phase="train", every=self.every)
         completed = Events.ITERATION_COMPLETED
         engine.add_event_handler(completed(event_filter=due(self.every["epoch"])), self._save_epoch)
         engine.add_event_handler(completed(event_filter=due(self.every["i_save"])), self._save)

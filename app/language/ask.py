@@ -22,6 +22,7 @@ def ask(
     *,
     align: str = "outputs/align",
     tokenizer: str | None = None,
+    language_model: str | None = None,
     out: str | None = None,
     stream: bool = False,
     max_new_tokens: int = 256,
@@ -41,7 +42,7 @@ def ask(
         fail("BAD_CALL", f"{out} is a folder", "give a file for --out, such as answers.jsonl")
     if out is not None and (Path(out).parent / "metadata.csv").exists():
         fail("BAD_CALL", f"{Path(out).parent} is a prepared dataset with a failures.csv", "give --out another folder")
-    assistant = CTAssistant.from_pretrained(align, tokenizer=tokenizer)
+    assistant = CTAssistant.from_pretrained(align, tokenizer=tokenizer, language_model=language_model)
     found = assistant.open_all(path)
     if (first := next(found, None)) is None:
         fail("NO_CASES", f"{source} holds no scan", "give a scan, a prepared case or dataset, or token files", status=3)

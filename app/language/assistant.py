@@ -81,22 +81,27 @@ class CTAssistant:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path = "outputs/align", *, tokenizer: str | None = None, device: torch.device | None = None
+        cls,
+        path: str | Path = "outputs/align",
+        *,
+        tokenizer: str | None = None,
+        language_model: str | None = None,
+        device: torch.device | None = None,
     ) -> "CTAssistant":
-        """From the output folder of an alignment run.
+        """From the output folder of an alignment run, or an exported bundle.
 
-        `tokenizer` says where the tokenizer is now, if not where it was then; another one is refused.
+        `tokenizer` and `language_model` say where they are now, if not where they were then; others are refused.
         """
-        path, device = Path(path), device or choose_device()
+        path, device = aligned_folder(path), device or choose_device()
         settings = read_settings(path)
-        frozen = FrozenTokenizer(tokenizer or settings["tokenizer_path"], scale="full", device=device)
+        frozen = FrozenTokenizer(tokenizer or str(path / settings["tokenizer_path"]), scale="full", device=device)
         if frozen.hash != settings["tokenizer"]:
             fail(
                 "OTHER_TOKENIZER",
                 f"{path} was aligned to tokenizer {settings['tokenizer'][:12]}, {frozen.file} is {frozen.hash[:12]}",
                 "give that tokenizer with --tokenizer, or align again",
             )
-        language, text_tokenizer = load_base(path, settings, device)
+        language, text_tokenizer = load_base(path, settings, device, language_model)
         projector = Projector(
             settings["in_features"],
             qwen.language_width(language),
@@ -126,6 +131,12 @@ class CTAssistant:
         if adapter is not None:
             settings["adapter_sha256"] = hash_path(adapter)
         return cls(model=model, text_tokenizer=text_tokenizer, tokenizer=frozen, settings=settings)
+
+    def with_budget(self, max_3d_tokens: int) -> "CTAssistant":
+        """The same with at most so many tokens of a volume."""
+        settings = {**self.settings, "max_3d_tokens": max_3d_tokens}
+        parts = {"model": self.model, "text_tokenizer": self.text_tokenizer, "tokenizer": self.tokenizer}
+        return CTAssistant(**parts, settings=settings)
 
     def ask(
         self,
@@ -294,6 +305,12 @@ def _series(tokens: CTTokens) -> dict[str, Any]:
     }
 
 
+def aligned_folder(path: str | Path) -> Path:
+    """Where the aligned model lies: an output folder is it, a bundle has it below its models."""
+    bundled = Path(path) / "models" / "align"
+    return bundled if bundled.is_dir() else Path(path)
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     file = path / "train_args.json"
     if not file.is_file():
@@ -315,11 +332,13 @@ def read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def load_base(path: Path, settings: dict[str, Any], device: torch.device) -> tuple[torch.nn.Module, Any]:
-    """The language model that the projector belongs to; another one is refused."""
+def load_base(
+    path: Path, settings: dict[str, Any], device: torch.device, now_at: str | None = None
+) -> tuple[torch.nn.Module, Any]:
+    """The language model that the projector belongs to, wherever it is now; another one is refused."""
     base = settings["base_model"]
     own = path / "language_final"
-    name = str(own) if own.is_dir() else base["name"]
+    name = str(own) if own.is_dir() else now_at or base["name"]
     if name is None:
         fail("NOT_FINISHED", f"the alignment in {path} did not reach its end", "go on with --resume latest")
     half = settings["amp"] == "bf16" and device.type == "cuda" and not own.is_dir()
@@ -327,7 +346,8 @@ def load_base(path: Path, settings: dict[str, Any], device: torch.device) -> tup
         language, text_tokenizer = qwen.load_language(name, dtype=torch.bfloat16 if half else torch.float32)
     except ValueError as error:
         fail("BAD_MODEL", str(error), "the base model is kept by name: it must be there or on the hub")
-    if not own.is_dir() and (found := identify(name, language)) != base:
+    found = base if own.is_dir() else identify(name, language)
+    if {**found, "name": None} != {**base, "name": None}:
         fail("OTHER_MODEL", f"{path} was aligned to {base}, {name} is now {found}", "restore that model or align again")
     return language, text_tokenizer
 

@@ -308,6 +308,16 @@ CODES = MappingProxyType(
         "NOT_FINISHED": _call("an alignment that did not reach its end", "go on with --resume latest"),
         "BAD_PROJECTOR": _call("a projector that its own settings do not describe", "align again"),
         "BAD_ADAPTER": _call("a LoRA adapter cannot be loaded", "install peft, copy the folder again, or align again"),
+        # bundles that leave the house, and the server
+        "BAD_BUNDLE": _call(
+            "an exported bundle whose files contradict each other", "copy it again, or export it again"
+        ),
+        "NO_TEMPLATES": _call("a bundle's own code exports no bundle", "use a checkout or an installation"),
+        "NOT_PROVEN": _fault("an exported bundle does not give what its source gives", "report it with its line"),
+        "BAD_SHAPE": _refused("a batch that is not (B, 1, X, Y, Z)", "give volumes in HU with one channel"),
+        "NOT_LOCAL": _refused("a request from another machine or page", "the line says how to allow it"),
+        "TOO_LARGE": _refused("more is sent than the server takes", "raise --conf max_upload_mb"),
+        "NO_MODEL": _refused("the server has no such model", "name one that the line names"),
         # ours
         "FAULT": _fault("a mistake of this software", "run again with --debug, and report what it shows"),
     }

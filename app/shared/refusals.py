@@ -65,7 +65,7 @@ def refuse_empty(path: str | Path, *, name: str = "OUT") -> None:
         fail("BAD_VALUE", f"{name} is empty (a variable that is not set?)", "give a path, the current folder is .")
 
 
-def as_refused(error: ValueError) -> Refused:
+def as_refused(error: Exception) -> Refused:
     """A refused input as it is listed, whoever refused it."""
     return error if isinstance(error, Refused) else Refused("BAD_VALUE", str(error) or type(error).__name__)
 

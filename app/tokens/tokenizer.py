@@ -11,6 +11,7 @@ from jaxtyping import Float
 from app.shared.devices import choose_device
 from app.shared.refusals import Refused, fail
 from app.tokens import open_scan
+from app.tokens.bundles import check_description
 from app.tokens.open_scan import Scan, Volume
 from app.tokens.token_files import CTTokens, latent_to_voxel, read_tokens
 from app.training import checkpoints, data
@@ -59,6 +60,7 @@ class CTTokenizer:
         network = checkpoints.load_tokenizer(file)
         log.info("tokenizer %s", file)
         digest = checkpoints.weights_hash(network.state_dict())
+        check_description(file, network.sizes, digest)
         made = cls(network, digest=digest, source=str(file), max_points=max_points)
         made.network.to(choose_device() if device is None else device)
         return made

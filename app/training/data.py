@@ -19,6 +19,7 @@ from monai.transforms import Compose
 from torch.utils.data import Dataset, get_worker_info
 
 from app.dataset.prepared import PreparedCase, common_grid, find_cases, windows_are_masks, windows_as_hu
+from app.phantoms.phantoms import ensure_cohort
 from app.shared.atomic_files import written_whole
 from transforms import RandCropToBudgetd, RandJitterd, RandTranslated, Resampled, Sparsifyd, Windowsd
 from transforms.array import CUT_OFF, DEFAULT_WINDOWS, window_values
@@ -26,6 +27,7 @@ from transforms.array import CUT_OFF, DEFAULT_WINDOWS, window_values
 log = logging.getLogger(__name__)
 CACHE_FORMAT = 3  # raised when a cached item changes its meaning, or how it lies in memory
 CACHED = {"coords", "values", "spatial_shape", "affine", "beyond"}  # what an item holds
+PHANTOMS = "outputs/phantoms"
 MAX_SIDE = 2**15 - 1  # voxels: coordinates travel as int16
 Transform = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -279,7 +281,7 @@ def or_refusal(make: Callable[[], Any]) -> Any:
 
 
 def make_dataset(
-    dataset_dir: str | Path,
+    dataset_dir: str | Path | None,
     *,
     split: str,
     preprocessing: Sequence[Transform],
@@ -287,7 +289,8 @@ def make_dataset(
     min_points: int = 100,
     seed: int = 0,
 ) -> CTDataset:
-    """The cases of one side of a prepared dataset, cached beside it."""
+    """The cases of one side of a prepared dataset, cached beside it; without one, of the built-in phantoms."""
+    dataset_dir = ensure_cohort(PHANTOMS) if dataset_dir is None else dataset_dir
     cases = find_cases(dataset_dir, split=split)
     if not cases:
         raise ValueError(

@@ -1,15 +1,16 @@
-"""All that hangs on a trainer of the tokenizer's stages: schedule and average after each step, and what falls due.
+"""What hangs on a trainer of the tokenizer's stages, each an entry of its own in a stage file, in the order they run.
 
 Nothing here saves the engine: a resumed run sets the trainer's iteration and the sampler's start (see checkpoints.py).
 """
 
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import ignite.distributed as idist
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import CallableEventWithFilter, Engine, Events
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from torch import nn
 from torch.optim import Optimizer, lr_scheduler
@@ -18,8 +19,8 @@ from torch.optim.swa_utils import AveragedModel
 from app.measures.tokenizer_metrics import count_codes, is_collapsed, perplexity
 from app.training import checkpoints
 from app.training.checkpoints import unwrapped
-from app.training.step import resume_optimizer
-from app.training.stopping import StopWhenAsked
+from app.training.run_folder import SHOWN, advice_for, duration
+from app.training.step import resume_optimizer, stop_if_not_finite
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +30,18 @@ NEXT = {  # by the name of a stage's files: what to run on what it left
 }
 
 
-class StageHandlers:
-    """All that hangs on the trainer, in the order in which it has to happen.
+class Due:
+    """Event filter: every so many steps and at the last one, with `first` at the first too."""
 
-    After each step: schedule, average, log; where due: validate, picture, save.
-    """
+    def __init__(self, every: int, *, first: bool = False):
+        self.every, self.first = every, first
+
+    def __call__(self, engine: Engine, step: int) -> bool:
+        return step % self.every == 0 or step == engine.state.epoch_length or (self.first and step == 1)
+
+
+class BeginOrResume:
+    """Before the first step: a first validation, or the weights, optimizer and step of the run that is resumed."""
 
     def __init__(
         self,
@@ -44,38 +52,23 @@ class StageHandlers:
         optimizer: Optimizer,
         schedule: lr_scheduler.LRScheduler,
         evaluator: SupervisedEvaluator,
-        every: dict,
+        save: Callable[[Engine], None],
     ):
         self.folder, self.network, self.averaged = folder, unwrapped(network), averaged
-        self.optimizer, self.schedule, self.evaluator, self.every = optimizer, schedule, evaluator, every
-        self.validated_step: int | None = None
-        self.collapsed = False
+        self.optimizer, self.schedule, self.evaluator, self.save = optimizer, schedule, evaluator, save
 
-    def attach(self, engine: SupervisedTrainer) -> None:
-        last = engine.state.epoch_length
-
-        def due(key: str) -> Callable[[Engine, int], bool]:
-            return lambda _, step: step % self.every[key] == 0 or step == last
-
+    def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self._start)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._advance)
-        self.folder.record_steps(engine, optimizer=self.optimizer, phase="train", every=self.every, last=last)
-        completed = Events.ITERATION_COMPLETED
-        engine.add_event_handler(completed(event_filter=due("i_print")), self._watch_codes)
-        engine.add_event_handler(completed(event_filter=due("val_interval")), self._validate)
-        engine.add_event_handler(completed(event_filter=due("i_sample")), self._picture)
-        engine.add_event_handler(completed(event_filter=due("i_save")), self._save)
-        engine.add_event_handler(Events.COMPLETED, self._close)
-        StopWhenAsked(save=self._save, output_dir=self.folder.output_dir).attach(engine)
 
     def _start(self, engine: SupervisedTrainer) -> None:
         step = engine.last_saved_step = self.folder.start_step
+        self.folder.step = step or 0
         if step is None:
             self.averaged.module.load_state_dict(self.network.state_dict())
             self.folder.begin(self.network)
-            self._validate(engine)
+            self.evaluator.run()
             if self.folder.warmed_up:
-                self._save(engine)
+                self.save(engine)
             return
         weights = {name: checkpoints.step_file(self.folder.path, name, step) for name in self.folder.names}
         live, mean = (checkpoints.read_tensors(path) for path in weights.values())
@@ -110,18 +103,106 @@ class StageHandlers:
             log.warning(what, step, _grid(now), _grid(before))
         log.info("resumed at step %d", step)
 
-    def _advance(self, engine: SupervisedTrainer) -> None:
-        self.schedule.step()
+
+class StopAtNonFiniteLoss:
+    """Ends a run whose loss is no number, before anything of that step is averaged or saved."""
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._look)
+
+    def _look(self, engine: Engine) -> None:
+        batch = engine.state.batch
+        parts = batch if isinstance(batch, list) else [batch]
+        stop_if_not_finite(engine, engine.state.output, [case for part in parts for case in part["case_id"]])
+
+
+class Average:
+    """The averaged model follows the network after each step."""
+
+    def __init__(self, *, averaged: AveragedModel, network: nn.Module):
+        self.averaged, self.network = averaged, unwrapped(network)
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._follow)
+
+    def _follow(self, _engine: Engine) -> None:
         self.averaged.update_parameters(self.network)
 
-    def _validate(self, engine: SupervisedTrainer) -> None:
-        self.evaluator.run()
-        self.evaluator.state.output = self.evaluator.state.batch = None  # a whole case with its maps, on the device
-        self.validated_step = engine.state.iteration
-        self.folder.record_validation(engine.state.iteration, self.evaluator.state.metrics)
+
+class Console:
+    """A line a step where due, with the time left. The first step makes the run's folder its own."""
+
+    def __init__(self, *, folder, on: CallableEventWithFilter, phase: str = "train"):
+        self.folder, self.on, self.phase = folder, on, phase
+        self.begun: tuple[float, int] | None = None  # when the first step began, and how many were done before
+        self.paces: list[float] = []  # when the first two steps ended
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.GET_BATCH_STARTED, self._begin)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.folder.take_place)
+        engine.add_event_handler(self.on, self._show)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._judge)
+
+    def _judge(self, engine: Engine) -> None:
+        """At the second step, as the first one also drew samples and compiled."""
+        if len(self.paces) == 2:
+            return
+        self.paces.append(time.perf_counter())
+        if len(self.paces) == 2:
+            seconds = (self.paces[1] - self.paces[0]) * (engine.state.epoch_length - engine.state.iteration)
+            if (advice := advice_for(seconds, on_gpu=torch.cuda.is_available())) is not None:
+                log.warning("%s", advice)
+
+    def _begin(self, engine: Engine) -> None:
+        if self.begun is None:
+            self.begun = (time.perf_counter(), engine.state.iteration - 1)
+            log.info("drawing the samples of the first step and compiling what has to be; then a line at that step")
+
+    def _show(self, engine: Engine) -> None:
+        output, last = engine.state.output, engine.state.epoch_length
+        (start, before), step = self.begun, engine.state.iteration
+        each = (time.perf_counter() - start) / (step - before)
+        shown = " ".join(f"{name}={output[name]:.4g}" for name in SHOWN if name in output)
+        named = "Step" if self.phase == "train" else "Warm-up step"
+        what = "%s %d: %s (%s a step, about %s left of %d steps)"
+        log.info(what, named, step, shown, duration(each), duration(each * (last - step)), last)
+
+
+class MetricsRows:
+    """A row of metrics.jsonl, and the same for TensorBoard, where due.
+
+    Not MONAI's TensorBoardStatsHandler: the folder that its writer holds is moved by a run's first step.
+    """
+
+    def __init__(self, *, folder, optimizer: Optimizer, on: CallableEventWithFilter, phase: str = "train"):
+        self.folder, self.optimizer, self.on, self.phase = folder, optimizer, on, phase
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(self.on, self._write)
+
+    def _write(self, engine: Engine) -> None:
+        row = {"phase": self.phase, "step": engine.state.iteration, **engine.state.output}
+        self.folder.record_step({**row, "lr": self.optimizer.param_groups[0]["lr"]})
+
+
+def record_steps(engine: Engine, folder, *, optimizer: Optimizer, phase: str, every: dict) -> None:
+    """Console lines every `i_print` steps and rows every `i_log`; both at the first step and the last."""
+    on = {key: Events.ITERATION_COMPLETED(event_filter=Due(every[key], first=True)) for key in ("i_print", "i_log")}
+    Console(folder=folder, on=on["i_print"], phase=phase).attach(engine)
+    MetricsRows(folder=folder, optimizer=optimizer, on=on["i_log"], phase=phase).attach(engine)
+
+
+class CodebookWatch:
+    """Says when the codes of a step come to be nearly all the same, and when they no longer are."""
+
+    def __init__(self, *, network: nn.Module, optimizer: Optimizer, on: CallableEventWithFilter):
+        self.network, self.optimizer, self.on = unwrapped(network), optimizer, on
+        self.collapsed = False
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(self.on, self._watch_codes)
 
     def _watch_codes(self, engine: SupervisedTrainer) -> None:
-        """Says when the codes of a step come to be nearly all the same, and when they no longer are."""
         codes = engine._process_function.codes
         if not codes:
             return
@@ -141,18 +222,57 @@ class StageHandlers:
         elif before and not self.collapsed:
             log.info("the codebook is in use again at step %d: %d codes", step, int((level > 0).sum()))
 
-    def _picture(self, engine: SupervisedTrainer) -> None:
-        if self.validated_step != engine.state.iteration:
-            self._validate(engine)
+
+class LastValidation:
+    """Validates at the last step too, wherever a ValidationHandler's interval ends."""
+
+    def __init__(self, *, folder, evaluator: SupervisedEvaluator):
+        self.folder, self.evaluator = folder, evaluator
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._validate)
+
+    def _validate(self, engine: Engine) -> None:
+        if engine.state.iteration == engine.state.epoch_length and not self.folder.is_validated:
+            self.evaluator.run()
+
+
+class Pictures:
+    """Validation cases beside their reconstructions."""
+
+    def __init__(self, *, folder, evaluator: SupervisedEvaluator, on: CallableEventWithFilter):
+        self.folder, self.evaluator, self.on = folder, evaluator, on
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(self.on, self._draw)
+
+    def _draw(self, engine: Engine) -> None:
+        if not self.folder.is_validated:
+            self.evaluator.run()
         self.folder.record_samples(engine.state.iteration)
 
-    def _close(self, engine: SupervisedTrainer) -> None:
-        engine.data_loader.close()
-        self.evaluator.data_loader.close()
-        if idist.get_rank() == 0 and engine.last_saved_step == engine.state.iteration:
-            self.folder.record_end(then=NEXT[self.folder.name])
 
-    def _save(self, engine: SupervisedTrainer) -> None:
+class Checkpoints:
+    """A complete set of files where due: live and averaged weights, and what resuming needs."""
+
+    def __init__(
+        self,
+        *,
+        folder,
+        network: nn.Module,
+        averaged: AveragedModel,
+        optimizer: Optimizer,
+        schedule: lr_scheduler.LRScheduler,
+        keep_last: int,
+        on: CallableEventWithFilter,
+    ):
+        self.folder, self.network, self.averaged = folder, unwrapped(network), averaged
+        self.optimizer, self.schedule, self.keep_last, self.on = optimizer, schedule, keep_last, on
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(self.on, self)
+
+    def __call__(self, engine: SupervisedTrainer) -> None:
         engine.last_saved_step = step = engine.state.iteration  # every rank has to be able to tell it
         if idist.get_rank() != 0:
             return
@@ -170,7 +290,23 @@ class StageHandlers:
         checkpoints.save_set(path, step, weights, misc)
         checkpoints.drop_warm_ups(path)
         self.folder.record_best(step)
-        checkpoints.prune(path, self.every["keep_last"])
+        checkpoints.prune(path, self.keep_last)
+
+
+class EndOfRun:
+    """Lets loader workers go, and says what the run left and what comes next."""
+
+    def __init__(self, *, folder, evaluator: SupervisedEvaluator):
+        self.folder, self.evaluator = folder, evaluator
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.COMPLETED, self._close)
+
+    def _close(self, engine: SupervisedTrainer) -> None:
+        engine.data_loader.close()
+        self.evaluator.data_loader.close()
+        if idist.get_rank() == 0 and engine.last_saved_step == engine.state.iteration:
+            self.folder.record_end(then=NEXT[self.folder.name])
 
 
 def _grid(prepared: tuple[int, float] | None) -> str:

@@ -15,12 +15,22 @@ import ignite.distributed as idist
 import torch
 from ignite.engine import Events
 from monai.engines import SupervisedTrainer
+from monai.handlers import LrScheduleHandler
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
 from app.shared.refusals import fail
 from app.training import checkpoints
-from app.training.step import TrainStep, distribute, make_scheduler, resume_optimizer, to_sparse, trainable
+from app.training.handlers import StopAtNonFiniteLoss, record_steps
+from app.training.step import (
+    TrainStep,
+    distribute,
+    let_learn,
+    make_scheduler,
+    resume_optimizer,
+    to_sparse,
+    trainable,
+)
 from app.training.stopping import StopWhenAsked
 from networks.losses import TokenizerLoss
 from networks.presets import Preset
@@ -82,9 +92,8 @@ class CodebookStart:
         steps, device = self.warmup["steps"], next(self.network.parameters()).device
         start = self.folder.warm_up_step or 0
         log.info("no autoencoder weights: training one for %d steps before the codebook", steps)
-        codes = list(self.network.vq.parameters())
-        for parameter in codes:  # without codes they would have no gradient, which ranks wait for
-            parameter.requires_grad_(False)
+        learns = [parameter.requires_grad for parameter in self.network.parameters()]
+        let_learn(self.network, ("encoder", "decoder", "subdivision"))
         optimizer = torch.optim.AdamW(
             trainable(self.network), lr=self.warmup["learning_rate"], weight_decay=0.0, fused=device.type == "cuda"
         )
@@ -110,15 +119,17 @@ class CodebookStart:
         trainer.last_saved_step = None
         if start:
             self._go_on(trainer, schedule)
-        trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _: schedule.step())
-        self.folder.record_steps(trainer, optimizer=optimizer, phase="warmup", every=self.warmup, last=steps)
+        StopAtNonFiniteLoss().attach(trainer)
+        LrScheduleHandler(schedule, print_lr=False, epoch_level=False).attach(trainer)
+        record_steps(trainer, self.folder, optimizer=optimizer, phase="warmup", every=self.warmup)
+        self.folder.warmed_up = True
         what = {"phase": "warm-up step", "output_dir": self.folder.output_dir}
         StopWhenAsked(save=self._save, **what).attach(trainer)
         if start < steps:
             trainer.run()
             self._save(trainer)  # laying the codebook and the first validation can take long
-        for parameter in codes:
-            parameter.requires_grad_(True)
+        for parameter, learned in zip(self.network.parameters(), learns, strict=True):
+            parameter.requires_grad_(learned)
 
     def _go_on(self, trainer: SupervisedTrainer, schedule: lr_scheduler.LRScheduler) -> None:
         step = self.folder.warm_up_step
@@ -190,15 +201,15 @@ class CodebookStart:
 class Stage2Start:
     """Weights of stage 1. On the demo a missing stage 1 is trained first; with the user's data it is refused."""
 
-    def __init__(self, *, network: SparseVQVAE, folder, init_from: str, scale: str):
-        self.network, self.folder, self.init_from, self.scale = network, folder, init_from, scale
+    def __init__(self, *, network: SparseVQVAE, folder, init_from: str, demo: bool):
+        self.network, self.folder, self.init_from, self.demo = network, folder, init_from, demo
 
     def run(self) -> None:
         if self.folder.start_step is not None:
             return
         path = Path(self.init_from)
         if not path.is_file() and not checkpoints.complete_steps(path):
-            if self.scale != "demo" or path != Path("outputs/vq_stage1"):
+            if not self.demo or path != Path("outputs/vq_stage1"):
                 remedy = f"first run {STAGE1_COMMAND} with your dataset_dir"
                 fail("NO_STAGE1", f"{path} has no checkpoint of stage 1", remedy)
             train_demo_stage1("NO_STAGE1")

@@ -108,7 +108,7 @@ def _is_device(name: str) -> bool:
     return device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count())
 
 
-def _are_windows(names: list) -> bool:
+def _are_windows(names: list | dict) -> bool:
     return bool(names) and all(name in WINDOWS for name in names)
 
 
@@ -134,8 +134,8 @@ RULES = {
     ),
     "seed": _count(0),
     "scale": _choice("auto", "demo", "full"),
-    "preset": _choice(*PRESETS, optional=True),
-    "windows": Rule(list, f"a list like ['lung','bone'] of {', '.join(WINDOWS)}", optional=True, holds=_are_windows),
+    "preset": _choice(*PRESETS),
+    "windows": Rule((list, dict), f"a list like ['lung','bone'] of {', '.join(WINDOWS)}", holds=_are_windows),
     "window_type": _choice(*WINDOWS, optional=True),
     "training_stage": Rule(int, "0, 1 or 2, as the file has it", choices=(0, 1, 2)),
     "features": _choice("window"),
@@ -147,18 +147,23 @@ RULES = {
     "slice_blur": Rule((int, float), "a number from 0 to 1", minimum=0, holds=lambda share: share <= 1),
     "grain": _number(0),
     "num_workers": _count(0),
-    "resolution": Rule(int, "a multiple of 8", minimum=8, holds=lambda side: side % 8 == 0),
-    "spacing": _number(0.01),
-    "model_channels": _count(1),
-    "latent_channels": _count(1),
-    "num_embeddings": _count(2),
-    "num_blocks": _count(0),
-    "norm": _choice(*NORMS),
-    "pool": _choice(*POOLS),
+    "resolution": Rule(
+        int, "a multiple of 8, or null as the preset has it", minimum=8, optional=True, holds=lambda side: side % 8 == 0
+    ),
+    "spacing": _number(0.01, optional=True),
+    "model_channels": _count(1, optional=True),
+    "latent_channels": _count(1, optional=True),
+    "num_embeddings": _count(2, optional=True),
+    "num_blocks": _count(0, optional=True),
+    "norm": _choice(*NORMS, optional=True),
+    "pool": _choice(*POOLS, optional=True),
     "pretrained_vae_path": Rule(str, "auto, null or a path", optional=True),
     "init_from": Rule(str, "a path"),
     "device": Rule(str, "cpu, or a CUDA device of this machine such as cuda:0", holds=_is_device),
     "tokenizer": Rule(str, "a checkpoint, an output folder or a bundle", optional=True),
+    "scan": Rule(str, "a scan", optional=True),
+    "question": Rule(str, "text", optional=True),
+    "language_model": Rule(str, "a hub name or a folder", optional=True),
     "split": Rule(str, "the name of a split such as train or val", optional=True),
     "max_cases": _count(1, optional=True),
     "warmup_steps": _count(1),
@@ -198,7 +203,7 @@ RULES = {
     "dataset": Rule(str, "the dotted path of a torch Dataset", optional=True, holds=lambda name: "." in name),
     "image_root": Rule(str, "a folder", optional=True),
     "align_dir": Rule(str, "the output folder of an alignment run"),
-    "vl_model": Rule(str, "a Qwen2-VL or Qwen3-VL by hub name or path", optional=True),
+    "vl_model": Rule(str, "a Qwen2-VL or Qwen3-VL by hub name or path"),
     "vae_ckpt": Rule(str, "a tokenizer: a checkpoint, an output folder or a bundle", optional=True),
     "vae_config": Rule((str, dict), "a path", optional=True),
     "dummy_data": _switch(),

@@ -5,6 +5,7 @@ every bundle, refuses these. It is given the call by `train.py`; under MONAI's o
 lays the hook that turns MONAI's forty-line chain into the refusal behind it.
 """
 
+import dataclasses
 import difflib
 import inspect
 import json
@@ -102,13 +103,19 @@ def load_config(files: str | Sequence[str]) -> dict[str, Any]:
 
 
 def check(call: CommandLine | None = None) -> None:
-    """The first step of every bundle. Says nothing when all is well. Without a call it reads MONAI's command line."""
+    """The first step of every bundle. Without a call it reads MONAI's command line. Says what open keys come to."""
     if call is None:
         one_line_errors()
         call = read_command_line(sys.argv)
         if call is None:
             return
         end_at_once_on_sigterm()
+    check_call(call)
+    _say_choices(resolved_config(call))
+
+
+def check_call(call: CommandLine) -> None:
+    """Refuses what is wrong with a call or its config."""
     if call.run_id not in call.config:
         steps = [name for name in STEP_LISTS if name in call.config]
         near = difflib.get_close_matches(call.run_id, steps, n=1)
@@ -127,6 +134,8 @@ def check(call: CommandLine | None = None) -> None:
             _check_value(name, value)
     for name, value in call.overrides.items():
         _check_override(name, value, call)
+    if call.overrides.get("windows") is not None and call.overrides.get("window_type") is not None:
+        fail("BAD_VALUE", "windows and window_type are both given", "give one of them")
 
 
 def _check_override(name: str, value: Any, call: CommandLine) -> None:
@@ -261,8 +270,8 @@ def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
         yield from walk(value, here)
 
 
-def resolved_config(call: CommandLine | None, settings: object = None) -> dict[str, Any]:
-    """The config of this run: files, overrides, and the plan's values where a key reads them from the plan."""
+def resolved_config(call: CommandLine | None) -> dict[str, Any]:
+    """The config of this run: files, overrides, and in the place of each open flat key what it comes to."""
     if call is None:
         return {}
     config = json.loads(json.dumps(call.config))
@@ -271,17 +280,31 @@ def resolved_config(call: CommandLine | None, settings: object = None) -> dict[s
         for part in rest[:-1]:
             node = node[int(part) if isinstance(node, list) else part]
         node[int(rest[-1]) if isinstance(node, list) else rest[-1]] = value
-    for name, value in config.items():
-        if settings is not None and isinstance(value, str) and value.startswith("$@plan."):
-            found: Any = settings
-            for part in value.removeprefix("$@plan.").split("."):
-                if not hasattr(found, part):
-                    near = difflib.get_close_matches(part, dir(found), n=1)
-                    hint = f"did you mean {near[0]}?" if near else "correct it in the config or on the line"
-                    fail("MISSING_REFERENCE", f"{name} is {value}, the plan has no {part}", hint)
-                found = getattr(found, part)
-            config[name] = list(found) if isinstance(found, tuple) else found
+    _fill_open_keys(config)
     return config
+
+
+def _fill_open_keys(config: dict[str, Any]) -> None:
+    """Expressions of flat keys become values, null sizes those of the preset, `demo` what it is here."""
+    if "demo" not in config:
+        return
+    parser = ConfigParser(config)
+    made = {name: value for name, value in config.items() if name in RULES and str(value)[:1] in ("$", "@")}
+    found = {name: parser.get_parsed_content(name) for name in ("demo", *made)}
+    sizes = dataclasses.asdict(parser.get_parsed_content("sizes")) if "sizes" in config else {}
+    open_sizes = [name for name in sizes if name in config["sizes"] and {**config, **found}.get(name) is None]
+    found |= {name: sizes[name] for name in open_sizes if name in config}
+    config.update({name: list(value) if isinstance(value, tuple) else value for name, value in found.items()})
+
+
+def _say_choices(config: dict[str, Any]) -> None:
+    """What the keys that were left open come to."""
+    if "training_stage" not in config:
+        return
+    scale, data = "demo" if config["demo"] else "full", config.get("dataset_dir")
+    log.info("scale %s: %s", scale, f"your data in {data}" if data else "built-in phantoms")
+    what = "preset %s, stage %s; a default a flag does not override comes from scale %s"
+    log.info(what, config["preset"], config["training_stage"], scale)
 
 
 def one_line_errors() -> None:

@@ -14,14 +14,12 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from torch import nn
-from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
 from app.shared.atomic_files import write_text
@@ -46,7 +44,6 @@ class RunFolder:
         name: of the checkpoint files, vae or vqvae.
         ema_rate: part of the averaged files' name.
         resume: null, "latest" or a step.
-        settings: resolved flat settings for config.json, over what the call says.
         call: what this run was called with; None reads MONAI's command line.
     """
 
@@ -57,7 +54,6 @@ class RunFolder:
         name: str,
         ema_rate: float = 0.9999,
         resume: str | int | None = None,
-        settings: object = None,
         call: preflight.CommandLine | None = None,
     ):
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # by torchrun, after a failure
@@ -65,13 +61,13 @@ class RunFolder:
             resume = "latest"
         self.output_dir = self.path = Path(path)  # path: where it writes, until its first step another place
         self.name = name
-        self.settings = settings
         self.call = call or preflight.read_command_line(sys.argv)
         self.names = (name, f"{name}_ema{ema_rate:g}")
         self.start_step = checkpoints.step_to_resume(path, resume)
         self.warm_up_step = checkpoints.warm_up_step(path, resume)
         self.warmed_up = False
         self.begun = time.perf_counter()
+        self.step = 0  # the last that was taken
         self.validated: tuple[int, float] | None = None  # step and val_recon
         self.writer: SummaryWriter | None = None
         self.samples: list[pictures.Sample] = []
@@ -107,13 +103,11 @@ class RunFolder:
 
     def _describe(self) -> None:
         (self.path / "command.txt").write_text(shlex.join(self.call.words if self.call else sys.argv) + "\n")
-        (self.path / "config.json").write_text(
-            json.dumps(preflight.resolved_config(self.call, self.settings), indent=2) + "\n"
-        )
+        (self.path / "config.json").write_text(json.dumps(preflight.resolved_config(self.call), indent=2) + "\n")
 
     def _say_what_changed(self) -> None:
         """What the run did not begin with: given otherwise now, or by software that knew no such choice."""
-        now = json.loads(json.dumps(preflight.resolved_config(self.call, self.settings)))
+        now = json.loads(json.dumps(preflight.resolved_config(self.call)))
         file = self.path / "config.json"
         try:
             before = json.loads(file.read_text())
@@ -137,8 +131,9 @@ class RunFolder:
         self.path = self.output_dir / STARTING
         _lock(self.path)  # it stays locked under its later name
 
-    def take_place(self, _engine: Engine) -> None:
+    def take_place(self, engine: Engine) -> None:
         """After each step; the first moves an earlier run aside and this one to where it was."""
+        self.step = engine.state.iteration
         if self.path == self.output_dir:
             return
         place, number = self.output_dir.resolve(), 1
@@ -191,43 +186,13 @@ class RunFolder:
             (self.path / f"{self.name}_model_summary.txt").write_text(summary(network))
         log.info("=== %s: %s parameters, %s trainable ===", self.output_dir.name, f"{total:,}", f"{trained:,}")
 
-    def record_steps(self, engine: Engine, *, optimizer: Optimizer, phase: str, every: dict, last: int) -> None:
-        """A console line every `i_print` steps, a metrics row every `i_log`; both at the first step and the last."""
-        paces: list[float] = []  # when steps ended
-        begun: list[tuple[float, int]] = []  # when the first step began, and how many were done before
+    @property
+    def is_validated(self) -> bool:
+        """Whether a validation of the present step is recorded."""
+        return self.validated is not None and self.validated[0] == self.step
 
-        def begin(trainer: Engine) -> None:
-            if not begun:
-                begun.append((time.perf_counter(), trainer.state.iteration - 1))
-                log.info("drawing the samples of the first step and compiling what has to be; then a line at that step")
-
-        def show(trainer: Engine) -> None:
-            output = trainer.state.output
-            (start, before), step = begun[0], trainer.state.iteration
-            each = (time.perf_counter() - start) / (step - before)
-            shown = " ".join(f"{name}={output[name]:.4g}" for name in SHOWN if name in output)
-            what = "%s %d: %s (%s a step, about %s left of %d steps)"
-            log.info(what, named, step, shown, duration(each), duration(each * (last - step)), last)
-
-        def judge(trainer: Engine) -> None:
-            paces.append(time.perf_counter())
-            if len(paces) == 2:  # the first step also drew samples and compiled
-                seconds = (paces[1] - paces[0]) * (last - trainer.state.iteration)
-                if (advice := advice_for(seconds, on_gpu=torch.cuda.is_available())) is not None:
-                    log.warning("%s", advice)
-
-        def write(trainer: Engine) -> None:
-            row = {"phase": phase, "step": trainer.state.iteration, **trainer.state.output}
-            self._write({**row, "lr": optimizer.param_groups[0]["lr"], "memory_gib": peak_memory()}, prefix=phase)
-
-        named = "Step" if phase == "train" else "Warm-up step"
-        engine.add_event_handler(Events.GET_BATCH_STARTED, begin)
-        self.warmed_up = self.warmed_up or phase == "warmup"
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.take_place)
-        engine.add_event_handler(Events.ITERATION_COMPLETED(event_filter=lambda _, step: len(paces) < 2), judge)
-        for record, key in ((show, "i_print"), (write, "i_log")):
-            due = partial(_due, every=every[key], last=last)
-            engine.add_event_handler(Events.ITERATION_COMPLETED(event_filter=due), record)
+    def record_step(self, row: dict) -> None:
+        self._write({**row, "memory_gib": peak_memory()}, prefix=row["phase"])
 
     def record_validation(self, step: int, metrics: dict) -> None:
         values = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
@@ -241,7 +206,7 @@ class RunFolder:
             checkpoints.write_best(self.path, {**checkpoints.best_score(self.path), step: self.validated[1]})
 
     def attach(self, evaluator: Engine) -> None:
-        """Holds the evaluator's first cases for the next picture."""
+        """Holds the evaluator's first cases for the next picture, and records what it found."""
 
         def keep(engine: Engine) -> None:
             if engine.state.iteration == 1:
@@ -249,7 +214,12 @@ class RunFolder:
             if len(self.samples) < MAX_PICTURED:
                 self.samples.append(pictures.sample_of(engine.state.output))
 
+        def record(engine: Engine) -> None:
+            engine.state.output = engine.state.batch = None  # a whole case with its maps, on the device
+            self.record_validation(self.step, engine.state.metrics)
+
         evaluator.add_event_handler(Events.ITERATION_COMPLETED, keep)
+        evaluator.add_event_handler(Events.COMPLETED, record)
 
     def record_end(self, *, then: str) -> None:
         """The last line of a run that came to its end."""
@@ -348,7 +318,8 @@ def duration(seconds: float) -> str:
 def summary(network: nn.Module) -> str:
     """Name, shape, type and whether it learns: by gradient (True), by moving averages (EMA) or not at all (False)."""
     rows = [(name, p.shape, p.dtype, str(p.requires_grad)) for name, p in network.named_parameters()]
-    rows += [(name, b.shape, b.dtype, "EMA") for name, b in network.named_buffers()]
+    kept = network.state_dict().keys()  # buffers that are made anew at each start are no weights
+    rows += [(name, b.shape, b.dtype, "EMA") for name, b in network.named_buffers() if name in kept]
     lines = [("Name", "Shape", "Type", "Grad")]
     lines += [(n, "x".join(map(str, s)), str(t).removeprefix("torch."), g) for n, s, t, g in sorted(rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(4)]
@@ -361,10 +332,6 @@ def peak_memory() -> float:
         return torch.cuda.max_memory_allocated() / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-def _due(_engine: Engine, step: int, *, every: int, last: int) -> bool:
-    return step % every == 0 or step in (1, last)
 
 
 def _plain(value: object) -> object:

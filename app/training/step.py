@@ -4,13 +4,14 @@ Nothing here loops over steps: stage_start.py is what comes before the first, st
 Randomness of a step is a function of (seed, step), so that a resumed run is the same run.
 """
 
+import dataclasses
 import logging
 import math
 import os
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import ignite.distributed as idist
@@ -108,8 +109,6 @@ class TrainStep:
             points += len(x)
         self._optimize(engine)
         totals = mean_of_ranks(dict(zip(names, sums.tolist(), strict=True)))  # waits for the device, once
-        case_ids = [case for part in parts for case in part["case_id"]]
-        stop_if_not_finite(engine, totals, case_ids)
         return {**totals, "points": points, "seconds": time.perf_counter() - started}
 
     def _optimize(self, engine: SupervisedTrainer) -> None:
@@ -195,12 +194,24 @@ def distribute(network: nn.Module) -> nn.Module:
         return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
 
-def freeze(network: SparseVQVAE, parts: Iterable[str]) -> SparseVQVAE:
-    """The network with some of its parts fixed. Has to come before the optimizer."""
+def to_train(
+    network: SparseVQVAE, *, device: torch.device | str, learns: Sequence[str], grid: Sequence | None = None
+) -> SparseVQVAE:
+    """The network on its device, with only the named parts to learn, and the grid of its data in its record."""
+    grid = tuple(grid) if isinstance(grid, list) else grid  # as a config gives it
+    network.sizes = dataclasses.replace(network.sizes, prepared=grid)
+    let_learn(network, learns)
+    return network.to(device)
+
+
+def let_learn(network: SparseVQVAE, parts: Sequence[str]) -> None:
+    """Fixes all parameters but those of the named parts."""
+    known = dict(network.named_children())
     for name in parts:
-        for parameter in getattr(network, name).parameters():
-            parameter.requires_grad_(False)
-    return network
+        if name not in known:
+            raise ValueError(f"learns must name parts among {', '.join(known)}, got {name!r}")
+    for name, part in known.items():
+        part.requires_grad_(name in parts)
 
 
 def trainable(network: nn.Module) -> list[nn.Parameter]:

@@ -61,7 +61,7 @@ def _train(stage: str, raw: dict[str, str], given: dict[str, Any]) -> Trained:
     config, typed = preflight.load_config(files), {name: raw[name] for name in given}
     call = preflight.CommandLine("training", config, given, typed, words)
     begun = time.perf_counter()
-    preflight.check(call)  # before MONAI says a word
+    preflight.check_call(call)  # before MONAI says a word
     with _left_as_it_was():
         try:
             workflow = ConfigWorkflow(

@@ -31,7 +31,6 @@ from app.measures.tokenizer_metrics import count_codes, perplexity
 from app.tokens import open_scan
 from app.tokens.tokenizer import CTTokenizer, dense_hu
 from app.training import data, loaders
-from app.training.plan import FULL
 from networks.presets import NORMS, PRESETS, Preset
 from networks.sparse import SparseTensor
 from tests.benchmarks import dense_peer
@@ -353,7 +352,7 @@ def main() -> None:
     parser.add_argument("--codes", type=int, default=4096)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--max-points", type=int, default=3_000_000)
-    parser.add_argument("--max-shift", type=float, default=FULL["max_shift"], help="as max_shift of ours, for both")
+    parser.add_argument("--max-shift", type=float, default=0.25, help="as max_shift of ours, for both")
     parser.add_argument("--norm", choices=NORMS, help="over what our encoder normalises (as the preset has it)")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--stage2-rate", type=float, default=0.5, help="of the learning rate, for stage 2")

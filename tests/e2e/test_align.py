@@ -208,13 +208,12 @@ def test_the_base_model_is_loaded_in_the_precision_that_is_asked_for(amp, dtype,
     def load(_name, *, dtype):
         raise ValueError(f"asked for {dtype}")
 
-    plan = align_setup.make_align_plan(data=str(home / "text.jsonl"), vl_model=str(home / "qwen"))
     monkeypatch.setattr(align_setup.qwen, "load_language", load)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     said = []
     monkeypatch.setattr(align_setup, "fail", lambda *words: (said.append(words), sys.exit(2)))
     with pytest.raises(SystemExit):
-        align_setup.Language(plan=plan, amp=amp, texts=[])
+        align_setup.Language(vl_model=str(home / "qwen"), amp=amp, texts=[])
     assert said[0][1] == f"asked for {dtype}"
 
 

@@ -9,9 +9,9 @@ import weakref
 import pytest
 import torch
 
-from networks import make_vqvae
+from networks import Decoder, Encoder, SparseVQVAE, SubdivisionHeads, build_quantizer, make_vqvae
 from networks.losses import TokenizerLoss
-from networks.presets import NORMS, PRESETS, Preset, is_grid, preset
+from networks.presets import NORMS, PRESETS, Preset, is_grid, make_sizes, preset
 from networks.sparse import SparseTensor, ops
 from networks.sparse.topology import Level, align_rows
 from networks.vqvae import Tokens
@@ -403,3 +403,23 @@ def test_bf16_on_cpu_stays_near_float32(generator):
     with torch.autocast("cpu", torch.bfloat16):
         out = net(x, quantize=False).recon.feats
     assert out.dtype == torch.float32 and (out - truth).abs().max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "says"),
+    [
+        ("encoder", {"model_channels": 32}, "encoder was made with another model_channels"),
+        ("decoder", {"windows": ["lung"]}, "decoder was made with another windows"),
+        ("subdivision", {"widths": (8, 8, 16)}, "subdivision was made with another widths"),
+        ("vq", {"num_embeddings": 8}, "vq must have num_embeddings 16 codes of latent_channels 4, got 8 of 4"),
+        ("vq", {"latent_channels": 2}, "vq must have num_embeddings 16 codes of latent_channels 4, got 16 of 2"),
+        ("vq", {"quantizer_levels": 2}, "vq must have quantizer_levels = 1 levels, got 2"),
+        ("vq", {"codebook": "none"}, "vq must be a quantiser unless codebook is none, got codebook ema and none"),
+    ],
+)
+def test_parts_of_other_sizes_are_refused(part, change, says):
+    sizes = make_sizes("tiny", num_embeddings=16, latent_channels=4, num_blocks=1)
+    other = sizes.changed(**change)
+    kinds = {"encoder": Encoder, "vq": build_quantizer, "decoder": Decoder, "subdivision": SubdivisionHeads}
+    with pytest.raises(ValueError, match=says):
+        SparseVQVAE(sizes, **{name: kind(other if name == part else sizes) for name, kind in kinds.items()})

@@ -4,20 +4,25 @@ Schedules by name, and going on with them. What is said of a loss that is no num
 """
 
 import copy
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import ignite.distributed as idist
 import pytest
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
+from monai.handlers import ValidationHandler
 from torch import nn
 
 from app.language.align_training import AlignHandlers
 from app.shared.refusals import Refused
-from app.training.handlers import StageHandlers
+from app.training import handlers, run_folder
 from app.training.step import average, make_scheduler, resume_optimizer, stop_if_not_finite
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_the_average_follows_its_formula_and_copies_buffers():
@@ -37,38 +42,93 @@ def test_the_average_follows_its_formula_and_copies_buffers():
     assert (averaged.module.weight != network.weight).all() and int(averaged.n_averaged) == 25
 
 
-def test_validation_keeps_no_case_on_the_device():
-    network = nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+def evaluator_of(network, monkeypatch, folder):
+    monkeypatch.setattr(run_folder.pictures, "sample_of", lambda output: float(output.sum()))
     evaluator = SupervisedEvaluator(
         device=torch.device("cpu"),
         val_data_loader=[1, 2],
         network=network,
-        iteration_update=lambda engine, batch: torch.zeros(batch),
+        iteration_update=lambda engine, batch: torch.ones(batch),
         decollate=False,
     )
-    handlers = StageHandlers(
-        folder=SimpleNamespace(record_validation=lambda step, metrics: None),
-        network=network,
-        averaged=average(network, ema_rate=0.9),
-        optimizer=optimizer,
-        schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0),
-        evaluator=evaluator,
-        every={},
-    )
-    trainer = SupervisedTrainer(
-        device=torch.device("cpu"),
-        max_epochs=1,
-        train_data_loader=[1],
-        network=network,
-        optimizer=optimizer,
-        loss_function=nn.L1Loss(),
-        decollate=False,
-    )
-    trainer.state.iteration = 7
-    handlers._validate(trainer)
-    assert handlers.validated_step == 7 and evaluator.state.iteration == 2
+    folder.attach(evaluator)
+    return evaluator
+
+
+def folder_of(records):
+    """A run's folder that writes nothing."""
+    folder = object.__new__(run_folder.RunFolder)
+    folder.samples, folder.step, folder.validated = [], 0, None
+
+    def record_validation(step, metrics):
+        folder.validated = (step, 0.0)
+        records.append(f"validation {step}")
+
+    folder.record_validation = record_validation
+    return folder
+
+
+def test_validation_keeps_no_case_on_the_device(monkeypatch):
+    records = []
+    folder = folder_of(records)
+    folder.step = 7
+    evaluator = evaluator_of(nn.Linear(1, 1), monkeypatch, folder)
+    evaluator.run()
+    assert folder.samples == [1.0, 2.0] and records == ["validation 7"]
     assert evaluator.state.output is None and evaluator.state.batch is None
+
+
+@pytest.mark.parametrize(("interval", "steps"), [(4, [4, 6]), (3, [3, 6]), (10, [6])])
+def test_the_last_step_is_validated_once_wherever_the_interval_ends(interval, steps, monkeypatch):
+    records = []
+    folder = folder_of(records)
+    evaluator = evaluator_of(nn.Linear(1, 1), monkeypatch, folder)
+    trainer = Engine(lambda engine, batch: {"loss": 1.0})
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def count(engine):
+        folder.step = engine.state.iteration
+
+    ValidationHandler(interval, evaluator, epoch_level=False).attach(trainer)
+    handlers.LastValidation(folder=folder, evaluator=evaluator).attach(trainer)
+    trainer.run(range(6), max_epochs=1)
+    assert records == [f"validation {step}" for step in steps]
+
+
+def test_what_is_due_is_due_at_the_last_step_too_and_where_asked_at_the_first():
+    engine = Engine(lambda engine, batch: None)
+    found = {False: [], True: []}
+    for first, steps in found.items():
+        on = Events.ITERATION_COMPLETED(event_filter=handlers.Due(3, first=first))
+        engine.add_event_handler(on, lambda engine, steps=steps: steps.append(engine.state.iteration))
+    engine.run(range(7), max_epochs=1)
+    assert found == {False: [3, 6, 7], True: [1, 3, 6, 7]}
+
+
+def test_a_step_whose_loss_is_no_number_is_neither_averaged_nor_saved(capsys):
+    done = []
+    engine = Engine(lambda engine, batch: {"loss": float("nan") if engine.state.iteration == 2 else 1.0})
+    handlers.StopAtNonFiniteLoss().attach(engine)
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: done.append(engine.state.iteration))
+    with pytest.raises(Refused, match="at step 2 on cases b, c"):
+        engine.run([{"case_id": ["a"]}, [{"case_id": ["b"]}, {"case_id": ["c"]}]], max_epochs=1)
+    assert done == [1]
+
+
+ORDER = [  # as they stand in a stage file; only stages with codes watch them
+    "BeginOrResume", "StopAtNonFiniteLoss", "LrScheduleHandler", "Average", "Console", "MetricsRows", "CodebookWatch",
+    "ValidationHandler", "LastValidation", "Pictures", "Checkpoints", "EndOfRun", "StopWhenAsked",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", ["vae", "vq_stage1", "vq_stage2"])
+def test_handlers_stand_in_the_order_in_which_they_have_to_run(stage):
+    """No number: nothing of the step is kept. Schedule and average, then what looks at them; pictures need a
+    validation, checkpoints its score; asked to stop, a run has done all else."""
+    config = json.loads((ROOT / "bundles" / f"{stage}.json").read_text())
+    entries = [config["train"]["checkpoints"] if e == "@train#checkpoints" else e for e in config["train"]["handlers"]]
+    names = [entry["_target_"].rpartition(".")[2] for entry in entries]
+    assert names == [name for name in ORDER if stage != "vae" or name != "CodebookWatch"]
 
 
 def rates(name, options, *, steps=6):
@@ -155,11 +215,11 @@ def test_every_schedule_is_brought_to_its_step_to_the_bit(name, options):
     assert steps(*lower, range(7, 12)) == steps(*all_along, range(7, 12))
 
 
-@pytest.mark.parametrize("handlers", [StageHandlers, AlignHandlers])
-def test_every_rank_knows_the_last_saved_step(handlers, monkeypatch):
+@pytest.mark.parametrize("save", [handlers.Checkpoints.__call__, AlignHandlers._save])
+def test_every_rank_knows_the_last_saved_step(save, monkeypatch):
     monkeypatch.setattr(idist, "get_rank", lambda: 1)
     engine = Mock(SupervisedTrainer, state=SimpleNamespace(iteration=20))
-    handlers._save(Mock(handlers), engine)
+    save(Mock(), engine)
     assert engine.last_saved_step == 20
 
 

@@ -1,0 +1,252 @@
+"""`export`: a self-contained MONAI bundle of a tokenizer, and of the language model aligned to it.
+
+Written beside, proven in a process of its own, then given its name: there is a whole bundle or none.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from app.evaluation.card import NAME as CARD
+from app.export import code, configs
+from app.export.metadata import NOTICE, SCHEMA, make_metadata, requirements
+from app.export.model_card import model_card
+from app.language.assistant import aligned_folder, newest_files, read_settings
+from app.phantoms.phantoms import make_phantom
+from app.shared.output_folder import check_folder
+from app.shared.places import bundles_folder, root_folder
+from app.shared.refusals import fail, refuse_empty
+from app.shared.version import VERSION
+from app.tokens.commands import onto_grid, write_nifti
+from app.tokens.open_scan import Volume
+from app.tokens.tokenizer import CTTokenizer
+
+ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the same input gives the same bytes whenever it is packed
+PROOF_SIDE, PROOF_MM = 64, 6.0  # the scan that a bundle is proven on: a phantom's whole trunk
+PRIVATE = ("data", "vl_model", "tokenizer_path")  # of an alignment's record: where its maker kept things
+Json = dict[str, Any]
+
+
+def export(
+    out: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    align: str | Path | None = None,
+    name: str | None = None,
+    zipped: bool = False,
+) -> Json:
+    """Writes the bundle and gives what was proven of it."""
+    refuse_empty(out)
+    out = Path(out)
+    name = _good_name(name or out.resolve().name)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        fail("EXISTS", f"{out} is there already", "give another OUT, or remove it first")
+    archive = out.with_name(out.name + ".zip")
+    if zipped and archive.exists():
+        fail("EXISTS", f"{archive} is there already", "give another OUT, or remove it first")
+    check_folder(out.resolve().parent)
+    if not bundles_folder().is_dir():
+        fail("NO_TEMPLATES", "a bundle's own code exports no bundle", "use a checkout or an installation")
+    folder = None if align is None else aligned_folder(align)
+    settings = None if folder is None else read_settings(folder)
+    made = CTTokenizer.from_pretrained(tokenizer or (settings and str(folder / settings["tokenizer_path"])))
+    if settings is not None and settings["tokenizer"] != made.digest:
+        what = f"{align} was aligned to tokenizer {settings['tokenizer'][:12]}, this one is {made.digest[:12]}"
+        fail("OTHER_TOKENIZER", what, "give that tokenizer, or align again")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
+        bundle = Path(beside, out.name)
+        told = write_bundle(bundle, made, name=name, align=folder, settings=settings)
+        proof = prove(bundle, made, package=told["code"]["package"])
+        size = sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file())
+        if zipped:
+            write_zip(bundle, Path(beside, archive.name))
+        if out.is_dir():
+            out.rmdir()
+        os.replace(bundle, out)
+        if zipped:
+            os.replace(Path(beside, archive.name), archive)
+    packed = {"zip": str(archive), "zip_bytes": archive.stat().st_size} if zipped else {}
+    about = {"bundle": str(out), "name": name, "version": VERSION, "package": told["code"]["package"], "bytes": size}
+    return {**about, **packed, "tokenizer": made.digest, "aligned": align is not None, "proof": proof, "notice": NOTICE}
+
+
+def _good_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", name, re.ASCII):
+        fail("BAD_VALUE", f"name must be letters, digits, . _ - (at most 64), got {name!r}", "pass another --name")
+    return name
+
+
+# ---- what is written
+
+
+def write_bundle(bundle: Path, made: CTTokenizer, *, name: str, align: Path | None, settings: Json | None) -> Json:
+    """All files of the bundle; gives its metadata."""
+    record = None if settings is None else _without_places(settings)
+    sources = code.read_sources()
+    package = code.package_name(name, VERSION, sources)
+    code.write_package(bundle, sources, name=package, version=VERSION)
+    templates = bundles_folder()
+    base = _read_json(templates / "metadata.json")
+    told = make_metadata(base, made.sizes, name=name, package=package, digest=made.digest)
+    card = _card_beside(made)
+    if card is not None and card["tokenizer"]["sha256"] == made.digest:
+        told["eval_metrics"] = {"mae_hu": card["errors"]["codes alone"]["tissues"]["foreground"]["mae"]["mean"]}
+    made_configs = configs.make_configs(templates, made.sizes, package=package, aligned=align is not None)
+    for file, config in {**made_configs, "metadata.json": told}.items():
+        _write_json(bundle / "configs" / file, config)
+    for file in (SCHEMA, "logging.conf"):
+        shutil.copyfile(templates / file, bundle / "configs" / file)
+    _write_weights(bundle / "models", made)
+    if record is not None:
+        _copy_aligned(align, bundle / "models" / "align", record)
+    base_model = None if record is None else record["base_model"]
+    (bundle / "docs").mkdir()
+    (bundle / "docs" / "README.md").write_text(model_card(told, card=card, base_model=base_model), encoding="utf-8")
+    (bundle / "LICENSE").write_text(_licence(), encoding="utf-8")
+    (bundle / "requirements.txt").write_text("\n".join(requirements()) + "\n")
+    return told
+
+
+def _write_weights(models: Path, made: CTTokenizer) -> None:
+    """The flat state dict, as a checkpoint that loads with weights_only and as safetensors."""
+    models.mkdir()
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in made.network.state_dict().items()}
+    torch.save(state, models / "model.pt")
+    save_file(state, models / "model.safetensors")
+
+
+def _without_places(settings: Json) -> Json:
+    """An alignment's record without the folders of its maker; a base model from a folder keeps that folder's name."""
+    base = dict(settings["base_model"])
+    if base["name"] is not None and Path(base["name"]).is_absolute():
+        base["name"] = Path(base["name"]).name
+    kept = {key: value for key, value in settings.items() if key not in PRIVATE}
+    return {**kept, "base_model": base, "tokenizer_path": "../model.pt"}
+
+
+def _copy_aligned(align: Path, out: Path, record: Json) -> None:
+    """Projector, adapter and record; the base model only where nobody else has it."""
+    projector, adapter = newest_files(align, record)
+    out.mkdir()
+    shutil.copyfile(projector, out / "projector_final.pt")
+    if adapter is not None:
+        shutil.copytree(adapter, out / "lora_final", ignore=shutil.ignore_patterns("README.md"))
+    if (align / "language_final").is_dir():
+        shutil.copytree(align / "language_final", out / "language_final")
+    elif record["base_model"]["name"] is None:
+        fail("NOT_FINISHED", f"the alignment in {align} did not reach its end", "go on with --resume latest")
+    for config in out.glob("lora_final/adapter_config.json"):
+        _write_json(config, {**_read_json(config), "base_model_name_or_path": record["base_model"]["name"]})
+    _write_json(out / "train_args.json", record)
+
+
+def _card_beside(made: CTTokenizer) -> Json | None:
+    folder = Path(made.source).parent
+    folder = folder.parent if folder.name in ("ckpts", "models") else folder
+    file = folder / f"{CARD}.json"
+    return _read_json(file) if file.is_file() else None
+
+
+def _licence() -> str:
+    """Of a checkout, else of the installed package."""
+    file = root_folder() / "LICENSE"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    files = [path for path in metadata.files("voxelingo") or [] if path.name == "LICENSE"]
+    return files[0].read_text(encoding="utf-8")
+
+
+def _read_json(file: Path) -> Json:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _write_json(file: Path, content: Json) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_zip(bundle: Path, archive: Path) -> None:
+    """The folder under its name; the same content gives the same bytes."""
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+        for file in sorted(path for path in bundle.rglob("*") if path.is_file()):
+            entry = zipfile.ZipInfo(f"{bundle.name}/{file.relative_to(bundle).as_posix()}", ZIP_TIME)
+            entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+            packed.writestr(entry, file.read_bytes())
+
+
+# ---- the proof
+
+
+def prove(bundle: Path, made: CTTokenizer, *, package: str) -> Json:
+    """Tokens and reconstruction of a phantom, by the bundle in a new process elsewhere, against those made here."""
+    phantom = make_phantom(0, size=PROOF_SIDE, spacing=PROOF_MM)
+    with tempfile.TemporaryDirectory() as elsewhere:
+        scan, out = Path(elsewhere, "scan.nii.gz"), Path(elsewhere, "proof.npz")
+        write_nifti(scan, Volume(phantom.hu, phantom.affine))
+        tokens = made.encode(scan)
+        back = onto_grid(made.decode(tokens), tokens.source_shape, tokens.source_affine)
+        _run_elsewhere(bundle, package, scan, out)
+        with np.load(out) as found:
+            proof = {name: found[name] for name in found.files}
+    ways = ("read", "loaded") if proof["device"] == made.device.type == "cpu" else ("read",)
+    for way in ways:
+        _demand(_equal_share(tokens, proof, way) == 1.0, f"tokens after it was {way} differ from those made here")
+    _demand(bool(proof["same_tensors"]), "model.pt and model.safetensors differ")
+    hu = np.rint(back.hu)
+    near = np.abs(hu - proof["hu"]).max() <= 1 and np.allclose(proof["affine"], tokens.source_affine, atol=1e-3)
+    _demand(bool(near), "its inference.json gives another reconstruction than is made here")
+    elsewhere_share = {"cpu": _equal_share(tokens, proof, "cpu")} if "cpu_codes" in proof else {}
+    return {
+        "tokens": len(tokens.codes),
+        "equal": {way: _equal_share(tokens, proof, way) for way in ("read", "loaded")} | elsewhere_share,
+        "device": str(proof["device"]),
+        "seconds": round(float(proof["seconds"]), 1),
+    }
+
+
+def _equal_share(tokens: Any, proof: Json, way: str) -> float:
+    """Share of equal codes; nothing is equal where they do not lie in the same cells."""
+    codes, coords = proof[f"{way}_codes"], proof[f"{way}_coords"]
+    if not np.array_equal(coords, tokens.coords) or codes.shape != tokens.codes.shape:
+        return 0.0
+    return float((codes == tokens.codes).mean())
+
+
+def _run_elsewhere(bundle: Path, package: str, scan: Path, out: Path) -> None:
+    call = json.dumps([str(bundle.resolve()), package, str(scan), str(out)])
+    command = [sys.executable, "-I", "-B", str(bundle.resolve() / package / "app" / "export" / "proof.py"), call]
+    ended = subprocess.run(command, cwd=scan.parent, capture_output=True, text=True)
+    if ended.returncode:
+        last = next((line for line in reversed(ended.stderr.splitlines()) if line.strip()), "it said nothing")
+        _demand(False, f"it does not run by itself: {last.strip()}")
+
+
+def _demand(holds: bool, what: str) -> None:
+    if not holds:
+        fail("NOT_PROVEN", f"the bundle was not written: {what}", "report it with this line", status=1)
+
+
+def lines(done: Json) -> list[str]:
+    """For people."""
+    proof = done["proof"]
+    equal = ", ".join(f"{way} {share:.2%}" for way, share in proof["equal"].items())
+    packed = [f"{done['zip']}  {done['zip_bytes'] / 1e6:.1f} MB"] if "zip" in done else []
+    return [
+        f"{done['bundle']}  {done['bytes'] / 1e6:.1f} MB, {done['name']} {done['version']}, code in {done['package']}",
+        *packed,
+        f"proven in {proof['seconds']} s in a process without this project: {proof['tokens']} tokens, equal: {equal}",
+        f"next: its docs/README.md has the commands. {done['notice']}",
+    ]

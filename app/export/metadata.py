@@ -1,0 +1,66 @@
+"""A bundle's metadata.json: what MONAI's schema asks for, and what the tokenizer needs to be told of a scan."""
+
+import re
+from importlib import metadata
+from typing import Any
+
+import monai
+import numpy as np
+import torch
+
+from app.export.code import PACKAGES
+from app.shared.version import VERSION
+from app.tokens.bundles import description, hu_range
+from networks.presets import Preset
+
+SCHEMA = "meta_schema_20240725.json"
+NOTICE = "Research use only, not for diagnosis."
+STATED_APART = ("torch", "monai", "numpy")  # the schema has a field for each
+
+
+def requirements() -> list[str]:
+    """What the project's own package declares, without extras."""
+    return sorted(need for need in metadata.requires("voxelingo") or [] if "extra ==" not in need)
+
+
+def _versions() -> dict[str, str]:
+    names = [re.match(r"[\w.-]+", need)[0] for need in requirements()]
+    return {name: metadata.version(name) for name in names if name not in STATED_APART}
+
+
+def make_metadata(base: dict[str, Any], sizes: Preset, *, name: str, package: str, digest: str) -> dict[str, Any]:
+    """`base` is the project's own; versions are those that the bundle was proven with."""
+    low, high = hu_range(sizes.windows)
+    image = {
+        "type": "image",
+        "format": "hounsfield",
+        "modality": "CT",
+        "num_channels": 1,
+        "spatial_shape": ["*", "*", "*"],
+        "dtype": "float32",
+        "value_range": [low, high],
+        "is_patch_data": False,
+    }
+    codes = {"type": "tuples", "format": "indices", "spatial_shape": ["*"], "dtype": "int32"}
+    codes |= {"num_channels": sizes.quantizer_levels, "value_range": [0, sizes.num_embeddings - 1]}
+    cells = {"type": "tuples", "format": "points", "num_channels": 3, "spatial_shape": ["*"], "dtype": "int32"}
+    cells["value_range"] = [0, sizes.resolution // 8 - 1]
+    scan = {**image, "channel_def": {"0": "image"}}
+    return {
+        **base,
+        "name": name,
+        "version": VERSION,
+        "changelog": {VERSION: "exported by Voxelingo"},
+        "monai_version": monai.__version__,
+        "pytorch_version": torch.__version__.partition("+")[0],
+        "numpy_version": np.__version__,
+        "required_packages_version": _versions(),
+        "intended_use": NOTICE,
+        "network_data_format": {
+            "inputs": {"image": scan},
+            "outputs": {"pred": {**image, "channel_def": {"0": "reconstruction"}}},
+        },
+        "tokens_data_format": {"inputs": {"image": scan}, "outputs": {"codes": codes, "coords": cells}},
+        "tokenizer": description(sizes, digest),
+        "code": {"package": package, "packages": list(PACKAGES)},
+    }

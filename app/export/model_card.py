@@ -1,0 +1,87 @@
+"""docs/README.md of a bundle: what it does, on what data, how well, with what limits, and the commands to use it."""
+
+from typing import Any
+
+from app.export.metadata import NOTICE, SCHEMA
+
+COMMANDS = """\
+```bash
+pip install -r {root}/requirements.txt
+python -m monai.bundle run --config_file {root}/configs/inference.json --scan SCAN --output_dir OUT  # HU, as NIfTI
+python -m monai.bundle run --config_file {root}/configs/evaluate.json --dataset_dir PREPARED  # a card of your data
+python -m monai.bundle run training --config_file {root}/configs/train.json --dataset_dir PREPARED  # go on with it
+torchrun --nproc_per_node=4 -m monai.bundle run training \\
+  --config_file "['{root}/configs/train.json','{root}/configs/multi_gpu_train.json']" --dataset_dir PREPARED
+{ask}python -m monai.bundle verify_metadata --meta_file {root}/configs/metadata.json --filepath {root}/configs/{schema}
+cd {root} && python -m {package}.app prepare RAW PREPARED        # also tokenize, reconstruct, check, doctor: see --help
+```"""
+ASK = (
+    'python -m monai.bundle run --config_file {root}/configs/ask.json --scan SCAN --question "Is there an effusion?"\n'
+)
+
+
+def model_card(metadata: dict[str, Any], *, card: dict[str, Any] | None, base_model: dict[str, Any] | None) -> str:
+    """Markdown. `card` is the tokenizer's own evaluation where there is one; `base_model` that of an aligned bundle."""
+    told = metadata["tokenizer"]
+    package, root = metadata["code"]["package"], "BUNDLE"
+    ask = "" if base_model is None else ASK.format(root=root)
+    prepared = told["prepared"]
+    sections = [
+        f"# {metadata['name']} {metadata['version']}",
+        metadata["description"],
+        f"**{NOTICE}**",
+        "## What goes in",
+        _table(
+            ("scan", "CT in HU: DICOM series, NIfTI, NRRD, MHA; anything else is refused with a code"),
+            ("axes", f"any; brought to {told['orientation']}"),
+            ("grid", f"{told['resolution']} voxels a side, {told['spacing']:g} mm; what lies beyond is cut and told"),
+            ("prepared on", f"{prepared[0]} voxels a side, {prepared[1]:g} mm" if prepared else "not recorded"),
+            ("windows", ", ".join(told["windows"])),
+            ("HU told apart", f"{told['hu_range'][0]:g} to {told['hu_range'][1]:g}; beyond is clipped"),
+            ("voxels kept", told["keep"]),
+            ("codes", f"{told['num_embeddings']}, {told['quantizer_levels']} a token"),
+            ("weights, sha256", f"`{told['sha256']}`"),
+        ),
+        "## Use",
+        f"`{root}` is this folder; every command works from any directory.",
+        COMMANDS.format(root=root, ask=ask, package=package, schema=SCHEMA),
+        "Configs are code: run those of a bundle only where you trust who made it. `--tokenizer BUNDLE` of Voxelingo "
+        "reads metadata and tensors alone and evaluates none of them.",
+        "## How good",
+        _measured(card, told["sha256"]),
+        *([] if base_model is None else ["## Language model", _language(base_model)]),
+        "## Limits",
+        "Tokens keep what training taught them to keep; small or rare findings can be lost and reconstructions look "
+        "plausible where they are wrong. Measure on your own patients before you conclude anything.\n\n"
+        "`verify_net_in_out` and `ckpt_export` of MONAI do not apply: the network takes sparse voxels whose number "
+        "differs from scan to scan, where the first sends one dense random tensor, and TorchScript, which the second "
+        "makes, cannot hold its sparse operations.",
+        "## Licence",
+        "Code: Apache-2.0 (LICENSE). Weights: what the data they learned from allow; who exported this bundle knows. "
+        "A base language model has a licence of its own and is not in this bundle.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _table(*rows: tuple[str, str]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _measured(card: dict[str, Any] | None, digest: str) -> str:
+    if card is None or card["tokenizer"]["sha256"] != digest:
+        return "Not measured when it was exported: `configs/evaluate.json` writes a card on your data."
+    errors = card["errors"]["codes alone"]["tissues"]
+    rows = [(name, f"{part['mae']['mean']:.1f} HU") for name, part in errors.items() if part["mae"]["mean"] is not None]
+    data = card["data"]
+    head = f"Mean absolute error from codes alone, {data['cases']} cases of {data['dataset']}, split {data['split']}:"
+    return f"{head}\n\n{_table(*rows)}"
+
+
+def _language(base: dict[str, Any]) -> str:
+    if base["name"] is None:
+        return "A small model of its own, trained whole, lies in `models/align/language_final`."
+    revision = base.get("revision") or f"sha256 {base.get('sha256')}"
+    return (
+        f"`{base['name']}`, {revision}: not in this bundle. It is fetched by name, or give where it lies with "
+        "`--language_model FOLDER`; another one is refused."
+    )

@@ -1,0 +1,162 @@
+"""The MONAI Label app: `monailabel start_server --app app --studies DIR` serves tokens, reconstructions and answers.
+
+MONAI Label loads this file by its path; nothing else imports it. What is served is app/serving's; here it gets MONAI
+Label's form. --conf takes tokenizer, align and max_upload_mb.
+"""
+
+import atexit
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # only this folder is on the path while it is loaded
+
+from fastapi import HTTPException
+from monailabel.config import settings
+from monailabel.datastore.local import LocalDatastore
+from monailabel.interfaces.app import MONAILabelApp
+from monailabel.interfaces.datastore import Datastore
+from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
+
+from app.serving.guard import Guard
+from app.serving.refused import refusal
+from app.serving.served import DESCRIPTIONS, Served
+from app.shared.refusals import as_refused
+from app.shared.version import VERSION
+
+CONF = {"tokenizer": None, "align": None, "max_upload_mb": "2048"}
+OF_THE_SERVER = ("server_mode",)
+LOOPBACK, EVERYWHERE = "127.0.0.1", "0.0.0.0"
+MORE_SCANS = ("*.zip", "*.mha", "*.dcm")  # than MONAI Label lists by itself; a zip may hold a DICOM series
+
+
+class Task(InferTask):
+    """One of the served models."""
+
+    def __init__(self, name: str, served: Served) -> None:
+        self.name, self.served = name, served
+        super().__init__(InferType.OTHERS, [], 3, DESCRIPTIONS[name], served.options(name))
+
+    def is_valid(self) -> bool:
+        return True
+
+    def __call__(self, request: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
+        try:
+            file, told = self.served.answer(self.name, Path(request["image"]), request)
+        except Exception as error:
+            raise HTTPException(*refusal(error)) from None
+        return None if file is None else str(file), told
+
+
+class Voxelingo(MONAILabelApp):
+    """Models by name; images by id, by upload, or by their place below the studies."""
+
+    def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
+        logging.getLogger("monailabel").setLevel(logging.WARNING)  # its lines hold names of files and of images
+        unknown = sorted(set(conf) - {*CONF, *OF_THE_SERVER})
+        if unknown:
+            _leave(f"UNKNOWN_KEY: --conf has no {unknown[0]}. It takes {', '.join(CONF)}.")
+        given = {**CONF, **conf}
+        if not given["max_upload_mb"].isdecimal():
+            _leave(f"BAD_VALUE: max_upload_mb must be a whole number, got {given['max_upload_mb']}. Give another.")
+        try:
+            self.served = Served(tokenizer=given["tokenizer"], align=given["align"])
+        except ValueError as error:
+            _leave(str(as_refused(error)))
+        self.uploads = _private_folder()
+        super().__init__(
+            app_dir=app_dir,
+            studies=studies,
+            conf=conf,
+            name="Voxelingo",
+            description="CT volumes as discrete 3D tokens. Research use only, not for diagnosis.",
+            version=VERSION,
+        )
+        guard_server(max_bytes=int(given["max_upload_mb"]) << 20)
+
+    def init_infers(self) -> dict[str, InferTask]:
+        return {name: Task(name, self.served) for name in self.served.models}
+
+    def init_datastore(self) -> Datastore:
+        if self.studies.startswith(("http://", "https://")):
+            return self.init_remote_datastore()
+        return LocalDatastore(
+            self.studies,
+            extensions=[*settings.MONAI_LABEL_DATASTORE_FILE_EXT, *MORE_SCANS],
+            auto_reload=settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD,
+            read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,
+        )
+
+    def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
+        place = self.place_of(str(request.get("image") or ""), datastore or self.datastore())
+        try:
+            if request.get("model") not in self._infers:
+                told = f"there is no such model, there is {', '.join(self._infers)}"
+                raise HTTPException(404, {"code": "NO_MODEL", "message": told, "remedy": "name one of these"})
+            if place is None:
+                told = "there is no such image"
+                raise HTTPException(404, {"code": "NO_SOURCE", "message": told, "remedy": "see /datastore for the ids"})
+            return super().infer({**request, "image": str(place), "save_label": False}, datastore)
+        except HTTPException:
+            if place is not None and place.parent == self.uploads:  # MONAI Label removes what it could answer
+                place.unlink(missing_ok=True)
+            raise
+
+    def place_of(self, image: str, datastore: Datastore) -> Path | None:
+        """The file of an id, or of a path where this server takes them: uploads, sessions, the studies."""
+        path = Path(image)
+        if not image or "\0" in image:
+            return None
+        if not path.is_absolute():
+            if uri := datastore.get_image_uri(image):
+                return Path(uri)
+            path = Path(self.studies, image)
+        place = path.resolve()
+        folders = [self.uploads, Path(self.studies).resolve()]
+        if self.sessions() is not None:
+            folders.append(Path(self.sessions().store_path).resolve())
+        below = any(folder in place.parents for folder in folders)
+        return place if place.exists() and below else None
+
+
+def guard_server(*, max_bytes: int) -> None:
+    """Puts the guard around the server that loads this app, and binds it to this machine where no --host was given."""
+    config = _running_server()
+    if config is None:  # a task of its own, which nobody can ask
+        return
+    named = any(word.startswith(("-i", "--h")) for word in sys.argv[1:])
+    if config.host == EVERYWHERE and not named:
+        config.host = LOOPBACK  # it is bound only after the app has loaded
+    local = config.host in (LOOPBACK, "localhost", "::1") or not named
+    config.loaded_app = Guard(config.loaded_app, max_bytes=max_bytes, local_only=local)
+
+
+def _private_folder() -> Path:
+    """Where this process puts files from now on: uploads are patients', so nobody else reads them and none is left."""
+    tempfile.tempdir = tempfile.mkdtemp(prefix="voxelingo_")
+    atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
+    return Path(tempfile.tempdir).resolve()
+
+
+def _running_server() -> Any:
+    """uvicorn's settings of the server on whose stack this runs: MONAI Label hands them to nobody."""
+    frame = sys._getframe()
+    while frame is not None:
+        config = getattr(frame.f_locals.get("self"), "config", None)
+        if hasattr(config, "loaded_app"):
+            return config
+        frame = frame.f_back
+    return None
+
+
+def _leave(line: str) -> None:
+    """Ends the server in one line; an exception would reach the console as uvicorn's trace."""
+    if line:
+        sys.stderr.write(f"{line}\n")
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(2)

@@ -1,0 +1,1 @@
+"""What a server gives to viewers: tokens, reconstructions, answers. Knows no server; app/main.py is MONAI Label's."""

@@ -1,0 +1,141 @@
+"""The models that a server offers: a scan in, tokens or HU on its own grid or an answer out.
+
+Answers carry hashes of content, never a name or path of what was asked about: viewers' logs keep them.
+"""
+
+import base64
+import dataclasses
+import math
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from app.language.assistant import NOTICE, CTAssistant, aligned_folder, read_settings
+from app.serving import options
+from app.serving.options import Options
+from app.shared.places import bundles_folder
+from app.shared.refusals import Refused
+from app.tokens.commands import onto_grid, write_nifti
+from app.tokens.open_scan import Volume
+from app.tokens.token_files import CTTokens, read_tokens, write_tokens
+from app.tokens.tokenizer import CTTokenizer
+from transforms.array import window_bounds
+
+SHIPPED = "ct_base"
+MAX_VOXELS = 2**29  # of a grid that a token file from outside asks for
+DESCRIPTIONS = {
+    "tokenize": "Discrete 3D tokens of a CT scan (JSON; `npz` holds the token file in base64).",
+    "reconstruct": "The scan as its tokens keep it, in HU on its own grid. The image may also be a token file.",
+    "ask": f"An answer to a question about the scan (JSON). {NOTICE}",
+    "report": f"A report of the scan (JSON). {NOTICE}",
+}
+Result = tuple[Path | None, dict[str, Any]]
+
+
+class Served:
+    """The tokenizer is there when this is made; a language model loads beside it, and who asks first waits for it."""
+
+    def __init__(self, *, tokenizer: str | None = None, align: str | None = None) -> None:
+        if align is not None and tokenizer is None:
+            folder = aligned_folder(align)
+            tokenizer = str(folder / read_settings(folder)["tokenizer_path"])
+        self.tokenizer = CTTokenizer.from_pretrained(tokenizer or _shipped())
+        self.budget = None if align is None else read_settings(aligned_folder(align))["max_3d_tokens"]
+        self._assistant: Future[CTAssistant] = Future()
+        self._one_at_a_time = threading.Lock()
+        if align is not None:
+            threading.Thread(target=self._load, args=(align, tokenizer), daemon=True).start()
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return tuple(DESCRIPTIONS) if self.budget is not None else ("tokenize", "reconstruct")
+
+    def options(self, model: str) -> dict[str, Any]:
+        return options.shown(model, self.tokenizer.sizes, budget=self.budget)
+
+    def answer(self, model: str, image: Path, sent: Mapping[str, Any]) -> Result:
+        """A file for the client or None, and JSON."""
+        wanted = options.read(model, sent, self.options(model))
+        how: Callable[[Path, Options], Result] = getattr(self, f"_{model}")
+        with self._one_at_a_time:
+            file, told = how(image, wanted)
+        return file, {**told, "notice": NOTICE}
+
+    def _load(self, align: str, tokenizer: str | None) -> None:
+        try:
+            self._assistant.set_result(CTAssistant.from_pretrained(align, tokenizer=tokenizer))
+        except BaseException as error:  # whoever asks is told; the rest is served
+            self._assistant.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))
+
+    # ---- the models
+
+    def _tokens_of(self, image: Path, wanted: Options) -> CTTokens:
+        if image.suffix != ".npz":
+            return self.tokenizer.encode(image, support=wanted.support, levels=wanted.levels)
+        tokens = read_tokens(image)
+        if math.prod(tokens.source_shape) > MAX_VOXELS or not np.isfinite(tokens.source_affine).all():
+            raise Refused("DAMAGED_TOKENS", f"the grid of its scan must have at most {MAX_VOXELS} voxels")
+        self.tokenizer.check(tokens)
+        return tokens
+
+    def _tokenize(self, image: Path, wanted: Options) -> Result:
+        tokens = self._tokens_of(image, wanted)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "tokens.npz")
+            write_tokens(file, tokens)
+            packed = base64.b64encode(file.read_bytes()).decode()
+        return None, {**self._about(tokens), "npz": packed}
+
+    def _reconstruct(self, image: Path, wanted: Options) -> Result:
+        tokens = self._tokens_of(image, wanted)
+        levels = None if wanted.levels is None else min(wanted.levels, tokens.levels)
+        volume = onto_grid(self.tokenizer.decode(tokens, levels=levels), tokens.source_shape, tokens.source_affine)
+        if wanted.window is not None:
+            volume = Volume(np.clip(volume.hu, *window_bounds(wanted.window)), volume.affine)
+        with tempfile.NamedTemporaryFile(prefix="reconstruction_", suffix=".nii.gz", delete=False) as made:
+            file = Path(made.name)
+        write_nifti(file, volume)
+        return file, {**self._about(tokens), "window": wanted.window or options.HU}
+
+    def _ask(self, image: Path, wanted: Options) -> Result:
+        assistant = self._assistant.result()
+        if wanted.max_3d_tokens is not None:
+            assistant = assistant.with_budget(wanted.max_3d_tokens)
+        scan = dataclasses.replace(assistant.open(image), source="")
+        answer = assistant.ask(scan, wanted.question, max_new_tokens=wanted.max_new_tokens).as_json()
+        base = answer["provenance"]["base_model"]
+        name = base["name"] and (Path(base["name"]).name if Path(base["name"]).is_absolute() else base["name"])
+        answer["provenance"]["base_model"] = {**base, "name": name}
+        del answer["source"], answer["scan"]
+        return None, answer
+
+    _report = _ask  # without a question
+
+    def _about(self, tokens: CTTokens) -> dict[str, Any]:
+        return {
+            "tokens": len(tokens.codes),
+            "levels": tokens.levels,
+            "latent_shape": list(tokens.latent_shape),
+            "codes_used": len(np.unique(tokens.codes)),
+            "findings": list(tokens.findings or ("OK",)),
+            "provenance": {
+                "scan_sha256": tokens.source_hash,
+                "tokenizer_sha256": tokens.tokenizer,
+                "shape": list(tokens.source_shape),
+                "affine": tokens.source_affine.round(6).tolist(),
+                "windows": list(tokens.windows),
+                "spacing": tokens.spacing,
+                "keep": tokens.keep,
+            },
+        }
+
+
+def _shipped() -> str | None:
+    """The tokenizer that comes along, where it does; else the newest one here."""
+    folder = bundles_folder() / "pretrained" / SHIPPED
+    return str(folder) if folder.is_dir() else None

@@ -1,0 +1,57 @@
+"""What an exported bundle says of its tokenizer, and that it says so of the weights that lie in it.
+
+Reads `configs/metadata.json` and tensors. Another's configs are code; nothing here evaluates them.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from app.shared.refusals import fail
+from networks.presets import Preset
+from transforms.array import window_bounds
+
+ORIENTATION = "RAS"
+TOLD = ("resolution", "spacing", "prepared", "features", "windows", "keep", "num_embeddings", "quantizer_levels")
+
+
+def hu_range(windows: tuple[str, ...]) -> tuple[float, float]:
+    """Lowest and highest HU that the windows can tell apart; what lies beyond is clipped."""
+    bounds = [window_bounds(name) for name in windows]
+    return min(low for low, _ in bounds), max(high for _, high in bounds)
+
+
+def description(sizes: Preset, digest: str) -> dict[str, Any]:
+    """What a bundle's metadata hold under `tokenizer`: geometry, HU range, windows, sparsification, codes, weights."""
+    told = {name: value for name, value in dataclasses.asdict(sizes).items() if name in TOLD}
+    return {
+        "sha256": digest,
+        "orientation": ORIENTATION,
+        **json.loads(json.dumps(told)),
+        "hu_range": list(hu_range(sizes.windows)),
+    }
+
+
+def metadata_beside(weights: Path) -> Path | None:
+    """The metadata of the bundle that a models/model.pt lies in; None for a checkpoint outside any."""
+    file = weights.parent.parent / "configs" / "metadata.json"
+    return file if weights.parent.name == "models" and file.is_file() else None
+
+
+def check_description(weights: Path, sizes: Preset, digest: str) -> None:
+    """Ends where a bundle's metadata describe another tokenizer than its weights: who trusted them would be misled."""
+    file = metadata_beside(weights)
+    if file is None:
+        return
+    again = "export it again, or copy it again whole"
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))["tokenizer"]
+    except (OSError, ValueError, KeyError, TypeError):
+        fail("BAD_BUNDLE", f"{file} does not describe a tokenizer", again)
+    own = description(sizes, digest)
+    other = [name for name in own if not isinstance(told, dict) or told.get(name) != own[name]]
+    if other:
+        name = other[0]
+        value = told.get(name) if isinstance(told, dict) else told
+        fail("BAD_BUNDLE", f"{file} says {name} {value}, the weights beside it have {own[name]}", again)

@@ -1,0 +1,60 @@
+"""What a stage file leaves to its user in few keys: demo or one's own data, which CT windows, which sparse backend."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+
+from app.shared.refusals import fail
+from networks.sparse.ops import BACKENDS
+from transforms.array import WINDOWS
+
+log = logging.getLogger(__name__)
+
+SCALES = ("auto", "demo", "full")
+
+
+def is_demo(scale: str = "auto", *, dataset_dir: str | None = None) -> bool:
+    """Whether the demo's numbers are meant; `auto` means them as long as there is no data."""
+    if scale not in SCALES:
+        fail("BAD_VALUE", f"scale must be auto, demo or full, got {scale!r}", "leave --scale out for auto")
+    if scale == "full" and dataset_dir is None:
+        fail("NO_DATA", "scale full needs data", "pass --dataset_dir, or leave --scale out for the demo")
+    return scale == "demo" or (scale == "auto" and dataset_dir is None)
+
+
+def window_names(
+    windows: Mapping[str, Sequence[float]] | Sequence[str], *, window_type: str | None = None
+) -> list[str]:
+    """The CT windows of a run, one channel each: `window_type` alone where it is given, else all of `windows`.
+
+    A window is known by its name everywhere after this, so numbers (width, level) that stand in a config have to be
+    those of the table.
+    """
+    if window_type is not None:
+        return [window_type]
+    if isinstance(windows, Mapping):
+        for name, numbers in windows.items():
+            if name in WINDOWS and tuple(numbers) != WINDOWS[name]:
+                width, level = WINDOWS[name]
+                given = "/".join(f"{number:g}" for number in numbers)
+                remedy = "choose among the windows there are, or add one under a name of its own to transforms/array.py"
+                fail("BAD_VALUE", f"window {name} must be {width}/{level} (width/level in HU), got {given}", remedy)
+    return list(windows)
+
+
+def choose_backend(wanted: str | None = None) -> str:
+    """The config's choice, else what SPARSE_BACKEND says, else auto. Backends of other projects mean auto."""
+    for name in ("ATTN_BACKEND", "SPCONV_ALGO"):
+        if os.environ.get(name):
+            log.info("%s=%s is not used here: the fastest way is chosen by device", name, os.environ[name])
+    named = wanted or os.environ.get("SPARSE_BACKEND") or "auto"
+    if named in ("auto", *BACKENDS):
+        return named
+    if wanted:
+        fail(
+            "BAD_VALUE",
+            f"sparse_backend must be auto or one of {', '.join(BACKENDS)}, got {wanted!r}",
+            "pass one of these",
+        )
+    log.info("SPARSE_BACKEND=%s is not among auto, %s: taking auto", named, ", ".join(BACKENDS))
+    return "auto"

@@ -1,0 +1,293 @@
+"""MONAI Label 0.8.5 as a real server, asked over HTTP: by plain requests and by its own client. See docs/serving.md."""
+
+import base64
+import concurrent.futures
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import nibabel
+import numpy as np
+import pytest
+
+from app.export.export import write_bundle
+from app.tokens.commands import onto_grid, write_nifti
+from app.tokens.open_scan import Volume
+from app.tokens.token_files import read_tokens
+from app.tokens.tokenizer import CTTokenizer
+from tests import alignments, scans
+from tests import tiny_tokenizer as tiny
+from tests.runs import ROOT
+
+pytestmark = pytest.mark.label
+requests = pytest.importorskip("requests")
+pytest.importorskip("monailabel")
+PATIENT = "Doe_John_19700101"
+SECONDS_TO_START = 120
+
+
+class Server(NamedTuple):
+    url: str
+    log: Path
+    home: Path  # what the server calls the folder of temporary files
+
+    def ask(self, model, **given):
+        return requests.post(f"{self.url}/infer/{model}", timeout=120, **given)
+
+
+def start(app: Path, studies: Path, place: Path, *, conf: dict, options=()):
+    """The command of the docs, in a folder that holds nothing."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(app), "--studies", str(studies)]
+    command += ["--port", str(port), *options]
+    for name, value in conf.items():
+        command += ["--conf", name, str(value)]
+    place.mkdir()
+    kept = {**os.environ, "TMPDIR": str(place), "MONAI_LABEL_SESSION_PATH": str(place / "sessions")}
+    kept.pop("PYTHONPATH", None)
+    log = place / "server.log"
+    with open(log, "w") as out:
+        process = subprocess.Popen(command, cwd=place, env=kept, stdout=out, stderr=subprocess.STDOUT)
+    return process, Server(f"http://127.0.0.1:{port}", log, place)
+
+
+def wait_for(process, server):
+    for _ in range(SECONDS_TO_START):
+        try:
+            return requests.get(f"{server.url}/info/", timeout=5)
+        except requests.ConnectionError:
+            assert process.poll() is None, server.log.read_text()[-3000:]
+            time.sleep(1)
+    raise AssertionError(server.log.read_text()[-3000:])
+
+
+def end(process):
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """An aligned model with its tokenizer."""
+    folder = alignments.make_home(tmp_path_factory.mktemp("home"))
+    alignments.align(folder, folder / "aligned")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory):
+    """A NIfTI and a DICOM series in a zip and in a folder, all named after a patient."""
+    folder = tmp_path_factory.mktemp("studies")
+    write_nifti(folder / f"{PATIENT}.nii.gz", Volume(tiny.hu_volume(), tiny.AFFINE))
+    series = scans.write_series(folder / "series", scans.series(PatientName=PATIENT))
+    with zipfile.ZipFile(folder / "dicom.zip", "w") as packed:
+        for file in sorted(series.rglob("*")):
+            packed.write(file, file.name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(home, studies, tmp_path_factory):
+    conf = {"tokenizer": home / "tokenizer.pt", "align": home / "aligned", "max_upload_mb": 4}
+    process, started = start(ROOT / "app", studies, tmp_path_factory.mktemp("place") / "run", conf=conf)
+    try:
+        wait_for(process, started)
+        yield started
+    finally:
+        end(process)
+
+
+@pytest.fixture(scope="module")
+def expected(home, studies):
+    """Tokens and reconstruction as they are made without a server."""
+    ct = CTTokenizer.from_pretrained(home / "tokenizer.pt")
+    tokens = ct.encode(studies / f"{PATIENT}.nii.gz")
+    return tokens, onto_grid(ct.decode(tokens), tokens.source_shape, tokens.source_affine)
+
+
+def tokens_of(answer, folder):
+    file = folder / "answer.npz"
+    file.write_bytes(base64.b64decode(answer.json()["npz"]))
+    return read_tokens(file)
+
+
+def test_info_shows_models_and_options(server):
+    models = requests.get(f"{server.url}/info/", timeout=10).json()["models"]
+    assert list(models) == ["tokenize", "reconstruct", "ask", "report"]
+    assert models["reconstruct"]["config"]["window"][:2] == ["HU", "lung"]
+    assert models["ask"]["config"] == {"question": "", "max_3d_tokens": [40, 20, 10], "max_new_tokens": 256}
+
+
+def test_tokens_over_http_are_those_of_the_command(server, expected, tmp_path):
+    answer = server.ask("tokenize", params={"image": PATIENT})
+    assert answer.status_code == 200
+    found = tokens_of(answer, tmp_path)
+    assert np.array_equal(found.codes, expected[0].codes) and np.array_equal(found.coords, expected[0].coords)
+
+
+def test_a_reconstruction_comes_back_on_the_scans_own_grid(server, studies, expected, tmp_path):
+    file = tmp_path / "back.nii.gz"
+    file.write_bytes(server.ask("reconstruct", params={"image": PATIENT, "output": "image"}).content)
+    image, scan = nibabel.load(file), nibabel.load(studies / f"{PATIENT}.nii.gz")
+    assert image.shape == scan.shape and np.allclose(image.affine, scan.affine, atol=1e-4)
+    assert np.array_equal(np.asarray(image.dataobj), np.rint(expected[1].hu).astype(np.int16))
+
+
+def test_a_window_clips_what_comes_back(server, tmp_path):
+    file = tmp_path / "back.nii.gz"
+    sent = {"params": json.dumps({"window": "bone"})}
+    file.write_bytes(server.ask("reconstruct", params={"image": PATIENT, "output": "image"}, data=sent).content)
+    hu = np.asarray(nibabel.load(file).dataobj)
+    assert hu.min() >= -450 and hu.max() <= 1050
+
+
+def test_tokens_that_are_uploaded_are_decoded(server, expected, tmp_path):
+    packed = base64.b64decode(server.ask("tokenize", params={"image": PATIENT}).json()["npz"])
+    answer = server.ask("reconstruct", files={"file": ("tokens.npz", packed)}, params={"output": "image"})
+    (tmp_path / "back.nii.gz").write_bytes(answer.content)
+    hu = np.asarray(nibabel.load(tmp_path / "back.nii.gz").dataobj)
+    assert np.array_equal(hu, np.rint(expected[1].hu).astype(np.int16))
+
+
+def test_uploads_and_dicom_give_the_tokens_of_the_same_scan_on_disk(server, studies, home, tmp_path):
+    ct = CTTokenizer.from_pretrained(home / "tokenizer.pt")
+    nifti = server.ask("tokenize", files={"file": (f"{PATIENT}.nii.gz", (studies / f"{PATIENT}.nii.gz").read_bytes())})
+    assert np.array_equal(tokens_of(nifti, tmp_path).codes, ct.encode(studies / f"{PATIENT}.nii.gz").codes)
+    dicom = ct.encode(studies / "series").codes
+    upload = server.ask("tokenize", files={"file": ("dicom.zip", (studies / "dicom.zip").read_bytes())})
+    for answer in (server.ask("tokenize", params={"image": "dicom"}),
+                   server.ask("tokenize", params={"image": "series"}), upload):  # fmt: skip
+        assert np.array_equal(tokens_of(answer, tmp_path).codes, dicom)
+
+
+def test_monai_labels_own_client_gets_image_and_json(server, tmp_path):
+    from monailabel.client import MONAILabelClient
+
+    client = MONAILabelClient(server.url, tmpdir=str(tmp_path))
+    file, told = client.infer("reconstruct", PATIENT, {"window": ["HU", "lung"]})
+    assert nibabel.load(file).shape == tiny.SHAPE and told["tokens"] > 0
+    file, told = client.infer("ask", PATIENT, {"question": "On which side?"})
+    assert not file and json.loads(told)["question"] == "On which side?"  # JSON alone it gives as bytes
+
+
+def test_answers_carry_provenance_and_the_notice_and_no_name(server):
+    sent = {"params": json.dumps({"question": "On which side?", "max_new_tokens": 8, "max_3d_tokens": "20"})}
+    asked = server.ask("ask", params={"image": PATIENT}, data=sent)
+    report = server.ask("report", params={"image": PATIENT}, data={"params": json.dumps({"max_new_tokens": 8})})
+    for answer in (asked, report):
+        assert answer.status_code == 200
+        told = answer.json()
+        assert told["notice"] == "Research use only, not for diagnosis." and isinstance(told["answer"], str)
+        assert len(told["provenance"]["scan_sha256"]) == len(told["provenance"]["tokenizer_sha256"]) == 64
+        assert PATIENT not in answer.text and "/" not in answer.text.replace("\\/", "/").replace("not for", "")
+    assert asked.json()["provenance"]["settings"]["max_3d_tokens"] == 20
+
+
+def test_two_at_once_get_their_own_answers(server, expected, tmp_path):
+    calls = [("tokenize", {"image": PATIENT}), ("ask", {"image": PATIENT}), ("tokenize", {"image": "dicom"})]
+    data = {"params": json.dumps({"question": "On which side?", "max_new_tokens": 4})}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        done = list(pool.map(lambda call: server.ask(call[0], params=call[1], data=data), calls))
+    assert [answer.status_code for answer in done] == [200, 200, 200]
+    assert np.array_equal(tokens_of(done[0], tmp_path).codes, expected[0].codes)
+    assert "answer" in done[1].json() and done[2].json()["provenance"] != done[0].json()["provenance"]
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "status", "code"),
+    [
+        ("tokenize", {"files": {"file": ("x.nii.gz", b"no scan")}}, 422, "CORRUPT_FILE"),
+        ("tokenize", {"files": {"file": ("x.zip", b"PK\x03\x04")}}, 422, "CORRUPT_FILE"),
+        ("tokenize", {"files": {"file": ("x.npz", b"no tokens")}}, 422, "DAMAGED_TOKENS"),
+        ("tokenize", {"files": {"file": ("x.txt", b"a letter about a patient")}}, 422, "NO_CASES"),
+        ("tokenize", {"params": {"image": "/etc/passwd"}}, 404, "NO_SOURCE"),
+        ("tokenize", {"params": {"image": "../../etc/passwd"}}, 404, "NO_SOURCE"),
+        ("tokenize", {"params": {"image": "nobody"}}, 404, "NO_SOURCE"),
+        ("nothing", {"params": {"image": PATIENT}}, 404, "NO_MODEL"),
+        ("ask", {"params": {"image": PATIENT}}, 422, "BAD_VALUE"),
+        ("ask", {"params": {"image": PATIENT}, "data": {"params": '{"question": "' + "x" * 3000 + '"}'}}, 422,
+         "BAD_VALUE"),
+        ("reconstruct", {"params": {"image": PATIENT}, "data": {"params": '{"window": "wide"}'}}, 422, "BAD_VALUE"),
+        ("tokenize", {"files": {"file": ("x.nii.gz", bytes(5 << 20))}}, 413, "TOO_LARGE"),
+        ("tokenize", {"params": {"image": PATIENT}, "headers": {"Origin": "http://elsewhere.example"}}, 403,
+         "NOT_LOCAL"),
+        ("tokenize", {"params": {"image": PATIENT}, "headers": {"Host": "elsewhere.example"}}, 403, "NOT_LOCAL"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_answered_is_refused_with_a_code(server, model, given, status, code):
+    answer = server.ask(model, **given)
+    assert (answer.status_code, answer.json()["detail"]["code"]) == (status, code), answer.text
+    assert str(server.home) not in answer.text
+
+
+def test_broken_calls_leave_the_server_up(server):
+    assert server.ask("tokenize", params={"image": PATIENT}, data={"params": "{no json"}).status_code == 500
+    assert server.ask("ask", params={"image": PATIENT, "output": "image"}).status_code in (422, 500)
+    assert requests.get(f"{server.url}/info/", timeout=10).status_code == 200
+
+
+def test_the_server_listens_to_this_machine_alone(server):
+    port = int(server.url.rpartition(":")[2])
+    own = socket.gethostbyname(socket.gethostname())
+    if own.startswith("127."):
+        assert "http://127.0.0.1" in server.log.read_text()
+        return
+    with pytest.raises(OSError), socket.create_connection((own, port), timeout=2):
+        pass
+
+
+def test_logs_hold_no_patient_and_no_upload_is_left(server):
+    server.ask("tokenize", files={"file": (f"{PATIENT}.nii.gz", b"no scan")})
+    for log in (server.log, ROOT / "app" / "logs" / "app.log"):
+        assert PATIENT not in log.read_text() and "Traceback" not in log.read_text()
+    left = [file.name for file in server.home.rglob("*.nii.gz")]
+    assert not left
+
+
+def test_a_bad_conf_ends_the_start_in_one_line(studies, tmp_path):
+    for number, (conf, code) in enumerate([({"tokeniser": "x"}, "UNKNOWN_KEY"), ({"tokenizer": "x"}, "NO_TOKENIZER")]):
+        process, server = start(ROOT / "app", studies, tmp_path / str(number), conf=conf)
+        assert process.wait(timeout=SECONDS_TO_START) == 2
+        text = server.log.read_text()
+        assert code in text and "Traceback" not in text
+
+
+def test_a_request_while_the_language_model_loads_waits_for_it(home):
+    from app.serving.served import Served
+
+    served = Served(tokenizer=str(home / "tokenizer.pt"), align=str(home / "aligned"))
+    _, told = served.answer("ask", home / "scans/case0.npz", {"question": "On which side?", "max_new_tokens": 4})
+    assert isinstance(told["answer"], str)
+
+
+def test_an_exported_bundle_serves_in_monai_labels_own_app(home, studies, expected, tmp_path):
+    """Dense HU through the inferer of its inference.json."""
+    app = tmp_path / "monaibundle"
+    shutil.copytree(Path(sys.prefix, "monailabel", "sample-apps", "monaibundle"), app)
+    made = CTTokenizer.from_pretrained(home / "tokenizer.pt")
+    write_bundle(app / "model" / "ct_tokens", made, name="ct_tokens", align=None, settings=None)
+    conf = {"models": "ct_tokens", "zoo_source": "ngc", "sam2": "false", "skip_trainers": "true"}
+    process, server = start(app, studies, tmp_path / "run", conf=conf, options=("--host", "127.0.0.1"))
+    try:
+        assert list(wait_for(process, server).json()["models"]) == ["ct_tokens"]
+        answer = server.ask("ct_tokens", params={"image": PATIENT, "output": "image"})
+        assert answer.status_code == 200, server.log.read_text()[-3000:]
+        (tmp_path / "back.nii.gz").write_bytes(answer.content)
+        image = nibabel.load(tmp_path / "back.nii.gz")
+        assert np.allclose(image.affine, expected[0].source_affine, atol=1e-3)
+        assert np.abs(np.asarray(image.dataobj) - np.rint(expected[1].hu)).max() <= 1
+    finally:
+        end(process)
