@@ -3,6 +3,8 @@
 Weighted so, the loss of a batch does not depend on how it is split over micro-batches or ranks.
 """
 
+from types import MappingProxyType
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -11,7 +13,14 @@ from torch import Tensor
 from networks.sparse.tensor import SparseTensor
 from networks.sparse.topology import Level, align_rows
 
-LOSS_TYPES = ("l1", "l2", "mse", "l1_l2")
+LOSS_TYPES = MappingProxyType(  # name -> error of each value, of reconstruction minus truth
+    {
+        "l1": lambda diff: diff.abs(),
+        "l2": lambda diff: diff.square(),
+        "mse": lambda diff: diff.square(),
+        "l1_l2": lambda diff: 0.5 * diff.abs() + 0.5 * diff.square(),
+    }
+)
 
 
 def mean_of_samples(values: Float[Tensor, " N"], level: Level) -> Float[Tensor, ""]:
@@ -40,12 +49,7 @@ def reconstruction(
             raise ValueError(f"{missing} of {len(target)} target voxels were not decoded")
         values = values[rows]
     diff = values.float() - target.feats.float()
-    per_voxel = {
-        "l1": lambda: diff.abs(),
-        "l2": diff.square,
-        "mse": diff.square,
-        "l1_l2": lambda: 0.5 * diff.abs() + 0.5 * diff.square(),
-    }[loss_type]()
+    per_voxel = LOSS_TYPES[loss_type](diff)
     if channel_weights is None:
         return mean_of_samples(per_voxel.mean(1), target.level)
     weights = channel_weights.to(per_voxel)

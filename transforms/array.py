@@ -5,7 +5,7 @@ lie in -1..1. Nothing here reads files, knows a network or draws random numbers:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
@@ -19,8 +19,8 @@ AIR = -1000  # HU around the patient: the value of padding
 DROPPED = -1024  # HU that a voxel outside the kept ones stands for
 BODY_LEVEL = -400  # HU between air and tissue: a voxel a little more than half full
 WALL_LEVEL = -650  # HU of a block that is a third wall
-CUT_OFF = 0.001  # share of what is denser than air beyond a grid from which it is told
-COARSE = 6.0  # mm: a table's shell is much thinner, a chest wall is not
+CUT_OFF = 0.001  # share of what is denser than air beyond a grid, above which it is reported
+BODY_BLOCK_MM = 6.0  # a table's shell is much thinner, a chest wall is not
 INTERFACES = (-400, 200)  # HU between air and tissue, between soft tissue and bone
 BAND = 4  # voxels on either side of a surface
 SATURATION = 0.02  # a window says little about HU this close to its ends
@@ -41,7 +41,6 @@ WINDOWS = MappingProxyType(  # name -> (width, level) in HU; the first four are 
     }
 )
 DEFAULT_WINDOWS = ("lung", "bone", "soft_tissue", "brain")
-KEEPS = ("body", "nonzero", "band", "informative")
 
 Number = int | float
 Voxel = Sequence[int] | Integer[np.ndarray, " 3"]
@@ -61,7 +60,7 @@ class OnGrid(NamedTuple):
 
 
 def window_bounds(name: str) -> tuple[float, float]:
-    """Lowest and highest HU that a named window can tell apart."""
+    """Lowest and highest HU that a named window shows."""
     if name not in WINDOWS:
         raise ValueError(f"window must be one of {', '.join(WINDOWS)}, got {name!r}")
     width, level = WINDOWS[name]
@@ -93,7 +92,7 @@ def window_values(hu: Num[np.ndarray, "..."], names: Sequence[str]) -> Float[np.
 
 
 def hu_from_windows(values: Float[np.ndarray, "... C"], names: Sequence[str]) -> Float[np.ndarray, "..."]:
-    """HU told by the narrowest window that is not near its ends, else by the widest.
+    """HU as shown by the narrowest window that is not near its ends, else by the widest.
 
     Where all windows are near their lower ends, or all near their upper ends, the end that lies farthest out is
     believed: it need not be the widest's.
@@ -102,18 +101,18 @@ def hu_from_windows(values: Float[np.ndarray, "... C"], names: Sequence[str]) ->
         raise ValueError(f"values must have a channel for each of {list(names)}, got {values.shape[-1]} channels")
     parts = (np.asarray(values, np.float32) + 1) / 2
     lower, upper = np.array([window_bounds(name) for name in names], np.float32).T
-    told = lower + parts * (upper - lower)
+    levels = lower + parts * (upper - lower)  # the HU that each window shows
     widths = upper - lower
     low, high = (parts < 0.5).all(-1), (parts > 0.5).all(-1)
-    hu = np.where(low, told.min(-1), np.where(high, told.max(-1), told[..., widths.argmax()]))
+    hu = np.where(low, levels.min(-1), np.where(high, levels.max(-1), levels[..., widths.argmax()]))
     for channel in np.argsort(-widths, kind="stable"):  # the narrowest comes last and wins
         inside = (parts[..., channel] > SATURATION) & (parts[..., channel] < 1 - SATURATION)
-        hu = np.where(inside, told[..., channel], hu)
+        hu = np.where(inside, levels[..., channel], hu)
     return hu.astype(np.float32)
 
 
 def windows_range(names: Sequence[str]) -> tuple[float, float]:
-    """Lowest and highest HU that the windows together can tell: errors in HU are against truth clipped to it."""
+    """Lowest and highest HU that the windows together can show: errors in HU are against truth clipped to it."""
     bounds = [window_bounds(name) for name in names]
     return min(low for low, _ in bounds), max(high for _, high in bounds)
 
@@ -148,12 +147,12 @@ def _largest(mask: Bool[np.ndarray, "X Y Z"]) -> Bool[np.ndarray, "X Y Z"]:
 def body_mask(hu: Num[np.ndarray, "X Y Z"], *, spacing: Number = 4.0) -> Bool[np.ndarray, "X Y Z"]:
     """The patient: largest component above air with everything enclosed by it, lungs included. `spacing` is in mm.
 
-    Found on blocks of about COARSE mm, where a table's thin shell has blurred away and a chest wall has not, then drawn
-    at the volume's own voxels. Lungs and airways that the volume's end cuts open are enclosed in the planes along that
-    end, so each of the three planes fills too.
+    Looked for on blocks of about BODY_BLOCK_MM, where a table's thin shell has blurred away and a chest wall has not,
+    then drawn at the volume's own voxels. Lungs and airways that the volume's end cuts open are enclosed in the planes
+    along that end, so each of the three planes fills too.
     """
     hu = np.asarray(hu)
-    factor = max(1, round(COARSE / spacing))
+    factor = max(1, round(BODY_BLOCK_MM / spacing))
     padded = np.pad(hu, [(0, -n % factor) for n in hu.shape], mode="edge")
     blocks = reduce(padded, "(x a) (y b) (z c) -> x y z", np.mean, a=factor, b=factor, c=factor)
     body = _largest(blocks > BODY_LEVEL)
@@ -183,6 +182,49 @@ def _signed_distance(mask: Bool[np.ndarray, "X Y Z"]) -> Float[np.ndarray, "X Y 
     return np.where(mask, 0.5 - inside, outside - 0.5)
 
 
+def _above_air(hu: Num[np.ndarray, "X Y Z"], windows: Sequence[str], _spacing: Number) -> Bool[np.ndarray, "X Y Z"]:
+    """Above air and above zero in some window."""
+    return hu > max(AIR, windows_range(windows)[0])
+
+
+def _near_interfaces(
+    hu: Num[np.ndarray, "X Y Z"], _windows: Sequence[str], _spacing: Number
+) -> Bool[np.ndarray, "X Y Z"]:
+    """Within a few voxels of a surface between air, soft tissue and bone."""
+    kept = np.zeros(hu.shape, bool)
+    for level in INTERFACES:
+        kept |= np.abs(_signed_distance(hu > level)) < BAND
+    return kept
+
+
+def _unsaturated(hu: Num[np.ndarray, "X Y Z"], windows: Sequence[str], spacing: Number) -> Bool[np.ndarray, "X Y Z"]:
+    """Body voxels that some window does not saturate, and their neighbours."""
+    unsaturated = np.zeros(hu.shape, bool)
+    for name in windows:
+        low, high = window_bounds(name)
+        unsaturated |= (hu > low) & (hu < high)
+    neighbours = ndimage.generate_binary_structure(3, 3)
+    return ndimage.binary_dilation(unsaturated & body_mask(hu, spacing=spacing), neighbours)
+
+
+class Keep(NamedTuple):
+    """A sparsification: which voxels become rows, and what the dropped ones stand for."""
+
+    mask: Callable[[np.ndarray, Sequence[str], Number], np.ndarray]  # of HU, windows and spacing in mm
+    fill: Number | Literal["nearest"]  # what `densify` puts where a voxel was dropped
+    by_window: bool  # whether the mask depends on the windows
+
+
+KEEPS = MappingProxyType(
+    {
+        "body": Keep(lambda hu, _, spacing: body_mask(hu, spacing=spacing), DROPPED, by_window=False),
+        "nonzero": Keep(_above_air, DROPPED, by_window=True),
+        "band": Keep(_near_interfaces, "nearest", by_window=False),
+        "informative": Keep(_unsaturated, "nearest", by_window=True),
+    }
+)
+
+
 def keep_mask(
     hu: Num[np.ndarray, "X Y Z"],
     keep: str = "body",
@@ -190,32 +232,10 @@ def keep_mask(
     windows: Sequence[str] = DEFAULT_WINDOWS,
     spacing: Number = 4.0,
 ) -> Bool[np.ndarray, "X Y Z"]:
-    """Which voxels become rows.
-
-    body         the patient
-    nonzero      above air and above zero in some window
-    band         within a few voxels of a surface between air, soft tissue and bone
-    informative  body voxels that some window does not saturate, and their neighbours
-    """
-    hu = np.asarray(hu)
-    if keep == "body":
-        return body_mask(hu, spacing=spacing)
-    if keep == "nonzero":
-        return hu > max(AIR, windows_range(windows)[0])
-    if keep == "band":
-        kept = np.zeros(hu.shape, bool)
-        for level in INTERFACES:
-            kept |= np.abs(_signed_distance(hu > level)) < BAND
-        return kept
-    if keep == "informative":
-        open_window = np.zeros(hu.shape, bool)
-        for name in windows:
-            low, high = window_bounds(name)
-            open_window |= (hu > low) & (hu < high)
-        return ndimage.binary_dilation(
-            open_window & body_mask(hu, spacing=spacing), ndimage.generate_binary_structure(3, 3)
-        )
-    raise ValueError(f"keep must be one of {', '.join(KEEPS)}, got {keep!r}")
+    """Which voxels become rows, by one of KEEPS: `body` is the patient."""
+    if keep not in KEEPS:
+        raise ValueError(f"keep must be one of {', '.join(KEEPS)}, got {keep!r}")
+    return KEEPS[keep].mask(np.asarray(hu), windows, spacing)
 
 
 def signed_band(mask: Bool[np.ndarray, "X Y Z"], band: Number = BAND) -> Float[np.ndarray, "X Y Z"]:
@@ -266,7 +286,7 @@ def densify(
 
 def fill_for(keep: str) -> Number | str:
     """What `densify` puts where a voxel was dropped, so that every mode answers for the whole grid."""
-    return DROPPED if keep in ("body", "nonzero") else "nearest"
+    return KEEPS[keep].fill
 
 
 # ---- resampling
@@ -350,7 +370,7 @@ def columns(coords: Integer[np.ndarray, "N 3"]) -> list[Integer[np.ndarray, " N"
     return [coords[:, axis] for axis in range(3)]
 
 
-def take_rows(array: Shaped[np.ndarray, "N ..."], rows: Int[np.ndarray, " M"]) -> Shaped[np.ndarray, "M ..."]:
+def pick_rows(array: Shaped[np.ndarray, "N ..."], rows: Int[np.ndarray, " M"]) -> Shaped[np.ndarray, "M ..."]:
     """`array[rows]`, in columns where the array lies in columns."""
     if array.ndim != 2 or not array.flags.f_contiguous:
         return array[rows]

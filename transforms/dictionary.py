@@ -18,7 +18,7 @@ from transforms.array import Number
 class Resampled(MapTransform):
     """`array.resample` onto a cube of `grid` voxels of `spacing` mm. Without an affine the field fills the cube.
 
-    `beyond` tells of HU what share of all that is denser than air the cube cuts off.
+    `beyond` is the share of all that is denser than air, of a volume in HU, that the cube cuts off.
     """
 
     def __init__(self, keys: str | Sequence[str] = "image", *, spacing: Number, grid: int) -> None:
@@ -64,20 +64,19 @@ class Sparsifyd(MapTransform):
         if keep not in array.KEEPS:
             raise ValueError(f"keep must be one of {', '.join(array.KEEPS)}, got {keep!r}")
         self.keep, self.windows = keep, tuple(windows)
-        by_window = keep in ("nonzero", "informative")
-        self.settings = {"keep": keep, "keep_windows": list(self.windows) if by_window else None}
+        self.settings = {"keep": keep, "keep_windows": list(self.windows) if array.KEEPS[keep].by_window else None}
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)
         for key in self.key_iterator(item):
             volume = item.pop(key)
             if volume.ndim == 4:  # masks
-                kept = array.sparsify_masks(volume)
+                sparse = array.sparsify_masks(volume)
             else:
                 spacing = float(np.linalg.norm(item["affine"][:3, 0]))
                 mask = array.keep_mask(volume, self.keep, windows=self.windows, spacing=spacing)
-                kept = array.sparsify(volume, mask)
-            item["coords"], item["values"] = kept
+                sparse = array.sparsify(volume, mask)
+            item["coords"], item["values"] = sparse
             item["spatial_shape"] = tuple(int(n) for n in volume.shape[:3])
         return item
 
@@ -123,7 +122,7 @@ class RandCropToBudgetd(RandomizableTransform, MapTransform):
         rows = array.crop_to_budget(coords, self.max_points, center=center, max_side=self.max_side)
         if len(rows) < len(coords):
             for key in self.key_iterator(item):
-                item[key] = array.take_rows(item[key], rows)
+                item[key] = array.pick_rows(item[key], rows)
         return item
 
 

@@ -178,7 +178,7 @@ def window_bytes(hu: Num[np.ndarray, "X Y Z"], name: str) -> np.ndarray:
 
 
 def windows_as_hu(case: PreparedCase, names: Sequence[str]) -> Float[np.ndarray, "X Y Z"]:
-    """HU told by graded window files of a case without HU; where every window is empty it is air."""
+    """HU from graded window files of a case without HU; where every window is empty it is air."""
     parts = np.stack([_unit(case.window(name)) for name in names], -1)
     hu = hu_from_windows(parts * 2 - 1, names)
     return np.where((parts <= 0).all(-1), np.minimum(hu, AIR), hu).astype(np.float32)
@@ -298,12 +298,12 @@ def open_case(path: str | Path, *, row: Mapping[str, str] | None = None) -> Prep
     if not path.is_dir():
         raise Refused("NO_DATA", f"{str(path)!r} is no prepared case", "give a folder OUT/dataset/processed/case")
     if row is None:
-        row = read_rows(path.parent.parent / "metadata.csv").get(path.name, {})
+        row = read_metadata(path.parent.parent / "metadata.csv").get(path.name, {})
     return _case(path, path.parent.parent.name, row)
 
 
 def _cases_of(dataset: Path) -> Iterator[PreparedCase | DamagedCase]:
-    rows = read_rows(dataset / "metadata.csv")
+    rows = read_metadata(dataset / "metadata.csv")
     folders = sorted(p for p in (dataset / "processed").iterdir() if p.is_dir() and not p.name.startswith("."))
     for folder in folders:
         try:
@@ -389,7 +389,7 @@ def split_patients(patients: Iterable[str], given: Mapping[str, str] = MappingPr
     return sides
 
 
-def read_rows(file: Path) -> dict[str, dict[str, str]]:
+def read_metadata(file: Path) -> dict[str, dict[str, str]]:
     """Rows of a metadata.csv by case; none where the file is missing. Older trees name the case in the first column."""
     if not file.is_file():
         return {}

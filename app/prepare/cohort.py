@@ -359,9 +359,9 @@ def _finished(job: Job, recipe: str) -> dict[str, Any] | None:
         return None
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # damaged, or made by older software
         sidecar = json.loads(file.read_text())
-        whole = sidecar["files"].items() <= writer.sizes_of(file.parent).items()
-        seen = not job.preview or preview.path_of(job.folder, job.case).is_file()
-        if sidecar["recipe"] == recipe and whole and seen:
+        intact = sidecar["files"].items() <= writer.sizes_of(file.parent).items()
+        has_preview = not job.preview or preview.path_of(job.folder, job.case).is_file()
+        if sidecar["recipe"] == recipe and intact and has_preview:
             return sidecar
     return None
 
@@ -390,7 +390,7 @@ def _make(job: Job, recipe: str) -> dict[str, Any]:
     }
     del volume
     if job.preview:
-        preview.write(job.folder, job.case, on_grid.hu, settings.windows, settings.spacing)
+        preview.write_preview(job.folder, job.case, on_grid.hu, settings.windows, settings.spacing)
     case = writer.write_case(
         job.folder,
         job.case,
@@ -411,7 +411,7 @@ def _clear_leftovers(folders: Iterable[Path]) -> None:
     """What a killed run, or a killed worker of this one, half wrote into datasets; nothing that others put there."""
     tables = re.compile(rf"\.\d+\.({'|'.join(map(re.escape, writer.DATASET_FILES))})")
     for folder in folders:
-        for place, pattern in (("", tables), ("previews", preview.UNFINISHED)):
+        for place, pattern in (("", tables), ("previews", preview.UNFINISHED_PREVIEW)):
             for left in (folder / place).glob(".*"):
                 if pattern.fullmatch(left.name) and left.is_file():
                     left.unlink()

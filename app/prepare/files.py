@@ -9,9 +9,10 @@ import os
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from app.shared.refusals import Refused
@@ -160,11 +161,13 @@ def sniff(ref: Ref) -> str:
     """dicom, nifti, nrrd, mha, empty or other: by content, the name only where content cannot tell."""
     with open_ref(ref) as stream:
         head = stream.read(SNIFF)
+    name = ref.name.lower()
     if not head:
         return "empty"
     if head[:2] == b"\x1f\x8b":
         head = _gunzip_head(head)
-        return "nifti" if _is_nifti(head) or ref.name.lower().endswith((".nii.gz", ".hdr.gz")) else "other"
+        packed = [kind for kind, it in FORMATS.items() if it.packed and (it.begins(head) or name.endswith(it.packed))]
+        return packed[0] if packed else "other"
     if head[128:132] == b"DICM" or head[:6] in (b"\x08\x00\x05\x00CS", b"\x08\x00\x08\x00CS", b"\x08\x00\x16\x00UI"):
         return "dicom"
     if (
@@ -173,15 +176,9 @@ def sniff(ref: Ref) -> str:
         and len(head) > 64
     ):
         return "dicom"  # implicit VR without a preamble, as old scanners wrote
-    if head[:4] == b"NRRD":
-        return "nrrd"
-    if head.lstrip()[:10] == b"ObjectType" or head.lstrip()[:5] == b"NDims":
-        return "mha"
-    if _is_nifti(head):
-        return "nifti"
-    name = ref.name.lower()
-    by_name = {".nii": "nifti", ".nii.gz": "nifti", ".nrrd": "nrrd", ".mha": "mha", ".mhd": "mha"}
-    return next((kind for end, kind in by_name.items() if name.endswith(end)), "other")
+    begun = [kind for kind, it in FORMATS.items() if it.begins(head)]
+    named = [kind for kind, it in FORMATS.items() if name.endswith(it.endings)]
+    return next(iter(begun + named), "other")
 
 
 def _gunzip_head(head: bytes) -> bytes:
@@ -196,3 +193,23 @@ def _is_nifti(head: bytes) -> bool:
     if size in (b"\x5c\x01\x00\x00", b"\x00\x00\x01\x5c"):
         return head[344:348] in (b"n+1\0", b"ni1\0")
     return size in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c") and head[4:7] in (b"n+2", b"ni2")
+
+
+class Format(NamedTuple):
+    """A file format of volumes as it is recognised; its reader stands in formats.READERS."""
+
+    begins: Callable[[bytes], bool]  # whether a file's first bytes are of it
+    endings: tuple[str, ...]  # names that say so where the content cannot
+    packed: tuple[str, ...] = ()  # names of such files inside gzip
+    parts: tuple[str, ...] = ()  # names of headers whose voxels lie beside them
+
+
+FORMATS = MappingProxyType(
+    {
+        "nrrd": Format(lambda head: head[:4] == b"NRRD", (".nrrd",), parts=(".nhdr",)),
+        "mha": Format(
+            lambda head: head.lstrip()[:10] == b"ObjectType" or head.lstrip()[:5] == b"NDims", (".mha", ".mhd")
+        ),
+        "nifti": Format(_is_nifti, (".nii", ".nii.gz"), packed=(".nii.gz", ".hdr.gz")),
+    }
+)

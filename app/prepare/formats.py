@@ -10,6 +10,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterable
+from types import MappingProxyType
 from typing import NamedTuple
 
 import nibabel as nib
@@ -73,7 +74,7 @@ class VolumeFile(NamedTuple):
 def read_header(ref: Ref, kind: str) -> VolumeFile:
     """Judges a file's header; raises Refused with the rule it breaks."""
     try:
-        return {"nifti": _nifti, "nrrd": _nrrd, "mha": _mha}[kind](ref)
+        return READERS[kind](ref)
     except Refused:
         raise
     except (ValueError, KeyError, IndexError, OverflowError, TypeError, OSError, EOFError, zlib.error) as error:
@@ -405,3 +406,6 @@ def _mha_affine(fields: dict[str, str], dims: int) -> np.ndarray:
     affine[:3, :3] = matrix.T * steps
     affine[:3, 3] = [float(word) for word in origin.split()][:3]
     return LPS_TO_RAS @ affine + 0.0
+
+
+READERS = MappingProxyType({"nifti": _nifti, "nrrd": _nrrd, "mha": _mha})  # of headers, by the kinds of files.FORMATS

@@ -21,7 +21,7 @@ from app.prepare.findings import Finding, found
 from transforms.array import AIR
 
 ALIGNED = 0.02  # voxels by which a scan may lie off the grid's axes, at its far end, to count as axis-aligned
-COARSE = 4.0  # grid steps a source voxel may measure before it is called low resolution
+LOW_RESOLUTION_STEPS = 4.0  # grid steps a source voxel may measure before it is called low resolution
 SLAB = 16  # output planes at a time: bounds the memory
 
 
@@ -112,7 +112,7 @@ def _grid_findings(shape: Sequence[int], affine: np.ndarray, grid: Grid) -> tupl
     over = max(-0.5 - inside[:3].min(), inside[:3].max() - (grid.size - 0.5))
     if over > 0.5 + 1e-3:
         findings.append(found("FOV_CROPPED", f"by up to {over * grid.spacing:.0f} mm on a side"))
-    if spacing_of(affine).max() > COARSE * grid.spacing:
+    if spacing_of(affine).max() > LOW_RESOLUTION_STEPS * grid.spacing:
         voxel = " x ".join(f"{s:.3g}" for s in spacing_of(affine))
         findings.append(found("LOW_RESOLUTION", f"{voxel} mm onto {grid.spacing:g} mm"))
     return tuple(findings)
@@ -186,9 +186,9 @@ def _resample_aligned(hu: np.ndarray, axes: list[tuple[int, Axis]], size: int) -
         planes = {z: planes[z] if z in planes else _plane(source[:, :, z], along_x, along_y) for z in needed}
         stack = np.stack([planes[z] for z in needed])
         mixed = part[:, needed] @ stack.reshape(len(needed), -1)
-        whole = np.clip(np.rint(mixed, out=mixed), -32768, 32767, out=mixed).astype(np.int16)
+        rounded = np.clip(np.rint(mixed, out=mixed), -32768, 32767, out=mixed).astype(np.int16)
         top = along_z.start + low
-        out[top : top + part.shape[0], ys, xs] = whole.reshape(part.shape[0], *stack.shape[1:])
+        out[top : top + part.shape[0], ys, xs] = rounded.reshape(part.shape[0], *stack.shape[1:])
     return out.transpose(2, 1, 0)
 
 

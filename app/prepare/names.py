@@ -26,14 +26,14 @@ def read_key(out: Path, key_file: str | None) -> bytes:
     path = beside(out, "key")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        made = path.with_name(f".{path.name}.{os.getpid()}")
-        _write_private(made, secrets.token_hex(32) + "\n")
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        _write_private(unfinished, secrets.token_hex(32) + "\n")
         try:
-            os.link(made, path)  # fails where another run was first: its key counts
+            os.link(unfinished, path)  # fails where another run was first: its key counts
         except FileExistsError:
             pass
         finally:
-            made.unlink()
+            unfinished.unlink()
     return path.read_bytes().strip()
 
 
@@ -56,13 +56,13 @@ def write_sources(out: Path, rows: Iterable[tuple[str, str, str]]) -> Path:
             rows_before = itertools.islice(csv.reader(stream), 1, None)
             table = {tuple(row[:2]): row[2] for row in rows_before if len(row) == 3}
     table |= {(dataset, case): source for dataset, case, source in rows}
-    made = path.with_name(f".{path.name}.{os.getpid()}")
-    _write_private(made, "")
-    with open(made, "w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    _write_private(unfinished, "")
+    with open(unfinished, "w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(["dataset", "case", "source"])
         writer.writerows([*key, source] for key, source in sorted(table.items()))
-    made.replace(path)
+    unfinished.replace(path)
     return path
 
 

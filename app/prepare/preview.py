@@ -12,7 +12,7 @@ from app.shared.sides import write_sides
 from transforms import array
 
 MOST = 256  # pixels a side: a larger volume is thinned for the picture
-UNFINISHED = re.compile(r"\.\d+\.[^.].*\.png")  # as `written_whole` calls one before its rename
+UNFINISHED_PREVIEW = re.compile(r"\.\d+\.[^.].*\.png")  # as `written_whole` calls one before its rename
 KEPT = "body"  # the sparsification that training uses by default
 
 
@@ -20,7 +20,9 @@ def path_of(folder: str | Path, case: str) -> Path:
     return Path(folder) / "previews" / f"{case}.png"
 
 
-def write(folder: str | Path, case: str, hu: Int[np.ndarray, "X Y Z"], windows: Sequence[str], spacing: float) -> None:
+def write_preview(
+    folder: str | Path, case: str, hu: Int[np.ndarray, "X Y Z"], windows: Sequence[str], spacing: float
+) -> None:
     """previews/{case}.png, whole or not at all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

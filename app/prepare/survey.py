@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from app.prepare.files import Ref, sniff, walk
+from app.prepare.files import FORMATS, Ref, sniff, walk
 from app.prepare.findings import Finding, finding_of
 from app.prepare.formats import VolumeFile, read_header
 from app.prepare.gate import NO_RULES, Rules, Stack, Verdict, judge
@@ -84,7 +84,8 @@ def _relative(ref: Ref, root: str) -> str:
 
 def _is_image_name(ref: Ref) -> bool:
     """A name that promises an image makes a bad content a failure, not something to pass over."""
-    return ref.name.lower().endswith((".nii", ".nii.gz", ".dcm", ".nrrd", ".nhdr", ".mha", ".mhd", ".ima"))
+    endings = [ending for it in FORMATS.values() for ending in it.endings + it.parts]
+    return ref.name.lower().endswith((".dcm", ".ima", *endings))
 
 
 def _is_label(ref: Ref, root: str) -> bool:

@@ -42,7 +42,7 @@ def join_text(
         elif home not in cases:
             missing += 1
         else:
-            text = {"case_id": home[1], **_kept(row)}
+            text = {"case_id": home[1], **_text_fields(row)}
             lines[home[0]].append(json.dumps(text, ensure_ascii=False, sort_keys=True))
     for dataset in {dataset for dataset, _ in cases}:
         file = out / dataset / "text.jsonl"
@@ -90,7 +90,7 @@ def _homes(image: str, by_name: Mapping[str, set[Home]], sources: Mapping[Home, 
     return {home for home in homes if image in (home[1], "/".join(home)) or may_be(image, root, sources[home])}
 
 
-def _kept(row: TextRow) -> dict[str, object]:
+def _text_fields(row: TextRow) -> dict[str, object]:
     labels = {name: int(value) for name, value in row.labels.items()}
     if row.question == REPORT_QUESTION:
         return {"report": row.answer, **labels}

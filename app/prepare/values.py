@@ -38,10 +38,10 @@ def why_not_hu(values: Num[np.ndarray, "X Y Z"]) -> str | None:
     """The reason why values, before padding is mapped, cannot be HU; None where they can."""
     sample = _sample(values)
     low, high = float(sample.min()), float(sample.max())
-    whole = bool(sample.dtype.kind in "iu" or np.array_equal(sample, np.rint(sample)))
+    integers = bool(sample.dtype.kind in "iu" or np.array_equal(sample, np.rint(sample)))
     if low >= -1 and high <= 1:
         return f"values lie in {low:g} to {high:g}: normalised"
-    if low >= 0 and high <= 255 and whole:
+    if low >= 0 and high <= 255 and integers:
         return "values lie in 0 to 255: 8-bit"
     if max(abs(low), abs(high)) > 32767:
         return f"values reach from {low:g} to {high:g}"

@@ -114,9 +114,9 @@ def may_be(image: str, root: str | Path, inside: str | Path) -> bool:
     ours, below = _folders_and_stem(image), _folders_and_stem(inside)
     if len(ours) == 1 or CT_RATE_NAME.fullmatch(ours[-1]):
         return ours[-1:] == below[-1:]
-    whole = (*_folders_and_stem(Path(root).absolute()), *below)
+    full_path = (*_folders_and_stem(Path(root).absolute()), *below)
     moved = Path(image).is_absolute() and len(below) > 1 and ours[-len(below) :] == below
-    return moved or whole[-len(ours) :] == ours
+    return moved or full_path[-len(ours) :] == ours
 
 
 def _folders_and_stem(path: str | Path) -> tuple[str, ...]:
@@ -278,7 +278,7 @@ class ImageFinder:
             return {}
         table = path.parent.parent / "metadata.csv"
         if table not in self._cases:
-            self._cases[table] = prepared.read_rows(table)
+            self._cases[table] = prepared.read_metadata(table)
         return self._cases[table].get(path.name, {})
 
     def names(self) -> dict[str, list[Path]]:

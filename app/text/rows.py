@@ -51,12 +51,12 @@ def lettered(choices: Iterable[str]) -> list[str]:
 def named(record: Mapping) -> dict[str, str]:
     """Values under our names; the first alias that has a value wins."""
     lower = {str(key).strip().lower().replace(" ", "_"): value for key, value in record.items() if key is not None}
-    found = {}
+    renamed = {}
     for name, aliases in ALIASES.items():
         values = [lower[alias] for alias in aliases if lower.get(alias) not in (None, "")]
         if values:
-            found[name] = values[0]
-    return found
+            renamed[name] = values[0]
+    return renamed
 
 
 def clean(text: object) -> str:

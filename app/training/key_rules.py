@@ -6,7 +6,7 @@ from typing import Any
 
 from app.phantoms.sentences import PLACES
 from networks.losses import LOSS_TYPES
-from networks.presets import NORMS, POOLS, PRESETS
+from networks.presets import CODEBOOKS, NORMS, POOLS, PRESETS
 from networks.tokens import REDUCTIONS
 from transforms import RandTranslated
 from transforms.array import KEEPS, WINDOWS
@@ -168,7 +168,7 @@ RULES = {
     "max_cases": _count(1, optional=True),
     "warmup_steps": _count(1),
     "decoder_steps": _count(0),
-    "codebook": _choice("ema", "gradient", "fsq"),
+    "codebook": _choice(*(name for name in CODEBOOKS if name != "none")),
     "rotation_trick": _switch(),
     "normalize_codes": _switch(),
     "quantizer_levels": _count(1),

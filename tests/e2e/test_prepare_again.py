@@ -20,7 +20,7 @@ from tests.cohorts import AFFINE, SMALL, raw_cohort, report, tree
 
 
 def statuses(out) -> dict[str, str]:
-    rows = [row for table in out.glob("*/metadata.csv") for row in prepared.read_rows(table).values()]
+    rows = [row for table in out.glob("*/metadata.csv") for row in prepared.read_metadata(table).values()]
     return {row["case_id"]: row["status"] for row in rows}
 
 

@@ -30,7 +30,7 @@ def resolved(monkeypatch, stage, *flags, overlay=None):
     monkeypatch.setattr(
         sys, "argv", ["/x/monai/bundle/__main__.py", "run", "training", "--config_file", str(files), *flags]
     )
-    return preflight.resolved_config()
+    return preflight.resolved_config(preflight.read_command_line(sys.argv))
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_a_preview_names_sides_and_case(tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "__init__", lambda self, *a, **k: figures.append(self) or stock(self, *a, **k))
     hu = np.full((24, 24, 24), -1000, np.int16)
     hu[6:18, 6:18, 6:18] = 40
-    preview.write(tmp_path, "case_9", hu, ("lung",), 4.0)
+    preview.write_preview(tmp_path, "case_9", hu, ("lung",), 4.0)
     (figure,) = figures
     assert figure.get_suptitle() == "case_9"
     seen = {axes.get_title().rpartition(" ")[2]: "".join(texts(axes)) for axes in figure.axes}
