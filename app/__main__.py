@@ -1,12 +1,11 @@
 """python -m app COMMAND: parse, call, print; no logic.
 
 A command is a function with the three options every one has (`Json`, `Seed`, `Debug`) whose body runs inside
-`answering`: that keeps standard output for one JSON object where asked, turns a user's mistake into one line, and sets
+`answering`: that keeps standard output for one JSON object where asked, turns a refusal into its line, and sets
 the exit status (0 done, 1 a fault of ours, 2 the call is wrong, 3 some input was refused).
 """
 
 import contextlib
-import errno
 import json
 import sys
 import traceback
@@ -15,14 +14,13 @@ from typing import Annotated, Any
 
 import typer
 
+from app.shared.refusals import Refused, refusal_of, say
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, all else on standard error.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of whatever is random.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
-# what is wrong with a path that the call gave
-_PATH_ERRORS = (errno.EROFS, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 class Answer:
@@ -45,41 +43,20 @@ def answering(as_json: bool, debug: bool) -> Iterator[Answer]:
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             yield answer
             lines = [] if as_json else list(answer.lines)
-    except SystemExit as end:
-        answer.status = end.code if isinstance(end.code, int) else 1
-        answer.value, lines = answer.value or {"error": "see standard error", "status": answer.status}, []
     except BrokenPipeError:
         raise
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
-        answer.status, line = _one_line(error)
-        sys.stderr.write(f"{line}\n")
-        answer.value, lines = {"error": line, "status": answer.status}, []
+        refused = refusal_of(error) or Refused("FAULT", type(error).__name__)
+        say(refused)
+        answer.status, answer.value, lines = refused.status, {"error": str(refused), "status": refused.status}, []
     if as_json:
         out.write(json.dumps(answer.value) + "\n")
     else:
         out.writelines(f"{line}\n" for line in lines)
     out.flush()
     raise typer.Exit(answer.status)
-
-
-def _one_line(error: BaseException) -> tuple[int, str]:
-    """Exit status and text: refused input 3, a wrong call 2, Ctrl-C 130 as in any shell, everything else is ours."""
-    from app.prepare.codes import Refused
-
-    if isinstance(error, KeyboardInterrupt):
-        return 130, "STOPPED: ended by Ctrl-C. Run again: what is done is kept."
-    if isinstance(error, Refused):
-        return 3, str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return 2, "DISK_FULL: no space left on the disk of OUT. Free some and run again: what is done is kept."
-    if isinstance(error, OSError) and error.filename and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return 2, f"WRONG_CALL: {error.strerror}: {error.filename}. Give another, or mend its permissions."
-    wrong = ValueError | FileNotFoundError | FileExistsError | NotADirectoryError | PermissionError
-    if isinstance(error, wrong) or (isinstance(error, OSError) and error.errno in _PATH_ERRORS):
-        return 2, f"WRONG_CALL: {' '.join(str(error).split())}"
-    return 1, f"FAULT: {type(error).__name__}. This is our mistake; run again with --debug and report it."
 
 
 def _show_version(asked: bool) -> bool:
@@ -173,6 +150,26 @@ def check(
         counted = {"keep": keep, "windows": names, "preset": preset, "spacing": spacing, "min_points": min_points}
         checked = look(data, **counted, image_root=image_root)
         answer.give(checked.as_json(), lines(checked), status=checked.exit_status)
+
+
+@app.command(
+    epilog="Example: python -m app train vq_stage1 --dataset_dir prepared/ --max_steps 1000",
+    context_settings={"ignore_unknown_options": True},
+)
+def train(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="STAGE [--key value]", help="Keys are those of its file.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a stage: vae, vq_stage1, vq_stage2 or align. Keys are those of bundles/STAGE.json."""
+    with answering(as_json, debug) as answer:
+        from app.training import preflight
+        from app.training.train import train_words
+
+        preflight.end_at_once_on_sigterm()
+        answer.give(train_words(words or [])._asdict())
 
 
 @app.command(epilog="Example: python -m app doctor")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from app.dataset import prepared
+from app.shared.refusals import Refused
 from app.shared.tables import read_table
 from app.text.manifests import check_rows, read_rows
 from networks import presets
@@ -70,7 +71,11 @@ def check(
     """
     path = Path(data)
     if not path.exists():
-        raise ValueError(f"{path.name!r} does not exist; give the OUT of `python -m app prepare RAW OUT` or a manifest")
+        raise Refused(
+            "NO_SOURCE",
+            f"{path.name!r} does not exist",
+            "give the OUT of `python -m app prepare RAW OUT` or a manifest",
+        )
     if path.is_file() or (not prepared.find_datasets(path) and any(path.rglob("*.txt"))):
         return check_manifest(path, image_root=image_root)
     onto = (presets.preset(preset).resolution, spacing or presets.preset(preset).spacing)

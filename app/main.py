@@ -25,6 +25,7 @@ from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 from app.serving.guard import Guard
 from app.serving.refused import refusal
 from app.serving.served import DESCRIPTIONS, Served
+from app.shared.refusals import as_refused
 from app.shared.version import VERSION
 
 CONF = {"tokenizer": None, "align": None, "max_upload_mb": "2048"}
@@ -46,7 +47,7 @@ class Task(InferTask):
     def __call__(self, request: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
         try:
             file, told = self.served.answer(self.name, Path(request["image"]), request)
-        except (Exception, SystemExit) as error:
+        except Exception as error:
             raise HTTPException(*refusal(error)) from None
         return None if file is None else str(file), told
 
@@ -64,8 +65,8 @@ class Voxelingo(MONAILabelApp):
             _leave(f"BAD_VALUE: max_upload_mb must be a whole number, got {given['max_upload_mb']}. Give another.")
         try:
             self.served = Served(tokenizer=given["tokenizer"], align=given["align"])
-        except (ValueError, SystemExit) as error:
-            _leave("" if isinstance(error, SystemExit) else str(error))
+        except ValueError as error:
+            _leave(str(as_refused(error)))
         self.uploads = _private_folder()
         super().__init__(
             app_dir=app_dir,

@@ -6,17 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from monai.bundle import run
 
 from app.tokens.open_scan import Volume
 from app.tokens.token_files import write_tokens
 from app.tokens.tokenizer import CTTokenizer
+from app.training.train import train
 from networks import make_vqvae
 from networks.qwen import save_language
 from networks.tiny_qwen import build_tiny
-from tests.runs import ROOT
 
-CONFIG = str(ROOT / "bundles" / "align.json")
 NUM_CASES = 12
 
 
@@ -75,4 +73,4 @@ def align(home: Path, out: Path, **changes) -> None:
         "learning_rate": 1e-3,
         "max_3d_tokens": 40,
     }
-    run(run_id="training", config_file=CONFIG, **{**settings, **changes})
+    train("align", **{**settings, **changes})

@@ -124,6 +124,8 @@ def _status_of_run() -> int:
             sys.excepthook(type(error), error, error.__traceback__)
         except _Left as left:
             return left.args[0]
+        except SystemExit as end:
+            return end.code
         return 1
     return 0
 

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Num, Shaped
 
 from app.shared.hashes import hash_files
-from app.shared.refusals import RefusedInput
+from app.shared.refusals import Refused
 from app.shared.tables import read_table
 from transforms.array import AIR, WINDOWS, hu_from_windows, window, window_bounds
 
@@ -62,7 +62,7 @@ class PreparedCase:
             return tuple(self.sidecar["shape"])
         file = self._volume_file() or next(iter(self._window_files().values()), None)
         if file is None:
-            raise ValueError(f"case {self.case_id} holds neither a volume nor windows")
+            raise Refused("DAMAGED_CASE", f"case {self.case_id} holds neither a volume nor windows", _AGAIN)
         return tuple(_load(file).shape)
 
     @property
@@ -97,14 +97,14 @@ class PreparedCase:
         file = self._volume_file()
         if file is None:
             name = f"ct_normalized_{max(self.sidecar['shape']) if 'shape' in self.sidecar else '*'}.npy"
-            raise ValueError(f"{self.path.name}/{name} is missing; {_AGAIN}")
+            raise Refused("DAMAGED_CASE", f"{self.path.name}/{name} is missing", _AGAIN)
         if "affine" not in self.sidecar:
-            raise ValueError(
-                f"case {self.case_id} has no case.json: its volume cannot be taken for HU; use its windows"
+            raise Refused(
+                "NOT_HU", f"case {self.case_id} has no case.json: its volume cannot be taken for HU", "use its windows"
             )
         volume = _load(file)
         if volume.dtype.kind not in "iu":
-            raise ValueError(f"{self.path.name}/{file.name} holds {volume.dtype}, HU are int16; {_AGAIN}")
+            raise Refused("DAMAGED_CASE", f"{self.path.name}/{file.name} holds {volume.dtype}, HU are int16", _AGAIN)
         return volume
 
     def hu_crop(self, start: Sequence[int], shape: Sequence[int]) -> Int[np.ndarray, "X Y Z"]:
@@ -128,9 +128,10 @@ class PreparedCase:
         if self.is_hu:
             return window_bytes(self.hu(), name)
         has = ", ".join(self._window_files()) or "none"
-        raise RefusedInput(
+        raise Refused(
             "OTHER_WINDOWS",
-            f"case {self.case_id} lacks window {name!r}, it has {has}; choose among those or prepare it again",
+            f"case {self.case_id} lacks window {name!r}, it has {has}",
+            "choose among those or prepare it again",
         )
 
     def organ_names(self) -> tuple[str, ...]:
@@ -214,9 +215,10 @@ def _load(file: Path) -> np.ndarray:
             array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, IndexError, RuntimeError) as error:
         reason = "it is no array of numbers" if "pickle" in str(error) or "Python objects" in str(error) else error
-        raise ValueError(f"{file.parent.name}/{file.name} cannot be read ({reason}); {_AGAIN}") from error
+        raise Refused("DAMAGED_CASE", f"{file.parent.name}/{file.name} cannot be read ({reason})", _AGAIN) from error
     if array.ndim != 3:
-        raise ValueError(f"{file.parent.name}/{file.name} has shape {array.shape}, three axes are needed; {_AGAIN}")
+        what = f"{file.parent.name}/{file.name} has shape {array.shape}, three axes are needed"
+        raise Refused("DAMAGED_CASE", what, _AGAIN)
     return array
 
 
@@ -248,7 +250,9 @@ def find_datasets(dataset_dir: str | Path) -> list[Path]:
     """The datasets under a folder that is one dataset, or holds several."""
     root = Path(dataset_dir)
     if not root.is_dir():
-        raise ValueError(f"dataset_dir {str(root)!r} is no folder; give the OUT of `python -m app prepare RAW OUT`")
+        raise Refused(
+            "NO_DATA", f"dataset_dir {str(root)!r} is no folder", "give the OUT of `python -m app prepare RAW OUT`"
+        )
     if (root / "processed").is_dir():
         return [root]
     for depth in ("*", "*/*", "*/*/*"):  # older trees nest deeper; a case's own folders are never searched
@@ -276,16 +280,15 @@ class DamagedCase(NamedTuple):
 
     dataset: str
     case_id: str
-    error: ValueError
+    error: Refused
 
 
 def list_cases(dataset_dir: str | Path) -> list[PreparedCase | DamagedCase]:
     """Every case below a folder, by name, the damaged too, so that the rest is done. Raises where there is none."""
     cases = [case for dataset in find_datasets(dataset_dir) for case in _cases_of(dataset)]
     if not cases:
-        raise ValueError(
-            f"dataset_dir {str(dataset_dir)!r} holds no prepared case; run `python -m app prepare RAW OUT`"
-        )
+        what = f"dataset_dir {str(dataset_dir)!r} holds no prepared case"
+        raise Refused("NO_DATA", what, "run `python -m app prepare RAW OUT`")
     return cases
 
 
@@ -293,7 +296,7 @@ def open_case(path: str | Path, *, row: Mapping[str, str] | None = None) -> Prep
     """The case in one folder processed/{case}; `row` is its row of metadata.csv, else it is looked up."""
     path = Path(path)
     if not path.is_dir():
-        raise ValueError(f"{str(path)!r} is no prepared case; it must be a folder OUT/dataset/processed/case")
+        raise Refused("NO_DATA", f"{str(path)!r} is no prepared case", "give a folder OUT/dataset/processed/case")
     if row is None:
         row = read_metadata(path.parent.parent / "metadata.csv").get(path.name, {})
     return _case(path, path.parent.parent.name, row)
@@ -305,8 +308,8 @@ def _cases_of(dataset: Path) -> Iterator[PreparedCase | DamagedCase]:
     for folder in folders:
         try:
             yield _case(folder, dataset.name, rows.get(folder.name, {}))
-        except ValueError as error:
-            yield DamagedCase(dataset.name, folder.name, error)
+        except Refused as refused:
+            yield DamagedCase(dataset.name, folder.name, refused)
 
 
 def _case(path: Path, dataset: str, row: Mapping[str, str]) -> PreparedCase:
@@ -315,14 +318,14 @@ def _case(path: Path, dataset: str, row: Mapping[str, str]) -> PreparedCase:
         sidecar = json.loads(file.read_text()) if file.is_file() else {}
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(f"{path.name}/case.json cannot be read ({reason}); {_AGAIN}") from error
+        raise Refused("DAMAGED_CASE", f"{path.name}/case.json cannot be read ({reason})", _AGAIN) from error
     if not isinstance(sidecar, dict):
-        raise ValueError(f"{path.name}/case.json must hold an object, it holds {_short(sidecar)}; {_AGAIN}")
+        what = f"{path.name}/case.json must hold an object, it holds {_short(sidecar)}"
+        raise Refused("DAMAGED_CASE", what, _AGAIN)
     for name, (says, holds) in _FIELDS.items():
         if name in sidecar and not holds(sidecar[name]):
-            raise ValueError(
-                f"{path.name}/case.json must have {says} as its {name}, it has {_short(sidecar[name])}; {_AGAIN}"
-            )
+            what = f"{path.name}/case.json must have {says} as its {name}, it has {_short(sidecar[name])}"
+            raise Refused("DAMAGED_CASE", what, _AGAIN)
     patient = row.get("patient") or path.name
     split, status = row.get("split") or split_of(patient), row.get("status") or "ok"
     return PreparedCase(path, dataset, path.name, patient, split, sidecar, status)
@@ -394,7 +397,7 @@ def read_metadata(file: Path) -> dict[str, dict[str, str]]:
         with open(file, newline="", encoding="utf-8") as stream:
             rows = list(read_table(stream, name=f"{file.parent.name}/{file.name}"))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{file.parent.name}/{file.name} is no UTF-8 csv ({error}); prepare again") from error
+        raise Refused("DAMAGED_CASE", f"{file.parent.name}/{file.name} is no UTF-8 csv ({error})", _AGAIN) from error
     column = "case_id" if rows and "case_id" in rows[0] else next(iter(rows[0]), "") if rows else ""
     return {row[column]: row for row in rows if row.get(column)}
 

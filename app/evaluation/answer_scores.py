@@ -41,6 +41,7 @@ from app.measures.text_scores import (
     token_f1,
 )
 from app.shared.atomic_files import write_text
+from app.shared.refusals import Refused
 from app.shared.terminal import progress
 from app.text.rows import TextRow
 from networks.tokens import TokenSequence
@@ -71,7 +72,7 @@ def evaluate_language(
     reduced = {image: assistant.reduce(tokens) for image, tokens in volumes.items()}
     rows, left_out = usable(rows, reduced, assistant)
     if not rows:
-        raise ValueError(f"nothing to evaluate: {dict(left_out)} of {left_out.total()} rows")
+        raise Refused("BAD_EVALUATION", f"nothing to evaluate: {dict(left_out)} of {left_out.total()} rows")
     given = volume_columns(rows, reduced, seed=seed)
     answers: dict[str, list[str]] = {"reference": [row.answer for row in rows]}
     options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}

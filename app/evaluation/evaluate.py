@@ -12,7 +12,7 @@ from app.language import align_data
 from app.language.assistant import CTAssistant
 from app.language.volume_tokens import TokenSource, VolumeTokens, case_key
 from app.phantoms.sentences import balance
-from app.shared.refusals import fail, refuse_empty
+from app.shared.refusals import Refused, fail, refuse_empty
 from app.text.manifests import read_rows
 from app.text.rows import TextRow
 from app.tokens.open_scan import Scan, as_it_lies, is_case
@@ -52,27 +52,21 @@ def evaluate(
         volumes, _ = align_data.encode_rows(rows, source, skip_bad=skip_bad)
         mirrored = mirrored_cases(rows, volumes, source)
     out = Path(align, "evaluation") if output_dir is None else Path(output_dir)
-    try:
-        return evaluate_language(
-            assistant,
-            rows,
-            volumes,
-            out=out,
-            mirrored=mirrored,
-            batch_size=options["batch_size"],
-            max_new_tokens=options["max_new_tokens"],
-            seed=options["seed"],
-        )
-    except ValueError as error:
-        fail("BAD_EVALUATION", str(error), "see `python -m app check` on the data")
+    return evaluate_language(
+        assistant,
+        rows,
+        volumes,
+        out=out,
+        mirrored=mirrored,
+        batch_size=options["batch_size"],
+        max_new_tokens=options["max_new_tokens"],
+        seed=options["seed"],
+    )
 
 
 def held_out(data: str, *, image_root: str | None, split: str | None) -> list[TextRow]:
     """Rows of the named split; else of val, of test, or all of them, whichever is there first."""
-    try:
-        rows = read_rows(data, image_root=image_root)
-    except ValueError as error:
-        fail("BAD_MANIFEST", str(error), "see `python -m app check` on it")
+    rows = read_rows(data, image_root=image_root)
     for wanted in [split] if split else ["val", "test"]:
         kept = [row for row in rows if row.split == wanted]
         if kept:
@@ -108,8 +102,9 @@ def status_of(result: dict[str, Any]) -> int:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """The table for people, in the log of a bundle run, whose status it sets."""
+    """The table for people, in the log of a bundle run; scans that were left out are told at its end."""
     for line in table_lines(result):
         log.info("%s", line)
-    if status := status_of(result):
-        raise SystemExit(status)
+    if status_of(result):
+        what = f"{result['left_out']['no volume']} rows are left out, whose scans cannot be used"
+        raise Refused("BAD_SCAN", what, "the lines above say why", status=3)

@@ -21,16 +21,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from app.language import chat
-from app.language.volume_tokens import Reducer, TokenSource, VolumeTokens, encode_sparse
+from app.language.volume_tokens import Reducer, TokenSource, VolumeTokens, encode_sparse, sparse_inputs
 from app.phantoms.phantoms import VERSION, make_phantom
 from app.phantoms.sentences import balance, mirrored, phantom_rows
 from app.shared.atomic_files import write_text
-from app.shared.refusals import fail
+from app.shared.refusals import Refused, fail, refusal_of
 from app.shared.terminal import progress
 from app.text.rows import TextRow
 from app.tokens.open_scan import as_it_lies
 from app.training.loaders import CaseLoader, StepSampler
-from networks.sparse import SparseTensor
 from networks.tokens import TokenSequence, reduce_tokens
 
 log = logging.getLogger(__name__)
@@ -83,7 +82,8 @@ class TextDataset(Dataset):
             self.rows.append(row)
             self.encoded.append(encoded)
         if not self.rows:
-            raise ValueError(f"no row can be learned from: {dict(self.dropped)} of {len(rows)}")
+            what = f"no row can be learned from: {dict(self.dropped)} of {len(rows)}"
+            fail("NO_CASES", what, "check answers and max_text_tokens")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -123,12 +123,10 @@ class OwnDataset(Dataset):
             except Exception as error:  # items are made by the user's code, which may raise anything
                 reason = str(error).strip().split("\n")[0]
                 if not self.skip_bad:
-                    raise ValueError(
-                        f"item {number} of the dataset cannot be used ({type(error).__name__}: {reason}); "
-                        f"repair it, or pass --skip_bad True"
-                    ) from None
+                    what = f"item {number} of the dataset cannot be used ({type(error).__name__}: {reason})"
+                    raise Refused("BAD_DATASET", what, "repair it, or pass --skip_bad True") from None
                 log.warning("left out item %d of the dataset: %s", number, reason)
-        raise ValueError(f"no item of the dataset can be used, of {len(self)}")
+        fail("NO_CASES", f"no item of the dataset can be used, of {len(self)}", "the lines above say why")
 
 
 def as_sample(item: dict, *, reduce: Reducer, network=None, vocabulary: int | None = None) -> dict:
@@ -165,12 +163,7 @@ def split_volumes(feats: Tensor, coords: Tensor, *, reduce: Reducer) -> list[Tok
 
 def encode_inputs_3d(network, inputs: dict) -> list[VolumeTokens]:
     """Form B: values on voxels of the tokenizer's own grid."""
-    device = next(network.parameters()).device
-    index, sample = torch.as_tensor(inputs["sparse_index"]), torch.as_tensor(inputs["batch_idx"])
-    coords = torch.cat([sample.view(-1, 1), index], 1).int().to(device)
-    feats = torch.as_tensor(inputs["sparse_sdf"]).float().to(device)
-    grid = (network.sizes.resolution,) * 3
-    return encode_sparse(network, SparseTensor(feats, coords, grid, int(sample.max()) + 1))
+    return encode_sparse(network, sparse_inputs(inputs, network))
 
 
 def load_own_dataset(name: str) -> Dataset:
@@ -199,11 +192,12 @@ def encode_rows(
     def encode(image: str) -> None:
         try:
             if wanted[image].path is None:
-                raise ValueError(wanted[image].missing)
+                fail("SCANS_MISSING", wanted[image].missing, "give image_root")
             volumes[image] = source(wanted[image].path)
         except (ValueError, OSError, KeyError, EOFError) as error:
             bad.append(image)
-            reason = str(error).splitlines()[0]
+            refused = refusal_of(error)
+            reason = str(error).splitlines()[0] if refused is None else f"{refused.code}: {refused.what}"
             if not skip_bad:
                 leave = "repair it, or leave it out with --skip_bad True (of python -m app: --skip-bad)"
                 fail("BAD_SCAN", f"{image} cannot be used: {reason}", leave)

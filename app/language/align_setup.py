@@ -152,10 +152,7 @@ class TrainingText:
             return
         if data is None:
             settings = {"count": 800, "seed": 0, "about": None} | (phantoms or {})
-            try:
-                self.rows, self.volumes = align_data.builtin(source, split="train", **settings)
-            except ValueError as error:
-                fail("BAD_VALUE", str(error), "name findings of the phantoms")
+            self.rows, self.volumes = align_data.builtin(source, split="train", **settings)
             return
         self.rows = training_rows(data, image_root=image_root)
         self.volumes, self.bad = align_data.encode_rows(self.rows, source, skip_bad=skip_bad)
@@ -168,10 +165,7 @@ class TrainingText:
 
 def training_rows(data: str, *, image_root: str | None) -> list[TextRow]:
     """Rows of the training split of a manifest; its problems are said first."""
-    try:
-        rows = read_rows(data, image_root=image_root)
-    except ValueError as error:
-        fail("BAD_MANIFEST", str(error), "see `python -m app check` on it")
+    rows = read_rows(data, image_root=image_root)
     found = check_rows(rows)
     for problem in found["problems"].values():
         log.warning("%s", problem)
@@ -297,12 +291,9 @@ def make_dataset(
         own = align_data.load_own_dataset(dataset)
         words = language.model.get_input_embeddings().num_embeddings
         return align_data.OwnDataset(own, reduce=reduce, network=tokenizer.network, skip_bad=skip_bad, vocabulary=words)
-    try:
-        made = align_data.TextDataset(
-            text.rows, volumes=text.volumes, reduce=reduce, tokenizer=language.tokenizer, **(chat_options or {})
-        )
-    except ValueError as error:
-        fail("NO_CASES", str(error), "check answers and max_text_tokens")
+    made = align_data.TextDataset(
+        text.rows, volumes=text.volumes, reduce=reduce, tokenizer=language.tokenizer, **(chat_options or {})
+    )
     left_out = {reason: count for reason, count in made.dropped.items() if count}
     log.info("%d examples%s", len(made), f"; left out or cut: {left_out}" if left_out else "")
     return made

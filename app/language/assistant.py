@@ -22,13 +22,12 @@ from app.language import chat
 from app.language.align_setup import FrozenTokenizer, identify, make_collate
 from app.language.align_training import to_device
 from app.language.volume_tokens import VolumeTokens, as_tensors
-from app.prepare import Refused
 from app.prepare.gate import Rules
 from app.prepare.survey import survey
 from app.prepare.volume import read_item
 from app.shared.devices import choose_device
 from app.shared.hashes import hash_path
-from app.shared.refusals import fail
+from app.shared.refusals import Refused, fail
 from app.text.rows import REPORT_QUESTION
 from app.tokens import open_scan
 from app.tokens.token_files import CTTokens, read_tokens

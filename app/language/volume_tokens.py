@@ -39,14 +39,26 @@ def encode_sparse(network: SparseVQVAE, x: SparseTensor) -> list[VolumeTokens]:
     return [VolumeTokens(tokens.codes[p].cpu(), tokens.coords[p, 1:].cpu(), tokens.latent_shape) for p in parts]
 
 
-def extract_3d_latent_and_indices(
-    batch: dict, vqvae: SparseVQVAE
-) -> tuple[Float[Tensor, "M D"], Int32[Tensor, "M 4"], Int[Tensor, "M ..."]]:
-    """Codebook vectors, coordinates and codes of a batch of features: what language models are given.
+def sparse_inputs(inputs: dict, vqvae: SparseVQVAE, device: torch.device | str | None = None) -> SparseTensor:
+    """The original scripts' dict of sparse_sdf, sparse_index, batch_idx: values on voxels of the tokenizer's grid."""
+    index, sample = torch.as_tensor(inputs["sparse_index"]), torch.as_tensor(inputs["batch_idx"])
+    device = next(vqvae.parameters()).device if device is None else device
+    coords = torch.cat([sample.view(-1, 1), index], 1).int().to(device)
+    feats = torch.as_tensor(inputs["sparse_sdf"]).float().to(device)
+    return SparseTensor(feats, coords, (vqvae.sizes.resolution,) * 3, int(sample.max()) + 1)
 
-    Of several quantiser levels they read the first.
+
+def extract_3d_latent_and_indices(
+    batch: dict, vqvae: SparseVQVAE, device: torch.device | str | None = None
+) -> tuple[Float[Tensor, "M D"], Int32[Tensor, "M 4"], Int[Tensor, "M ..."]]:
+    """Codebook vectors, coordinates and codes of a batch: what language models are given.
+
+    A batch of a loader, or the original scripts' dict of sparse_sdf, sparse_index, batch_idx. `device`: where the
+    network lies, unless it is moved there by this. Of several quantiser levels they read the first.
     """
-    tokens = vqvae.encode(to_sparse(batch, next(vqvae.parameters()).device), levels=1)
+    device = next(vqvae.parameters()).device if device is None else torch.device(device)
+    make = sparse_inputs if "sparse_index" in batch else lambda batch, _, device: to_sparse(batch, device)
+    tokens = vqvae.to(device).encode(make(batch, vqvae, device), levels=1)
     return vqvae.vq.lookup(tokens.codes), tokens.coords, tokens.codes
 
 

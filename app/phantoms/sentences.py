@@ -10,6 +10,7 @@ from collections.abc import Hashable, Mapping, Sequence
 import numpy as np
 
 from app.measures.controls import swap_sides
+from app.shared.refusals import Refused
 from app.text.rows import REPORT_QUESTION, TextRow
 
 SIDES = ("left", "right")
@@ -31,7 +32,8 @@ def phantom_rows(
     """The report and all questions of one phantom, unbalanced; `about` keeps to some kinds of finding."""
     names = list(PLACES) if about is None else list(about)
     if unknown := sorted(set(names) - set(PLACES)):
-        raise ValueError(f"about must be among {', '.join(PLACES)}, got {', '.join(unknown)}")
+        what = f"about must be among {', '.join(PLACES)}, got {', '.join(unknown)}"
+        raise Refused("BAD_VALUE", what, "name findings of the phantoms")
     findings = [finding for finding in findings if finding["finding"] in names]
     labels = {LABELS[name]: any(f["finding"] == name for f in findings) for name in names}
     common = {"image": case_id, "patient": case_id, "split": split, "labels": labels}

@@ -4,8 +4,10 @@
 `prepare` does both for a whole cohort and writes the prepared layout.
 """
 
-from app.prepare.codes import CODES, Finding, Refused
+from app.prepare.findings import Finding
 from app.prepare.geometry import Normalised, normalise
 from app.prepare.volume import Volume, read_scan
+from app.shared.codes import CODES
+from app.shared.refusals import Refused
 
 __all__ = ["CODES", "Finding", "Normalised", "Refused", "Volume", "normalise", "read_scan"]

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 import traceback
 from collections import Counter, defaultdict
@@ -20,8 +21,8 @@ from typing import Any, NamedTuple
 
 from app.dataset import prepared, writer
 from app.prepare import names, preview, splits
-from app.prepare.codes import CODES, Refused, bare
 from app.prepare.files import hash_of
+from app.prepare.findings import bare, finding_of
 from app.prepare.gate import Rules, Stack
 from app.prepare.geometry import Grid, hash_of_voxels, normalise, spacing_of
 from app.prepare.labels import organ_coords
@@ -29,7 +30,8 @@ from app.prepare.survey import Item, survey
 from app.prepare.text import join_text, patients_of
 from app.prepare.volume import read_item
 from app.prepare.workers import busy, only_run, run_jobs, worker_count
-from app.shared.refusals import refuse_empty
+from app.shared.codes import CODES
+from app.shared.refusals import Refused, fail, refuse_empty
 from app.text.manifests import read_rows
 from transforms import array
 
@@ -119,7 +121,7 @@ NOTHING_MORE = Request()
 
 
 def prepare(raw: str | Path, out: str | Path, settings: Settings = DEFAULTS, request: Request = NOTHING_MORE) -> Report:
-    """Prepares everything below RAW into OUT; raises ValueError for a call that cannot be meant."""
+    """Prepares everything below RAW into OUT; refuses a call that cannot be meant."""
     start = time.perf_counter()
     refuse_empty(raw, name="RAW")
     refuse_empty(out)
@@ -149,6 +151,8 @@ def _prepare(root: str, out: Path, settings: Settings, request: Request, start: 
     jobs = _jobs(named, root, out, who, splits.sides_of(members, request.split), settings, rules, request)
     outcomes = [_not_planned(*entry) for entry in named if entry[0].plan is None]
     workers = 0 if request.cluster else worker_count(request.workers, _bytes_for(jobs, settings), len(jobs))
+    if jobs:
+        sys.stderr.write(_needs(jobs, settings, out, workers=workers) + "\n")
     outcomes += run_jobs(prepare_case, jobs, failed=_failed, workers=workers, cluster=request.cluster)
     _clear_leftovers(folders)
     if not any(o.status in ("ok", "refused", "failed") for o in outcomes):
@@ -171,10 +175,10 @@ def _folder_of(root: str) -> str:
 
 def _check_call(root: str, out: Path, settings: Settings) -> None:
     if not os.path.exists(root):
-        raise ValueError("RAW does not exist; give a folder, a zip or a file of scans")
+        fail("NO_SOURCE", "RAW does not exist", "give a folder, a zip or a file of scans")
     inside = os.path.commonpath([os.path.realpath(root), os.path.realpath(out)])
     if inside in (os.path.realpath(root), os.path.realpath(out)):
-        raise ValueError("RAW and OUT must not lie in one another; choose another OUT")
+        fail("NO_OUTPUT", "RAW and OUT must not lie in one another", "choose another OUT")
     if not 8 <= settings.size <= 2048 or not 0.05 <= settings.spacing <= 50:
         raise ValueError(f"size must be 8 to 2048 and spacing 0.05 to 50 mm, got {settings.size}, {settings.spacing:g}")
     if settings.file_format not in ("npy", "zarr"):
@@ -193,7 +197,7 @@ def _check_settings(out: Path, datasets: set[str], settings: Settings, request: 
         new = _settings_json(settings)
         changed = sorted(name for name in new if old.get(name, new[name]) != new[name])
         if changed:
-            raise ValueError(f"OUT was prepared with another {', '.join(changed)}; use another OUT or --overwrite")
+            fail("NO_OUTPUT", f"OUT was prepared with another {', '.join(changed)}", "use another OUT or --overwrite")
 
 
 def _settings_json(settings: Settings) -> dict[str, Any]:
@@ -287,6 +291,16 @@ def _bytes_for(jobs: Sequence[Job], settings: Settings) -> int:
     return largest * 12 + settings.size**3 * 4 + (600 << 20)
 
 
+def _needs(jobs: Sequence[Job], settings: Settings, out: Path, *, workers: int) -> str:
+    """What the work takes, in a line that is said before it begins."""
+    windows = len(settings.windows) if settings.file_format == "npy" else 0  # zarr makes them when they are read
+    each = settings.size**3 * (2 + windows)
+    free = shutil.disk_usage(next(part for part in (out, *out.parents) if part.exists())).free
+    disk = f"at most {each * len(jobs) / 1e9:.2g} GB of disk ({each / 1e9:.2g} GB a case), {free / 1e9:.2g} GB are free"
+    memory = f"about {_bytes_for(jobs, settings) * max(workers, 1) / 1e9:.2g} GB of memory"
+    return f"{len(jobs)} cases: {disk}; {memory}"
+
+
 def _not_planned(item: Item, dataset: str, case: str) -> Outcome:
     finding = item.finding
     return Outcome(case, dataset, item.source, finding.kind, (finding.code,), finding.message)
@@ -304,7 +318,7 @@ def prepare_case(job: Job) -> Outcome:
         done = _finished(job, recipe)
         sidecar = _make(job, recipe) if done is None else done
     except Refused as refused:
-        return outcome._replace(status=refused.finding.kind, codes=(refused.code,), message=refused.message)
+        return outcome._replace(status=finding_of(refused).kind, codes=(refused.code,), message=refused.what)
     except MemoryError:
         return outcome._replace(status="failed", message="not enough memory; use fewer workers or a smaller size")
     except OSError as error:

@@ -9,8 +9,8 @@ import struct
 import zlib
 from typing import NamedTuple
 
-from app.prepare.codes import Refused
 from app.prepare.files import Ref, open_ref, read_bytes
+from app.shared.refusals import Refused
 
 IMPLICIT, EXPLICIT, BIG = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
 NATIVE = {IMPLICIT: "<", EXPLICIT: "<", BIG: ">"}  # uncompressed syntaxes and their byte order

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from app.prepare.codes import Refused
+from app.shared.refusals import Refused
 
 MAX_MEMBERS = 100_000
 MAX_MEMBER_BYTES = 4 << 30

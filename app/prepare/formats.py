@@ -17,9 +17,10 @@ import nibabel as nib
 import numpy as np
 from jaxtyping import Float
 
-from app.prepare.codes import Finding, Refused, found
 from app.prepare.files import Ref, open_ref, read_bytes
+from app.prepare.findings import Finding, found
 from app.prepare.gate import LPS_TO_RAS, MAX_VOXELS, MIN_SLICES, SPACING_LIMITS
+from app.shared.refusals import Refused
 
 MAGICS = (b"n+1\0", b"n+2\0", b"ni1\0", b"ni2\0")
 MAX_PACKED = 900  # what gzip may save on more than 256 MiB: labels save a lot, a bomb a thousand times

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from app.prepare.codes import Finding, Refused, found
+from app.prepare.findings import Finding, finding_of, found
 from app.prepare.headers import SliceHeader
 from app.prepare.slice_rules import NO_RULES, SPACING_LIMITS, Rules, kinds_of, reason_against, reason_of_pixels
+from app.shared.refusals import Refused
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 MIN_SLICES = 5
@@ -86,7 +87,7 @@ def _judge_series(group: list[SliceHeader], rules: Rules) -> list[Verdict]:
         if reason is None:
             good.append(header)
         else:
-            reasons[(reason.code, reason.message, reason.skipped)].append(header)
+            reasons[(reason.code, reason.what, reason.skipped)].append(header)
     for (code, message, skipped), members in reasons.items():
         verdicts.append(_refuse(members, Refused(code, message, skipped=skipped)))
     if not good:
@@ -127,7 +128,7 @@ def _why_not_one_series(good: list[SliceHeader]) -> Refused | None:
 
 
 def _refuse(members: Sequence[SliceHeader], refused: Refused) -> Verdict:
-    return Verdict(tuple(members), finding=refused.finding)
+    return Verdict(tuple(members), finding=finding_of(refused))
 
 
 def _geometry(header: SliceHeader) -> tuple:

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int, Num, Shaped
 from scipy import ndimage, sparse
 
-from app.prepare.codes import Finding, found
+from app.prepare.findings import Finding, found
 from transforms.array import AIR
 
 ALIGNED = 0.02  # voxels by which a scan may lie off the grid's axes, at its far end, to count as axis-aligned

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import pydicom
 from pydicom.dataset import Dataset
 
-from app.prepare.codes import Refused
 from app.prepare.encoding import PixelElement, open_dicom, pixel_element
 from app.prepare.files import Ref
+from app.shared.refusals import Refused
 
 TAGS = [
     "SOPClassUID",

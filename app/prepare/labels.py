@@ -12,12 +12,12 @@ import numpy as np
 import pydicom
 from jaxtyping import Int
 
-from app.prepare.codes import Refused
 from app.prepare.files import Ref, open_ref
 from app.prepare.formats import VolumeFile, check_affine, read_voxels
 from app.prepare.gate import LPS_TO_RAS
 from app.prepare.geometry import Grid, resample_labels
 from app.prepare.headers import quiet
+from app.shared.refusals import Refused
 
 LABEL_WORDS = re.compile(
     r"(?:^|[_\-. ])(seg|segs|segmentations?|labels?|masks?|gt|contours?|annotations?)(?=[_\-. ]|\d|$)", re.I
@@ -95,7 +95,7 @@ def organ_coords(
         try:
             organs = _organs_of(label, grid, mapping=mapping, keep_names=keep_names)
         except Refused as refused:
-            raise Refused(refused.code, f"labels beside it: {refused.message}") from refused
+            raise Refused(refused.code, f"labels beside it: {refused.what}") from refused
         for name, coords in organs.items():
             parts.setdefault(name, []).append(coords)
     return {name: np.unique(np.concatenate(found), axis=0) for name, found in sorted(parts.items())}

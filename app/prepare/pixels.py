@@ -9,11 +9,12 @@ import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
 
-from app.prepare.codes import Finding, Refused, found
 from app.prepare.encoding import NATIVE, RLE, items, open_dicom, rle_length, stream_heads
 from app.prepare.files import Ref
+from app.prepare.findings import Finding, found
 from app.prepare.gate import Stack
 from app.prepare.headers import SliceHeader, quiet
+from app.shared.refusals import Refused
 from transforms.array import AIR
 
 

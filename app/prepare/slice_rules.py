@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from app.prepare.codes import Refused
 from app.prepare.encoding import contradiction
 from app.prepare.headers import CT, ENHANCED_CT, SliceHeader
+from app.shared.refusals import Refused
 
 MAX_SIDE = 8192  # pixels a side
 SPACING_LIMITS = (0.01, 50.0)  # mm, in the plane and between slices

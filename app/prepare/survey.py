@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from app.prepare.codes import Finding, Refused
 from app.prepare.files import FORMATS, Ref, sniff, walk
+from app.prepare.findings import Finding, finding_of
 from app.prepare.formats import VolumeFile, read_header
 from app.prepare.gate import NO_RULES, Rules, Stack, Verdict, judge
 from app.prepare.headers import SEGMENTATION, SliceHeader, read_headers
 from app.prepare.labels import LabelFile, is_label_name, label_for, looks_like_labels, scan_stem
+from app.shared.refusals import Refused
 
 
 class Item(NamedTuple):
@@ -62,10 +63,10 @@ def survey(root: str | Path, rules: Rules = NO_RULES) -> list[Item]:
         except Refused as reason:
             if _is_label(ref, root) and reason.code == "TOO_FEW_SLICES":
                 reason = Refused("LABELS", "a flat label image", skipped=True)
-            items.append(Item(_relative(ref, root), (ref,), finding=reason.finding))
+            items.append(Item(_relative(ref, root), (ref,), finding=finding_of(reason)))
         except OSError:
             refused = Refused("CORRUPT_FILE", "the file cannot be opened")
-            items.append(Item(_relative(ref, root), (ref,), finding=refused.finding))
+            items.append(Item(_relative(ref, root), (ref,), finding=finding_of(refused)))
     verdicts: list[tuple[str, Verdict]] = []
     for folder, members in _join_folders(slices).items():
         verdicts += [(folder, verdict) for verdict in judge(members, rules)]
@@ -200,7 +201,7 @@ def _attach(
         for number in homes:
             wanted[number].append(LabelFile(header.ref, None, ""))
         text = "a DICOM segmentation" + ("" if homes else ", its series is not here")
-        finding = Refused("LABELS", text, skipped=True).finding
+        finding = Finding("LABELS", "skipped", text)
         lines.append(Item(_relative(header.ref, root), (header.ref,), finding=finding, patient=header.patient))
     return [item._replace(labels=tuple(wanted.get(n, ()))) for n, item in enumerate(items)] + lines
 
@@ -222,8 +223,8 @@ def _homes(label: LabelFile, items: Sequence[Item]) -> tuple[list[int], Finding]
     by_grid = [n for n in wide if same_grid(_grid(items[n].plan), grid)]
     homes = [n for n in by_name if n in by_grid] or by_name or by_grid or (close if len(close) == 1 else [])
     if not homes:
-        return [], Refused("LABELS", "no scan that these labels belong to", skipped=True).finding
+        return [], Finding("LABELS", "skipped", "no scan that these labels belong to")
     outside = [n for n in homes if not _overlap(_grid(items[n].plan), grid)]
     if outside:
-        return [], Refused("LABEL_GRID_MISMATCH", "the labels lie beside the scan, nowhere on it").finding
-    return homes, Refused("LABELS", "taken along with a scan", skipped=True).finding
+        return [], Finding("LABEL_GRID_MISMATCH", "refused", "the labels lie beside the scan, nowhere on it")
+    return homes, Finding("LABELS", "skipped", "taken along with a scan")

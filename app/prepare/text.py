@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from app.shared.atomic_files import write_text
+from app.shared.refusals import Refused
 from app.text.manifests import claims, may_be, stem
 from app.text.rows import REPORT_QUESTION, TextRow
 
@@ -78,7 +79,7 @@ def patients_of(rows: Sequence[TextRow], sources: Mapping[Home, str], *, root: s
         if home not in sources or row.patient in ("", stem(row.image)):  # the name of the image stands for nobody
             continue
         if patients.setdefault(home, row.patient) != row.patient:
-            raise ValueError(f"the text says two patients of case {home[1]}; a scan is of one: mend its column patient")
+            raise Refused("BAD_MANIFEST", f"the text says two patients of case {home[1]}", "mend its column patient")
     return patients
 
 

@@ -6,7 +6,8 @@ Each rule needs evidence that holds for real CT and for plain synthetic volumes;
 import numpy as np
 from jaxtyping import Num
 
-from app.prepare.codes import Finding, Refused, found
+from app.prepare.findings import Finding, found
+from app.shared.refusals import Refused
 from transforms.array import AIR
 
 NO_MEASUREMENT = -1500  # below this nothing in a patient, nor air with its noise, is ever measured

@@ -9,14 +9,15 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Num
 
-from app.prepare.codes import Finding, Refused, bare, found
 from app.prepare.files import hash_of
+from app.prepare.findings import Finding, bare, found
 from app.prepare.formats import read_voxels
 from app.prepare.gate import Rules, Stack
 from app.prepare.labels import LabelFile
 from app.prepare.pixels import at_even_steps, read_frames
 from app.prepare.survey import Item, survey
 from app.prepare.values import map_padding, refuse_empty, why_not_hu
+from app.shared.refusals import Refused
 
 
 class Volume(NamedTuple):

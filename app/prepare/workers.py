@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from app.shared.refusals import Refused
+
 J = TypeVar("J")
 R = TypeVar("R")
 
@@ -176,7 +178,7 @@ def only_run(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError("another run is writing to this OUT; wait for it, or use another OUT") from error
+            raise Refused("IN_USE", "another run is writing to this OUT", "wait for it, or use another OUT") from error
         yield
 
 

@@ -6,7 +6,7 @@ A viewer shows a list as a choice whose first entry is the default, and sends ba
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from app.shared.refusals import RefusedInput
+from app.shared.refusals import Refused
 from networks.presets import Preset
 from transforms.array import WINDOWS
 
@@ -44,7 +44,7 @@ def read(model: str, sent: Mapping[str, Any], offered: Mapping[str, Any]) -> Opt
     given = {name: _first(sent[name]) for name in offered if sent.get(name) not in (None, "", [])}
     checked = {name: _CHECKS[name](name, value, _choices(offered[name])) for name, value in given.items()}
     if model == "ask" and not checked.get("question"):
-        raise RefusedInput("BAD_VALUE", "question is empty: ask something, or take the model report")
+        raise Refused("BAD_VALUE", "question is empty", "ask something, or take the model report")
     return Options(**checked)
 
 
@@ -59,7 +59,7 @@ def _choices(offered: Any) -> list[Any]:
 
 def _window(name: str, value: Any, choices: list[Any]) -> str | None:
     if value not in choices:
-        raise RefusedInput("BAD_VALUE", f"{name} must be one of {', '.join(choices)}")
+        raise Refused("BAD_VALUE", f"{name} must be one of {', '.join(choices)}")
     return None if value == HU else value
 
 
@@ -67,19 +67,19 @@ def _whole(name: str, value: Any, choices: list[Any]) -> int:
     lowest, highest = (1, max(choices)) if choices else (1, MAX_NEW_TOKENS)
     number = int(value) if isinstance(value, int | str) and str(value).strip().isdecimal() else 0
     if isinstance(value, bool) or not lowest <= number <= highest:
-        raise RefusedInput("BAD_VALUE", f"{name} must be a whole number from {lowest} to {highest}")
+        raise Refused("BAD_VALUE", f"{name} must be a whole number from {lowest} to {highest}")
     return number
 
 
 def _flag(name: str, value: Any, choices: list[Any]) -> bool:
     if str(value).lower() not in ("true", "false"):
-        raise RefusedInput("BAD_VALUE", f"{name} must be true or false")
+        raise Refused("BAD_VALUE", f"{name} must be true or false")
     return str(value).lower() == "true"
 
 
 def _text(name: str, value: Any, choices: list[Any]) -> str:
     if not isinstance(value, str) or len(value) > MAX_LETTERS:
-        raise RefusedInput("BAD_VALUE", f"{name} must be text of at most {MAX_LETTERS} letters")
+        raise Refused("BAD_VALUE", f"{name} must be text of at most {MAX_LETTERS} letters")
     return value.strip()
 
 

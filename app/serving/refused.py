@@ -6,21 +6,18 @@ entry in the one table, whose words are ours.
 
 from typing import Any
 
-from app.prepare.codes import CODES
-from app.shared.refusals import RefusedInput, code_of
+from app.shared.codes import CODES
+from app.shared.refusals import Refused, as_refused, refusal_of
 
 SAID_AS_IT_IS = ("BAD_VALUE",)  # about an option, in our own words alone
 
 
 def refusal(error: BaseException) -> tuple[int, dict[str, Any]]:
     """HTTP status and detail."""
-    if not isinstance(error, ValueError | OSError):
+    if isinstance(error, Refused) and error.code in SAID_AS_IT_IS:
+        return 422, {"code": error.code, "message": error.what, "remedy": error.remedy}
+    refused = refusal_of(error) or (as_refused(error) if isinstance(error, ValueError | OSError) else None)
+    if refused is None:
         return 500, {"code": "FAULT", "message": type(error).__name__, "remedy": "see the server's log"}
-    code = code_of(error)
-    if isinstance(error, RefusedInput) and code in SAID_AS_IT_IS:
-        message, _, remedy = str(error).partition(": ")
-        return 422, {"code": code, "message": message, "remedy": remedy}
-    row = CODES.get(code)
-    if row is None:
-        return 422, {"code": code, "message": "this input cannot be used", "remedy": "give another scan or token file"}
-    return 422, {"code": code, "message": row.meaning, "remedy": row.remedy}
+    row = CODES[refused.code]
+    return 422, {"code": refused.code, "message": row.meaning, "remedy": row.remedy}

@@ -19,7 +19,7 @@ from app.language.assistant import NOTICE, CTAssistant, aligned_folder, read_set
 from app.serving import options
 from app.serving.options import Options
 from app.shared.places import bundles_folder
-from app.shared.refusals import RefusedInput
+from app.shared.refusals import Refused
 from app.tokens.commands import onto_grid, write_nifti
 from app.tokens.open_scan import Volume
 from app.tokens.token_files import CTTokens, read_tokens, write_tokens
@@ -79,7 +79,7 @@ class Served:
             return self.tokenizer.encode(image, support=wanted.support, levels=wanted.levels)
         tokens = read_tokens(image)
         if math.prod(tokens.source_shape) > MAX_VOXELS or not np.isfinite(tokens.source_affine).all():
-            raise RefusedInput("DAMAGED_TOKENS", f"the grid of its scan must have at most {MAX_VOXELS} voxels")
+            raise Refused("DAMAGED_TOKENS", f"the grid of its scan must have at most {MAX_VOXELS} voxels")
         self.tokenizer.check(tokens)
         return tokens
 

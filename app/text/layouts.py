@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from app.shared.refusals import Refused
 from app.shared.tables import read_table
 from app.text.rows import REPORT_QUESTION, TextRow, clean, join_report, label_columns, lettered
 
@@ -30,9 +31,8 @@ def read_layout(records: Sequence[Mapping], base: Path) -> list[TextRow] | None:
     columns, reader = known[0]
     for number, record in enumerate(records, start=1):
         if lacking := [name for name in columns if record.get(name) is None]:
-            raise ValueError(
-                f"row {number} has no {lacking[0]}, which the first one has: fill it in, or remove the row"
-            )
+            what = f"row {number} has no {lacking[0]}, which the first one has"
+            raise Refused("BAD_MANIFEST", what, "fill it in, or remove the row")
     return reader(records, base)
 
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from app.dataset import prepared
 from app.shared.hashes import hash_path
+from app.shared.refusals import Refused
 from app.shared.tables import read_table
 from app.text.layouts import CT_RATE_NAME, read_layout
 from app.text.rows import (
@@ -44,22 +45,27 @@ def read_rows(source: str | Path, *, image_root: str | Path | None = None) -> li
     """Rows of a manifest file or folder, each with the path of its image where one was found."""
     source = Path(source)
     if not source.exists():
-        raise ValueError(f"{source} does not exist: give a csv, json or jsonl manifest, or a folder with text")
+        raise Refused(
+            "NO_DATA", f"{source} does not exist", "give a csv, json or jsonl manifest, or a folder with text"
+        )
     if source.is_dir():
         rows, base = read_folder(source), source
     else:
         records = list(read_records(source))
         if not records:
-            raise ValueError(f"{source} holds no rows")
+            raise Refused("BAD_MANIFEST", f"{source} holds no rows")
         for number, record in enumerate(records, start=1):
             if not isinstance(record, Mapping):
-                raise ValueError(f"row {number} of {source.name} is no object with named values: {str(record)[:40]!r}")
+                what = f"row {number} of {source.name} is no object with named values: {str(record)[:40]!r}"
+                raise Refused("BAD_MANIFEST", what)
         base = source.parent
         rows = read_layout(records, base)
         if rows is None:
             rows = [row for record in records for row in general_rows(record, source.name)]
         if not rows:
-            raise ValueError(f"{source} holds no rows: no conversation in it has a question with an answer")
+            raise Refused(
+                "BAD_MANIFEST", f"{source} holds no rows: no conversation in it has a question with an answer"
+            )
     find = ImageFinder(base, Path(image_root) if image_root else None)
     rows = without_guesses([row if row.path else find.put_path(row) for row in rows])
     return with_split([complete(row, find) for row in rows])
@@ -130,7 +136,7 @@ def complete(row: TextRow, find: "ImageFinder") -> TextRow:
 def read_records(file: Path) -> Iterator[dict]:
     """Rows of csv, jsonl or json as dicts; a json of named lists gives each row its list's name as `split`."""
     if file.suffix not in (".csv", ".json", ".jsonl"):
-        raise ValueError(f"a manifest must be csv, json or jsonl, got {file.name}")
+        raise Refused("BAD_MANIFEST", f"a manifest must be csv, json or jsonl, got {file.name}", "give one of these")
     try:
         with open(file, newline="", encoding="utf-8-sig") as stream:
             if file.suffix == ".csv":
@@ -141,14 +147,16 @@ def read_records(file: Path) -> Iterator[dict]:
                 return
             content = whole_characters(json.load(stream))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file.name} is not valid JSON: {error}") from None
+        raise Refused("BAD_MANIFEST", f"{file.name} is not valid JSON: {error}", "correct it there") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file.name} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+        raise Refused("BAD_MANIFEST", f"{file.name} is not UTF-8 (byte {error.start})", "save it as UTF-8") from None
     except csv.Error as error:
-        raise ValueError(f"{file.name} is not valid csv ({error}): is a quotation mark open?") from None
+        raise Refused("BAD_MANIFEST", f"{file.name} is not valid csv ({error})", "is a quotation mark open?") from None
     named_lists = content if isinstance(content, dict) else {None: content}
     if not all(isinstance(records, list) for records in named_lists.values()):
-        raise ValueError(f"{file.name} must be a list of rows, or named lists of them; a row a line is jsonl")
+        raise Refused(
+            "BAD_MANIFEST", f"{file.name} must be a list of rows, or named lists of them", "a row a line is jsonl"
+        )
     for name, records in named_lists.items():
         yield from ({"split": name, **r} if name and isinstance(r, dict) else r for r in records)
 
@@ -168,7 +176,8 @@ def general_rows(record: Mapping, source: str) -> list[TextRow]:
     """The rows of one record of a manifest of the user's own: a report, a question, or both."""
     own = named(record)
     if "image" not in own:
-        raise ValueError(f"a row of {source} names no image: a column must be one of {', '.join(ALIASES['image'])}")
+        columns = ", ".join(ALIASES["image"])
+        raise Refused("BAD_MANIFEST", f"a row of {source} names no image", f"a column must be one of {columns}")
     common = {
         "image": str(own["image"]),
         "patient": str(own.get("patient", "")),
@@ -206,10 +215,14 @@ def read_folder(folder: Path) -> list[TextRow]:
             try:
                 answer = clean(text.read_text(encoding="utf-8-sig"))
             except UnicodeDecodeError as error:
-                raise ValueError(f"{text.name} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+                raise Refused(
+                    "BAD_MANIFEST", f"{text.name} is not UTF-8 (byte {error.start})", "save it as UTF-8"
+                ) from None
             rows.append(TextRow(str(scan.relative_to(folder)), REPORT_QUESTION, answer, path=scan))
     if not rows:
-        raise ValueError(f"{folder} holds no text: expected text.jsonl of a prepared dataset, or a .txt beside a scan")
+        raise Refused(
+            "NO_DATA", f"{folder} holds no text", "give text.jsonl of a prepared dataset, or a .txt beside a scan"
+        )
     return rows
 
 

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from app.shared.refusals import Refused
+
 REPORT_QUESTION = "Write a radiology report for this CT scan."
 ALIASES = {
     "image": ("image", "image_path", "scan", "volume", "volumename", "path", "file", "case_id", "case", "tokens"),
@@ -83,7 +85,7 @@ def parse_choices(value: object) -> tuple[str, ...]:
     if isinstance(value, dict):
         value = list(value.values())
     if not isinstance(value, list | tuple):
-        raise ValueError(f"choices must be a list, or text separated by | or ;, got {given!r}")
+        raise Refused("BAD_MANIFEST", f"choices must be a list, or text separated by | or ;, got {given!r}")
     return tuple(str(choice).strip() for choice in value)
 
 

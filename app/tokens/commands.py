@@ -16,7 +16,7 @@ from scipy import ndimage
 from app.dataset import prepared
 from app.shared.atomic_files import written_whole
 from app.shared.output_folder import check_folder
-from app.shared.refusals import RefusedInput, code_of, fail, refuse_empty, text_of
+from app.shared.refusals import Refused, as_refused, fail, refuse_empty
 from app.shared.terminal import progress
 from app.tokens import open_scan
 from app.tokens.open_scan import Found, Volume
@@ -45,7 +45,7 @@ def tokenize(
     source, out = Path(source), Path(out)
     if not source.exists():
         fail("NO_SOURCE", f"{source} does not exist", "give a scan, a prepared case or a prepared dataset")
-    made = _loaded(tokenizer)
+    made = CTTokenizer.from_pretrained(tokenizer)
     try:
         wanted = made.network.check_levels(levels)
     except ValueError as error:
@@ -112,14 +112,12 @@ def _there_already(path: Path, made: CTTokenizer, source_hash: str, *, support: 
         return None
     try:
         tokens = read_tokens(path)
-    except RefusedInput as error:
-        raise RefusedInput(error.code, f"{text_of(error)}: it is in OUT already, --overwrite makes it again") from error
+    except Refused as refused:
+        raise Refused(refused.code, refused.what, "it is in OUT already: --overwrite makes it again") from refused
     if tokens.tokenizer != made.digest:
-        raise RefusedInput(
-            "EXISTS", f"{path.name} is there already, by tokenizer {tokens.tokenizer[:12]}: --overwrite, or another OUT"
-        )
+        raise Refused("EXISTS", f"{path.name} is there already, by tokenizer {tokens.tokenizer[:12]}")
     if tokens.source_hash != source_hash:
-        raise RefusedInput("EXISTS", f"{path.name} is there already, of another scan: --overwrite, or another OUT")
+        raise Refused("EXISTS", f"{path.name} is there already, of another scan")
     return None if (support and tokens.support is None) or tokens.levels != levels else tokens
 
 
@@ -129,7 +127,8 @@ def _codes_of(tokens: CTTokens) -> list[str]:
 
 
 def _refused(name: str, error: ValueError) -> dict[str, Any]:
-    return {"case": name, "status": "refused", "codes": [code_of(error)], "message": text_of(error)}
+    refused = as_refused(error)
+    return {"case": name, "status": "refused", "codes": [refused.code], "message": refused.text}
 
 
 def _cases_in(source: Path, made: CTTokenizer, series: str | None) -> Iterator[Found]:
@@ -184,16 +183,15 @@ def reconstruct(
     try:
         grid = None if like is None else open_scan.grid_of(Path(like))
     except ValueError as error:
-        reason = getattr(error, "message", error)  # without the remedy that a refusal of `prepare` brings
-        fail("BAD_LIKE", f"{like}: {reason}", "give one scan that can be read", status=3)
-    made = _loaded(tokenizer)
+        raise Refused("BAD_LIKE", f"{like}: {as_refused(error).what}") from error
+    made = CTTokenizer.from_pretrained(tokenizer)
     entries = []
     for file in progress(files, "reconstruct"):
         name = file.relative_to(source).with_suffix("").as_posix() if source.is_dir() else file.stem
         path = out if single else out / f"{name}.nii.gz"
         try:
             if path.exists() and not overwrite:  # it may be the user's own scan
-                raise RefusedInput("EXISTS", f"{path} is there already: --overwrite, or another OUT")
+                raise Refused("EXISTS", f"{path} is there already")
             content = read_tokens(file)
             decoded = made.decode_sparse(content, use_support=use_support, levels=levels)
         except ValueError as error:
@@ -204,13 +202,6 @@ def reconstruct(
         ok = {"case": name, "status": "ok", "codes": _codes_of(content), "image": str(path)}
         entries.append({**ok, "forced_children": decoded.forced})
     return _summary(entries, made)
-
-
-def _loaded(path: str | Path | None) -> CTTokenizer:
-    try:
-        return CTTokenizer.from_pretrained(path)
-    except ValueError as error:
-        fail("BAD_TOKENIZER", str(error), "give another with --tokenizer")
 
 
 def _summary(entries: list[dict[str, Any]], made: CTTokenizer) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Num
 
 from app.dataset import prepared
-from app.shared.refusals import RefusedInput
+from app.shared.refusals import Refused
 
 Grid = tuple[int, float]  # side and mm
 
@@ -45,7 +45,10 @@ def is_case(path: Path) -> bool:
 
 
 def open_scan(scan: Any, windows: Sequence[str], *, grid: Grid | None = None) -> Scan:
-    """One scan: a path, a PreparedCase, what `app.prepare.read_scan` gives, or anything with `hu` and `affine`.
+    """One scan: a path, a PreparedCase, what `app.prepare.read_scan` gives, or a volume in memory.
+
+    In memory: anything with `hu` and `affine`, a nibabel image, a MetaTensor (X, Y, Z) or (1, X, Y, Z), or a pair of an
+    array and its affine; HU, and an index to RAS mm.
 
     `windows` are those a case without HU must have: what they cannot tell is lost. `grid` is where a raw scan goes.
     """
@@ -58,17 +61,39 @@ def open_scan(scan: Any, windows: Sequence[str], *, grid: Grid | None = None) ->
         return _open_case(scan, windows)
     if hasattr(scan, "findings"):
         return scan_of(scan, grid)
-    hu, affine = np.asarray(scan.hu), np.asarray(scan.affine, np.float64)
+    hu, affine = _in_memory(scan)
     placed, codes = _placed(Volume(hu, affine), grid)
     return Scan("scan", placed, _sizes(hu.shape), affine, codes=codes)
+
+
+def _in_memory(scan: Any) -> tuple[np.ndarray, np.ndarray]:
+    """HU and affine of a volume that others have read."""
+    if isinstance(scan, nibabel.spatialimages.SpatialImage):
+        from app.prepare.formats import nifti_units
+
+        units = nifti_units(scan.header) if isinstance(scan, nibabel.Nifti1Image) else np.eye(4)
+        hu, affine = np.asanyarray(scan.dataobj), units @ scan.affine
+    elif isinstance(scan, tuple) and len(scan) == 2:
+        hu, affine = scan
+    elif hasattr(scan, "affine"):
+        hu, affine = getattr(scan, "hu", scan), scan.affine
+    else:
+        raise Refused("BAD_VALUE", f"a {type(scan).__name__} is no scan", "give a path, or an array with its affine")
+    hu, affine = (part.detach().cpu() if hasattr(part, "detach") else part for part in (hu, affine))
+    hu, affine = np.asarray(hu), np.asarray(affine, np.float64)
+    hu = hu[0] if hu.ndim == 4 and len(hu) == 1 else hu  # a MetaTensor's channel
+    if hu.ndim != 3 or affine.shape != (4, 4):
+        what = f"a scan has three axes and a 4 x 4 affine, got {hu.shape} and {affine.shape}"
+        raise Refused("FOUR_D" if hu.ndim > 3 else "BAD_VALUE", what)
+    return hu, affine
 
 
 def _open_case(case: prepared.PreparedCase, windows: Sequence[str]) -> Scan:
     if case.is_hu:
         volume = Volume(case.hu(), case.affine)
     elif prepared.windows_are_masks(case, windows):
-        text = f"case {case.case_id} holds 0/1 windows, surfaces and not HU: prepare it again from the scan"
-        raise RefusedInput("NOT_HU", text)
+        what = f"case {case.case_id} holds 0/1 windows, surfaces and not HU"
+        raise Refused("NOT_HU", what, "prepare it again from the scan")
     else:
         volume = Volume(prepared.windows_as_hu(case, windows), case.affine)
     side = case.sidecar
@@ -97,7 +122,7 @@ def raw_scans(path: Path, *, series: str | None = None, grid: Grid | None = None
     Names come from the content: those of files and folders may tell who was scanned. What cannot be opened has no
     other name than its place.
     """
-    from app.prepare import Refused, read_scan
+    from app.prepare import read_scan
     from app.prepare.files import hash_of
     from app.prepare.gate import Rules
     from app.prepare.survey import survey
@@ -131,11 +156,11 @@ def _open_item(item: Any, rules: Any, grid: Grid | None) -> Scan:
 
 def _unread(error: OSError | ValueError, item: Any) -> ValueError:
     """The refusal of an item whose files cannot be read."""
-    from app.prepare import Refused
-
     if isinstance(error, ValueError):
         return error
-    finding = item.finding or Refused("CORRUPT_FILE", "the file cannot be read").finding
+    from app.prepare.findings import Finding
+
+    finding = item.finding or Finding("CORRUPT_FILE", "refused", "the file cannot be read")
     return Refused(finding.code, f"{finding.message} ({error.strerror or error})")
 
 
@@ -145,7 +170,7 @@ def raw_hash(path: Path) -> str:
     from app.prepare.survey import survey
 
     if not path.exists():
-        raise ValueError(f"{path} does not exist")
+        raise Refused("NO_SOURCE", f"{path} does not exist")
     return hash_of([ref for item in survey(path) if item.plan is not None for ref in item.refs])
 
 
@@ -153,16 +178,18 @@ def _open_raw(path: Path, grid: Grid | None) -> Scan:
     from app.prepare import read_scan
 
     if not path.exists():
-        raise ValueError(f"{path} does not exist")
+        raise Refused("NO_SOURCE", f"{path} does not exist")
     volumes = read_scan(path)
     if len(volumes) > 1:
-        raise ValueError(f"{path} holds {len(volumes)} scans: tokenize the folder, or name one with --series")
+        raise Refused(
+            "MANY_SCANS", f"{path} holds {len(volumes)} scans", "tokenize the folder, or name one with --series"
+        )
     return scan_of(volumes[0], grid)
 
 
 def scan_of(raw: Any, grid: Grid | None) -> Scan:
     """A volume that `app.prepare` has read, named by its content."""
-    from app.prepare.codes import bare
+    from app.prepare.findings import bare
 
     made = _on_prepared_grid(raw, grid)
     affine, codes = np.asarray(raw.affine, np.float64), bare((*raw.findings, *made.findings))
@@ -185,7 +212,7 @@ def as_it_lies(hu: Num[np.ndarray, "X Y Z"], affine: Float[np.ndarray, "4 4"]) -
 
 def _placed(volume: Volume, grid: Grid | None) -> tuple[Volume, tuple[str, ...]]:
     """An array where a raw scan would go, with what was found. On RAS axes it stays where no grid is known."""
-    from app.prepare.codes import bare
+    from app.prepare.findings import bare
 
     axes = volume.affine[:3, :3]
     steps = np.diag(axes)
@@ -202,16 +229,16 @@ def grid_of(path: Path) -> tuple[tuple[int, int, int], Float[np.ndarray, "4 4"]]
     if is_case(path):
         case = prepared.open_case(path)
         if case.affine is None:
-            raise ValueError(f"case {case.case_id} has no case.json and so no place in the world")
+            raise Refused("DAMAGED_CASE", f"case {case.case_id} has no case.json and so no place in the world")
         return _sizes(case.shape), case.affine
     if path.name.endswith((".nii", ".nii.gz")):
         try:
             header = nibabel.load(path)
         except (OSError, ValueError, nibabel.filebasedimages.ImageFileError) as error:
-            raise ValueError(f"{path.name} cannot be read: {str(error).splitlines()[0]}") from error
+            raise Refused("CORRUPT_FILE", f"{path.name} cannot be read: {str(error).splitlines()[0]}") from error
         shape = header.shape + (1,) * (3 - len(header.shape))
         if len(shape) > 3 and max(shape[3:]) > 1:
-            raise ValueError(f"{path.name} has shape {shape}, a scan has three axes")
+            raise Refused("FOUR_D", f"{path.name} has shape {shape}, a scan has three axes")
         from app.prepare.formats import nifti_units
 
         return _sizes(shape[:3]), nifti_units(header.header) @ np.asarray(header.affine, np.float64)
@@ -219,7 +246,7 @@ def grid_of(path: Path) -> tuple[tuple[int, int, int], Float[np.ndarray, "4 4"]]
 
     volumes = read_scan(path)
     if len(volumes) > 1:
-        raise ValueError(f"{path} holds {len(volumes)} scans, --like needs one")
+        raise Refused("MANY_SCANS", f"{path} holds {len(volumes)} scans, --like needs one")
     return _sizes(volumes[0].hu.shape), np.asarray(volumes[0].affine, np.float64)
 
 

@@ -15,7 +15,7 @@ from monai.transforms import MapTransform
 
 from app.prepare import Volume, read_scan
 from app.prepare.values import why_not_hu
-from app.shared.refusals import RefusedInput
+from app.shared.refusals import Refused
 from app.tokens.commands import onto_grid
 from app.tokens.open_scan import scan_of
 from app.tokens.tokenizer import CTTokenizer
@@ -29,10 +29,10 @@ class ReadScand(MapTransform):
         item = dict(data)
         for key in self.key_iterator(item):
             if item[key] is None:
-                raise RefusedInput("NO_SOURCE", "no scan is given: pass --scan PATH")
+                raise Refused("NO_SOURCE", "no scan is given", "pass --scan PATH")
             volumes = read_scan(item[key])
             if len(volumes) > 1:
-                raise RefusedInput("MANY_SCANS", f"it holds {len(volumes)} scans: give one series")
+                raise Refused("MANY_SCANS", f"it holds {len(volumes)} scans", "give one series")
             hu = torch.from_numpy(np.ascontiguousarray(volumes[0].hu, np.float32))[None]
             affine = torch.from_numpy(np.array(volumes[0].affine, np.float64))
             meta = {"original_affine": affine.clone(), "spatial_shape": np.array(hu.shape[1:])}
@@ -46,9 +46,9 @@ class ThroughTokens(Inferer):
 
     def __call__(self, inputs: torch.Tensor, network: SparseVQVAE, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not isinstance(inputs, MetaTensor):
-            raise RefusedInput("NO_SPACING", "the volume has no affine: read it with metadata (a MetaTensor)")
+            raise Refused("NO_SPACING", "the volume has no affine", "read it with metadata (a MetaTensor)")
         if inputs.ndim != 5 or inputs.shape[1] != 1:
-            raise RefusedInput("BAD_SHAPE", f"volumes must be (B, 1, X, Y, Z) in HU, got {tuple(inputs.shape)}")
+            raise Refused("BAD_SHAPE", f"volumes must be (B, 1, X, Y, Z) in HU, got {tuple(inputs.shape)}")
         tokenizer = CTTokenizer(network, digest="")
         affines = np.broadcast_to(np.asarray(inputs.affine.cpu(), np.float64), (len(inputs), 4, 4))
         done = [
@@ -62,7 +62,7 @@ class ThroughTokens(Inferer):
 def _there_and_back(tokenizer: CTTokenizer, values: torch.Tensor, affine: np.ndarray) -> np.ndarray:
     hu = values.cpu().numpy()
     if (reason := why_not_hu(hu)) is not None:
-        raise RefusedInput("NOT_HU", f"{reason}: give the volume in HU, as the scanner's files have it")
+        raise Refused("NOT_HU", reason, "give the volume in HU, as the scanner's files have it")
     raw = Volume(hu, affine, findings=(), source_hash="")
     tokens = tokenizer.encode(scan_of(raw, tokenizer.sizes.prepared))
     back = onto_grid(tokenizer.decode(tokens), hu.shape, affine)

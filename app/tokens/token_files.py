@@ -19,7 +19,7 @@ from jaxtyping import Float, Int32, UInt8
 from numpy.lib import format as npy
 
 from app.shared.atomic_files import written_whole
-from app.shared.refusals import RefusedInput
+from app.shared.refusals import Refused
 from networks.sparse.topology import bits_for, morton_keys
 
 VERSION = 1
@@ -65,11 +65,8 @@ class CTTokens:
         if levels is None or levels == self.levels:
             return self.codes
         if not 1 <= levels <= self.levels:
-            raise RefusedInput(
-                "TOO_FEW_LEVELS",
-                f"levels must lie in 1..{self.levels}, the levels of these tokens, got {levels}: ask for fewer, or "
-                "tokenize the scan again with more",
-            )
+            what = f"levels must lie in 1..{self.levels}, the levels of these tokens, got {levels}"
+            raise Refused("TOO_FEW_LEVELS", what)
         return np.ascontiguousarray(self.codes[:, 0] if levels == 1 else self.codes[:, :levels])
 
     @property
@@ -116,17 +113,17 @@ def write_tokens(path: str | Path, tokens: CTTokens) -> None:
 
 
 def read_tokens(path: str | Path) -> CTTokens:
-    """The tokens in a file, checked. Raises ValueError in one line where it is damaged or no token file."""
+    """The tokens in a file, checked. Refused where it is damaged or no token file."""
     path = Path(path)
     try:
         arrays = _read_arrays(path)
         tokens = _tokens_of(arrays)
     except FileNotFoundError:
-        raise RefusedInput("NO_TOKENS", f"token file {path} does not exist") from None
+        raise Refused("NO_TOKENS", f"token file {path} does not exist") from None
     except UNREADABLE as error:
         text = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
         reason = f"it has no {error}" if isinstance(error, KeyError) else text.splitlines()[0]
-        raise RefusedInput("DAMAGED_TOKENS", f"{path.name} is damaged or no token file: {reason}") from error
+        raise Refused("DAMAGED_TOKENS", f"{path.name} is damaged or no token file: {reason}") from error
     return tokens
 
 

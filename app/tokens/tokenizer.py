@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 
 from app.shared.devices import choose_device
-from app.shared.refusals import RefusedInput, fail
+from app.shared.refusals import Refused, fail
 from app.tokens import open_scan
 from app.tokens.bundles import check_description
 from app.tokens.open_scan import Scan, Volume
@@ -47,7 +47,7 @@ class CTTokenizer:
 
     def __init__(self, network: SparseVQVAE, *, digest: str, source: str = "", max_points: int | None = None):
         if network.vq is None:
-            raise ValueError("a continuous autoencoder makes no tokens: give the output folder of stage 1 or 2")
+            fail("NO_CODEBOOK", "a continuous autoencoder makes no tokens", "give the output folder of stage 1 or 2")
         self.network, self.digest, self.source = network.eval(), digest, source
         self.max_points = max_points or network.sizes.max_points
 
@@ -78,7 +78,7 @@ class CTTokenizer:
         return open_scan.open_scan(scan, self.sizes.windows, grid=self.sizes.prepared)
 
     def encode(self, scan: Any, *, support: bool = False, levels: int | None = None) -> CTTokens:
-        """Tokens of a scan: a path (prepared case or raw), a PreparedCase, or anything with `hu` and `affine`.
+        """Tokens of a scan: a path (case or raw), a PreparedCase, a nibabel image, a MetaTensor, (array, affine).
 
         With `support` the tokens also carry which voxels there were, so that decoding need not predict them. Of a
         tokenizer with several quantiser levels the first `levels` alone are kept, fewer bits for a coarser volume.
@@ -115,7 +115,9 @@ class CTTokenizer:
         """What the network sees of a RAS volume."""
         sizes = self.sizes
         if sizes.features != "window":
-            raise ValueError(f"this tokenizer was trained on features {sizes.features}, a scan gives windows")
+            raise Refused(
+                "BAD_TOKENIZER", f"this tokenizer was trained on features {sizes.features}, a scan gives windows"
+            )
         steps = data.preprocessing(
             resolution=sizes.resolution, spacing=sizes.spacing, keep=sizes.keep, windows=sizes.windows
         )
@@ -123,10 +125,8 @@ class CTTokenizer:
         for step in [*steps, *data.sampling(windows=sizes.windows)]:  # Compose would hide a refusal (see data.py)
             item = step(item)
         if len(item["coords"]) < MIN_POINTS:
-            raise RefusedInput(
-                "EMPTY",
-                f"only {len(item['coords'])} voxels are left of the scan, {MIN_POINTS} are needed: is it empty?",
-            )
+            what = f"only {len(item['coords'])} voxels are left of the scan, {MIN_POINTS} are needed"
+            raise Refused("EMPTY", what, "is it empty?")
         coords = torch.from_numpy(np.pad(item["coords"].astype(np.int32), ((0, 0), (1, 0))))
         feats = torch.from_numpy(np.ascontiguousarray(item["feats"], np.float32))
         x = SparseTensor(feats.to(self.device), coords.to(self.device), tuple(item["spatial_shape"]), 1)
@@ -155,11 +155,8 @@ class CTTokenizer:
         """Raises unless this very tokenizer made the tokens."""
         sizes = self.sizes
         if tokens.tokenizer != self.digest:
-            raise RefusedInput(
-                "OTHER_TOKENIZER",
-                f"the tokens were made by tokenizer {tokens.tokenizer[:12]}, this one is {self.digest[:12]}: "
-                "give theirs with --tokenizer, or tokenize the scan again",
-            )
+            what = f"the tokens were made by tokenizer {tokens.tokenizer[:12]}, this one is {self.digest[:12]}"
+            raise Refused("OTHER_TOKENIZER", what, "give theirs with --tokenizer, or tokenize the scan again")
         top = int(tokens.codes.max())
         pairs = {
             "codes a latent": (tokens.levels, min(tokens.levels, sizes.quantizer_levels)),
@@ -172,9 +169,7 @@ class CTTokenizer:
         }
         for name, (told, own) in pairs.items():
             if told != own:
-                raise RefusedInput(
-                    "DAMAGED_TOKENS", f"the tokens tell {name} {told}, their tokenizer {own}: tokenize the scan again"
-                )
+                raise Refused("DAMAGED_TOKENS", f"the tokens tell {name} {told}, their tokenizer {own}")
 
     def to_hu(self, decoded: Decoded, tokens: CTTokens) -> Volume:
         return Volume(dense_hu(decoded.values, self.sizes), tokens.grid_affine)

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from app.measures.tokenizer_metrics import count_codes, is_collapsed, perplexity
 from app.training import checkpoints
 from app.training.checkpoints import unwrapped
-from app.training.run_folder import SHOWN, duration
+from app.training.run_folder import SHOWN, advice_for, duration
 from app.training.step import resume_optimizer, stop_if_not_finite
 
 log = logging.getLogger(__name__)
@@ -135,11 +135,23 @@ class Console:
     def __init__(self, *, folder, on: CallableEventWithFilter, phase: str = "train"):
         self.folder, self.on, self.phase = folder, on, phase
         self.begun: tuple[float, int] | None = None  # when the first step began, and how many were done before
+        self.paces: list[float] = []  # when the first two steps ended
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.GET_BATCH_STARTED, self._begin)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.folder.take_place)
         engine.add_event_handler(self.on, self._show)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._judge)
+
+    def _judge(self, engine: Engine) -> None:
+        """At the second step, as the first one also drew samples and compiled."""
+        if len(self.paces) == 2:
+            return
+        self.paces.append(time.perf_counter())
+        if len(self.paces) == 2:
+            seconds = (self.paces[1] - self.paces[0]) * (engine.state.epoch_length - engine.state.iteration)
+            if (advice := advice_for(seconds, on_gpu=torch.cuda.is_available())) is not None:
+                log.warning("%s", advice)
 
     def _begin(self, engine: Engine) -> None:
         if self.begun is None:

@@ -1,13 +1,12 @@
-"""Everything checked before anything is trained, and the one way to end a run over a user's mistake.
+"""Everything checked before anything is trained: the call, the config, and that a refusal ends it in one line.
 
 MONAI accepts a mistyped flag, drops `--x None` and skips a plain-text step, all in silence. `check`, the first step of
-every bundle, reads the command line again and refuses these in one line each. `fail` writes that line and leaves; any
-other exception would reach the user as MONAI's forty-line chain.
+every bundle, refuses these. It is given the call by `train.py`; under MONAI's own command line it reads that again, and
+lays the hook that turns MONAI's forty-line chain into the refusal behind it.
 """
 
 import dataclasses
 import difflib
-import errno
 import inspect
 import json
 import logging
@@ -17,7 +16,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,7 +25,7 @@ from fire.parser import DefaultParseValue
 from monai.bundle import ConfigParser
 from monai.bundle.config_item import ComponentLocator
 
-from app.shared.refusals import fail
+from app.shared.refusals import Refused, fail, refusal_of, say
 from app.training.key_rules import OTHER_NAMES, RULES
 
 log = logging.getLogger(__name__)
@@ -34,52 +33,89 @@ log = logging.getLogger(__name__)
 RUN_ARGUMENTS = {
     "run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking", "args_file",
 }  # fmt: skip
-LOST_RANK = r"Connection (?:closed|reset) by peer|NCCL \w+ error|Broken pipe"  # how gloo and NCCL say it
 REFERENCE = r"[A-Za-z_]\w*(?:(?:#|::)\w+)*"  # behind an @
+ENGINES = tuple(f"ignite.engine.engine.{name}" for name in ("SupervisedTrainer", "SupervisedEvaluator"))
 STEP_LISTS = ("initialize", "run", "training", "finalize")
 SPECIAL_KEYS = ("_target_", "_requires_", "_disabled_", "_desc_", "_mode_", "_wrapper_")  # that MONAI knows
 
 
 @dataclass(frozen=True)
 class CommandLine:
-    """A `python -m monai.bundle run` call, read again."""
+    """A call that trains or evaluates: a `python -m monai.bundle run`, read again, or a `voxelingo train`."""
 
     run_id: str
     config: dict[str, Any]  # the config files merged, without overrides
     overrides: dict[str, Any]
     raw: dict[str, str]  # overrides as they were typed
+    words: tuple[str, ...]  # the whole call
 
 
 def read_command_line(argv: list[str]) -> CommandLine | None:
     """None when the process is no bundle run."""
     if not (len(argv) > 1 and re.search(r"monai[/\\.]bundle", argv[0]) and argv[1] == "run"):
         return None
+    raw, _ = read_words(argv[2:])
+    given = values_of(raw)
+    config = load_config(given.get("config_file", []))
+    overrides = {name: value for name, value in given.items() if name not in RUN_ARGUMENTS}
+    first = argv[2] if len(argv) > 2 and not argv[2].startswith("--") else "run"
+    return CommandLine(
+        raw.get("run_id", first), config, overrides, {name: raw[name] for name in overrides}, tuple(argv)
+    )
+
+
+def read_words(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """--key value, --key=value and --key alone, as they are typed; and the words that belong to no key."""
     raw: dict[str, str] = {}
-    words = iter(enumerate(argv[2:], start=2))
-    for i, word in words:
+    strays: list[str] = []
+    following = iter([*words[1:], "--"])
+    pending = iter(words)
+    for word in pending:
+        after = next(following)
         if not word.startswith("--"):
+            strays.append(word)
             continue
         name, equals, value = word[2:].partition("=")
         if not equals:
-            following = argv[i + 1] if i + 1 < len(argv) else "--"
-            value = "True" if following.startswith("--") else following
-            if not following.startswith("--"):
-                next(words)
+            value = "True" if after.startswith("--") else after
+            if not after.startswith("--"):
+                next(pending)
+                next(following)
         raw[name.replace("-", "_")] = value
-    files = DefaultParseValue(raw.get("config_file", "[]"))
-    config = ConfigParser.load_config_files(files)
-    overrides = {name: DefaultParseValue(value) for name, value in raw.items() if name not in RUN_ARGUMENTS}
-    first = argv[2] if len(argv) > 2 and not argv[2].startswith("--") else "run"
-    return CommandLine(raw.get("run_id", first), config, overrides, {name: raw[name] for name in overrides})
+    return raw, strays
 
 
-def check() -> None:
-    """The first step of every bundle. Says nothing when all is well."""
-    one_line_errors()
-    call = read_command_line(sys.argv)
+def values_of(raw: dict[str, str]) -> dict[str, Any]:
+    """What typed words mean, as MONAI's command line takes them."""
+    return {name: DefaultParseValue(value) for name, value in raw.items()}
+
+
+def load_config(files: str | Sequence[str]) -> dict[str, Any]:
+    """The config files laid over one another."""
+    files = [files] if isinstance(files, str) else list(files)
+    for file in files:
+        if not Path(file).is_file():
+            fail("NO_CONFIG", f"config file {file} does not exist", "check the path")
+    try:
+        return ConfigParser.load_config_files(files)
+    except Exception as error:  # what parsers of JSON and YAML raise, and what is no object inside
+        raise Refused("BAD_CONFIG", f"{', '.join(files)} cannot be read ({str(error).splitlines()[0]})") from error
+
+
+def check(call: CommandLine | None = None) -> None:
+    """The first step of every bundle. Without a call it reads MONAI's command line. Says what open keys come to."""
     if call is None:
-        return
-    end_at_once_on_sigterm()
+        one_line_errors()
+        call = read_command_line(sys.argv)
+        if call is None:
+            return
+        end_at_once_on_sigterm()
+    check_call(call)
+    _say_choices(resolved_config(call))
+
+
+def check_call(call: CommandLine) -> None:
+    """Refuses what is wrong with a call or its config."""
     if call.run_id not in call.config:
         steps = [name for name in STEP_LISTS if name in call.config]
         near = difflib.get_close_matches(call.run_id, steps, n=1)
@@ -100,7 +136,6 @@ def check() -> None:
         _check_override(name, value, call)
     if call.overrides.get("windows") is not None and call.overrides.get("window_type") is not None:
         fail("BAD_VALUE", "windows and window_type are both given", "give one of them")
-    _say_choices(resolved_config())
 
 
 def _check_override(name: str, value: Any, call: CommandLine) -> None:
@@ -151,7 +186,7 @@ def _check_value(name: str, value: Any) -> None:
 
 
 def _unknown(name: str, known: dict, *, under: str = "") -> NoReturn:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, [*known, *(() if under else ("config_file",))], n=1, cutoff=0.5)
     where = f"{under} has no key {name}" if under else f"this run has no key {name}"
     fail("UNKNOWN_KEY", where, f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(map(str, known)))}")
 
@@ -163,7 +198,7 @@ def _check_structure(config: dict[str, Any]) -> None:
         for i, step in enumerate(steps if isinstance(steps, list) else [steps]):
             if isinstance(step, str) and not re.match(rf"[$%]|@{REFERENCE}$", step):
                 fail("PLAIN_STEP", f"{name}#{i} is plain text and would do nothing: {step!r}", "begin it with $")
-    for path, key, value in _walk(config):
+    for path, key, value in walk(config):
         if isinstance(key, str) and key not in SPECIAL_KEYS:
             meant = difflib.get_close_matches(key.lower(), SPECIAL_KEYS, n=1, cutoff=0.8)
             if meant and (key.startswith("_") or key.endswith("_")):
@@ -226,17 +261,17 @@ def _check_word(path: str, name: str) -> None:
         fail("BAD_TARGET", f"{path} names {name}, which MONAI does not have", hint)
 
 
-def _walk(node: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Path, key and value of everything in a config."""
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, value in items:
         here = f"{path}#{key}" if path else str(key)
         yield here, key, value
-        yield from _walk(value, here)
+        yield from walk(value, here)
 
 
-def resolved_config() -> dict[str, Any]:
+def resolved_config(call: CommandLine | None) -> dict[str, Any]:
     """The config of this run: files, overrides, and in the place of each open flat key what it comes to."""
-    call = read_command_line(sys.argv)
     if call is None:
         return {}
     config = json.loads(json.dumps(call.config))
@@ -273,46 +308,46 @@ def _say_choices(config: dict[str, Any]) -> None:
 
 
 def one_line_errors() -> None:
-    """From here on a mistake of the user ends the process in one line; the trace goes to the log.
+    """From here on a refusal ends the process as one line with its status; the trace goes to the log.
 
-    A ValueError raised in this project's code is such a mistake: that is how it refuses values. Anything else is a
-    fault of ours and keeps its trace.
+    Under MONAI's command line nothing else stands between an error and MONAI's chain. A fault of ours keeps its trace.
     """
-    for name in ("SupervisedTrainer", "SupervisedEvaluator"):
-        logging.getLogger(f"ignite.engine.engine.{name}").addFilter(_says_more)
+    quiet_engines()
     usual = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        chain = [error]
-        while chain[-1].__cause__ is not None:
-            chain.append(chain[-1].__cause__)
-        cause = chain[-1]
-        if isinstance(error, KeyboardInterrupt):
-            _leave("STOPPED: ended by Ctrl-C. Run again; where this run had saved a step, with --resume latest.\n", 130)
-        refused = next((part for part in reversed(chain) if _refusal(part) is not None), None)
-        if refused is not None:
-            log.debug("".join(traceback.format_exception(kind, error, trace)))
-            code, said = getattr(refused, "code", "BAD_VALUE"), _refusal(refused)
-            _leave(f"{code}: {said.removeprefix(f'{code}: ')}\n", 2)
-        unread = isinstance(cause, SyntaxError) and cause.filename in ("<string>", "<unknown>")
-        if unread or _files_of(cause)[-1:] == ["<string>"]:  # it failed in a config's own `$` expression
-            what = f"{type(cause).__name__}: {cause}".splitlines()[0]
-            text = f"${(cause.text or '').strip()}" if unread else _expression(error)
-            _leave(f"BAD_EXPRESSION: {text} gives {what}. Correct it in the config or on the line.\n", 2)
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            place, again = cause.filename or "output_dir", "Free space and run again, training with --resume latest"
-            _leave(f"DISK_FULL: {cause.strerror}: {place}. {again}.\n", 2)
-        if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            _leave(f"NO_ACCESS: {cause.strerror}: {cause.filename}. Check the path and who may use it.\n", 2)
-        if (lost := re.search(LOST_RANK, str(cause))) and "RANK" in os.environ:
-            remedy = "Look above for why it ended, then --resume latest; torchrun --max_restarts=3 does so by itself"
-            _leave(f"LOST_RANK: another process of this run is gone ({lost[0]}), so this one ends. {remedy}.\n", 1)
-        if type(cause).__name__ == "OutOfMemoryError":
-            advice = "lower, in this order: batch_size_per_gpu, max_points, resolution; or pass --use_checkpoint True"
-            _leave(f"OUT_OF_MEMORY: {str(cause).splitlines()[0]} {advice}.\n", 2)
-        usual(kind, error, trace)
+        refused = refusal_of_run(error)
+        if refused is None:
+            usual(kind, error, trace)
+            return
+        log.debug("".join(traceback.format_exception(kind, error, trace)))
+        logging.shutdown()
+        say(refused)
+        if refused.code == "LOST_RANK" or isinstance(error, KeyboardInterrupt):
+            # an orderly end would wait for the process that is gone, or for loader workers
+            os._exit(refused.status)
+        raise SystemExit(refused.status)
 
     sys.excepthook = hook
+
+
+def quiet_engines(*, end: bool = False) -> None:
+    """Ignite's engines say nothing of a refusal on its way out, which says all itself; `end` lets them again."""
+    for logger in map(logging.getLogger, ENGINES):
+        (logger.removeFilter if end else logger.addFilter)(_says_more)
+
+
+def refusal_of_run(error: BaseException) -> Refused | None:
+    """As `refusal_of`, and a config's own `$` expression that failed."""
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    unread = isinstance(cause, SyntaxError) and cause.filename in ("<string>", "<unknown>")
+    if not unread and _files_of(cause)[-1:] != ["<string>"]:
+        return refusal_of(error)
+    what = f"{type(cause).__name__}: {cause}".splitlines()[0]
+    text = f"${(cause.text or '').strip()}" if unread else _expression(error)
+    return Refused("BAD_EXPRESSION", f"{text} gives {what}")
 
 
 def end_at_once_on_sigterm() -> None:
@@ -321,31 +356,15 @@ def end_at_once_on_sigterm() -> None:
 
     def end(number: int, _frame: object) -> None:
         if os.getpid() == process:  # what was forked from here has nothing to say
-            os.write(
-                2, b"STOPPED: ended by SIGTERM. Run again; where this run had saved a step, with --resume latest.\n"
-            )
+            os.write(2, f"{Refused('STOPPED', 'ended by SIGTERM')}\n".encode())
         os._exit(128 + number)
 
     signal.signal(signal.SIGTERM, end)
 
 
 def _says_more(_record: logging.LogRecord) -> bool:
-    """Not what ignite's engines say on the way out after `fail`, which has said all: an exit's number."""
-    return not isinstance(sys.exc_info()[1], SystemExit)
-
-
-def _refusal(error: BaseException) -> str | None:
-    """What a refusal of ours says; None for any other error. A loader's worker sends its trace as text, cause first."""
-    text, refused, files = str(error).strip(), isinstance(error, ValueError), _files_of(error)
-    if " in DataLoader worker process " in text:
-        cause = re.split(r"\n\n(?:The above exception|During handling)", text)[0]
-        files = re.findall(r'^ *File "(.+?)", line', cause, re.MULTILINE)
-        _, refused, text = cause.rpartition("\nValueError: ")
-    here = Path(__file__).resolve().parents[2]
-    ours = bool(files) and any(
-        Path(files[-1]).is_relative_to(here / part) for part in ("app", "transforms", "networks")
-    )
-    return text.splitlines()[0] if refused and ours and text else None
+    error = sys.exc_info()[1]
+    return error is None or refusal_of(error) is None
 
 
 def _files_of(error: BaseException) -> list[str]:
@@ -361,11 +380,3 @@ def _expression(error: BaseException | None) -> str:
             found = match[1]
         error = error.__cause__
     return found
-
-
-def _leave(line: str, status: int) -> NoReturn:
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.write(line)
-    sys.stderr.flush()
-    os._exit(status)  # an exception hook cannot choose the exit status otherwise

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 STARTING = ".starting_run"
 MAX_PICTURED = 4
+LONG_RUN_SECONDS = 48 * 3600
 MAX_TOLD = 60  # letters of a setting
 UNTOLD = {"resume", "output_dir", "i_print", "i_log", "i_sample", "i_save", "keep_last", "_desc_"}  # the same run
 SHOWN = ("loss", "recon", "vq", "commitment", "correct")  # on the console line, where a step has them
@@ -43,6 +44,7 @@ class RunFolder:
         name: of the checkpoint files, vae or vqvae.
         ema_rate: part of the averaged files' name.
         resume: null, "latest" or a step.
+        call: what this run was called with; None reads MONAI's command line.
     """
 
     def __init__(
@@ -52,12 +54,14 @@ class RunFolder:
         name: str,
         ema_rate: float = 0.9999,
         resume: str | int | None = None,
+        call: preflight.CommandLine | None = None,
     ):
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # by torchrun, after a failure
         if resume is None and restarted and not Path(path, STARTING).exists():  # what stands there is this run's own
             resume = "latest"
         self.output_dir = self.path = Path(path)  # path: where it writes, until its first step another place
         self.name = name
+        self.call = call or preflight.read_command_line(sys.argv)
         self.names = (name, f"{name}_ema{ema_rate:g}")
         self.start_step = checkpoints.step_to_resume(path, resume)
         self.warm_up_step = checkpoints.warm_up_step(path, resume)
@@ -98,12 +102,12 @@ class RunFolder:
         return self.start_step is not None or self.warm_up_step is not None
 
     def _describe(self) -> None:
-        (self.path / "command.txt").write_text(shlex.join(sys.argv) + "\n")
-        (self.path / "config.json").write_text(json.dumps(preflight.resolved_config(), indent=2) + "\n")
+        (self.path / "command.txt").write_text(shlex.join(self.call.words if self.call else sys.argv) + "\n")
+        (self.path / "config.json").write_text(json.dumps(preflight.resolved_config(self.call), indent=2) + "\n")
 
     def _say_what_changed(self) -> None:
         """What the run did not begin with: given otherwise now, or by software that knew no such choice."""
-        now = json.loads(json.dumps(preflight.resolved_config()))
+        now = json.loads(json.dumps(preflight.resolved_config(self.call)))
         file = self.path / "config.json"
         try:
             before = json.loads(file.read_text())
@@ -293,6 +297,14 @@ def _of_parts(values: list) -> bool:
 def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= MAX_TOLD else text[:MAX_TOLD] + "…"
+
+
+def advice_for(seconds: float, *, on_gpu: bool) -> str | None:
+    """A line where a run will take longer than anybody waits for."""
+    if seconds < LONG_RUN_SECONDS:
+        return None
+    machine, instead = ("GPU", "several GPUs under torchrun") if on_gpu else ("CPU", "--preset tiny, or a GPU")
+    return f"about {seconds / 3600:.0f} h at this rate on this {machine}: {instead}, or fewer steps"
 
 
 def duration(seconds: float) -> str:

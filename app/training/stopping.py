@@ -5,7 +5,6 @@ SLURM sends SIGTERM to every process of a job, a terminal sends Ctrl-C to all in
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 
@@ -59,8 +58,6 @@ class StopWhenAsked:
             self.save(engine)
         if dist.is_initialized():
             dist.barrier()  # a rank that is gone would end the one that still writes
-        if idist.get_rank() != 0:
-            sys.exit(128 + received)
         what = f"ended by {NAMES[received]} at {self.phase} {engine.state.iteration}, saved whole in {self.output_dir}"
         fail("STOPPED", what, "to go on, run the same command with --resume latest", status=128 + received)
 

@@ -118,10 +118,10 @@ def main() -> None:
     if options.one:
         print(json.dumps(measure(options.one, options.folder, options.spacing)))
         return
-    from app.prepare.codes import Refused
     from app.prepare.gate import Rules
     from app.prepare.survey import survey
     from app.prepare.volume import read_item
+    from app.shared.refusals import Refused
 
     rows = []
     for item in survey(options.folder):

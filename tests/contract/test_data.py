@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from app.dataset import prepared, writer
-from app.shared.refusals import RefusedInput
+from app.shared.refusals import Refused
 from app.training.data import CTDataset, make_dataset, preprocessing, sampling
 from app.training.loaders import StepSampler, collate, make_train_loader, make_val_loader
 from app.training.step import to_sparse
@@ -347,7 +347,7 @@ def test_constant_features_are_refused(tmp_path, workers):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_refusal_keeps_its_code_on_the_way_out_of_a_worker(dataset_dir, workers):
     lacking = make_dataset(dataset_dir, split="train", preprocessing=[Refusing()], sampling=[Windowsd()])
-    with pytest.raises(RefusedInput, match=r"^no lung here$") as caught:
+    with pytest.raises(Refused, match=r"^no lung here$") as caught:
         next(iter(make_train_loader(lacking, batch_size=1, max_steps=1, num_workers=workers)))
     assert caught.value.code == "OTHER_WINDOWS"
 
@@ -358,7 +358,7 @@ class Refusing:
     settings: dict = {}  # noqa: RUF012
 
     def __call__(self, item):
-        raise RefusedInput("OTHER_WINDOWS", "no lung here")
+        raise Refused("OTHER_WINDOWS", "no lung here")
 
 
 def test_a_damaged_case_is_one_line_from_a_worker_too(dataset_dir):

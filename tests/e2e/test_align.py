@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from app.language import align_setup
 from app.language.assistant import NOTICE, CTAssistant
+from app.shared.refusals import Refused
 from app.tokens.token_files import write_tokens
 from app.tokens.tokenizer import CTTokenizer
 from app.training import initial_weights
@@ -95,7 +96,7 @@ def test_a_run_that_is_told_to_end_saves_its_step_and_goes_on_as_if_it_had_not(h
     assert len(losses) == step + 2 and losses[-1] < losses[0]
 
 
-def test_a_run_that_is_refused_late_leaves_the_earlier_one_where_it_is(home, aligned, tmp_path, monkeypatch, capsys):
+def test_a_run_that_is_refused_late_leaves_the_earlier_one_where_it_is(home, aligned, tmp_path, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(aligned, out)
     before = {path.name for path in out.iterdir()}
@@ -130,7 +131,7 @@ def test_a_longer_run_goes_on_with_the_rates_of_its_own_length(home, tmp_path):
     assert [row["lr"] for row in rows[8:]] == pytest.approx(expected[8:], abs=1e-7)
 
 
-def test_a_run_does_not_go_on_with_another_tokenizer_or_vocabulary(home, aligned, tmp_path, capsys):
+def test_a_run_does_not_go_on_with_another_tokenizer_or_vocabulary(home, aligned, tmp_path):
     torch.manual_seed(1)
     other = make_vqvae("tiny", resolution=32, keep="nonzero", num_embeddings=16, num_blocks=1)
     torch.save(other.state_dict(), tmp_path / "other.pt")
@@ -151,21 +152,21 @@ def test_a_run_does_not_go_on_with_another_tokenizer_or_vocabulary(home, aligned
     }
     for code, (folder, changes) in calls.items():
         before = (tmp_path / folder / "train_args.json").read_text()
-        with pytest.raises(SystemExit) as end:
+        with pytest.raises(Refused) as end:
             align(home, tmp_path / folder, resume="latest", **changes)
-        said = capsys.readouterr().err.strip().splitlines()[-1]
-        assert end.value.code == 2 and said.startswith(f"{code}: the run in"), said
+        said = str(end.value)
+        assert end.value.status == 2 and said.startswith(f"{code}: the run in"), said
         assert (tmp_path / folder / "train_args.json").read_text() == before
 
 
-def test_other_sizes_do_not_resume_and_other_settings_are_said(home, aligned, tmp_path, capsys):
+def test_other_sizes_do_not_resume_and_other_settings_are_said(home, aligned, tmp_path):
     shutil.copytree(aligned, tmp_path / "run")
     for changes in ({"lora_r": 4}, {"use_lora": False}, {"projector_layers": 2}):
-        with pytest.raises(SystemExit) as end:
+        with pytest.raises(Refused) as end:
             align(home, tmp_path / "run", resume="latest", **changes)
-        said = capsys.readouterr().err.strip().splitlines()[-1]
+        said = str(end.value)
         (name, value), *_ = changes.items()
-        assert end.value.code == 2 and said.startswith("OTHER_SETTINGS: ") and f"this one has {value}" in said
+        assert end.value.status == 2 and said.startswith("OTHER_SETTINGS: ") and f"this one has {value}" in said
         assert f"began with {name} " in said
     before = (tmp_path / "run/train_args.json").read_text()
     align(home, tmp_path / "run", resume="latest", position="mrope3d")
@@ -173,11 +174,11 @@ def test_other_sizes_do_not_resume_and_other_settings_are_said(home, aligned, tm
     assert (tmp_path / "run/train_args.json").read_text() == before, "what is asked is what was trained"
     (tmp_path / "run/log.txt").unlink()
     align(home, tmp_path / "run", resume="latest", epochs=3, lora_dropout=0.1, learning_rate=0.5)
-    (said,) = [line for line in (tmp_path / "run/log.txt").read_text().splitlines() if "other settings" in line]
+    (said,) = [line for line in (tmp_path / "run/log.txt").read_text().splitlines() if "this run goes on" in line]
     assert "lora_dropout 0.1 (was 0.0)" in said and "learning_rate 0.5 (was " in said and "lora_r" not in said
 
 
-def test_what_does_not_belong_together_is_refused(home, aligned, tmp_path, capsys):
+def test_what_does_not_belong_together_is_refused(home, aligned, tmp_path):
     torch.manual_seed(1)
     torch.save(
         make_vqvae("tiny", resolution=32, keep="nonzero", num_embeddings=16, num_blocks=1).state_dict(),
@@ -196,10 +197,10 @@ def test_what_does_not_belong_together_is_refused(home, aligned, tmp_path, capsy
         "NO_DATA": lambda: align(home, tmp_path / "out", data=str(tmp_path / "gone.csv")),
     }
     for code, call in calls.items():
-        with pytest.raises(SystemExit) as end:
+        with pytest.raises(Refused) as end:
             call()
-        said = capsys.readouterr().err.strip().splitlines()[-1]
-        assert end.value.code == 2 and said.startswith(f"{code}: "), said
+        said = str(end.value)
+        assert end.value.status == 2 and said.startswith(f"{code}: "), said
 
 
 @pytest.mark.parametrize(("amp", "dtype"), [("bf16", torch.bfloat16), ("off", torch.float32)])
@@ -230,7 +231,7 @@ def test_a_tiny_model_that_was_not_trained_whole_is_kept_too(lora, home, tmp_pat
     assert len(assistant.settings["base_model"]["sha256"]) == 64
 
 
-def test_projectors_of_another_width_and_damaged_records_are_one_line(home, aligned, tmp_path, capsys):
+def test_projectors_of_another_width_and_damaged_records_are_one_line(home, aligned, tmp_path):
     shutil.copytree(aligned, tmp_path / "moved")
     torch.save(Projector(16, 32).state_dict(), tmp_path / "moved/projector_final.pt")
     shutil.copytree(aligned, tmp_path / "damaged")
@@ -247,28 +248,28 @@ def test_projectors_of_another_width_and_damaged_records_are_one_line(home, alig
         "BAD_VALUE": lambda: align(home, tmp_path / "out", train_language=True),
     }
     for code, call in calls.items():
-        with pytest.raises(SystemExit) as end:
+        with pytest.raises(Refused) as end:
             call()
-        said = capsys.readouterr().err.strip().splitlines()[-1]
-        assert end.value.code == 2 and said.startswith(f"{code.removesuffix(': ')}: "), said
+        said = str(end.value)
+        assert end.value.status == 2 and said.startswith(f"{code.removesuffix(': ')}: "), said
 
 
-def test_low_rank_layers_without_peft_are_one_line(home, tmp_path, capsys, monkeypatch):
+def test_low_rank_layers_without_peft_are_one_line(home, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(SystemExit):
+    with pytest.raises(Refused) as end:
         align(home, tmp_path / "out", vae_ckpt=str(tmp_path / "looked at later"))
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("NO_PEFT: use_lora needs the package peft")
+    assert str(end.value).startswith("NO_PEFT: use_lora needs the package peft")
 
 
 # ---- without a tokenizer
 
 
-def test_a_missing_tokenizer_is_trained_on_the_demo_and_asked_for_otherwise(home, place, monkeypatch, capsys):
+def test_a_missing_tokenizer_is_trained_on_the_demo_and_asked_for_otherwise(home, place, monkeypatch):
     """What stage 1 would leave is put there in its stead; the run goes on with it."""
     monkeypatch.chdir(place)
-    with pytest.raises(SystemExit):
+    with pytest.raises(Refused) as end:
         align(home, place / "out", vae_ckpt=None, data=str(home / "text.jsonl"))
-    assert capsys.readouterr().err.splitlines()[-1].startswith("NO_TOKENIZER: there is no tokenizer yet. First run")
+    assert str(end.value).startswith("NO_TOKENIZER: there is no tokenizer yet. First run")
     demo = {"data": None, "vae_ckpt": None, "vl_model": None, "use_lora": False, "num_phantoms": 4, "epochs": 1}
     calls = []
 
@@ -283,9 +284,9 @@ def test_a_missing_tokenizer_is_trained_on_the_demo_and_asked_for_otherwise(home
         return subprocess.CompletedProcess(call, 0)
 
     monkeypatch.setattr(initial_weights.subprocess, "run", stage1)
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(Refused) as end:
         align(home, place / "out", **demo)
-    assert end.value.code == 1 and "stage 1 ended with status 3" in capsys.readouterr().err
+    assert end.value.status == 1 and "stage 1 ended with status 3" in str(end.value)
     align(home, place / "out", **demo)
     assert [Path(call[-1]).name for call in calls] == ["vq_stage1.json"] * 2 and calls[0][1:4] == [
         "-m",

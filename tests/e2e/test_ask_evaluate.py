@@ -18,6 +18,7 @@ from app.language import ask as asking
 from app.language.assistant import NOTICE, CTAssistant
 from app.measures import controls
 from app.phantoms.phantoms import make_phantom, write_nifti
+from app.shared.refusals import Refused, refusal_of
 from app.text.rows import REPORT_QUESTION
 from tests.alignments import NUM_CASES, make_volume
 from tests.runs import ROOT
@@ -85,11 +86,11 @@ def test_a_folder_that_is_stopped_keeps_its_answers(home, aligned, tmp_path, mon
     assert [line["source"] for line in lines] == ["case0.npz", "case1.npz", "case10.npz"]
 
 
-def test_the_table_of_a_prepared_dataset_is_not_written_over(home, aligned, tmp_path, capsys):
+def test_the_table_of_a_prepared_dataset_is_not_written_over(home, aligned, tmp_path):
     (tmp_path / "metadata.csv").write_text("case_id\n")
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(Refused, match="is a prepared dataset") as end:
         asking.ask(str(home / "scans"), ["Side?"], align=str(aligned), out=str(tmp_path / "answers.jsonl"))
-    assert end.value.code == 2 and "is a prepared dataset" in capsys.readouterr().err
+    assert end.value.status == 2
 
 
 def test_a_folder_of_raw_scans_is_asked_scan_by_scan(aligned, tmp_path):
@@ -115,7 +116,7 @@ def test_a_prepared_folder_tells_what_was_cut_off_and_which_case_is_damaged(alig
     (case.path.parent / "damaged" / "case.json").write_text("[")
     result = asking.ask(str(tmp_path / "data"), ["On which side?"], align=str(aligned), max_new_tokens=4)
     assert [answer["provenance"]["codes"] for answer in result["answers"]] == [["FOV_CROPPED"]]
-    assert result["status"] == 3 and result["failures"][0].startswith("damaged/case.json cannot be read")
+    assert result["status"] == 3 and result["failures"][0].startswith("DAMAGED_CASE: damaged/case.json cannot be read")
 
 
 def say(*call, status=0) -> str:
@@ -246,10 +247,10 @@ def test_evaluate_as_a_command(home, aligned, tmp_path, few_draws):
     assert "1 left out (no volume)" in say("evaluate", tmp_path / "some.jsonl", *where, "--skip-bad", status=3)
     bundle = {"config_file": str(ROOT / "bundles" / "evaluate_language.json"), "data": str(tmp_path / "some.jsonl")}
     bundle |= {"align_dir": str(aligned), "output_dir": str(tmp_path), "skip_bad": True, "max_new_tokens": 3}
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(RuntimeError) as end:  # MONAI's chain
         run("run", **bundle)
-    assert end.value.code == 3
-    assert say("evaluate", home / "gone.csv", *where, status=2).startswith("BAD_MANIFEST: ")
+    assert refusal_of(end.value).status == 3
+    assert say("evaluate", home / "gone.csv", *where, status=2).startswith("NO_DATA: ")
     said = say("evaluate", home / "text.jsonl", *where, "--split", "autumn", status=2)
     assert said.splitlines()[-1].endswith("has no row with split autumn. It has ['train', 'val'].")
 

@@ -13,7 +13,11 @@ from tests.runs import STEPS, assert_refused, make_cohort, run_in, snapshot
 
 
 def test_a_missing_folder_of_data(run_bundle):
-    assert_refused(run_bundle(dataset_dir="nowhere", output_dir="out"), code="[A-Z_]+", naming=["nowhere", "prepare"])
+    assert_refused(
+        run_bundle(dataset_dir="nowhere", output_dir="out"),
+        code="[A-Z_]+",
+        naming=["nowhere", "prepare"],
+    )
 
 
 def test_an_empty_folder_of_data(run_bundle, place):
@@ -65,7 +69,7 @@ def spoil(case, how):
         side.write_text(json.dumps({**json.loads(side.read_text()), "shape": None}))
     if how == "volume gone":
         volume.unlink()
-    return [case.name, volume.name if how.startswith("volume") else side.name, "prepare"]
+    return [case.name, volume.name if how.startswith("volume") else side.name, "Prepare the case again"]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +84,7 @@ def test_a_damaged_case(run_bundle, place, cohort, how):
     shutil.copytree(cohort, data)
     naming = spoil(data / "processed" / "case_0", how)
     end = run_bundle(dataset_dir=data, output_dir="out", num_workers=0, **STEPS)
-    assert_refused(end, code="BAD_VALUE", naming=naming)
+    assert_refused(end, code="DAMAGED_CASE", naming=naming)
 
 
 def test_a_table_of_cases_that_is_no_text(run_bundle, place, cohort):
@@ -88,7 +92,7 @@ def test_a_table_of_cases_that_is_no_text(run_bundle, place, cohort):
     shutil.copytree(cohort, data)
     (data / "metadata.csv").write_bytes(b"\xff\xfe\x00")
     end = run_bundle(dataset_dir=data, output_dir="out", **STEPS)
-    assert_refused(end, code="BAD_VALUE", naming=["metadata.csv", "UTF-8"])
+    assert_refused(end, code="DAMAGED_CASE", naming=["metadata.csv", "UTF-8"])
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(run_bundle, place, cohort):

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from app.prepare import normalise
-from app.prepare.codes import Refused
 from app.prepare.files import Ref
 from app.prepare.gate import NO_RULES, Stack
 from app.prepare.headers import read_headers
 from app.prepare.pixels import read_frames
 from app.prepare.survey import survey
 from app.prepare.volume import read_item
+from app.shared.refusals import Refused
 
 ROOT = Path(os.environ.get("CT_COLLECTION") or Path(__file__).resolve().parents[3] / "shared" / "ct")
 pytestmark = pytest.mark.skipif(not ROOT.is_dir(), reason="no CT collection: set CT_COLLECTION to its folder")

@@ -15,10 +15,10 @@ import numpy as np
 import pydicom
 import pytest
 
-from app.prepare.codes import Refused
 from app.prepare.gate import NO_RULES
 from app.prepare.survey import survey
 from app.prepare.volume import read_item
+from app.shared.refusals import Refused
 from tests import scans
 from tests.unit.prepare.test_prepare_encoding import BIG, DEFLATED, EXPLICIT, IMPLICIT, body, deflated, meta
 from tests.unit.prepare.test_prepare_pixels import enhanced, recode

@@ -14,6 +14,7 @@ from app.dataset.prepared import find_cases
 from app.dataset.writer import write_case
 from app.evaluation.tokenizer_evaluation import TokenizerEvaluation
 from app.phantoms.phantoms import make_phantom
+from app.shared.refusals import Refused
 from app.tokens.open_scan import open_scan
 from app.tokens.tokenizer import CTTokenizer
 from app.training import checkpoints
@@ -101,24 +102,23 @@ def test_what_lies_beyond_the_grid_is_told(output_dir, tmp_path):
     assert f"beyond the grid: not judged | {100 * share:.2f} % |" in (tmp_path / "tokenizer_card.md").read_text()
 
 
-def test_no_case_that_can_be_judged_is_one_plain_line(output_dir, tmp_path, capsys):
+def test_no_case_that_can_be_judged_is_one_plain_line(output_dir, tmp_path):
     hu = make_phantom(7, size=24, spacing=16.0)
     write_case(tmp_path / "data", "empty", np.full_like(hu.hu, -1000), affine=hu.affine, windows=[])
     settings = {"dataset_dir": str(tmp_path / "data"), "tokenizer": str(output_dir), "output_dir": str(tmp_path)}
-    with pytest.raises(SystemExit):
+    with pytest.raises(Refused) as end:
         TokenizerEvaluation(**settings, split=None).run()
-    line = capsys.readouterr().err
-    assert line == "NO_CASES: none of 1 cases can be judged; empty: no body is found in it. Check the dataset.\n"
+    assert (
+        str(end.value) == "NO_CASES: none of 1 cases can be judged; empty: no body is found in it. Check the dataset."
+    )
 
 
-def test_where_the_card_cannot_go_is_said_before_any_work(output_dir, cohort, tmp_path, capsys, monkeypatch):
+def test_where_the_card_cannot_go_is_said_before_any_work(output_dir, cohort, tmp_path, monkeypatch):
     monkeypatch.setattr("app.evaluation.tokenizer_evaluation.judge", lambda *given: pytest.fail("it was said too late"))
     (tmp_path / "mine").write_text("x")
     settings = {"dataset_dir": str(cohort), "tokenizer": str(output_dir), "output_dir": str(tmp_path / "mine" / "card")}
-    with pytest.raises(SystemExit):
+    with pytest.raises(Refused, match=f"^NO_OUTPUT: {tmp_path / 'mine'} is a file, output_dir"):
         TokenizerEvaluation(**settings).run()
-    line = capsys.readouterr().err
-    assert line.startswith(f"NO_OUTPUT: {tmp_path / 'mine'} is a file") and "output_dir" in line
 
 
 def test_the_card_lies_beside_the_checkpoint_by_default(output_dir, cohort):

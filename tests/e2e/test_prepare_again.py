@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app.__main__ import _one_line
 from app.check import check
 from app.dataset import prepared, writer
 from app.prepare import cohort
 from app.prepare.workers import run_jobs
+from app.shared.refusals import refusal_of
 from app.text.manifests import read_rows
 from tests import scans
 from tests.cohorts import AFFINE, SMALL, raw_cohort, report, tree
@@ -85,8 +85,8 @@ def test_a_full_disk_ends_the_run_at_the_first_case(tmp_path, monkeypatch, error
     monkeypatch.setattr(writer, "_write_volume", full)
     with pytest.raises(OSError, match=r".") as ended:
         cohort.prepare(raw_cohort(tmp_path / "raw", 2), tmp_path / "out", SMALL, cohort.Request(workers=1))
-    status, line = _one_line(ended.value)
-    assert len(tried) == 1 and status == 2 and line.startswith("DISK_FULL: no space left on the disk of OUT")
+    refused = refusal_of(ended.value)
+    assert len(tried) == 1 and refused.status == 2 and refused.code == "DISK_FULL"
     assert not list((tmp_path / "out").rglob(".*"))
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -74,6 +75,9 @@ def test_command_line_reports_refusals_in_one_json_object(tmp_path):
         "6",
     ]
     done = subprocess.run([*command, "--json", "--workers", "2"], capture_output=True, text=True, check=False)
+    assert re.search(
+        r"^\d cases: at most \S+ GB of disk \(8.3e-05 GB a case\), \S+ GB are free; about ", done.stderr, re.M
+    )
     assert done.returncode == 3, done.stderr
     told = json.loads(done.stdout)
     assert {k: told[k] for k in ("ok", "skipped", "refused", "failed")} == {

@@ -13,10 +13,11 @@ import numpy as np
 import pydicom
 import pytest
 
-from app.prepare.codes import CODES, Refused
 from app.prepare.gate import NO_RULES
 from app.prepare.survey import survey
 from app.prepare.volume import read_item
+from app.shared.codes import CODES
+from app.shared.refusals import Refused
 from tests import scans
 
 SHAPE = (9, 8, 7)

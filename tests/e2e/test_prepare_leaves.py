@@ -90,5 +90,5 @@ def test_the_command_line_says_so_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, ["prepare", ".", "", "--json"])
     assert done.exit_code == 2
-    assert json.loads(done.stdout.splitlines()[-1])["error"].startswith("WRONG_CALL: OUT is empty")
+    assert json.loads(done.stdout.splitlines()[-1])["error"].startswith("BAD_VALUE: OUT is empty")
     assert not list(tmp_path.iterdir())

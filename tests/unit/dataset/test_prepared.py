@@ -113,9 +113,9 @@ def test_datasets_that_lie_deeper_are_found(tmp_path, hu, affine):
 
 
 def test_a_missing_or_empty_folder_says_what_to_do(tmp_path):
-    with pytest.raises(ValueError, match="is no folder; give the OUT of"):
+    with pytest.raises(ValueError, match=r"is no folder\. Give the OUT of"):
         prepared.find_cases(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="holds no prepared case; run"):
+    with pytest.raises(ValueError, match=r"holds no prepared case\. Run"):
         prepared.find_cases(tmp_path)
     with pytest.raises(ValueError, match="split must be train or val"):
         prepared.find_cases(tmp_path, split="test")
@@ -156,10 +156,10 @@ def test_the_same_case_is_the_same_bytes(tmp_path, hu, affine):
 def test_a_damaged_file_is_one_clear_line(tmp_path, hu, affine):
     case = writer.write_case(tmp_path, "c1", hu, affine=affine, windows=["lung"])
     (case.path / "ct_normalized_12.npy").write_bytes(b"\x93NUMPY\x01\x00garbage")
-    with pytest.raises(ValueError, match=r"c1/ct_normalized_12.npy cannot be read .*; prepare the case again"):
+    with pytest.raises(ValueError, match=r"c1/ct_normalized_12.npy cannot be read .*\. Prepare the case again"):
         case.hu()
     (case.path / "case.json").write_text("{")
-    with pytest.raises(ValueError, match=r"c1/case.json cannot be read .*; prepare the case again"):
+    with pytest.raises(ValueError, match=r"c1/case.json cannot be read .*\. Prepare the case again"):
         prepared.find_cases(tmp_path)
 
 
@@ -174,7 +174,9 @@ def test_a_damaged_file_is_one_clear_line(tmp_path, hu, affine):
 def test_a_sidecar_that_says_what_cannot_be_is_one_clear_line(tmp_path, hu, affine, field, value):
     case = writer.write_case(tmp_path, "c1", hu, affine=affine, windows=["lung"])
     (case.path / "case.json").write_text(json.dumps({**case.sidecar, field: value}))
-    with pytest.raises(ValueError, match=rf"^c1/case.json must have .* as its {field}, it has .*; prepare .* again"):
+    with pytest.raises(
+        ValueError, match=rf"^DAMAGED_CASE: c1/case.json must have .* as its {field}, it has .*\. Prepare .* again"
+    ):
         prepared.open_case(case.path)
 
 
@@ -198,7 +200,7 @@ def test_a_volume_that_is_gone_is_not_made_up_from_windows(tmp_path, hu, affine)
     case = writer.write_case(tmp_path, "c1", hu, affine=affine, windows=DEFAULT_WINDOWS)
     (case.path / "ct_normalized_12.npy").unlink()
     assert case.is_hu
-    with pytest.raises(ValueError, match=r"^c1/ct_normalized_12.npy is missing; prepare .* again"):
+    with pytest.raises(ValueError, match=r"^DAMAGED_CASE: c1/ct_normalized_12.npy is missing\. Prepare .* again"):
         case.hu()
 
 
@@ -230,7 +232,7 @@ def test_a_volume_without_sidecar_is_never_taken_for_hu(tmp_path):
 
 def test_a_missing_window_says_which_there_are(tmp_path):
     case = older_case(tmp_path, "old", {"lung_w1500_l-600.npy": np.zeros((12, 12, 12), np.float32)})
-    with pytest.raises(ValueError, match="case old lacks window 'bone', it has lung; choose among those"):
+    with pytest.raises(ValueError, match=r"case old lacks window 'bone', it has lung\. Choose among those"):
         case.window("bone")
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from app.language.assistant import read_settings
+from app.shared.refusals import Refused
 
 GOOD = {
     "tokenizer": "ab" * 32, "tokenizer_path": "outputs/vq_stage1", "in_features": 8, "projector_layers": 1,
@@ -40,18 +41,15 @@ def test_settings_as_a_run_writes_them_are_taken(tmp_path):
         ("amp", {}),
     ],
 )
-def test_a_wrong_value_is_one_line_that_names_it(tmp_path, capsys, name, value):
+def test_a_wrong_value_is_one_line_that_names_it(tmp_path, name, value):
     (tmp_path / "train_args.json").write_text(json.dumps({**GOOD, name: value}))
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(Refused, match=rf"^NO_ALIGNMENT: .*as its {name}, it has") as end:
         read_settings(tmp_path)
-    line = capsys.readouterr().err
-    assert end.value.code == 2 and line.startswith("NO_ALIGNMENT: ") and line.count("\n") == 1
-    assert f"as its {name}, it has" in line
+    assert end.value.status == 2
 
 
 @pytest.mark.parametrize("content", ["[", "[]", "null", '{"tokenizer": "x"}', "[" * 100_000])
-def test_a_damaged_file_is_one_line(tmp_path, capsys, content):
+def test_a_damaged_file_is_one_line(tmp_path, content):
     (tmp_path / "train_args.json").write_text(content)
-    with pytest.raises(SystemExit):
+    with pytest.raises(Refused, match=r"^NO_ALIGNMENT: "):
         read_settings(tmp_path)
-    assert capsys.readouterr().err.count("\n") == 1

@@ -19,7 +19,7 @@ def test_rows_by_column_with_what_is_lacking_as_none():
 
 def test_an_unquoted_comma_is_told_by_the_line_that_its_row_begins_on():
     lines = ["a,b\n", '1,"x\n', 'y"\n', '2,"y\n', 'z",surplus\n']
-    with pytest.raises(ValueError, match=r"line 4 of t has 3 cells, its header has 2: .* quotation marks"):
+    with pytest.raises(ValueError, match=r"line 4 of t has 3 cells, its header has 2\. .* quotation marks"):
         list(read_table(lines, name="t"))
 
 

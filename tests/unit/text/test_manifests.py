@@ -41,7 +41,7 @@ def write_csv(file: Path, header: list[str], *rows: list) -> Path:
 def test_text_beside_a_scan_is_named_when_it_cannot_be_read(tmp_path):
     touch(tmp_path / "a.nii.gz")
     (tmp_path / "a.txt").write_bytes("Größe".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"a.txt is not UTF-8 \(byte 2\): save it"):
+    with pytest.raises(ValueError, match=r"a.txt is not UTF-8 \(byte 2\)\. Save it"):
         read_rows(tmp_path)
 
 
@@ -295,7 +295,7 @@ def test_check_counts_what_is_wrong(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("m.csv", "report\nx\n", "a row of m.csv names no image: a column must be one of image, image_path"),
+        ("m.csv", "report\nx\n", r"a row of m.csv names no image\. A column must be one of image, image_path"),
         ("m.csv", 'image,report\na.npz,"' + "x" * 140_000, "m.csv is not valid csv"),
         ("m.csv", b"image,report\na.npz,\xe9\n", "m.csv is not UTF-8"),
         ("m.csv", "image,question,answer,choices\na.npz,q,A,[yes\n", r"choices must be a list, .* got '\[yes'"),

@@ -124,7 +124,7 @@ def test_labels_whose_data_file_changes_are_made_again(tmp_path):
 def test_a_token_file_whose_array_header_is_damaged_is_refused_in_one_line(ct, tmp_path):
     import zipfile
 
-    from app.shared.refusals import RefusedInput
+    from app.shared.refusals import Refused
     from app.tokens.open_scan import Volume
     from app.tokens.token_files import read_tokens, write_tokens
 
@@ -133,7 +133,7 @@ def test_a_token_file_whose_array_header_is_damaged_is_refused_in_one_line(ct, t
     with zipfile.ZipFile(tmp_path / "good.npz") as good, zipfile.ZipFile(tmp_path / "bad.npz", "w") as bad:
         for name in good.namelist():
             bad.writestr(name, good.read(name).replace(b"), }", b" , }"))  # an open bracket
-    with pytest.raises(RefusedInput, match=r"bad.npz is damaged or no token file"):
+    with pytest.raises(Refused, match=r"bad.npz is damaged or no token file"):
         read_tokens(tmp_path / "bad.npz")
 
 

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from app.__main__ import app
 from app.language.volume_tokens import as_tensors, extract_3d_latent_and_indices
-from app.shared.refusals import RefusedInput
+from app.shared.refusals import Refused
 from app.tokens.commands import reconstruct, tokenize
 from app.tokens.open_scan import Volume
 from app.tokens.token_files import read_tokens
@@ -95,14 +95,14 @@ def test_fewer_levels_asked_for_at_either_end_are_the_same_volume(tokenizer):
         assert np.array_equal(fewer.codes, four.first_levels(n))
         assert np.array_equal(tokenizer.decode(fewer).hu, tokenizer.decode(four, levels=n).hu)
     assert not np.array_equal(tokenizer.decode(four, levels=1).hu, tokenizer.decode(four).hu)
-    with pytest.raises(RefusedInput, match=r"levels must lie in 1..2, the levels of these tokens, got 4"):
+    with pytest.raises(Refused, match=r"levels must lie in 1..2, the levels of these tokens, got 4"):
         tokenizer.decode(tokenizer.encode(scan, levels=2), levels=4)
 
 
 def test_more_codes_than_the_tokenizer_has_levels_are_refused(tokenizer):
     tokens = tokenizer.encode(Volume(hu_volume(), AFFINE))
     of_one = CTTokenizer(make_network(), digest="0" * 64)
-    with pytest.raises(RefusedInput, match="the tokens tell codes a latent 4, their tokenizer 1"):
+    with pytest.raises(Refused, match="the tokens tell codes a latent 4, their tokenizer 1"):
         of_one.decode(tokens)
 
 
@@ -115,7 +115,7 @@ def test_language_models_read_the_first_level(tokenizer):
     assert torch.equal(feats, tokenizer.network.vq.levels[0].codebook[codes.long()])
 
 
-def test_the_commands_take_levels_and_name_those_that_are_not_there(network, dataset, tmp_path, capsys):
+def test_the_commands_take_levels_and_name_those_that_are_not_there(network, dataset, tmp_path):
     run = save(network, tmp_path / "run")
     case, file = dataset / "processed" / "case_a", tmp_path / "a.npz"
     assert tokenize(case, file, tokenizer=run, levels=2)["ok"] == 1
@@ -127,10 +127,11 @@ def test_the_commands_take_levels_and_name_those_that_are_not_there(network, dat
     refused = reconstruct(file, tmp_path / "a.nii.gz", tokenizer=run, levels=2)["cases"][0]
     assert refused["codes"] == ["TOO_FEW_LEVELS"] and "levels must lie in 1..1" in refused["message"]
     assert reconstruct(file, tmp_path / "a.nii.gz", tokenizer=run, levels=1)["ok"] == 1
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(
+        Refused, match=r"^BAD_VALUE: levels must lie in 1..4, the levels of this tokenizer, got 5"
+    ) as end:
         tokenize(case, file, tokenizer=run, levels=5)
-    assert end.value.code == 2
-    assert "BAD_VALUE: levels must lie in 1..4, the levels of this tokenizer, got 5" in capsys.readouterr().err
+    assert end.value.status == 2
     called = CliRunner().invoke(
         app, ["tokenize", str(case), str(tmp_path / "b.npz"), "--tokenizer", str(run), "--levels", "1"]
     )

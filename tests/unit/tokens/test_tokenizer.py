@@ -6,10 +6,12 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from monai.data import MetaTensor
 
 from app.dataset import prepared
 from app.evaluation.evaluate import mirror_image
 from app.prepare import cohort, volume
+from app.shared.refusals import Refused
 from app.tokens import open_scan
 from app.tokens.open_scan import Volume
 from app.tokens.tokenizer import CTTokenizer, find_tokenizer
@@ -33,6 +35,27 @@ def test_encode_gives_the_codes_that_training_sees(tokenizer, dataset):
             assert np.array_equal(tokens.codes, expected.codes.numpy())
             assert np.array_equal(tokens.coords, expected.coords[:, 1:].numpy())
     assert len(np.unique(tokens.codes)) > 4
+
+
+def test_a_volume_in_memory_is_the_same_scan_whatever_holds_it(tokenizer):
+    hu = hu_volume()
+    expected = tokenizer.encode(Volume(hu, AFFINE))
+    metres = nibabel.Nifti1Image(hu, np.diag([0.001, 0.001, 0.001, 1.0]) @ AFFINE)
+    metres.header.set_xyzt_units("meter")
+    held = {
+        "nibabel": nibabel.Nifti1Image(hu, AFFINE),
+        "metres": metres,
+        "MetaTensor": MetaTensor(torch.from_numpy(hu), affine=torch.from_numpy(AFFINE)),
+        "MetaTensor with its channel": MetaTensor(torch.from_numpy(hu)[None], affine=torch.from_numpy(AFFINE)),
+        "array and affine": (hu, AFFINE),
+    }
+    for name, scan in held.items():
+        tokens = tokenizer.encode(scan)
+        assert np.array_equal(tokens.codes, expected.codes) and np.array_equal(tokens.coords, expected.coords), name
+        np.testing.assert_allclose(tokens.affine, expected.affine, atol=1e-4, err_msg=name)
+    for wrong, code in ((hu, "BAD_VALUE"), ((hu[0], AFFINE), "BAD_VALUE"), ((np.stack([hu, hu]), AFFINE), "FOUR_D")):
+        with pytest.raises(Refused, match=f"^{code}: "):
+            tokenizer.encode(wrong)
 
 
 def test_tokens_know_their_scan_and_their_tokenizer(tokenizer, dataset, output_dir):

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from app.shared.refusals import Refused
 from app.training import checkpoints
 from app.training.checkpoints import step_file
 from networks import make_vqvae
@@ -25,14 +26,14 @@ def save(out, step, value=0.0):
 
 
 @pytest.fixture
-def refused(capsys):
+def refused():
     """Calls, and gives the one line it was refused with."""
 
     def call(code, function, *args, **options):
-        with pytest.raises(SystemExit) as end:
+        with pytest.raises(Refused) as end:
             function(*args, **options)
-        line = capsys.readouterr().err.strip()
-        assert end.value.code == 2 and len(line.splitlines()) == 1
+        line = str(end.value)
+        assert end.value.status == 2 and len(line.splitlines()) == 1
         assert re.match(rf"{code}: .+\. .+\.$", line), line
         return line
 

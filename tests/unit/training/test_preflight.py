@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from app.shared.refusals import fail
+from app.shared.refusals import Refused
 from app.training import key_rules, preflight
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -22,21 +22,19 @@ FLAT = flat_keys(STAGE1)
 
 
 @pytest.fixture
-def check(monkeypatch, capsys):
+def check():
     """Runs the check on a command line; gives the line it ended with, or None."""
 
     def run(*flags, config=STAGE1):
         what = "run" if config == EVALUATE else "training"
-        line = ["/x/monai/bundle/__main__.py", "run", what, "--config_file", str(config), *map(str, flags)]
-        monkeypatch.setattr(sys, "argv", line)
-        monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # the check installs its own
+        words = ["/x/monai/bundle/__main__.py", "run", what, "--config_file", str(config), *map(str, flags)]
         try:
-            preflight.check()
-        except SystemExit as end:
-            said = capsys.readouterr().err
-            assert end.code == 2 and said.count("\n") == 1
-            assert re.match(r"[A-Z_]+: .+\. .+[.?]\n$", said) and "?." not in said, said
-            return said.strip()
+            preflight.check(preflight.read_command_line(words))
+        except Refused as refused:
+            said = str(refused)
+            assert refused.status == 2 and "\n" not in said
+            assert re.match(r"[A-Z_]+: .+\. .+[.?]$", said) and "?." not in said, said
+            return said
         return None
 
     return run
@@ -382,13 +380,13 @@ def test_several_processes_need_the_overlay(check, monkeypatch):
     assert check(config=f"['{STAGE1}','{ROOT / 'bundles/multi_gpu.json'}']") is None
 
 
-def test_a_run_that_is_not_there(check, config, monkeypatch, capsys):
-    argv = ["/x/monai/bundle/__main__.py", "run", "trainin", "--config_file", str(config())]
-    monkeypatch.setattr(sys, "argv", argv)
-    with pytest.raises(SystemExit):
-        preflight.check()
-    said = capsys.readouterr().err
-    assert said == "UNKNOWN_RUN: this config has no trainin to run. Did you mean training?\n"
+def test_a_run_that_is_not_there(config):
+    call = preflight.read_command_line(
+        ["/x/monai/bundle/__main__.py", "run", "trainin", "--config_file", str(config())]
+    )
+    with pytest.raises(Refused) as end:
+        preflight.check(call)
+    assert str(end.value) == "UNKNOWN_RUN: this config has no trainin to run. Did you mean training?"
 
 
 @pytest.mark.parametrize("key", ["_Target_", "_target", "target_", "__target__", "_TARGET_", "_taget_"])
@@ -449,19 +447,10 @@ def test_ctrl_c_is_one_line_and_a_shell_s_status(monkeypatch, capsys):
     assert end.value.code == 130 and capsys.readouterr().err.startswith("STOPPED: ended by Ctrl-C. Run again")
 
 
-def test_fail_is_one_line_and_a_status(capsys):
-    for status in (2, 3):
-        with pytest.raises(SystemExit) as end:
-            fail("SOME_CODE", "this is wrong.", "do that", status=status)
-        assert end.value.code == status
-        assert capsys.readouterr().err == "SOME_CODE: this is wrong. Do that.\n"
-
-
-def test_the_resolved_config_holds_overrides_and_what_open_keys_come_to(monkeypatch):
+def test_the_resolved_config_holds_overrides_and_what_open_keys_come_to():
     flags = ["--max_steps", "7", "--train#trainer#max_epochs", "1", "--dataset_dir", "cohort"]
     argv = ["/x/monai/bundle/__main__.py", "run", "training", "--config_file", STAGE1, *flags]
-    monkeypatch.setattr(sys, "argv", argv)
-    config = preflight.resolved_config()
+    config = preflight.resolved_config(preflight.read_command_line(argv))
     assert config["max_steps"] == 7 and config["dataset_dir"] == "cohort"
     assert config["train"]["trainer"]["max_epochs"] == 1
     assert config["resolution"] == 256 and config["learning_rate"] == 1e-4 and config["num_embeddings"] == 8192

@@ -2,7 +2,8 @@
 
 import pytest
 
-from app.training.run_folder import RunFolder, differences, duration
+from app.shared.refusals import Refused
+from app.training.run_folder import RunFolder, advice_for, differences, duration
 
 
 @pytest.mark.parametrize(
@@ -34,12 +35,19 @@ def test_a_duration_is_told_in_the_unit_that_reads_best(seconds, text):
     assert duration(seconds) == text
 
 
+def test_a_run_that_nobody_waits_for_says_what_to_take_instead():
+    assert advice_for(47 * 3600, on_gpu=False) is None
+    said = advice_for(400 * 3600, on_gpu=False)
+    assert said == "about 400 h at this rate on this CPU: --preset tiny, or a GPU, or fewer steps"
+    assert "several GPUs under torchrun" in advice_for(400 * 3600, on_gpu=True)
+
+
 @pytest.mark.parametrize(
     "line",
     ["[1]}", '{"step": "3", "phase": "train"}', '{"phase": "train"}', '{"step": 1, "phase": 2}',
      '{"step": 4, "phase": "train", "val_recon": [1]}'],
 )  # fmt: skip
-def test_a_foreign_line_of_metrics_is_one_line(tmp_path, capsys, line):
+def test_a_foreign_line_of_metrics_is_one_line(tmp_path, line):
     folder = RunFolder.__new__(RunFolder)
     folder.path, folder.start_step, folder.warm_up_step = tmp_path, None, 5
     kept = '{"phase": "warmup", "step": 2}\n'
@@ -47,8 +55,7 @@ def test_a_foreign_line_of_metrics_is_one_line(tmp_path, capsys, line):
     folder._cut_after_start()
     assert (tmp_path / "metrics.jsonl").read_text() == kept
     (tmp_path / "metrics.jsonl").write_text(kept + line + "\n")
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(Refused, match=r"^BAD_RUN: ") as end:
         folder._cut_after_start()
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.startswith("BAD_RUN: ") and error.count("\n") == 1
+    assert end.value.status == 2
     assert (tmp_path / "metrics.jsonl").read_text() == kept + line + "\n"

@@ -18,6 +18,7 @@ from monai.handlers import ValidationHandler
 from torch import nn
 
 from app.language.align_training import AlignHandlers
+from app.shared.refusals import Refused
 from app.training import handlers, run_folder
 from app.training.step import average, make_scheduler, resume_optimizer, stop_if_not_finite
 
@@ -109,9 +110,9 @@ def test_a_step_whose_loss_is_no_number_is_neither_averaged_nor_saved(capsys):
     engine = Engine(lambda engine, batch: {"loss": float("nan") if engine.state.iteration == 2 else 1.0})
     handlers.StopAtNonFiniteLoss().attach(engine)
     engine.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: done.append(engine.state.iteration))
-    with pytest.raises(SystemExit):
+    with pytest.raises(Refused, match="at step 2 on cases b, c"):
         engine.run([{"case_id": ["a"]}, [{"case_id": ["b"]}, {"case_id": ["c"]}]], max_epochs=1)
-    assert done == [1] and "at step 2 on cases b, c" in capsys.readouterr().err
+    assert done == [1]
 
 
 ORDER = [  # as they stand in a stage file; only stages with codes watch them
@@ -223,9 +224,9 @@ def test_every_rank_knows_the_last_saved_step(save, monkeypatch):
 
 
 @pytest.mark.parametrize(("last", "says"), [(None, "no checkpoint exists yet. Start again"), (20, "step 20. Resume")])
-def test_a_loss_that_is_no_number_says_where_to_go_on(last, says, capsys):
+def test_a_loss_that_is_no_number_says_where_to_go_on(last, says):
     engine = Engine(lambda engine, batch: None)
     engine.last_saved_step = last
-    with pytest.raises(SystemExit):
+    with pytest.raises(Refused, match=says) as end:
         stop_if_not_finite(engine, {"loss": float("nan")}, ["case_a"])
-    assert says in capsys.readouterr().err
+    assert end.value.status == 1

@@ -1,0 +1,140 @@
+"""One training run in this process: what `voxelingo train STAGE` does, and how Python trains.
+
+As `python -m monai.bundle run training --config_file bundles/STAGE.json`, with the same output and the same files. What
+such a run lays into a process (exception hook, signal handlers, logging) does not stay behind; a refusal is raised.
+"""
+
+import difflib
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from monai.bundle import ConfigWorkflow
+
+from app.shared.refusals import fail
+from app.training import checkpoints, preflight
+
+OVERLAY_OF_RANKS = "multi_gpu.json"
+TAKE_THE_CALL = ("app.training.preflight.check", "app.training.run_folder.RunFolder")
+LOGGERS = ("", "ignite")  # that bundles/logging.conf sets
+
+
+class Trained(NamedTuple):
+    """How a run ended: its last complete step and the one that is taken downstream."""
+
+    stage: str
+    output_dir: str
+    step: int | None
+    best_step: int | None
+    seconds: float
+
+
+def train(stage: str, **settings: Any) -> Trained:
+    """Trains a stage (vae, vq_stage1, vq_stage2, align, or a config file) with flat keys: `max_steps=10`.
+
+    `config_file` names overlays, laid over the stage's own file in their order.
+    """
+    given = {name: "$None" if value is None else value for name, value in settings.items()}
+    return _train(stage, {name: str(value) for name, value in given.items()}, given)
+
+
+def train_words(words: Sequence[str]) -> Trained:
+    """The same, as it is typed: STAGE --key value …"""
+    stage, raw = _parts_of(words)
+    return _train(stage, raw, preflight.values_of(raw))
+
+
+def _train(stage: str, raw: dict[str, str], given: dict[str, Any]) -> Trained:
+    overlays = given.pop("config_file", [])
+    files = [str(_file_of(stage)), *([overlays] if isinstance(overlays, str) else overlays)]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not any(Path(file).name == OVERLAY_OF_RANKS for file in files):
+        files.append(str(bundles() / OVERLAY_OF_RANKS))
+    options = {name: given.pop(name) for name in ("meta_file", "logging_file", "tracking") if name in given}
+    words = ("voxelingo", "train", stage, *(word for name, text in raw.items() for word in (f"--{name}", text)))
+    config, typed = preflight.load_config(files), {name: raw[name] for name in given}
+    call = preflight.CommandLine("training", config, given, typed, words)
+    begun = time.perf_counter()
+    preflight.check_call(call)  # before MONAI says a word
+    with _left_as_it_was():
+        try:
+            workflow = ConfigWorkflow(
+                config_file=files, run_id=call.run_id, **options, **given, **_where_it_is_taken(config, call)
+            )
+            workflow.initialize()
+            workflow.run()
+            workflow.finalize()
+        except Exception as error:
+            refused = preflight.refusal_of_run(error)
+            if refused is None:
+                raise
+            raise refused from refused.__cause__
+    output_dir = workflow.parser.get_parsed_content("output_dir")
+    steps = checkpoints.complete_steps(output_dir)
+    best = checkpoints.read_best(Path(output_dir))
+    return Trained(stage, str(output_dir), steps[-1] if steps else None, best, round(time.perf_counter() - begun, 1))
+
+
+def bundles() -> Path:
+    return Path(__file__).resolve().parents[2] / "bundles"
+
+
+def stages() -> list[str]:
+    """The bundles that train."""
+    return [file.stem for file in sorted(bundles().glob("*.json")) if "training" in json.loads(file.read_text())]
+
+
+def _parts_of(words: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """The stage, and what is given behind it."""
+    stage, *rest = words or [""]
+    raw, strays = preflight.read_words(rest)
+    if not stage or stage.startswith("--"):
+        fail("NO_STAGE", "no stage is named", f"give one of {', '.join(stages())} behind train")
+    if strays:
+        fail("BAD_CALL", f"{strays[0]} belongs to no key", "give settings as --key value")
+    return stage, raw
+
+
+def _file_of(stage: str) -> Path:
+    if Path(stage).suffix in (".json", ".yaml", ".yml"):
+        return Path(stage)
+    if stage not in stages():
+        near = difflib.get_close_matches(stage, stages(), n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(stages())}"
+        fail("UNKNOWN_STAGE", f"there is no stage {stage}", hint)
+    return bundles() / f"{stage}.json"
+
+
+def _where_it_is_taken(config: dict[str, Any], call: preflight.CommandLine) -> dict[str, preflight.CommandLine]:
+    """The call for the parts of a config that read it: under MONAI's command line they read that."""
+    targets = ((path.rpartition("#")[0], value) for path, key, value in preflight.walk(config) if key == "_target_")
+    return {f"{path}#call": call for path, target in targets if target in TAKE_THE_CALL}
+
+
+@contextmanager
+def _left_as_it_was() -> Iterator[None]:
+    """Hooks of this process as they were before."""
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    logged = [(logger, logger.level, list(logger.handlers)) for logger in loggers]
+    handled = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    hook, path = sys.excepthook, list(sys.path)
+    preflight.quiet_engines()
+    try:
+        yield
+    finally:
+        preflight.quiet_engines(end=True)
+        sys.excepthook, sys.path[:] = hook, path
+        for number, handler in handled.items():
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
+        for logger, level, handlers in logged:
+            for own in set(logger.handlers) - set(handlers):
+                own.close()
+            logger.setLevel(level)
+            logger.handlers[:] = handlers
