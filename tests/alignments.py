@@ -73,4 +73,4 @@ def align(home: Path, out: Path, **changes) -> None:
         "learning_rate": 1e-3,
         "max_3d_tokens": 40,
     }
-    train("align", **{**settings, **changes})
+    train("align", **{name: value for name, value in {**settings, **changes}.items() if value is not None})

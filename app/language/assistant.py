@@ -94,7 +94,7 @@ class CTAssistant:
         """
         path, device = aligned_folder(path), device or choose_device()
         settings = read_settings(path)
-        frozen = FrozenTokenizer(tokenizer or str(path / settings["tokenizer_path"]), scale="full", device=device)
+        frozen = FrozenTokenizer(tokenizer or str(path / settings["tokenizer_path"]), demo=False, device=device)
         if frozen.hash != settings["tokenizer"]:
             fail(
                 "OTHER_TOKENIZER",

@@ -40,7 +40,7 @@ def test_outputs_of_a_run(home, aligned):
     told = json.loads((aligned / "train_args.json").read_text())
     assert told["tokenizer"] == CTTokenizer.from_pretrained(home / "tokenizer.pt").digest
     assert told["base_model"]["name"] == str((home / "qwen").resolve()), "found from any working directory"
-    assert len(told["base_model"]["sha256"]) == 64 and told["use_lora"] and told["in_features"] == 8
+    assert len(told["base_model"]["sha256"]) == 64 and told["use_lora"] and told["in_features"] == 16
     rows = [json.loads(line) for line in (aligned / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 17)) and rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     kept = torch.load(aligned / "ckpts" / "align_step0000016.pt")
@@ -233,7 +233,7 @@ def test_a_tiny_model_that_was_not_trained_whole_is_kept_too(lora, home, tmp_pat
 
 def test_projectors_of_another_width_and_damaged_records_are_one_line(home, aligned, tmp_path):
     shutil.copytree(aligned, tmp_path / "moved")
-    torch.save(Projector(16, 32).state_dict(), tmp_path / "moved/projector_final.pt")
+    torch.save(Projector(24, 32).state_dict(), tmp_path / "moved/projector_final.pt")
     shutil.copytree(aligned, tmp_path / "damaged")
     (tmp_path / "damaged/train_args.json").write_text('{"tokenizer"')
     shutil.copytree(aligned, tmp_path / "cut")
@@ -319,7 +319,7 @@ class OwnItems(Dataset):
         generator = torch.Generator().manual_seed(number)
         cells = torch.randint(0, 4, (5, 3), generator=generator)
         return {
-            "feats_3d": torch.randn(5, 8, generator=generator),
+            "feats_3d": torch.randn(5, 16, generator=generator),
             "coords_3d": torch.nn.functional.pad(cells, (1, 0)),
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),

@@ -88,7 +88,7 @@ def test_form_a_equals_form_b(ct, language, reduce):
 
 def test_forms_that_cannot_be_used_are_named(ct, language, reduce):
     text = text_part(language[1])
-    with pytest.raises(ValueError, match=r"feats_3d must be \(N, 8\) as the tokenizer's codes, got \(3, 7\)"):
+    with pytest.raises(ValueError, match=r"feats_3d must be \(N, 16\) as the tokenizer's codes, got \(3, 7\)"):
         as_sample({"feats_3d": torch.zeros(3, 7), "coords_3d": torch.zeros(3, 4).int(), **text}, reduce=reduce)
     with pytest.raises(ValueError, match="give vae_ckpt"):
         as_sample({"inputs_3d": form_b(0), **text}, reduce=reduce)
@@ -110,7 +110,7 @@ class TwoItems(Dataset):
 def test_own_datasets_are_found_by_name_and_batched_with_several_volumes(ct, language, reduce):
     model, tokenizer = language
     item = {
-        "feats_3d": torch.randn(4, 8),
+        "feats_3d": torch.randn(4, 16),
         "coords_3d": torch.tensor([[0, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 1], [1, 1, 0, 0]]),
     }
     own = OwnDataset(TwoItems([{**item, **text_part(tokenizer)}] * 2), reduce=reduce)
@@ -137,7 +137,7 @@ class OneBroken(TwoItems):
 
 
 def test_an_item_that_cannot_be_read_in_the_middle_of_an_epoch_is_named(language, reduce, caplog):
-    feats = {"feats_3d": torch.randn(2, 8), "coords_3d": torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1]])}
+    feats = {"feats_3d": torch.randn(2, 16), "coords_3d": torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1]])}
     items = [{**feats, **text_part(language[1]), "case_id": name} for name in "abc"]
     with pytest.raises(ValueError, match=r"item 1 of the dataset cannot be used \(OSError: disk\)\. Repair it"):
         OwnDataset(OneBroken(items), reduce=reduce)[(0, 1)]
@@ -154,12 +154,12 @@ def test_an_item_that_cannot_be_read_in_the_middle_of_an_epoch_is_named(language
         ({"labels": torch.full((6,), -100)}, "labels are all -100"),
         ({"labels": torch.zeros(2).long()}, "IndexError"),
         ({"input_ids": torch.full((6,), 10**6)}, "input_ids must lie in 0"),
-        ({"feats_3d": torch.zeros(0, 8), "coords_3d": torch.zeros(0, 4).int()}, "feats_3d has no rows"),
+        ({"feats_3d": torch.zeros(0, 16), "coords_3d": torch.zeros(0, 4).int()}, "feats_3d has no rows"),
         (None, "Type"),
     ],
 )
 def test_items_of_a_users_own_that_cannot_be_used_are_named(change, message, reduce):
-    item = {"feats_3d": torch.zeros(1, 8), "coords_3d": torch.zeros(1, 4).int(), "attention_mask": torch.ones(6)}
+    item = {"feats_3d": torch.zeros(1, 16), "coords_3d": torch.zeros(1, 4).int(), "attention_mask": torch.ones(6)}
     item |= {"input_ids": torch.arange(6), "labels": torch.arange(6)}
     items = TwoItems([(1, 2) if change is None else item | change, item])
     with pytest.raises(ValueError, match=f"item 0 of the dataset cannot be used .*{message}"):
