@@ -60,8 +60,7 @@ def _train(config: dict[str, Any], sizes: Preset) -> dict[str, Any]:
     own = {name: value for name, value in dataclasses.asdict(sizes).items() if name not in LEFT_OPEN}
     for name in config.keys() & own.keys():
         config[name] = json.loads(json.dumps(own[name]))
-    backend = {"_target_": "app.training.plan.choose_backend", "wanted": "@sparse_backend"}  # the plan would want data
-    config["network_def"] = {**network_of(sizes), "use_checkpoint": "@use_checkpoint", "backend": backend}
+    config["network_def"] = {**network_of(sizes), "use_checkpoint": "@use_checkpoint", "backend": "@backend"}
     return {**config, "init_from": WEIGHTS, "output_dir": "outputs/continued"}
 
 

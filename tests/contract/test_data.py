@@ -347,7 +347,7 @@ def test_constant_features_are_refused(tmp_path, workers):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_refusal_keeps_its_code_on_the_way_out_of_a_worker(dataset_dir, workers):
     lacking = make_dataset(dataset_dir, split="train", preprocessing=[Refusing()], sampling=[Windowsd()])
-    with pytest.raises(Refused, match=r"^no lung here$") as caught:
+    with pytest.raises(Refused, match=r"^OTHER_WINDOWS: no lung here\.") as caught:
         next(iter(make_train_loader(lacking, batch_size=1, max_steps=1, num_workers=workers)))
     assert caught.value.code == "OTHER_WINDOWS"
 
@@ -364,7 +364,7 @@ class Refusing:
 def test_a_damaged_case_is_one_line_from_a_worker_too(dataset_dir):
     (dataset_dir / "processed" / "case6" / "ct_normalized_24.npy").write_bytes(b"nothing")
     with pytest.raises(
-        ValueError, match=r"^case6/ct_normalized_24.npy cannot be read .*prepare the case again with --overwrite$"
+        ValueError, match=r"^DAMAGED_CASE: case6/ct_normalized_24.npy cannot be read .*Prepare the case again with --overwrite\.$"
     ):
         make_val_loader(make(dataset_dir, split="val"), num_workers=2)
 
