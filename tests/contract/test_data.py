@@ -364,7 +364,8 @@ class Refusing:
 def test_a_damaged_case_is_one_line_from_a_worker_too(dataset_dir):
     (dataset_dir / "processed" / "case6" / "ct_normalized_24.npy").write_bytes(b"nothing")
     with pytest.raises(
-        ValueError, match=r"^DAMAGED_CASE: case6/ct_normalized_24.npy cannot be read .*Prepare the case again with --overwrite\.$"
+        ValueError,
+        match=r"^DAMAGED_CASE: case6/ct_normalized_24.npy cannot be read .*Prepare the case again with --overwrite\.$",
     ):
         make_val_loader(make(dataset_dir, split="val"), num_workers=2)
 

@@ -92,8 +92,7 @@ def test_a_run_that_is_told_to_end_saves_its_step_and_goes_on_as_if_it_had_not(h
     end = end_of(start_process("bundles/align.json", output_dir="out", epochs=200, resume="latest", **settings, **{
         "train#steps": step + 2}))  # fmt: skip
     assert end.status == 0 and f"resumed at step {step}" in end.out, end.err
-    losses = [json.loads(line)["loss"] for line in file.open()]
-    assert len(losses) == step + 2 and losses[-1] < losses[0]
+    assert [json.loads(line)["step"] for line in file.open()] == list(range(1, step + 3)), "no step is lost or twice"
 
 
 def test_a_run_that_is_refused_late_leaves_the_earlier_one_where_it_is(home, aligned, tmp_path, monkeypatch):
