@@ -99,10 +99,9 @@ def run_in(folder: Path, config: str = STAGE1, *, run_id: str = "training", **se
             "absl.logging.PythonHandler.close", lambda _: None
         )  # tensorboard's: it would close pytest's stream
         signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
         try:
-            status = _status_of_run()
+            with one_thread():
+                status = _status_of_run()
         finally:
             sys.excepthook = hook
             for number, handler in signals.items():
@@ -110,8 +109,18 @@ def run_in(folder: Path, config: str = STAGE1, *, run_id: str = "training", **se
             for worker in multiprocessing.active_children():  # as the end of the process would
                 worker.terminate()
                 worker.join()
-            torch.set_num_threads(threads)
     return Ended(status, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def one_thread():
+    """Sums in one order: on several threads the same run ends in other last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _status_of_run() -> int:
