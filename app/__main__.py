@@ -126,6 +126,37 @@ def prepare(
         answer.give(report.as_json(), cohort.lines(report, keep_names), status=report.exit_status)
 
 
+@app.command(epilog="Example: python -m app sdf meshes/ shapes/ --resolution 64,512")
+def sdf(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Mesh (STL, OBJ, PLY, VTP), volume, prepared dataset, or a folder.")
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder for files of signed distance.")],
+    resolution: Annotated[str, typer.Option(help="Voxels along each side, comma separated.")] = "64,512,1024",
+    label: Annotated[str | None, typer.Option(help="One label of a volume, or one organ of a case; else each.")] = None,
+    hu: Annotated[float | None, typer.Option(help="The surface of scans or prepared cases at this level.")] = None,
+    band: Annotated[float, typer.Option(help="Voxels on either side of the surface.")] = 4.0,
+    sharp: Annotated[
+        float | None, typer.Option(help="Mark voxels near edges of more than so many degrees.", metavar="DEGREES")
+    ] = None,
+    unsigned: Annotated[bool, typer.Option("--unsigned", help="Distances without a sign, of open meshes too.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="At most this many worker processes.")] = 8,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Make every file again.")] = False,
+    as_json: Json = False,
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> None:
+    """Meshes and volumes to sparse signed distance."""
+    with answering(as_json, debug) as answer:
+        from app.shapes import sdf as shapes
+        from app.shapes.sources import Wanted
+
+        sides = shapes.read_resolutions(resolution)
+        settings = shapes.Settings(sides, band, sharp, Wanted(label, hu, unsigned), overwrite)
+        done = shapes.make_shapes(source, out, settings, workers=workers)
+        answer.give(done, shapes.lines(done), status=3 if done["refused"] else 0)
+
+
 @app.command(epilog="Example: python -m app check prepared/ --keep body")
 def check(
     data: Annotated[str, typer.Argument(metavar="DATA", help="A prepared dataset, a manifest, or scans with .txt.")],

@@ -211,6 +211,22 @@ CODES = MappingProxyType(
             "a file is there already: taken as it is, or of another scan or tokenizer and not overwritten",
             "--overwrite, or another OUT",
         ),
+        # shapes
+        "BAD_MESH": _refused("a mesh file is damaged, or is none", "export it again as STL, OBJ, PLY or VTP"),
+        "OPEN_MESH": _refused(
+            "a mesh has holes: it has no inside", "close it, or take distances without a sign by --unsigned"
+        ),
+        "SELF_CROSSING": _warned(
+            "triangles of a mesh pass through each other: the line says what counts as inside",
+            "nothing to do where parts overlap on purpose; else repair the mesh",
+        ),
+        "NON_MANIFOLD": _warned(
+            "more than two triangles meet in an edge: a line that crossed the surface an odd number of times is inside",
+            "nothing to do where parts touch on purpose; else repair the mesh",
+        ),
+        "UNSIGNED": _warned("distances have no sign, as --unsigned asked", "do not train on them beside signed ones"),
+        "NO_SURFACE": _refused("a volume has no surface there", "name a label or a level that it has"),
+        "DAMAGED_SHAPE": _refused("a file of signed distance is damaged, or is none", "make it again with --overwrite"),
         # the call
         "BAD_VALUE": _call("a value that cannot be used", "the line says the rule; pass another"),
         "BAD_CALL": _call("options that do not go together", "see --help"),

@@ -1,0 +1,220 @@
+"""The command `sdf`: meshes and volumes to files of sparse signed distance, one input or a folder.
+
+An input that cannot be used is listed and the rest is done. What is there already, of the same source by the same
+settings, stays.
+"""
+
+import csv
+import io
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from app.dataset.prepared import split_patients
+from app.dataset.writer import write_failures
+from app.prepare.workers import only_run, run_jobs, worker_count
+from app.shapes.bands import BAND, shape_of
+from app.shapes.shape_files import MAX_SIDE, Made, read_made, write_shape
+from app.shapes.sources import Found, Source, Wanted, find_sources, source_hash, surfaces_of
+from app.shared.atomic_files import write_text
+from app.shared.output_folder import check_folder
+from app.shared.refusals import Refused, as_refused, fail, refuse_empty
+
+RESOLUTIONS = (64, 512, 1024)
+METADATA_COLUMNS = ("case_id", "patient", "split", "source_hash", "resolutions", "sign", "codes", "status")
+BYTES_AT_1024 = 3 << 30  # of one job; it falls with the square of the resolution, as surfaces do
+BYTES_AT_LEAST = 400 << 20
+
+
+class Settings(NamedTuple):
+    resolutions: tuple[int, ...] = RESOLUTIONS
+    band: float = BAND
+    sharp_degrees: float | None = None
+    wanted: Wanted = Wanted()
+    overwrite: bool = False
+
+    def mark(self) -> str:
+        """What of them shapes the numbers in a file."""
+        return json.dumps([self.band, self.sharp_degrees, *self.wanted])
+
+
+class Job(NamedTuple):
+    source: Source
+    out: str
+    settings: Settings
+
+
+def read_resolutions(text: str) -> tuple[int, ...]:
+    """64,512 as it is typed."""
+    try:
+        return tuple(dict.fromkeys(int(word) for word in text.split(",")))
+    except ValueError:
+        fail("BAD_VALUE", f"resolution must be whole numbers, comma separated, got {text!r}", "such as 64,512")
+
+
+def make_shapes(source: str | Path, out: str | Path, settings: Settings, *, workers: int = 8) -> dict[str, Any]:
+    """Files of every surface at SOURCE, at each resolution, with metadata.csv and failures.csv."""
+    refuse_empty(source, name="SOURCE")
+    refuse_empty(out)
+    source, out, begun = Path(source), Path(out), time.perf_counter()
+    _check_call(source, out, settings)
+    with only_run(out):
+        found = find_sources(source, settings.wanted)
+        if not found:
+            fail(
+                "NO_CASES", f"{source} holds neither a mesh nor a volume", "give STL, OBJ, PLY, VTP, NIfTI, NRRD or MHA"
+            )
+        jobs = [Job(one, str(out), settings) for one in found]
+        largest = max(settings.resolutions)
+        each = max(BYTES_AT_LEAST, BYTES_AT_1024 * largest * largest >> 20)
+        count = worker_count(workers, each, len(jobs)) if len(jobs) > 1 else 1
+        entries = [entry for done in run_jobs(make_one, jobs, failed=_died, workers=count) for entry in done]
+        entries.sort(key=lambda entry: (entry["source"], entry["case"]))
+        _write_tables(out, entries)
+    ok = sum(entry["status"] == "ok" for entry in entries)
+    shown = [{name: value for name, value in entry.items() if name not in ("patient", "split")} for entry in entries]
+    return {"cases": shown, "ok": ok, "refused": len(entries) - ok, "seconds": round(time.perf_counter() - begun, 1)}
+
+
+def _check_call(source: Path, out: Path, settings: Settings) -> None:
+    if not source.exists():
+        fail("NO_SOURCE", f"{source} does not exist", "give a mesh, a volume, a prepared dataset or a folder of them")
+    for side in settings.resolutions:
+        if side % 8 or not 8 <= side <= MAX_SIDE:
+            fail("BAD_VALUE", f"resolution must be a multiple of 8 up to {MAX_SIDE}, got {side}", "give another")
+    if not 1 <= settings.band <= min(settings.resolutions) / 2:
+        limit = min(settings.resolutions) // 2
+        fail("BAD_VALUE", f"band must be 1 to {limit} voxels, got {settings.band:g}", "pass another --band")
+    if settings.wanted.label is not None and settings.wanted.hu is not None:
+        fail("BAD_CALL", "--label and --hu are both given", "give one of them")
+    if out.suffix == ".npz" or out.is_file():
+        fail("NO_OUTPUT", f"{out} is a file, a file for each resolution is written", "give a folder as OUT")
+    check_folder(out)
+
+
+def make_one(job: Job) -> list[dict[str, Any]]:
+    """The files of one source; an entry for each of its surfaces."""
+    source, settings = job.source, job.settings
+    entries: list[dict[str, Any]] = []
+    try:
+        if source.error is not None:
+            raise source.error
+        made_of = source_hash(source)
+        for found in surfaces_of(source, settings.wanted):
+            if isinstance(found, tuple) and not isinstance(found, Found):
+                entries.append(_refused(source, *found))
+            else:
+                entries.append(_write(job, found, made_of))
+    except MemoryError:
+        entries.append(
+            _refused(source, source.name, Refused("OUT_OF_MEMORY", "the memory of this machine is not enough"))
+        )
+    except ValueError as error:
+        entries.append(_refused(source, source.name, as_refused(error)))
+    return entries
+
+
+def _write(job: Job, found: Found, made_of: str) -> dict[str, Any]:
+    source, settings = job.source, job.settings
+    surface = found.surface
+    made = Made(made_of, settings.mark(), surface.findings or ("OK",))
+    files = []
+    for resolution in settings.resolutions:
+        path = Path(job.out) / f"{found.name}_r{resolution}.npz"
+        is_there = not settings.overwrite and _there_already(path, made)
+        row = {"resolution": resolution, "file": path.name if path.parent == Path(job.out) else str(path)}
+        if not is_there:
+            grid = found.affine(resolution)
+            options = {"band": settings.band, "sharp_degrees": settings.sharp_degrees}
+            shape = shape_of(surface, grid, resolution=resolution, **options)
+            if not len(shape.coords):
+                raise Refused("NO_SURFACE", f"{found.name} has no voxel at resolution {resolution}")
+            write_shape(path, shape, made)
+            row["points"] = len(shape.coords)
+        files.append({**row, "made": not is_there})
+    return {
+        "case": found.name,
+        "source": source.place,
+        "status": "ok",
+        "codes": list(made.codes),
+        "message": "; ".join(surface.told),
+        "files": files,
+        "sign": surface.sign,
+        "source_hash": made_of,
+        "patient": source.patient or source.name,
+        "split": source.split,
+    }
+
+
+def _there_already(path: Path, made: Made) -> bool:
+    """A file of an earlier call; one of something else is neither taken nor overwritten."""
+    if not path.exists():
+        return False
+    try:
+        before = read_made(path)
+    except Refused as refused:
+        raise Refused(refused.code, refused.what, "it is in OUT already: --overwrite makes it again") from refused
+    if before[:2] != made[:2]:
+        raise Refused("EXISTS", f"{path.name} is there already, of another source or by other settings")
+    return True
+
+
+def _refused(source: Source, name: str, refused: Refused) -> dict[str, Any]:
+    return {
+        "case": name,
+        "source": source.place,
+        "status": "refused",
+        "codes": [refused.code],
+        "message": refused.what,
+        "remedy": refused.remedy,
+        "files": [],
+    }
+
+
+def _died(job: Job) -> list[dict[str, Any]]:
+    return [_refused(job.source, job.source.name, Refused("OUT_OF_MEMORY", "its worker was ended from outside"))]
+
+
+def _write_tables(out: Path, entries: Sequence[dict[str, Any]]) -> None:
+    good = [entry for entry in entries if entry["status"] == "ok"]
+    given = {entry["patient"]: entry["split"] for entry in good if entry["split"]}
+    sides = split_patients([entry["patient"] for entry in good], given)
+    buffer = io.StringIO()
+    table = csv.DictWriter(buffer, METADATA_COLUMNS, restval="", lineterminator="\n")
+    table.writeheader()
+    for entry in good:
+        table.writerow(
+            {
+                "case_id": entry["case"],
+                "patient": entry["patient"],
+                "split": sides[entry["patient"]],
+                "source_hash": entry["source_hash"],
+                "resolutions": " ".join(str(file["resolution"]) for file in entry["files"]),
+                "sign": entry["sign"],
+                "codes": " ".join(entry["codes"]),
+                "status": "ok",
+            }
+        )
+    write_text(out / "metadata.csv", buffer.getvalue())
+    bad = [entry for entry in entries if entry["status"] != "ok"]
+    rows = [{**entry, "codes": " ".join(entry["codes"]), "source": entry["source"]} for entry in bad]
+    columns = ("source", "status", "codes", "message", "remedy")
+    write_failures(out, [{name: row[name] for name in columns} for row in rows])
+
+
+def lines(done: dict[str, Any]) -> Iterator[str]:
+    """What the command prints of it."""
+    for entry in done["cases"]:
+        code = "" if entry["codes"] == ["OK"] else ", ".join(entry["codes"])
+        told = ": ".join(part for part in (code, entry["message"]) if part)
+        sizes = ", ".join(
+            f"r{file['resolution']} {file['points']} voxels"
+            if "points" in file
+            else f"r{file['resolution']} there already"
+            for file in entry["files"]
+        )
+        remedy = f". {entry['remedy'][:1].upper()}{entry['remedy'][1:]}." if "remedy" in entry else ""
+        yield "  ".join(part for part in (entry["status"], entry["case"], sizes, told + remedy) if part)
+    yield f"{done['ok']} ok, {done['refused']} refused, {done['seconds']:g} s"

@@ -1,0 +1,139 @@
+"""Files of signed distance, `{name}_r{R}.npz`: their one reader and their one writer.
+
+`sparse_sdf` float32 (N, 1) in -1..1, `sparse_index` int32 (N, 3) in Morton order, `resolution`, `affine` (index to mm),
+and what they were made by. A file from outside is hostile: every array is checked before memory is taken.
+"""
+
+import math
+import struct
+import tokenize
+import zipfile
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.lib import format as npy
+
+from app.shapes.bands import BAND, Shape
+from app.shared.atomic_files import written_whole
+from app.shared.refusals import Refused
+
+MAX_BYTES = 8 << 30  # of all arrays, unpacked
+MAX_SIDE = 4096
+VERSION = 1
+SIGNS = ("parity", "winding", "none")
+UNREADABLE = (
+    *(OSError, EOFError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError),
+)
+
+
+class Made(NamedTuple):
+    """Of what, and how, a file was made: the same again is not made again."""
+
+    source_hash: str = ""
+    settings: str = ""
+    codes: tuple[str, ...] = ()
+
+
+def write_shape(path: Path, shape: Shape, made: Made) -> None:
+    """A whole file or none; the same shape gives the same bytes."""
+    arrays = {
+        "sparse_sdf": shape.values[:, None].astype(np.float32, copy=False),
+        "sparse_index": shape.coords.astype(np.int32),
+        "resolution": np.array(shape.resolution, np.int32),
+        "affine": np.asarray(shape.affine, np.float64),
+        "band": np.array(shape.band, np.float64),
+        "sign": np.array(shape.sign),
+        "source_hash": np.array(made.source_hash),
+        "settings": np.array(made.settings),
+        "codes": np.array(made.codes, np.str_),
+        "version": np.array(VERSION, np.int32),
+    }
+    if shape.sharp is not None:
+        arrays["sharp"] = shape.sharp.astype(np.uint8)
+    with written_whole(path) as beside, zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, array in arrays.items():
+            entry = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            with archive.open(entry, "w", force_zip64=True) as stream:
+                npy.write_array(stream, np.ascontiguousarray(array) if array.ndim else array, allow_pickle=False)
+
+
+def read_shape(path: str | Path) -> Shape:
+    """The distance in a file, checked. Files of others need `sparse_sdf`, `sparse_index` and `resolution` alone."""
+    arrays = _arrays(Path(path))
+    try:
+        return _shape_of(arrays)
+    except UNREADABLE as error:
+        raise _damaged(Path(path), error) from error
+
+
+def read_made(path: Path) -> Made:
+    """What a file says it was made of and by."""
+    arrays = _arrays(path, only=("source_hash", "settings", "codes"))
+    if len(arrays) < 3:
+        return Made()
+    return Made(str(arrays["source_hash"]), str(arrays["settings"]), tuple(arrays["codes"].tolist()))
+
+
+def _arrays(path: Path, *, only: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            if len(members) > 64 or sum(member.file_size for member in members) > MAX_BYTES:
+                raise ValueError(f"it unpacks to more than {MAX_BYTES >> 30} GiB")
+            names = {member.filename.removesuffix(".npy"): member for member in members}
+            return {name: _array(archive, member) for name, member in names.items() if only is None or name in only}
+    except FileNotFoundError:
+        raise Refused("NO_SOURCE", f"{path} does not exist") from None
+    except UNREADABLE as error:
+        raise _damaged(path, error) from error
+
+
+def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    with archive.open(member) as stream:
+        version = npy.read_magic(stream)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"{member.filename} has array format {version}")
+        read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, by_column, dtype = read_header(stream, max_header_size=10_000)
+        if dtype.hasobject or dtype.kind not in "iufU":
+            raise ValueError(f"{member.filename} holds {dtype}")
+        content = stream.read(member.file_size)
+    if len(content) != (size := math.prod(shape) * dtype.itemsize):
+        raise ValueError(f"{member.filename} should hold {size} bytes, it has {len(content)}")
+    array = np.frombuffer(content, dtype)
+    return array.reshape(shape[::-1]).T if by_column else array.reshape(shape)
+
+
+def _shape_of(arrays: dict[str, np.ndarray]) -> Shape:
+    values, coords = arrays["sparse_sdf"], arrays["sparse_index"]
+    resolution = int(arrays["resolution"])
+    if not 8 <= resolution <= MAX_SIDE:
+        raise ValueError(f"resolution must be 8 to {MAX_SIDE}, got {resolution}")
+    if coords.dtype.kind not in "iu" or coords.ndim != 2 or coords.shape[1] != 3 or len(coords) == 0:
+        raise ValueError(f"sparse_index must be integers (N, 3), got {coords.dtype} {coords.shape}")
+    if values.dtype.kind != "f" or values.shape not in ((len(coords), 1), (len(coords),)):
+        raise ValueError(f"sparse_sdf must be floats ({len(coords)}, 1), got {values.dtype} {values.shape}")
+    if coords.min() < 0 or coords.max() >= resolution:
+        raise ValueError(f"sparse_index leaves 0..{resolution - 1}")
+    if not np.isfinite(values).all() or np.abs(values).max() > 1 + 1e-6:
+        raise ValueError("sparse_sdf leaves -1..1")
+    affine = arrays.get("affine", np.diag([1 / resolution] * 3 + [1.0])).astype(np.float64)
+    if affine.shape != (4, 4) or not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-30:
+        raise ValueError("affine must be an invertible 4 x 4 matrix")
+    sign, band = str(arrays.get("sign", "parity")), float(arrays.get("band", BAND))
+    if sign not in SIGNS or not 0 < band < resolution:
+        raise ValueError(f"sign must be one of {', '.join(SIGNS)} and band above 0, got {sign[:20]} and {band}")
+    sharp = arrays.get("sharp")
+    if sharp is not None and sharp.shape != (len(coords),):
+        raise ValueError(f"sharp must be ({len(coords)},), got {sharp.shape}")
+    return Shape(coords, values.reshape(-1).astype(np.float32, copy=False), resolution, affine, band, sign, sharp)
+
+
+def _damaged(path: Path, error: Exception) -> Refused:
+    text = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
+    reason = f"it has no {error}" if isinstance(error, KeyError) else text.splitlines()[0]
+    return Refused("DAMAGED_SHAPE", f"{path.name} is damaged or no file of signed distance: {reason}")

@@ -1,0 +1,232 @@
+"""What `sdf` finds at a path, and the surfaces in it: meshes, label volumes, organs of prepared cases, levels in HU."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Num
+
+from app.dataset import prepared
+from app.prepare.files import FORMATS, Ref, hash_of, sniff, walk
+from app.prepare.formats import read_header, read_voxels
+from app.prepare.gate import Rules
+from app.prepare.labels import MAX_LABELS, looks_like_labels, safe_name
+from app.prepare.survey import Item, survey
+from app.prepare.volume import read_item
+from app.shapes.bands import Surface, check_surface, mesh_affine, volume_affine
+from app.shapes.mesh_files import READERS, Mesh, read_mesh
+from app.shared.refusals import Refused
+from transforms.isosurface import surface_at
+
+
+class Source(NamedTuple):
+    """One input: a mesh, a label volume, a scan or a prepared case."""
+
+    name: str  # of its files, without what tells labels apart
+    place: str  # relative to SOURCE
+    kind: str  # mesh, labels, scan, case; refused
+    path: str
+    patient: str = ""
+    split: str = ""
+    item: Item | None = None
+    error: Refused | None = None
+
+
+class Wanted(NamedTuple):
+    """Which surfaces of a volume: of one label or organ, at a level in HU, or of every label."""
+
+    label: str | None = None
+    hu: float | None = None
+    unsigned: bool = False
+
+
+class Found(NamedTuple):
+    """A surface and the grids that it goes onto."""
+
+    name: str
+    surface: Surface
+    volume: tuple[tuple[int, ...], Float[np.ndarray, "4 4"]] | None  # shape and affine of its volume; none of a mesh
+
+    def affine(self, resolution: int) -> Float[np.ndarray, "4 4"]:
+        if self.volume is None:
+            return mesh_affine(self.surface.mesh, resolution)
+        return volume_affine(*self.volume, resolution)
+
+
+def find_sources(source: Path, wanted: Wanted) -> list[Source]:
+    """Everything at a path that may hold a surface, by place; what is neither mesh nor volume is passed over."""
+    if (source / "case.json").is_file():
+        case = prepared.open_case(source)
+        return [Source(case.case_id, case.case_id, "case", str(source), case.patient, case.split)]
+    if source.is_dir() and prepared.find_datasets(source):
+        return [_case_source(case) for case in prepared.list_cases(source)]
+    return _scans(source) if wanted.hu is not None else _files(source)
+
+
+def _case_source(case: prepared.PreparedCase | prepared.DamagedCase) -> Source:
+    place = f"{case.dataset}/{case.case_id}"
+    if isinstance(case, prepared.DamagedCase):
+        return Source(case.case_id, place, "refused", "", error=case.error)
+    return Source(case.case_id, place, "case", str(case.path), case.patient, case.split)
+
+
+def _scans(source: Path) -> list[Source]:
+    """Raw scans, which pass the gate; named by their content, as their own names may say who was scanned."""
+    found = []
+    for item in survey(source):
+        if item.plan is None and item.finding.kind == "skipped":
+            continue
+        name = hash_of(item.refs)[:16]
+        error = None if item.plan is not None else Refused(item.finding.code, item.finding.message)
+        kind = "scan" if error is None else "refused"
+        found.append(Source(name, item.source, kind, str(source), name, "", item, error))
+    return found
+
+
+def _files(source: Path) -> list[Source]:
+    found = []
+    root = source if source.is_dir() else source.parent
+    for entry in walk(source):
+        ref, refused = entry if isinstance(entry[1], Refused) else (entry, None)
+        place = str(Path(ref.path).relative_to(root)) + (f"/{ref.member}" if ref.member else "")
+        stem = _stem(place)
+        if refused is not None:
+            found.append(Source(stem, place, "refused", ref.path, error=refused))
+        elif not ref.member and Path(ref.path).suffix.lower() in READERS:
+            found.append(Source(stem, place, "mesh", ref.path))
+        elif not ref.member and ref.name.lower().endswith(tuple(end for it in FORMATS.values() for end in it.endings)):
+            found.append(Source(stem, place, "labels", ref.path))
+        elif source.is_file():
+            what = f"{ref.name} is neither a mesh ({', '.join(READERS)}) nor a volume (NIfTI, NRRD, MHA)"
+            raise Refused("NO_CASES", what, "give one of these, or a scan with --hu LEVEL", status=2)
+    names = [one.name for one in found]
+    return [one._replace(name=_apart(one)) if names.count(one.name) > 1 else one for one in found]
+
+
+def _stem(place: str) -> str:
+    path = Path(place)
+    name = path.name
+    for ending in (".nii.gz", ".hdr.gz", path.suffix):
+        if ending and name.lower().endswith(ending):
+            name = name[: -len(ending)]
+            break
+    return "/".join([*(safe_name(part) for part in path.parent.parts), safe_name(name)])
+
+
+def _apart(source: Source) -> str:
+    """Two files of one name and several endings."""
+    return f"{source.name}_{Path(source.place).suffix.lstrip('.').lower()}"
+
+
+def source_hash(source: Source) -> str:
+    if source.kind == "case":
+        return prepared.open_case(Path(source.path)).content_hash
+    if source.item is not None:
+        return hash_of(source.item.refs)
+    refs = [Ref(source.path)]
+    if source.kind == "labels":
+        file = read_header(refs[0], sniff(refs[0]))
+        refs = list(dict.fromkeys([file.ref, file.data]))
+    return hash_of(refs)
+
+
+def surfaces_of(source: Source, wanted: Wanted) -> Iterator[Found | tuple[str, Refused]]:
+    """The surfaces of a source, one after the other; a label that has none comes with its refusal."""
+    if source.kind == "mesh":
+        mesh = read_mesh(source.path)
+        yield Found(source.name, check_surface(mesh, unsigned=wanted.unsigned, name=Path(source.path).name), None)
+        return
+    if source.kind == "case" and wanted.hu is None:
+        yield from _organs(source, wanted)
+        return
+    if source.kind == "labels":
+        yield from _labels(source, wanted)
+        return
+    if source.kind == "case":
+        case = prepared.open_case(Path(source.path))
+        values, affine = case.hu(), case.affine
+    else:
+        volume = read_item(source.item, Rules())
+        values, affine = volume.hu, volume.affine
+    name = f"{source.name}_hu{wanted.hu:g}"
+    yield _found(name, values, wanted.hu, affine, wanted, what=f"{wanted.hu:g} HU")
+
+
+def _organs(source: Source, wanted: Wanted) -> Iterator[Found | tuple[str, Refused]]:
+    case = prepared.open_case(Path(source.path))
+    names = case.organ_names()
+    if case.affine is None or not names:
+        lacks = "no organs" if case.affine is not None else "no case.json, so no place in the world"
+        raise Refused(
+            "NO_SURFACE", f"case {case.case_id} has {lacks}", "prepare it with its labels, or give --hu LEVEL"
+        )
+    if wanted.label is not None and wanted.label not in names:
+        raise Refused("NO_SURFACE", f"case {case.case_id} has no organ {wanted.label!r}, it has {', '.join(names)}")
+    for organ in names if wanted.label is None else (wanted.label,):
+        full = f"{source.name}_{organ}"
+        try:
+            yield _found(full, case.organ(organ), 0.5, case.affine, wanted, what=f"organ {organ}")
+        except Refused as refused:
+            yield full, refused
+
+
+def _labels(source: Source, wanted: Wanted) -> Iterator[Found | tuple[str, Refused]]:
+    file = read_header(Ref(source.path), sniff(Ref(source.path)))
+    values = read_voxels(file)
+    if wanted.label is None and not (values.dtype.kind in "iu" and looks_like_labels(file)):
+        what = f"{Path(source.path).name} holds no labels but values of {values.min():g} to {values.max():g}"
+        raise Refused("NO_SURFACE", what, "name a label with --label N, or a level in HU with --hu LEVEL")
+    present = np.unique(values)
+    present = present[present != 0]
+    if len(present) > MAX_LABELS:
+        raise Refused("NO_SURFACE", f"{Path(source.path).name} holds {len(present)} different labels")
+    if wanted.label is not None:
+        number = _number(wanted.label)
+        if number not in present:
+            what = f"{Path(source.path).name} has no label {wanted.label}, it has {_some(present)}"
+            raise Refused("NO_SURFACE", what)
+        present = np.array([number])
+    if len(present) == 0:
+        raise Refused("NO_SURFACE", f"{Path(source.path).name} holds 0 alone")
+    for number in present.tolist():
+        full = source.name if len(present) == 1 and wanted.label is None else f"{source.name}_label{number:g}"
+        try:
+            yield _found(full, values == number, 0.5, file.affine, wanted, what=f"label {number:g}")
+        except Refused as refused:
+            yield full, refused
+
+
+def _number(label: str) -> float:
+    try:
+        return float(label)
+    except ValueError:
+        raise Refused("BAD_VALUE", f"a label of a volume is a number, got {label!r}") from None
+
+
+def _some(present: np.ndarray) -> str:
+    names = [f"{value:g}" for value in present[:12].tolist()]
+    return ", ".join(names) + (" …" if len(present) > 12 else "") if names else "none"
+
+
+def _found(
+    name: str,
+    values: Num[np.ndarray, "X Y Z"],
+    level: float,
+    affine: Float[np.ndarray, "4 4"],
+    wanted: Wanted,
+    *,
+    what: str,
+) -> Found:
+    """The surface of a volume at a level: closed by its making, so that parity tells its inside."""
+    surface = surface_at(values, level)
+    if not len(surface.faces):
+        raise Refused("NO_SURFACE", f"{name} has no surface at {what}")
+    vertices = surface.vertices @ affine[:3, :3].T + affine[:3, 3]
+    faces = surface.faces[:, ::-1] if np.linalg.det(affine[:3, :3]) < 0 else surface.faces
+    findings = ("UNSIGNED",) if wanted.unsigned else ()
+    sign = "none" if wanted.unsigned else "parity"
+    made = Surface(
+        Mesh(vertices, np.ascontiguousarray(faces)), sign, findings, tuple("given unsigned" for _ in findings)
+    )
+    return Found(name, made, (tuple(values.shape), np.asarray(affine, np.float64)))

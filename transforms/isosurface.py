@@ -1,0 +1,152 @@
+"""Surfaces as triangles: of a volume at a level, and of a signed distance that is known on a band of voxels alone.
+
+Marching cubes by scikit-image. A band goes through it in blocks, so that nothing of the grid's size is stored; vertices
+that blocks share are one, for each lies on an edge of the grid that knows its own number.
+"""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Int64, Num
+from scipy import ndimage
+from skimage.measure import marching_cubes
+
+BLOCK = 32  # cubes a side
+TINY = 1e-4  # values nearer to 0 are moved so far away: a vertex lies on an edge and never on its end
+
+
+class Surface(NamedTuple):
+    vertices: Float[np.ndarray, "V 3"]  # indices of the grid
+    faces: Int64[np.ndarray, "T 3"]
+
+
+def surface_at(volume: Num[np.ndarray, "X Y Z"], level: float) -> Surface:
+    """Where a volume passes a level; closed, for what lies beyond its border counts as lower than all of it.
+
+    Empty where nothing is above the level. The front of each triangle is on the lower side.
+    """
+    above = volume > level
+    if not above.any():
+        return Surface(np.zeros((0, 3)), np.zeros((0, 3), np.int64))
+    box = []
+    for axis in range(3):
+        there = np.flatnonzero(above.any(tuple(other for other in range(3) if other != axis)))
+        box.append(slice(max(there[0] - 1, 0), there[-1] + 2))
+    part = np.asarray(volume[tuple(box)], np.float32)
+    outside = min(float(part.min()), level) - max(1.0, abs(level) * 1e-3)
+    padded = np.pad(part, 1, constant_values=np.float32(outside))
+    padded[padded == np.float32(level)] = np.nextafter(np.float32(level), np.float32(-np.inf))
+    vertices, faces, *_ = marching_cubes(padded, level, gradient_direction="ascent", allow_degenerate=True)
+    start = np.array([part.start for part in box]) - 1
+    return Surface(vertices.astype(np.float64) + start, faces.astype(np.int64))
+
+
+def surface_of_band(coords: Int[np.ndarray, "N 3"], values: Float[np.ndarray, " N"]) -> Surface:
+    """The zero level of a distance that is negative inside; fronts are outside.
+
+    Voxels beside the band take the sign of their neighbours in it. Cubes with a corner that is unknown even so make no
+    surface: a band with gaps gives one with holes.
+    """
+    coords = np.asarray(coords, np.int64)
+    if not len(coords) or not (values < 0).any() or not (values >= 0).any():
+        return Surface(np.zeros((0, 3)), np.zeros((0, 3), np.int64))
+    low = coords.min(0) - 2
+    span = int((coords.max(0) - low).max()) + 3
+    near = coords - low
+    blocks = -(-span // BLOCK)
+    values = np.where(np.abs(values) < TINY, np.where(values < 0, -TINY, TINY), values).astype(np.float32)
+    names, points, triangles, count = [], [], [], 0
+    for block, rows in _by_block(near, blocks):
+        name, point, face = _block_surface(near[rows] - block * BLOCK, values[rows])
+        if len(face):
+            names.append(_global(name, block, span))
+            points.append(point + block * BLOCK)
+            triangles.append(face + count)
+            count += len(point)
+    if not triangles:
+        return Surface(np.zeros((0, 3)), np.zeros((0, 3), np.int64))
+    _, first, number = np.unique(np.concatenate(names), return_index=True, return_inverse=True)
+    vertices = np.concatenate(points)[first] + low
+    return Surface(vertices, number.reshape(-1)[np.concatenate(triangles)].astype(np.int64))
+
+
+def _by_block(near: Int64[np.ndarray, "N 3"], blocks: int):
+    """Each block with the rows that its cubes touch, and one voxel around them; a row may belong to several."""
+    keys, rows = [], []
+    for shift in np.ndindex(2, 2, 2):  # a block takes voxels from 1 below its start to 1 beyond its last corner
+        block, inner = np.divmod(near, BLOCK)
+        belongs = np.ones(len(near), bool)
+        for axis, moved in enumerate(shift):
+            if moved:
+                below = inner[:, axis] <= 1
+                above = inner[:, axis] == BLOCK - 1
+                belongs &= below | above
+                block[:, axis] += np.where(above, 1, -1)
+        belongs &= ((block >= 0) & (block < blocks)).all(1)
+        keys.append((block @ [blocks * blocks, blocks, 1])[belongs])
+        rows.append(np.flatnonzero(belongs))
+    keys, rows = np.concatenate(keys), np.concatenate(rows)
+    order = np.argsort(keys, kind="stable")
+    keys, rows = keys[order], rows[order]
+    bounds = np.flatnonzero(np.diff(keys, prepend=-1, append=-1))
+    for start, stop in pairwise(bounds):
+        yield np.array(np.unravel_index(keys[start], (blocks,) * 3)), rows[start:stop]
+
+
+def _block_surface(near: Int64[np.ndarray, "N 3"], values: Float[np.ndarray, " N"]):
+    """Names, places and triangles of the vertices of one block of cubes."""
+    side = BLOCK + 3
+    box = np.full((side,) * 3, np.nan, np.float32)
+    box[tuple((near + 1).T)] = values
+    known = ~np.isnan(box)
+    nothing = (np.zeros((0, 4), np.int64), np.zeros((0, 3)), np.zeros((0, 3), np.int64))
+    if not (values < 0).any() or not (values > 0).any():
+        return nothing
+    signs = np.where(known, np.sign(np.nan_to_num(box)), 0).astype(np.float32)
+    around = ndimage.uniform_filter(signs, 3, mode="constant")
+    filled = ~known & (np.abs(around) > 0.5 / 27)
+    box[filled] = np.sign(around[filled])
+    cube = _corners_known(known | filled)
+    box = box[1:-1, 1:-1, 1:-1]
+    mask = np.zeros(box.shape, bool)
+    mask[1:, 1:, 1:] = cube
+    box = np.nan_to_num(box, nan=1.0)
+    low, high = float(box.min()), float(box.max())
+    if not (low < 0 < high and _crosses(box, cube)):
+        return nothing
+    vertices, faces, *_ = marching_cubes(box, 0.0, gradient_direction="ascent", mask=mask)
+    return _names_of(vertices), vertices.astype(np.float64), faces.astype(np.int64)
+
+
+def _corners_known(known: Bool[np.ndarray, "S S S"]) -> Bool[np.ndarray, "B B B"]:
+    """Of the cubes of the inner box whether all eight corners are known."""
+    inner = known[1:-1, 1:-1, 1:-1]
+    for axis in range(3):
+        inner = np.take(inner, range(inner.shape[axis] - 1), axis) & np.take(inner, range(1, inner.shape[axis]), axis)
+    return inner
+
+
+def _crosses(box: Float[np.ndarray, "X Y Z"], cube: Bool[np.ndarray, "B B B"]) -> bool:
+    """Whether a cube that counts has corners on both sides."""
+    low, high = box, box
+    for axis in range(3):
+        first, second = range(low.shape[axis] - 1), range(1, low.shape[axis])
+        low = np.minimum(np.take(low, first, axis), np.take(low, second, axis))
+        high = np.maximum(np.take(high, first, axis), np.take(high, second, axis))
+    return bool((cube & (low < 0) & (high > 0)).any())
+
+
+def _names_of(vertices: Float[np.ndarray, "V 3"]) -> Int64[np.ndarray, "V 4"]:
+    """The edge of the grid that each vertex lies on: its start and its axis; 3 for one inside a cube."""
+    start = np.floor(vertices).astype(np.int64)
+    part = vertices - start
+    along = (part > 0).sum(1) > 1
+    axis = np.where(along, 3, part.argmax(1))
+    return np.concatenate([start, axis[:, None]], 1)
+
+
+def _global(names: Int64[np.ndarray, "V 4"], block: Int64[np.ndarray, " 3"], span: int) -> Int64[np.ndarray, " V"]:
+    side = span + BLOCK
+    x, y, z = (names[:, :3] + block * BLOCK).T
+    return ((x * side + y) * side + z) * 4 + names[:, 3]
