@@ -174,11 +174,17 @@ class _Torso(nn.Module):
         )
 
     def attend(self, x: SparseTensor) -> SparseTensor:
-        position = position_encoding(x.coords[:, 1:], x.feats.shape[1])
+        position = position_encoding(x.coords[:, 1:] * self._factor(x), x.feats.shape[1])
         x = x.replace(x.feats + position.to(x.feats.dtype))
         for block in self.blocks:
             x = self.run(block, x)
         return x
+
+    def _factor(self, latents: SparseTensor) -> int:
+        """By how much a shape's grid is coarser than the network's own: positions then span the same range."""
+        if self.sizes.features == "window":
+            return 1
+        return max(self.sizes.resolution // (8 * max(latents.spatial_shape)), 1)
 
     def run(self, block: nn.Module, x: SparseTensor, *cells: Coarsening) -> SparseTensor:
         if not (self.use_checkpoint and torch.is_grad_enabled()):

@@ -4,15 +4,19 @@ A surface is closed where every edge belongs to an even number of triangles: the
 times, and inside and outside are well defined.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Int64
 
+from transforms.triangle_band import distances, frames_of
+
 TRIANGLES_OF_A_CELL = 12  # below this all pairs are tried
 DEEPEST = 12  # halvings of the box: many triangles may meet in one point
 PAIRS_AT_A_TIME = 1 << 19
+OCTANTS = np.array([[x, y, z] for x in (0, 1) for y in (0, 1) for z in (0, 1)])
 MARGIN = 1e-7  # of an edge or triangle, near whose ends touching is no crossing
 
 
@@ -75,6 +79,7 @@ def _close_pairs(corners: Float[np.ndarray, "T 3 3"]) -> Iterator[tuple[Int64[np
         return
     origin, side = low.min(0), float((high.max(0) - low.min(0)).max()) or 1.0
     cells, members = np.zeros((len(corners), 3), np.int64), np.arange(len(corners))
+    frames = frames_of(corners)
     for depth in range(DEEPEST + 1):
         if not len(members):
             return
@@ -87,10 +92,9 @@ def _close_pairs(corners: Float[np.ndarray, "T 3 3"]) -> Iterator[tuple[Int64[np
         many = np.repeat(~few, counts)
         size = side / 2 ** (depth + 1)
         parent, child = cells[many], members[many]
-        inner = 2 * parent[:, None] + np.stack(np.unravel_index(np.arange(8), (2, 2, 2)), 1)
-        start = origin + inner * size
-        touches = (low[child, None] <= start + size * (1 + 1e-9)) & (high[child, None] >= start - size * 1e-9)
-        touches = touches.all(2)
+        inner = 2 * parent[:, None] + OCTANTS
+        middles, offsets = origin + (2 * parent + 1) * size, (OCTANTS - 0.5) * size
+        touches = distances(frames, child, middles, offsets) <= math.sqrt(3) / 2 * size * (1 + 1e-3)
         cells, members = inner[touches], np.broadcast_to(child[:, None], touches.shape)[touches]
 
 

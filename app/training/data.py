@@ -126,8 +126,7 @@ class CTDataset(Dataset):
 
     def _draw(self, number: int, step: int) -> dict[str, Any]:
         case = self.cases[number]
-        mix = np.random.SeedSequence([self.seed, step, zlib.crc32(case.case_id.encode())])
-        self.sampling.set_random_state(seed=int(mix.generate_state(1)[0]))
+        self.sampling.set_random_state(seed=self._seed_of(case.case_id, step))
         kept = self.kept(number)
         item: dict[str, Any] = {key: v.numpy() if isinstance(v, torch.Tensor) else v for key, v in kept.items()}
         for transform in self.sampling.transforms:  # not Compose's call: it hides a refusal behind a RuntimeError
@@ -151,6 +150,11 @@ class CTDataset(Dataset):
         whole = rows.dtype == np.int16  # as the case has them; float32 says the same of them, at twice the size
         hu = np.ascontiguousarray(rows, np.int16 if whole else np.float32)
         return {**result, "hu": torch.from_numpy(hu), "windows": self.windows}
+
+    def _seed_of(self, case_id: str, step: int) -> int:
+        """Of what is drawn for a case at a step."""
+        mix = np.random.SeedSequence([self.seed, step, zlib.crc32(case_id.encode())])
+        return int(mix.generate_state(1)[0])
 
     def kept(self, number: int) -> dict[str, Any]:
         """The cached part of a case: coords int16 (N, 3), values int16 HU (N,) or float (N, C), shape and affine."""

@@ -93,6 +93,8 @@ def collate(items: Sequence[Any], *, batch_split: int = 1) -> Any:
     }
     if all("feats" not in item and item["windows"] == items[0]["windows"] for item in items):
         return {**batch, "hu": _joined([item["hu"] for item in items]), "windows": items[0]["windows"]}
+    if all("weights" in item for item in items):
+        batch["weights"] = _joined([item["weights"] for item in items])
     feats = [item["feats"] if "feats" in item else window_values(item["hu"], item["windows"]) for item in items]
     return {**batch, "feats": _joined(feats)}
 

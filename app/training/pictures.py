@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+import torch
 from jaxtyping import Float, UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -32,14 +33,17 @@ def sample_of(output: dict) -> Sample:
     """The first case of a `ValidationStep` output."""
 
     def plane(x: SparseTensor, values) -> np.ndarray:
-        dense = x.replace(values[:, None].float()).dense(fill=float("nan"))[0, 0]
-        return dense[:, dense.shape[1] // 2].cpu().numpy()
+        picture = torch.full((x.spatial_shape[0], x.spatial_shape[2]), float("nan"), device=values.device)
+        rows = ((x.coords[:, 0] == 0) & (x.coords[:, 2] == x.spatial_shape[1] // 2)).nonzero().squeeze(1)
+        at = x.coords[rows].long()
+        picture[at[:, 1], at[:, 3]] = values[rows].float()
+        return picture.cpu().numpy()
 
     x, recon, latents = output["input"], output["recon"], output["latents"]
     codes = output["codes"] if output["codes"] is not None else latents.feats[:, 0]
     if codes.ndim == 2:  # of several levels the first, which says most
         codes = codes[:, 0]
-    channels = range(x.feats.shape[1])  # one at a time: a dense volume is large
+    channels = range(x.feats.shape[1])
     return Sample(
         output["case_id"][0],
         tuple(output["windows"]) if len(output["windows"]) == len(channels) else (),

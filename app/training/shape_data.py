@@ -1,0 +1,184 @@
+"""Files of signed distance (`python -m app sdf`) as samples for the tokenizer's stages; loaders.py hands them out.
+
+A sample is a file as it is, moved and cropped like any other. With several `factors` each step takes the files of one
+resolution, `resolution / factor`, for all samples alike: a function of (seed, step), as all chance is.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from monai.transforms import Compose
+
+from app.dataset.prepared import read_metadata, split_patients
+from app.phantoms.phantoms import ensure_cohort
+from app.shapes.sdf import Settings, make_shapes
+from app.shapes.shape_files import read_shape
+from app.shapes.sources import Wanted
+from app.shared.refusals import Refused
+from app.training.data import PHANTOMS, CTDataset, Transform
+
+log = logging.getLogger(__name__)
+
+DEMO_SHAPES = "outputs/phantom_shapes"
+DEMO_LEVEL = 200.0  # HU: bones of the phantoms
+
+
+class ShapeCase(NamedTuple):
+    """One shape at every resolution of a run: a file for each factor."""
+
+    case_id: str
+    files: tuple[Path, ...]
+    patient: str = ""
+
+
+class ShapeDataset(CTDataset):
+    """Shapes as sparse samples: `coords` int16 (N, 3), `feats` (N, 1) distances over the band, negative inside.
+
+    With `sharp_weight` a sample also carries `weights` (N,), 1 plus that much near sharp edges.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[ShapeCase],
+        *,
+        resolution: int,
+        factors: Sequence[int] = (1,),
+        sampling: Sequence[Transform] = (),
+        min_points: int = 100,
+        seed: int = 0,
+        sharp_weight: float = 0.0,
+        cache_bytes: int = 1 << 30,
+    ) -> None:
+        self.cases, self.windows = list(cases), ()
+        self.resolution, self.factors, self.sharp_weight = resolution, tuple(factors), sharp_weight
+        self.sampling = Compose(list(sampling))
+        self.min_points, self.seed = min_points, seed
+        self._skipped: set[str] = set()
+        self._memory: dict[tuple[int, int], dict[str, Any]] = {}
+        self._memory_left = cache_bytes
+
+    @property
+    def grid(self) -> None:
+        """Shapes lie on grids of their own."""
+        return None
+
+    def factor_at(self, step: int) -> int:
+        """Place among the factors of what a step trains on."""
+        if len(self.factors) == 1:
+            return 0
+        return int(np.random.SeedSequence([self.seed, step]).generate_state(1)[0] % len(self.factors))
+
+    def kept(self, number: int, step: int | None = None) -> dict[str, Any]:
+        """A file: coords int16 (N, 3), values float32 (N, 1 or with weights 2); without a step at the resolution."""
+        which = 0 if step is None else self.factor_at(step)
+        if (number, which) in self._memory:
+            return self._memory[number, which]
+        item = self._read(self.cases[number].files[which], self.resolution // self.factors[which])
+        size = item["coords"].nbytes + item["values"].nbytes
+        if size <= self._memory_left:
+            self._memory[number, which] = item
+            self._memory_left -= size
+        return item
+
+    def _read(self, file: Path, resolution: int) -> dict[str, Any]:
+        shape = read_shape(file)
+        if shape.resolution != resolution:
+            what = f"{file.name} has resolution {shape.resolution}, its name says {resolution}"
+            raise Refused("DAMAGED_SHAPE", what)
+        if shape.sign == "none":
+            raise Refused(
+                "BAD_VALUE", f"{file.name} is unsigned", "make it again from a closed mesh, without --unsigned"
+            )
+        values = shape.values[:, None]
+        if self.sharp_weight > 0:
+            if shape.sharp is None:
+                raise Refused("BAD_VALUE", f"{file.name} marks no sharp edges", "make it again with sdf --sharp 30")
+            values = np.concatenate([values, 1 + self.sharp_weight * shape.sharp[:, None].astype(np.float32)], 1)
+        coords = np.asfortranarray(shape.coords.astype(np.int16))
+        return {
+            "coords": coords,
+            "values": values,
+            "spatial_shape": (resolution,) * 3,
+            "affine": shape.affine,
+        }
+
+    def _draw(self, number: int, step: int) -> dict[str, Any]:
+        case = self.cases[number]
+        self.sampling.set_random_state(seed=self._seed_of(case.case_id, step))
+        item = dict(self.kept(number, step))
+        for transform in self.sampling.transforms:
+            item = transform(item)
+        values = np.ascontiguousarray(item["values"], np.float32)
+        if len(values) >= self.min_points and (values[:, 0] == values[0, 0]).all():
+            raise ValueError(f"shape {case.case_id} has the same distance everywhere: nothing can be learned from it")
+        made = {
+            "coords": torch.from_numpy(item["coords"]),
+            "spatial_shape": item["spatial_shape"],
+            "case_id": case.case_id,
+            "affine": torch.from_numpy(np.asarray(item["affine"], np.float64)),
+            "feats": torch.from_numpy(np.ascontiguousarray(values[:, :1])),
+        }
+        return made if values.shape[1] == 1 else {**made, "weights": torch.from_numpy(values[:, 1].copy())}
+
+
+def find_shapes(folder: str | Path, *, resolution: int, factors: Sequence[int] = (1,)) -> list[ShapeCase]:
+    """Shapes below a folder that have a file at each resolution."""
+    root = Path(folder)
+    sides = [resolution // factor for factor in factors]
+    rows = read_metadata(root / "metadata.csv")
+    found, lacking = [], []
+    for file in sorted(root.rglob(f"*_r{sides[0]}.npz")):
+        name = file.relative_to(root).as_posix().removesuffix(f"_r{sides[0]}.npz")
+        files = tuple(root / f"{name}_r{side}.npz" for side in sides)
+        if all(one.is_file() for one in files):
+            found.append(ShapeCase(name, files, rows.get(name, {}).get("patient") or name))
+        else:
+            lacking.append(name)
+    if not found:
+        sizes = " and ".join(f"_r{side}.npz" for side in sides)
+        what = f"dataset_dir {str(root)!r} has no shape with files {sizes}"
+        have = ",".join(str(side) for side in dict.fromkeys(sides))
+        raise Refused("NO_DATA", what, f"run `python -m app sdf SOURCE {root} --resolution {have}`", status=2)
+    if lacking:
+        log.warning("%d shapes lack a resolution and are left out, the first %s", len(lacking), lacking[0])
+    return found
+
+
+def make_shape_dataset(
+    dataset_dir: str | Path | None,
+    *,
+    split: str,
+    resolution: int,
+    factors: Sequence[int] = (1,),
+    sampling: Sequence[Transform] = (),
+    min_points: int = 100,
+    seed: int = 0,
+    sharp_weight: float = 0.0,
+) -> ShapeDataset:
+    """One side of a folder of signed distance; without one, of the bones of the built-in phantoms."""
+    for factor in factors:
+        if resolution % (8 * factor):
+            raise ValueError(f"resolution / factor must be a multiple of 8, got {resolution} / {factor}")
+    root = _demo_shapes(resolution, factors) if dataset_dir is None else Path(dataset_dir)
+    cases = find_shapes(root, resolution=resolution, factors=factors)
+    rows = read_metadata(root / "metadata.csv")
+    given = {case.patient: rows.get(case.case_id, {}).get("split") or "" for case in cases}
+    sides = split_patients([case.patient for case in cases], {name: side for name, side in given.items() if side})
+    cases = [case for case in cases if sides[case.patient] == split]
+    if not cases:
+        remedy = "name some in the column split of its metadata.csv"
+        raise Refused("NO_DATA", f"dataset_dir {str(root)!r} has no shape with split {split!r}", remedy, status=2)
+    options = {"sampling": sampling, "min_points": min_points, "seed": seed, "sharp_weight": sharp_weight}
+    factors = factors if split == "train" else factors[:1]
+    return ShapeDataset(cases, resolution=resolution, factors=factors, **options)
+
+
+def _demo_shapes(resolution: int, factors: Sequence[int]) -> Path:
+    cohort = ensure_cohort(PHANTOMS)
+    sides = tuple(dict.fromkeys(resolution // factor for factor in factors))
+    make_shapes(cohort, DEMO_SHAPES, Settings(resolutions=sides, wanted=Wanted(hu=DEMO_LEVEL)), workers=1)
+    return Path(DEMO_SHAPES)
