@@ -214,7 +214,7 @@ def doctor(as_json: Json = False, seed: Seed = 0, debug: Debug = False) -> None:
 
 @app.command(epilog="Example: python -m app tokenize prepared/chest tokens/ --tokenizer outputs/vq_stage2")
 def tokenize(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A scan, a prepared case or a prepared dataset.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A scan, prepared case or dataset; a mesh or shape.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder for token files, or one .npz for one scan.")],
     tokenizer: Annotated[str | None, typer.Option(help="Checkpoint, output folder or bundle; else the newest.")] = None,
     support: Annotated[bool, typer.Option("--support", help="Also store which voxels there were.")] = False,
@@ -238,7 +238,9 @@ def tokenize(
 @app.command(epilog="Example: python -m app reconstruct tokens/case.npz case.nii.gz --like scan.nii.gz")
 def reconstruct(
     tokens: Annotated[str, typer.Argument(metavar="TOKENS", help="A token file, or a folder of them.")],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="A .nii or .nii.gz for one file, else a folder.")],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="A .nii.gz, or of a shape a .ply, .stl or .obj; else a folder.")
+    ],
     tokenizer: Annotated[str | None, typer.Option(help="Checkpoint, output folder or bundle; else the newest.")] = None,
     like: Annotated[str | None, typer.Option(help="A scan on whose own grid to write.", metavar="SCAN")] = None,
     codes_alone: Annotated[bool, typer.Option("--codes-alone", help="Leave stored support unused.")] = False,
@@ -248,7 +250,7 @@ def reconstruct(
     seed: Seed = 0,
     debug: Debug = False,
 ) -> None:
-    """Token files back to CT volumes in HU, in world coordinates."""
+    """Token files back to CT volumes in HU, or to meshes in mm, in world coordinates."""
     with answering(as_json, debug) as answer:
         from app.tokens import commands
 

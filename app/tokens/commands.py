@@ -5,6 +5,7 @@ rest is done.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from jaxtyping import Float
 from scipy import ndimage
 
 from app.dataset import prepared
+from app.shapes.mesh_files import WRITERS, write_mesh
 from app.shared.atomic_files import written_whole
 from app.shared.output_folder import check_folder
 from app.shared.refusals import Refused, as_refused, fail, refuse_empty
 from app.shared.terminal import progress
-from app.tokens import open_scan
+from app.tokens import open_scan, shape_tokens
 from app.tokens.open_scan import Found, Volume
 from app.tokens.token_files import CTTokens, read_tokens, write_tokens
 from app.tokens.tokenizer import CTTokenizer
@@ -64,7 +66,8 @@ def tokenize(
             tokens = None if overwrite else _there_already(path, made, source_hash, support=support, levels=wanted)
             message = "" if tokens is None else "there already"
             if tokens is None:
-                tokens = made.encode(open_it(), support=support, levels=levels)
+                encode = made.encode if made.sizes.features == "window" else partial(shape_tokens.encode_shape, made)
+                tokens = encode(open_it(), support=support, levels=levels)
                 write_tokens(path, tokens)
         except ValueError as error:
             entries.append(_refused(name, error))
@@ -133,6 +136,9 @@ def _refused(name: str, error: ValueError) -> dict[str, Any]:
 
 def _cases_in(source: Path, made: CTTokenizer, series: str | None) -> Iterator[Found]:
     """Every scan of a source."""
+    if made.sizes.features == "sdf":
+        yield from shape_tokens.shapes_in(source, made.sizes.resolution)
+        return
     is_prepared = open_scan.is_case(source) or (source.is_dir() and prepared.find_datasets(source))
     if is_prepared and series is not None:
         fail("BAD_VALUE", f"{source} is prepared, so --series names nothing", "leave it out")
@@ -175,31 +181,41 @@ def reconstruct(
     files = sorted(source.rglob("*.npz")) if source.is_dir() else [source]
     if not files or not source.exists():
         fail("NO_TOKENS", f"{source} holds no token file", "make one with `python -m app tokenize SOURCE OUT`")
-    single = out.name.endswith((".nii", ".nii.gz"))
+    single = out.name.lower().endswith((".nii", ".nii.gz", *WRITERS))
     if single and len(files) > 1:
         fail("MANY_SCANS", f"{source} holds {len(files)} token files, {out} is one file", "give a folder as OUT")
-    _check_kind(source, out, single=single, kinds=".nii or .nii.gz")
+    _check_kind(source, out, single=single, kinds=f".nii, .nii.gz, or of a shape {', '.join(WRITERS)}")
     check_folder(out.parent if single else out)
     try:
         grid = None if like is None else open_scan.grid_of(Path(like))
     except ValueError as error:
         raise Refused("BAD_LIKE", f"{like}: {as_refused(error).what}") from error
     made = CTTokenizer.from_pretrained(tokenizer)
+    is_shape = made.sizes.features == "sdf"
+    if is_shape and grid is not None:
+        fail("BAD_CALL", "a shape becomes a mesh, --like asks for a volume", "leave --like out")
+    if single and is_shape == out.name.lower().endswith((".nii", ".nii.gz")):
+        kinds = ", ".join(WRITERS) if is_shape else ".nii or .nii.gz"
+        fail("NO_OUTPUT", f"this tokenizer's output ends in {kinds}, OUT is {out}", "give such a file, or a folder")
     entries = []
     for file in progress(files, "reconstruct"):
         name = file.relative_to(source).with_suffix("").as_posix() if source.is_dir() else file.stem
-        path = out if single else out / f"{name}.nii.gz"
+        path = out if single else out / f"{name}{'.ply' if is_shape else '.nii.gz'}"
         try:
             if path.exists() and not overwrite:  # it may be the user's own scan
                 raise Refused("EXISTS", f"{path} is there already")
             content = read_tokens(file)
             decoded = made.decode_sparse(content, use_support=use_support, levels=levels)
+            mesh = shape_tokens.mesh_of(decoded, content) if is_shape else None
         except ValueError as error:
             entries.append(_refused(name, error))
             continue
-        volume = made.to_hu(decoded, content)
-        write_nifti(path, volume if grid is None else onto_grid(volume, *grid))
-        ok = {"case": name, "status": "ok", "codes": _codes_of(content), "image": str(path)}
+        if mesh is not None:
+            write_mesh(path, mesh)
+        else:
+            volume = made.to_hu(decoded, content)
+            write_nifti(path, volume if grid is None else onto_grid(volume, *grid))
+        ok = {"case": name, "status": "ok", "codes": _codes_of(content), "mesh" if is_shape else "image": str(path)}
         entries.append({**ok, "forced_children": decoded.forced})
     return _summary(entries, made)
 
@@ -213,7 +229,7 @@ def _summary(entries: list[dict[str, Any]], made: CTTokenizer) -> dict[str, Any]
 def lines(done: dict[str, Any]) -> Iterator[str]:
     """What the commands print of it."""
     for entry in done["cases"]:
-        told, message = entry.get("tokens") or entry.get("image") or "", entry.get("message", "")
+        told, message = entry.get("tokens") or entry.get("image") or entry.get("mesh") or "", entry.get("message", "")
         codes = "" if entry["codes"] == ["OK"] else ", ".join(entry["codes"])
         said = ": ".join(part for part in (codes, message) if part)
         yield "  ".join(part for part in (entry["status"], entry["case"], told, said) if part)

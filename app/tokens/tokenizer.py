@@ -161,12 +161,11 @@ class CTTokenizer:
         pairs = {
             "codes a latent": (tokens.levels, min(tokens.levels, sizes.quantizer_levels)),
             "codes up to": (top, min(top, sizes.num_embeddings - 1)),
-            "a grid of": (tokens.grid_shape, (sizes.resolution,) * 3),
-            **{
-                name: (getattr(tokens, name), getattr(sizes, name))
-                for name in ("features", "windows", "spacing", "keep")
-            },
+            **{name: (getattr(tokens, name), getattr(sizes, name)) for name in ("features", "windows", "keep")},
         }
+        if sizes.features == "window":  # a shape has a spacing of its own, and may lie on a coarser grid
+            pairs["a grid of"] = (tokens.grid_shape, (sizes.resolution,) * 3)
+            pairs["spacing"] = (tokens.spacing, sizes.spacing)
         for name, (told, own) in pairs.items():
             if told != own:
                 raise Refused("DAMAGED_TOKENS", f"the tokens tell {name} {told}, their tokenizer {own}")
