@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/training.md"
 MARKS = "<!-- keys: python docs/key_table.py -->", "<!-- end of keys -->"
 STAGES = ("vae", "vq_stage1", "vq_stage2")
-OTHERS = ("align", "evaluate_tokenizer", "evaluate_language", "inference", "ask")
+OTHERS = ("sdf_vqvae", "align", "evaluate_tokenizer", "evaluate_language", "inference", "ask")
 OVERLAYS = ("recipe_ct", "recipe_shapellm", "multi_gpu")
 WIRING = {"_desc_", "network", "demo", "sizes"}  # scalars of a file that are no settings of a user
 
@@ -41,7 +41,9 @@ MEANINGS = {
     "training_stage": "0, 1 or 2; each file has its own",
     "windows": "CT windows, one input channel each; null: the preset's four",
     "window_type": "one window alone; short for `windows` with one name",
-    "features": "what a voxel carries: its values in the windows",
+    "features": "what a voxel carries: its values in the windows (`window`) or its signed distance (`sdf`)",
+    "factors": "steps take files of `resolution` divided by one of these: several resolutions in one training",
+    "sharp_weight": "how much more voxels near sharp edges count, marked by `sdf --sharp DEGREES`",
     "keep": "which voxels are kept: `body`, `nonzero`, `band` or `informative`",
     "min_points": "a sample with fewer voxels is left out and counted",
     "max_points": "a sample with more voxels is cropped to one box (evaluation: split into tiles); null: never",
@@ -145,7 +147,7 @@ def defaults(name: str, *, demo: bool) -> dict[str, Any]:
     """Every flat key as a run would see it, as the demo or with data."""
     config = config_of(name)
     given = {"scale": "demo" if demo else "full"} if "scale" in config else {}
-    if name in STAGES:
+    if name in (*STAGES, "sdf_vqvae"):
         given["dataset_dir"] = "DATA"  # in the demo it would be made first
     elif name == "align" and not demo:
         given["dataset"] = "a.Dataset"

@@ -35,10 +35,11 @@ def reconstruction(
     *,
     loss_type: str = "l1",
     channel_weights: Float[Tensor, " C"] | None = None,
+    row_weights: Float[Tensor, " N"] | None = None,
 ) -> Float[Tensor, ""]:
     """Error on the target's voxels, matched by key. Voxels decoded beyond the target are not judged here.
 
-    Channels count equally, or as `channel_weights` says; only their ratios matter.
+    Channels and rows count equally, or as their weights say; of those of channels only the ratios matter.
     """
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
@@ -50,6 +51,8 @@ def reconstruction(
         values = values[rows]
     diff = values.float() - target.feats.float()
     per_voxel = LOSS_TYPES[loss_type](diff)
+    if row_weights is not None:
+        per_voxel = per_voxel * row_weights[:, None]
     if channel_weights is None:
         return mean_of_samples(per_voxel.mean(1), target.level)
     weights = channel_weights.to(per_voxel)
@@ -101,11 +104,16 @@ class TokenizerLoss:
             "subdivision": lambda_subdivision,
         }
 
-    def reconstruction(self, recon: SparseTensor, target: SparseTensor) -> Float[Tensor, ""]:
-        return reconstruction(recon, target, loss_type=self.loss_type, channel_weights=self.window_weights)
+    def reconstruction(
+        self, recon: SparseTensor, target: SparseTensor, row_weights: Float[Tensor, " N"] | None = None
+    ) -> Float[Tensor, ""]:
+        weights = {"channel_weights": self.window_weights, "row_weights": row_weights}
+        return reconstruction(recon, target, loss_type=self.loss_type, **weights)
 
-    def __call__(self, output, target: SparseTensor) -> dict[str, Float[Tensor, ""]]:
-        terms = {"recon": self.reconstruction(output.recon, target)}
+    def __call__(
+        self, output, target: SparseTensor, *, row_weights: Float[Tensor, " N"] | None = None
+    ) -> dict[str, Float[Tensor, ""]]:
+        terms = {"recon": self.reconstruction(output.recon, target, row_weights)}
         terms |= {name: getattr(output, name) for name in self.weights if name != "recon"}
         learned = [self.weights[name] * term for name, term in terms.items() if term.requires_grad or name == "recon"]
         return {"loss": torch.stack([part.float() for part in learned]).sum(), **terms}

@@ -46,6 +46,15 @@ def to_sparse(batch: dict, device: torch.device) -> SparseTensor:
     return SparseTensor(feats, moved["coords"], tuple(batch["spatial_shape"]), batch["batch_size"])
 
 
+def row_weights(batch: dict, x: SparseTensor) -> torch.Tensor | None:
+    """How much each row of `to_sparse` counts in the reconstruction, where the batch says so."""
+    if "weights" not in batch:
+        return None
+    moved = {key: batch[key].to(x.feats.device) for key in ("coords", "weights")}
+    weights = SparseTensor(moved["weights"][:, None], moved["coords"], x.spatial_shape, x.batch_size)
+    return weights.feats[:, 0]
+
+
 def seed_step(seed: int, step: int, *, rank: int = 0) -> None:
     """Random numbers of a step depend on nothing that happened before it."""
     torch.manual_seed((seed * 1_000_003 + step) * 1009 + rank)
@@ -98,7 +107,7 @@ class TrainStep:
                 seeds = [sample_seed(self.seed, engine.state.iteration, case) for case in part["case_id"]]
                 levels = drawn_levels(num_levels, seeds, dropout=self.level_dropout) if self.level_dropout else None
                 output = engine.network(x, quantize=self.quantize, seeds=seeds, levels=levels)
-                terms = engine.loss_function(output, x)
+                terms = engine.loss_function(output, x, row_weights=row_weights(part, x))
             if output.codes is not None:
                 self.codes.append(output.codes)
             share = part["batch_size"] / samples
