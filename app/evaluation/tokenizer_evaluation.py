@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float
 
 from app.dataset import prepared
 from app.evaluation import card
+from app.evaluation.shape_evaluation import evaluate_shapes
 from app.measures import hu_errors as measure
 from app.measures.tokenizer_metrics import count_codes, perplexity
 from app.phantoms.phantoms import ensure_cohort
@@ -73,6 +74,8 @@ class TokenizerEvaluation:
 
     def run(self) -> dict[str, Any]:
         started = time.perf_counter()
+        if self.tokenizer is not None and checkpoints.read_weights(find_tokenizer(self.tokenizer))[1].features == "sdf":
+            return self._run_on_shapes(find_tokenizer(self.tokenizer))
         data = self.dataset_dir or str(_phantoms(self.split))
         cases = prepared.find_cases(data, split=self.split)
         if not cases:
@@ -111,6 +114,13 @@ class TokenizerEvaluation:
         card.write(folder, result, judged)
         log.info("card in %s", folder / "tokenizer_card.md")
         return result
+
+    def _run_on_shapes(self, file: Path) -> dict[str, Any]:
+        folder = Path(self.output_dir) if self.output_dir else _beside(file)
+        check_folder(folder, name="output_dir")
+        made = CTTokenizer.from_pretrained(file, max_points=self.max_points)
+        options = {"split": self.split, "max_cases": self.max_cases, "file": file}
+        return evaluate_shapes(made, self.dataset_dir, folder, **options)
 
     def _tokenizer_file(self) -> Path:
         missing = self.tokenizer is None and not any(
