@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -119,3 +120,33 @@ def nearest_codes(rows, codebook):
 
 def window_value(hu, width, level):
     return min(max((hu - (level - width / 2)) / width, 0.0), 1.0)
+
+
+def triangle_distance(point, triangle):
+    """From a point to a triangle: to its plane where the foot lies inside, else to the nearest edge."""
+    p, (a, b, c) = np.asarray(point, float), np.asarray(triangle, float)
+    ends = ((a, b), (b, c), (c, a))
+    best = min(segment_distance(p, *pair) for pair in ends)
+    normal = np.cross(b - a, c - a)
+    if (size := np.linalg.norm(normal)) <= 1e-12:
+        return best
+    height = np.dot(p - a, normal) / size
+    foot = p - height * normal / size
+    if all(np.dot(np.cross(two - one, foot - one), normal) >= 0 for one, two in ends):
+        return abs(height)
+    return best
+
+
+def segment_distance(p, a, b):
+    along = b - a
+    share = np.clip(np.dot(p - a, along) / max(np.dot(along, along), 1e-300), 0, 1)
+    return float(np.linalg.norm(p - a - share * along))
+
+
+def solid_angle_winding(point, triangles):
+    """How many times oriented triangles wind about a point: the sum of their solid angles over 4 pi (van Oosterom)."""
+    a, b, c = (np.asarray(triangles, float)[:, i] - np.asarray(point, float) for i in range(3))
+    la, lb, lc = (np.linalg.norm(v, axis=1) for v in (a, b, c))
+    top = np.einsum("ti,ti->t", a, np.cross(b, c))
+    bottom = la * lb * lc + (a * b).sum(1) * lc + (b * c).sum(1) * la + (c * a).sum(1) * lb
+    return float(np.arctan2(top, bottom).sum() / (2 * np.pi))

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Int64, Num
+from jaxtyping import Bool, Float, Int, Int64, Shaped
 from scipy import ndimage
 from skimage.measure import marching_cubes
 
@@ -21,7 +21,7 @@ class Surface(NamedTuple):
     faces: Int64[np.ndarray, "T 3"]
 
 
-def surface_at(volume: Num[np.ndarray, "X Y Z"], level: float) -> Surface:
+def surface_at(volume: Shaped[np.ndarray, "X Y Z"], level: float | int) -> Surface:
     """Where a volume passes a level; closed, for what lies beyond its border counts as lower than all of it.
 
     Empty where nothing is above the level. The front of each triangle is on the lower side.

@@ -71,6 +71,7 @@ def frames_of(corners: Float[np.ndarray, "T 3 3"]) -> Frames:
     normal = np.where(flat[:, None], free, normal / np.maximum(area, 1e-300)[:, None])
     tangents = np.where(flat[:, None, None], along[:, None], edges / np.maximum(lengths, 1e-300)[:, :, None])
     backwards = flat[:, None] & (np.einsum("tij,tj->ti", edges, along) < 0)
+    backwards[:, 2] |= longest == 0  # a point has no inside either: it lies outside of one of two opposite edges
     tangents = np.where(backwards[:, :, None], -tangents, tangents)
     outward = np.cross(tangents, normal[:, None])
     axes = np.concatenate([normal[:, None], outward, tangents], 1)

@@ -158,6 +158,8 @@ def _ply_elements(lines: list[list[str]]) -> list[_Element]:
         elif words[:1] == ["property"] and elements:
             if words[1] == "list":
                 own = (words[4], PLY_TYPES[words[3]], PLY_TYPES[words[2]])
+                if "f" in own[1] + own[2]:
+                    raise ValueError(f"the list {words[4]} is not of whole numbers")
             else:
                 own = (words[2], PLY_TYPES[words[1]], None)
             elements[-1] = elements[-1]._replace(properties=(*elements[-1].properties, own))

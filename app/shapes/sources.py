@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Num
+from jaxtyping import Float, Shaped
 
 from app.dataset import prepared
 from app.prepare.files import FORMATS, Ref, hash_of, sniff, walk
@@ -211,8 +211,8 @@ def _some(present: np.ndarray) -> str:
 
 def _found(
     name: str,
-    values: Num[np.ndarray, "X Y Z"],
-    level: float,
+    values: Shaped[np.ndarray, "X Y Z"],
+    level: float | int,
     affine: Float[np.ndarray, "4 4"],
     wanted: Wanted,
     *,

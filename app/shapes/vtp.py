@@ -91,7 +91,10 @@ def _array(node: ElementTree.Element, coding: _Coding) -> np.ndarray:
     dtype = np.dtype(coding.order + TYPES[node.get("type", "")])
     kind, text = node.get("format", "ascii"), (node.text or "").strip()
     if kind == "ascii":
-        return np.array([float(word) for word in text.split()]).astype(dtype)
+        values = np.array([float(word) for word in text.split()])
+        if dtype.kind != "f" and not (np.abs(values) < 2**53).all():
+            raise ValueError("a whole number is none, or too large")
+        return values.astype(dtype)
     if kind == "appended":
         offset = int(node.get("offset", "0"))
         if not 0 <= offset <= len(coding.appended):
