@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from app.dataset.prepared import split_patients
+from app.dataset.prepared import read_metadata, split_patients
 from app.dataset.writer import write_failures
 from app.prepare.workers import only_run, run_jobs, worker_count
 from app.shapes.bands import BAND, shape_of
@@ -179,11 +179,16 @@ def _died(job: Job) -> list[dict[str, Any]]:
 
 def _write_tables(out: Path, entries: Sequence[dict[str, Any]]) -> None:
     good = [entry for entry in entries if entry["status"] == "ok"]
-    given = {entry["patient"]: entry["split"] for entry in good if entry["split"]}
+    before = read_metadata(out / "metadata.csv")
+    given = {row["patient"]: row["split"] for row in before.values() if row.get("patient") and row.get("split")}
+    given |= {entry["patient"]: entry["split"] for entry in good if entry["split"]}
     sides = split_patients([entry["patient"] for entry in good], given)
+    named = {entry["case"] for entry in entries}
+    kept = [row for name, row in before.items() if name not in named]  # of earlier calls, of other sources
     buffer = io.StringIO()
     table = csv.DictWriter(buffer, METADATA_COLUMNS, restval="", lineterminator="\n")
     table.writeheader()
+    table.writerows({name: row.get(name) or "" for name in METADATA_COLUMNS} for row in kept)
     for entry in good:
         table.writerow(
             {
@@ -191,7 +196,7 @@ def _write_tables(out: Path, entries: Sequence[dict[str, Any]]) -> None:
                 "patient": entry["patient"],
                 "split": sides[entry["patient"]],
                 "source_hash": entry["source_hash"],
-                "resolutions": " ".join(str(file["resolution"]) for file in entry["files"]),
+                "resolutions": " ".join(str(side) for side in _sides_of(out, entry)),
                 "sign": entry["sign"],
                 "codes": " ".join(entry["codes"]),
                 "status": "ok",
@@ -202,6 +207,13 @@ def _write_tables(out: Path, entries: Sequence[dict[str, Any]]) -> None:
     rows = [{**entry, "codes": " ".join(entry["codes"]), "source": entry["source"]} for entry in bad]
     columns = ("source", "status", "codes", "message", "remedy")
     write_failures(out, [{name: row[name] for name in columns} for row in rows])
+
+
+def _sides_of(out: Path, entry: dict[str, Any]) -> list[int]:
+    """Resolutions that a shape has files of, those of earlier calls too."""
+    beside = (out / f"{entry['case']}_r0.npz").parent.glob(f"{Path(entry['case']).name}_r*.npz")
+    numbers = (file.stem.rpartition("_r")[2] for file in beside)
+    return sorted(int(number) for number in numbers if number.isdigit())
 
 
 def lines(done: dict[str, Any]) -> Iterator[str]:

@@ -174,6 +174,8 @@ def _organs(source: Source, wanted: Wanted) -> Iterator[Found | tuple[str, Refus
 def _labels(source: Source, wanted: Wanted) -> Iterator[Found | tuple[str, Refused]]:
     file = read_header(Ref(source.path), sniff(Ref(source.path)))
     values = read_voxels(file)
+    if not values.any():
+        raise Refused("NO_SURFACE", f"{Path(source.path).name} holds 0 alone")
     if wanted.label is None and not (values.dtype.kind in "iu" and looks_like_labels(file)):
         what = f"{Path(source.path).name} holds no labels but values of {values.min():g} to {values.max():g}"
         raise Refused("NO_SURFACE", what, "name a label with --label N, or a level in HU with --hu LEVEL")
@@ -187,8 +189,6 @@ def _labels(source: Source, wanted: Wanted) -> Iterator[Found | tuple[str, Refus
             what = f"{Path(source.path).name} has no label {wanted.label}, it has {_some(present)}"
             raise Refused("NO_SURFACE", what)
         present = np.array([number])
-    if len(present) == 0:
-        raise Refused("NO_SURFACE", f"{Path(source.path).name} holds 0 alone")
     for number in present.tolist():
         full = source.name if len(present) == 1 and wanted.label is None else f"{source.name}_label{number:g}"
         try:

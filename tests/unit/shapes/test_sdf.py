@@ -28,7 +28,7 @@ def in_mm(shape):
 def meshes(tmp_path):
     folder = tmp_path / "meshes"
     folder.mkdir()
-    write_mesh(folder / "ball.ply", Mesh(*sphere(30, (10, 20, 30), n=48)))
+    write_mesh(folder / "ball.ply", Mesh(*sphere(30, (10, 20, 30), n=12)))
     write_mesh(folder / "box.stl", Mesh(*shuffled(box((20, 10, 15), (5, 6, 7)), np.random.default_rng(0))))
     vertices, faces = box((1, 1, 1))
     write_mesh(folder / "open.obj", Mesh(vertices, faces[1:]))
@@ -54,6 +54,15 @@ def test_a_folder_gives_files_tables_and_lines(meshes, tmp_path):
     assert not any(file["made"] for entry in again["cases"] for file in entry["files"])
     other = sdf(meshes, tmp_path / "out", "--resolution", "32", "--band", "3")[1]
     assert {entry["codes"][0] for entry in other["cases"]} == {"EXISTS", "OPEN_MESH", "BAD_MESH"}
+
+
+def test_a_second_source_joins_the_first(meshes, tmp_path):
+    sdf(meshes / "ball.ply", tmp_path / "out", "--resolution", "32")
+    sdf(meshes / "box.stl", tmp_path / "out", "--resolution", "32")
+    sdf(meshes / "box.stl", tmp_path / "out", "--resolution", "40")
+    with open(tmp_path / "out/metadata.csv") as stream:
+        rows = [(row["case_id"], row["resolutions"]) for row in csv.DictReader(stream)]
+    assert rows == [("ball", "32"), ("box", "32 40")]
 
 
 def test_values_are_distances_in_mm_of_the_world(meshes, tmp_path):

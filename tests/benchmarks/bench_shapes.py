@@ -1,0 +1,223 @@
+"""Signed distance of meshes and organ masks: right to a millionth of a voxel? how long, how much memory, beside whom?
+
+python -m tests.benchmarks.bench_shapes MESHES ORGAN [--peer-points 4000] [--dense]
+
+MESHES is a folder of closed meshes, ORGAN a label volume. First correctness: closed forms, turned at random, triangles
+in any order; the meshes against trimesh (distance) and solid angles (sign) on points of the band. Then CPU seconds and
+peak memory at 64, 512 and 1024, each in a process of its own, beside trimesh's signed distance on points of the same
+band and, with --dense, SciPy's dense transform at 512 (about 5 GiB). Needs trimesh and rtree.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from app.shapes.bands import Shape, check_surface, mesh_affine, shape_of
+from app.shapes.mesh_files import READERS, Mesh, read_mesh
+from app.shapes.sources import Wanted, find_sources, surfaces_of
+from tests.oracle import solid_angle_winding
+from tests.solids import box, box_distance, shuffled, sphere, torus, turned
+
+SIDES = (64, 512, 1024)
+WINDING_POINTS = 2000
+
+
+# ---- correctness
+
+
+def closed_forms() -> list[dict]:
+    """Largest error in voxels and wrong signs, over random turns and orders of the triangles."""
+    rng, rows = np.random.default_rng(0), []
+    half, large, small = (40.0, 25.0, 17.0), 40.0, 15.0
+    exact = {
+        "box": (box(half), lambda p: box_distance(p, half)),
+        "sphere": (sphere(40, n=160), lambda p: np.linalg.norm(p, axis=1) - 40),
+        "torus": (
+            torus(large, small, n=240),
+            lambda p: np.hypot(np.hypot(p[:, 0], p[:, 1]) - large, p[:, 2]) - small,
+        ),
+    }
+    for name, (mesh, distance) in exact.items():
+        for side in (64, 256):
+            worst, wrong, count = 0.0, 0, 0
+            for _ in range(3):
+                rotation, shift = turned(rng), rng.normal(size=3) * 30
+                vertices, faces = shuffled(mesh, rng)
+                made = Mesh(vertices @ rotation.T + shift, faces)
+                shape = band_of(made, side)
+                step = np.linalg.norm(shape.affine[:3, 0])
+                truth = distance((in_mm(shape) - shift) @ rotation) / step
+                found = shape.values * shape.band
+                facets = 0 if name == "box" else sagitta(name) / step
+                worst = max(worst, np.abs(found - truth).max())
+                wrong += int(((found < 0) != (truth < 0))[np.abs(truth) > facets + 1e-5].sum())
+                count += len(found)
+            rows.append({"what": name, "side": side, "voxels": count, "error": worst, "facets": facets, "wrong": wrong})
+    return rows
+
+
+def sagitta(name: str) -> float:
+    """How far, in mm, a facet may lie inside the curved surface that it stands for."""
+    n, radius = (160, 40) if name == "sphere" else (240, 55)
+    angle = np.pi / n
+    return 2 * radius * (1 - np.cos(angle))
+
+
+def band_of(mesh: Mesh, side: int) -> Shape:
+    surface = check_surface(mesh)
+    return shape_of(surface, mesh_affine(surface.mesh, side), resolution=side)
+
+
+def in_mm(shape: Shape) -> np.ndarray:
+    return shape.coords @ shape.affine[:3, :3].T + shape.affine[:3, 3]
+
+
+def against_others(path: Path, side: int, count: int) -> dict:
+    """One mesh beside trimesh and solid angles on points of its band; both know nothing of ours."""
+    import trimesh
+
+    mesh = read_mesh(path)
+    shape = band_of(mesh, side)
+    step = np.linalg.norm(shape.affine[:3, 0])
+    chosen = np.random.default_rng(0).choice(len(shape.coords), min(count, len(shape.coords)), replace=False)
+    points, mine = in_mm(shape)[chosen], shape.values[chosen] * shape.band
+    peer = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False)
+    theirs = trimesh.proximity.closest_point(peer, points)[1] / step
+    few = slice(0, WINDING_POINTS)
+    corners = mesh.vertices[mesh.faces]
+    wound = np.array([round(solid_angle_winding(point, corners)) for point in points[few]])
+    wrong = ((wound != 0) != (mine[few] < 0)) & (np.abs(mine[few]) > 1e-5)
+    return {
+        "what": path.name,
+        "side": side,
+        "voxels": len(chosen),
+        "error": float(np.abs(np.abs(mine) - theirs).max()),
+        "wrong": int(wrong.sum()),
+    }
+
+
+# ---- time and memory, each in a process of its own
+
+
+def ours(path: str, side: int, _count: int) -> dict:
+    begun = time.process_time()
+    (source,) = find_sources(Path(path), Wanted())
+    found = next(iter(surfaces_of(source, Wanted())))
+    read = time.process_time()
+    shape = shape_of(found.surface, found.affine(side), resolution=side)
+    done = time.process_time()
+    return {"seconds": done - read, "opening": read - begun, "voxels": len(shape.coords), **peak()}
+
+
+def by_trimesh(path: str, side: int, count: int) -> dict:
+    """Its signed distance on some points of the band; as for the whole band, which would take it hours."""
+    import trimesh
+
+    (source,) = find_sources(Path(path), Wanted())
+    found = next(iter(surfaces_of(source, Wanted())))
+    shape = shape_of(found.surface, found.affine(side), resolution=side)
+    chosen = np.random.default_rng(0).choice(len(shape.coords), min(count, len(shape.coords)), replace=False)
+    points = in_mm(shape)[chosen]
+    peer = trimesh.Trimesh(*found.surface.mesh, process=False)
+    trimesh.proximity.signed_distance(peer, points[:10])
+    begun = time.process_time()
+    trimesh.proximity.signed_distance(peer, points)
+    taken = time.process_time() - begun
+    return {"seconds": taken * len(shape.coords) / len(points), "measured_on": len(points), **peak()}
+
+
+def by_dense_transform(path: str, side: int, _count: int) -> dict:
+    """SciPy's Euclidean transform of the voxels inside and of those outside; the mask itself is given."""
+    from scipy import ndimage
+
+    from transforms.crossings import crossings
+
+    (source,) = find_sources(Path(path), Wanted())
+    found = next(iter(surfaces_of(source, Wanted())))
+    there = np.linalg.inv(found.affine(side))
+    vertices = found.surface.mesh.vertices @ there[:3, :3].T + there[:3, 3]
+    lines = crossings(vertices, found.surface.mesh.faces, side=side)
+    mask = np.zeros((side,) * 3, bool)
+    for x in range(side):
+        plane = np.argwhere(np.ones((side, side), bool))
+        mask[x] = lines.parity(np.column_stack([np.full(len(plane), x), plane])).reshape(side, side)
+    begun = time.process_time()
+    distance = ndimage.distance_transform_edt(mask).astype(np.float32)
+    distance -= ndimage.distance_transform_edt(~mask)
+    return {"seconds": time.process_time() - begun, **peak()}
+
+
+def peak() -> dict:
+    return {"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10}
+
+
+MEASURES = {"ours": ours, "trimesh": by_trimesh, "dense transform": by_dense_transform}
+
+
+def measured(name: str, path: Path, side: int, count: int) -> dict:
+    words = [sys.executable, "-m", "tests.benchmarks.bench_shapes", "--one", name, str(path), str(side), str(count)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    return {"what": path.name, "side": side, "by": name, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def times(files: list[Path], count: int, *, dense: bool) -> list[dict]:
+    rows = []
+    for path in files:
+        for side in SIDES:
+            names = [
+                "ours",
+                *(["trimesh"] if side <= 512 else []),
+                *(["dense transform"] if dense and side == 512 else []),
+            ]
+            group = [measured(name, path, side, count) for name in names]
+            for row in group:
+                row["times_ours"] = row["seconds"] / group[0]["seconds"]
+                sys.stdout.write(f"{row}\n")
+                sys.stdout.flush()
+            rows += group
+    return rows
+
+
+def table(rows: list[dict], columns: dict[str, str]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    lines += ["| " + " | ".join(shown(row.get(key, "")) for key in columns.values()) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def shown(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--one"]:
+        name, path, side, count = sys.argv[2:]
+        sys.stdout.write(json.dumps(MEASURES[name](path, int(side), int(count))) + "\n")
+        return
+    parser = argparse.ArgumentParser()
+    parser.add_argument("meshes", type=Path)
+    parser.add_argument("organ", type=Path)
+    parser.add_argument("--peer-points", type=int, default=4000)
+    parser.add_argument("--dense", action="store_true")
+    parser.add_argument("--skip-times", action="store_true")
+    args = parser.parse_args()
+    files = sorted(file for file in args.meshes.iterdir() if file.suffix.lower() in READERS)
+    right = closed_forms()
+    right += [against_others(file, side, args.peer_points) for file in files for side in (64, 512)]
+    columns = {"what": "what", "side": "side", "voxels": "voxels", "largest error, voxels": "error"}
+    sys.stdout.write(table(right, {**columns, "of it by facets": "facets", "wrong signs": "wrong"}) + "\n\n")
+    assert not sum(row["wrong"] for row in right)
+    assert all(row["error"] <= row.get("facets", 0) + 1e-3 for row in right)
+    rows = [] if args.skip_times else times([*files, args.organ], args.peer_points, dense=args.dense)
+    columns = {"what": "what", "side": "side", "by": "by", "CPU s": "seconds", "voxels": "voxels"}
+    sys.stdout.write(table(rows, {**columns, "peak, MiB": "peak_mib", "times ours": "times_ours"}) + "\n")
+    sys.stdout.write(json.dumps({"right": right, "times": rows}, default=float) + "\n")
+
+
+if __name__ == "__main__":
+    main()
