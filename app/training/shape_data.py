@@ -120,7 +120,7 @@ class ShapeDataset(CTDataset):
             "spatial_shape": item["spatial_shape"],
             "case_id": case.case_id,
             "affine": torch.from_numpy(np.asarray(item["affine"], np.float64)),
-            "feats": torch.from_numpy(np.ascontiguousarray(values[:, :1])),
+            "feats": torch.from_numpy(values[:, :1].copy()),
         }
         return made if values.shape[1] == 1 else {**made, "weights": torch.from_numpy(values[:, 1].copy())}
 
