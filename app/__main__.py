@@ -188,6 +188,7 @@ def tokenize(
     tokenizer: Annotated[str | None, typer.Option(help="Checkpoint, output folder or bundle; else the newest.")] = None,
     support: Annotated[bool, typer.Option("--support", help="Also store which voxels there were.")] = False,
     levels: Annotated[int | None, typer.Option(min=1, help="Codes a cell, the first of a tokenizer's levels.")] = None,
+    pack: Annotated[bool, typer.Option("--pack", help="Entropy-coded: fewer bytes, read alike.")] = False,
     series: Annotated[str | None, typer.Option(help="Take this DICOM series alone.", metavar="UID")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Make every file again.")] = False,
     as_json: Json = False,
@@ -198,9 +199,8 @@ def tokenize(
     with answering(as_json, debug) as answer:
         from app.tokens import commands
 
-        done = commands.tokenize(
-            source, out, tokenizer=tokenizer, support=support, levels=levels, series=series, overwrite=overwrite
-        )
+        how = {"support": support, "levels": levels, "pack": pack, "series": series, "overwrite": overwrite}
+        done = commands.tokenize(source, out, tokenizer=tokenizer, **how)
         answer.give(done, commands.lines(done), status=3 if done["refused"] else 0)
 
 

@@ -12,6 +12,7 @@ from app.shared.devices import choose_device
 from app.shared.refusals import Refused, fail
 from app.tokens import open_scan
 from app.tokens.bundles import check_description
+from app.tokens.code_tables import CodeTables, tables_of
 from app.tokens.open_scan import Scan, Volume
 from app.tokens.token_files import CTTokens, latent_to_voxel, read_tokens
 from app.training import checkpoints, data
@@ -50,6 +51,7 @@ class CTTokenizer:
             fail("NO_CODEBOOK", "a continuous autoencoder makes no tokens", "give the output folder of stage 1 or 2")
         self.network, self.digest, self.source = network.eval(), digest, source
         self.max_points = max_points or network.sizes.max_points
+        self.tables: CodeTables = tables_of(network, digest)
 
     @classmethod
     def from_pretrained(
@@ -109,6 +111,7 @@ class CTTokenizer:
             keep=self.sizes.keep,
             tokenizer=self.digest,
             support=tuple(part.cpu().numpy() for part in support_of(x.level)) if support else None,
+            voxels=len(x),
         )
 
     def features(self, volume: Volume) -> Seen:
@@ -137,7 +140,7 @@ class CTTokenizer:
 
         Voxels that no token speaks for are air (-1024).
         """
-        tokens = read_tokens(tokens) if isinstance(tokens, str | Path) else tokens
+        tokens = self.read(tokens) if isinstance(tokens, str | Path) else tokens
         return self.to_hu(self.decode_sparse(tokens, levels=levels), tokens)
 
     def decode_sparse(self, tokens: CTTokens, *, use_support: bool = True, levels: int | None = None) -> Decoded:
@@ -150,6 +153,12 @@ class CTTokenizer:
             support = [torch.from_numpy(part).to(self.device) for part in tokens.support]
         given = Tokens(codes, rows, tokens.latent_shape, 1)
         return decode_whole(self.network, given, support=support, max_points=self.max_points)
+
+    def read(self, path: str | Path) -> CTTokens:
+        """The tokens in a file of this tokenizer, packed or plain."""
+        tokens = read_tokens(path, tables=self.tables)
+        self.check(tokens)
+        return tokens
 
     def check(self, tokens: CTTokens) -> None:
         """Raises unless this very tokenizer made the tokens."""
