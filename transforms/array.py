@@ -225,9 +225,7 @@ KEEPS = MappingProxyType(
 )
 
 
-def _above_air(
-    hu: Num[np.ndarray, "X Y Z"], windows: Sequence[str], _spacing: Number
-) -> Bool[np.ndarray, "X Y Z"]:
+def _above_air(hu: Num[np.ndarray, "X Y Z"], windows: Sequence[str], _spacing: Number) -> Bool[np.ndarray, "X Y Z"]:
     """Above air and above zero in some window."""
     return hu > max(AIR, windows_range(windows)[0])
 
@@ -242,9 +240,7 @@ def _near_interfaces(
     return kept
 
 
-def _unsaturated(
-    hu: Num[np.ndarray, "X Y Z"], windows: Sequence[str], spacing: Number
-) -> Bool[np.ndarray, "X Y Z"]:
+def _unsaturated(hu: Num[np.ndarray, "X Y Z"], windows: Sequence[str], spacing: Number) -> Bool[np.ndarray, "X Y Z"]:
     """Body voxels that some window does not saturate, and their neighbours."""
     unsaturated = np.zeros(hu.shape, bool)
     for name in windows:

@@ -1,4 +1,4 @@
-"""Entropy coding gives back every symbol, in bytes that never change, and hostile bytes neither hang nor take memory."""
+"""Entropy coding gives back every symbol, in bytes that never change; hostile bytes neither hang nor take memory."""
 
 import numpy as np
 import pytest
@@ -88,14 +88,14 @@ def test_cut_or_changed_bytes_are_refused(rng):
     symbols, table = rng.integers(0, 100, 5000), uniform_table(100)
     content = coded(symbols, table)
     for share in (0, 0.01, 0.5, 0.99):
-        with pytest.raises(ValueError, match="cut short|does not end as it began"):
+        with pytest.raises(ValueError, match=r"cut short|does not end as it began"):
             reader = Reader(content[: int(share * len(content))])
             reader.take(5000, table)
             reader.finish()
     for place in rng.integers(1, len(content), 50):
         other = bytearray(content)
         other[place] ^= 1 << int(rng.integers(8))
-        with pytest.raises(ValueError, match="cut short|does not end as it began"):
+        with pytest.raises(ValueError, match=r"cut short|does not end as it began"):
             reader = Reader(bytes(other))
             reader.take(5000, table)
             reader.finish()

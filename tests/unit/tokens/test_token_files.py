@@ -59,7 +59,9 @@ def test_any_numpy_reads_it(tokens, tmp_path):
         assert stored["windows"].tolist() == ["lung", "bone"] and str(stored["keep"]) == "body"
 
 
-@pytest.mark.parametrize(("highest", "kind"), [(255, np.uint8), (256, np.uint16), (8191, np.uint16), (65536, np.uint32)])
+@pytest.mark.parametrize(
+    ("highest", "kind"), [(255, np.uint8), (256, np.uint16), (8191, np.uint16), (65536, np.uint32)]
+)
 def test_codes_lie_in_the_smallest_unsigned_type(tokens, tmp_path, highest, kind):
     codes = tokens.codes.copy()
     codes[3] = highest
