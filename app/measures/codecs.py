@@ -19,7 +19,7 @@ from scipy import ndimage
 HIGHEST = 4095  # of 12 bits
 AIR = -1024.0
 QPS = (0, 51)
-X265 = "aq-mode=0:psy-rd=0:rdoq-level=2:keyint=-1:bframes=8:ref=5:log-level=none"
+X265 = "aq-mode=0:psy-rd=0:rdoq-level=2:keyint=-1:bframes=8:ref=5:log-level=none:info=0"
 X265_PRESET = "slow"
 MIN_SIDE = 32  # of a frame: x265 takes no smaller one
 

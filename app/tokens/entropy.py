@@ -5,6 +5,7 @@ to lane i modulo the number of lanes, and all lanes share one stream of 16-bit w
 operations. Content from outside is hostile: it is checked before memory is taken, and ends as it began or is refused.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ LOWEST = 1 << 16  # of a lane's state between symbols; the highest is 2^32 - 1
 SYMBOLS_A_LANE = 1 << 12
 MAX_LANES = 1 << 12
 MAX_STEPS = 1 << 15  # of all lanes, a thousand a second at worst: content that asks for more is refused
-ROWS_A_CHUNK = 1 << 14  # of adaptive bits: between two looks at what was coded
+CHUNK_SIZES = (1 << 7, 1 << 14)  # of adaptive bits between two looks at what was coded: at first, and at most
 
 
 class _Call(NamedTuple):
@@ -121,15 +122,16 @@ class AdaptiveBits:
 
     def __init__(self, num_contexts: int) -> None:
         self._ones, self._all = np.ones(num_contexts, np.int64), np.full(num_contexts, 2, np.int64)
+        self._seen = 0
 
     def put(self, writer: Writer, bits: Bool[np.ndarray, " N"], contexts: Int64[np.ndarray, " N"]) -> None:
-        for rows in _chunks(len(bits)):
+        for rows in self._chunks(len(bits)):
             writer.put(bits[rows], self._cumulative(contexts[rows]))
             self._learn(bits[rows], contexts[rows])
 
     def take(self, reader: Reader, contexts: Int64[np.ndarray, " N"]) -> Bool[np.ndarray, " N"]:
         bits = np.empty(len(contexts), bool)
-        for rows in _chunks(len(bits)):
+        for rows in self._chunks(len(bits)):
             bits[rows] = reader.take(len(contexts[rows]), self._cumulative(contexts[rows]))
             self._learn(bits[rows], contexts[rows])
         return bits
@@ -143,10 +145,14 @@ class AdaptiveBits:
         """A bit counts twice what was believed at first (Krichevsky and Trofimov)."""
         self._all += 2 * np.bincount(contexts, minlength=len(self._all))
         self._ones += 2 * np.bincount(contexts[bits], minlength=len(self._all))
+        self._seen += len(bits)
 
-
-def _chunks(count: int) -> list[slice]:
-    return [slice(first, first + ROWS_A_CHUNK) for first in range(0, count, ROWS_A_CHUNK)]
+    def _chunks(self, count: int) -> Iterator[slice]:
+        """The more was seen, the less a few more tell."""
+        first, (least, most) = 0, CHUNK_SIZES
+        while first < count:
+            yield (rows := slice(first, first + min(max(self._seen // 8, least), most)))
+            first = rows.stop
 
 
 def uniform_table(num_symbols: int) -> Int64[np.ndarray, " K1"]:

@@ -84,7 +84,7 @@ def test_adaptive_bits_learn_each_context(rng):
     assert np.array_equal(AdaptiveBits(3).take(Reader(content), contexts), bits)
 
 
-def test_cut_or_changed_bytes_are_refused(rng):
+def test_bytes_that_are_cut_short_are_refused(rng):
     symbols, table = rng.integers(0, 100, 5000), uniform_table(100)
     content = coded(symbols, table)
     for share in (0, 0.01, 0.5, 0.99):
@@ -92,13 +92,23 @@ def test_cut_or_changed_bytes_are_refused(rng):
             reader = Reader(content[: int(share * len(content))])
             reader.take(5000, table)
             reader.finish()
+
+
+def test_changed_bits_are_refused_or_another_message(rng):
+    """Bytes without redundancy cannot tell: archives have checksums for that."""
+    symbols, table, refused = rng.integers(0, 100, 5000), table_of(np.arange(100) ** 3), 0
+    content = coded(symbols, table)
     for place in rng.integers(1, len(content), 50):
         other = bytearray(content)
         other[place] ^= 1 << int(rng.integers(8))
-        with pytest.raises(ValueError, match=r"cut short|does not end as it began"):
+        try:
             reader = Reader(bytes(other))
-            reader.take(5000, table)
+            found = reader.take(5000, table)
+            assert not np.array_equal(found, symbols) and 0 <= found.min() <= found.max() < 100
             reader.finish()
+        except ValueError:
+            refused += 1
+    assert refused > 10
 
 
 def test_a_few_bytes_cannot_ask_for_hours():

@@ -25,7 +25,7 @@ from tests.tiny_tokenizer import AFFINE, hu_volume, make_network
 from tests.unit.tokens.test_token_files import same
 
 UNIFORM = CodeTables("ab" * 32, 256, (None,) * 4)
-CELLS = "00dc8d0000bb0b0780"  # of the eight corners and the middle of a grid of five
+CELLS = "0000cd00ff9abbf3558b55"  # of the eight corners and the middle of a grid of five
 
 
 def ball(side, radius):
@@ -80,7 +80,7 @@ def test_the_octree_of_a_solid_is_a_small_part_of_its_bytes():
     model = put_cells(writer, cells, (12, 12, 12))
     put_support(below, model, cells, (12, 12, 12), support)
     coded, coded_below = writer.finish(), below.finish()
-    assert len(coded) < 0.8 * octree_bytes(cells, (12, 12, 12)) and len(coded_below) < 0.03 * sum(map(len, support))
+    assert len(coded) < 0.8 * octree_bytes(cells, (12, 12, 12)) and len(coded_below) < 0.05 * sum(map(len, support))
     assert 8 * len(coded_below) / voxels < 0.05
     reader = Reader(coded)
     found, model = take_cells(reader, len(cells), (12, 12, 12))
