@@ -162,6 +162,20 @@ def test_tokens_of_it_decode_as_those_of_the_run_nearly(folder, tmp_path):
         half.decode(other)
 
 
+@pytest.mark.parametrize("name", shipped.names())
+def test_what_ships_is_what_its_record_tells(name):
+    folder = bundles_folder() / "pretrained" / name
+    record = json.loads((folder / "pretrained.json").read_text())
+    assert (folder / "model.safetensors").stat().st_size == record["bytes"] <= 28_000_000
+    made = CTTokenizer.from_pretrained(name, device="cpu")
+    card = json.loads((folder / "tokenizer_card.json").read_text())
+    assert made.digest == record["tokenizer_sha256"] == card["tokenizer"]["sha256"]
+    assert (
+        record["command"].splitlines()[0] in (folder / "README.md").read_text()
+        and "CC BY" in (folder / "README.md").read_text()
+    )
+
+
 def test_where_prints_the_folder():
     called = CliRunner().invoke(app, ["where", "pretrained"])
     assert called.output.strip() == str(bundles_folder() / "pretrained")
