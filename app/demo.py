@@ -1,0 +1,239 @@
+"""The command `demo`: the whole chain on built-in phantoms, each stage as its own command does it; then one page.
+
+Stages run one behind the other in this process and write below OUT. A stage that has ended is recorded in demo.json and
+not done again, one that was stopped goes on where it was. What stages print lies in demo.log.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from app.shared.atomic_files import write_text
+from app.shared.output_folder import check_folder
+from app.shared.refusals import Refused, fail, refuse_empty
+from app.shared.terminal import StageTable, clock
+from app.shared.version import VERSION
+
+RECORD, LOG, PAGE = "demo.json", "demo.log", "index.html"
+
+
+class Sizes(NamedTuple):
+    """How much of everything: what two cores can do within minutes."""
+
+    num_train: int = 30
+    num_val: int = 6
+    num_unseen: int = 20  # phantoms that judge the tokenizer: as many as a verdict takes
+    steps: Mapping[str, int] = {"vae": 800, "vq_stage1": 300, "vq_stage2": 150}
+    tokenizer: Mapping[str, Any] = {}  # further keys of the three stages
+    align: Mapping[str, Any] = {}  # further keys of align
+    num_asked: int = 60  # phantoms that judge the answers
+
+
+class Demo(NamedTuple):
+    out: Path
+    seed: int
+    sizes: Sizes
+
+    @property
+    def phantoms(self) -> Path:
+        return self.out / "phantoms"
+
+    @property
+    def unseen(self) -> Path:
+        return self.out / "phantoms_unseen"
+
+
+class Stage(NamedTuple):
+    """A row of the chain: its usual seconds on two idle cores, what it runs, and what it leaves below OUT."""
+
+    seconds: float
+    run: Callable[[Demo], dict[str, Any]]
+    leaves: str
+
+
+# ---- the stages
+
+
+def make_phantoms(demo: Demo) -> dict[str, Any]:
+    """Phantoms as raw scans, NIfTI and a DICOM series, through `prepare`."""
+    from app.phantoms.phantoms import ensure_cohort
+
+    sizes = demo.sizes
+    ensure_cohort(demo.phantoms, num_train=sizes.num_train, num_val=sizes.num_val, seed=demo.seed)
+    ensure_cohort(demo.unseen, num_train=0, num_val=sizes.num_unseen, seed=demo.seed + 1)
+    return {"phantoms": sizes.num_train + sizes.num_val, "unseen": sizes.num_unseen}
+
+
+def train_stage(demo: Demo, name: str) -> dict[str, Any]:
+    """One of the tokenizer's stages, each from the one before it."""
+    from app.training.train import train
+
+    before = {
+        "vae": {},
+        "vq_stage1": {"pretrained_vae_path": str(demo.out / "vae")},
+        "vq_stage2": {"init_from": str(demo.out / "vq_stage1")},
+    }
+    return train(
+        name,
+        scale="demo",
+        dataset_dir=str(demo.phantoms),
+        output_dir=str(demo.out / name),
+        resume="latest",
+        seed=demo.seed,
+        max_steps=demo.sizes.steps[name],
+        **before[name],
+        **demo.sizes.tokenizer,
+    )._asdict()
+
+
+def align(demo: Demo) -> dict[str, Any]:
+    """A tiny Qwen2-VL, built here, learns to read the tokens."""
+    from app.training.train import train
+
+    settings = {"vae_ckpt": str(demo.out / "vq_stage2"), "output_dir": str(demo.out / "align"), "resume": "latest"}
+    return train("align", **settings, seed=demo.seed, **demo.sizes.align)._asdict()
+
+
+def evaluate(demo: Demo) -> dict[str, Any]:
+    """The tokenizer's card, and answers beside every control, on phantoms that no stage has seen."""
+    from app.evaluation.evaluate import evaluate as evaluate_language
+    from app.evaluation.tokenizer_evaluation import TokenizerEvaluation
+
+    card = {"tokenizer": str(demo.out / "vq_stage2"), "output_dir": str(demo.out / "evaluation")}
+    TokenizerEvaluation(dataset_dir=str(demo.unseen), **card).run()
+    options = {"num_phantoms": demo.sizes.num_asked, "seed": demo.seed}
+    evaluate_language(align=str(demo.out / "align"), output_dir=str(demo.out / "evaluation"), options=options)
+    return {}
+
+
+def ask(demo: Demo) -> dict[str, Any]:
+    """Questions about one unseen scan whose answers are known."""
+    from app.language.ask import ask as ask_scan
+
+    scan, asked = scan_to_ask(demo)
+    said = ask_scan(str(scan), [question for question, _ in asked], align=str(demo.out / "align"))
+    known = [truth for _, truth in asked]
+    return {"scan": scan.name, "answers": said["answers"], "known": known}
+
+
+def scan_to_ask(demo: Demo) -> tuple[Path, list[tuple[str, str]]]:
+    """The first unseen phantom with an effusion on one side alone, else the first; questions with their answers."""
+    from app.phantoms.sentences import phantom_report, questions
+    from app.text.rows import REPORT_QUESTION
+
+    findings = json.loads((demo.unseen / "findings.json").read_text())
+    asked = {name: questions(found, ["pleural effusion"]) for name, found in findings.items()}
+    name = next((name for name, rows in asked.items() if any(kind == "side" for kind, *_ in rows)), min(findings))
+    told = [f for f in findings[name] if f["finding"] == "pleural effusion"]
+    rows = [(question, truth) for _, question, truth in asked[name]]
+    rows.append((REPORT_QUESTION, phantom_report(told, ["pleural effusion"])))
+    files = [path for path in (demo.unseen / "raw").iterdir() if path.name.split(".")[0] == name]
+    return files[0], rows
+
+
+STAGES: Mapping[str, Stage] = {
+    "prepare": Stage(20, make_phantoms, "phantoms_unseen/metadata.csv"),
+    "vae": Stage(90, lambda demo: train_stage(demo, "vae"), "vae/ckpts"),
+    "vq_stage1": Stage(40, lambda demo: train_stage(demo, "vq_stage1"), "vq_stage1/ckpts"),
+    "vq_stage2": Stage(30, lambda demo: train_stage(demo, "vq_stage2"), "vq_stage2/ckpts"),
+    "align": Stage(200, align, "align/projector_final.pt"),
+    "evaluate": Stage(90, evaluate, "evaluation/language.json"),
+    "ask": Stage(5, ask, RECORD),
+}
+
+
+# ---- the chain
+
+
+def demo(out: str = "demo", *, seed: int = 0, sizes: Sizes = Sizes()) -> dict[str, Any]:  # noqa: B008 (a tuple)
+    """Runs what is left of the chain and writes the page; gives seconds by stage and what was found."""
+    refuse_empty(out)
+    given = Demo(Path(out), seed, sizes)
+    record = open_record(given)
+    table = StageTable({name: stage.seconds for name, stage in STAGES.items()})
+    begun, redone = time.perf_counter(), False
+    with table.shown():
+        for name, stage in STAGES.items():
+            done = record["stages"].get(name)
+            if done and not redone and (given.out / stage.leaves).exists():
+                table.skip(name, done["seconds"])
+                continue
+            redone = True  # what follows rests on it
+            with table.stage(name, share_of(given, name)), logged(given.out / LOG, name):
+                result = run_stage(given, stage)
+            record["stages"][name] = {"seconds": table.spent[name], "result": result}
+            write_record(given, record)
+    seconds = round(time.perf_counter() - begun, 1)
+    return {"out": str(given.out), "page": str(given.out / PAGE), "seconds": seconds, **record}
+
+
+def run_stage(demo: Demo, stage: Stage) -> dict[str, Any]:
+    try:
+        return stage.run(demo)
+    except (Refused, KeyboardInterrupt) as error:
+        if isinstance(error, Refused) and error.code != "STOPPED":
+            raise
+        what = "ended by Ctrl-C" if isinstance(error, KeyboardInterrupt) else error.what
+        status = 130 if isinstance(error, KeyboardInterrupt) else error.status
+        fail("STOPPED", what, "to go on, run the same command again", status=status)
+
+
+def open_record(demo: Demo) -> dict[str, Any]:
+    """What earlier calls have done in OUT; a folder of something else, or of another demo, is refused."""
+    check_folder(demo.out)
+    settings = {"version": VERSION, "seed": demo.seed}
+    file = demo.out / RECORD
+    if not file.exists():
+        if demo.out.exists() and any(demo.out.iterdir()):
+            fail("NO_OUTPUT", f"{demo.out} holds something that is no demo", "give another OUT")
+        demo.out.mkdir(parents=True, exist_ok=True)
+        record = {**settings, "stages": {}}
+        write_record(demo, record)
+        return record
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        known = {name: record[name] for name in settings}, dict(record["stages"])
+    except (ValueError, TypeError, KeyError):
+        fail("NO_OUTPUT", f"{file} is damaged", "remove the folder, or give another OUT")
+    if known[0] != settings:
+        was = " and ".join(f"{name} {value}" for name, value in known[0].items())
+        fail("NO_OUTPUT", f"{demo.out} holds a demo of {was}", "give another OUT")
+    return record
+
+
+def write_record(demo: Demo, record: dict[str, Any]) -> None:
+    write_text(demo.out / RECORD, json.dumps(record, indent=1) + "\n")
+
+
+def share_of(demo: Demo, name: str) -> Callable[[], float | None]:
+    """How much of a training stage is done, by its last row of metrics."""
+    file, steps = demo.out / name / "metrics.jsonl", demo.sizes.steps.get(name)
+
+    def share() -> float | None:
+        try:
+            return json.loads(file.read_text().splitlines()[-1])["step"] / steps
+        except (OSError, ValueError, IndexError, KeyError, TypeError):  # no row yet, or half of one
+            return None
+
+    return share
+
+
+@contextlib.contextmanager
+def logged(file: Path, name: str) -> Iterator[None]:
+    """What a stage prints goes to the log."""
+    with open(file, "a", encoding="utf-8") as stream:
+        stream.write(f"==== {name}\n")
+        with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+            yield
+
+
+def lines(done: dict[str, Any]) -> list[str]:
+    """For people: seconds by stage, answers beside what is known, where the page lies."""
+    told = [f"{name:10} {clock(part['seconds']):>6}" for name, part in done["stages"].items()]
+    asked = done["stages"]["ask"]["result"]
+    for answer, known in zip(asked["answers"], asked["known"], strict=True):
+        told += ["", f"{asked['scan']}: {answer['question']}", f"  {answer['answer']}  (known: {known})"]
+    return [*told, "", asked["answers"][0]["notice"], f"The page: {done['page']}"]
