@@ -17,7 +17,7 @@ from app.shared.refusals import Refused, fail, refuse_empty
 from app.shared.terminal import StageTable, clock
 from app.shared.version import VERSION
 
-RECORD, LOG, PAGE = "demo.json", "demo.log", "index.html"
+RECORD, LOG = "demo.json", "demo.log"
 
 
 class Sizes(NamedTuple):
@@ -47,9 +47,10 @@ class Demo(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """A row of the chain: its usual seconds on two idle cores, what it runs, and what it leaves below OUT."""
+    """A row of the chain: its usual seconds on two idle cores, what it does, and what it leaves below OUT."""
 
     seconds: float
+    what: str
     run: Callable[[Demo], dict[str, Any]]
     leaves: str
 
@@ -115,8 +116,12 @@ def ask(demo: Demo) -> dict[str, Any]:
 
     scan, asked = scan_to_ask(demo)
     said = ask_scan(str(scan), [question for question, _ in asked], align=str(demo.out / "align"))
-    known = [truth for _, truth in asked]
-    return {"scan": scan.name, "answers": said["answers"], "known": known}
+    told = [(row["question"], row["answer"]) for row in said["answers"]]
+    answers = [
+        {"question": question, "answer": answer, "known": truth}
+        for (question, answer), (_, truth) in zip(told, asked, strict=True)
+    ]
+    return {"scan": scan.relative_to(demo.out).as_posix(), "answers": answers, "notice": said["notice"]}
 
 
 def scan_to_ask(demo: Demo) -> tuple[Path, list[tuple[str, str]]]:
@@ -135,14 +140,84 @@ def scan_to_ask(demo: Demo) -> tuple[Path, list[tuple[str, str]]]:
 
 
 STAGES: Mapping[str, Stage] = {
-    "prepare": Stage(20, make_phantoms, "phantoms_unseen/metadata.csv"),
-    "vae": Stage(90, lambda demo: train_stage(demo, "vae"), "vae/ckpts"),
-    "vq_stage1": Stage(40, lambda demo: train_stage(demo, "vq_stage1"), "vq_stage1/ckpts"),
-    "vq_stage2": Stage(30, lambda demo: train_stage(demo, "vq_stage2"), "vq_stage2/ckpts"),
-    "align": Stage(200, align, "align/projector_final.pt"),
-    "evaluate": Stage(90, evaluate, "evaluation/language.json"),
-    "ask": Stage(5, ask, RECORD),
+    "prepare": Stage(
+        20,
+        "phantoms with known findings, as NIfTI and DICOM, through prepare",
+        make_phantoms,
+        "phantoms_unseen/metadata.csv",
+    ),
+    "vae": Stage(
+        90, "stage 0: a continuous autoencoder on sparse voxels", lambda demo: train_stage(demo, "vae"), "vae/ckpts"
+    ),
+    "vq_stage1": Stage(
+        40,
+        "stage 1: the codebook, encoder and decoder frozen",
+        lambda demo: train_stage(demo, "vq_stage1"),
+        "vq_stage1/ckpts",
+    ),
+    "vq_stage2": Stage(
+        30,
+        "stage 2: encoder, decoder and codebook together",
+        lambda demo: train_stage(demo, "vq_stage2"),
+        "vq_stage2/ckpts",
+    ),
+    "align": Stage(200, "a tiny Qwen2-VL, built here, learns to read the tokens", align, "align/projector_final.pt"),
+    "evaluate": Stage(
+        90,
+        "tokens and answers on phantoms that no stage has seen, beside controls",
+        evaluate,
+        "evaluation/language.json",
+    ),
+    "ask": Stage(5, "questions about one unseen scan", ask, RECORD),
 }
+
+
+# ---- the page
+
+LEAD = (
+    "The whole chain on built-in CT phantoms: scans become prepared volumes, volumes a few discrete tokens, and a "
+    "small language model answers questions from those tokens alone. Phantoms are drawn, not scanned: nothing on this "
+    "page says how well anything works on patients."
+)
+NEXT = (
+    ("python -m app doctor", "says what this machine can do."),
+    ("python -m app prepare RAW OUT", "takes your scans (DICOM, NIfTI, NRRD, MHA) to a prepared dataset."),
+    ("python -m app check OUT", "says what is wrong with it before any GPU time is spent."),
+    ("python -m app train vae --dataset_dir OUT", "trains the autoencoder; then vq_stage1 and vq_stage2 the same way."),
+    ("python -m app train align --data reports.csv", "teaches a Qwen-VL to read the tokens, from your reports."),
+    ("python -m app evaluate reports.csv", "writes a page like this one of your own data."),
+)
+
+
+def show(demo: Demo, record: dict[str, Any]) -> None:
+    """The page of all that the stages left."""
+    from app.evaluation import page
+    from app.evaluation.answer_pictures import Asked, picture_answer
+    from app.language.assistant import CTAssistant
+    from app.text.rows import REPORT_QUESTION
+
+    assistant = CTAssistant.from_pretrained(demo.out / "align")
+    told = record["stages"]["ask"]["result"]
+    asked = []
+    for row in told["answers"]:
+        if row["question"] == REPORT_QUESTION:
+            asked.append(Asked(**row))
+        else:
+            asked.append(picture_answer(assistant, demo.out / told["scan"], **row))
+    results = demo.out / "evaluation"
+    shown = page.Page(
+        "Voxelingo: the demo",
+        LEAD,
+        stages=[(name, STAGES[name].what, part["seconds"]) for name, part in record["stages"].items()],
+        tokenizer=demo.out / "vq_stage2",
+        card=results,
+        runs={name: demo.out / name for name in ("vae", "vq_stage1", "vq_stage2", "align")},
+        scores=json.loads((results / "language.json").read_text(encoding="utf-8")),
+        bars=results / "language.png",
+        asked=asked,
+        commands=NEXT,
+    )
+    page.write_page(demo.out / page.NAME, shown)
 
 
 # ---- the chain
@@ -166,8 +241,9 @@ def demo(out: str = "demo", *, seed: int = 0, sizes: Sizes = Sizes()) -> dict[st
                 result = run_stage(given, stage)
             record["stages"][name] = {"seconds": table.spent[name], "result": result}
             write_record(given, record)
+    show(given, record)
     seconds = round(time.perf_counter() - begun, 1)
-    return {"out": str(given.out), "page": str(given.out / PAGE), "seconds": seconds, **record}
+    return {"out": str(given.out), "page": str(given.out / "index.html"), "seconds": seconds, **record}
 
 
 def run_stage(demo: Demo, stage: Stage) -> dict[str, Any]:
@@ -234,6 +310,6 @@ def lines(done: dict[str, Any]) -> list[str]:
     """For people: seconds by stage, answers beside what is known, where the page lies."""
     told = [f"{name:10} {clock(part['seconds']):>6}" for name, part in done["stages"].items()]
     asked = done["stages"]["ask"]["result"]
-    for answer, known in zip(asked["answers"], asked["known"], strict=True):
-        told += ["", f"{asked['scan']}: {answer['question']}", f"  {answer['answer']}  (known: {known})"]
-    return [*told, "", asked["answers"][0]["notice"], f"The page: {done['page']}"]
+    for row in asked["answers"]:
+        told += ["", row["question"], f"  {row['answer']}  (known: {row['known']})"]
+    return [*told, "", asked["notice"], f"Look at {done['page']} in a browser."]

@@ -1,4 +1,7 @@
-"""What `evaluate` runs on: an aligned model, rows of text with their tokens, and mirrored scans where there are HU."""
+"""What `evaluate` runs on: an aligned model, rows of text with their tokens, and mirrored scans where there are HU.
+
+Beside the scores it writes the page that shows them (see page.py).
+"""
 
 import logging
 from functools import partial
@@ -6,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from app.dataset import prepared
+from app.evaluation import page
 from app.evaluation.answer_pages import table_lines
+from app.evaluation.answer_pictures import Asked, picture_answer
 from app.evaluation.answer_scores import evaluate_language
 from app.language import align_data
 from app.language.assistant import CTAssistant
@@ -52,7 +57,7 @@ def evaluate(
         volumes, _ = align_data.encode_rows(rows, source, skip_bad=skip_bad)
         mirrored = mirrored_cases(rows, volumes, source)
     out = Path(align, "evaluation") if output_dir is None else Path(output_dir)
-    return evaluate_language(
+    result = evaluate_language(
         assistant,
         rows,
         volumes,
@@ -62,6 +67,54 @@ def evaluate(
         max_new_tokens=options["max_new_tokens"],
         seed=options["seed"],
     )
+    write_page(assistant, Path(align), rows, result, out=out, max_new_tokens=options["max_new_tokens"])
+    return result
+
+
+NEXT = (
+    ('python -m app ask SCAN "QUESTION"', "asks the model about a scan; without a question it writes a report."),
+    (
+        "python -m app export BUNDLE --align ALIGN",
+        "packs tokenizer and aligned model into a bundle for other machines.",
+    ),
+    ("python -m app evaluate DATA --split test", "judges rows that were not looked at while choosing settings."),
+)
+
+
+def write_page(
+    assistant: CTAssistant, align: Path, rows: list[TextRow], result: dict[str, Any], *, out: Path, max_new_tokens: int
+) -> None:
+    """The page of an evaluation. It names no scan: names may tell of patients."""
+    file = assistant.tokenizer.file
+    run = file.parent.parent if file.parent.name == "ckpts" else None
+    shown = page.Page(
+        "How well the model answers",
+        "An aligned model on data that it was not trained on, beside what its scores are worth without the image.",
+        tokenizer=run,
+        card=run,
+        runs={"tokenizer": run, "alignment": align} if run else {"alignment": align},
+        scores=result,
+        bars=out / "language.png",
+        asked=asked_of_one(assistant, rows, max_new_tokens=max_new_tokens),
+        commands=NEXT,
+    )
+    page.write_page(out / page.NAME, shown)
+
+
+def asked_of_one(assistant: CTAssistant, rows: list[TextRow], *, max_new_tokens: int) -> list[Asked]:
+    """The first scan that has a question: that question and where its answer looked, and the scan's report."""
+    first = next((row for row in rows if row.path is not None and row.kind != "report" and row.answer), None)
+    if first is None:
+        return []
+    report = [row for row in rows if row.image == first.image and row.kind == "report" and row.answer][:1]
+    asked = []
+    for row in [first, *report]:
+        said = assistant.ask(row.path, row.prompt, max_new_tokens=max_new_tokens).answer
+        if row.kind == "report":
+            asked.append(Asked(row.prompt, said, row.answer))
+        else:
+            asked.append(picture_answer(assistant, row.path, row.prompt, said, known=row.answer))
+    return asked
 
 
 def held_out(data: str, *, image_root: str | None, split: str | None) -> list[TextRow]:
