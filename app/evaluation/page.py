@@ -198,6 +198,7 @@ h1{font-size:1.8rem;line-height:1.2;margin:0 0 .5rem}
 h2{font-size:1.3rem;margin:2.5rem 0 .75rem;padding-top:.75rem;border-top:1px solid var(--edge)}
 h3{font-size:1.05rem;margin:1.5rem 0 .4rem}
 p,li{max-width:46rem}
+h1,h2,h3,p,li,figcaption,summary{overflow-wrap:anywhere}
 .notice{background:var(--notice);padding:.6rem .9rem;border-radius:.4rem;font-weight:600;max-width:none}
 .wide{overflow-x:auto}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;margin:.5rem 0}
