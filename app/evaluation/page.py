@@ -54,9 +54,10 @@ def _section(title: str, *parts: str) -> str:
 def _stages(page: Page) -> str:
     if not page.stages:
         return ""
-    rows = [(name, what, clock(seconds)) for name, what, seconds in page.stages]
-    rows.append(("all", "", clock(sum(seconds for _, _, seconds in page.stages))))
-    return _section("What was run", html_table(("stage", "what it did", "min:s"), rows))
+    rows = [(name, clock(seconds), what) for name, what, seconds in page.stages]
+    rows.append(("all", clock(sum(seconds for _, _, seconds in page.stages)), ""))
+    table = html_table(("stage", "min:s", "what it did"), rows)
+    return _section("What was run", f'<div class="told">{table}</div>')
 
 
 def _pictures(page: Page) -> str:
@@ -207,7 +208,7 @@ th:first-child,td:first-child{text-align:left;padding-left:0}
 td:last-child,th:last-child{padding-right:.2rem}
 thead th{color:var(--quiet);font-weight:600;vertical-align:bottom}
 tbody th{font-weight:500}
-.text td{text-align:left}
+.told :is(th,td):last-child{text-align:left}
 figure{margin:1rem 0}
 figcaption{color:var(--quiet);font-size:.9rem;margin-top:.35rem;max-width:46rem}
 .picture img{display:block;width:100%;min-width:34rem;height:auto;background:#fff;border-radius:.4rem}
