@@ -4,12 +4,9 @@
     python -m tests.benchmarks.bench_memory --by-preset base,large [--batches 1,2,4]     # which card takes which preset
 
 Every row is one step as training runs it: maps made anew, forward, backward, AdamW, codebook update. The peak is all
-that is allocated, weights and optimizer too. The torch backend is the reference line. A row counts only if its loss is
-that of the first.
-
-`--by-preset`: steps as they are by default on a GPU (bf16, the fastest backend, samples of at most `max_points`), batch
-by batch, with and without checkpointing, and whole volumes to tokens and back. `card` is the smallest that has room for
-what the allocator holds and a CUDA context.
+that is allocated. The torch backend is the reference line; a row counts only if its loss is that of the first.
+`--by-preset`: steps as they are by default on a GPU (bf16, samples of at most `max_points`), and whole volumes to
+tokens and back. `card` is the smallest that has room for what the allocator holds and a CUDA context.
 """
 
 import argparse
