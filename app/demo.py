@@ -28,6 +28,7 @@ class Sizes(NamedTuple):
     num_unseen: int = 20  # phantoms that judge the tokenizer: as many as a verdict takes
     steps: Mapping[str, int] = {"vae": 800, "vq_stage1": 300, "vq_stage2": 150}
     tokenizer: Mapping[str, Any] = {}  # further keys of the three stages
+    codebook: Mapping[str, Any] = {}  # of stages 1 and 2
     align: Mapping[str, Any] = {}  # further keys of align
     num_asked: int = 60  # phantoms that judge the answers
 
@@ -87,6 +88,7 @@ def train_stage(demo: Demo, name: str) -> dict[str, Any]:
         max_steps=demo.sizes.steps[name],
         **before[name],
         **demo.sizes.tokenizer,
+        **({} if name == "vae" else demo.sizes.codebook),
     )._asdict()
 
 

@@ -12,7 +12,7 @@ from app.dataset import prepared
 from app.evaluation import page
 from app.evaluation.answer_pages import table_lines
 from app.evaluation.answer_pictures import Asked, picture_answer
-from app.evaluation.answer_scores import evaluate_language
+from app.evaluation.answer_scores import evaluate_language, given_answers
 from app.language import align_data
 from app.language.assistant import CTAssistant
 from app.language.volume_tokens import TokenSource, VolumeTokens, case_key
@@ -67,7 +67,7 @@ def evaluate(
         max_new_tokens=options["max_new_tokens"],
         seed=options["seed"],
     )
-    write_page(assistant, Path(align), rows, result, out=out, max_new_tokens=options["max_new_tokens"])
+    write_page(assistant, Path(align), rows, result, out=out)
     return result
 
 
@@ -81,9 +81,7 @@ NEXT = (
 )
 
 
-def write_page(
-    assistant: CTAssistant, align: Path, rows: list[TextRow], result: dict[str, Any], *, out: Path, max_new_tokens: int
-) -> None:
+def write_page(assistant: CTAssistant, align: Path, rows: list[TextRow], result: dict[str, Any], *, out: Path) -> None:
     """The page of an evaluation. It names no scan: names may tell of patients."""
     file = assistant.tokenizer.file
     run = file.parent.parent if file.parent.name == "ckpts" else None
@@ -95,25 +93,23 @@ def write_page(
         runs={"tokenizer": run, "alignment": align} if run else {"alignment": align},
         scores=result,
         bars=out / "language.png",
-        asked=asked_of_one(assistant, rows, max_new_tokens=max_new_tokens),
+        asked=asked_of_one(assistant, rows, given_answers(out / "answers_real.jsonl")),
         commands=NEXT,
     )
     page.write_page(out / page.NAME, shown)
 
 
-def asked_of_one(assistant: CTAssistant, rows: list[TextRow], *, max_new_tokens: int) -> list[Asked]:
-    """The first scan that has a question: that question and where its answer looked, and the scan's report."""
-    first = next((row for row in rows if row.path is not None and row.kind != "report" and row.answer), None)
+def asked_of_one(assistant: CTAssistant, rows: list[TextRow], answers: dict[tuple[str, str], str]) -> list[Asked]:
+    """The first scan that was asked a question: that question and where its answer looked, and the scan's report."""
+    told = [row for row in rows if row.path is not None and (row.image, row.prompt) in answers]
+    first = next((row for row in told if row.kind != "report"), None)
     if first is None:
         return []
-    report = [row for row in rows if row.image == first.image and row.kind == "report" and row.answer][:1]
-    asked = []
-    for row in [first, *report]:
-        said = assistant.ask(row.path, row.prompt, max_new_tokens=max_new_tokens).answer
-        if row.kind == "report":
-            asked.append(Asked(row.prompt, said, row.answer))
-        else:
-            asked.append(picture_answer(assistant, row.path, row.prompt, said, known=row.answer))
+    said = answers[first.image, first.prompt]
+    asked = [picture_answer(assistant, first.path, first.prompt, said, known=first.answer)]
+    report = next((row for row in told if row.image == first.image and row.kind == "report"), None)
+    if report is not None:
+        asked.append(Asked(report.prompt, answers[report.image, report.prompt], report.answer))
     return asked
 
 
