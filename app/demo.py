@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from app.shared.atomic_files import write_text
 from app.shared.output_folder import check_folder
@@ -231,21 +231,34 @@ def demo(out: str = "demo", *, seed: int = 0, sizes: Sizes = Sizes()) -> dict[st
     given = Demo(Path(out), seed, sizes)
     record = open_record(given)
     table = StageTable({name: stage.seconds for name, stage in STAGES.items()})
-    begun, redone = time.perf_counter(), False
-    with table.shown():
+    begun, kept = time.perf_counter(), still_there(given, record)
+    record["stages"] = kept
+    for name, part in kept.items():
+        table.skip(name, part["seconds"])
+    # one log for the whole chain: libraries keep the stream that they found when they were loaded
+    with table.shown(), open(given.out / LOG, "a", encoding="utf-8") as log:
         for name, stage in STAGES.items():
-            done = record["stages"].get(name)
-            if done and not redone and (given.out / stage.leaves).exists():
-                table.skip(name, done["seconds"])
+            if name in kept:
                 continue
-            redone = True  # what follows rests on it
-            with table.stage(name, share_of(given, name)), logged(given.out / LOG, name):
+            log.write(f"==== {name}\n")
+            with table.stage(name, share_of(given, name)), to_log(log):
                 result = run_stage(given, stage)
             record["stages"][name] = {"seconds": table.spent[name], "result": result}
             write_record(given, record)
-    show(given, record)
+        with to_log(log):
+            show(given, record)
     seconds = round(time.perf_counter() - begun, 1)
     return {"out": str(given.out), "page": str(given.out / "index.html"), "seconds": seconds, **record}
+
+
+def still_there(demo: Demo, record: dict[str, Any]) -> dict[str, Any]:
+    """Stages that are done, up to the first whose files are gone: what follows rests on it."""
+    done = {}
+    for name, stage in STAGES.items():
+        if name not in record["stages"] or not (demo.out / stage.leaves).exists():
+            break
+        done[name] = record["stages"][name]
+    return done
 
 
 def run_stage(demo: Demo, stage: Stage) -> dict[str, Any]:
@@ -300,12 +313,11 @@ def share_of(demo: Demo, name: str) -> Callable[[], float | None]:
 
 
 @contextlib.contextmanager
-def logged(file: Path, name: str) -> Iterator[None]:
-    """What a stage prints goes to the log."""
-    with open(file, "a", encoding="utf-8") as stream:
-        stream.write(f"==== {name}\n")
-        with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
-            yield
+def to_log(log: TextIO) -> Iterator[None]:
+    """What is printed goes to the log."""
+    with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        yield
+    log.flush()
 
 
 def lines(done: dict[str, Any]) -> list[str]:

@@ -34,6 +34,7 @@ requests = pytest.importorskip("requests")
 pytest.importorskip("monailabel")
 PATIENT = "Doe_John_19700101"
 SECONDS_TO_START = 120
+WITH_A_GAP = "1.2.3.5"
 ORTHANC_DICOMWEB = "/usr/share/orthanc/plugins/libOrthancDicomWeb.so"  # as Debian has it
 
 
@@ -149,7 +150,9 @@ def dicomweb(tmp_path_factory):
                 break
             time.sleep(0.5)
         series = scans.write_series(place / "series", scans.series(PatientName=PATIENT))
-        for file in sorted(series.iterdir()):
+        slices = scans.series(PatientName=PATIENT, SeriesInstanceUID=WITH_A_GAP)
+        holed = scans.write_series(place / "holed", slices[:5] + slices[6:])
+        for file in sorted([*series.iterdir(), *holed.iterdir()]):
             assert requests.post(f"{url}/instances", data=file.read_bytes(), timeout=30).ok
         yield f"{url}/dicom-web", series
     finally:
@@ -164,7 +167,7 @@ def test_a_series_of_a_dicomweb_server_gives_the_tokens_of_its_files(home, dicom
     process, server = start(ROOT / "app", url, tmp_path / "run", conf={"tokenizer": home / "tokenizer.pt"})
     try:
         wait_for(process, server)
-        assert requests.get(f"{server.url}/datastore/", timeout=30).json()["total"] == 1
+        assert requests.get(f"{server.url}/datastore/", timeout=30).json()["total"] == 2
         answer = server.ask("tokenize", params={"image": name})
         assert answer.status_code == 200, answer.text
         expected = CTTokenizer.from_pretrained(home / "tokenizer.pt").encode(series)
@@ -172,6 +175,8 @@ def test_a_series_of_a_dicomweb_server_gives_the_tokens_of_its_files(home, dicom
         back = server.ask("reconstruct", params={"image": name, "output": "image"})
         (tmp_path / "back.nii.gz").write_bytes(back.content)
         assert nibabel.load(tmp_path / "back.nii.gz").shape == expected.source_shape
+        holed = server.ask("tokenize", params={"image": WITH_A_GAP})
+        assert holed.status_code == 422 and holed.json()["detail"]["code"] == "MISSING_SLICES"
         gone = server.ask("tokenize", params={"image": f"{name}.1"})
         assert gone.status_code == 404 and gone.json()["detail"]["code"] == "NO_SOURCE"
         assert PATIENT not in server.log.read_text() + answer.text + gone.text

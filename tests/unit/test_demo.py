@@ -76,6 +76,17 @@ def test_what_follows_a_stage_whose_files_are_gone_is_done_again(chain, tmp_path
     assert chain.ran == ["one", "two", "three", "two", "three"]
 
 
+def test_what_rests_on_a_stage_that_was_done_again_is_not_taken_for_done(chain, tmp_path):
+    demo.demo(str(tmp_path))
+    (tmp_path / "one").unlink()
+    chain.stop = {"two": KeyboardInterrupt()}
+    with pytest.raises(Refused, match="STOPPED"):
+        demo.demo(str(tmp_path))
+    chain.stop = {}
+    demo.demo(str(tmp_path))
+    assert chain.ran == ["one", "two", "three", "one", "two", "three"]
+
+
 def test_a_refusal_of_a_stage_is_told_as_it_is(chain, tmp_path):
     chain.stop = {"two": Refused("DISK_FULL", "no room", "make room", status=2)}
     with pytest.raises(Refused, match="DISK_FULL: no room"):
