@@ -191,7 +191,8 @@ def test_evaluation_writes_scores_beside_controls_and_goes_on_where_it_was(home,
 
 
 def test_evaluation_writes_a_page_with_a_question_and_where_its_answer_looked(home, aligned, tmp_path, few_draws):
-    evaluate.evaluate(str(home / "text.jsonl"), align=str(aligned), output_dir=str(tmp_path))
+    options = {"max_new_tokens": 3}
+    evaluate.evaluate(str(home / "text.jsonl"), align=str(aligned), output_dir=str(tmp_path), options=options)
     text = (tmp_path / "index.html").read_text()
     answer = evaluate.given_answers(tmp_path / "answers_real.jsonl")["scans/case8.npz", "On which side?"]
     assert f"<h3>On which side?</h3><p><strong>Answer:</strong> {answer}</p>" in text

@@ -50,7 +50,8 @@ def shown(straight, home, aligned, few_draws, tmp_path_factory):
     shutil.copytree(straight[0], out / "vq_stage2")
     shutil.copytree(aligned, out / "align")
     shutil.copy(home / "scans/case9.npz", out / "scan.npz")
-    evaluate.evaluate(str(home / "text.jsonl"), align=str(out / "align"), output_dir=str(out / "evaluation"))
+    options = {"align": str(out / "align"), "output_dir": str(out / "evaluation"), "options": {"max_new_tokens": 3}}
+    evaluate.evaluate(str(home / "text.jsonl"), **options)
     told = {"question": "On which side?", "answer": "left", "known": "right"}
     stages = {name: {"seconds": 60.0, "result": {}} for name in demo.STAGES}
     stages["ask"]["result"] = {"scan": "scan.npz", "answers": [told], "notice": NOTICE}
