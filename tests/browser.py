@@ -91,12 +91,12 @@ class Browser:
         elif method == "Runtime.exceptionThrown":
             self.complaints.append(params["exceptionDetails"]["text"])
 
-    def open(self, file: Path, *, width: int, scheme: str = "light") -> None:
-        """Shows a file as a screen of this width in a light or dark scheme would."""
+    def open(self, file: Path, *, width: int, scheme: str = "light", media: str = "") -> None:
+        """Shows a file as a screen of this width in a light or dark scheme would; `media` print: as on paper."""
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         features = [{"name": "prefers-color-scheme", "value": scheme}]
-        self.call("Emulation.setEmulatedMedia", features=features)
+        self.call("Emulation.setEmulatedMedia", features=features, media=media)
         self.call("Page.navigate", url=file.resolve().as_uri())
         until = time.monotonic() + SECONDS
         while self.ask("document.readyState + location.protocol") != "completefile:":

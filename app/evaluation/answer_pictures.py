@@ -39,8 +39,8 @@ def picture_answer(assistant: CTAssistant, scan: str | Path, question: str, answ
     if looked is None:
         return Asked(question, answer, known)
     told = (
-        f"The model gives this answer a probability of {looked.probability:.2f}; "
-        f"with the one place blanked that it needs most, {looked.lowest:.2f}. "
+        f"The model gives this answer a probability of {looked.probability:.2g}; "
+        f"with the one place blanked that it needs most, {looked.lowest:.2g}. "
     )
     if float(looked.loss.max()) < FAINT:
         return Asked(question, answer, known, None, told + "No single place matters to it.")

@@ -82,7 +82,10 @@ NEXT = (
 
 
 def write_page(assistant: CTAssistant, align: Path, rows: list[TextRow], result: dict[str, Any], *, out: Path) -> None:
-    """The page of an evaluation. It names no scan: names may tell of patients."""
+    """The page of an evaluation. It names none of the scans asked: names of files may tell of patients.
+
+    Pictures of the tokenizer carry case ids, which are hashes unless `prepare` was told to keep names.
+    """
     file = assistant.tokenizer.file
     run = file.parent.parent if file.parent.name == "ckpts" else None
     shown = page.Page(

@@ -86,7 +86,8 @@ def _curves(page: Page) -> str:
     if not panels:
         return ""
     key = '<p class="key"><span class="training">training</span> <span class="validation">validation</span></p>'
-    return _section("How it learned", key, f'<div class="panels">{"".join(panels)}</div>')
+    said = "<p>Error of the reconstruction for a tokenizer, loss of the answers' words for an alignment.</p>"
+    return _section("How it learned", said, key, f'<div class="panels">{"".join(panels)}</div>')
 
 
 def _scores(page: Page) -> str:
@@ -203,7 +204,7 @@ h1,h2,h3,p,li,figcaption,summary{overflow-wrap:anywhere}
 .notice{background:var(--notice);padding:.6rem .9rem;border-radius:.4rem;font-weight:600;max-width:none}
 .wide{overflow-x:auto}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;margin:.5rem 0}
-th,td{padding:.3rem .7rem;text-align:right;border-bottom:1px solid var(--edge)}
+th,td{padding:.3rem .7rem;text-align:right;vertical-align:top;border-bottom:1px solid var(--edge)}
 th:first-child,td:first-child{text-align:left;padding-left:0}
 td:last-child,th:last-child{padding-right:.2rem}
 thead th{color:var(--quiet);font-weight:600;vertical-align:bottom}
@@ -231,6 +232,7 @@ border-radius:.25rem;overflow-wrap:anywhere}
 .commands li{margin-bottom:.8rem}
 summary{cursor:pointer;color:var(--quiet);padding:.3rem 0}
 footer{color:var(--quiet);font-size:.85rem;padding-top:1.5rem;padding-bottom:2.5rem}
+@media (max-width:38rem){.picture figcaption::after{content:" The picture scrolls sideways."}}
 @media print{
 :root{LIGHT}
 body{font-size:10pt}

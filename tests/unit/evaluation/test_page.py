@@ -186,3 +186,10 @@ def test_a_browser_shows_the_page(browser, made, width, scheme, tmp_path):
     assert (tmp_path / "page.png").stat().st_size > 20_000
     if kept := os.environ.get("VOXELINGO_SCREENSHOTS"):
         Path(kept, f"page_{width}_{scheme}.png").write_bytes((tmp_path / "page.png").read_bytes())
+
+
+def test_on_paper_the_page_is_white_and_nothing_is_cut(browser, made):
+    browser.open(made, width=700, scheme="dark", media="print")
+    assert browser.ask("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert browser.ask("getComputedStyle(document.querySelector('.wide')).overflowX") == "visible"
+    assert browser.ask("Math.max(...[...document.images].map(image => image.getBoundingClientRect().right))") <= 700
