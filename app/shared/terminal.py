@@ -89,7 +89,10 @@ class StageTable:
                 )
             else:
                 table.add_row(f"[dim]{name}[/dim]", "", "")
-        table.add_row("", "left, about", clock(self.left()))
+        if len(self.spent) == len(self.usual):
+            table.add_row("all", "", clock(sum(self.spent.values())))
+        else:
+            table.add_row("", "left, about", clock(self.left()))
         return table
 
 

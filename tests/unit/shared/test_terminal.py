@@ -51,3 +51,7 @@ def test_the_table_shows_what_is_done_and_what_runs(clock):
         ["three"],
         ["left,", "about", "0:40"],
     ]
+    with table.stage("three"):
+        clock[0] += 20
+    Console(file=(said := io.StringIO()), width=60).print(table.table())
+    assert said.getvalue().splitlines()[-1].split() == ["all", "1:31"]
