@@ -286,11 +286,14 @@ def open_record(demo: Demo) -> dict[str, Any]:
         return record
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        known = {name: record[name] for name in settings}, dict(record["stages"])
-    except (ValueError, TypeError, KeyError):
+        known = {name: record[name] for name in settings}
+        whole = all(float(part["seconds"]) >= 0 and "result" in part for part in record["stages"].values())
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
         fail("NO_OUTPUT", f"{file} is damaged", "remove the folder, or give another OUT")
-    if known[0] != settings:
-        was = " and ".join(f"{name} {value}" for name, value in known[0].items())
+    if known != settings:
+        was = " and ".join(f"{name} {value}" for name, value in known.items())
         fail("NO_OUTPUT", f"{demo.out} holds a demo of {was}", "give another OUT")
     return record
 

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from app import demo
 from app.__main__ import app
 from app.shared.refusals import Refused
+from app.shared.version import VERSION
 
 
 @pytest.fixture
@@ -115,7 +116,9 @@ def test_an_out_that_is_something_else_is_refused_in_one_line(chain, tmp_path):
 def test_a_demo_of_another_seed_or_with_a_damaged_record_is_refused(chain, tmp_path):
     demo.demo(str(tmp_path), seed=1)
     assert "of version" in say(tmp_path, "--seed", 2, status=2) and "seed 1" in say(tmp_path, "--seed", 2, status=2)
-    for damage in ("{", "[]", "3", '{"version": 1}', '{"version": "0.1.0", "seed": 1, "stages": 3}'):
+    whole = {"version": VERSION, "seed": 1}
+    stages = [{**whole, "stages": part} for part in (3, {"one": 3}, {"one": {"seconds": "x", "result": {}}})]
+    for damage in ("{", "[" * 100_000, "3", '{"version": 1}', *map(json.dumps, stages)):
         (tmp_path / "demo.json").write_text(damage)
         assert say(tmp_path, "--seed", 1, status=2).startswith(f"NO_OUTPUT: {tmp_path}/demo.json is damaged"), damage
     assert chain.ran == ["one", "two", "three"]
