@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from app.evaluation import curves, page
 from app.evaluation.answer_pictures import Asked
 from app.language.assistant import NOTICE
+from tests import browser as browsers
 from tests.browser import Browser
 
 HOSTILE = '<script>document.title="taken"</script><img src=x onerror="document.title=1">"\'&'
@@ -157,6 +158,21 @@ def test_curves_keep_to_the_training_phase_and_to_numbers(tmp_path):
 
 
 # ---- in a browser
+
+
+def test_without_a_browser_ci_fails_and_others_skip(monkeypatch):
+    monkeypatch.setattr(browsers.shutil, "which", lambda name: None)
+    monkeypatch.setenv("VOXELINGO_CI", "1")
+    with pytest.raises(pytest.fail.Exception, match="ci/run has to install it"):
+        browsers.find_chromium()
+    monkeypatch.delenv("VOXELINGO_CI")
+    with pytest.raises(pytest.skip.Exception, match="no Chromium here"):
+        browsers.find_chromium()
+
+
+def test_ci_brings_the_browser_and_says_that_it_must_be_there():
+    text = (Path(__file__).resolve().parents[3] / ".ci/run").read_text()
+    assert "apt-get install" in text and "chromium" in text and text.index("VOXELINGO_CI=1") < text.index("test_line#")
 
 
 @pytest.fixture(scope="module")
