@@ -172,6 +172,25 @@ def train(
         answer.give(train_words(words or [])._asdict())
 
 
+@app.command(epilog="Example: python -m app demo demo/")
+def demo(
+    out: Annotated[
+        str, typer.Argument(metavar="[OUT]", help="Folder for everything; an interrupted one goes on.")
+    ] = "demo",
+    as_json: Json = False,
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> None:
+    """The whole chain on built-in phantoms, in minutes on a CPU; ends with a table and a page."""
+    with answering(as_json, debug) as answer:
+        from app import demo as chain
+        from app.training import preflight
+
+        preflight.end_at_once_on_sigterm()
+        done = chain.demo(out, seed=seed)
+        answer.give(done, chain.lines(done))
+
+
 @app.command(epilog="Example: python -m app doctor")
 def doctor(as_json: Json = False, seed: Seed = 0, debug: Debug = False) -> None:
     """What this machine can do: versions, GPU, sparse backends, DICOM decoders, free memory and disk."""
