@@ -23,7 +23,7 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of whatever is random.")
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-class Answer:
+class CommandEnd:
     """What a command ends with: an object for --json, lines for people, an exit status."""
 
     def __init__(self) -> None:
@@ -36,9 +36,9 @@ class Answer:
 
 
 @contextlib.contextmanager
-def answering(as_json: bool, debug: bool) -> Iterator[Answer]:
+def answering(as_json: bool, debug: bool) -> Iterator[CommandEnd]:
     """Runs a command's body, prints its answer as one JSON object or as lines, and ends the process with its status."""
-    answer, out = Answer(), sys.stdout
+    answer, out = CommandEnd(), sys.stdout
     try:
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             yield answer

@@ -1,10 +1,9 @@
-"""CT arrays: HU windows, body mask, what is kept, dense to sparse and back, resampling, crops, augmentation.
+"""CT arrays: HU windows, body mask, what is kept, dense to sparse and back, crops, augmentation.
 
 Pure functions on arrays indexed [x, y, z] along R A S. HU in, HU out unless a name says otherwise; values of windows
 lie in -1..1. Nothing here reads files, knows a network or draws random numbers: who wants chance passes it in.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from types import MappingProxyType
 from typing import Literal, NamedTuple
@@ -19,7 +18,6 @@ AIR = -1000  # HU around the patient: the value of padding
 DROPPED = -1024  # HU that a voxel outside the kept ones stands for
 BODY_LEVEL = -400  # HU between air and tissue: a voxel a little more than half full
 WALL_LEVEL = -650  # HU of a block that is a third wall
-CUT_OFF = 0.001  # share of what is denser than air beyond a grid, above which it is reported
 BODY_BLOCK_MM = 6.0  # a table's shell is much thinner, a chest wall is not
 INTERFACES = (-400, 200)  # HU between air and tissue, between soft tissue and bone
 BAND = 4  # voxels on either side of a surface
@@ -49,11 +47,6 @@ Voxel = Sequence[int] | Integer[np.ndarray, " 3"]
 class Sparse(NamedTuple):
     coords: Int[np.ndarray, "N 3"]
     values: Shaped[np.ndarray, "N ..."]
-
-
-class OnGrid(NamedTuple):
-    array: Float[np.ndarray, "X Y Z"]
-    affine: Float[np.ndarray, "4 4"]
 
 
 # ---- windows
@@ -287,76 +280,6 @@ def densify(
 def fill_for(keep: str) -> Number | str:
     """What `densify` puts where a voxel was dropped, so that every mode answers for the whole grid."""
     return KEEPS[keep].fill
-
-
-# ---- resampling
-
-
-def _weights(size_in: int, size_out: int, ratio: float) -> Float[np.ndarray, "out in"]:
-    """Linear interpolation on voxel centres with both centres aligned; rows outside the input are zero.
-
-    When shrinking the input is first smoothed by the Gaussian that brings its voxel's width to the output's
-    (Cardoso et al. 2015, scale factor smoothing).
-    """
-    place = (size_in - 1) / 2 + (np.arange(size_out) - (size_out - 1) / 2) * ratio
-    inside = (place >= -0.5 - 1e-6) & (place <= size_in - 0.5 + 1e-6)
-    place = np.clip(place, 0, size_in - 1)
-    low = np.minimum(np.floor(place + 1e-9).astype(int), size_in - 1)
-    high = np.minimum(low + 1, size_in - 1)
-    part = np.clip(place - low, 0, 1)
-    weights = np.zeros((size_out, size_in), np.float32)
-    rows = np.arange(size_out)
-    np.add.at(weights, (rows, low), 1 - part)
-    np.add.at(weights, (rows, high), part)
-    if ratio > 1 + 1e-6:
-        sigma = np.sqrt(ratio**2 - 1) / (2 * np.sqrt(2 * np.log(2)))
-        weights = weights @ ndimage.gaussian_filter1d(np.eye(size_in, dtype=np.float32), sigma, axis=0, mode="nearest")
-    return (weights * inside[:, None]).astype(np.float32)
-
-
-def resample(
-    hu: Shaped[np.ndarray, "X Y Z"],
-    *,
-    spacing_in: Sequence[Number],
-    spacing_out: Number,
-    grid: int,
-    affine: Float[np.ndarray, "4 4"] | None = None,
-    air: Number = AIR,
-) -> OnGrid:
-    """The volume on a cubic grid of `grid` voxels of `spacing_out` mm around the same centre, `air` beyond its field.
-
-    The affine takes an index of the result to the world of `affine` (default: mm along the input's axes).
-    """
-    if len(spacing_in) != 3 or min(spacing_in) <= 0 or spacing_out <= 0:
-        raise ValueError(f"spacings must be positive, got {tuple(spacing_in)} and {spacing_out}")
-    ratios = [spacing_out / step for step in spacing_in]
-    weights = [_weights(n, grid, ratio) for n, ratio in zip(hu.shape, ratios, strict=True)]
-    turned = hu.flags.f_contiguous  # planes are taken along the slowest axis: the input may be a memory map
-    volume, (first, second, third) = (hu.T, weights[::-1]) if turned else (hu, weights)
-    planes = np.empty((len(volume), grid, grid), np.float32)
-    for index in range(len(volume)):
-        planes[index] = second @ (np.asarray(volume[index], np.float32) - np.float32(air)) @ third.T
-    array = (first @ planes.reshape(len(planes), -1)).reshape(grid, grid, grid) + np.float32(air)
-    array = array.T if turned else array
-    if affine is None:
-        affine = np.diag([*spacing_in, 1.0])
-    index_map = np.diag([*ratios, 1.0])
-    index_map[:3, 3] = [(n - 1) / 2 - (grid - 1) / 2 * ratio for n, ratio in zip(hu.shape, ratios, strict=True)]
-    return OnGrid(array, np.asarray(affine, np.float64) @ index_map)
-
-
-def share_beyond(
-    hu: Num[np.ndarray, "X Y Z"], *, spacing_in: Sequence[Number], spacing_out: Number, grid: int
-) -> float:
-    """Share of what is denser than air (patient, clothes, table) that lies outside the cube of `resample`."""
-    inside = []
-    for n, step in zip(hu.shape, spacing_in, strict=True):
-        margin = max(math.ceil((n - 1) / 2 - grid * spacing_out / step / 2 - 1e-6), 0)
-        inside.append(slice(margin, n - margin))
-    if all(part.start == 0 for part in inside):
-        return 0.0
-    dense = int(np.count_nonzero(hu > BODY_LEVEL))
-    return 1 - int(np.count_nonzero(hu[tuple(inside)] > BODY_LEVEL)) / dense if dense else 0.0
 
 
 # ---- crops and augmentation of sparse voxels

@@ -13,10 +13,11 @@ from monai.transforms import MapTransform, RandomizableTransform
 
 from transforms import array
 from transforms.array import Number
+from transforms.grid import RESAMPLER, centred_grid, resample, share_beyond
 
 
 class Resampled(MapTransform):
-    """`array.resample` onto a cube of `grid` voxels of `spacing` mm. Without an affine the field fills the cube.
+    """`grid.resample` onto a cube of `grid` voxels of `spacing` mm. Without an affine the field fills the cube.
 
     `beyond` is the share of all that is denser than air, of a volume in HU, that the cube cuts off.
     """
@@ -24,29 +25,25 @@ class Resampled(MapTransform):
     def __init__(self, keys: str | Sequence[str] = "image", *, spacing: Number, grid: int) -> None:
         super().__init__(keys)
         self.spacing, self.grid = float(spacing), int(grid)
-        self.settings = {"resample": [self.spacing, self.grid]}
+        self.settings = {"resample": [RESAMPLER, self.spacing, self.grid]}
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)
-        affine = item.get("affine")
         for key in self.key_iterator(item):
-            volume = item[key]
+            volume, affine = item[key], item.get("affine")
             if affine is None:
-                spacing_in = [self.spacing * self.grid / max(volume.shape[:3])] * 3
-            else:
-                spacing_in = np.linalg.norm(np.asarray(affine)[:3, :3], axis=0).tolist()
-            onto = {"spacing_in": spacing_in, "spacing_out": self.spacing, "grid": self.grid}
+                step = self.spacing * self.grid / max(volume.shape[:3])
+                affine = np.diag([step, step, step, 1.0])
+            affine = np.asarray(affine, np.float64)
+            onto = centred_grid(volume.shape[:3], affine, self.grid, self.spacing)
             if volume.ndim == 4:  # masks
-                channels = [
-                    array.resample(volume[..., c], air=0, affine=affine, **onto) for c in range(volume.shape[-1])
-                ]
-                item[key] = np.stack([channel.array for channel in channels], -1)
-                item["affine"] = channels[0].affine
+                channels = np.moveaxis(volume.astype(np.float32), -1, 0)
+                parts = [resample(channel, affine, onto, outside=0, dtype=np.float32) for channel in channels]
+                item[key] = np.stack([part.array for part in parts], -1)
             else:
-                result = array.resample(volume, affine=affine, **onto)
-                item["beyond"] = array.share_beyond(volume, **onto)
-                item[key] = np.clip(np.rint(result.array), -32768, 32767).astype(np.int16)
-                item["affine"] = result.affine
+                item["beyond"] = share_beyond(volume, affine, onto)
+                item[key] = resample(volume, affine, onto).array
+            item["affine"] = onto.affine
         return item
 
 

@@ -10,12 +10,12 @@ from app.evaluation.answer_pages import table_lines
 from app.evaluation.answer_scores import evaluate_language
 from app.language import align_data
 from app.language.assistant import CTAssistant
-from app.language.volume_tokens import TokenSource, VolumeTokens, case_key
+from app.language.volume_tokens import TokenSource, VolumeTokens
 from app.phantoms.sentences import balance
 from app.shared.refusals import Refused, fail, refuse_empty
 from app.text.manifests import read_rows
 from app.text.rows import TextRow
-from app.tokens.open_scan import Scan, as_it_lies, is_case
+from app.tokens.open_scan import Scan, as_it_lies, case_key, is_case
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def mirrored_cases(
         if row.image in volumes and row.image not in found and row.path and is_case(row.path):
             case = prepared.open_case(row.path)
             if case.is_hu:
-                found[row.image] = source.cached(f"{case_key(row.path)}.mirrored", partial(mirror_image, case))
+                found[row.image] = source.cached(f"{case_key(case)}.mirrored", partial(mirror_image, case))
     return found
 
 

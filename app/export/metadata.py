@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from app.export.code import PACKAGES
+from app.shared.notice import NOTICE
 from app.shared.version import VERSION
 from app.tokens.bundles import description, hu_range
 from networks.presets import Preset
 
 SCHEMA = "meta_schema_20240725.json"
-NOTICE = "Research use only, not for diagnosis."
 STATED_APART = ("torch", "monai", "numpy")  # the schema has a field for each
 
 

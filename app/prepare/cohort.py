@@ -24,7 +24,7 @@ from app.prepare import names, preview, splits
 from app.prepare.files import hash_of
 from app.prepare.findings import bare, finding_of
 from app.prepare.gate import Rules, Stack
-from app.prepare.geometry import Grid, hash_of_voxels, normalise, spacing_of
+from app.prepare.geometry import hash_of_voxels, normalise
 from app.prepare.labels import organ_coords
 from app.prepare.survey import Item, survey
 from app.prepare.text import join_text, patients_of
@@ -34,6 +34,7 @@ from app.shared.codes import CODES
 from app.shared.refusals import Refused, fail, refuse_empty
 from app.text.manifests import read_rows
 from transforms import array
+from transforms.grid import RESAMPLER, Grid, spacing_of
 
 
 class Settings(NamedTuple):
@@ -138,7 +139,7 @@ def _prepare(root: str, out: Path, settings: Settings, request: Request, start: 
     with busy("looking at what is there"):
         items = survey(root, rules)
     named = _name(items, root, key, settings.keep_names)
-    _check_settings(out, {dataset for _, dataset, _ in named}, settings, request)
+    _check_settings(out, named, settings, overwrite=request.overwrite)
     names.write_sources(out, [(dataset, case, item.source) for item, dataset, case in named])
     folders = {out / dataset for _, dataset, _ in named}
     _clear_leftovers(folders)
@@ -187,21 +188,33 @@ def _check_call(root: str, out: Path, settings: Settings) -> None:
         array.window_bounds(window)
 
 
-def _check_settings(out: Path, datasets: set[str], settings: Settings, request: Request) -> None:
-    """A dataset holds cases of one kind: other settings want another OUT, or --overwrite."""
-    for dataset in datasets:
+def _check_settings(out: Path, named: Sequence[tuple[Item, str, str]], settings: Settings, *, overwrite: bool) -> None:
+    """A dataset holds cases of one kind: other settings want another OUT, or --overwrite of all that it holds."""
+    for dataset in {dataset for _, dataset, _ in named}:
         file = out / dataset / "dataset_config.json"
-        if not file.is_file() or request.overwrite:
+        if not file.is_file():
             continue
         old = json.loads(file.read_text()).get("settings", {})
         new = _settings_json(settings)
         changed = sorted(name for name in new if old.get(name, new[name]) != new[name])
-        if changed:
-            fail("NO_OUTPUT", f"OUT was prepared with another {', '.join(changed)}", "use another OUT or --overwrite")
+        if not changed:
+            continue
+        what = f"OUT was prepared with another {', '.join(changed)}"
+        if not overwrite:
+            fail("NO_OUTPUT", what, "use another OUT or --overwrite")
+        made = {case for item, home, case in named if home == dataset and item.plan is not None}
+        left = sorted(path.parent.name for path in file.parent.glob("processed/*/case.json"))
+        if left := [case for case in left if case not in made]:
+            fail(
+                "NO_OUTPUT",
+                f"{what}, and RAW does not give {len(left)} of its cases ({left[0]}, ...)",
+                "use another OUT",
+            )
 
 
 def _settings_json(settings: Settings) -> dict[str, Any]:
-    return {**settings._asdict(), "windows": list(settings.windows)}
+    """With the resampler, which shapes the bytes as much as they do: other code makes a dataset again, whole."""
+    return {**settings._asdict(), "windows": list(settings.windows), "resampler": RESAMPLER}
 
 
 def _name(items: Sequence[Item], root: str, key: bytes, keep_names: bool) -> list[tuple[Item, str, str]]:
@@ -386,6 +399,7 @@ def _make(job: Job, recipe: str) -> dict[str, Any]:
         "source_spacing": [round(float(step), 6) for step in spacing_of(volume.affine)],
         "source_affine": volume.affine.tolist(),
         "steps": list(on_grid.steps),
+        "resampler": RESAMPLER,
         "organs": {name: len(coords) for name, coords in organs.items()},
     }
     del volume

@@ -15,7 +15,7 @@ import numpy as np
 from app.prepare.files import FORMATS, Ref, sniff, walk
 from app.prepare.findings import Finding, finding_of
 from app.prepare.formats import VolumeFile, read_header
-from app.prepare.gate import NO_RULES, Rules, Stack, Verdict, judge
+from app.prepare.gate import NO_RULES, Rules, Stack, Verdict, verdicts_on
 from app.prepare.headers import SEGMENTATION, SliceHeader, read_headers
 from app.prepare.labels import LabelFile, is_label_name, label_for, looks_like_labels, scan_stem
 from app.shared.refusals import Refused
@@ -69,7 +69,7 @@ def survey(root: str | Path, rules: Rules = NO_RULES) -> list[Item]:
             items.append(Item(_relative(ref, root), (ref,), finding=finding_of(refused)))
     verdicts: list[tuple[str, Verdict]] = []
     for folder, members in _join_folders(slices).items():
-        verdicts += [(folder, verdict) for verdict in judge(members, rules)]
+        verdicts += [(folder, verdict) for verdict in verdicts_on(members, rules)]
     items += [_dicom_item(verdict, folder, root) for folder, verdict in _settle_localizers(verdicts)]
     scans, labels = _part_labels(volumes, items, root)
     items += [Item(_relative(ref, root), (ref, *_extra(file)), plan=file) for ref, file in scans]

@@ -29,7 +29,7 @@ def map_padding(values: np.ndarray) -> tuple[np.ndarray, list[Finding]]:
     return values, [found("PADDING_MAPPED", f"{count} voxels")] if count else []
 
 
-def refuse_empty(values: np.ndarray) -> None:
+def refuse_constant(values: np.ndarray) -> None:
     if values.size == 0 or values.min() == values.max():
         raise Refused("EMPTY", "no voxels, or all of them the same")
 

@@ -21,8 +21,8 @@ from app.serving.options import Options
 from app.shared.places import bundles_folder
 from app.shared.refusals import Refused
 from app.tokens.commands import onto_grid, write_nifti
-from app.tokens.open_scan import Volume
-from app.tokens.token_files import CTTokens, read_tokens, write_tokens
+from app.tokens.open_scan import Volume, scan_source
+from app.tokens.token_files import CTTokens, write_tokens
 from app.tokens.tokenizer import CTTokenizer
 from transforms.array import window_bounds
 
@@ -75,12 +75,12 @@ class Served:
     # ---- the models
 
     def _tokens_of(self, image: Path, wanted: Options) -> CTTokens:
-        if image.suffix != ".npz":
-            return self.tokenizer.encode(image, support=wanted.support, levels=wanted.levels)
-        tokens = read_tokens(image)
+        source = scan_source(image)
+        if source.kind != "tokens":
+            return self.tokenizer.encode(source, support=wanted.support, levels=wanted.levels)
+        tokens = self.tokenizer.encode(source)
         if math.prod(tokens.source_shape) > MAX_VOXELS or not np.isfinite(tokens.source_affine).all():
             raise Refused("DAMAGED_TOKENS", f"the grid of its scan must have at most {MAX_VOXELS} voxels")
-        self.tokenizer.check(tokens)
         return tokens
 
     def _tokenize(self, image: Path, wanted: Options) -> Result:

@@ -32,7 +32,7 @@ from app.text.rows import (
 
 H = TypeVar("H", bound=Hashable)
 
-SPLITS = {
+SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     "test": "test",
@@ -129,7 +129,7 @@ def complete(row: TextRow, find: "ImageFinder") -> TextRow:
     """With a patient, and the split where the row leaves it open and a prepared case's dataset tells it."""
     case = find.case_row(row.path)
     patient = row.patient or case.get("patient") or stem(row.image)
-    split = SPLITS.get(row.split.strip().lower(), row.split) or case.get("split") or ""
+    split = SPLIT_NAMES.get(row.split.strip().lower(), row.split) or case.get("split") or ""
     return replace(row, patient=patient, split=split)
 
 

@@ -22,12 +22,14 @@ from app.shared.refusals import fail
 from app.training.key_rules import RULES
 from networks.presets import CHECKSUM, Preset
 from networks.vqvae import SparseVQVAE, build_vqvae
+from transforms.grid import RESAMPLER
 
 NEWEST_TOKENIZERS = ("outputs/vq_stage2", "outputs/vq_stage1")
 OURS = re.compile(
     r"(?:misc|(?:vae|vqvae|align)(?:_ema[\d.e+-]+)?)_step(\d{7,})\.pt(\.part)?"
 )  # no other name is removed
 CODEBOOK_FIELDS = {"codebook", "num_embeddings", "rotation_trick", "normalize_codes", "quantizer_levels"}
+NO_SIZES = {"max_points", "prepared", "resampler"}  # of a preset, what no tensor's shape depends on
 DATA_FIELDS = ("resolution", "spacing", "windows", "features", "keep")
 
 
@@ -315,7 +317,7 @@ def check_same(
     stored: Preset, wanted: Preset, *, source: Path, skip: set[str], otherwise: str = "train the earlier stage again"
 ) -> None:
     """Ends the run where a checkpoint differs from it: the first difference is told, and every flag that is wanted."""
-    names = [field.name for field in dataclasses.fields(Preset) if field.name not in skip | {"max_points", "prepared"}]
+    names = [field.name for field in dataclasses.fields(Preset) if field.name not in skip | NO_SIZES]
     other = [name for name in names if getattr(stored, name) != getattr(wanted, name)]
     if other:
         name, flags = other[0], dict.fromkeys(_flag(name, getattr(stored, name)) for name in other)
@@ -328,6 +330,20 @@ def check_same(
             f"{source} is for {what} {name} {old}, this run has {name} {new}",
             f"pass {to_give}, or {otherwise}",
         )
+
+
+def is_resampled_otherwise(sizes: Preset) -> bool:
+    """Whether a tokenizer's training data came onto its grid by another rule than scans do now."""
+    untouched = sizes.prepared is not None and sizes.prepared == (sizes.resolution, sizes.spacing)
+    return sizes.features == "window" and sizes.resampler != RESAMPLER and not untouched
+
+
+def check_resampler(sizes: Preset, *, source: Path) -> None:
+    """Ends a resumed run whose earlier steps saw data on their grid by another rule: a run has one."""
+    if is_resampled_otherwise(sizes):
+        before = sizes.resampler or "the resampler before it was recorded"
+        what = f"{source} began on data resampled by {before}, this software resamples by {RESAMPLER}"
+        fail("OTHER_RESAMPLER", what, "begin in another --output_dir, from these weights with --init_from")
 
 
 def _plain(value: object) -> str:

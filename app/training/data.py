@@ -22,7 +22,8 @@ from app.dataset.prepared import PreparedCase, common_grid, find_cases, windows_
 from app.phantoms.phantoms import ensure_cohort
 from app.shared.atomic_files import written_whole
 from transforms import RandCropToBudgetd, RandJitterd, RandTranslated, Resampled, Sparsifyd, Windowsd
-from transforms.array import CUT_OFF, DEFAULT_WINDOWS, window_values
+from transforms.array import DEFAULT_WINDOWS, window_values
+from transforms.grid import CUT_OFF
 
 log = logging.getLogger(__name__)
 CACHE_FORMAT = 3  # raised when a cached item changes its meaning, or how it lies in memory

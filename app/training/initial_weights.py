@@ -136,6 +136,7 @@ class CodebookStart:
         stored = checkpoints.read_tensors(checkpoints.step_file(self.folder.path, "warmup", step))
         sizes, own = Preset.from_tensor(stored["network"]["_extra_state"]), self.network.sizes
         otherwise = "begin in another --output_dir"
+        checkpoints.check_resampler(sizes, source=self.folder.path)
         checkpoints.check_same(sizes, own, source=self.folder.path, skip=set(), otherwise=otherwise)
         self.network.load_state_dict(stored["network"])
         resume_optimizer(trainer.optimizer, schedule, stored["optimizer"], step=step)

@@ -12,7 +12,7 @@ from app.shared.refusals import Refused
 from app.training.data import CTDataset, make_dataset, preprocessing, sampling
 from app.training.loaders import StepSampler, collate, make_train_loader, make_val_loader
 from app.training.step import to_sparse
-from transforms import Resampled, Sparsifyd, Windowsd, array
+from transforms import Resampled, Sparsifyd, Windowsd, array, grid
 
 SETTINGS = {"resolution": 16, "spacing": 8.0}
 NAMES = array.DEFAULT_WINDOWS
@@ -52,8 +52,8 @@ def same(one: dict, other: dict) -> bool:
 def test_a_sample_is_resampling_and_sparsification_of_the_case_with_the_names_of_windows(dataset_dir):
     item = make(dataset_dir, split="val")[1]
     case = prepared.open_case(dataset_dir / "processed" / "case6")
-    volume = array.resample(case.hu(), spacing_in=case.spacing, spacing_out=8.0, grid=16, affine=case.affine)
-    hu = np.rint(volume.array).astype(np.int16)
+    volume = grid.resample(case.hu(), case.affine, grid.centred_grid(case.shape, case.affine, 16, 8.0))
+    hu = volume.array
     coords, values = array.sparsify(hu, array.body_mask(hu, spacing=8.0))
     assert np.array_equal(item["coords"], coords) and item["coords"].dtype == torch.int16
     assert np.array_equal(item["hu"], values) and item["hu"].dtype == torch.int16  # without jitter they are whole

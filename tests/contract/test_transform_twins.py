@@ -10,7 +10,17 @@ from monai.bundle import ConfigParser
 from monai.transforms import Compose
 
 import transforms
-from transforms import RandCropToBudgetd, RandJitterd, RandTranslated, Resampled, Sparsifyd, Windowsd, array, tensor
+from transforms import (
+    RandCropToBudgetd,
+    RandJitterd,
+    RandTranslated,
+    Resampled,
+    Sparsifyd,
+    Windowsd,
+    array,
+    grid,
+    tensor,
+)
 
 
 @pytest.fixture
@@ -28,16 +38,32 @@ def kept(item) -> dict:
 
 def test_resampled(item):
     out = Resampled("image", spacing=6.0, grid=16)(item)
-    twin = array.resample(item["image"], spacing_in=[4.0, 4.0, 4.0], spacing_out=6.0, grid=16, affine=item["affine"])
-    assert np.array_equal(out["image"], np.rint(twin.array)) and out["image"].dtype == np.int16
-    assert np.array_equal(out["affine"], twin.affine)
+    onto = grid.centred_grid((24, 24, 24), item["affine"], 16, 6.0)
+    twin = grid.resample(item["image"], item["affine"], onto)
+    assert np.array_equal(out["image"], twin.array) and out["image"].dtype == np.int16
+    assert np.array_equal(out["affine"], twin.affine) and out["beyond"] == 0
     assert item["image"].shape == (24, 24, 24)  # the input is left alone
+    cut = Resampled("image", spacing=2.0, grid=16)(item)
+    onto = grid.centred_grid((24, 24, 24), item["affine"], 16, 2.0)
+    assert cut["beyond"] == grid.share_beyond(item["image"], item["affine"], onto) > 0.5
 
 
 def test_resampled_without_geometry_fills_the_grid(item):
     out = Resampled("image", spacing=6.0, grid=12)({"image": item["image"], "affine": None})
-    twin = array.resample(item["image"], spacing_in=[3.0, 3.0, 3.0], spacing_out=6.0, grid=12)
-    assert np.array_equal(out["image"], np.rint(twin.array))
+    affine = np.diag([3.0, 3.0, 3.0, 1.0])
+    twin = grid.resample(item["image"], affine, grid.centred_grid((24, 24, 24), affine, 12, 6.0))
+    assert np.array_equal(out["image"], twin.array)
+
+
+def test_resampled_keeps_shares_of_masks(item):
+    masks = np.stack([item["image"] > 0, item["image"] > -900], -1)
+    out = Resampled("image", spacing=6.0, grid=16)({**item, "image": masks})
+    onto = grid.centred_grid((24, 24, 24), item["affine"], 16, 6.0)
+    for channel in range(2):
+        share = masks[..., channel].astype(np.float32)
+        twin = grid.resample(share, item["affine"], onto, outside=0, dtype=np.float32)
+        assert np.array_equal(out["image"][..., channel], twin.array)
+    assert ((out["image"] > 0.1) & (out["image"] < 0.9)).mean() > 0.01
 
 
 @pytest.mark.parametrize("keep", array.KEEPS)

@@ -116,7 +116,9 @@ def test_a_prepared_folder_tells_what_was_cut_off_and_which_case_is_damaged(alig
     (case.path.parent / "damaged" / "case.json").write_text("[")
     result = asking.ask(str(tmp_path / "data"), ["On which side?"], align=str(aligned), max_new_tokens=4)
     assert [answer["provenance"]["codes"] for answer in result["answers"]] == [["FOV_CROPPED"]]
-    assert result["status"] == 3 and result["failures"][0].startswith("DAMAGED_CASE: damaged/case.json cannot be read")
+    assert result["status"] == 3 and result["failures"][0].startswith(
+        "damaged: DAMAGED_CASE: damaged/case.json cannot be read"
+    )
 
 
 def say(*call, status=0) -> str:
