@@ -23,6 +23,7 @@ from app.language.align_training import to_device
 from app.language.volume_tokens import VolumeTokens, as_tensors
 from app.shared.devices import choose_device
 from app.shared.hashes import hash_path
+from app.shared.notice import NOTICE
 from app.shared.refusals import fail
 from app.text.rows import REPORT_QUESTION
 from app.tokens.open_scan import ScanSource, scan_source, scan_sources
@@ -33,8 +34,6 @@ from networks.projector import Projector
 from networks.tokens import REDUCTIONS, TokenSequence
 
 log = logging.getLogger(__name__)
-
-NOTICE = "Research use only, not for diagnosis."
 
 
 @dataclass(frozen=True)

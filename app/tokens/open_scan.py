@@ -25,7 +25,7 @@ from app.shared.hashes import hash_path
 from app.shared.refusals import Refused
 from app.tokens.token_files import CTTokens, read_tokens
 
-Grid = tuple[int, float]  # side and mm
+Cube = tuple[int, float]  # a grid: voxels a side, and mm a voxel
 Place = tuple[tuple[int, int, int], Float[np.ndarray, "4 4"]]  # shape and affine
 
 
@@ -59,7 +59,7 @@ class ScanSource(NamedTuple):
     place: str  # below the path that was asked about
     source_hash: str  # of the scan; empty where it is not known before it is opened
     key: str  # changes with all that opening it reads, so that what is made of it can be kept under it
-    open: Callable[[Sequence[str], Grid | None], Scan | CTTokens]  # by windows and the grid of raw scans
+    open: Callable[[Sequence[str], Cube | None], Scan | CTTokens]  # by windows and the grid of raw scans
     own_grid: Callable[[], Place]  # of the scan itself
 
 
@@ -70,7 +70,7 @@ def is_case(path: Path) -> bool:
     )
 
 
-def open_scan(scan: Any, windows: Sequence[str], *, grid: Grid | None = None) -> Scan | CTTokens:
+def open_scan(scan: Any, windows: Sequence[str], *, grid: Cube | None = None) -> Scan | CTTokens:
     """A path, a ScanSource, a PreparedCase, what `app.prepare.read_scan` gives, or a volume in memory.
 
     In memory: anything with `hu` and `affine`, a nibabel image, a MetaTensor (X, Y, Z) or (1, X, Y, Z), or a pair of an
@@ -242,7 +242,7 @@ def _of_case(case: prepared.PreparedCase, windows: Sequence[str]) -> Scan:
     )
 
 
-def of_raw(raw: RawScan, grid: Grid | None) -> Scan:
+def of_raw(raw: RawScan, grid: Cube | None) -> Scan:
     """A raw scan on the grid that `prepare` would put it on, named by its content."""
     on_grid = _on_prepared_grid(raw, grid)
     affine, codes = np.asarray(raw.affine, np.float64), bare((*raw.findings, *on_grid.findings))
@@ -250,7 +250,7 @@ def of_raw(raw: RawScan, grid: Grid | None) -> Scan:
     return Scan(raw.source_hash[:16], volume, _sizes(raw.hu.shape), affine, raw.source_hash, tuple(codes))
 
 
-def _on_prepared_grid(volume: Any, grid: Grid | None) -> Any:
+def _on_prepared_grid(volume: Any, grid: Cube | None) -> Any:
     """On a grid as `prepare` would make it, with what it found; None is its default."""
     return normalise(volume, *(grid or (cohort.Settings().size, cohort.Settings().spacing)))
 
@@ -260,7 +260,7 @@ def as_it_lies(hu: Num[np.ndarray, "X Y Z"], affine: Float[np.ndarray, "4 4"]) -
     return Scan("scan", Volume(hu, affine), _sizes(hu.shape), affine)
 
 
-def _placed(volume: Volume, grid: Grid | None) -> tuple[Volume, tuple[str, ...]]:
+def _placed(volume: Volume, grid: Cube | None) -> tuple[Volume, tuple[str, ...]]:
     """An array where a raw scan would go, with what was found. On RAS axes it stays where no grid is known."""
     axes = volume.affine[:3, :3]
     steps = np.diag(axes)

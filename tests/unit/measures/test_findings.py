@@ -5,6 +5,7 @@ import pytest
 
 from app.measures.findings import (
     KEYWORDS,
+    Counts,
     crg,
     find_findings,
     finding_matrix,
