@@ -24,7 +24,7 @@ import torch
 from app.dataset import writer
 from app.phantoms import phantoms
 from app.training import checkpoints
-from transforms.array import DEFAULT_WINDOWS
+from transforms.windows import DEFAULT_WINDOWS
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGE1 = "bundles/vq_stage1.json"

@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Float, Num, Shaped
 from scipy import ndimage, sparse
 
-from transforms.array import AIR, BODY_LEVEL
+from transforms.body import BODY_LEVEL
+from transforms.windows import AIR
 
 RESAMPLER = "triangle 1"  # name and version of the rule; another number whenever a value or a cut would differ
 CUT_OFF = 0.001  # share of what is denser than air beyond a grid, from which on it counts as cut off

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int, Num, Shaped
 from app.shared.hashes import hash_files
 from app.shared.refusals import Refused
 from app.shared.tables import read_table
-from transforms.array import AIR, WINDOWS, hu_from_windows, window, window_bounds
+from transforms.windows import AIR, WINDOWS, hu_from_windows, window, window_bounds
 
 SPLITS = ("train", "val")
 FIRST_RESAMPLER = "triangle 1"  # of cases that do not say what brought them onto the grid

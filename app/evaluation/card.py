@@ -22,7 +22,7 @@ from app.measures.report import table
 from app.measures.report import with_interval as told
 from app.shared.atomic_files import write_text, written_whole
 from app.shared.sides import write_sides
-from transforms.array import WINDOWS, window
+from transforms.windows import WINDOWS, window
 
 NAME = "tokenizer_card"
 COLOURS = {"codes alone": "#1f6f8b", "stored support": "#9ccbd8", "shuffled codes": "#d98e5f"}

@@ -33,8 +33,8 @@ from app.prepare.workers import busy, only_run, run_jobs, worker_count
 from app.shared.codes import CODES
 from app.shared.refusals import Refused, fail, refuse_empty
 from app.text.manifests import read_rows
-from transforms import array
 from transforms.grid import RESAMPLER, Grid, spacing_of
+from transforms.windows import DEFAULT_WINDOWS, WINDOWS, window_bounds
 
 
 class Settings(NamedTuple):
@@ -42,7 +42,7 @@ class Settings(NamedTuple):
 
     size: int = 512
     spacing: float = 1.0
-    windows: tuple[str, ...] = array.DEFAULT_WINDOWS
+    windows: tuple[str, ...] = DEFAULT_WINDOWS
     file_format: str = "npy"
     allow_gaps: bool = False
     assume_hu: bool = False
@@ -185,7 +185,7 @@ def _check_call(root: str, out: Path, settings: Settings) -> None:
     if settings.file_format not in ("npy", "zarr"):
         raise ValueError(f"format must be npy or zarr, got {settings.file_format!r}")
     for window in settings.windows:
-        array.window_bounds(window)
+        window_bounds(window)
 
 
 def _check_settings(out: Path, named: Sequence[tuple[Item, str, str]], settings: Settings, *, overwrite: bool) -> None:
@@ -452,7 +452,7 @@ def _write_tables(out: Path, outcomes: Sequence[Outcome], settings: Settings, re
 
 
 def _window_table(windows: Iterable[str]) -> dict[str, list[int]]:
-    return {name: list(array.WINDOWS[name]) for name in windows}
+    return {name: list(WINDOWS[name]) for name in windows}
 
 
 def _rows(folder: Path, settings: Settings, stale: set[str]) -> Iterator[dict[str, str]]:

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Float, Int, Num
 
 from app.prepare.findings import Finding, found
-from transforms.array import AIR
 from transforms.grid import CUT_OFF, Grid, centred_grid, millimetres_beyond, resample, share_beyond, spacing_of
+from transforms.windows import AIR
 
 LOW_RESOLUTION_STEPS = 4.0  # grid steps a source voxel may measure before it is called low resolution
 

@@ -8,7 +8,7 @@ from jaxtyping import Num
 
 from app.prepare.findings import Finding, found
 from app.shared.refusals import Refused
-from transforms.array import AIR
+from transforms.windows import AIR
 
 NO_MEASUREMENT = -1500  # below this nothing in a patient, nor air with its noise, is ever measured
 SAMPLES = 2_000_000

@@ -24,7 +24,7 @@ from app.tokens.commands import onto_grid, write_nifti
 from app.tokens.open_scan import Volume, scan_source
 from app.tokens.token_files import CTTokens, write_tokens
 from app.tokens.tokenizer import CTTokenizer
-from transforms.array import window_bounds
+from transforms.windows import window_bounds
 
 SHIPPED = "ct_base"
 MAX_VOXELS = 2**29  # of a grid that a token file from outside asks for

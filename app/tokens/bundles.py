@@ -10,7 +10,7 @@ from typing import Any
 
 from app.shared.refusals import fail
 from networks.presets import Preset
-from transforms.array import window_bounds
+from transforms.windows import window_bounds
 
 ORIENTATION = "RAS"
 TOLD = ("resolution", "spacing", "prepared", "features", "windows", "keep", "num_embeddings", "quantizer_levels")

@@ -21,7 +21,7 @@ from app.tokens import open_scan
 from app.tokens.open_scan import ScanSource, Volume
 from app.tokens.token_files import CTTokens, read_tokens, write_tokens
 from app.tokens.tokenizer import CTTokenizer
-from transforms.array import DROPPED
+from transforms.sparse import DROPPED
 
 
 def tokenize(

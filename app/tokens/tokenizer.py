@@ -21,8 +21,9 @@ from networks.presets import Preset
 from networks.sparse import SparseTensor
 from networks.tiles import Decoded, decode_whole, encode_whole
 from networks.vqvae import SparseVQVAE, Tokens, support_of
-from transforms.array import densify, fill_for, hu_from_windows
 from transforms.grid import CUT_OFF, RESAMPLER
+from transforms.sparse import densify, fill_for
+from transforms.windows import hu_from_windows
 
 log = logging.getLogger(__name__)
 

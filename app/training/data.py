@@ -22,8 +22,8 @@ from app.dataset.prepared import PreparedCase, common_grid, find_cases, windows_
 from app.phantoms.phantoms import ensure_cohort
 from app.shared.atomic_files import written_whole
 from transforms import RandCropToBudgetd, RandJitterd, RandTranslated, Resampled, Sparsifyd, Windowsd
-from transforms.array import DEFAULT_WINDOWS, window_values
 from transforms.grid import CUT_OFF
+from transforms.windows import DEFAULT_WINDOWS, window_values
 
 log = logging.getLogger(__name__)
 CACHE_FORMAT = 3  # raised when a cached item changes its meaning, or how it lies in memory
@@ -197,7 +197,7 @@ class CTDataset(Dataset):
         for transform in self.preprocessing:
             item = transform(item)
         return {
-            "coords": torch.from_numpy(np.asfortranarray(item["coords"])),  # in columns: see array.columns
+            "coords": torch.from_numpy(np.asfortranarray(item["coords"])),  # in columns: see crops.columns
             "values": torch.from_numpy(np.ascontiguousarray(item["values"])),
             "spatial_shape": tuple(item["spatial_shape"]),
             "affine": torch.from_numpy(np.array(item["affine"], np.float64)),

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from app.shared.sides import write_sides
 from networks.sparse import SparseTensor
-from transforms.array import WINDOWS
+from transforms.windows import WINDOWS
 
 
 class Sample(NamedTuple):

@@ -20,7 +20,8 @@ from networks.presets import PRESETS
 from networks.sparse import SparseTensor
 from tests.scans import sample
 from transforms import Sparsifyd
-from transforms.array import KEEPS, WINDOWS, Keep, densify, fill_for, hu_from_windows, window_file_name, window_values
+from transforms.sparse import KEEPS, Keep, densify, fill_for
+from transforms.windows import WINDOWS, hu_from_windows, window_file_name, window_values
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 
 from app.dataset import prepared, writer
 from app.shared.refusals import Refused
-from transforms.array import DEFAULT_WINDOWS, WINDOWS, window, window_values
+from transforms.windows import DEFAULT_WINDOWS, WINDOWS, window, window_values
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from transforms.array import BLOCK, crop_box, crop_to_budget, jitter, translate
+from transforms.acquisition import jitter
+from transforms.crops import BLOCK, crop_box, crop_to_budget, translate
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import pytest
 from scipy import ndimage
 
 from tests import scans
-from transforms.array import AIR
 from transforms.grid import (
     Grid,
     OnGrid,
@@ -16,6 +15,7 @@ from transforms.grid import (
     resample_labels,
     share_beyond,
 )
+from transforms.windows import AIR
 
 
 def onto(volume: np.ndarray, affine: np.ndarray, size: int, spacing: float, **options) -> OnGrid:
