@@ -108,6 +108,7 @@ def prepare(
     """Raw scans, any nesting, to a prepared dataset."""
     with answering(as_json, debug) as answer:
         from app.prepare import cohort, options
+        from app.prepare import report as reports
 
         request = cohort.Request(
             series=series,
@@ -123,7 +124,7 @@ def prepare(
         names = tuple(name.strip() for name in windows.split(",") if name.strip())
         settings = cohort.Settings(size, spacing, names, file_format, allow_gaps, assume_hu, keep_names)
         report = cohort.prepare(raw, out, settings, request)
-        answer.give(report.as_json(), cohort.lines(report, keep_names), status=report.exit_status)
+        answer.give(report.as_json(), reports.lines(report, keep_names), status=report.exit_status)
 
 
 @app.command(epilog="Example: python -m app check prepared/ --keep body")

@@ -11,7 +11,7 @@ import pytest
 
 from app.check import check
 from app.dataset import prepared, writer
-from app.prepare import cohort
+from app.prepare import case, cohort
 from app.prepare.workers import run_jobs
 from app.shared.refusals import Refused, refusal_of
 from app.text.manifests import read_rows
@@ -130,7 +130,7 @@ def test_a_dataset_begun_by_another_version_of_the_resampler_is_refused_or_made_
     named = SMALL._replace(keep_names=True)
     report(raw, out, named)
     whole = tree(out)
-    monkeypatch.setattr(cohort, "RESAMPLER", "triangle 2")
+    monkeypatch.setattr(case, "RESAMPLER", "triangle 2")
     with pytest.raises(Refused, match=r"prepared with another resampler.*--overwrite"):
         report(raw, out, named)
     assert tree(out) == whole
