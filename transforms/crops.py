@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, Integer, Shaped
 
-BLOCK = 8  # crops start at multiples of this, so that latent voxels keep their place
+CROP_STEP = 8  # crops start at multiples of this, so that latent voxels keep their place
 Voxel = Sequence[int] | Integer[np.ndarray, " 3"]
 
 
@@ -47,11 +47,13 @@ def crop_box(
 
     Starts and stops are multiples of eight voxels. Growing goes round the six faces: a box is as cubic as it can be.
     """
-    if max_points is not None and max_points < BLOCK**3:
-        raise ValueError(f"max_points must be at least {BLOCK**3}, the voxels of one latent block, got {max_points}")
-    if max_side is not None and (max_side < BLOCK or max_side % BLOCK):
-        raise ValueError(f"crop side must be a multiple of {BLOCK} voxels, got {max_side}")
-    x, y, z = (column // BLOCK for column in columns(coords))
+    if max_points is not None and max_points < CROP_STEP**3:
+        raise ValueError(
+            f"max_points must be at least {CROP_STEP**3}, the voxels of one latent block, got {max_points}"
+        )
+    if max_side is not None and (max_side < CROP_STEP or max_side % CROP_STEP):
+        raise ValueError(f"crop side must be a multiple of {CROP_STEP} voxels, got {max_side}")
+    x, y, z = (column // CROP_STEP for column in columns(coords))
     extent = np.array([int(blocks.max()) + 1 for blocks in (x, y, z)])
     leaves = (x[1:] != x[:-1]) | (y[1:] != y[:-1]) | (z[1:] != z[:-1])
     last = np.append(np.flatnonzero(leaves), len(coords) - 1)  # of each run of rows in one block: far fewer to count
@@ -59,7 +61,7 @@ def crop_box(
     counts = np.bincount(cells, weights=np.diff(last, prepend=-1), minlength=extent.prod()).reshape(extent)
     sums = np.pad(counts.cumsum(0).cumsum(1).cumsum(2), ((1, 0),) * 3)  # summed volume: any box in eight look-ups
     limit = len(coords) if max_points is None else max_points
-    side = max(extent) if max_side is None else max_side // BLOCK
+    side = max(extent) if max_side is None else max_side // CROP_STEP
 
     def inside(low: np.ndarray, high: np.ndarray) -> int:
         total = 0
@@ -68,7 +70,7 @@ def crop_box(
             total += (-1) ** (3 - sum(corner)) * int(sums[at])
         return total
 
-    low = np.clip(np.asarray(center, np.int64) // BLOCK, 0, extent - 1)
+    low = np.clip(np.asarray(center, np.int64) // CROP_STEP, 0, extent - 1)
     high = low + 1
     faces = [(axis, end) for end in (1, 0) for axis in range(3)]
     while faces:
@@ -82,7 +84,7 @@ def crop_box(
                 low, high = grown_low, grown_high
             else:
                 faces.remove((axis, end))  # a box only grows: what does not fit now never will
-    return Box(tuple(int(v) * BLOCK for v in low), tuple(int(v) * BLOCK for v in high))
+    return Box(tuple(int(v) * CROP_STEP for v in low), tuple(int(v) * CROP_STEP for v in high))
 
 
 def crop_to_budget(

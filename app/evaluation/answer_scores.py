@@ -23,9 +23,9 @@ from app.measures.controls import (
     CONTROLS,
     constant_answers,
     derange,
+    interval_over_patients,
     mean_gap,
     paired_gaps,
-    spread,
     swap_sides,
     verdicts,
 )
@@ -224,7 +224,7 @@ def question_scores(rows: Sequence[TextRow], answers: dict[str, list[str]]) -> d
     overall = {c: float(hits[c].mean()) for c in COLUMNS}
     chosen = {"all": kinds == kinds, **{kind: kinds == kind for kind in by_kind}}
     spans = {
-        kind: {c: spread(partial(mean, hits[c][of]), patients[of].tolist()) for c in COLUMNS}
+        kind: {c: interval_over_patients(partial(mean, hits[c][of]), patients[of].tolist()) for c in COLUMNS}
         for kind, of in chosen.items()
     }
     told = {"accuracy": overall, "intervals": spans, "token_f1": f1, "by_kind": by_kind, "gaps": gaps}
@@ -274,7 +274,7 @@ def report_findings(rows: Sequence[TextRow], texts: dict[str, list[str]], patien
     for control in (*CONTROLS, RANDOM):
         stacked = np.concatenate([said["real"], said[control]])
         gaps[control] = paired_gaps(partial(finding_scores, stacked, both), patients, tested)
-    spans = {c: spread(partial(_f1_micro, said[c], truth), patients) for c in (*COLUMNS, RANDOM)}
+    spans = {c: interval_over_patients(partial(_f1_micro, said[c], truth), patients) for c in (*COLUMNS, RANDOM)}
     source = "label columns" if has_labels else "the matcher's reading of the reference reports"
     error = matcher_error(texts["reference"], truth, names) if has_labels else None
     told = {"labels": names, "truth": source, "matcher_error": error, "scores": scores}

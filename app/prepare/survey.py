@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from app.prepare.files import FORMATS, Ref, sniff, walk
+from app.prepare.files import FORMATS, Ref, files_below, sniff
 from app.prepare.findings import Finding, finding_of
 from app.prepare.formats import VolumeFile, read_header
 from app.prepare.gate import NO_RULES, Rules, Stack, Verdict, verdicts_on
@@ -40,7 +40,7 @@ def survey(root: str | Path, rules: Rules = NO_RULES) -> list[Item]:
     slices: dict[str, list[SliceHeader]] = defaultdict(list)
     volumes: list[tuple[Ref, VolumeFile]] = []
     segmentations: list[SliceHeader] = []
-    for found_ref in walk(root):
+    for found_ref in files_below(root):
         ref, refused = found_ref if isinstance(found_ref[1], Refused) else (found_ref, None)
         try:
             if refused is not None:

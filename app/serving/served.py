@@ -27,7 +27,7 @@ from app.tokens.tokenizer import CTTokenizer
 from transforms.windows import window_bounds
 
 SHIPPED = "ct_base"
-MAX_VOXELS = 2**29  # of a grid that a token file from outside asks for
+MAX_GRID_VOXELS = 2**29  # of a grid that a token file from outside asks for
 DESCRIPTIONS = {
     "tokenize": "Discrete 3D tokens of a CT scan (JSON; `npz` holds the token file in base64).",
     "reconstruct": "The scan as its tokens keep it, in HU on its own grid. The image may also be a token file.",
@@ -79,8 +79,8 @@ class Served:
         if source.kind != "tokens":
             return self.tokenizer.encode(source, support=wanted.support, levels=wanted.levels)
         tokens = self.tokenizer.encode(source)
-        if math.prod(tokens.source_shape) > MAX_VOXELS or not np.isfinite(tokens.source_affine).all():
-            raise Refused("DAMAGED_TOKENS", f"the grid of its scan must have at most {MAX_VOXELS} voxels")
+        if math.prod(tokens.source_shape) > MAX_GRID_VOXELS or not np.isfinite(tokens.source_affine).all():
+            raise Refused("DAMAGED_TOKENS", f"the grid of its scan must have at most {MAX_GRID_VOXELS} voxels")
         return tokens
 
     def _tokenize(self, image: Path, wanted: Options) -> Result:

@@ -330,7 +330,7 @@ def marks_of(path: Path) -> tuple[Hashable, ...]:
 def equal_files(paths: Sequence[Path], sides: Mapping[Path, set[str]]) -> list[list[Path]]:
     """Files of one size grouped by content."""
     groups = [list(paths)]
-    for mark in (sample_of, hash_path):
+    for mark in (hash_of_sample, hash_path):
         finer: dict[tuple[int, str], list[Path]] = defaultdict(list)
         for number, group in enumerate(groups):
             if len(group) > 1 and len(set.union(*(sides[path] for path in group))) > 1:
@@ -347,7 +347,7 @@ def size_of(path: Path) -> int:
     )
 
 
-def sample_of(path: Path) -> str:
+def hash_of_sample(path: Path) -> str:
     """A hash over parts of a file that tells most scans of one size apart."""
     if path.is_dir():
         return ""

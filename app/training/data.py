@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 CACHE_FORMAT = 3  # raised when a cached item changes its meaning, or how it lies in memory
 CACHED = {"coords", "values", "spatial_shape", "affine", "beyond"}  # what an item holds
 PHANTOMS = "outputs/phantoms"
-MAX_SIDE = 2**15 - 1  # voxels: coordinates travel as int16
+MAX_INT16_SIDE = 2**15 - 1  # voxels: coordinates travel as int16
 Transform = Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -133,8 +133,10 @@ class CTDataset(Dataset):
         item: dict[str, Any] = {key: v.numpy() if isinstance(v, torch.Tensor) else v for key, v in kept.items()}
         for transform in self.sampling.transforms:  # not Compose's call: it hides a refusal behind a RuntimeError
             item = transform(item)
-        if max(item["spatial_shape"]) > MAX_SIDE:
-            raise ValueError(f"sides of a grid must be at most {MAX_SIDE} voxels, got {tuple(item['spatial_shape'])}")
+        if max(item["spatial_shape"]) > MAX_INT16_SIDE:
+            raise ValueError(
+                f"sides of a grid must be at most {MAX_INT16_SIDE} voxels, got {tuple(item['spatial_shape'])}"
+            )
         rows = item["feats" if "feats" in item else "values"]
         if len(rows) >= self.min_points and _constant(rows, self.windows):
             raise ValueError(
