@@ -5,6 +5,7 @@ Knows how results are shown, not how they are made (see evaluation.py).
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,8 +129,8 @@ def _errors(result: dict[str, Any]) -> list[str]:
         *table(("tissue", "share of grid", *(f"MAE, {way}" for way in ways), "RMSE, codes alone"), rows),
         f"With the codes exchanged at random inside each case the error in the body is {ratio:.1f} times that of the "
         f"true codes on the same support: "
-        f"{verdict}. {with_interval(result['clipped_share'], '.2f', percent=True)} of the body lies beyond all windows and "
-        "is compared clipped.",
+        f"{verdict}. {with_interval(result['clipped_share'], '.2f', percent=True)} of the body lies beyond all windows "
+        "and is compared clipped.",
         "",
     ]
 
@@ -161,13 +162,13 @@ def _codes(result: dict[str, Any]) -> list[str]:
 
 
 def _kept(result: dict[str, Any]) -> list[str]:
-    support = result["support"]
+    support, share = result["support"], partial(with_interval, form=".2f", percent=True)
     rows = [
-        ("denser than air (table too), beyond the grid: not judged", with_interval(result["beyond"], ".2f", percent=True)),
-        ("body voxels that the encoder was given", with_interval(support["foreground_kept"], ".2f", percent=True)),
-        ("body voxels that come back from codes alone", with_interval(support["foreground_decoded"], ".2f", percent=True)),
+        ("denser than air (table too), beyond the grid: not judged", share(result["beyond"])),
+        ("body voxels that the encoder was given", share(support["foreground_kept"])),
+        ("body voxels that come back from codes alone", share(support["foreground_decoded"])),
         ("Dice of decoded and given voxels", with_interval(support["dice"], ".4f")),
-        ("voxels computed, of full expansion", with_interval(support["computed_of_full_expansion"], ".0f", percent=True)),
+        ("voxels computed, of full expansion", share(support["computed_of_full_expansion"], form=".0f")),
         ("cells where all children were judged empty", with_interval(support["forced_children"], ".1f")),
     ]  # fmt: skip
     lines = ["## What was kept", "", *table(("", ""), rows)]
