@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import nibabel
 import numpy as np
 import pytest
 from monai.bundle import run
@@ -59,6 +60,14 @@ def test_a_prepared_case_is_one_scan_however_it_is_given(aligned, tmp_path):
     file.unlink()
     (again,) = assistant.open_all(case.path)
     assert again.origin == found.origin and again.name == "case"
+
+
+def test_a_volume_in_memory_is_known_by_its_values_whatever_holds_it(aligned):
+    """Before, only what had an attribute `hu` could be asked about."""
+    volume, assistant = make_volume(9), CTAssistant.from_pretrained(aligned)
+    held = [volume, (volume.hu, volume.affine), nibabel.Nifti1Image(volume.hu, volume.affine)]
+    first, *others = (assistant.open(one).origin for one in held)
+    assert len(first["scan_sha256"]) == 64 and all(other == first for other in others)
 
 
 def test_a_folder_gives_jsonl_and_failures(home, aligned, tmp_path):
