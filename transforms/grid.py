@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Num, Shaped
+from jaxtyping import Bool, Float, Num, Shaped
 from scipy import ndimage, sparse
 
 from transforms.body import BODY_LEVEL
@@ -90,16 +90,34 @@ def share_beyond(hu: Num[np.ndarray, "A B C"], affine: Float[np.ndarray, "4 4"],
     if not millimetres_beyond(hu.shape, affine, grid):
         return 0.0
     to_grid = (np.linalg.inv(grid.affine) @ affine)[:3]
-    x, y = np.ogrid[: hu.shape[0], : hu.shape[1]]
+    box = _box_inside(hu.shape, to_grid, grid.size)
+    if box is not None:
+        dense, inside = (np.count_nonzero(np.asarray(part) > BODY_LEVEL) for part in (hu, hu[box]))
+        return 1 - int(inside) / int(dense) if dense else 0.0
     dense = inside = 0
     for z in range(hu.shape[2]):
-        there = np.asarray(hu[:, :, z]) > BODY_LEVEL
-        dense += np.count_nonzero(there)
-        for row in to_grid:
-            place = _affine_row(row, x, y, z)
-            there &= (place >= -0.5 - 1e-6) & (place <= grid.size - 0.5 + 1e-6)
-        inside += np.count_nonzero(there)
-    return float(1 - inside / dense) if dense else 0.0
+        x, y = np.nonzero(np.asarray(hu[:, :, z]) > BODY_LEVEL)
+        on = [_is_inside(_affine_row(row, x, y, z), grid.size) for row in to_grid]
+        dense, inside = dense + len(x), inside + int(np.count_nonzero(np.logical_and.reduce(on)))
+    return 1 - inside / dense if dense else 0.0
+
+
+def _is_inside(place: Float[np.ndarray, "..."], size: int) -> Bool[np.ndarray, "..."]:
+    return (place >= -0.5 - 1e-6) & (place <= size - 0.5 + 1e-6)
+
+
+def _box_inside(shape: Sequence[int], to_grid: Float[np.ndarray, "3 4"], size: int) -> tuple[slice, ...] | None:
+    """The voxels whose middles lie on the grid, where the axes of both run alike; else None."""
+    axes = np.abs(to_grid[:, :3]).argmax(1)
+    straight = np.zeros((3, 3))
+    straight[range(3), axes] = to_grid[range(3), axes]
+    if len(set(axes)) < 3 or (np.abs(to_grid[:, :3] - straight) * np.array(shape)).max() > ALIGNED:
+        return None
+    box = [slice(0)] * 3
+    for row, axis in zip(to_grid, axes, strict=True):
+        on = np.flatnonzero(_is_inside(row[axis] * np.arange(shape[axis]) + row[3], size))
+        box[axis] = slice(on[0], on[-1] + 1) if len(on) else slice(0)
+    return tuple(box)
 
 
 def centred_grid(shape: Sequence[int], affine: Float[np.ndarray, "4 4"], size: int, spacing: float) -> Grid:
