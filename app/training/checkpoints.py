@@ -8,6 +8,7 @@ code and carry the sizes of their network (`networks.presets.Preset`).
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -24,6 +25,7 @@ from networks.presets import CHECKSUM, Preset
 from networks.vqvae import SparseVQVAE, build_vqvae
 from transforms.grid import RESAMPLER
 
+log = logging.getLogger(__name__)
 NEWEST_TOKENIZERS = ("outputs/vq_stage2", "outputs/vq_stage1")
 OURS = re.compile(
     r"(?:misc|(?:vae|vqvae|align)(?:_ema[\d.e+-]+)?)_step(\d{7,})\.pt(\.part)?"
@@ -297,6 +299,8 @@ def start_from(network: SparseVQVAE, path: str | Path, *, codebook: bool) -> Pat
         fail("NO_CODEBOOK", f"{file} is a continuous autoencoder without codes", "give the output folder of stage 1")
     skip = {"rotation_trick"} if codebook else CODEBOOK_FIELDS  # how gradients pass is no part of the weights
     check_same(sizes, network.sizes, source=file, skip=skip)
+    if is_resampled_otherwise(sizes):
+        log.warning("%s learned from data resampled by an older rule, this run's are by %s", file.name, RESAMPLER)
     own = {name: tensor for name, tensor in state.items() if name != "_extra_state" and not name.startswith("vq.")}
     if codebook:
         own |= {name: tensor for name, tensor in state.items() if name.startswith("vq.")}

@@ -106,6 +106,15 @@ def test_a_run_goes_on_by_the_resampler_it_began_with(tmp_path):
     checkpoints.check_resampler(sizes.changed(prepared=(16, sizes.spacing)), source=tmp_path)  # nothing was resampled
 
 
+def test_weights_of_older_data_are_taken_over_with_one_line(older, caplog):
+    file, _ = older
+    network = checkpoints.load_tokenizer(file)
+    checkpoints.start_from(network, file, codebook=True)
+    told = "older.pt learned from data resampled by an older rule, this run's are by triangle 1"
+    of_scans = network.sizes.features == "window"  # distances come from no resampler
+    assert [record.message for record in caplog.records] == [told] * of_scans
+
+
 def test_a_halving_that_nobody_knows_is_refused():
     stored = {**json.loads(bytes(make_vqvae("tiny").sizes.to_tensor().tolist())), "pool": "median"}
     with pytest.raises(ValueError, match="pool must be one of children, mean, legacy, got 'median'"):
