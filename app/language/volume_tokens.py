@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
 from app.tokens.open_scan import scan_source
-from app.tokens.token_files import CTTokens, read_tokens, write_tokens
+from app.tokens.token_files import CTTokens, write_tokens
 from app.tokens.tokenizer import CTTokenizer
 from app.training.step import to_sparse
 from networks.sparse import SparseTensor
@@ -102,9 +102,7 @@ class TokenSource:
         return as_tensors(tokens)
 
     def read(self, file: Path) -> VolumeTokens:
-        tokens = read_tokens(file)
-        self.tokenizer.check(tokens)
-        return as_tensors(tokens)
+        return as_tensors(self.tokenizer.read(file))
 
 
 def as_tensors(tokens: CTTokens) -> VolumeTokens:

@@ -23,6 +23,7 @@ from app.prepare.slice_rules import Rules
 from app.prepare.volume import RawScan, RawSource, raw_sources
 from app.shared.hashes import hash_path
 from app.shared.refusals import Refused
+from app.tokens.code_tables import CodeTables
 from app.tokens.token_files import CTTokens, read_tokens
 
 Cube = tuple[int, float]  # a grid: voxels a side, and mm a voxel
@@ -47,6 +48,14 @@ class Scan(NamedTuple):
     codes: tuple[str, ...] = ()  # what was found, fixed or cut on its way here
 
 
+class Wanted(NamedTuple):
+    """What a tokenizer asks of a scan that is opened for it."""
+
+    windows: Sequence[str] = ()
+    grid: Cube | None = None  # where a raw scan goes
+    tables: CodeTables | None = None  # what a packed token file takes to be read
+
+
 class ScanSource(NamedTuple):
     """A scan where it lies, not read yet; opening it may refuse it.
 
@@ -59,7 +68,7 @@ class ScanSource(NamedTuple):
     place: str  # below the path that was asked about
     source_hash: str  # of the scan; empty where it is not known before it is opened
     key: str  # changes with all that opening it reads, so that what is made of it can be kept under it
-    open: Callable[[Sequence[str], Cube | None], Scan | CTTokens]  # by windows and the grid of raw scans
+    open: Callable[[Wanted], Scan | CTTokens]
     own_grid: Callable[[], Place]  # of the scan itself
 
 
@@ -70,20 +79,23 @@ def is_case(path: Path) -> bool:
     )
 
 
-def open_scan(scan: Any, windows: Sequence[str], *, grid: Cube | None = None) -> Scan | CTTokens:
+def open_scan(
+    scan: Any, windows: Sequence[str], *, grid: Cube | None = None, tables: CodeTables | None = None
+) -> Scan | CTTokens:
     """A path, a ScanSource, a PreparedCase, what `app.prepare.read_scan` gives, or a volume in memory.
 
     In memory: anything with `hu` and `affine`, a nibabel image, a MetaTensor (X, Y, Z) or (1, X, Y, Z), or a pair of an
     array and its affine; HU, and an index to RAS mm.
 
-    `windows` are those a case without HU must have: what they cannot tell is lost. `grid` is where a raw scan goes.
+    `windows` are those a case without HU must have: what they cannot tell is lost. `grid` is where a raw scan goes,
+    `tables` are what a packed token file takes to be read.
     """
     if isinstance(scan, str | Path):
         scan = scan_source(scan)
     if isinstance(scan, Scan | CTTokens):
         return scan
     if isinstance(scan, ScanSource):
-        return scan.open(windows, grid)
+        return scan.open(Wanted(windows, grid, tables))
     if isinstance(scan, prepared.PreparedCase):
         return _of_case(scan, windows)
     if isinstance(scan, RawScan):
@@ -148,7 +160,10 @@ def _token_source(file: Path) -> ScanSource:
         tokens = read_tokens(file)
         return tokens.source_shape, tokens.source_affine
 
-    return ScanSource("tokens", file.stem, file.name, "", hash_path(file), lambda *_: read_tokens(file), own_grid)
+    def tokens(wanted: Wanted) -> CTTokens:
+        return read_tokens(file, tables=wanted.tables)
+
+    return ScanSource("tokens", file.stem, file.name, "", hash_path(file), tokens, own_grid)
 
 
 def _or_damaged(case: prepared.PreparedCase | prepared.DamagedCase) -> prepared.PreparedCase:
@@ -169,7 +184,7 @@ def _case_source(name: str, get: Callable[[], prepared.PreparedCase]) -> ScanSou
         source_hash, key = case.source_hash, case_key(case)
     except ValueError:  # opening it says why
         source_hash = key = ""
-    return ScanSource("case", name, name, source_hash, key, lambda windows, _: _of_case(get(), windows), own_grid)
+    return ScanSource("case", name, name, source_hash, key, lambda wanted: _of_case(get(), wanted.windows), own_grid)
 
 
 def case_key(case: prepared.PreparedCase) -> str:
@@ -191,8 +206,11 @@ def _raw_source(raw: RawSource) -> ScanSource:
     except Refused as refused:
         refuse = partial(_refuse, refused)
         return ScanSource("raw", raw.place, raw.place, "", "", refuse, refuse)
-    key = f"scan.{digest[:24]}"
-    return ScanSource("raw", digest[:16], raw.place, digest, key, lambda _, grid: of_raw(raw.read(), grid), own_grid)
+
+    def scan(wanted: Wanted) -> Scan:
+        return of_raw(raw.read(), wanted.grid)
+
+    return ScanSource("raw", digest[:16], raw.place, digest, f"scan.{digest[:24]}", scan, own_grid)
 
 
 def _refuse(refused: Refused, *_: Any) -> NoReturn:

@@ -130,7 +130,8 @@ def test_raw_scans_are_read_one_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(volume, "read_item", lambda *given: read.append(given) or whole(*given))
     found = list(open_scan.scan_sources(tmp_path))
     assert len(found) == 3 and not read
-    assert [one.open((), None).source_hash for one in found] == [one.source_hash for one in found] and len(read) == 3
+    opened = [one.open(open_scan.Wanted()) for one in found]
+    assert [one.source_hash for one in opened] == [one.source_hash for one in found] and len(read) == 3
 
 
 def test_an_empty_scan(tokenizer):
