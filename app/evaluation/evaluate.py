@@ -67,7 +67,7 @@ def evaluate(
         max_new_tokens=options["max_new_tokens"],
         seed=options["seed"],
     )
-    write_page(assistant, Path(align), rows, result, out=out)
+    write_answers_page(assistant, Path(align), rows, result, out=out)
     return result
 
 
@@ -81,7 +81,9 @@ NEXT = (
 )
 
 
-def write_page(assistant: CTAssistant, align: Path, rows: list[TextRow], result: dict[str, Any], *, out: Path) -> None:
+def write_answers_page(
+    assistant: CTAssistant, align: Path, rows: list[TextRow], result: dict[str, Any], *, out: Path
+) -> None:
     """The page of an evaluation. It names none of the scans asked: names of files may tell of patients.
 
     Pictures of the tokenizer carry case ids, which are hashes unless `prepare` was told to keep names.

@@ -222,7 +222,7 @@ def find_tokenizer(path: str | Path | None) -> Path:
             "train one (python -m monai.bundle run training --config_file bundles/vq_stage1.json), "
             "or name one with --tokenizer",
         )
-    path = shipped.found(path)
+    path = shipped.weights_of(path)
     if not path.exists():
         known = f"give a checkpoint, an output folder, an exported bundle, or a name: {shipped.names_in_words()}"
         fail("NO_TOKENIZER", f"{path} does not exist", known)

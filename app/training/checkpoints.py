@@ -194,7 +194,7 @@ def averaged_file(path: str | Path) -> Path:
     """The averaged weights of an output folder (its best complete step, else the newest), or of a name that ships; a
     file stays itself.
     """
-    path = shipped.found(path)
+    path = shipped.weights_of(path)
     if not path.is_dir():
         return path
     steps = complete_steps(path)

@@ -208,7 +208,7 @@ class Stage2Start:
     def run(self) -> None:
         if self.folder.start_step is not None:
             return
-        path = shipped.found(self.init_from)
+        path = shipped.weights_of(self.init_from)
         if not path.is_file() and not checkpoints.complete_steps(path):
             if not self.demo or path != Path("outputs/vq_stage1"):
                 remedy = f"first run {STAGE1_COMMAND} with your dataset_dir"
