@@ -23,7 +23,7 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of whatever is random.")
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-class Answer:
+class CommandEnd:
     """What a command ends with: an object for --json, lines for people, an exit status."""
 
     def __init__(self) -> None:
@@ -36,9 +36,9 @@ class Answer:
 
 
 @contextlib.contextmanager
-def answering(as_json: bool, debug: bool) -> Iterator[Answer]:
+def answering(as_json: bool, debug: bool) -> Iterator[CommandEnd]:
     """Runs a command's body, prints its answer as one JSON object or as lines, and ends the process with its status."""
-    answer, out = Answer(), sys.stdout
+    answer, out = CommandEnd(), sys.stdout
     try:
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             yield answer
@@ -108,6 +108,7 @@ def prepare(
     """Raw scans, any nesting, to a prepared dataset."""
     with answering(as_json, debug) as answer:
         from app.prepare import cohort, options
+        from app.prepare import report as reports
 
         request = cohort.Request(
             series=series,
@@ -123,7 +124,7 @@ def prepare(
         names = tuple(name.strip() for name in windows.split(",") if name.strip())
         settings = cohort.Settings(size, spacing, names, file_format, allow_gaps, assume_hu, keep_names)
         report = cohort.prepare(raw, out, settings, request)
-        answer.give(report.as_json(), cohort.lines(report, keep_names), status=report.exit_status)
+        answer.give(report.as_json(), reports.lines(report, keep_names), status=report.exit_status)
 
 
 @app.command(epilog="Example: python -m app check prepared/ --keep body")

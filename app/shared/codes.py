@@ -299,6 +299,11 @@ CODES = MappingProxyType(
         "OTHER_TOKENIZER": Code(
             ("call", "refused"), "made for or by another tokenizer", "give that one with --tokenizer, or make it again"
         ),
+        "OTHER_RESAMPLER": Code(
+            ("call", "refused"),
+            "data were brought onto their grid by another version of the resampler",
+            "prepare the dataset again with --overwrite; begin the run again",
+        ),
         "BAD_MODEL": _call(
             "no Qwen-VL can be loaded from there", "give a hub name or the folder of a Qwen2-VL or Qwen3-VL"
         ),

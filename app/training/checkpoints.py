@@ -25,6 +25,7 @@ from app.training.key_rules import RULES
 from networks import pretrained
 from networks.presets import CHECKSUM, Preset
 from networks.vqvae import SparseVQVAE, build_vqvae
+from transforms.grid import RESAMPLER
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ OURS = re.compile(
     r"(?:misc|(?:vae|vqvae|align)(?:_ema[\d.e+-]+)?)_step(\d{7,})\.pt(\.part)?"
 )  # no other name is removed
 CODEBOOK_FIELDS = {"codebook", "num_embeddings", "rotation_trick", "normalize_codes", "quantizer_levels"}
+NO_SIZES = {"max_points", "prepared", "resampler"}  # of a preset, what no tensor's shape depends on
 DATA_FIELDS = ("resolution", "spacing", "windows", "features", "keep")
 
 
@@ -192,7 +194,7 @@ def averaged_file(path: str | Path) -> Path:
     """The averaged weights of an output folder (its best complete step, else the newest), or of a name that ships; a
     file stays itself.
     """
-    path = shipped.found(path)
+    path = shipped.weights_of(path)
     if not path.is_dir():
         return path
     steps = complete_steps(path)
@@ -321,6 +323,8 @@ def start_from(network: SparseVQVAE, path: str | Path, *, codebook: bool) -> Pat
         fail("NO_CODEBOOK", f"{file} is a continuous autoencoder without codes", "give the output folder of stage 1")
     skip = {"rotation_trick"} if codebook else CODEBOOK_FIELDS  # how gradients pass is no part of the weights
     check_same(sizes, network.sizes, source=file, skip=skip)
+    if is_resampled_otherwise(sizes):
+        log.warning("%s learned from data resampled by an older rule, this run's are by %s", file.name, RESAMPLER)
     own = {name: tensor for name, tensor in state.items() if name != "_extra_state" and not name.startswith("vq.")}
     if codebook:
         own |= {name: tensor for name, tensor in state.items() if name.startswith("vq.")}
@@ -358,7 +362,7 @@ def check_same(
     stored: Preset, wanted: Preset, *, source: Path, skip: set[str], otherwise: str = "train the earlier stage again"
 ) -> None:
     """Ends the run where a checkpoint differs from it: the first difference is told, and every flag that is wanted."""
-    names = [field.name for field in dataclasses.fields(Preset) if field.name not in skip | {"max_points", "prepared"}]
+    names = [field.name for field in dataclasses.fields(Preset) if field.name not in skip | NO_SIZES]
     other = [name for name in names if getattr(stored, name) != getattr(wanted, name)]
     if other:
         name, flags = other[0], dict.fromkeys(_flag(name, getattr(stored, name)) for name in other)
@@ -371,6 +375,20 @@ def check_same(
             f"{source} is for {what} {name} {old}, this run has {name} {new}",
             f"pass {to_give}, or {otherwise}",
         )
+
+
+def is_resampled_otherwise(sizes: Preset) -> bool:
+    """Whether a tokenizer's training data came onto its grid by another rule than scans do now."""
+    untouched = sizes.prepared is not None and sizes.prepared == (sizes.resolution, sizes.spacing)
+    return sizes.features == "window" and sizes.resampler != RESAMPLER and not untouched
+
+
+def check_resampler(sizes: Preset, *, source: Path) -> None:
+    """Ends a resumed run whose earlier steps saw data on their grid by another rule: a run has one."""
+    if is_resampled_otherwise(sizes):
+        before = sizes.resampler or "the resampler before it was recorded"
+        what = f"{source} began on data resampled by {before}, this software resamples by {RESAMPLER}"
+        fail("OTHER_RESAMPLER", what, "begin in another --output_dir, from these weights with --init_from")
 
 
 def _plain(value: object) -> str:
