@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,7 +59,6 @@ class CTTokenizer:
             fail("NO_CODEBOOK", "a continuous autoencoder makes no tokens", "give the output folder of stage 1 or 2")
         self.network, self.digest, self.source = network.eval(), digest, source
         self.max_points = max_points or network.sizes.max_points
-        self.tables: CodeTables = tables_of(network, digest)
 
     @classmethod
     def from_pretrained(
@@ -78,6 +78,11 @@ class CTTokenizer:
         made = cls(network, digest=digest, source=str(file), max_points=max_points)
         made.network.to(choose_device() if device is None else device)
         return made
+
+    @cached_property
+    def tables(self) -> CodeTables:
+        """What packed files code codes by; made when first asked for."""
+        return tables_of(self.network, self.digest)
 
     @property
     def sizes(self) -> Preset:
