@@ -184,9 +184,7 @@ def demo(
     """The whole chain on built-in phantoms, in minutes on a CPU; ends with a table and a page."""
     with answering(as_json, debug) as answer:
         from app import demo as chain
-        from app.training import preflight
 
-        preflight.end_at_once_on_sigterm()
         done = chain.demo(out, seed=seed)
         answer.give(done, chain.lines(done))
 
