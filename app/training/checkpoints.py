@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from app.shared.atomic_files import write_text
-from app.shared.refusals import fail
+from app.shared.refusals import Refused, fail
+from app.training import shipped
 from app.training.key_rules import RULES
 from networks.presets import CHECKSUM, Preset
 from networks.vqvae import SparseVQVAE, build_vqvae
@@ -169,9 +170,13 @@ def read_best(output_dir: str | Path) -> int | None:
 def read_tensors(path: str | Path) -> dict:
     """A checkpoint file, read without running code."""
     try:
+        if Path(path).suffix == ".safetensors":
+            return shipped.read(Path(path))
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         fail("NO_CHECKPOINT", f"{path} does not exist", "train it first, or name another file or output folder")
+    except Refused:
+        raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         if not zipfile.is_zipfile(path):  # what torch says then is about pickles, or a page long
@@ -180,8 +185,10 @@ def read_tensors(path: str | Path) -> dict:
 
 
 def averaged_file(path: str | Path) -> Path:
-    """The averaged weights of an output folder (its best complete step, else the newest); a file stays itself."""
-    path = Path(path)
+    """The averaged weights of an output folder (its best complete step, else the newest), or of a name that ships; a
+    file stays itself.
+    """
+    path = shipped.found(path)
     if not path.is_dir():
         return path
     steps = complete_steps(path)

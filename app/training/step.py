@@ -29,7 +29,6 @@ from app.shared.refusals import fail
 from app.training.checkpoints import unwrapped
 from app.training.preflight import one_line_errors
 from networks.losses import TokenizerLoss
-from networks.residual import drawn_levels
 from networks.sparse import SparseTensor
 from networks.vqvae import SparseVQVAE
 from transforms.tensor import window_values
@@ -87,7 +86,6 @@ class TrainStep:
         if not unwrapped(engine.network).training:  # it walks through all modules; a wrapper's own flag says nothing
             engine.network.train()
         engine.optimizer.zero_grad(set_to_none=True)
-        num_levels = unwrapped(engine.network).sizes.quantizer_levels
         names: list[str] = []
         sums: torch.Tensor | float = 0.0
         points = 0
@@ -96,8 +94,7 @@ class TrainStep:
             x = to_sparse(part, engine.state.device)
             with torch.autocast(x.feats.device.type, dtype=self.amp, enabled=self.amp is not None):
                 seeds = [sample_seed(self.seed, engine.state.iteration, case) for case in part["case_id"]]
-                levels = drawn_levels(num_levels, seeds, dropout=self.level_dropout) if self.level_dropout else None
-                output = engine.network(x, quantize=self.quantize, seeds=seeds, levels=levels)
+                output = engine.network(x, quantize=self.quantize, seeds=seeds, level_dropout=self.level_dropout)
                 terms = engine.loss_function(output, x)
             if output.codes is not None:
                 self.codes.append(output.codes)
