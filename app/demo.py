@@ -326,6 +326,7 @@ def to_log(log: TextIO) -> Iterator[None]:
 def lines(done: dict[str, Any]) -> list[str]:
     """For people: seconds by stage, answers beside what is known, where the page lies."""
     told = [f"{name:10} {clock(part['seconds']):>6}" for name, part in done["stages"].items()]
+    told.append(f"{'all':10} {clock(sum(part['seconds'] for part in done['stages'].values())):>6}")
     asked = done["stages"]["ask"]["result"]
     for row in asked["answers"]:
         told += ["", row["question"], f"  {row['answer']}  (known: {row['known']})"]
