@@ -185,9 +185,7 @@ def demo(
     """The whole chain on built-in phantoms, in minutes on a CPU; ends with a table and a page."""
     with answering(as_json, debug) as answer:
         from app import demo as chain
-        from app.training import preflight
 
-        preflight.end_at_once_on_sigterm()
         done = chain.demo(out, seed=seed)
         answer.give(done, chain.lines(done))
 
@@ -303,7 +301,6 @@ def evaluate(
     """Scores of an aligned model beside what they are worth without the image."""
     with answering(as_json, debug) as answer:
         from app.evaluation import evaluate
-        from app.evaluation.answer_pages import table_lines
 
         options = {"seed": seed, "split": split, "num_phantoms": num_phantoms}
         result = evaluate.evaluate(
@@ -315,7 +312,8 @@ def evaluate(
             skip_bad=skip_bad,
             options={**options, "batch_size": batch_size, "max_new_tokens": max_new_tokens},
         )
-        answer.give(result, table_lines(result), status=evaluate.status_of(result))
+        told = evaluate.lines(result, align=align, output_dir=out)
+        answer.give(result, told, status=evaluate.status_of(result))
 
 
 @app.command(epilog="Example: python -m app export my_bundle --tokenizer outputs/vq_stage2 --zip")

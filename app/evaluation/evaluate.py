@@ -56,7 +56,7 @@ def evaluate(
         rows = held_out(data, image_root=image_root, split=options["split"])
         volumes, _ = align_data.encode_rows(rows, source, skip_bad=skip_bad)
         mirrored = mirrored_cases(rows, volumes, source)
-    out = Path(align, "evaluation") if output_dir is None else Path(output_dir)
+    out = results_folder(align, output_dir)
     result = evaluate_language(
         assistant,
         rows,
@@ -148,6 +148,15 @@ def mirrored_cases(
 def mirror_image(case: prepared.PreparedCase) -> Scan:
     """The patient seen in a mirror; the grid is centred and keeps its affine."""
     return as_it_lies(case.hu()[::-1].copy(), case.affine)
+
+
+def results_folder(align: str, output_dir: str | None) -> Path:
+    return Path(align, "evaluation") if output_dir is None else Path(output_dir)
+
+
+def lines(result: dict[str, Any], *, align: str, output_dir: str | None) -> list[str]:
+    """For people: the table, and where the page lies."""
+    return [*table_lines(result), f"Look at {results_folder(align, output_dir) / page.NAME} in a browser."]
 
 
 def status_of(result: dict[str, Any]) -> int:

@@ -288,7 +288,8 @@ def test_evaluate_as_a_command(home, aligned, tmp_path, few_draws):
     result = json.loads(say("evaluate", home / "text.jsonl", *where, "--json"))
     assert result == json.loads((tmp_path / "language.json").read_text()) and result["rows"] == 8
     for_people = say("evaluate", home / "text.jsonl", *where)
-    assert for_people == (tmp_path / "language.md").read_text() and NOTICE in for_people
+    page = f"Look at {tmp_path}/index.html in a browser.\n"
+    assert for_people == (tmp_path / "language.md").read_text() + page and NOTICE in for_people
     lines = [json.loads(line) for line in (home / "text.jsonl").read_text().splitlines()]
     lines = [{**line, "image": str(home / line["image"])} for line in lines] + [{**lines[-1], "image": "gone.npz"}]
     (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, lines)))
