@@ -21,7 +21,7 @@ from jaxtyping import Float
 from app.prepare.files import Ref, open_ref, read_bytes
 from app.prepare.findings import Finding, found
 from app.prepare.gate import LPS_TO_RAS, MAX_VOXELS, MIN_SLICES, SPACING_LIMITS
-from app.prepare.volume_rules import check_mha, check_nrrd, value_of
+from app.prepare.volume_rules import check_mha, check_nrrd, numbers_of, value_of
 from app.shared.refusals import Refused
 
 MAGICS = (b"n+1\0", b"n+2\0", b"ni1\0", b"ni2\0")
@@ -255,7 +255,7 @@ def _nifti_affine(header: nib.Nifti1Header) -> tuple[np.ndarray, list[Finding]]:
     except (ValueError, nib.spatialimages.HeaderDataError) as error:
         if not sform:
             raise Refused("NO_SPACING", "the qform is no rotation") from error
-        by_q = None
+        return nifti_units(header) @ by_s, [found("SFORM_QFORM_DIFFER", "the qform is no rotation")]
     affine = nifti_units(header) @ np.asarray(by_q if by_s is None else by_s, np.float64)
     if by_s is None:
         return affine, [found("ORIENTATION_FROM_QFORM")]
@@ -374,6 +374,8 @@ def _fields(lines: Iterable[str], mark: str) -> dict[str, str]:
     for line in lines:
         name, found_mark, value = line.partition(mark)
         name = name.strip().lower()
+        if re.search(r"[\x00-\x08\x0e-\x1f]", line):
+            raise Refused("CORRUPT_FILE", "a header line that is no text")
         if not found_mark or name in fields:
             raise Refused("CORRUPT_FILE", "a header line without a value, or one that comes twice")
         fields[name] = value.strip()
@@ -428,13 +430,13 @@ def _mha_affine(fields: dict[str, str], dims: int) -> np.ndarray:
     spacing = fields.get("elementspacing", fields.get("elementsize"))  # a size may differ from the spacing
     if spacing is None:
         raise Refused("NO_SPACING", "no ElementSpacing")
-    steps = np.array([float(word) for word in spacing.split()])[:3]
     turn = value_of(fields, "transformmatrix", "rotation", "orientation")
     matrix = np.array([float(w) for w in turn.split()]).reshape(dims, dims)[:3, :3] if turn else np.eye(3)
-    origin = value_of(fields, "offset", "position", "origin") or "0 0 0"
+    origin = value_of(fields, "offset", "position", "origin") or " ".join("0" * dims)
     affine = np.eye(4)
-    affine[:3, :3] = matrix.T * steps
-    affine[:3, 3] = [float(word) for word in origin.split()][:3]
+    affine[:3, :3] = matrix.T * numbers_of(spacing, dims)[:3]
+    affine[:3, 3] = numbers_of(origin, dims)[:3]
+    numbers_of(fields.get("centerofrotation", origin), dims)
     return LPS_TO_RAS @ affine + 0.0
 
 

@@ -11,11 +11,48 @@ from app.shared.refusals import Refused
 
 SPATIAL_KINDS = {"domain", "space", "???", "none"}  # of an NRRD axis that lies in space, as most writers say or do not
 MM = {"mm", "millimeter", "millimeters", "millimetre", "millimetres", "?", "???", "none", ""}
+NRRD_FIELDS = set(
+    [
+        "dimension",
+        "type",
+        "blocksize",
+        "encoding",
+        "endian",
+        "content",
+        "min",
+        "max",
+        "oldmin",
+        "oldmax",
+        "datafile",
+        "lineskip",
+        "byteskip",
+        "number",
+        "sizes",
+        "spacings",
+        "thicknesses",
+        "axismins",
+        "axismaxs",
+        "centers",
+        "centerings",
+        "labels",
+        "units",
+        "kinds",
+        "space",
+        "spacedimension",
+        "spaceunits",
+        "spaceorigin",
+        "spacedirections",
+        "measurementframe",
+        "sampleunits",
+    ]
+)
 NO_SCALE = {"slope": "1", "offset": "0"}
 OTHER_MODALITIES = {"MET_MOD_MR", "MET_MOD_NM", "MET_MOD_US", "MET_MOD_PET"}
 
 
 def check_nrrd(fields: Mapping[str, str]) -> None:
+    if not {name.replace(" ", "") for name in fields} <= NRRD_FIELDS:
+        raise Refused("CORRUPT_FILE", "a header line that the NRRD format does not know")
     kinds = fields.get("kinds", "").lower().split()
     if "time" in kinds:
         raise Refused("FOUR_D", "an axis of kind 'time'")
@@ -42,6 +79,14 @@ def check_mha(fields: Mapping[str, str]) -> None:
 def _check_units(units: list[str]) -> None:
     if not {unit.lower() for unit in units} <= MM:
         raise Refused("NO_SPACING", "lengths in other units than mm")
+
+
+def numbers_of(text: str, count: int) -> list[float]:
+    """As many numbers as a field must have."""
+    words = text.split()
+    if len(words) != count:
+        raise Refused("CORRUPT_FILE", f"{len(words)} numbers where there must be {count}")
+    return [float(word) for word in words]
 
 
 def value_of(fields: Mapping[str, str], *names: str) -> str | None:

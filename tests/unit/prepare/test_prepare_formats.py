@@ -200,6 +200,13 @@ CONTRADICTIONS = [
     ("s.mha", {"ElementToIntensityFunctionSlope": "2"}, "NOT_HU"),
     ("s.mha", {"ElementToIntensityFunctionOffset": "-1024"}, "NOT_HU"),
     ("s.mha", {"Modality": "MET_MOD_MR"}, "NOT_CT"),
+    ("s.mha", {"ElementSpacing": "3"}, "CORRUPT_FILE"),
+    ("s.mha", {"Offset": "16"}, "CORRUPT_FILE"),
+    ("s.mha", {"Offset": "1 2 3 4"}, "CORRUPT_FILE"),
+    ("s.mha", {"CenterOfRotation": "0"}, "CORRUPT_FILE"),
+    ("s.mha", {"Comp\0ressed": "True"}, "CORRUPT_FILE"),
+    ("s.nrrd", {"pace origin": "(0,0,0)"}, "CORRUPT_FILE"),
+    ("s.nrrd", {"content": "a\x01b"}, "CORRUPT_FILE"),
     ("s.nrrd", {"space directions": "none (5,0,0) (0,5,0) (0,0,5)"}, "CORRUPT_FILE"),
     ("s.nrrd", {"space directions": "(5,0,0) (0,5,0) (0,0,5) none"}, "CORRUPT_FILE"),
     ("s.nrrd", {"space units": '"cm" "cm" "cm"'}, "NO_SPACING"),
@@ -255,6 +262,10 @@ def test_a_nifti_whose_pixdim_is_another_than_its_sform_is_told(tmp_path):
     (volume,) = read_scan(path)
     assert volume.codes == ["SFORM_QFORM_DIFFER"]
     np.testing.assert_allclose(volume.affine, affine_of())
+    header["pixdim"][1:4], header["qform_code"], header["quatern_c"] = (5.0, 5.5, 6.0), 1, 544
+    path.write_bytes(header.binaryblock + path.read_bytes()[348:])
+    (volume,) = read_scan(path)
+    assert volume.codes == ["SFORM_QFORM_DIFFER"], "a qform that is no rotation"
 
 
 def test_a_nifti_whose_extensions_reach_into_its_voxels_is_corrupt(tmp_path):
