@@ -11,39 +11,12 @@ from app.shared.refusals import Refused
 
 SPATIAL_KINDS = {"domain", "space", "???", "none"}  # of an NRRD axis that lies in space, as most writers say or do not
 MM = {"mm", "millimeter", "millimeters", "millimetre", "millimetres", "?", "???", "none", ""}
-NRRD_FIELDS = set(
+NRRD_FIELDS = frozenset(  # without their blanks
     [
-        "dimension",
-        "type",
-        "blocksize",
-        "encoding",
-        "endian",
-        "content",
-        "min",
-        "max",
-        "oldmin",
-        "oldmax",
-        "datafile",
-        "lineskip",
-        "byteskip",
-        "number",
-        "sizes",
-        "spacings",
-        "thicknesses",
-        "axismins",
-        "axismaxs",
-        "centers",
-        "centerings",
-        "labels",
-        "units",
-        "kinds",
-        "space",
-        "spacedimension",
-        "spaceunits",
-        "spaceorigin",
-        "spacedirections",
-        "measurementframe",
-        "sampleunits",
+        *("dimension", "type", "blocksize", "encoding", "endian", "content", "min", "max", "oldmin", "oldmax"),
+        *("datafile", "lineskip", "byteskip", "number", "sizes", "spacings", "thicknesses", "axismins", "axismaxs"),
+        *("centers", "centerings", "labels", "units", "kinds", "space", "spacedimension", "spaceunits", "spaceorigin"),
+        *("spacedirections", "measurementframe", "sampleunits"),
     ]
 )
 NO_SCALE = {"slope": "1", "offset": "0"}
