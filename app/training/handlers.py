@@ -21,6 +21,7 @@ from app.training import checkpoints
 from app.training.checkpoints import unwrapped
 from app.training.run_folder import SHOWN, advice_for, duration
 from app.training.step import resume_optimizer, stop_if_not_finite
+from app.training.training_state import read_state
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,8 @@ class BeginOrResume:
             return
         weights = {name: checkpoints.step_file(self.folder.path, name, step) for name in self.folder.names}
         live, mean = (checkpoints.read_tensors(path) for path in weights.values())
-        misc = checkpoints.read_tensors(checkpoints.step_file(self.folder.path, "misc", step))
+        file = checkpoints.step_file(self.folder.path, "misc", step)
+        misc = read_state(file, step=step, optimizer=self.optimizer, counts=("num_averaged",))
         for name, stored in zip(weights, (live, mean), strict=True):
             sizes = checkpoints.check_weights(stored, weights[name])
             checkpoints.check_same(
@@ -87,8 +89,8 @@ class BeginOrResume:
             log.info("nothing left to train: step %d of %d (a larger --max_steps goes on)", step, last)
             engine.terminate()
             return
-        self.network.load_state_dict(live)
-        self.averaged.module.load_state_dict(mean)
+        checkpoints.load_weights(self.network, live, weights[self.folder.names[0]])
+        checkpoints.load_weights(self.averaged.module, mean, weights[self.folder.names[1]])
         self.averaged.n_averaged.fill_(misc["num_averaged"])
         resume_optimizer(self.optimizer, self.schedule, misc["optimizer"], step=step)
         scaler = getattr(engine._process_function, "scaler", None)

@@ -423,6 +423,36 @@ def test_a_truncated_checkpoint(earlier, place, cohort, name):
     assert snapshot(earlier) == before
 
 
+def test_foreign_numbers_in_what_is_gone_on_with(earlier, place, cohort):
+    file = checkpoints.step_file(earlier, "misc", 20)
+    misc = checkpoints.read_tensors(file)
+    state = misc["optimizer"]["state"]
+    state[0]["exp_avg"] = torch.full_like(state[0]["exp_avg"], float("nan"))
+    torch.save(misc, file)
+    before = snapshot(earlier)
+    end = run_in(place, dataset_dir=cohort, output_dir="out", resume="latest", **{**STEPS, "max_steps": 30})
+    assert_refused(end, code="BAD_CHECKPOINT", naming=[file.name, "exp_avg", "older step"])
+    assert snapshot(earlier) == before
+
+
+@pytest.mark.parametrize("part", ["network", "optimizer", "step"])
+def test_foreign_numbers_in_a_saved_warm_up(part, start_process, place, cohort):
+    out, settings = place / "out", {**LONG, "dataset_dir": cohort, "warmup_steps": 2000, "num_workers": 0}
+    told_to_end(place, start_process, signal.SIGTERM, has_row(out, "warmup", 2), **settings)
+    (file,) = (out / "ckpts").glob("warmup_step*.pt")
+    content = checkpoints.read_tensors(file)
+    if part == "network":
+        name = next(name for name in content[part] if name.endswith("weight"))
+        content[part][name] = content[part][name] + 1
+    else:
+        content[part] = {"optimizer": [], "step": 3000}[part]
+    torch.save(content, file)
+    before = snapshot(out)
+    end = run_in(place, output_dir="out", resume="latest", **settings)
+    assert_refused(end, code="BAD_CHECKPOINT", naming=[file.name])
+    assert snapshot(out) == before
+
+
 def test_a_step_that_is_not_there(earlier, place, cohort):
     end = run_in(place, dataset_dir=cohort, output_dir="out", resume=15, **STEPS)
     assert_refused(end, code="NO_CHECKPOINT", naming=["15", "0, 10, 20"])
