@@ -143,8 +143,9 @@ def gunzip(data: bytes | memoryview, limit: int) -> bytes:
 
 
 def _ascii(data: bytes | memoryview, count: int, dtype: np.dtype) -> np.ndarray:
-    words = bytes(data[: 32 * count]).split()
-    if len(words) < count:
+    reach = 32 * (count + 1)  # far more than numbers take
+    words = bytes(data[:reach]).split()
+    if len(words) != count or bytes(data[reach:]).strip():
         raise Refused("CORRUPT_FILE", f"{len(words)} numbers, the header wants {count}")
     try:
         return np.array([float(word) for word in words[:count]]).astype(dtype)

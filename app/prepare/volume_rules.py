@@ -31,6 +31,8 @@ def check_nrrd(fields: Mapping[str, str]) -> None:
         raise Refused("FOUR_D", "an axis of kind 'time'")
     if len(kinds) == 3 and set(kinds) - SPATIAL_KINDS:
         raise Refused("CORRUPT_FILE", "three axes, one of a kind that is none of space")
+    if not {part.lower() for part in fields.get("spacings", "").split()} <= {"nan"}:
+        raise Refused("CORRUPT_FILE", "spacings beside space directions, which say the same")
     for name in ("space units", "units"):
         _check_units([part.strip() for part in fields.get(name, "").split('"')])
     if "old min" in fields or "old max" in fields or "oldmin" in fields or "oldmax" in fields:

@@ -401,16 +401,20 @@ def resampled_apart(case: prepared.PreparedCase, read: Read) -> str:
 # ---- the attack
 
 
-def judged(path: Path, base: str, scan: Drawn, case: prepared.PreparedCase) -> list[str]:
+def judged(path: Path, base: str, kind: str, scan: Drawn, case: prepared.PreparedCase) -> list[str]:
     """What is wrong with one that is ok: every reader that opens the file must agree, before and after resampling;
     where none does, it must be the scan that was changed.
     """
     (own,) = read_scan(path)
     told, own = own.codes, _cleaned(own.affine, np.asarray(own.hu, np.float64))
     reads = {name: READERS[name](path) for name in READERS_OF[base]}
-    if "SFORM_QFORM_DIFFER" in told:  # said aloud; SimpleITK takes the spacing of the one and the turn of the other
+    axes = own.affine[:3, :3] / np.linalg.norm(own.affine[:3, :3], axis=0)
+    sheared = np.abs(axes.T @ axes - np.eye(3)).max() > 1e-3  # which SimpleITK cannot hold
+    if sheared or "SFORM_QFORM_DIFFER" in told:  # said aloud; SimpleITK takes the spacing of one, the turn of the other
         del reads["SimpleITK"]
-    reads = {name: read for name, read in reads.items() if read is not None}
+    if kind == "bytes" and not apart(own, Read(scan.affine, scan.hu.astype(np.float64))):  # MetaIO ends at a bad line
+        reads.pop("SimpleITK", None)
+    reads = {name: read for name, read in reads.items() if read is not None and np.isfinite(read.affine).all()}
     reads = reads or {"nobody else, and it is not the scan it was": Read(scan.affine, scan.hu.astype(np.float64))}
     half = 0.5 * np.linalg.norm(own.affine[:3, :3], axis=0).min()  # by less sform and qform may differ, in silence
     near = {"SimpleITK": half} if "nibabel" in reads else {}
@@ -444,7 +448,7 @@ def attack(folder: Path, count: int, seed: int) -> tuple[Counter, list[str]]:
             path, wrong = one_path(raw / name), []
             if outcome is not None:
                 case = prepared.open_case(out / name / "processed" / outcome.case, row={})
-                wrong = judged(path, WRITERS[kind_of_file](scan, kind_of_file).base, scan, case)
+                wrong = judged(path, WRITERS[kind_of_file](scan, kind_of_file).base, kind, scan, case)
             if kind == "same" and kind_of_file != "analyze":
                 wrong += why_not_same(path, scan) if outcome else ["refused"]
             if wrong:

@@ -207,6 +207,7 @@ CONTRADICTIONS = [
     ("s.mha", {"Comp\0ressed": "True"}, "CORRUPT_FILE"),
     ("s.nrrd", {"pace origin": "(0,0,0)"}, "CORRUPT_FILE"),
     ("s.nrrd", {"content": "a\x01b"}, "CORRUPT_FILE"),
+    ("s.nrrd", {"spacings": "2 2 2"}, "CORRUPT_FILE"),
     ("s.nrrd", {"space directions": "none (5,0,0) (0,5,0) (0,0,5)"}, "CORRUPT_FILE"),
     ("s.nrrd", {"space directions": "(5,0,0) (0,5,0) (0,0,5) none"}, "CORRUPT_FILE"),
     ("s.nrrd", {"space units": '"cm" "cm" "cm"'}, "NO_SPACING"),
@@ -287,3 +288,16 @@ def test_analyze_is_refused_for_what_it_lacks(tmp_path, ending):
     with pytest.raises(Refused, match=r"Analyze 7\.5 does not tell left from right") as caught:
         read_scan(tmp_path)
     assert caught.value.code == "NO_SPACING"
+
+
+@pytest.mark.parametrize("sizes", ["20 18 15", "20 18 17"])
+def test_text_voxels_are_as_many_as_the_header_says(tmp_path, sizes):
+    data = scans.sample(affine_of(), SHAPE)
+    text = " ".join(map(str, data.ravel(order="F").tolist())).encode()
+    for told, code in (("20 18 16", None), (sizes, "CORRUPT_FILE")):
+        path = scans.write_nrrd(tmp_path / "s.nrrd", affine_of(), data, encoding="ascii", sizes=told)
+        path.write_bytes(path.read_bytes()[: -data.nbytes] + text + b"\n")
+        if code is None:
+            np.testing.assert_array_equal(read_scan(path)[0].hu, data)
+        else:
+            assert refusal(path) == code
