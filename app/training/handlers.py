@@ -78,6 +78,7 @@ class BeginOrResume:
         misc = read_state(file, step=step, optimizer=self.optimizer, counts=("num_averaged",))
         for name, stored in zip(weights, (live, mean), strict=True):
             sizes = checkpoints.check_weights(stored, weights[name])
+            checkpoints.check_resampler(sizes, source=self.folder.path)
             checkpoints.check_same(
                 sizes,
                 self.network.sizes,
