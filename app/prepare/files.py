@@ -39,7 +39,7 @@ class Ref(NamedTuple):
         return os.path.join(self.path, os.path.dirname(self.member)) if self.member else os.path.dirname(self.path)
 
 
-def walk(root: str | Path) -> Iterator[Ref | tuple[Ref, Refused]]:
+def files_below(root: str | Path) -> Iterator[Ref | tuple[Ref, Refused]]:
     """Every regular file below a path, in order, zips opened; what cannot be opened comes with its refusal."""
     root = os.path.abspath(root)
     if not os.path.isdir(root):

@@ -11,7 +11,7 @@ from app.prepare.encoding import contradiction
 from app.prepare.headers import CT, ENHANCED_CT, SliceHeader
 from app.shared.refusals import Refused
 
-MAX_SIDE = 8192  # pixels a side
+MAX_PIXELS_A_SIDE = 8192  # pixels a side
 SPACING_LIMITS = (0.01, 50.0)  # mm, in the plane and between slices
 NOT_AXIAL = {  # values of ImageType that say reformatted, projected, computed or a picture
     *("MPR", "CSA MPR", "CSAPARALLEL", "CSAPERPENDICULAR", "CSARADIAL", "CSA RESAMPLED", "CURVED_MPR", "REFORMATTED"),
@@ -68,7 +68,7 @@ def reason_against(header: SliceHeader, rules: Rules) -> Refused | None:
 
 def reason_of_pixels(header: SliceHeader, rules: Rules) -> Refused | None:
     sides = (header.rows or 0, header.columns or 0)
-    if min(sides) < 2 or max(sides) > MAX_SIDE:
+    if min(sides) < 2 or max(sides) > MAX_PIXELS_A_SIDE:
         return Refused("CORRUPT_FILE", f"a matrix of {sides[0]} x {sides[1]} pixels")
     allocated, stored = header.bits_allocated, header.bits_stored
     if allocated not in (8, 16, 32) or stored is None or not 1 <= stored <= allocated:

@@ -8,6 +8,7 @@ code and carry the sizes of their network (`networks.presets.Preset`).
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -21,14 +22,19 @@ from app.shared.atomic_files import write_text
 from app.shared.refusals import Refused, fail
 from app.training import shipped
 from app.training.key_rules import RULES
+from networks import pretrained
 from networks.presets import CHECKSUM, Preset
 from networks.vqvae import SparseVQVAE, build_vqvae
+from transforms.grid import RESAMPLER
+
+log = logging.getLogger(__name__)
 
 NEWEST_TOKENIZERS = ("outputs/vq_stage2", "outputs/vq_stage1")
 OURS = re.compile(
     r"(?:misc|(?:vae|vqvae|align)(?:_ema[\d.e+-]+)?)_step(\d{7,})\.pt(\.part)?"
 )  # no other name is removed
 CODEBOOK_FIELDS = {"codebook", "num_embeddings", "rotation_trick", "normalize_codes", "quantizer_levels"}
+NO_SIZES = {"max_points", "prepared", "resampler"}  # of a preset, what no tensor's shape depends on
 DATA_FIELDS = ("resolution", "spacing", "windows", "features", "keep")
 
 
@@ -188,7 +194,7 @@ def averaged_file(path: str | Path) -> Path:
     """The averaged weights of an output folder (its best complete step, else the newest), or of a name that ships; a
     file stays itself.
     """
-    path = shipped.found(path)
+    path = shipped.weights_of(path)
     if not path.is_dir():
         return path
     steps = complete_steps(path)
@@ -207,19 +213,22 @@ def averaged_file(path: str | Path) -> Path:
 def read_weights(path: str | Path) -> tuple[dict, Preset]:
     """State dict and sizes of one of our checkpoints."""
     path = averaged_file(path)
-    state = read_tensors(path)
+    state = pretrained.autoencoder_in(read_tensors(path))
     return state, check_weights(state, path)
 
 
 def check_weights(state: object, path: str | Path) -> Preset:
     """The sizes of a state dict whose values are tensors, finite, and as they were written."""
+    if pretrained.is_published(state):
+        what = f"{path} holds the published autoencoder, which has no codebook"
+        fail(
+            "NO_CODEBOOK",
+            what,
+            "train one on it: bundles/vq_stage1.json with --pretrained_vae_path (docs/pretrained.md)",
+        )
     if not isinstance(state, dict) or "_extra_state" not in state:
         fail("FOREIGN_CHECKPOINT", f"{path} does not say what it was made for", "use a checkpoint of this project")
-    for name, value in state.items():
-        if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
-            fail("BAD_CHECKPOINT", f"{path} holds no plain tensor as {name!r:.60}", "it is damaged: use another step")
-        if not value.isfinite().all():
-            fail("BAD_CHECKPOINT", f"{path} holds values that are no numbers, in {name}", "use an older step")
+    _check_tensors(state, path)
     try:
         stored = state["_extra_state"]
         sizes = Preset.from_tensor(stored)
@@ -231,6 +240,14 @@ def check_weights(state: object, path: str | Path) -> Preset:
     if told is not None and told != tensors_hash(state):  # older files do not say
         fail("BAD_CHECKPOINT", f"the weights in {path} are not those that were saved", "use another step or copy")
     return sizes
+
+
+def _check_tensors(state: dict, path: str | Path) -> None:
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            fail("BAD_CHECKPOINT", f"{path} holds no plain tensor as {name!r:.60}", "it is damaged: use another step")
+        if not value.isfinite().all():
+            fail("BAD_CHECKPOINT", f"{path} holds values that are no numbers, in {name}", "use an older step")
 
 
 def sealed(state: dict) -> dict:
@@ -295,13 +312,19 @@ def _first_misfit(error: RuntimeError) -> str:
 
 
 def start_from(network: SparseVQVAE, path: str | Path, *, codebook: bool) -> Path:
-    """Weights only, from another stage. Without `codebook` the quantiser is left as it is."""
+    """Weights only, from another stage. Without `codebook` the quantiser stays as it is; then published ones do too."""
     file = averaged_file(path)
-    state, sizes = read_weights(file)
+    state = pretrained.autoencoder_in(read_tensors(file))
+    if not codebook and pretrained.is_published(state):
+        _start_from_published(network, state, file)
+        return file
+    sizes = check_weights(state, file)
     if codebook and sizes.codebook == "none":
         fail("NO_CODEBOOK", f"{file} is a continuous autoencoder without codes", "give the output folder of stage 1")
     skip = {"rotation_trick"} if codebook else CODEBOOK_FIELDS  # how gradients pass is no part of the weights
     check_same(sizes, network.sizes, source=file, skip=skip)
+    if is_resampled_otherwise(sizes):
+        log.warning("%s learned from data resampled by an older rule, this run's are by %s", file.name, RESAMPLER)
     own = {name: tensor for name, tensor in state.items() if name != "_extra_state" and not name.startswith("vq.")}
     if codebook:
         own |= {name: tensor for name, tensor in state.items() if name.startswith("vq.")}
@@ -318,11 +341,28 @@ def start_from(network: SparseVQVAE, path: str | Path, *, codebook: bool) -> Pat
     return file
 
 
+def _start_from_published(network: SparseVQVAE, state: dict, file: Path) -> None:
+    """Encoder and decoder; the heads, which published weights have none of, stay as they are."""
+    _check_tensors(state, file)
+    wanted = "--preset direct3d_s2 and one feature a voxel (--features sdf, or a --window_type)"
+    if network.sizes.pool != "legacy":
+        what = f"{file} holds the published autoencoder, this run's network has pool {network.sizes.pool}"
+        fail("OTHER_TOKENIZER", what, f"pass {wanted}")
+    try:
+        own = pretrained.converted(state, network)
+    except ValueError as error:
+        fail(
+            "WEIGHTS_MISFIT", f"{file} is not the published autoencoder of this run's sizes ({error})", f"pass {wanted}"
+        )
+    network.load_state_dict(own, strict=False)  # strict already: what is not among them is heads and codebook
+    log.info("published weights: %d tensors; heads and codebook are new", len(own))
+
+
 def check_same(
     stored: Preset, wanted: Preset, *, source: Path, skip: set[str], otherwise: str = "train the earlier stage again"
 ) -> None:
     """Ends the run where a checkpoint differs from it: the first difference is told, and every flag that is wanted."""
-    names = [field.name for field in dataclasses.fields(Preset) if field.name not in skip | {"max_points", "prepared"}]
+    names = [field.name for field in dataclasses.fields(Preset) if field.name not in skip | NO_SIZES]
     other = [name for name in names if getattr(stored, name) != getattr(wanted, name)]
     if other:
         name, flags = other[0], dict.fromkeys(_flag(name, getattr(stored, name)) for name in other)
@@ -335,6 +375,20 @@ def check_same(
             f"{source} is for {what} {name} {old}, this run has {name} {new}",
             f"pass {to_give}, or {otherwise}",
         )
+
+
+def is_resampled_otherwise(sizes: Preset) -> bool:
+    """Whether a tokenizer's training data came onto its grid by another rule than scans do now."""
+    untouched = sizes.prepared is not None and sizes.prepared == (sizes.resolution, sizes.spacing)
+    return sizes.features == "window" and sizes.resampler != RESAMPLER and not untouched
+
+
+def check_resampler(sizes: Preset, *, source: Path) -> None:
+    """Ends a resumed run whose earlier steps saw data on their grid by another rule: a run has one."""
+    if is_resampled_otherwise(sizes):
+        before = sizes.resampler or "the resampler before it was recorded"
+        what = f"{source} began on data resampled by {before}, this software resamples by {RESAMPLER}"
+        fail("OTHER_RESAMPLER", what, "begin in another --output_dir, from these weights with --init_from")
 
 
 def _plain(value: object) -> str:

@@ -75,6 +75,7 @@ class BeginOrResume:
         misc = checkpoints.read_tensors(checkpoints.step_file(self.folder.path, "misc", step))
         for name, stored in zip(weights, (live, mean), strict=True):
             sizes = checkpoints.check_weights(stored, weights[name])
+            checkpoints.check_resampler(sizes, source=self.folder.path)
             checkpoints.check_same(
                 sizes,
                 self.network.sizes,

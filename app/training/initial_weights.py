@@ -136,6 +136,7 @@ class CodebookStart:
         stored = checkpoints.read_tensors(checkpoints.step_file(self.folder.path, "warmup", step))
         sizes, own = Preset.from_tensor(stored["network"]["_extra_state"]), self.network.sizes
         otherwise = "begin in another --output_dir"
+        checkpoints.check_resampler(sizes, source=self.folder.path)
         checkpoints.check_same(sizes, own, source=self.folder.path, skip=set(), otherwise=otherwise)
         self.network.load_state_dict(stored["network"])
         resume_optimizer(trainer.optimizer, schedule, stored["optimizer"], step=step)
@@ -207,7 +208,7 @@ class Stage2Start:
     def run(self) -> None:
         if self.folder.start_step is not None:
             return
-        path = shipped.found(self.init_from)
+        path = shipped.weights_of(self.init_from)
         if not path.is_file() and not checkpoints.complete_steps(path):
             if not self.demo or path != Path("outputs/vq_stage1"):
                 remedy = f"first run {STAGE1_COMMAND} with your dataset_dir"

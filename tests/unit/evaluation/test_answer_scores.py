@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from app.evaluation.answer_pages import WITH_RANDOM, draw_bars, gap_line, table_lines
-from app.evaluation.answer_scores import judge, mirror_scores, question_scores, report_scores
+from app.evaluation.answer_scores import add_verdicts, mirror_scores, question_scores, report_scores
 from app.measures.controls import BETTER, NO_EVIDENCE, USED
 from app.measures.report import plain
 from app.text.rows import TextRow
@@ -25,7 +25,7 @@ def chance(seed: int) -> list[str]:
 def scores(real: list[str]) -> dict:
     columns = {"real": real, "shuffled": chance(1), "blank": ["left"] * 60, "question_only": [""] * 60}
     made = question_scores(ROWS, {**columns, "constant": ["right"] * 60, "reference": TRUTH})
-    judge(made)
+    add_verdicts(made)
     return made
 
 
@@ -68,7 +68,7 @@ def reports_of(texts: list[str], said: list[str]) -> dict:
     others = [*said[1:], said[0]]
     answers = {"reference": texts, "real": said, "shuffled": others, "blank": others, "question_only": others}
     made = report_scores(rows, {**answers, "constant": others})
-    judge(made, made["findings"])
+    add_verdicts(made, made["findings"])
     return plain(made)
 
 
