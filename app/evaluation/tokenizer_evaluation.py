@@ -34,7 +34,7 @@ from app.training import checkpoints
 from app.training.initial_weights import train_demo_stage1
 from networks.presets import Preset
 from transforms import Resampled
-from transforms.array import windows_range
+from transforms.windows import windows_range
 
 log = logging.getLogger(__name__)
 
@@ -204,7 +204,7 @@ def judge(made: CTTokenizer, case: prepared.PreparedCase, *, levels: int | None 
         "clipped_share": measure.clipped_share(truth, masks["foreground"], windows=sizes.windows),
         "beyond": beyond,
         "tokens": len(tokens.codes),
-        "rate": rate(tokens, made.tables, foreground=int(masks["foreground"].sum())),
+        "rate": rate_of_case(tokens, made.tables, foreground=int(masks["foreground"].sum())),
         "support": {
             "foreground_kept": measure.kept_share(kept, masks["foreground"]),
             "foreground_decoded": measure.kept_share(predicted, masks["foreground"]),
@@ -231,7 +231,7 @@ def _labels_kept(
     return found
 
 
-def rate(tokens: CTTokens, tables: CodeTables, *, foreground: int) -> dict[str, float]:
+def rate_of_case(tokens: CTTokens, tables: CodeTables, *, foreground: int) -> dict[str, float]:
     """All bits that decoding from codes alone takes, entropy-coded, and what stored support would add."""
     counted = rate_of(tokens, tables)
     packed, plain = counted.packed, counted.plain

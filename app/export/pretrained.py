@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from app.evaluation.tokenizer_evaluation import TokenizerEvaluation
 from app.export.metadata import NOTICE
@@ -25,10 +25,10 @@ from app.shared.refusals import fail
 from app.shared.version import VERSION
 from app.tokens.tokenizer import CTTokenizer, find_tokenizer
 from app.training import checkpoints
-from app.training.shipped import RECORD, WEIGHTS
+from app.training.shipped import RECORD, SUMS, WEIGHTS, with_sums
 
 MAX_BYTES = 28_000_000
-AVERAGES = ("mean_count", "mean_sum")  # of a codebook: counts go beyond what float16 holds, and predict codes
+COUNTS = "mean_count"  # of a codebook: they go beyond what float16 holds, and predict codes
 PLAIN = (int, float, bool, type(None))
 
 
@@ -44,7 +44,7 @@ def write_pretrained(
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
         folder = Path(beside, out.name)
         folder.mkdir()
-        save_file(in_halves(state), folder / WEIGHTS)
+        (folder / WEIGHTS).write_bytes(save(in_halves(state)))  # save_file's could be read by its owner alone
         size = (folder / WEIGHTS).stat().st_size
         if size > MAX_BYTES:
             fail("BAD_VALUE", f"the weights take {size:,} bytes, {MAX_BYTES:,} may ship", "train a smaller network")
@@ -67,17 +67,22 @@ def write_pretrained(
 
 
 def in_halves(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same numbers rounded to float16, sealed as they will be read back; a codebook's averages as they are."""
+    """The same numbers rounded to float16 and sealed as they will be read back; counts as they are, without sums."""
     rounded = {name: value.half().float() if _is_halved(name, value) else value for name, value in state.items()}
     for name, value in rounded.items():
         if not value.isfinite().all():
             fail("BAD_CHECKPOINT", f"{name} holds values beyond float16", "train with a lower learning rate")
-    sealed = checkpoints.sealed(rounded)
-    return {n: (value.half() if _is_halved(n, value) else value).contiguous() for n, value in sealed.items()}
+    stored = {name: value for name, value in rounded.items() if not name.endswith(SUMS)}
+    sealed = checkpoints.sealed(with_sums(stored))
+    return {
+        name: (value.half() if _is_halved(name, value) else value).contiguous()
+        for name, value in sealed.items()
+        if name in stored
+    }
 
 
 def _is_halved(name: str, value: torch.Tensor) -> bool:
-    return value.dtype == torch.float32 and not name.endswith(AVERAGES)
+    return value.dtype == torch.float32 and not name.endswith(COUNTS)
 
 
 def settings_of(run: Path) -> dict[str, Any]:

@@ -10,10 +10,8 @@ from jaxtyping import Float, Shaped
 from app.dataset import prepared
 from app.prepare.files import FORMATS, Ref, hash_of, sniff, walk
 from app.prepare.formats import read_header, read_voxels
-from app.prepare.gate import Rules
 from app.prepare.labels import MAX_LABELS, looks_like_labels, safe_name
-from app.prepare.survey import Item, survey
-from app.prepare.volume import read_item
+from app.prepare.volume import RawSource, raw_sources
 from app.shapes.bands import Surface, check_surface, mesh_affine, volume_affine
 from app.shapes.mesh_files import READERS, Mesh, read_mesh
 from app.shared.refusals import Refused
@@ -29,7 +27,7 @@ class Source(NamedTuple):
     path: str
     patient: str = ""
     split: str = ""
-    item: Item | None = None
+    raw: RawSource | None = None
     error: Refused | None = None
 
 
@@ -74,13 +72,12 @@ def _case_source(case: prepared.PreparedCase | prepared.DamagedCase) -> Source:
 def _scans(source: Path) -> list[Source]:
     """Raw scans, which pass the gate; named by their content, as their own names may say who was scanned."""
     found = []
-    for item in survey(source):
-        if item.plan is None and item.finding.kind == "skipped":
-            continue
-        name = hash_of(item.refs)[:16]
-        error = None if item.plan is not None else Refused(item.finding.code, item.finding.message)
-        kind = "scan" if error is None else "refused"
-        found.append(Source(name, item.source, kind, str(source), name, "", item, error))
+    for raw in raw_sources(source):
+        try:
+            name = raw.source_hash[:16]
+            found.append(Source(name, raw.place, "scan", str(source), name, raw=raw))
+        except Refused as refused:
+            found.append(Source(raw.place, raw.place, "refused", str(source), error=refused))
     return found
 
 
@@ -122,8 +119,8 @@ def _apart(source: Source) -> str:
 def source_hash(source: Source) -> str:
     if source.kind == "case":
         return prepared.open_case(Path(source.path)).content_hash
-    if source.item is not None:
-        return hash_of(source.item.refs)
+    if source.raw is not None:
+        return source.raw.source_hash
     refs = [Ref(source.path)]
     if source.kind == "labels":
         file = read_header(refs[0], sniff(refs[0]))
@@ -147,7 +144,7 @@ def surfaces_of(source: Source, wanted: Wanted) -> Iterator[Found | tuple[str, R
         case = prepared.open_case(Path(source.path))
         values, affine = case.hu(), case.affine
     else:
-        volume = read_item(source.item, Rules())
+        volume = source.raw.read()
         values, affine = volume.hu, volume.affine
     name = f"{source.name}_hu{wanted.hu:g}"
     yield _found(name, values, wanted.hu, affine, wanted, what=f"{wanted.hu:g} HU")

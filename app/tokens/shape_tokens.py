@@ -4,6 +4,7 @@ The counterpart of `CTTokenizer.encode` and `.decode`, which speak of HU.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +15,8 @@ from app.shapes.bands import Shape, check_surface, mesh_affine, shape_of
 from app.shapes.mesh_files import READERS, Mesh, read_mesh
 from app.shapes.shape_files import read_shape
 from app.shared.hashes import hash_path
-from app.shared.refusals import Refused
-from app.tokens.open_scan import Found
+from app.shared.refusals import Refused, fail
+from app.tokens.open_scan import ScanSource, Wanted
 from app.tokens.token_files import CTTokens, latent_to_voxel
 from app.tokens.tokenizer import CTTokenizer
 from networks.sparse import SparseTensor
@@ -33,9 +34,10 @@ class Opened(NamedTuple):
 
 
 def encode_shape(
-    tokenizer: CTTokenizer, opened: Opened, *, support: bool = False, levels: int | None = None
+    tokenizer: CTTokenizer, source: Opened | ScanSource, *, support: bool = False, levels: int | None = None
 ) -> CTTokens:
     """Tokens of a signed distance; without support the voxels are predicted when it is decoded."""
+    opened = source.open(Wanted()) if isinstance(source, ScanSource) else source
     shape = opened.shape
     x = shape_tensor(tokenizer, shape)
     made = encode_whole(tokenizer.network, x, max_points=tokenizer.max_points, levels=levels)
@@ -84,8 +86,10 @@ def band_mesh(values: SparseTensor, affine: np.ndarray) -> Mesh:
     return Mesh(surface.vertices @ affine[:3, :3].T + affine[:3, 3], np.ascontiguousarray(faces))
 
 
-def shapes_in(source: Path, resolution: int) -> Iterator[Found]:
+def shapes_in(source: Path, resolution: int) -> Iterator[ScanSource]:
     """Files of signed distance and meshes at a path; of several resolutions of a shape the tokenizer's own."""
+    if not source.exists():
+        fail("NO_SOURCE", f"{source} does not exist", "give a mesh, a file of signed distance, or a folder of them")
     if source.is_dir():
         files = [file for file in sorted(source.rglob("*")) if file.suffix.lower() in READERS]
         files += sorted(source.rglob(f"*_r{resolution}.npz"))
@@ -96,7 +100,12 @@ def shapes_in(source: Path, resolution: int) -> Iterator[Found]:
     for file in files:
         name = file.relative_to(source).with_suffix("").as_posix() if source.is_dir() else file.stem
         digest = hash_path(file)
-        yield Found(name, digest, lambda file=file, digest=digest: open_shape(file, resolution, source_hash=digest))
+        opened = partial(_open, file, resolution, digest)
+        yield ScanSource("raw", name, file.name, digest, digest, opened, opened)
+
+
+def _open(file: Path, resolution: int, digest: str, *_: object) -> Opened:
+    return open_shape(file, resolution, source_hash=digest)
 
 
 def open_shape(file: Path, resolution: int, *, source_hash: str = "") -> Opened:

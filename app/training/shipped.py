@@ -17,6 +17,7 @@ from app.shared.refusals import fail
 
 DEFAULT = "ct_base"
 WEIGHTS, RECORD = "model.safetensors", "pretrained.json"
+SUMS, COUNTS, CODES = "mean_sum", "mean_count", "embeddings.weight"  # of a codebook that learns by averages
 
 
 def names() -> list[str]:
@@ -29,7 +30,7 @@ def names_in_words() -> str:
     return f"one that ships ({', '.join(names())})" if names() else "none ships with this installation"
 
 
-def found(path: str | Path) -> Path:
+def weights_of(path: str | Path) -> Path:
     """The weights of a name, or of a folder like those that ship; any other path as it is. What is there goes first."""
     path = Path(path)
     place = path if path.exists() else pretrained_folder() / path if str(path) in names() else path
@@ -49,4 +50,14 @@ def read(file: Path) -> dict[str, torch.Tensor]:
             what = f"{file} is not the file that {RECORD} beside it tells of"
             fail("BAD_CHECKPOINT", what, "install or copy the folder again, whole")
     state = load_file(file)
-    return {name: value.float() if value.dtype == torch.float16 else value for name, value in state.items()}
+    return with_sums({name: value.float() if value.dtype == torch.float16 else value for name, value in state.items()})
+
+
+def with_sums(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """With the sums behind each codebook's means, which are twice as large as the codes and follow from them."""
+    sums = {}
+    for name, counts in state.items():
+        if name.endswith(COUNTS):
+            codebook = name.removesuffix(COUNTS)
+            sums[codebook + SUMS] = state[codebook + CODES] * counts[:, None]
+    return state | sums
