@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from app.dataset import prepared
-from app.prepare.files import FORMATS, Ref, hash_of, sniff, walk
+from app.prepare.files import FORMATS, Ref, files_below, hash_of, sniff
 from app.prepare.formats import read_header, read_voxels
 from app.prepare.labels import MAX_LABELS, looks_like_labels, safe_name
 from app.prepare.volume import RawSource, raw_sources
@@ -83,8 +83,8 @@ def _scans(source: Path) -> list[Source]:
 
 def _files(source: Path) -> list[Source]:
     found = []
-    root = source if source.is_dir() else source.parent
-    for entry in walk(source):
+    root = source.absolute() if source.is_dir() else source.absolute().parent
+    for entry in files_below(source):
         ref, refused = entry if isinstance(entry[1], Refused) else (entry, None)
         place = str(Path(ref.path).relative_to(root)) + (f"/{ref.member}" if ref.member else "")
         stem = _stem(place)

@@ -56,6 +56,12 @@ def test_a_folder_gives_files_tables_and_lines(meshes, tmp_path):
     assert {entry["codes"][0] for entry in other["cases"]} == {"EXISTS", "OPEN_MESH", "BAD_MESH"}
 
 
+def test_a_relative_path_is_a_path(meshes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, done, said = sdf("meshes/box.stl", "out", "--resolution", "32")
+    assert status == 0 and done["cases"][0]["case"] == "box", said
+
+
 def test_a_second_source_joins_the_first(meshes, tmp_path):
     sdf(meshes / "ball.ply", tmp_path / "out", "--resolution", "32")
     sdf(meshes / "box.stl", tmp_path / "out", "--resolution", "32")
