@@ -163,7 +163,11 @@ def _token_source(file: Path) -> ScanSource:
     def tokens(wanted: Wanted) -> CTTokens:
         return read_tokens(file, tables=wanted.tables)
 
-    return ScanSource("tokens", file.stem, file.name, "", hash_path(file), tokens, own_grid)
+    try:
+        key = hash_path(file)
+    except OSError:  # opening it says why
+        key = ""
+    return ScanSource("tokens", file.stem, file.name, "", key, tokens, own_grid)
 
 
 def _or_damaged(case: prepared.PreparedCase | prepared.DamagedCase) -> prepared.PreparedCase:

@@ -103,3 +103,13 @@ def test_a_damaged_case_is_listed_and_says_why_when_it_is_opened(tmp_path):
         assert (source.name, source.source_hash, source.key) == ("c1", "", "")
         with pytest.raises(Refused, match=r"^DAMAGED_CASE: c1/case.json must hold an object"):
             source.open(Wanted())
+
+
+def test_a_token_file_that_cannot_be_read_is_listed_and_the_rest_opens(made, dataset, tmp_path):
+    write_tokens(tmp_path / "good.npz", made[0].encode(dataset / "processed" / "case_a"))
+    (tmp_path / "bad.npz").symlink_to(tmp_path / "gone")
+    bad, good = scan_sources(tmp_path)
+    assert (bad.name, bad.key, good.name, len(good.key)) == ("bad", "", "good", 64)
+    with pytest.raises(Refused, match=r"^NO_TOKENS: "):
+        bad.open(Wanted())
+    assert isinstance(good.open(Wanted()), CTTokens)
