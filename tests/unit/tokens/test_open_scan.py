@@ -78,6 +78,10 @@ def test_any_kind_says_its_own_grid_so_that_a_reconstruction_can_lie_on_it(place
     reconstruct(tokens, tmp_path / "back.nii.gz", tokenizer=made[1], like=tokens)
     image = nibabel.load(tmp_path / "back.nii.gz")
     assert image.shape == (60, 60, 60) and np.allclose(image.affine, read_tokens(tokens).source_affine)
+    packed = tmp_path / "packed.npz"
+    write_tokens(packed, read_tokens(tokens), tables=made[0].tables, pack=True)
+    reconstruct(packed, tmp_path / "again.nii.gz", tokenizer=made[1], like=packed)
+    assert np.array_equal(nibabel.load(tmp_path / "again.nii.gz").dataobj, image.dataobj)
 
 
 def test_of_several_scans_the_one_that_opens_is_meant(tmp_path, rng):
