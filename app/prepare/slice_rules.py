@@ -87,6 +87,8 @@ def reason_of_pixels(header: SliceHeader, rules: Rules) -> Refused | None:
         return None
     if stored <= 8:
         return Refused("NOT_HU", f"{stored} bits a pixel")
+    if header.has_table:
+        return Refused("NOT_HU", "a modality table stands for slope and intercept")
     if header.rescale_type.upper() not in HU_TYPES:
         return Refused("NOT_HU", "the rescale type is not HU")
     if header.slope is not None and not 1e-4 <= abs(header.slope) <= 1e3:

@@ -93,7 +93,8 @@ CODES = MappingProxyType(
         ),
         "ORIENTATION_FROM_QFORM": _fixed("NIfTI without sform: the qform gives the orientation"),
         "SFORM_QFORM_DIFFER": _warned(
-            "NIfTI sform and qform disagree: the sform is used", "check left and right on the preview"
+            "NIfTI sform disagrees with qform or pixdim: the sform is used",
+            "check left, right and sizes on the preview",
         ),
         "LOSSY_COMPRESSION": _warned(
             "pixels went through lossy compression", "prefer the original; fine detail and HU are altered"

@@ -75,7 +75,7 @@ def warm_up_step(output_dir: str | Path, resume: str | int | None) -> int | None
 
 def save_warm_up(output_dir: Path, step: int, content: dict) -> None:
     """One file, whole or not there; it replaces earlier ones."""
-    write_atomically(content, step_file(output_dir, "warmup", step))
+    write_atomically({**content, CHECKSUM: content_hash(content)}, step_file(output_dir, "warmup", step))
     drop_warm_ups(output_dir, keep=step)
 
 
@@ -110,7 +110,7 @@ def save_set(output_dir: Path, step: int, weights: dict[str, dict], misc: dict) 
     """One complete set; misc last, as the commit mark."""
     for name, state in weights.items():
         write_atomically(sealed(state), step_file(output_dir, name, step))
-    write_atomically(misc, step_file(output_dir, "misc", step))
+    write_atomically({**misc, CHECKSUM: content_hash(misc)}, step_file(output_dir, "misc", step))
 
 
 def prune(output_dir: Path, keep_last: int) -> None:
@@ -173,8 +173,8 @@ def read_best(output_dir: str | Path) -> int | None:
     return next(iter(best_score(output_dir)), None)
 
 
-def read_tensors(path: str | Path) -> dict:
-    """A checkpoint file, read without running code."""
+def read_tensors(path: str | Path) -> object:
+    """What a checkpoint file holds, a dict where it is one of ours, read without running code."""
     try:
         if Path(path).suffix == ".safetensors":
             return shipped.read(Path(path))
@@ -284,16 +284,40 @@ def weights_hash(state: dict) -> str:
     return digest.hexdigest()
 
 
+def content_hash(content: dict) -> str:
+    """sha256 over named values, lists and tensors in their order, without the hash that a dict tells of itself."""
+    digest = hashlib.sha256()
+
+    def add(value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            digest.update(weights_hash({"": value}).encode())
+        elif isinstance(value, dict | list | tuple):
+            parts = value.items() if isinstance(value, dict) else value
+            digest.update(f"{type(value).__name__} {len(value)}\n".encode())
+            for part in parts:
+                add(part)
+        else:
+            digest.update(f"{value!r}\n".encode())
+
+    add({name: value for name, value in content.items() if name != CHECKSUM})
+    return digest.hexdigest()
+
+
 def load_tokenizer(path: str | Path) -> SparseVQVAE:
     """A network as it was saved, in evaluation mode."""
     state, sizes = read_weights(path)
     check_extent(sizes, state, path)
     network = build_vqvae(sizes)
+    load_weights(network, state, path)
+    return network.eval()
+
+
+def load_weights(network: nn.Module, state: dict, path: str | Path) -> None:
+    """All weights of a network, out of the file that is named where they do not fit."""
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
         fail("BAD_CHECKPOINT", f"{path} does not fit ({_first_misfit(error)})", "it may be damaged: use another step")
-    return network.eval()
 
 
 def check_extent(sizes: Preset, state: dict, path: str | Path) -> None:

@@ -6,11 +6,13 @@ import signal
 import time
 
 import pytest
+import torch
 
 from app.training import checkpoints
 from tests.runs import (
     NAMES,
     STEPS,
+    assert_refused,
     assert_same_weights,
     make_place,
     rows_of,
@@ -233,3 +235,21 @@ def test_before_its_first_step_a_run_ends_at_once_and_in_one_line(start_process,
     )  # fmt: skip
     assert end.status == 143 and end.error.startswith("STOPPED: ended by SIGTERM."), end.err
     assert len(end.error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("part", ["network", "optimizer", "step"])
+def test_foreign_numbers_in_a_saved_warm_up(part, start_process, place, cohort):
+    out, settings = place / "out", {**LONG, "dataset_dir": cohort, "warmup_steps": 2000, "num_workers": 0}
+    told_to_end(place, start_process, signal.SIGTERM, has_row(out, "warmup", 2), **settings)
+    (file,) = (out / "ckpts").glob("warmup_step*.pt")
+    content = checkpoints.read_tensors(file)
+    if part == "network":
+        name = next(name for name in content[part] if name.endswith("weight"))
+        content[part][name] = content[part][name] + 1
+    else:
+        content[part] = {"optimizer": [], "step": 3000}[part]
+    torch.save(content, file)
+    before = snapshot(out)
+    end = run_in(place, output_dir="out", resume="latest", **settings)
+    assert_refused(end, code="BAD_CHECKPOINT", naming=[file.name])
+    assert snapshot(out) == before

@@ -185,6 +185,18 @@ def test_a_truncated_checkpoint(earlier, place, cohort, name):
     assert snapshot(earlier) == before
 
 
+def test_foreign_numbers_in_what_is_gone_on_with(earlier, place, cohort):
+    file = checkpoints.step_file(earlier, "misc", 20)
+    misc = checkpoints.read_tensors(file)
+    state = misc["optimizer"]["state"]
+    state[0]["exp_avg"] = torch.full_like(state[0]["exp_avg"], float("nan"))
+    torch.save(misc, file)
+    before = snapshot(earlier)
+    end = run_in(place, dataset_dir=cohort, output_dir="out", resume="latest", **{**STEPS, "max_steps": 30})
+    assert_refused(end, code="BAD_CHECKPOINT", naming=[file.name, "exp_avg", "older step"])
+    assert snapshot(earlier) == before
+
+
 def test_a_step_that_is_not_there(earlier, place, cohort):
     end = run_in(place, dataset_dir=cohort, output_dir="out", resume=15, **STEPS)
     assert_refused(end, code="NO_CHECKPOINT", naming=["15", "0, 10, 20"])
