@@ -92,7 +92,7 @@ def _one_good(sources: Sequence[ScanSource], source: Path, out: Path) -> list[Sc
     good, tried = 0, []
     for scan in sources:
         try:
-            scan.own_grid()
+            scan.own_grid(open_scan.Wanted())
             good += 1
         except ValueError:
             scan = scan._replace(source_hash="")
@@ -165,11 +165,11 @@ def reconstruct(
         fail("MANY_SCANS", f"{source} holds {len(files)} token files, {out} is one file", "give a folder as OUT")
     _check_kind(source, out, single=single, kinds=f".nii, .nii.gz, or of a shape {', '.join(WRITERS)}")
     check_folder(out.parent if single else out)
+    made = CTTokenizer.from_pretrained(tokenizer)
     try:
-        grid = None if like is None else open_scan.grid_of(Path(like))
+        grid = None if like is None else open_scan.grid_of(Path(like), tables=made.tables)
     except ValueError as error:
         raise Refused("BAD_LIKE", f"{like}: {as_refused(error).what}") from error
-    made = CTTokenizer.from_pretrained(tokenizer)
     is_shape = made.sizes.features == "sdf"
     if is_shape and grid is not None:
         fail("BAD_CALL", "a shape becomes a mesh, --like asks for a volume", "leave --like out")

@@ -8,10 +8,10 @@ from typer.testing import CliRunner
 
 from app.__main__ import app
 from app.shapes.mesh_files import Mesh, read_mesh, write_mesh
-from tests.runs import run_in
+from tests.runs import ROOT, run_in
 from tests.solids import sphere
 
-CONFIG = "bundles/sdf_vqvae.json"
+CONFIG = str(ROOT / "bundles/sdf_vqvae.json")
 
 
 def command(*words):
@@ -56,7 +56,7 @@ def test_its_card_tells_distances_before_and_after_quantising(trained):
     given = {"dataset_dir": trained / "sdf", "tokenizer": trained / "out", "output_dir": trained / "card"}
     ended = run_in(
         trained,
-        "bundles/evaluate_tokenizer.json",
+        str(ROOT / "bundles/evaluate_tokenizer.json"),
         run_id="run",
         **given,
         **dict.fromkeys(
