@@ -13,6 +13,8 @@ from tests.solids import sphere
 
 CONFIG = str(ROOT / "bundles/sdf_vqvae.json")
 
+pytestmark = pytest.mark.slow  # half a minute: the fast set has the parts one by one
+
 
 def command(*words):
     done = CliRunner().invoke(app, [*map(str, words), "--json"])
