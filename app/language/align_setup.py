@@ -132,8 +132,7 @@ class FrozenTokenizer:
 
 
 class AlignmentText:
-    """Rows of one split and the tokens of their images, read when they are first asked for; none where the user brings a
-    Dataset of samples.
+    """Rows of one split and the tokens of their images, read when they are first asked for.
 
     Args:
         max_rows: at most this many, evenly spread over the rows there are.
@@ -184,7 +183,9 @@ def rows_of_split(data: str, split: str, *, image_root: str | None) -> list[Text
         found = check_rows(rows)
         for problem in found["problems"].values():
             log.warning("%s", problem)
-        log.info("%d rows of %d images to train on, %d rows held out", len(kept), found["images"], len(rows) - len(kept))
+        log.info(
+            "%d rows of %d images to train on, %d rows held out", len(kept), found["images"], len(rows) - len(kept)
+        )
     if not kept:
         fail("NO_CASES", f"{data} has no row with split {split}", "add a column split, or more patients")
     return kept
@@ -193,7 +194,8 @@ def rows_of_split(data: str, split: str, *, image_root: str | None) -> list[Text
 class Language:
     """The language model and its tokenizer, with what may be trained left trainable.
 
-    Any Qwen-VL by hub name or path; a tiny one is built on the text, which no other reads here. `identity` is what a projector belongs to.
+    Any Qwen-VL by hub name or path; a tiny one is built on the text, which no other reads.
+    `identity` is what a projector belongs to.
     """
 
     def __init__(

@@ -155,9 +155,10 @@ class SampleAnswers:
         self.folder.record_text("\n".join(told))
 
 
-class AlignedFiles:
-    """What `ask` and `evaluate` load: projector, adapter and a language model of the run's own; after each epoch, at the
-    end, and those of the best validation where that is not the end's.
+class WriteAligned:
+    """What `ask` and `evaluate` load: projector, adapter and a language model of the run's own.
+
+    After each epoch, at the end, and of the best validation where that is not the end's.
     """
 
     def __init__(self, *, state: LearnedState, language: Language, epoch: int, on: CallableEventWithFilter):

@@ -36,7 +36,7 @@ MAX_PICTURED = 4
 
 
 class Due:
-    """Event filter: every so many steps (of several numbers, of each) and at the last; with `first` at the first too."""
+    """Event filter: every so many steps (or numbers of steps) and at the last; with `first` at the first too."""
 
     def __init__(self, every: int | Sequence[int], *, first: bool = False):
         self.every, self.first = [every] if isinstance(every, int) else every, first
@@ -148,7 +148,9 @@ class Console:
         each = (time.perf_counter() - start) / (step - before)
         shown = " ".join(f"{name}={output[name]:.4g}" for name in SHOWN if name in output)
         what = "%s %d: %s (%s a step, about %s left of %d steps)"
-        log.info(what, self.folder.step_name.capitalize(), step, shown, duration(each), duration(each * (last - step)), last)
+        log.info(
+            what, self.folder.step_name.capitalize(), step, shown, duration(each), duration(each * (last - step)), last
+        )
 
 
 class MetricsRows:

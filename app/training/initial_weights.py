@@ -91,9 +91,7 @@ class CodebookStart:
         learns = [parameter.requires_grad for parameter in self.network.parameters()]
         stage0 = self._stage0(self._loader(steps, start=start))
         trainer, schedule = (stage0.get_parsed_content(name) for name in ("train#trainer", "schedule"))
-        state = WarmUpState(
-            folder=self.folder, network=self.network, optimizer=trainer.optimizer, schedule=schedule
-        )
+        state = WarmUpState(folder=self.folder, network=self.network, optimizer=trainer.optimizer, schedule=schedule)
         trainer.last_saved_step = start or None
         self.folder.phase, self.folder.warmed_up = "warmup", True
         if start:

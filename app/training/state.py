@@ -1,4 +1,4 @@
-"""What steps change, as one: weights, their average, optimizer, schedule and scaler; saved as a set, brought back to it.
+"""What steps change, as one: weights, their average, optimizer, schedule, scaler; saved as a set and brought back.
 
 The engine itself is not saved: a resumed run sets the trainer's iteration and the sampler's start (see handlers.py).
 """

@@ -146,7 +146,9 @@ class TokenizerStep(TrainStep):
     def size(self, part: dict) -> dict[str, int]:
         return {"points": len(part["coords"])}
 
-    def terms(self, engine: SupervisedTrainer, inputs: SparseTensor, case_ids: Sequence[str]) -> dict[str, torch.Tensor]:
+    def terms(
+        self, engine: SupervisedTrainer, inputs: SparseTensor, case_ids: Sequence[str]
+    ) -> dict[str, torch.Tensor]:
         num_levels = unwrapped(engine.network).sizes.quantizer_levels
         seeds = [sample_seed(self.seed, engine.state.iteration, case) for case in case_ids]
         levels = drawn_levels(num_levels, seeds, dropout=self.level_dropout) if self.level_dropout else None
