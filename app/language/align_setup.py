@@ -27,7 +27,6 @@ from app.text.manifests import check_rows, read_rows
 from app.text.rows import TextRow
 from app.tokens.tokenizer import CTTokenizer, find_tokenizer
 from app.training import checkpoints
-from app.training.choices import SCALES
 from app.training.initial_weights import STAGE1_COMMAND, train_demo_stage1
 from networks import qwen
 from networks.projector import Projector
@@ -45,22 +44,6 @@ RESUMED_WITH = {  # what a run cannot change on its way, and the code of its ref
     "base_model": "OTHER_MODEL",
     **dict.fromkeys(("use_lora", *LORA_SIZES, "trained_language", "projector_layers", "use_3d_pos"), "OTHER_SETTINGS"),
 }
-
-
-def is_demo(
-    scale: str = "auto", *, data: str | None = None, dataset: str | None = None, dummy_data: bool = False
-) -> bool:
-    """Whether the demo's numbers are meant; `auto` means them as long as there is no text. `dummy_data` is the demo."""
-    if scale not in SCALES:
-        fail("BAD_VALUE", f"scale must be auto, demo or full, got {scale!r}", "leave --scale out for auto")
-    own = data is not None or dataset is not None
-    if data is not None and dataset is not None:
-        fail("BAD_VALUE", "data and dataset are both given", "give one of them")
-    if dummy_data and own:
-        fail("BAD_VALUE", "dummy_data and data are both given", "give one of them")
-    if scale == "full" and not own:
-        fail("NO_DATA", "scale full needs text", "pass --data MANIFEST, or leave --scale out for the demo")
-    return scale == "demo" or (scale == "auto" and not own)
 
 
 def is_tiny(vl_model: str) -> bool:
@@ -290,7 +273,7 @@ def make_projector(
     return projector
 
 
-def make_dataset(
+def make_text_dataset(
     *,
     text: AlignmentText,
     tokenizer: FrozenTokenizer,
@@ -322,7 +305,7 @@ def make_held_out(*, dataset: str | None = None, **settings: Any) -> Sequence:
     try:
         if dataset is not None:
             fail("NO_CASES", "a Dataset of your own brings no rows that are held out", "give data")
-        return make_dataset(**settings)
+        return make_text_dataset(**settings)
     except Refused as refused:
         if refused.code != "NO_CASES":
             raise
@@ -330,7 +313,7 @@ def make_held_out(*, dataset: str | None = None, **settings: Any) -> Sequence:
         return []
 
 
-def check_same(folder: Path, args: dict) -> None:
+def check_resumed(folder: Path, args: dict) -> None:
     """A run goes on with the tokenizer, the base model and the sizes that it began with; what else changed is said."""
     file = folder / "train_args.json"
     began = json.loads(file.read_text()) if file.is_file() else args

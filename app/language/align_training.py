@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from app.language.align_data import TextDataset
-from app.language.align_setup import FrozenTokenizer, Language, check_same, write_train_args
+from app.language.align_setup import FrozenTokenizer, Language, check_resumed, write_train_args
 from app.training import checkpoints
 from app.training.checkpoints import unwrapped
 from app.training.state import TrainingState
@@ -97,7 +97,7 @@ class AlignRecord:
 
     def _check(self, _engine: Engine) -> None:
         if self.folder.start_step is not None:
-            check_same(Path(self.folder.path), self.content())
+            check_resumed(Path(self.folder.path), self.content())
 
     def _write(self, _engine: Engine) -> None:
         if idist.get_rank() == 0:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
@@ -19,6 +20,7 @@ from app.language.align_setup import make_collate
 from app.language.assistant import NOTICE, CTAssistant
 from app.measures.tokenizer_metrics import MeanTerms
 from app.shared.hashes import hash_path
+from app.shared.places import bundles_folder
 from app.shared.refusals import Refused
 from app.text.manifests import read_rows
 from app.tokens.token_files import write_tokens
@@ -297,6 +299,20 @@ def test_the_base_model_is_loaded_in_the_precision_that_is_asked_for(amp, dtype,
     with pytest.raises(SystemExit):
         align_setup.Language(vl_model=str(home / "qwen"), amp=amp, text=None)
     assert said[0][1] == f"asked for {dtype}"
+
+
+def test_the_network_is_built_from_the_file_alone(home, tmp_path, monkeypatch):
+    """As monai.bundle.load does: the data are not there, and nothing is written. A tiny model takes its words from the
+    text, a stock one reads none."""
+    monkeypatch.chdir(tmp_path)
+    given = {"data": "gone.csv", "vl_model": str(home / "qwen"), "vae_ckpt": str(home / "tokenizer.pt")}
+    config = ConfigParser({**json.loads((bundles_folder() / "align.json").read_text()), **given})
+    network = config.get_parsed_content("network_def")
+    assert type(network).__name__ == "VolumeQwen" and (network.projector.in_features, network.position) == (16, "1d")
+    assert [name for name, p in network.named_parameters() if p.requires_grad][:2] == [
+        "projector.proj.weight", "projector.proj.bias"
+    ]  # fmt: skip
+    assert not list(tmp_path.iterdir())
 
 
 # ---- what is kept and what is refused
