@@ -9,7 +9,6 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -186,7 +185,7 @@ class Language:
         *,
         vl_model: str,
         amp: str,
-        text: AlignmentText,
+        text: AlignmentText | None = None,
         train_language: bool = False,
         lora: dict | None = None,
         layers: dict | None = None,
@@ -300,7 +299,7 @@ def make_text_dataset(
     return made
 
 
-def make_held_out(*, dataset: str | None = None, **settings: Any) -> Sequence:
+def make_held_out(*, dataset: str | None = None, **settings: Any) -> Dataset | list:
     """The same of rows that are held out; none, and that is said, where there are none that can be used."""
     try:
         if dataset is not None:

@@ -126,7 +126,7 @@ class SampleAnswers:
         folder,
         network: VolumeQwen,
         language: Language,
-        dataset: TextDataset,
+        dataset: TextDataset | list,
         on: CallableEventWithFilter,
         num_samples: int = 4,
         max_new_tokens: int = 64,

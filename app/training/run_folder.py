@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 STARTING = ".starting_run"
 LONG_RUN_SECONDS = 48 * 3600
 MAX_TOLD = 60  # letters of a setting
+MAX_PARTS = 5  # of a config, that a resumed run tells one by one
 UNTOLD = {"resume", "output_dir", "i_print", "i_log", "i_sample", "i_save", "keep_last", "_desc_"}  # the same run
 SHOWN = ("loss", "recon", "vq", "commitment", "correct")  # on the console line, where a step has them
 
@@ -117,9 +118,14 @@ class RunFolder:
         if not isinstance(before, dict):
             log.warning("%s cannot be read: what changed since the run began is not known", file)
         elif before and now:
-            told = [f"{name} {_short(new)} (was {_short(old)})" for name, old, new in differences(before, now)]
-            if told:
-                log.warning("goes on with other settings than the run began with: %s", ", ".join(told))
+            told, parts = [], []
+            for name, old, new in differences(before, now):
+                is_part = "#" in name or str(old)[:2] in ("{'", "[{") or str(new)[:2] in ("{'", "[{")
+                (parts if is_part else told).append(f"{name} {_short(new)} (was {_short(old)})")
+            if len(parts) > MAX_PARTS:  # the file is another: it tells the user nothing
+                parts = [f"{len(parts)} parts of a bundle that other software wrote"]
+            if told or parts:
+                log.warning("goes on with other settings than the run began with: %s", ", ".join(told + parts))
 
     def _begin_beside(self) -> None:
         """An earlier run keeps its place until this one has taken a step; whether it can be moved then is seen now."""

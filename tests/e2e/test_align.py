@@ -297,7 +297,7 @@ def test_the_base_model_is_loaded_in_the_precision_that_is_asked_for(amp, dtype,
     said = []
     monkeypatch.setattr(align_setup, "fail", lambda *words: (said.append(words), sys.exit(2)))
     with pytest.raises(SystemExit):
-        align_setup.Language(vl_model=str(home / "qwen"), amp=amp, text=None)
+        align_setup.Language(vl_model=str(home / "qwen"), amp=amp)
     assert said[0][1] == f"asked for {dtype}"
 
 

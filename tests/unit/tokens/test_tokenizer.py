@@ -16,7 +16,7 @@ from app.prepare import cohort, volume
 from app.shared.places import bundles_folder
 from app.shared.refusals import Refused
 from app.tokens import open_scan
-from app.tokens.commands import onto_grid
+from app.tokens.commands import onto_grid, write_nifti
 from app.tokens.open_scan import Volume
 from app.tokens.tokenizer import CTTokenizer, find_tokenizer
 from app.training import checkpoints, data, loaders
@@ -58,18 +58,16 @@ def test_inference_and_training_see_a_scan_through_the_same_declared_chain(stage
     assert len(np.unique(tokens.codes)) > 4
 
 
-def test_the_inference_bundle_is_that_tokenizer(tokenizer, output_dir, dataset):
-    """Dense HU through the network and the inferer of its file: what the class above gives, decoded."""
-    config = ConfigParser(
-        json.loads((bundles_folder() / "inference.json").read_text()) | {"tokenizer": str(output_dir)}
-    )
-    network, inferer = (config.get_parsed_content(name) for name in ("network_def", "inferer"))
-    case = prepared.find_cases(dataset)[0]
-    hu = torch.from_numpy(np.array(case.hu(), np.float32))[None, None]
+def test_the_inference_bundle_is_that_tokenizer(tokenizer, output_dir, tmp_path):
+    """A scan through the transforms, the network and the inferer of its file: what the class gives, decoded."""
+    write_nifti(tmp_path / "scan.nii.gz", Volume(hu_volume(), AFFINE))
+    given = {"tokenizer": str(output_dir), "scan": str(tmp_path / "scan.nii.gz"), "device": "cpu"}
+    bundle = ConfigParser(json.loads((bundles_folder() / "inference.json").read_text()) | given)
+    network, inferer, dataset = (bundle.get_parsed_content(name) for name in ("network", "inferer", "dataset"))
     with torch.no_grad():
-        back = inferer(MetaTensor(hu, affine=torch.from_numpy(np.array(case.affine))), network)
-    tokens = tokenizer.encode((np.asarray(case.hu()), np.asarray(case.affine)))
-    expected = onto_grid(tokenizer.decode(tokens), case.hu().shape, case.affine)
+        back = inferer(dataset[0]["image"][None], network)
+    tokens = tokenizer.encode(tmp_path / "scan.nii.gz")
+    expected = onto_grid(tokenizer.decode(tokens), hu_volume().shape, AFFINE)
     assert np.array_equal(back[0, 0].numpy(), np.rint(expected.hu)) and len(np.unique(expected.hu)) > 100
 
 

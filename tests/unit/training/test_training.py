@@ -280,7 +280,8 @@ def test_every_rank_knows_the_last_saved_step(monkeypatch):
 
 @pytest.mark.parametrize(("last", "says"), [(None, "no checkpoint exists yet. Start again"), (20, "step 20. Resume")])
 def test_a_loss_that_is_no_number_says_where_to_go_on(last, says):
-    engine = Mock(last_saved_step=last)
+    engine = Engine(lambda engine, batch: None)
+    engine.last_saved_step = last
     engine.state.output, engine.state.batch = {"loss": float("nan")}, {"case_id": ["case_a"]}
     with pytest.raises(Refused, match=says) as end:
         handlers.StopAtNonFiniteLoss()._look(engine)
