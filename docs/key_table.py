@@ -61,7 +61,7 @@ MEANINGS = {
     "rotation_trick": "gradients past the codes by rotation instead of straight through",
     "normalize_codes": "codes on a sphere",
     "quantizer_levels": "codes a cell, each of what those before left over",
-    "level_dropout": "share of samples decoded from the first few levels alone, so that any prefix decodes",
+    "level_dropout": "share of samples decoded from fewer levels, alike in all cells or of each its own",
     "pretrained_vae_path": "weights of encoder and decoder: `auto` takes `outputs/vae`; null trains them first",
     "init_from": "output folder whose weights are taken over",
     "warmup_steps": "steps of the autoencoder where stage 1 has to train it first",

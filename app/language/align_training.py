@@ -5,7 +5,6 @@ of our own. The tokenizer is not in the network at all.
 """
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ class AnswerStep(TrainStep):
     def size(self, part: dict) -> dict[str, int]:
         return {"tokens": int(part["attention_mask"].sum())}
 
-    def terms(self, engine: SupervisedTrainer, inputs: dict, _case_ids: Sequence[str]) -> dict[str, torch.Tensor]:
+    def terms(self, engine: SupervisedTrainer, inputs: dict, _part: dict) -> dict[str, torch.Tensor]:
         return terms_of(engine.network, inputs)
 
 

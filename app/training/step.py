@@ -31,7 +31,6 @@ from app.shared.refusals import fail
 from app.training.checkpoints import unwrapped
 from app.training.preflight import one_line_errors
 from networks.losses import TokenizerLoss
-from networks.residual import drawn_levels
 from networks.sparse import SparseTensor
 from networks.vqvae import SparseVQVAE
 
@@ -78,7 +77,7 @@ class TrainStep:
         self.seed, self.amp, self.grad_clip = seed, AMP_TYPES[amp], grad_clip
         self.scaler = torch.amp.GradScaler(enabled=self.amp == torch.float16)
 
-    def terms(self, engine: SupervisedTrainer, inputs: Any, case_ids: Sequence[str]) -> dict[str, torch.Tensor]:
+    def terms(self, engine: SupervisedTrainer, inputs: Any, part: dict) -> dict[str, torch.Tensor]:
         """The `loss` of a micro-batch, a mean over its samples, and what else is to be told of it."""
         raise NotImplementedError
 
@@ -99,7 +98,7 @@ class TrainStep:
         for part in parts:
             inputs = engine.prepare_batch(part, engine.state.device)
             with torch.autocast(engine.state.device.type, dtype=self.amp, enabled=self.amp is not None):
-                terms = self.terms(engine, inputs, part["case_id"])
+                terms = self.terms(engine, inputs, part)
             share = len(part["case_id"]) / samples
             if terms["loss"].requires_grad:
                 self.scaler.scale(terms["loss"] * share).backward()
@@ -146,13 +145,9 @@ class TokenizerStep(TrainStep):
     def size(self, part: dict) -> dict[str, int]:
         return {"points": len(part["coords"])}
 
-    def terms(
-        self, engine: SupervisedTrainer, inputs: SparseTensor, case_ids: Sequence[str]
-    ) -> dict[str, torch.Tensor]:
-        num_levels = unwrapped(engine.network).sizes.quantizer_levels
-        seeds = [sample_seed(self.seed, engine.state.iteration, case) for case in case_ids]
-        levels = drawn_levels(num_levels, seeds, dropout=self.level_dropout) if self.level_dropout else None
-        output = engine.network(inputs, quantize=self.quantize, seeds=seeds, levels=levels)
+    def terms(self, engine: SupervisedTrainer, inputs: SparseTensor, part: dict) -> dict[str, torch.Tensor]:
+        seeds = [sample_seed(self.seed, engine.state.iteration, case) for case in part["case_id"]]
+        output = engine.network(inputs, quantize=self.quantize, seeds=seeds, level_dropout=self.level_dropout)
         if output.codes is not None:
             self.codes.append(output.codes)
         return engine.loss_function(output, inputs)
