@@ -312,9 +312,7 @@ def make_loader(
     )
 
 
-def make_held_out_loader(
-    dataset: Dataset | list, *, batch_size: int, collate: Callable, num_workers: int = 0
-) -> DataLoader:
+def make_held_out_loader(dataset: Dataset, *, batch_size: int, collate: Callable, num_workers: int = 0) -> DataLoader:
     """Every sample once, in order; each rank has as many."""
     rank, world = idist.get_rank(), idist.get_world_size()
     share = range(rank, len(dataset) // world * world, world)

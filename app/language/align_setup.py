@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from app.language import align_data, chat
 from app.language.volume_tokens import Reducer, TokenSource, VolumeTokens
@@ -299,7 +299,7 @@ def make_text_dataset(
     return made
 
 
-def make_held_out(*, dataset: str | None = None, **settings: Any) -> Dataset | list:
+def make_held_out(*, dataset: str | None = None, **settings: Any) -> Dataset:
     """The same of rows that are held out; none, and that is said, where there are none that can be used."""
     try:
         if dataset is not None:
@@ -309,7 +309,7 @@ def make_held_out(*, dataset: str | None = None, **settings: Any) -> Dataset | l
         if refused.code != "NO_CASES":
             raise
         log.warning("nothing is validated, so the last step counts as the best: %s", refused.what)
-        return []
+        return Subset([], [])
 
 
 def check_resumed(folder: Path, args: dict) -> None:

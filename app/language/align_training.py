@@ -13,7 +13,7 @@ import torch
 from ignite.engine import CallableEventWithFilter, Engine, Events
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from app.language.align_data import TextDataset
 from app.language.align_setup import FrozenTokenizer, Language, check_resumed, write_train_args
@@ -49,7 +49,8 @@ class AnswerValidation:
         network = unwrapped(engine.network)
         network.eval()
         inputs, device = engine.prepare_batch(batch, engine.state.device), engine.state.device.type
-        with torch.no_grad(), torch.autocast(device, dtype=self.amp, enabled=self.amp is not None):
+        eager = torch.compiler.set_stance("force_eager")  # layers compiled for training would be compiled once more
+        with eager, torch.no_grad(), torch.autocast(device, dtype=self.amp, enabled=self.amp is not None):
             terms = terms_of(network, inputs)
         return {"terms": {name: float(term) for name, term in terms.items()}, "samples": len(batch["case_id"])}
 
@@ -125,7 +126,7 @@ class SampleAnswers:
         folder,
         network: VolumeQwen,
         language: Language,
-        dataset: TextDataset | list,
+        dataset: TextDataset | Subset,  # or nothing
         on: CallableEventWithFilter,
         num_samples: int = 4,
         max_new_tokens: int = 64,
