@@ -16,13 +16,17 @@ from ignite.engine import Engine, Events
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.handlers import ValidationHandler
 from torch import nn
+from torch.utils.data import DataLoader
 
 from app.language.align_training import AnswerStep
 from app.shared.refusals import Refused
-from app.training import checkpoints, handlers, run_folder
+from app.training import checkpoints, handlers, initial_weights, run_folder
 from app.training.state import TrainingState
-from app.training.step import TokenizerStep, average, make_scheduler, resume_optimizer
+from app.training.step import SparseBatch, TokenizerStep, average, make_scheduler, resume_optimizer
+from networks import make_vqvae
+from networks.losses import TokenizerLoss
 from networks.sparse import SparseTensor
+from transforms import Windowsd
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -107,6 +111,8 @@ def test_what_is_due_is_due_at_the_last_step_too_and_where_asked_at_the_first():
         engine.add_event_handler(on, lambda engine, steps=steps: steps.append(engine.state.iteration))
     engine.run(range(7), max_epochs=1)
     assert found == {False: [3, 6, 7], True: [1, 3, 6, 7]}
+    engine.state.epoch_length = 9
+    assert [step for step in range(1, 10) if handlers.Due([3, 4])(engine, step)] == [3, 4, 6, 8, 9]
 
 
 class Linear(nn.Module):
@@ -300,3 +306,36 @@ def test_the_best_step_is_that_of_the_lowest_score_and_its_file_says_which_score
         folder.record_best(step)
     assert json.loads((tmp_path / "ckpts/best.json").read_text()) == {"step": 8, score: 0.25}
     assert checkpoints.read_best(tmp_path) == 8
+
+
+def test_the_warm_up_of_stage_1_is_what_vae_json_declares(tmp_path, monkeypatch):
+    """Another optimizer and other parts to learn there are those of the warm-up, on the run's own network and keys."""
+    stage0 = json.loads((ROOT / "bundles/vae.json").read_text())
+    stage0["optimizer"] |= {"_target_": "torch.optim.RAdam", "weight_decay": 0.25}
+    del stage0["optimizer"]["fused"]
+    stage0["learns"] = ["decoder"]
+    (tmp_path / "vae.json").write_text(json.dumps(stage0))
+    monkeypatch.setattr(initial_weights, "bundles_folder", lambda: tmp_path)
+    network, loss_function = make_vqvae("tiny", num_blocks=1), TokenizerLoss()
+    flat = {"learning_rate": 0.5, "max_steps": 7, "seed": 3, "amp": "off", "grad_clip": 0.125, "i_print": 2, "i_log": 2}
+    loader = DataLoader([1, 2])
+    start = initial_weights.CodebookStart(
+        network=network,
+        folder=Mock(),
+        pretrained_vae_path=None,
+        loader=loader,
+        prepare_batch=SparseBatch(Windowsd()),
+        loss_function=loss_function,
+        warmup={**flat, "lr_scheduler": "StepLR", "lr_scheduler_options": {"step_size": 2}},
+    )
+    declared = start._stage0(loader)
+    trainer, schedule = (declared.get_parsed_content(name) for name in ("train#trainer", "schedule"))
+    group = trainer.optimizer.param_groups[0]
+    assert type(trainer.optimizer) is torch.optim.RAdam and (group["lr"], group["weight_decay"]) == (0.5, 0.25)
+    assert {id(p) for p in group["params"]} == {id(p) for p in network.decoder.parameters()}
+    assert type(schedule) is torch.optim.lr_scheduler.StepLR and schedule.step_size == 2
+    assert trainer.network is network and trainer.loss_function is loss_function and trainer.state.epoch_length == 7
+    step = trainer._process_function
+    assert (step.quantize, step.seed, step.grad_clip) == (False, 3, 0.125)
+    hung = [entry["_target_"].rpartition(".")[2] for entry in declared.config["train"]["handlers"]]
+    assert hung == ["StopAtNonFiniteLoss", "LrScheduleHandler", "Console", "MetricsRows"]
