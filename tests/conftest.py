@@ -1,4 +1,6 @@
-"""Shared fixtures: tolerances by dtype, a seeded generator, quiet and deterministic torch."""
+"""Shared fixtures: tolerances by dtype, a seeded generator, quiet and deterministic torch; on how many processes."""
+
+import os
 
 import numpy as np
 import pytest
@@ -51,3 +53,21 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+MOST_PROCESSES = 4  # each takes up to 3 GiB
+
+
+def pytest_xdist_auto_num_workers(config) -> int:
+    """The whole fast set on several processes, files apart; one where files are named, or slow tests or a GPU's."""
+    whole = (
+        not config.option.file_or_dir and "not slow" in config.option.markexpr and "not gpu" in config.option.markexpr
+    )
+    return min(os.cpu_count() or 1, MOST_PROCESSES) if whole else 0
+
+
+def pytest_configure(config):
+    """One thread each where several processes share the cores, and in what they start."""
+    if hasattr(config, "workerinput"):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)

@@ -41,6 +41,7 @@ TINY = {  # a network and a run that take seconds; any of them can be given othe
     "i_log": 1,
 }
 STEPS = {"warmup_steps": 10, "max_steps": 20, "i_save": 10, "val_interval": 10, "i_sample": 20, "keep_last": 3}
+TOLERANCE = 2e-5  # float32 sums in another order, through ten steps of Adam
 NAMES = ("vqvae", "vqvae_ema0.9999", "misc")  # the files of a set
 
 
@@ -193,6 +194,21 @@ def rows_of(folder, phase="train"):
 
 def timeless(rows):
     return [{key: value for key, value in row.items() if key not in ("seconds", "memory_gib")} for row in rows]
+
+
+def told_by(folder):
+    """What the metrics say, less time and the points that one rank saw."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "memory_gib", "points")} for row in rows]
+
+
+def assert_same_story(first, second):
+    assert [(row["phase"], row["step"]) for row in first] == [(row["phase"], row["step"]) for row in second]
+    for one, two in zip(first, second, strict=True):
+        assert one.keys() == two.keys()
+        numbers = {key: value for key, value in one.items() if key != "phase"}
+        for key, value in numbers.items():
+            assert two[key] == pytest.approx(value, rel=TOLERANCE, abs=TOLERANCE), f"{key} at step {one['step']}"
 
 
 def weights_of(folder, step, name="vqvae"):

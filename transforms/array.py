@@ -225,6 +225,49 @@ KEEPS = MappingProxyType(
 )
 
 
+def _above_air(hu: Num[np.ndarray, "X Y Z"], windows: Sequence[str], _spacing: Number) -> Bool[np.ndarray, "X Y Z"]:
+    """Above air and above zero in some window."""
+    return hu > max(AIR, windows_range(windows)[0])
+
+
+def _near_interfaces(
+    hu: Num[np.ndarray, "X Y Z"], _windows: Sequence[str], _spacing: Number
+) -> Bool[np.ndarray, "X Y Z"]:
+    """Within a few voxels of a surface between air, soft tissue and bone."""
+    kept = np.zeros(hu.shape, bool)
+    for level in INTERFACES:
+        kept |= np.abs(_signed_distance(hu > level)) < BAND
+    return kept
+
+
+def _unsaturated(hu: Num[np.ndarray, "X Y Z"], windows: Sequence[str], spacing: Number) -> Bool[np.ndarray, "X Y Z"]:
+    """Body voxels that some window does not saturate, and their neighbours."""
+    unsaturated = np.zeros(hu.shape, bool)
+    for name in windows:
+        low, high = window_bounds(name)
+        unsaturated |= (hu > low) & (hu < high)
+    neighbours = ndimage.generate_binary_structure(3, 3)
+    return ndimage.binary_dilation(unsaturated & body_mask(hu, spacing=spacing), neighbours)
+
+
+class Keep(NamedTuple):
+    """A sparsification: which voxels become rows, and what the dropped ones stand for."""
+
+    mask: Callable[[np.ndarray, Sequence[str], Number], np.ndarray]  # of HU, windows and spacing in mm
+    fill: Number | Literal["nearest"]  # what `densify` puts where a voxel was dropped
+    by_window: bool  # whether the mask depends on the windows
+
+
+KEEPS = MappingProxyType(
+    {
+        "body": Keep(lambda hu, _, spacing: body_mask(hu, spacing=spacing), DROPPED, by_window=False),
+        "nonzero": Keep(_above_air, DROPPED, by_window=True),
+        "band": Keep(_near_interfaces, "nearest", by_window=False),
+        "informative": Keep(_unsaturated, "nearest", by_window=True),
+    }
+)
+
+
 def keep_mask(
     hu: Num[np.ndarray, "X Y Z"],
     keep: str = "body",

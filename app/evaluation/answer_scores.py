@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -176,16 +176,24 @@ class Answers:
 
     def _read(self, origins: Sequence[str]) -> dict[int, str]:
         known: dict[int, str] = {}
-        if not self.file.is_file():
-            return known
-        for text in self.file.read_text(encoding="utf-8", errors="replace").split("\n"):
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:  # the line at which a run was stopped
-                continue
+        for line in _whole_lines(self.file):
             if line["row"] < len(origins) and line.get("of") == origins[line["row"]]:
                 known[line["row"]] = line["answer"]
         return known
+
+
+def given_answers(file: Path) -> dict[tuple[str, str], str]:
+    """Answers of a column that has been completed, by image and question."""
+    return {(line["image"], line["question"]): line["answer"] for line in _whole_lines(file)}
+
+
+def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """Answers on disk, but for the line at which a run was stopped."""
+    for text in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else ():
+        try:
+            yield json.loads(text)
+        except json.JSONDecodeError:
+            continue
 
 
 def fingerprint(volume: TokenSequence | None) -> str:

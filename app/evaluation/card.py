@@ -76,6 +76,7 @@ def markdown(result: dict[str, Any]) -> str:
             *_facts(result),
             *_errors(result),
             *_by_window(result),
+            *_bits(result),
             *_codes(result),
             *_kept(result),
             *_cases(result),
@@ -94,8 +95,6 @@ def _facts(result: dict[str, Any]) -> list[str]:
         ("codebook", f"{codes['num_embeddings']} codes of width {sizes['latent_channels']}{levels}, "
          + ", ".join([sizes["codebook"], *options])),
         ("tokens a volume", told(codes["per_case"], ".0f")),
-        ("bits per voxel", f"{told(rate['bits_per_voxel'], '.4f')} of the grid, "
-         f"{told(rate['bits_per_foreground_voxel'], '.4f')} of the body"),
         ("compression of 16-bit voxels", f"{rate['compression_of_16_bit']['mean']:.0f} ×"),
     ]  # fmt: skip
     return ["## What was judged", "", *table(("", ""), rows)]
@@ -152,13 +151,41 @@ def _by_window(result: dict[str, Any]) -> list[str]:
     return ["## As each window shows the body, from codes alone", "", *table(head, rows)]
 
 
+def _bits(result: dict[str, Any]) -> list[str]:
+    rate, alone = result["rate"], result["errors"]["codes alone"]["tissues"]["foreground"]
+    rows = [
+        ("which cells exist", told(rate["cells_per_foreground_voxel"], ".5f"), ""),
+        ("codes", told(rate["codes_per_foreground_voxel"], ".4f"), told(rate["code_bits_per_token"], ".2f")),
+        ("header", told(rate["header_per_foreground_voxel"], ".5f"), ""),
+        ("**all, codes alone**", told(rate["bits_per_foreground_voxel"], ".4f"), told(rate["bits_per_token"], ".2f")),
+        ("the same before entropy coding", told(rate["plain_bits_per_foreground_voxel"], ".4f"), ""),
+        ("stored support, besides", told(rate["support_per_foreground_voxel"], ".4f"), ""),
+    ]
+    codecs = [
+        (name, told(part["mae"]), told(part["rmse"]), told(part["bits_of_ours"], ".2f"))
+        for name, part in result["codecs"].items()
+    ]
+    lines = ["## Bits", "", *table(("", "bits a voxel of the body", "bits a token"), rows)]
+    if not codecs:
+        return lines
+    mine = ("**tokens, codes alone**", told(alone["mae"]), told(alone["rmse"]), "1")
+    head = ("at the same bits", "MAE in the body, HU", "RMSE", "bits, of the tokens'")
+    without = "" if "x265" in result["codecs"] else " x265 was not asked: PyAV is not installed."
+    return [*lines, *table(head, [mine, *codecs]), f"Codecs see the same body, cut to its box.{without}", ""]
+
+
 def _codes(result: dict[str, Any]) -> list[str]:
     codes = result["codes"]
     rows = [
-        (str(i), f"{used} of {codes['num_embeddings']} ({used / codes['num_embeddings']:.0%})", f"{spread:.0f}")
+        (
+            str(i),
+            f"{used} of {codes['num_embeddings']} ({used / codes['num_embeddings']:.0%})",
+            str(codes["num_embeddings"] - used),
+            f"{spread:.0f}",
+        )
         for i, (used, spread) in enumerate(zip(codes["used"], codes["perplexity"], strict=True))
     ]
-    return ["## Code use over all cases", "", *table(("level", "used", "perplexity"), rows)]
+    return ["## Code use over all cases", "", *table(("level", "used", "never used", "perplexity"), rows)]
 
 
 def _kept(result: dict[str, Any]) -> list[str]:
@@ -205,7 +232,8 @@ def _definitions() -> list[str]:
         "is the rest of the grid. A voxel that was dropped counts with the HU it stands for. PSNR and SSIM are over "
         "the body with the window's width as data range. *Codes alone*: the network itself says where voxels are. "
         "*Stored support*: it is told. *Shuffled codes*: it is told, but codes have changed places at random. Bits "
-        "count each code and one bit a latent of the grid for where codes are. Perplexity is the number of codes that "
+        "are all that a decoder needs beside the weights, which all volumes share: those of the packed token file "
+        "(`tokenize --pack`), made of codes, cells and a short header. Perplexity is the number of codes that "
         "equal use would need.",
         "",
     ]
@@ -321,7 +349,7 @@ def _key_numbers(axis: Axes, result: dict[str, Any]) -> None:
         ("MAE in the body", f"{told(alone['tissues']['foreground']['mae'])} HU"),
         ("with shuffled codes", f"{result['shuffled_ratio']:.1f} × as large"),
         ("tokens a volume", told(codes["per_case"], ".0f")),
-        ("bits per voxel", f"{rate['bits_per_voxel']['mean']:.4f}"),
+        ("bits a voxel of the body", f"{rate['bits_per_foreground_voxel']['mean']:.4f}"),
         ("against 16 bit", f"{rate['compression_of_16_bit']['mean']:.0f} × smaller"),
         ("body voxels back", told(support["foreground_decoded"], ".1f", percent=True)),
         ("Dice of support", told(support["dice"], ".3f")),

@@ -30,7 +30,7 @@ from app.shared.hashes import hash_path
 from app.shared.refusals import Refused, fail
 from app.text.rows import REPORT_QUESTION
 from app.tokens import open_scan
-from app.tokens.token_files import CTTokens, read_tokens
+from app.tokens.token_files import CTTokens
 from app.training import checkpoints
 from networks import qwen
 from networks.projector import Projector
@@ -204,8 +204,7 @@ class CTAssistant:
         return self._of_scan(scan, source="" if path is None else path.name)
 
     def _of_file(self, path: Path) -> Scan:
-        tokens = read_tokens(path)
-        self.tokenizer.ct.check(tokens)
+        tokens = self.tokenizer.ct.read(path)
         origin = {"scan_sha256": tokens.source_hash} if tokens.source_hash else {}
         origin |= {"tokens_sha256": hash_path(path), **_series(tokens)}
         return Scan(path.stem, as_tensors(tokens), origin, path.name)

@@ -16,7 +16,7 @@ from torch import Tensor
 from app.dataset import prepared
 from app.shared.hashes import hash_path
 from app.tokens import open_scan
-from app.tokens.token_files import CTTokens, read_tokens, write_tokens
+from app.tokens.token_files import CTTokens, write_tokens
 from app.tokens.tokenizer import CTTokenizer
 from app.training.step import SparseBatch
 from networks.sparse import SparseTensor
@@ -108,9 +108,7 @@ class TokenSource:
         return as_tensors(tokens)
 
     def read(self, file: Path) -> VolumeTokens:
-        tokens = read_tokens(file)
-        self.tokenizer.check(tokens)
-        return as_tensors(tokens)
+        return as_tensors(self.tokenizer.read(file))
 
 
 def case_key(path: Path) -> str:

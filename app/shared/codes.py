@@ -258,6 +258,10 @@ CODES = MappingProxyType(
         "FOREIGN_CHECKPOINT": _call(
             "a file that does not say what it was made for", "use a checkpoint of this project"
         ),
+        "WEIGHTS_MISFIT": _call(
+            "published weights lack tensors, have others besides, or of other shapes",
+            "pass --preset direct3d_s2 and one feature a voxel (--features sdf, or a --window_type)",
+        ),
         "NO_CODEBOOK": _call("an autoencoder where a tokenizer is wanted", "give the output folder of stage 1"),
         "NO_STAGE1": _call("stage 2 without a stage 1", "run stage 1 with your dataset_dir first"),
         "CONSTANT_ENCODER": _call(

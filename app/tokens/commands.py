@@ -20,7 +20,7 @@ from app.shared.refusals import Refused, as_refused, fail, refuse_empty
 from app.shared.terminal import progress
 from app.tokens import open_scan
 from app.tokens.open_scan import Found, Volume
-from app.tokens.token_files import CTTokens, read_tokens, write_tokens
+from app.tokens.token_files import CTTokens, is_packed, rate_of, read_tokens, write_tokens
 from app.tokens.tokenizer import CTTokenizer
 from transforms.array import DROPPED
 
@@ -32,6 +32,7 @@ def tokenize(
     tokenizer: str | Path | None = None,
     support: bool = False,
     levels: int | None = None,
+    pack: bool = False,
     series: str | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -39,6 +40,7 @@ def tokenize(
 
     OUT is a file where it ends in .npz and there is one scan, else a folder. Gives an entry a case; one that cannot be
     used is listed as refused, the rest is done. `levels`: so many codes a cell, the first of the tokenizer's levels.
+    `pack`: entropy-coded, in about as many bytes as each entry's `bits` tell.
     """
     refuse_empty(source, name="SOURCE")
     refuse_empty(out)
@@ -61,11 +63,10 @@ def tokenize(
         try:
             if isinstance(open_it, ValueError):
                 raise open_it
-            tokens = None if overwrite else _there_already(path, made, source_hash, support=support, levels=wanted)
-            message = "" if tokens is None else "there already"
-            if tokens is None:
-                tokens = made.encode(open_it(), support=support, levels=levels)
-                write_tokens(path, tokens)
+            there = None if overwrite else _there_already(path, made, source_hash)
+            kept = there if there is not None and _is_as_asked(path, there, support, wanted, pack) else None
+            tokens = made.encode(open_it(), support=support, levels=levels) if kept is None else kept
+            bits = rate_of(tokens, made.tables) if kept else write_tokens(path, tokens, tables=made.tables, pack=pack)
         except ValueError as error:
             entries.append(_refused(name, error))
             continue
@@ -76,7 +77,8 @@ def tokenize(
                 "codes": _codes_of(tokens),
                 "tokens": str(path),
                 "count": len(tokens.codes),
-                "message": message,
+                "bits": bits.as_json(tokens=len(tokens.codes), voxels=tokens.voxels),
+                "message": "" if kept is None else "there already",
             }
         )
     return _summary(entries, made)
@@ -103,22 +105,26 @@ def _check_kind(source: Path, out: Path, *, single: bool, kinds: str) -> None:
         fail("NO_OUTPUT", f"what is written ends in {kinds}, OUT is {out}", "give such a file, or a folder")
 
 
-def _there_already(path: Path, made: CTTokenizer, source_hash: str, *, support: bool, levels: int) -> CTTokens | None:
-    """Tokens of an earlier, interrupted call. Those of another tokenizer or scan are neither taken nor overwritten.
-
-    Those without the support, or of another number of levels than is asked for now, are made again.
-    """
+def _there_already(path: Path, made: CTTokenizer, source_hash: str) -> CTTokens | None:
+    """Tokens of an earlier, interrupted call. Those of another tokenizer or scan are neither taken nor overwritten."""
     if not path.exists():
         return None
     try:
-        tokens = read_tokens(path)
+        tokens = read_tokens(path, tables=made.tables)
     except Refused as refused:
+        if refused.code == "OTHER_TOKENIZER":
+            raise Refused("EXISTS", f"{path.name} is there already: {refused.what}") from refused
         raise Refused(refused.code, refused.what, "it is in OUT already: --overwrite makes it again") from refused
     if tokens.tokenizer != made.digest:
         raise Refused("EXISTS", f"{path.name} is there already, by tokenizer {tokens.tokenizer[:12]}")
     if tokens.source_hash != source_hash:
         raise Refused("EXISTS", f"{path.name} is there already, of another scan")
-    return None if (support and tokens.support is None) or tokens.levels != levels else tokens
+    return tokens
+
+
+def _is_as_asked(path: Path, tokens: CTTokens, support: bool, levels: int, pack: bool) -> bool:
+    """Without the support, of other levels or otherwise packed than is asked for now, a file is made again."""
+    return tokens.levels == levels and (tokens.support is not None or not support) and is_packed(path) == pack
 
 
 def _codes_of(tokens: CTTokens) -> list[str]:
@@ -192,7 +198,7 @@ def reconstruct(
         try:
             if path.exists() and not overwrite:  # it may be the user's own scan
                 raise Refused("EXISTS", f"{path} is there already")
-            content = read_tokens(file)
+            content = made.read(file)
             decoded = made.decode_sparse(content, use_support=use_support, levels=levels)
         except ValueError as error:
             entries.append(_refused(name, error))
@@ -216,8 +222,16 @@ def lines(done: dict[str, Any]) -> Iterator[str]:
         told, message = entry.get("tokens") or entry.get("image") or "", entry.get("message", "")
         codes = "" if entry["codes"] == ["OK"] else ", ".join(entry["codes"])
         said = ": ".join(part for part in (codes, message) if part)
-        yield "  ".join(part for part in (entry["status"], entry["case"], told, said) if part)
+        yield "  ".join(part for part in (entry["status"], entry["case"], told, _rate_in_words(entry), said) if part)
     yield f"{done['ok']} ok, {done['refused']} refused, by tokenizer {done['tokenizer']['file']}"
+
+
+def _rate_in_words(entry: dict[str, Any]) -> str:
+    if "bits" not in entry:
+        return ""
+    bits, voxels = entry["bits"], entry["bits"]["per_voxel"]
+    of_voxels = "" if voxels is None else f", {voxels:.4f} a voxel"
+    return f"{entry['count']} tokens, {bits['per_token']:.1f} bits a token{of_voxels}"
 
 
 # ---- volumes out

@@ -12,9 +12,10 @@ from app.shared.devices import choose_device
 from app.shared.refusals import Refused, fail
 from app.tokens import open_scan
 from app.tokens.bundles import check_description
+from app.tokens.code_tables import CodeTables, tables_of
 from app.tokens.open_scan import Scan, Volume
 from app.tokens.token_files import CTTokens, latent_to_voxel, read_tokens
-from app.training import checkpoints, data
+from app.training import checkpoints, data, shipped
 from app.training.checkpoints import NEWEST_TOKENIZERS, averaged_file, complete_steps, step_file
 from networks.presets import Preset
 from networks.sparse import SparseTensor
@@ -51,12 +52,16 @@ class CTTokenizer:
             fail("NO_CODEBOOK", "a continuous autoencoder makes no tokens", "give the output folder of stage 1 or 2")
         self.network, self.digest, self.source = network.eval(), digest, source
         self.max_points = max_points or network.sizes.max_points
+        self.tables: CodeTables = tables_of(network, digest)
 
     @classmethod
     def from_pretrained(
         cls, path: str | Path | None = None, *, device: str | torch.device | None = None, max_points: int | None = None
     ) -> "CTTokenizer":
-        """From a checkpoint, an output folder or an exported bundle; by default the newest stage under outputs/."""
+        """From a checkpoint, an output folder, an exported bundle, or the name of one that ships (`ct_base`).
+
+        By default the newest stage under outputs/, else the one that ships.
+        """
         file = find_tokenizer(path)
         network = checkpoints.load_tokenizer(file)
         log.info("tokenizer %s", file)
@@ -110,6 +115,7 @@ class CTTokenizer:
             keep=self.sizes.keep,
             tokenizer=self.digest,
             support=tuple(part.cpu().numpy() for part in support_of(x.level)) if support else None,
+            voxels=len(x),
         )
 
     def features(self, volume: Volume) -> Seen:
@@ -138,7 +144,7 @@ class CTTokenizer:
 
         Voxels that no token speaks for are air (-1024).
         """
-        tokens = read_tokens(tokens) if isinstance(tokens, str | Path) else tokens
+        tokens = self.read(tokens) if isinstance(tokens, str | Path) else tokens
         return self.to_hu(self.decode_sparse(tokens, levels=levels), tokens)
 
     def decode_sparse(self, tokens: CTTokens, *, use_support: bool = True, levels: int | None = None) -> Decoded:
@@ -151,6 +157,12 @@ class CTTokenizer:
             support = [torch.from_numpy(part).to(self.device) for part in tokens.support]
         given = Tokens(codes, rows, tokens.latent_shape, 1)
         return decode_whole(self.network, given, support=support, max_points=self.max_points)
+
+    def read(self, path: str | Path) -> CTTokens:
+        """The tokens in a file of this tokenizer, packed or plain."""
+        tokens = read_tokens(path, tables=self.tables)
+        self.check(tokens)
+        return tokens
 
     def check(self, tokens: CTTokens) -> None:
         """Raises unless this very tokenizer made the tokens."""
@@ -183,19 +195,24 @@ def dense_hu(values: SparseTensor, sizes: Preset) -> Float[np.ndarray, "X Y Z"]:
 
 
 def find_tokenizer(path: str | Path | None) -> Path:
-    """The weights of a tokenizer: a file, an output folder, or an exported bundle; None takes the newest stage here."""
+    """The weights of a tokenizer: a file, an output folder, an exported bundle, or the name of one that ships.
+
+    None takes the newest stage here, else the one that ships.
+    """
     if path is None:
         stages = [Path(stage) for stage in NEWEST_TOKENIZERS if complete_steps(stage)]
-        if not stages:
-            fail(
-                "NO_TOKENIZER",
-                f"there is no tokenizer in {' or '.join(NEWEST_TOKENIZERS)}",
-                "train one (python -m monai.bundle run training --config_file bundles/vq_stage1.json), "
-                "or name one with --tokenizer",
-            )
-        path = max(stages, key=lambda stage: step_file(stage, "misc", complete_steps(stage)[-1]).stat().st_mtime)
-    path = Path(path)
+        newest = [step_file(stage, "misc", complete_steps(stage)[-1]).stat().st_mtime for stage in stages]
+        path = stages[newest.index(max(newest))] if stages else shipped.DEFAULT if shipped.names() else None
+    if path is None:
+        fail(
+            "NO_TOKENIZER",
+            f"there is no tokenizer in {' or '.join(NEWEST_TOKENIZERS)}",
+            "train one (python -m monai.bundle run training --config_file bundles/vq_stage1.json), "
+            "or name one with --tokenizer",
+        )
+    path = shipped.found(path)
     if not path.exists():
-        fail("NO_TOKENIZER", f"{path} does not exist", "give a checkpoint, an output folder or an exported bundle")
+        known = f"give a checkpoint, an output folder, an exported bundle, or a name: {shipped.names_in_words()}"
+        fail("NO_TOKENIZER", f"{path} does not exist", known)
     bundled = path / "models" / "model.pt"
     return bundled if bundled.is_file() else averaged_file(path)

@@ -8,6 +8,7 @@ code and carry the sizes of their network (`networks.presets.Preset`).
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -18,10 +19,14 @@ import torch
 from torch import nn
 
 from app.shared.atomic_files import write_text
-from app.shared.refusals import fail
+from app.shared.refusals import Refused, fail
+from app.training import shipped
 from app.training.key_rules import RULES
+from networks import pretrained
 from networks.presets import CHECKSUM, Preset
 from networks.vqvae import SparseVQVAE, build_vqvae
+
+log = logging.getLogger(__name__)
 
 NEWEST_TOKENIZERS = ("outputs/vq_stage2", "outputs/vq_stage1")
 OURS = re.compile(
@@ -170,9 +175,13 @@ def read_best(output_dir: str | Path) -> int | None:
 def read_tensors(path: str | Path) -> dict:
     """A checkpoint file, read without running code."""
     try:
+        if Path(path).suffix == ".safetensors":
+            return shipped.read(Path(path))
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         fail("NO_CHECKPOINT", f"{path} does not exist", "train it first, or name another file or output folder")
+    except Refused:
+        raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         if not zipfile.is_zipfile(path):  # what torch says then is about pickles, or a page long
@@ -181,8 +190,10 @@ def read_tensors(path: str | Path) -> dict:
 
 
 def averaged_file(path: str | Path) -> Path:
-    """The averaged weights of an output folder (its best complete step, else the newest); a file stays itself."""
-    path = Path(path)
+    """The averaged weights of an output folder (its best complete step, else the newest), or of a name that ships; a
+    file stays itself.
+    """
+    path = shipped.found(path)
     if not path.is_dir():
         return path
     steps = complete_steps(path)
@@ -201,19 +212,22 @@ def averaged_file(path: str | Path) -> Path:
 def read_weights(path: str | Path) -> tuple[dict, Preset]:
     """State dict and sizes of one of our checkpoints."""
     path = averaged_file(path)
-    state = read_tensors(path)
+    state = pretrained.autoencoder_in(read_tensors(path))
     return state, check_weights(state, path)
 
 
 def check_weights(state: object, path: str | Path) -> Preset:
     """The sizes of a state dict whose values are tensors, finite, and as they were written."""
+    if pretrained.is_published(state):
+        what = f"{path} holds the published autoencoder, which has no codebook"
+        fail(
+            "NO_CODEBOOK",
+            what,
+            "train one on it: bundles/vq_stage1.json with --pretrained_vae_path (docs/pretrained.md)",
+        )
     if not isinstance(state, dict) or "_extra_state" not in state:
         fail("FOREIGN_CHECKPOINT", f"{path} does not say what it was made for", "use a checkpoint of this project")
-    for name, value in state.items():
-        if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
-            fail("BAD_CHECKPOINT", f"{path} holds no plain tensor as {name!r:.60}", "it is damaged: use another step")
-        if not value.isfinite().all():
-            fail("BAD_CHECKPOINT", f"{path} holds values that are no numbers, in {name}", "use an older step")
+    _check_tensors(state, path)
     try:
         stored = state["_extra_state"]
         sizes = Preset.from_tensor(stored)
@@ -225,6 +239,14 @@ def check_weights(state: object, path: str | Path) -> Preset:
     if told is not None and told != tensors_hash(state):  # older files do not say
         fail("BAD_CHECKPOINT", f"the weights in {path} are not those that were saved", "use another step or copy")
     return sizes
+
+
+def _check_tensors(state: dict, path: str | Path) -> None:
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            fail("BAD_CHECKPOINT", f"{path} holds no plain tensor as {name!r:.60}", "it is damaged: use another step")
+        if not value.isfinite().all():
+            fail("BAD_CHECKPOINT", f"{path} holds values that are no numbers, in {name}", "use an older step")
 
 
 def sealed(state: dict) -> dict:
@@ -289,9 +311,13 @@ def _first_misfit(error: RuntimeError) -> str:
 
 
 def start_from(network: SparseVQVAE, path: str | Path, *, codebook: bool) -> Path:
-    """Weights only, from another stage. Without `codebook` the quantiser is left as it is."""
+    """Weights only, from another stage. Without `codebook` the quantiser stays as it is; then published ones do too."""
     file = averaged_file(path)
-    state, sizes = read_weights(file)
+    state = pretrained.autoencoder_in(read_tensors(file))
+    if not codebook and pretrained.is_published(state):
+        _start_from_published(network, state, file)
+        return file
+    sizes = check_weights(state, file)
     if codebook and sizes.codebook == "none":
         fail("NO_CODEBOOK", f"{file} is a continuous autoencoder without codes", "give the output folder of stage 1")
     skip = {"rotation_trick"} if codebook else CODEBOOK_FIELDS  # how gradients pass is no part of the weights
@@ -310,6 +336,23 @@ def start_from(network: SparseVQVAE, path: str | Path, *, codebook: bool) -> Pat
         )
         fail("BAD_CHECKPOINT", f"{file} does not fit ({what})", "it may be damaged: use another step")
     return file
+
+
+def _start_from_published(network: SparseVQVAE, state: dict, file: Path) -> None:
+    """Encoder and decoder; the heads, which published weights have none of, stay as they are."""
+    _check_tensors(state, file)
+    wanted = "--preset direct3d_s2 and one feature a voxel (--features sdf, or a --window_type)"
+    if network.sizes.pool != "legacy":
+        what = f"{file} holds the published autoencoder, this run's network has pool {network.sizes.pool}"
+        fail("OTHER_TOKENIZER", what, f"pass {wanted}")
+    try:
+        own = pretrained.converted(state, network)
+    except ValueError as error:
+        fail(
+            "WEIGHTS_MISFIT", f"{file} is not the published autoencoder of this run's sizes ({error})", f"pass {wanted}"
+        )
+    network.load_state_dict(own, strict=False)  # strict already: what is not among them is heads and codebook
+    log.info("published weights: %d tensors; heads and codebook are new", len(own))
 
 
 def check_same(

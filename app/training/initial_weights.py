@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from app.shared.places import bundles_folder
 from app.shared.refusals import fail
-from app.training import checkpoints
+from app.training import checkpoints, shipped
 from app.training.state import TrainingState
 from app.training.step import SparseBatch, distribute, let_learn
 from app.training.stopping import StopWhenAsked
@@ -181,7 +181,7 @@ class Stage2Start:
     def run(self) -> None:
         if self.folder.start_step is not None:
             return
-        path = Path(self.init_from)
+        path = shipped.found(self.init_from)
         if not path.is_file() and not checkpoints.complete_steps(path):
             if not self.demo or path != Path("outputs/vq_stage1"):
                 remedy = f"first run {STAGE1_COMMAND} with your dataset_dir"

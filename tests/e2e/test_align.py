@@ -365,6 +365,7 @@ def test_low_rank_layers_without_peft_are_one_line(home, tmp_path, monkeypatch):
 def test_a_missing_tokenizer_is_trained_on_the_demo_and_asked_for_otherwise(home, place, monkeypatch):
     """What stage 1 would leave is put there in its stead; the run goes on with it."""
     monkeypatch.chdir(place)
+    monkeypatch.setattr("app.training.shipped.pretrained_folder", lambda: place / "none ships")
     with pytest.raises(Refused) as end:
         align(home, place / "out", vae_ckpt=None, data=str(home / "text.jsonl"))
     assert str(end.value).startswith("NO_TOKENIZER: there is no tokenizer yet. First run")

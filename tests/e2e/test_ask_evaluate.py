@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from monai.bundle import run
 from typer.testing import CliRunner
 
@@ -15,7 +16,10 @@ from app.__main__ import app
 from app.dataset.writer import write_case
 from app.evaluation import evaluate
 from app.language import ask as asking
+from app.language.align_setup import make_collate
 from app.language.assistant import NOTICE, CTAssistant
+from app.language.chat import encode_chat
+from app.language.where_looked import where_looked
 from app.measures import controls
 from app.phantoms.phantoms import make_phantom, write_nifti
 from app.shared.refusals import Refused, refusal_of
@@ -184,6 +188,39 @@ def test_evaluation_writes_scores_beside_controls_and_goes_on_where_it_was(home,
     )
     evaluate.evaluate(str(home / "text.jsonl"), **options)
     assert len(asked) == 3
+
+
+def test_evaluation_writes_a_page_with_a_question_and_where_its_answer_looked(home, aligned, tmp_path, few_draws):
+    options = {"max_new_tokens": 3}
+    evaluate.evaluate(str(home / "text.jsonl"), align=str(aligned), output_dir=str(tmp_path), options=options)
+    text = (tmp_path / "index.html").read_text()
+    answer = evaluate.given_answers(tmp_path / "answers_real.jsonl")["scans/case8.npz", "On which side?"]
+    assert f"<h3>On which side?</h3><p><strong>Answer:</strong> {answer}</p>" in text
+    assert "<strong>Known:</strong> right" in text and "gives this answer a probability of" in text
+    assert "Does the model look?" in text and "question only" in text and NOTICE in text
+    assert "case8" not in text, "names of scans may tell of patients"
+
+
+def test_where_an_answer_looked_is_what_its_probability_falls_by(home, aligned):
+    assistant = CTAssistant.from_pretrained(aligned)
+    volume = assistant.reduce(assistant.open(home / "scans/case9.npz").tokens)
+    looked = where_looked(assistant, "On which side?", "left", volume)
+    assert torch.equal(looked.coords, volume.coords) and looked.loss.shape == (len(volume.feats),)
+
+    def log_probability(feats):
+        """The plain way: of the model's own loss, a mean over the answer's tokens."""
+        encoded = encode_chat(assistant.text_tokenizer, "On which side?", answer="left")
+        sample = {**encoded._asdict(), "volumes": [volume._replace(feats=feats)]}
+        told = assistant.model(make_collate(assistant.model.language, assistant.text_tokenizer)([sample]))
+        return -float(told.loss.detach()) * told.num_tokens
+
+    whole = log_probability(volume.feats)
+    assert looked.probability == pytest.approx(np.exp(whole), rel=1e-4)
+    for row in (0, int(looked.loss.argmax())):
+        feats = volume.feats.clone()
+        feats[row] = volume.feats.mean(0)
+        assert float(looked.loss[row]) == pytest.approx(whole - log_probability(feats), abs=1e-4)
+    assert where_looked(assistant, "On which side?", "  ", volume) is None
 
 
 def test_an_answer_is_asked_again_when_it_was_shown_another_volume_or_cut_shorter(

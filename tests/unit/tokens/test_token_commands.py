@@ -418,6 +418,7 @@ def test_continuous_autoencoder_is_no_tokenizer(tmp_path, dataset):
 
 def test_no_tokenizer_anywhere(tmp_path, dataset, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("app.training.shipped.pretrained_folder", lambda: tmp_path / "none ships")
     with pytest.raises(Refused) as caught:
         tokenize(dataset, tmp_path / "tokens")
     assert "vq_stage1.json" in one_line(caught, "NO_TOKENIZER")
