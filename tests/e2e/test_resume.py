@@ -278,7 +278,7 @@ def test_a_run_that_is_refused_before_its_first_step_leaves_the_earlier_one_wher
     (place / "bad.pt").write_text("no checkpoint")
     if "learning_rate" in change:  # a loss that is no number at the first step
         monkeypatch.setattr(
-            "app.training.initial_weights.TrainStep._optimize", lambda *_: (_ for _ in ()).throw(ValueError("no"))
+            "app.training.step.TokenizerStep.optimize", lambda *_: (_ for _ in ()).throw(ValueError("no"))
         )
     end = run_in(place, dataset_dir=cohort, output_dir="out", **{**STEPS, **change})
     assert end.status != 0
