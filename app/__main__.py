@@ -23,7 +23,7 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of whatever is random.")
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-class Answer:
+class CommandEnd:
     """What a command ends with: an object for --json, lines for people, an exit status."""
 
     def __init__(self) -> None:
@@ -36,9 +36,9 @@ class Answer:
 
 
 @contextlib.contextmanager
-def answering(as_json: bool, debug: bool) -> Iterator[Answer]:
+def answering(as_json: bool, debug: bool) -> Iterator[CommandEnd]:
     """Runs a command's body, prints its answer as one JSON object or as lines, and ends the process with its status."""
-    answer, out = Answer(), sys.stdout
+    answer, out = CommandEnd(), sys.stdout
     try:
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             yield answer
@@ -108,6 +108,7 @@ def prepare(
     """Raw scans, any nesting, to a prepared dataset."""
     with answering(as_json, debug) as answer:
         from app.prepare import cohort, options
+        from app.prepare import report as reports
 
         request = cohort.Request(
             series=series,
@@ -123,7 +124,7 @@ def prepare(
         names = tuple(name.strip() for name in windows.split(",") if name.strip())
         settings = cohort.Settings(size, spacing, names, file_format, allow_gaps, assume_hu, keep_names)
         report = cohort.prepare(raw, out, settings, request)
-        answer.give(report.as_json(), cohort.lines(report, keep_names), status=report.exit_status)
+        answer.give(report.as_json(), reports.lines(report, keep_names), status=report.exit_status)
 
 
 @app.command(epilog="Example: python -m app check prepared/ --keep body")
@@ -184,9 +185,7 @@ def demo(
     """The whole chain on built-in phantoms, in minutes on a CPU; ends with a table and a page."""
     with answering(as_json, debug) as answer:
         from app import demo as chain
-        from app.training import preflight
 
-        preflight.end_at_once_on_sigterm()
         done = chain.demo(out, seed=seed)
         answer.give(done, chain.lines(done))
 
@@ -302,7 +301,6 @@ def evaluate(
     """Scores of an aligned model beside what they are worth without the image."""
     with answering(as_json, debug) as answer:
         from app.evaluation import evaluate
-        from app.evaluation.answer_pages import table_lines
 
         options = {"seed": seed, "split": split, "num_phantoms": num_phantoms}
         result = evaluate.evaluate(
@@ -314,7 +312,8 @@ def evaluate(
             skip_bad=skip_bad,
             options={**options, "batch_size": batch_size, "max_new_tokens": max_new_tokens},
         )
-        answer.give(result, table_lines(result), status=evaluate.status_of(result))
+        told = evaluate.lines(result, align=align, output_dir=out)
+        answer.give(result, told, status=evaluate.status_of(result))
 
 
 @app.command(epilog="Example: python -m app export my_bundle --tokenizer outputs/vq_stage2 --zip")

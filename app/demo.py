@@ -48,7 +48,7 @@ class Demo(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """A row of the chain: its usual seconds on two idle cores, what it does, and what it leaves below OUT."""
+    """A row of the chain: its usual seconds on one idle core, what it does, and what it leaves below OUT."""
 
     seconds: float
     what: str
@@ -143,34 +143,34 @@ def scan_to_ask(demo: Demo) -> tuple[Path, list[tuple[str, str]]]:
 
 STAGES: Mapping[str, Stage] = {
     "prepare": Stage(
-        20,
+        15,
         "phantoms with known findings, as NIfTI and DICOM, through prepare",
         make_phantoms,
         "phantoms_unseen/metadata.csv",
     ),
     "vae": Stage(
-        90, "stage 0: a continuous autoencoder on sparse voxels", lambda demo: train_stage(demo, "vae"), "vae/ckpts"
+        105, "stage 0: a continuous autoencoder on sparse voxels", lambda demo: train_stage(demo, "vae"), "vae/ckpts"
     ),
     "vq_stage1": Stage(
-        40,
+        25,
         "stage 1: the codebook, encoder and decoder frozen",
         lambda demo: train_stage(demo, "vq_stage1"),
         "vq_stage1/ckpts",
     ),
     "vq_stage2": Stage(
-        30,
+        20,
         "stage 2: encoder, decoder and codebook together",
         lambda demo: train_stage(demo, "vq_stage2"),
         "vq_stage2/ckpts",
     ),
-    "align": Stage(200, "a tiny Qwen2-VL, built here, learns to read the tokens", align, "align/projector_final.pt"),
+    "align": Stage(270, "a tiny Qwen2-VL, built here, learns to read the tokens", align, "align/projector_final.pt"),
     "evaluate": Stage(
-        90,
+        25,
         "tokens and answers on phantoms that no stage has seen, beside controls",
         evaluate,
         "evaluation/language.json",
     ),
-    "ask": Stage(5, "questions about one unseen scan", ask, RECORD),
+    "ask": Stage(2, "questions about one unseen scan", ask, RECORD),
 }
 
 
@@ -235,7 +235,7 @@ def demo(out: str = "demo", *, seed: int = 0, sizes: Sizes = Sizes()) -> dict[st
     record["stages"] = kept
     for name, part in kept.items():
         table.skip(name, part["seconds"])
-    # one log for the whole chain: libraries keep the stream that they found when they were loaded
+    # one log for the whole chain, and libraries loaded within it: they keep the stream that they find
     with table.shown(), open(given.out / LOG, "a", encoding="utf-8") as log:
         for name, stage in STAGES.items():
             if name in kept:
@@ -326,6 +326,7 @@ def to_log(log: TextIO) -> Iterator[None]:
 def lines(done: dict[str, Any]) -> list[str]:
     """For people: seconds by stage, answers beside what is known, where the page lies."""
     told = [f"{name:10} {clock(part['seconds']):>6}" for name, part in done["stages"].items()]
+    told.append(f"{'all':10} {clock(sum(part['seconds'] for part in done['stages'].values())):>6}")
     asked = done["stages"]["ask"]["result"]
     for row in asked["answers"]:
         told += ["", row["question"], f"  {row['answer']}  (known: {row['known']})"]

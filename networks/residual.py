@@ -4,6 +4,8 @@ A row becomes one code a level, and its value is their sum; the first few levels
 has a codebook of its own. Also the one place that builds a quantiser of any kind from a tokenizer's sizes.
 """
 
+from types import MappingProxyType
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -84,12 +86,7 @@ def drawn_levels(num_levels: int, seeds: list[int], sample_sizes: list[int], *, 
     return torch.cat(rows)
 
 
-def build_quantizer(sizes: Preset) -> VectorQuantizer | FiniteScalarQuantizer | ResidualQuantizer | None:
-    """The quantiser that the sizes name; None for the continuous autoencoder."""
-    if sizes.codebook == "none":
-        return None
-    if sizes.codebook == "fsq":
-        return FiniteScalarQuantizer(sizes.num_embeddings, sizes.latent_channels)
+def _vectors(sizes: Preset) -> VectorQuantizer | ResidualQuantizer:
     levels = [
         VectorQuantizer(
             sizes.num_embeddings,
@@ -101,3 +98,18 @@ def build_quantizer(sizes: Preset) -> VectorQuantizer | FiniteScalarQuantizer | 
         for _ in range(sizes.quantizer_levels)
     ]
     return levels[0] if len(levels) == 1 else ResidualQuantizer(levels)
+
+
+QUANTIZERS = MappingProxyType(  # by the names of CODEBOOKS
+    {
+        "ema": _vectors,
+        "gradient": _vectors,
+        "fsq": lambda sizes: FiniteScalarQuantizer(sizes.num_embeddings, sizes.latent_channels),
+        "none": lambda sizes: None,
+    }
+)
+
+
+def build_quantizer(sizes: Preset) -> nn.Module | None:
+    """The quantiser that the sizes name; None for the continuous autoencoder."""
+    return QUANTIZERS[sizes.codebook](sizes)

@@ -414,7 +414,8 @@ class SparseVQVAE(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         stored = Preset.from_tensor(state)
-        if dataclasses.replace(stored, prepared=self.sizes.prepared) != self.sizes:
+        data = {"prepared": self.sizes.prepared, "resampler": self.sizes.resampler}  # a record, not a size
+        if dataclasses.replace(stored, **data) != self.sizes:
             raise ValueError(f"the checkpoint was made for {stored}, this network is {self.sizes}")
 
 

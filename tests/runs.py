@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ import torch
 from app.dataset import writer
 from app.phantoms import phantoms
 from app.training import checkpoints
-from transforms.array import DEFAULT_WINDOWS
+from transforms.windows import DEFAULT_WINDOWS
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGE1 = "bundles/vq_stage1.json"
@@ -237,3 +238,19 @@ def assert_refused(end, *, code, naming=()):
     assert "Traceback" not in end.out + end.err
     for part in naming:
         assert part in end.error, f"{part!r} is not in {end.error!r}"
+
+
+def wait_until(there, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not there():
+        assert process.poll() is None, "the run ended by itself"
+        assert time.monotonic() < deadline, "the run did not come that far"
+        time.sleep(0.01)
+
+
+def told_to_end(place, start_process, number, there, **settings):
+    """Starts a run, sends all its processes the signal once `there` holds, and gives how it ended."""
+    process = start_process(output_dir="out", **settings)
+    wait_until(there, process)
+    os.killpg(process.pid, number)
+    return end_of(process)

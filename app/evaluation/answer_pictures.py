@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from app.language.assistant import CTAssistant
 from app.language.where_looked import Looked, where_looked
 from app.shared.sides import write_sides
-from app.tokens.token_files import read_tokens
+from app.tokens.token_files import CTTokens
 from transforms import Resampled
-from transforms.array import WINDOWS, window
+from transforms.windows import WINDOWS, window
 
 CELL = 8  # voxels of the tokenizer's grid a side of a latent cell
 SHOWN_WINDOW = "soft_tissue"
@@ -50,9 +50,10 @@ def picture_answer(assistant: CTAssistant, scan: str | Path, question: str, answ
 def on_grid(assistant: CTAssistant, scan: Path) -> Float[np.ndarray, "X Y Z"]:
     """HU on the tokenizer's grid; of a token file, which has no scan, what its tokens decode to."""
     ct = assistant.tokenizer.ct
-    if scan.suffix == ".npz":
-        return ct.decode(read_tokens(scan)).hu
-    volume = ct.open(scan).volume
+    opened = ct.open(scan)
+    if isinstance(opened, CTTokens):
+        return ct.decode(opened).hu
+    volume = opened.volume
     resample = Resampled("image", spacing=ct.sizes.spacing, grid=ct.sizes.resolution)
     return resample({"image": volume.hu, "affine": volume.affine})["image"]
 

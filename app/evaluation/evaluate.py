@@ -15,12 +15,12 @@ from app.evaluation.answer_pictures import Asked, picture_answer
 from app.evaluation.answer_scores import evaluate_language, given_answers
 from app.language import align_data
 from app.language.assistant import CTAssistant
-from app.language.volume_tokens import TokenSource, VolumeTokens, case_key
+from app.language.volume_tokens import TokenSource, VolumeTokens
 from app.phantoms.sentences import balance
 from app.shared.refusals import Refused, fail, refuse_empty
 from app.text.manifests import read_rows
 from app.text.rows import TextRow
-from app.tokens.open_scan import Scan, as_it_lies, is_case
+from app.tokens.open_scan import Scan, as_it_lies, case_key, is_case
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def evaluate(
         rows = held_out(data, image_root=image_root, split=options["split"])
         volumes, _ = align_data.encode_rows(rows, source, skip_bad=skip_bad)
         mirrored = mirrored_cases(rows, volumes, source)
-    out = Path(align, "evaluation") if output_dir is None else Path(output_dir)
+    out = results_folder(align, output_dir)
     result = evaluate_language(
         assistant,
         rows,
@@ -67,7 +67,7 @@ def evaluate(
         max_new_tokens=options["max_new_tokens"],
         seed=options["seed"],
     )
-    write_page(assistant, Path(align), rows, result, out=out)
+    write_answers_page(assistant, Path(align), rows, result, out=out)
     return result
 
 
@@ -81,7 +81,9 @@ NEXT = (
 )
 
 
-def write_page(assistant: CTAssistant, align: Path, rows: list[TextRow], result: dict[str, Any], *, out: Path) -> None:
+def write_answers_page(
+    assistant: CTAssistant, align: Path, rows: list[TextRow], result: dict[str, Any], *, out: Path
+) -> None:
     """The page of an evaluation. It names none of the scans asked: names of files may tell of patients.
 
     Pictures of the tokenizer carry case ids, which are hashes unless `prepare` was told to keep names.
@@ -139,13 +141,22 @@ def mirrored_cases(
         if row.image in volumes and row.image not in found and row.path and is_case(row.path):
             case = prepared.open_case(row.path)
             if case.is_hu:
-                found[row.image] = source.cached(f"{case_key(row.path)}.mirrored", partial(mirror_image, case))
+                found[row.image] = source.cached(f"{case_key(case)}.mirrored", partial(mirror_image, case))
     return found
 
 
 def mirror_image(case: prepared.PreparedCase) -> Scan:
     """The patient seen in a mirror; the grid is centred and keeps its affine."""
     return as_it_lies(case.hu()[::-1].copy(), case.affine)
+
+
+def results_folder(align: str, output_dir: str | None) -> Path:
+    return Path(align, "evaluation") if output_dir is None else Path(output_dir)
+
+
+def lines(result: dict[str, Any], *, align: str, output_dir: str | None) -> list[str]:
+    """For people: the table, and where the page lies."""
+    return [*table_lines(result), f"Look at {results_folder(align, output_dir) / page.NAME} in a browser."]
 
 
 def status_of(result: dict[str, Any]) -> int:

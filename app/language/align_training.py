@@ -21,6 +21,7 @@ from app.training import checkpoints
 from app.training.checkpoints import unwrapped
 from app.training.state import TrainingState
 from app.training.step import AMP_TYPES, TrainStep
+from app.training.training_state import check_parameters
 from networks.qwen import VolumeQwen, save_language
 
 
@@ -74,8 +75,7 @@ class LearnedState(TrainingState):
 
     def load_weights(self, stored: dict[str, dict], step: int) -> None:
         (own,), (state,) = self.weights().values(), stored.values()
-        if set(state) != set(own):
-            raise ValueError(f"step {step} trained other parameters: {sorted(set(state) ^ set(own))[:3]} …")
+        check_parameters(state, own, path=checkpoints.step_file(self.folder.path, self.folder.name, step))
         for name, value in state.items():
             own[name].copy_(value)
 

@@ -16,8 +16,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Num, UInt16
 from scipy import ndimage
 
+from transforms.sparse import DROPPED
+
 HIGHEST = 4095  # of 12 bits
-AIR = -1024.0
 QPS = (0, 51)
 X265 = "aq-mode=0:psy-rd=0:rdoq-level=2:keyint=-1:bframes=8:ref=5:log-level=none:info=0"
 X265_PRESET = "slow"
@@ -55,10 +56,10 @@ class Codec:
         hu_range: tuple[float, float],
         judge: Callable[[np.ndarray], dict[str, float]],
     ):
-        self.low, self.high = max(hu_range[0], AIR), hu_range[1]
+        self.low, self.high = max(hu_range[0], DROPPED), hu_range[1]
         self.shape, self.judge = truth.shape, judge
         self.box = ndimage.find_objects(body.astype(np.uint8))[0]
-        inside = np.where(body, truth, AIR)[self.box]
+        inside = np.where(body, truth, DROPPED)[self.box]
         scaled = (np.clip(inside, self.low, self.high) - self.low) / (self.high - self.low) * HIGHEST
         self.frames: UInt16[np.ndarray, "S H W"] = np.ascontiguousarray(np.rint(scaled).astype(np.uint16).T)
         self._errors: dict[float, tuple[int, dict[str, float]]] = {}
@@ -67,7 +68,7 @@ class Codec:
         """Bits and errors at a setting."""
         if setting not in self._errors:
             stream, frames = self._through(setting)
-            hu = np.full(self.shape, AIR, np.float32)
+            hu = np.full(self.shape, DROPPED, np.float32)
             hu[self.box] = frames.T / HIGHEST * (self.high - self.low) + self.low
             self._errors[setting] = 8 * stream, self.judge(hu)
         return self._errors[setting]

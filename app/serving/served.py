@@ -20,13 +20,13 @@ from app.serving import options
 from app.serving.options import Options
 from app.shared.refusals import Refused
 from app.tokens.commands import onto_grid, write_nifti
-from app.tokens.open_scan import Volume
+from app.tokens.open_scan import Volume, scan_source
 from app.tokens.token_files import CTTokens, write_tokens
 from app.tokens.tokenizer import CTTokenizer
 from app.training import shipped
-from transforms.array import window_bounds
+from transforms.windows import window_bounds
 
-MAX_VOXELS = 2**29  # of a grid that a token file from outside asks for
+MAX_GRID_VOXELS = 2**29  # of a grid that a token file from outside asks for
 DESCRIPTIONS = {
     "tokenize": "Discrete 3D tokens of a CT scan (JSON; `npz` holds the token file in base64).",
     "reconstruct": "The scan as its tokens keep it, in HU on its own grid. The image may also be a token file.",
@@ -74,11 +74,12 @@ class Served:
     # ---- the models
 
     def _tokens_of(self, image: Path, wanted: Options) -> CTTokens:
-        if image.suffix != ".npz":
-            return self.tokenizer.encode(image, support=wanted.support, levels=wanted.levels)
-        tokens = self.tokenizer.read(image)
-        if math.prod(tokens.source_shape) > MAX_VOXELS or not np.isfinite(tokens.source_affine).all():
-            raise Refused("DAMAGED_TOKENS", f"the grid of its scan must have at most {MAX_VOXELS} voxels")
+        source = scan_source(image)
+        if source.kind != "tokens":
+            return self.tokenizer.encode(source, support=wanted.support, levels=wanted.levels)
+        tokens = self.tokenizer.encode(source)
+        if math.prod(tokens.source_shape) > MAX_GRID_VOXELS or not np.isfinite(tokens.source_affine).all():
+            raise Refused("DAMAGED_TOKENS", f"the grid of its scan must have at most {MAX_GRID_VOXELS} voxels")
         return tokens
 
     def _tokenize(self, image: Path, wanted: Options) -> Result:

@@ -21,7 +21,7 @@ def progress(items: Sequence[Any], what: str) -> Iterable[Any]:
 class StageTable:
     """A chain of stages on standard error: live with the time left at a terminal, elsewhere a line as each one ends.
 
-    `usual`: seconds that each stage takes on two cores, by name. What a stage prints is no part of it.
+    `usual`: seconds that each stage takes where nothing else runs, by name. What a stage prints is no part of it.
     """
 
     def __init__(self, usual: Mapping[str, float]):

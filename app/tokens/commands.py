@@ -4,7 +4,7 @@ Both give what they print. A mistake of the user ends them in one line; an input
 rest is done.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,15 @@ import numpy as np
 from jaxtyping import Float
 from scipy import ndimage
 
-from app.dataset import prepared
 from app.shared.atomic_files import written_whole
 from app.shared.output_folder import check_folder
 from app.shared.refusals import Refused, as_refused, fail, refuse_empty
 from app.shared.terminal import progress
 from app.tokens import open_scan
-from app.tokens.open_scan import Found, Volume
+from app.tokens.open_scan import ScanSource, Volume
 from app.tokens.token_files import CTTokens, is_packed, rate_of, read_tokens, write_tokens
 from app.tokens.tokenizer import CTTokenizer
-from transforms.array import DROPPED
+from transforms.sparse import DROPPED
 
 
 def tokenize(
@@ -45,34 +44,32 @@ def tokenize(
     refuse_empty(source, name="SOURCE")
     refuse_empty(out)
     source, out = Path(source), Path(out)
-    if not source.exists():
-        fail("NO_SOURCE", f"{source} does not exist", "give a scan, a prepared case or a prepared dataset")
     made = CTTokenizer.from_pretrained(tokenizer)
     try:
         wanted = made.network.check_levels(levels)
     except ValueError as error:
         fail("BAD_VALUE", str(error), "leave --levels out for all of them")
-    cases, single = list(_cases_in(source, made, series)), out.suffix == ".npz"
-    if single and len(cases) > 1:
-        cases = _one_good(cases, source, out)
+    sources = list(open_scan.scan_sources(source, series=series, token_files=False))
+    single = out.suffix == ".npz"
+    if single and len(sources) > 1:
+        sources = _one_good(sources, source, out)
     _check_kind(source, out, single=single, kinds=".npz")
     check_folder(out.parent if single else out)
     entries = []
-    for name, source_hash, open_it in progress(cases, "tokenize"):
-        path = out if single else out / f"{name}.npz"
+    for scan in progress(sources, "tokenize"):
+        path = out if single else out / f"{scan.name}.npz"
         try:
-            if isinstance(open_it, ValueError):
-                raise open_it
-            there = None if overwrite else _there_already(path, made, source_hash)
+            known = bool(scan.source_hash) and not overwrite
+            there = _there_already(path, made, scan.source_hash) if known else None
             kept = there if there is not None and _is_as_asked(path, there, support, wanted, pack) else None
-            tokens = made.encode(open_it(), support=support, levels=levels) if kept is None else kept
+            tokens = made.encode(scan, support=support, levels=levels) if kept is None else kept
             bits = rate_of(tokens, made.tables) if kept else write_tokens(path, tokens, tables=made.tables, pack=pack)
         except ValueError as error:
-            entries.append(_refused(name, error))
+            entries.append(_refused(scan.name, error))
             continue
         entries.append(
             {
-                "case": name,
+                "case": scan.name,
                 "status": "ok",
                 "codes": _codes_of(tokens),
                 "tokens": str(path),
@@ -84,17 +81,17 @@ def tokenize(
     return _summary(entries, made)
 
 
-def _one_good(cases: list[Found], source: Path, out: Path) -> list[Found]:
-    """Cases for one file: what does not open with its refusal, which only the values may tell, and one that does."""
-    tried: list[Found] = []
-    for case in cases:
+def _one_good(sources: Sequence[ScanSource], source: Path, out: Path) -> list[ScanSource]:
+    """Sources for one file, of which one opens, which only the values may tell; it is not that of those that do not."""
+    good, tried = 0, []
+    for scan in sources:
         try:
-            if callable(case.open):
-                case.open()
-        except ValueError as error:
-            case = case._replace(open=error)
-        tried.append(case)
-        if sum(callable(one.open) for one in tried) > 1:
+            scan.own_grid(open_scan.Wanted())
+            good += 1
+        except ValueError:
+            scan = scan._replace(source_hash="")
+        tried.append(scan)
+        if good > 1:
             fail("MANY_SCANS", f"{source} holds more than one scan, {out} is one file", "give a folder as OUT")
     return tried
 
@@ -137,30 +134,6 @@ def _refused(name: str, error: ValueError) -> dict[str, Any]:
     return {"case": name, "status": "refused", "codes": [refused.code], "message": refused.text}
 
 
-def _cases_in(source: Path, made: CTTokenizer, series: str | None) -> Iterator[Found]:
-    """Every scan of a source."""
-    is_prepared = open_scan.is_case(source) or (source.is_dir() and prepared.find_datasets(source))
-    if is_prepared and series is not None:
-        fail("BAD_VALUE", f"{source} is prepared, so --series names nothing", "leave it out")
-    if open_scan.is_case(source):
-        try:
-            source_hash, open_it = prepared.open_case(source).source_hash, lambda: made.open(source)
-        except ValueError as error:
-            source_hash, open_it = "", error
-        yield Found(source.name, source_hash, open_it)
-    elif is_prepared:
-        cases = prepared.list_cases(source)
-        several = len({case.dataset for case in cases}) > 1
-        for case in cases:
-            name = f"{case.dataset}/{case.case_id}" if several else case.case_id
-            if isinstance(case, prepared.DamagedCase):
-                yield Found(name, "", case.error)
-            else:
-                yield Found(name, case.source_hash, lambda case=case: made.open(case))
-    else:
-        yield from open_scan.raw_scans(source, series=series, grid=made.sizes.prepared)
-
-
 def reconstruct(
     tokens: str | Path,
     out: str | Path,
@@ -186,11 +159,11 @@ def reconstruct(
         fail("MANY_SCANS", f"{source} holds {len(files)} token files, {out} is one file", "give a folder as OUT")
     _check_kind(source, out, single=single, kinds=".nii or .nii.gz")
     check_folder(out.parent if single else out)
+    made = CTTokenizer.from_pretrained(tokenizer)
     try:
-        grid = None if like is None else open_scan.grid_of(Path(like))
+        grid = None if like is None else open_scan.grid_of(Path(like), tables=made.tables)
     except ValueError as error:
         raise Refused("BAD_LIKE", f"{like}: {as_refused(error).what}") from error
-    made = CTTokenizer.from_pretrained(tokenizer)
     entries = []
     for file in progress(files, "reconstruct"):
         name = file.relative_to(source).with_suffix("").as_posix() if source.is_dir() else file.stem

@@ -5,7 +5,7 @@ to lane i modulo the number of lanes, and all lanes share one stream of 16-bit w
 operations. Content from outside is hostile: it is checked before memory is taken, and ends as it began or is refused.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +18,10 @@ SYMBOLS_A_LANE = 1 << 12
 MAX_LANES = 1 << 12
 MAX_STEPS = 1 << 15  # of all lanes, a thousand a second at worst: content that asks for more is refused
 CHUNK_SIZES = (1 << 7, 1 << 14)  # of adaptive bits between two looks at what was coded: at first, and at most
+
+
+# The symbol, and start and stop of its range, for each slot of some rows.
+Find = Callable[[Int64[np.ndarray, " N"], slice], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
 class _Call(NamedTuple):
@@ -39,9 +43,13 @@ class Writer:
         else:
             rows = np.arange(len(symbols))
             starts, stops = table[rows, symbols], table[rows, symbols + 1]
+        self.put_ranges(starts, stops)
+
+    def put_ranges(self, starts: np.ndarray, stops: np.ndarray) -> None:
+        """Symbols by the ranges of cumulative frequency that stand for them."""
         if (stops <= starts).any():
             raise ValueError("a symbol of frequency 0 cannot be coded")
-        self._calls.append(_Call(starts, stops - starts))
+        self._calls.append(_Call(starts.astype(np.uint64), (stops - starts).astype(np.uint64)))
 
     def finish(self) -> bytes:
         """A byte for the number of lanes, the lanes' states, the words."""
@@ -78,24 +86,32 @@ class Reader:
 
     def take(self, count: int, cumulative: np.ndarray) -> Int64[np.ndarray, " N"]:
         """The next symbols; frequencies as they were given to `Writer.put`."""
+        table = np.asarray(cumulative, np.int64)
+        if table.ndim == 1:
+            symbol_at = np.repeat(np.arange(len(table) - 1), np.diff(table))
+
+        def find(slots: np.ndarray, rows: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            if table.ndim == 1:
+                found = symbol_at[slots]
+                return found, table[found], table[found + 1]
+            mine, each = table[rows], np.arange(len(slots))
+            found = (mine[:, 1:-1] <= slots[:, None]).sum(1)
+            return found, mine[each, found], mine[each, found + 1]
+
+        return self.take_found(count, find)
+
+    def take_found(self, count: int, find: Find) -> Int64[np.ndarray, " N"]:
+        """The next symbols, where `find` gives the symbol and range of each slot, for some of the rows."""
         lanes = len(self._states)
         self._steps += -(-count // lanes)
         if self._steps > MAX_STEPS:
             raise ValueError("an entropy-coded part claims more symbols than its length allows")
-        table = np.asarray(cumulative, np.uint64)
-        shared = np.repeat(np.arange(len(table) - 1), np.diff(table.astype(np.int64))) if table.ndim == 1 else None
         symbols = np.empty(count, np.int64)
         for first in range(0, count, lanes):
             state = self._states[: min(lanes, count - first)]
             slot = state & np.uint64(TOTAL - 1)
-            if shared is not None:
-                found = shared[slot]
-                starts, stops = table[found], table[found + 1]
-            else:
-                rows = table[first : first + lanes]
-                found = (rows[:, 1:-1] <= slot[:, None]).sum(1)
-                each = np.arange(len(found))
-                starts, stops = rows[each, found], rows[each, found + 1]
+            found, starts, stops = find(slot.astype(np.int64), slice(first, first + lanes))
+            starts, stops = starts.astype(np.uint64), stops.astype(np.uint64)
             symbols[first : first + lanes] = found
             state >>= np.uint64(PRECISION)
             state *= stops - starts
@@ -118,10 +134,17 @@ class Reader:
 
 
 class AdaptiveBits:
-    """Bits by context: each context's share of ones is what it was so far, begun at a half."""
+    """Bits by context: each context's share of ones is what it was so far.
 
-    def __init__(self, num_contexts: int) -> None:
-        self._ones, self._all = np.ones(num_contexts, np.int64), np.full(num_contexts, 2, np.int64)
+    Begun at a half, or at `ones` of `whole`; a bit counts `step`. By default that is twice what was believed at first
+    (Krichevsky and Trofimov).
+    """
+
+    def __init__(
+        self, num_contexts: int, *, ones: Int64[np.ndarray, " N"] | None = None, whole: int = 2, step: int = 2
+    ) -> None:
+        self._ones = np.ones(num_contexts, np.int64) if ones is None else ones.copy()
+        self._all, self._step = np.full(num_contexts, whole, np.int64), step
         self._seen = 0
 
     def put(self, writer: Writer, bits: Bool[np.ndarray, " N"], contexts: Int64[np.ndarray, " N"]) -> None:
@@ -137,14 +160,13 @@ class AdaptiveBits:
         return bits
 
     def _cumulative(self, contexts: np.ndarray) -> Int64[np.ndarray, "N 3"]:
-        zeros = ((self._all - self._ones) << PRECISION) // self._all
-        middle = np.clip(zeros, 1, TOTAL - 1)[contexts]
+        ones, whole = self._ones[contexts], self._all[contexts]
+        middle = np.clip(((whole - ones) << PRECISION) // whole, 1, TOTAL - 1)
         return np.stack([np.zeros_like(middle), middle, np.full_like(middle, TOTAL)], 1)
 
     def _learn(self, bits: np.ndarray, contexts: np.ndarray) -> None:
-        """A bit counts twice what was believed at first (Krichevsky and Trofimov)."""
-        self._all += 2 * np.bincount(contexts, minlength=len(self._all))
-        self._ones += 2 * np.bincount(contexts[bits], minlength=len(self._all))
+        np.add.at(self._all, contexts, self._step)
+        np.add.at(self._ones, contexts[bits], self._step)
         self._seen += len(bits)
 
     def _chunks(self, count: int) -> Iterator[slice]:
@@ -160,17 +182,3 @@ def uniform_table(num_symbols: int) -> Int64[np.ndarray, " K1"]:
     if not 1 <= num_symbols <= TOTAL:
         raise ValueError(f"a table holds 1 to {TOTAL} symbols, got {num_symbols}")
     return np.arange(num_symbols + 1, dtype=np.int64) * TOTAL // num_symbols
-
-
-def table_of(counts: Int64[np.ndarray, " K"]) -> Int64[np.ndarray, " K1"]:
-    """Cumulative frequencies in proportion to whole counts from 0 up, none of them 0, TOTAL in all."""
-    counts = np.asarray(counts, np.int64)
-    left = TOTAL - len(counts)
-    total = int(counts.sum())
-    if left < 0 or total == 0:
-        return uniform_table(len(counts))
-    widths = 1 + counts * left // total
-    missing = TOTAL - int(widths.sum())
-    order = np.argsort(-counts, kind="stable")
-    widths[order[:missing]] += 1  # rounding down lost less than one each
-    return np.concatenate([[0], np.cumsum(widths)])

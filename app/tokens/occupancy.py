@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int, Int64, UInt8
 from app.tokens.entropy import AdaptiveBits, Reader, Writer
 
 MAX_CELLS = 2**25
-MAX_MAP = 2**28  # cells of a level's grid: four bytes each are taken
+MAX_MAP = 2**26  # cells of a level's grid: four bytes each are taken
 OCTANTS = np.array([[o >> 2 & 1, o >> 1 & 1, o & 1] for o in range(8)])
 CORNER_CLASS = np.array([0, 0, 1, 1, 2])  # of the four neighbours over edges and corner of an octant: few, some, all
 
@@ -46,7 +46,7 @@ class OccupancyModel:
         self, code: CodeBits, cells: Int[np.ndarray, "N 3"], shape: Shape, truth: Bool[np.ndarray, "N 8"] | None = None
     ) -> Bool[np.ndarray, "N 8"]:
         """Which children each cell of a grid has: coded where they are given, else found."""
-        row_of = _row_map(cells, shape)
+        row_of = row_map(cells, shape, border=1)
         around, faces = _numbers_around(row_of, len(cells), cells)
         full = code(self._full, 7 * around + faces, None if truth is None else truth.all(1))
         known = np.zeros((len(cells) + 1, 8), bool)  # the last stands for a neighbour that does not exist
@@ -100,13 +100,13 @@ def _contexts(
     return (((kept * 4 + siblings) * 4 + cousins) * 7 + outer) * 3 + CORNER_CLASS[corners]
 
 
-def _row_map(cells: np.ndarray, shape: Shape) -> Int[np.ndarray, "X Y Z"]:
+def row_map(cells: np.ndarray, shape: Shape, *, border: int) -> Int[np.ndarray, "X Y Z"]:
     """The row of each cell of the grid and of a border around it; the number of rows where there is none."""
-    sides = np.array(shape, np.int64) + 2
+    sides = np.array(shape, np.int64) + 2 * border
     if int(np.prod(sides)) > MAX_MAP:
         raise ValueError(f"a grid of {' x '.join(map(str, shape))} cells is too large to be packed")
     row_of = np.full(sides, len(cells), np.int32)
-    row_of[tuple(cells.T + 1)] = np.arange(len(cells), dtype=np.int32)
+    row_of[tuple(cells.T + border)] = np.arange(len(cells), dtype=np.int32)
     return row_of
 
 

@@ -59,7 +59,7 @@ def packed(arrays: dict[str, np.ndarray], tables: CodeTables) -> Parts:
     told |= {"count": len(codes), "levels": None if codes.ndim == 1 else columns.shape[1]}
     cells, coded, below = Writer(), Writer(), Writer()
     model = put_cells(cells, coords, shape)
-    put_codes(coded, columns, tables)
+    put_codes(coded, columns, coords, shape, tables)
     support = tuple(arrays[name] for name in sorted(arrays) if name.startswith("support_"))
     if support:
         put_support(below, model, coords, shape, support)
@@ -86,7 +86,7 @@ def unpacked(content: bytes, tables: CodeTables | None, *, support_levels: int) 
     coords, model = take_cells(reader, count, shape)
     reader.finish()
     reader = Reader(parts.codes)
-    codes = take_codes(reader, count, levels or 1, tables)
+    codes = take_codes(reader, levels or 1, coords, shape, tables)
     reader.finish()
     arrays |= {"coords": coords.astype(np.int32), "codes": (codes[:, 0] if levels is None else codes).astype(np.int32)}
     if parts.support:

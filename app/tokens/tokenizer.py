@@ -1,6 +1,8 @@
 """A trained tokenizer behind two methods: a whole scan to tokens, tokens back to HU. Crops are for training."""
 
+import dataclasses
 import logging
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +24,17 @@ from networks.sparse import SparseTensor
 from networks.tiles import Decoded, decode_whole, encode_whole
 from networks.vqvae import SparseVQVAE, Tokens, support_of
 from transforms import Windowsd
-from transforms.array import CUT_OFF, densify, fill_for, hu_from_windows
+from transforms.grid import CUT_OFF, RESAMPLER
+from transforms.sparse import densify, fill_for
+from transforms.windows import hu_from_windows
 
 log = logging.getLogger(__name__)
 
 MIN_POINTS = 100
+OTHER_RESAMPLER = (
+    "{file} learned from data resampled by an older rule, scans are now resampled by '{now}'; tokens are usable, and "
+    "training it again closes the gap (docs/data.md)"
+)
 
 
 class Seen(NamedTuple):
@@ -52,7 +60,6 @@ class CTTokenizer:
             fail("NO_CODEBOOK", "a continuous autoencoder makes no tokens", "give the output folder of stage 1 or 2")
         self.network, self.digest, self.source = network.eval(), digest, source
         self.max_points = max_points or network.sizes.max_points
-        self.tables: CodeTables = tables_of(network, digest)
 
     @classmethod
     def from_pretrained(
@@ -65,11 +72,18 @@ class CTTokenizer:
         file = find_tokenizer(path)
         network = checkpoints.load_tokenizer(file)
         log.info("tokenizer %s", file)
+        if checkpoints.is_resampled_otherwise(network.sizes):
+            log.warning("%s", OTHER_RESAMPLER.format(file=file.name, now=RESAMPLER))
         digest = checkpoints.weights_hash(network.state_dict())
         check_description(file, network.sizes, digest)
         made = cls(network, digest=digest, source=str(file), max_points=max_points)
         made.network.to(choose_device() if device is None else device)
         return made
+
+    @cached_property
+    def tables(self) -> CodeTables:
+        """What packed files code codes by; made when first asked for."""
+        return tables_of(self.network, self.digest)
 
     @property
     def sizes(self) -> Preset:
@@ -79,18 +93,22 @@ class CTTokenizer:
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
-    def open(self, scan: Any) -> Scan:
+    def open(self, scan: Any) -> Scan | CTTokens:
         """What `app.tokens.open_scan` calls a scan; a raw one on the grid that the training data were prepared on."""
-        return open_scan.open_scan(scan, self.sizes.windows, grid=self.sizes.prepared)
+        return open_scan.open_scan(scan, self.sizes.windows, grid=self.sizes.prepared, tables=self.tables)
 
     def encode(self, scan: Any, *, support: bool = False, levels: int | None = None) -> CTTokens:
         """Tokens of a scan: a path (case or raw), a PreparedCase, a nibabel image, a MetaTensor, (array, affine).
 
+        A token file gives what it holds, if it is of this tokenizer.
         With `support` the tokens also carry which voxels there were, so that decoding need not predict them. Of a
         tokenizer with several quantiser levels the first `levels` alone are kept, fewer bits for a coarser volume.
         """
         self.network.check_levels(levels)
-        scan = scan if isinstance(scan, Scan) else self.open(scan)
+        scan = self.open(scan)
+        if isinstance(scan, CTTokens):
+            self.check(scan)
+            return dataclasses.replace(scan, codes=scan.first_levels(levels))
         x, affine, beyond = self.features(scan.volume)
         findings = [code for code in scan.codes if code != "OK"]
         if beyond >= CUT_OFF:
@@ -210,7 +228,7 @@ def find_tokenizer(path: str | Path | None) -> Path:
             "train one (python -m monai.bundle run training --config_file bundles/vq_stage1.json), "
             "or name one with --tokenizer",
         )
-    path = shipped.found(path)
+    path = shipped.weights_of(path)
     if not path.exists():
         known = f"give a checkpoint, an output folder, an exported bundle, or a name: {shipped.names_in_words()}"
         fail("NO_TOKENIZER", f"{path} does not exist", known)

@@ -22,7 +22,8 @@ from app.measures.tokenizer_metrics import count_codes, is_collapsed, perplexity
 from app.shared.refusals import fail
 from app.training import checkpoints, pictures
 from app.training.checkpoints import unwrapped
-from app.training.run_folder import SHOWN, advice_for, duration
+from app.training.forecast import advice_for, seconds_a_step
+from app.training.run_folder import SHOWN, duration
 from app.training.state import TrainingState
 
 log = logging.getLogger(__name__)
@@ -114,28 +115,47 @@ class Average:
 
 
 class Console:
-    """A line a step where due, with the time left. The first step makes the run's folder its own."""
+    """A line a step where due, with the time left; a warning where that is long. The first step makes the run's folder
+    its own.
+    """
 
     def __init__(self, *, folder, on: CallableEventWithFilter):
         self.folder, self.on = folder, on
         self.begun: tuple[float, int] | None = None  # when the first step began, and how many were done before
-        self.paces: list[float] = []  # when the first two steps ended
+        self.steps, self.forecast = 0, False
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.GET_BATCH_STARTED, self._begin)
+        engine.add_event_handler(Events.ITERATION_STARTED, self._forecast)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.folder.take_place)
         engine.add_event_handler(self.on, self._show)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._judge)
 
-    def _judge(self, engine: Engine) -> None:
-        """At the second step, as the first one also drew samples and compiled."""
-        if len(self.paces) == 2:
+    def _forecast(self, engine: Engine) -> None:
+        """Before the first step: on a CPU even one can take longer than anybody waits."""
+        quantize = getattr(engine._process_function, "quantize", None)  # an alignment has no points
+        if self.forecast or quantize is None or torch.cuda.is_available():
             return
-        self.paces.append(time.perf_counter())
-        if len(self.paces) == 2:
-            seconds = (self.paces[1] - self.paces[0]) * (engine.state.epoch_length - engine.state.iteration)
-            if (advice := advice_for(seconds, on_gpu=torch.cuda.is_available())) is not None:
-                log.warning("%s", advice)
+        self.forecast = True
+        how = {"prepare_batch": engine.prepare_batch, "quantize": quantize}
+        each = seconds_a_step(unwrapped(engine.network), engine.state.batch, **how)
+        if each is not None:
+            left = engine.state.epoch_length - engine.state.iteration + 1
+            self._advise(each * left, f"before the first step: about {duration(each)} each")
+
+    def _judge(self, engine: Engine) -> None:
+        """At the first step, by what it took without drawing samples; on a GPU at the second, as the first compiled."""
+        self.steps += 1
+        on_gpu = torch.cuda.is_available()
+        if self.steps == 1 + on_gpu:
+            each = engine.state.output["seconds"]
+            self._advise(each * (engine.state.epoch_length - engine.state.iteration), f"{duration(each)} a step")
+
+    @staticmethod
+    def _advise(seconds: float, pace: str) -> None:
+        advice = advice_for(seconds, on_gpu=torch.cuda.is_available())
+        if advice is not None and idist.get_rank() == 0:
+            log.warning("%s (%s)", advice, pace)
 
     def _begin(self, engine: Engine) -> None:
         if self.begun is None:

@@ -24,8 +24,8 @@ from app.training import checkpoints, shipped
 from app.training.state import TrainingState
 from app.training.step import SparseBatch, distribute, let_learn
 from app.training.stopping import StopWhenAsked
+from app.training.training_state import read_state
 from networks.losses import TokenizerLoss
-from networks.presets import Preset
 from networks.quantizer import MIN_VECTORS_PER_CODE
 from networks.vqvae import SparseVQVAE
 
@@ -166,9 +166,10 @@ class WarmUpState(TrainingState):
             checkpoints.save_warm_up(self.folder.path, step, content)
 
     def load(self, engine: SupervisedTrainer, step: int) -> None:
-        stored = checkpoints.read_tensors(checkpoints.step_file(self.folder.path, "warmup", step))
-        self.check_sizes(Preset.from_tensor(stored["network"]["_extra_state"]))
-        self.network.load_state_dict(stored["network"])
+        file = checkpoints.step_file(self.folder.path, "warmup", step)
+        stored = read_state(file, step=step, optimizer=self.optimizer)
+        self.check_sizes(checkpoints.check_weights(stored.get("network"), file))
+        checkpoints.load_weights(self.network, stored["network"], file)
         self.load_misc(engine, stored, step)
 
 
@@ -181,7 +182,7 @@ class Stage2Start:
     def run(self) -> None:
         if self.folder.start_step is not None:
             return
-        path = shipped.found(self.init_from)
+        path = shipped.weights_of(self.init_from)
         if not path.is_file() and not checkpoints.complete_steps(path):
             if not self.demo or path != Path("outputs/vq_stage1"):
                 remedy = f"first run {STAGE1_COMMAND} with your dataset_dir"

@@ -9,7 +9,8 @@ from networks.losses import LOSS_TYPES
 from networks.presets import CODEBOOKS, NORMS, POOLS, PRESETS
 from networks.tokens import REDUCTIONS
 from transforms import RandTranslated
-from transforms.array import KEEPS, WINDOWS
+from transforms.sparse import KEEPS
+from transforms.windows import WINDOWS
 
 # Names of the original scripts, and common other names, with ours: the first that a run has is told.
 OTHER_NAMES = {

@@ -30,7 +30,7 @@ def names_in_words() -> str:
     return f"one that ships ({', '.join(names())})" if names() else "none ships with this installation"
 
 
-def found(path: str | Path) -> Path:
+def weights_of(path: str | Path) -> Path:
     """The weights of a name, or of a folder like those that ship; any other path as it is. What is there goes first."""
     path = Path(path)
     place = path if path.exists() else pretrained_folder() / path if str(path) in names() else path

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from app.training import checkpoints
 from app.training.checkpoints import unwrapped
 from app.training.step import resume_optimizer
+from app.training.training_state import read_state
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +45,10 @@ class TrainingState:
         checkpoints.save_set(self.folder.path, engine.state.iteration, self.weights(), self.misc(engine))
 
     def load(self, engine: SupervisedTrainer, step: int) -> None:
-        names = [*self.weights(), "misc"]
-        stored = {name: checkpoints.read_tensors(checkpoints.step_file(self.folder.path, name, step)) for name in names}
-        misc = stored.pop("misc")
+        place, counts = self.folder.path, () if self.averaged is None else ("num_averaged",)
+        stored = {name: checkpoints.read_tensors(checkpoints.step_file(place, name, step)) for name in self.weights()}
+        misc_file = checkpoints.step_file(place, "misc", step)
+        misc = read_state(misc_file, step=step, optimizer=self.optimizer, counts=counts)
         self.load_weights(stored, step)
         if self.averaged is not None:
             self.averaged.n_averaged.fill_(misc["num_averaged"])
@@ -58,19 +60,20 @@ class TrainingState:
         return {live: self.network.state_dict(), mean: self.averaged.module.state_dict()}
 
     def load_weights(self, stored: dict[str, dict], step: int) -> None:
+        files = {name: checkpoints.step_file(self.folder.path, name, step) for name in stored}
         for name, state in stored.items():
-            sizes = checkpoints.check_weights(state, checkpoints.step_file(self.folder.path, name, step))
+            sizes = checkpoints.check_weights(state, files[name])
             self.check_sizes(sizes)
-        live, mean = stored.values()
         now = self.network.sizes.prepared
-        self.network.load_state_dict(live)
-        self.averaged.module.load_state_dict(mean)
+        for network, name in zip((self.network, self.averaged.module), stored, strict=True):
+            checkpoints.load_weights(network, stored[name], files[name])
         if sizes.prepared != now and idist.get_rank() == 0:
             what = "the training data lie on another grid than at step %d, which raw scans will be put on: %s (was %s)"
             log.warning(what, step, _grid(now), _grid(sizes.prepared))
 
     def check_sizes(self, sizes: Any) -> None:
         own, otherwise = self.network.sizes, "begin in another --output_dir"
+        checkpoints.check_resampler(sizes, source=self.folder.path)
         checkpoints.check_same(sizes, own, source=self.folder.path, skip=set(), otherwise=otherwise)
 
     def misc(self, engine: SupervisedTrainer) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from app.training.preflight import one_line_errors
 from networks.losses import TokenizerLoss
 from networks.sparse import SparseTensor
 from networks.vqvae import SparseVQVAE
+from transforms.grid import RESAMPLER
 
 log = logging.getLogger(__name__)
 
@@ -223,9 +224,9 @@ def distribute(network: nn.Module) -> nn.Module:
 def to_train(
     network: SparseVQVAE, *, device: torch.device | str, learns: Sequence[str], grid: Sequence | None = None
 ) -> SparseVQVAE:
-    """The network on its device, with only the named parts to learn, and the grid of its data in its record."""
+    """The network on its device, with only the named parts to learn; how its data came onto their grids is recorded."""
     grid = tuple(grid) if isinstance(grid, list) else grid  # as a config gives it
-    network.sizes = dataclasses.replace(network.sizes, prepared=grid)
+    network.sizes = dataclasses.replace(network.sizes, prepared=grid, resampler=RESAMPLER)
     let_learn(network, learns)
     return network.to(device)
 

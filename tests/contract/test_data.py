@@ -12,10 +12,13 @@ from app.shared.refusals import Refused
 from app.training.data import CTDataset, make_dataset, preprocessing
 from app.training.loaders import StepSampler, collate, make_train_loader, make_val_loader
 from app.training.step import SparseBatch
-from transforms import RandCropToBudgetd, RandJitterd, RandTranslated, Resampled, Sparsifyd, Windowsd, array
+from transforms import RandCropToBudgetd, RandJitterd, RandTranslated, Resampled, Sparsifyd, Windowsd, grid
+from transforms.body import body_mask
+from transforms.sparse import sparsify
+from transforms.windows import DEFAULT_WINDOWS, WINDOWS, window, window_file_name, window_values
 
 SETTINGS = {"resolution": 16, "spacing": 8.0}
-NAMES = array.DEFAULT_WINDOWS
+NAMES = DEFAULT_WINDOWS
 
 
 def blob(rng: np.random.Generator, radius: float) -> np.ndarray:
@@ -66,9 +69,9 @@ def same(one: dict, other: dict) -> bool:
 def test_a_sample_is_resampling_and_sparsification_of_the_case_in_hu(dataset_dir):
     item = make(dataset_dir, split="val")[1]
     case = prepared.open_case(dataset_dir / "processed" / "case6")
-    volume = array.resample(case.hu(), spacing_in=case.spacing, spacing_out=8.0, grid=16, affine=case.affine)
-    hu = np.rint(volume.array).astype(np.int16)
-    coords, values = array.sparsify(hu, array.body_mask(hu, spacing=8.0))
+    volume = grid.resample(case.hu(), case.affine, grid.centred_grid(case.shape, case.affine, 16, 8.0))
+    hu = volume.array
+    coords, values = sparsify(hu, body_mask(hu, spacing=8.0))
     assert np.array_equal(item["coords"], coords) and item["coords"].dtype == torch.int16
     assert (
         np.array_equal(item["values"], values) and item["values"].dtype == torch.int16
@@ -92,7 +95,7 @@ def test_a_batch_is_what_the_network_takes(dataset_dir):
     order = [tuple(row) for row in batch["coords"].tolist()]
     place = [order.index(tuple(row)) for row in x.coords.tolist()]
     assert x.coords.dtype == torch.int32 and x.batch_size == 3 and x.spatial_shape == (16, 16, 16)
-    assert np.array_equal(x.feats, array.window_values(batch["values"].numpy(), NAMES)[place])
+    assert np.array_equal(x.feats, window_values(batch["values"].numpy(), NAMES)[place])
 
 
 @pytest.mark.parametrize(("split", "limit"), [("train", 12), ("val", 10)])
@@ -412,7 +415,7 @@ def test_a_transform_behind_the_windows_sees_features(dataset_dir):
     plain = make(dataset_dir, split="val")[0]
     draw = [Windowsd(windows=["lung"]), negated]
     item = make_dataset(dataset_dir, split="val", preprocessing=preprocessing(**SETTINGS), sampling=draw)[0]
-    assert np.array_equal(item["values"], -array.window_values(plain["values"].numpy(), ["lung"]))
+    assert np.array_equal(item["values"], -window_values(plain["values"].numpy(), ["lung"]))
     assert torch.equal(on_device(collate([item])).feats.sort(0)[0], item["values"].sort(0)[0]), "they stay as they are"
 
 
@@ -424,7 +427,7 @@ class Halved(Windowsd):
 
 def test_windowing_of_ones_own_runs_on_the_device_and_in_a_worker_where_it_is_drawn(dataset_dir):
     plain = make(dataset_dir, split="val")[0]
-    halved = array.window_values(plain["values"].numpy(), ["lung"]) / 2
+    halved = window_values(plain["values"].numpy(), ["lung"]) / 2
     settings = {"split": "val", "preprocessing": preprocessing(**SETTINGS)}
     item = make_dataset(dataset_dir, **settings, sampling=[Halved(windows=["lung"])])[0]
     assert np.array_equal(item["values"], halved)
@@ -441,13 +444,13 @@ def older(root, windows: dict[str, np.ndarray]) -> None:
     folder = root / "processed" / "old" / "windows"
     folder.mkdir(parents=True)
     for name, part in windows.items():
-        np.save(folder / array.window_file_name(name), part)
+        np.save(folder / window_file_name(name), part)
 
 
 def test_graded_windows_of_an_older_tree_are_the_features(tmp_path, rng):
     hu = blob(rng, 9)
     names = ["lung", "soft_tissue"]
-    older(tmp_path, {name: array.window(hu, *array.WINDOWS[name]) for name in names})
+    older(tmp_path, {name: window(hu, *WINDOWS[name]) for name in names})
     dataset = CTDataset(
         prepared.find_cases(tmp_path),
         preprocessing=[Resampled(spacing=4.0, grid=24), Sparsifyd()],
@@ -455,7 +458,7 @@ def test_graded_windows_of_an_older_tree_are_the_features(tmp_path, rng):
     )
     item = dataset[0]
     told = hu[tuple(item["coords"].long().T)]
-    assert np.abs(array.window_values(item["values"].numpy(), names) - array.window_values(told, names)).max() < 0.01
+    assert np.abs(window_values(item["values"].numpy(), names) - window_values(told, names)).max() < 0.01
     assert len(item["coords"]) > 1000
 
 

@@ -158,6 +158,21 @@ def test_resuming_gives_the_run_that_was_not_interrupted(home, aligned):
     assert rows[0] == rows[1] and [row["step"] for row in rows[0] if "loss" in row] == list(range(1, 17))
 
 
+@pytest.mark.parametrize("name", ["align", "misc"])
+def test_foreign_numbers_in_what_an_alignment_goes_on_with_are_one_line(home, aligned, tmp_path, name):
+    """A bias of one number would fit every place by broadcasting."""
+    shutil.copytree(aligned, tmp_path / "run")
+    file = tmp_path / f"run/ckpts/{name}_step0000016.pt"
+    content = torch.load(file)
+    if name == "align":
+        content["projector.proj.bias"] = torch.ones(1)
+    else:
+        content["optimizer"]["state"][0]["exp_avg_sq"] -= 1
+    torch.save(content, file)
+    with pytest.raises(Refused, match=rf"BAD_CHECKPOINT: .*{file.name}"):
+        align(home, tmp_path / "run", resume="latest", epochs=3)
+
+
 def test_a_run_that_is_told_to_end_saves_its_step_and_goes_on_as_if_it_had_not(home, aligned, place, start_process):
     settings = {
         "data": home / "text.jsonl", "vl_model": home / "qwen", "vae_ckpt": home / "tokenizer.pt", "i_save": 100,

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -65,6 +66,14 @@ def test_a_prepared_case_is_one_scan_however_it_is_given(aligned, tmp_path):
     assert again.origin == found.origin and again.name == "case"
 
 
+def test_a_volume_in_memory_is_known_by_its_values_whatever_holds_it(aligned):
+    """Before, only what had an attribute `hu` could be asked about."""
+    volume, assistant = make_volume(9), CTAssistant.from_pretrained(aligned)
+    held = [volume, (volume.hu, volume.affine), nibabel.Nifti1Image(volume.hu, volume.affine)]
+    first, *others = (assistant.open(one).origin for one in held)
+    assert len(first["scan_sha256"]) == 64 and all(other == first for other in others)
+
+
 def test_a_folder_gives_jsonl_and_failures(home, aligned, tmp_path):
     folder = tmp_path / "mixed"
     shutil.copytree(home / "scans", folder)
@@ -120,7 +129,9 @@ def test_a_prepared_folder_tells_what_was_cut_off_and_which_case_is_damaged(alig
     (case.path.parent / "damaged" / "case.json").write_text("[")
     result = asking.ask(str(tmp_path / "data"), ["On which side?"], align=str(aligned), max_new_tokens=4)
     assert [answer["provenance"]["codes"] for answer in result["answers"]] == [["FOV_CROPPED"]]
-    assert result["status"] == 3 and result["failures"][0].startswith("DAMAGED_CASE: damaged/case.json cannot be read")
+    assert result["status"] == 3 and result["failures"][0].startswith(
+        "damaged: DAMAGED_CASE: damaged/case.json cannot be read"
+    )
 
 
 def say(*call, status=0) -> str:
@@ -277,7 +288,8 @@ def test_evaluate_as_a_command(home, aligned, tmp_path, few_draws):
     result = json.loads(say("evaluate", home / "text.jsonl", *where, "--json"))
     assert result == json.loads((tmp_path / "language.json").read_text()) and result["rows"] == 8
     for_people = say("evaluate", home / "text.jsonl", *where)
-    assert for_people == (tmp_path / "language.md").read_text() and NOTICE in for_people
+    page = f"Look at {tmp_path}/index.html in a browser.\n"
+    assert for_people == (tmp_path / "language.md").read_text() + page and NOTICE in for_people
     lines = [json.loads(line) for line in (home / "text.jsonl").read_text().splitlines()]
     lines = [{**line, "image": str(home / line["image"])} for line in lines] + [{**lines[-1], "image": "gone.npz"}]
     (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, lines)))

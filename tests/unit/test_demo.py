@@ -124,6 +124,22 @@ def test_a_demo_of_another_seed_or_with_a_damaged_record_is_refused(chain, tmp_p
     assert chain.ran == ["one", "two", "three"]
 
 
+def test_the_summary_says_times_answers_and_where_the_page_lies():
+    asked = {"answers": [{"question": "Is it?", "answer": "no", "known": "yes"}], "notice": "Not for diagnosis."}
+    stages = {"vae": {"seconds": 70.0, "result": {}}, "ask": {"seconds": 5.0, "result": asked}}
+    assert demo.lines({"stages": stages, "page": "demo/index.html"}) == [
+        "vae          1:10",
+        "ask          0:05",
+        "all          1:15",
+        "",
+        "Is it?",
+        "  no  (known: yes)",
+        "",
+        "Not for diagnosis.",
+        "Look at demo/index.html in a browser.",
+    ]
+
+
 def test_the_share_of_a_stage_is_that_of_its_last_whole_row(tmp_path):
     given = demo.Demo(tmp_path, 0, demo.Sizes(steps={"vae": 40}))
     share = demo.share_of(given, "vae")

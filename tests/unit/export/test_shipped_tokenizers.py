@@ -44,6 +44,7 @@ def test_it_is_half_as_large_and_says_what_it_is(folder):
     made = folder / "ct_base"
     record = json.loads((made / "pretrained.json").read_text())
     state = load_file(made / "model.safetensors")
+    assert (made / "model.safetensors").stat().st_mode & 0o044 == (made / "README.md").stat().st_mode & 0o044
     halves = {name for name, value in state.items() if value.dtype == torch.float16}
     assert len(halves) > 30 and not [n for n in halves if n.endswith("mean_count")]
     assert not [name for name in state if name.endswith("mean_sum")]

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from app.evaluation.tokenizer_evaluation import _mean_of, rate, shuffled
+from app.evaluation.tokenizer_evaluation import _mean_of, rate_of_case, shuffled
 from app.measures import hu_errors as measure
 from app.tokens.code_tables import CodeTables
 from app.tokens.token_files import CTTokens, latent_to_voxel, rate_of
@@ -112,7 +112,7 @@ def test_rate_counts_all_that_a_decoder_needs():
     )
     tables = CodeTables("", 256, (None, None))
     counted = rate_of(tokens, tables)
-    found = rate(tokens, tables, foreground=1000)
+    found = rate_of_case(tokens, tables, foreground=1000)
     bits = counted.packed.cells + counted.packed.codes + counted.packed.header
     assert counted.plain.cells == 2 * 8 and counted.plain.codes == 8 * 2 * 8 and counted.plain.support == 8 * 24
     assert found["bits"] == bits and 8 * 2 * 8 <= counted.packed.codes < 8 * 2 * 8 + 64
