@@ -25,10 +25,10 @@ from app.evaluation.tokenizer_evaluation import Truth, truth_of
 from app.measures import codecs
 from app.measures import hu_errors as measure
 from app.shared.atomic_files import write_text
-from app.tokens.bundles import hu_range
 from app.tokens.token_files import CTTokens, rate_of
 from app.tokens.tokenizer import CTTokenizer, dense_hu
 from tests.benchmarks.timing import machine
+from transforms.windows import windows_range
 
 MEASURES = ("mae", "rmse")
 
@@ -42,7 +42,7 @@ def rows_of(made: CTTokenizer, case: prepared.PreparedCase, given: argparse.Name
     def body_errors(hu: np.ndarray) -> dict[str, float]:
         return measure.errors_in_hu(truth.hu, hu, {"body": truth.masks["foreground"]}, windows=windows)["body"]
 
-    about = {"hu_range": hu_range(windows), "judge": body_errors}
+    about = {"hu_range": windows_range(windows), "judge": body_errors}
     peers: dict[str, codecs.Codec] = {"jpeg2000": codecs.Jpeg2000(truth.hu, truth.masks["foreground"], **about)}
     if codecs.has_x265():
         peers["x265"] = codecs.Hevc(truth.hu, truth.masks["foreground"], **about)

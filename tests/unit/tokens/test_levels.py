@@ -1,5 +1,7 @@
 """One tokenizer, several rates: the first few codes of a cell are a coarser value of it, in training and in files."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from app.language.volume_tokens import as_tensors, extract_3d_latent_and_indices
 from app.shared.refusals import Refused
 from app.tokens.commands import reconstruct, tokenize
 from app.tokens.open_scan import Volume
-from app.tokens.token_files import read_tokens
+from app.tokens.token_files import read_tokens, write_tokens
 from app.tokens.tokenizer import CTTokenizer
 from networks import VectorQuantizer
 from networks.residual import ResidualQuantizer, drawn_levels
@@ -150,3 +152,27 @@ def test_the_commands_take_levels_and_name_those_that_are_not_there(network, dat
         app, ["tokenize", str(case), str(tmp_path / "b.npz"), "--tokenizer", str(run), "--levels", "1"]
     )
     assert called.exit_code == 0 and read_tokens(tmp_path / "b.npz").codes.ndim == 1
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_file_of_four_levels_is_not_read_by_a_tokenizer_of_one(network, dataset, tmp_path, pack):
+    four, one = save(network, tmp_path / "four"), save(make_network(), tmp_path / "one")
+    tokenize(dataset / "processed" / "case_a", tmp_path / "a.npz", tokenizer=four, pack=pack)
+    refused = reconstruct(tmp_path / "a.npz", tmp_path / "a.nii.gz", tokenizer=one)["cases"][0]
+    assert refused["codes"] == ["OTHER_TOKENIZER"] and "the tokens were made by tokenizer" in refused["message"]
+    assert "\n" not in refused["message"]
+    for levels in (0, 5):
+        refused = reconstruct(tmp_path / "a.npz", tmp_path / "a.nii.gz", tokenizer=four, levels=levels)["cases"][0]
+        assert refused["codes"] == ["TOO_FEW_LEVELS"]
+        assert f"levels must lie in 1..4, the levels of these tokens, got {levels}" in refused["message"]
+    assert reconstruct(tmp_path / "a.npz", tmp_path / "a.nii.gz", tokenizer=four, levels=3)["ok"] == 1
+
+
+def test_support_that_contradicts_the_codes_is_one_line(network, tokenizer, tmp_path):
+    tokens = tokenizer.encode(Volume(hu_volume(), AFFINE), support=True)
+    first, second, third = tokens.support
+    for support in ((first[:-1], second, third), (first | 255, second, third), (first, second, third[:-1]), (first,)):
+        write_tokens(tmp_path / "a.npz", replace(tokens, support=support))
+        with pytest.raises(Refused, match=r"^DAMAGED_TOKENS: a\.npz is damaged .*support") as end:
+            tokenizer.read(tmp_path / "a.npz")
+        assert "\n" not in str(end.value)
