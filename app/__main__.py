@@ -23,7 +23,7 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of whatever is random.")
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-class Answer:
+class CommandEnd:
     """What a command ends with: an object for --json, lines for people, an exit status."""
 
     def __init__(self) -> None:
@@ -36,9 +36,9 @@ class Answer:
 
 
 @contextlib.contextmanager
-def answering(as_json: bool, debug: bool) -> Iterator[Answer]:
+def answering(as_json: bool, debug: bool) -> Iterator[CommandEnd]:
     """Runs a command's body, prints its answer as one JSON object or as lines, and ends the process with its status."""
-    answer, out = Answer(), sys.stdout
+    answer, out = CommandEnd(), sys.stdout
     try:
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             yield answer
@@ -108,6 +108,7 @@ def prepare(
     """Raw scans, any nesting, to a prepared dataset."""
     with answering(as_json, debug) as answer:
         from app.prepare import cohort, options
+        from app.prepare import report as reports
 
         request = cohort.Request(
             series=series,
@@ -123,7 +124,7 @@ def prepare(
         names = tuple(name.strip() for name in windows.split(",") if name.strip())
         settings = cohort.Settings(size, spacing, names, file_format, allow_gaps, assume_hu, keep_names)
         report = cohort.prepare(raw, out, settings, request)
-        answer.give(report.as_json(), cohort.lines(report, keep_names), status=report.exit_status)
+        answer.give(report.as_json(), reports.lines(report, keep_names), status=report.exit_status)
 
 
 @app.command(epilog="Example: python -m app check prepared/ --keep body")
@@ -172,6 +173,23 @@ def train(
         answer.give(train_words(words or [])._asdict())
 
 
+@app.command(epilog="Example: python -m app demo demo/")
+def demo(
+    out: Annotated[
+        str, typer.Argument(metavar="[OUT]", help="Folder for everything; an interrupted one goes on.")
+    ] = "demo",
+    as_json: Json = False,
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> None:
+    """The whole chain on built-in phantoms, in minutes on a CPU; ends with a table and a page."""
+    with answering(as_json, debug) as answer:
+        from app import demo as chain
+
+        done = chain.demo(out, seed=seed)
+        answer.give(done, chain.lines(done))
+
+
 @app.command(epilog="Example: python -m app doctor")
 def doctor(as_json: Json = False, seed: Seed = 0, debug: Debug = False) -> None:
     """What this machine can do: versions, GPU, sparse backends, DICOM decoders, free memory and disk."""
@@ -185,9 +203,10 @@ def doctor(as_json: Json = False, seed: Seed = 0, debug: Debug = False) -> None:
 def tokenize(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="A scan, a prepared case or a prepared dataset.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder for token files, or one .npz for one scan.")],
-    tokenizer: Annotated[str | None, typer.Option(help="Checkpoint, output folder or bundle; else the newest.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Checkpoint, output folder, bundle or name (ct_base).")] = None,
     support: Annotated[bool, typer.Option("--support", help="Also store which voxels there were.")] = False,
     levels: Annotated[int | None, typer.Option(min=1, help="Codes a cell, the first of a tokenizer's levels.")] = None,
+    pack: Annotated[bool, typer.Option("--pack", help="Entropy-coded: fewer bytes, read alike.")] = False,
     series: Annotated[str | None, typer.Option(help="Take this DICOM series alone.", metavar="UID")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Make every file again.")] = False,
     as_json: Json = False,
@@ -198,9 +217,8 @@ def tokenize(
     with answering(as_json, debug) as answer:
         from app.tokens import commands
 
-        done = commands.tokenize(
-            source, out, tokenizer=tokenizer, support=support, levels=levels, series=series, overwrite=overwrite
-        )
+        how = {"support": support, "levels": levels, "pack": pack, "series": series, "overwrite": overwrite}
+        done = commands.tokenize(source, out, tokenizer=tokenizer, **how)
         answer.give(done, commands.lines(done), status=3 if done["refused"] else 0)
 
 
@@ -208,7 +226,7 @@ def tokenize(
 def reconstruct(
     tokens: Annotated[str, typer.Argument(metavar="TOKENS", help="A token file, or a folder of them.")],
     out: Annotated[str, typer.Argument(metavar="OUT", help="A .nii or .nii.gz for one file, else a folder.")],
-    tokenizer: Annotated[str | None, typer.Option(help="Checkpoint, output folder or bundle; else the newest.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Checkpoint, output folder, bundle or name (ct_base).")] = None,
     like: Annotated[str | None, typer.Option(help="A scan on whose own grid to write.", metavar="SCAN")] = None,
     codes_alone: Annotated[bool, typer.Option("--codes-alone", help="Leave stored support unused.")] = False,
     levels: Annotated[int | None, typer.Option(min=1, help="Use the first so many codes of each cell.")] = None,
@@ -283,7 +301,6 @@ def evaluate(
     """Scores of an aligned model beside what they are worth without the image."""
     with answering(as_json, debug) as answer:
         from app.evaluation import evaluate
-        from app.evaluation.answer_pages import table_lines
 
         options = {"seed": seed, "split": split, "num_phantoms": num_phantoms}
         result = evaluate.evaluate(
@@ -295,13 +312,14 @@ def evaluate(
             skip_bad=skip_bad,
             options={**options, "batch_size": batch_size, "max_new_tokens": max_new_tokens},
         )
-        answer.give(result, table_lines(result), status=evaluate.status_of(result))
+        told = evaluate.lines(result, align=align, output_dir=out)
+        answer.give(result, told, status=evaluate.status_of(result))
 
 
 @app.command(epilog="Example: python -m app export my_bundle --tokenizer outputs/vq_stage2 --zip")
 def export(
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder of the bundle; it must not be there yet.")],
-    tokenizer: Annotated[str | None, typer.Option(help="Checkpoint, output folder or bundle; else the newest.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Checkpoint, output folder, bundle or name (ct_base).")] = None,
     align: Annotated[str | None, typer.Option(help="Output folder of an alignment run, to go along.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the bundle; else that of OUT.")] = None,
     zipped: Annotated[bool, typer.Option("--zip", help="Also OUT.zip; the same input gives the same bytes.")] = False,
@@ -319,18 +337,18 @@ def export(
 
 @app.command(epilog="Example: monailabel start_server --app $(python -m app where app) --studies DIR")
 def where(
-    what: Annotated[str, typer.Argument(metavar="bundles|app", help="Which folder.")],
+    what: Annotated[str, typer.Argument(metavar="bundles|app|pretrained", help="Which folder.")],
     as_json: Json = False,
     seed: Seed = 0,
     debug: Debug = False,
 ) -> None:
-    """Prints the folder of the bundles (for --config_file) or of the app (for MONAI Label)."""
+    """Prints the folder of the bundles (for --config_file), of the app (for MONAI Label), of tokenizers that ship."""
     with answering(as_json, debug) as answer:
-        from app.shared.places import app_folder, bundles_folder
+        from app.shared.places import app_folder, bundles_folder, pretrained_folder
 
-        places = {"bundles": bundles_folder(), "app": app_folder()}
+        places = {"bundles": bundles_folder(), "app": app_folder(), "pretrained": pretrained_folder()}
         if what not in places:
-            raise ValueError(f"there is bundles and app, got {what!r}")
+            raise ValueError(f"there is {', '.join(places)}, got {what!r}")
         answer.give({what: str(places[what])}, [str(places[what])])
 
 

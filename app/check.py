@@ -16,7 +16,9 @@ from app.shared.refusals import Refused
 from app.shared.tables import read_table
 from app.text.manifests import check_rows, read_rows
 from networks import presets
-from transforms import Resampled, Sparsifyd, array
+from transforms import Resampled, Sparsifyd
+from transforms.sparse import KEEPS
+from transforms.windows import DEFAULT_WINDOWS, WINDOWS, window, window_bounds
 
 GRAVE = {
     "UNREADABLE",
@@ -59,7 +61,7 @@ def check(
     data: str | Path,
     *,
     keep: str = "body",
-    windows: Sequence[str] = array.DEFAULT_WINDOWS,
+    windows: Sequence[str] = DEFAULT_WINDOWS,
     preset: str = "base",
     spacing: float | None = None,
     min_points: int = 100,
@@ -88,10 +90,10 @@ def check(
 def check_prepared(
     path: Path, *, keep: str, windows: Sequence[str], onto: tuple[int, float], min_points: int
 ) -> Checked:
-    if keep not in array.KEEPS:
-        raise ValueError(f"keep must be one of {', '.join(array.KEEPS)}, got {keep!r}")
+    if keep not in KEEPS:
+        raise ValueError(f"keep must be one of {', '.join(KEEPS)}, got {keep!r}")
     for name in windows:
-        array.window_bounds(name)
+        window_bounds(name)
     rows, problems = [], defaultdict(list)
     cases = []
     for case in prepared.list_cases(path):
@@ -161,7 +163,7 @@ def _look(case: prepared.PreparedCase, *, keep: str, windows: Sequence[str], ont
     values = kept["values"]
     row |= {"points": len(values), "points_spacing": spacing, "foreground": float((on_grid["image"] > -500).mean())}
     if values.ndim == 1:  # else distances, of which no window shows anything
-        row["constant"] = [name for name in windows if _flat(array.window(values, *array.WINDOWS[name]))]
+        row["constant"] = [name for name in windows if _flat(window(values, *WINDOWS[name]))]
     return row
 
 

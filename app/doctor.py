@@ -18,7 +18,7 @@ import torch
 from app.prepare.pixels import can_decode
 from app.prepare.workers import free_memory
 
-PACKAGES = (
+SHOWN_VERSIONS = (
     "torch",
     "triton",
     "spconv-cu126",
@@ -65,7 +65,7 @@ def examine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "cores": os.cpu_count(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in SHOWN_VERSIONS},
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
         "backends": backends(),
         "decoders": {name: can_decode(uid) for name, uid in SYNTAXES.items()},

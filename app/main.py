@@ -83,6 +83,12 @@ class Voxelingo(MONAILabelApp):
 
     def init_datastore(self) -> Datastore:
         if self.studies.startswith(("http://", "https://")):
+            settings.MONAI_LABEL_DICOMWEB_CONVERT_TO_NIFTI = False  # a series passes the gate as DICOM, like any other
+            settings.MONAI_LABEL_DICOMWEB_CACHE_PATH = (
+                settings.MONAI_LABEL_DICOMWEB_CACHE_PATH
+                or settings.MONAI_LABEL_DATASTORE_CACHE_PATH
+                or str(self.uploads / "dicomweb")
+            )
             return self.init_remote_datastore()
         return LocalDatastore(
             self.studies,
@@ -90,6 +96,9 @@ class Voxelingo(MONAILabelApp):
             auto_reload=settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD,
             read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,
         )
+
+    def _download_dcmqi_tools(self) -> None:
+        """For segmentations, which are not served: nothing is downloaded."""
 
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
         place = self.place_of(str(request.get("image") or ""), datastore or self.datastore())
@@ -112,8 +121,11 @@ class Voxelingo(MONAILabelApp):
         if not image or "\0" in image:
             return None
         if not path.is_absolute():
-            if uri := datastore.get_image_uri(image):
-                return Path(uri)
+            try:
+                if uri := datastore.get_image_uri(image):
+                    return Path(uri)
+            except IndexError:  # how MONAI Label says that a DICOMweb server has no such series
+                return None
             path = Path(self.studies, image)
         place = path.resolve()
         folders = [self.uploads, Path(self.studies).resolve()]

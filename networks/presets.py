@@ -54,6 +54,7 @@ class Preset:
     quantizer_levels: int = 1  # codes a latent
     pool: str = "mean"  # how cells are halved: children side by side; mean, as older checkpoints; legacy, as published
     prepared: tuple[int, float] | None = None  # side and mm of the grid its training data lay on, if they lay on one
+    resampler: str = ""  # name and version of what brought its training data onto the grid; older ones do not say
     norm: str = "sample"  # over what the encoder normalises: each voxel, or all of a sample, as in older checkpoints
 
     def __post_init__(self):
@@ -99,7 +100,7 @@ class Preset:
         Token files and projectors know a tokenizer by a hash over these bytes too: what older weights do not say is
         left out where it is as they have it.
         """
-        older = {"norm": "sample", "prepared": None}
+        older = {"norm": "sample", "prepared": None, "resampler": ""}
         values = {name: v for name, v in dataclasses.asdict(self).items() if name not in older or v != older[name]}
         return torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
 
@@ -153,7 +154,7 @@ PRESETS = {
         spacing=1.5,
         widths=(32, 64, 128),
         model_channels=256,
-        latent_channels=16,
+        latent_channels=64,
         num_embeddings=8192,
         num_blocks=4,
         num_heads=8,

@@ -4,6 +4,8 @@ A row becomes one code a level, and its value is their sum; the first few levels
 has a codebook of its own. Also the one place that builds a quantiser of any kind from a tokenizer's sizes.
 """
 
+from types import MappingProxyType
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -63,26 +65,28 @@ class ResidualQuantizer(nn.Module):
         return sum(level.update(generator=generator) for level in self.levels)
 
 
-def drawn_levels(num_levels: int, seeds: list[int], *, dropout: float) -> list[int]:
-    """Of how many levels each sample is decoded in training, drawn from its seed.
+def drawn_levels(num_levels: int, seeds: list[int], sample_sizes: list[int], *, dropout: float) -> Int[Tensor, " N"]:
+    """Of how many levels each row of the samples is decoded in training, drawn from its sample's seed.
 
-    A share `dropout` of them is decoded from the first n levels only, n less than all and with odds of 1/n: the first
-    level has to serve alone.
+    A share `dropout` of the samples is decoded from fewer levels than there are: two thirds of it from the first n,
+    with odds of 1/n, since the first has to serve alone; a third with a number of its own for each row, since a file
+    may spend its bits where they pay.
     """
-    fewer = 1 / torch.arange(1, num_levels)
-    odds = (
-        torch.cat([fewer * (dropout / fewer.sum()), torch.tensor([1.0 - dropout])]) if num_levels > 1 else torch.ones(1)
-    )
-    made = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return [1 + int(torch.multinomial(odds, 1, generator=one)) for one in made]
+    rows = []
+    for seed, size in zip(seeds, sample_sizes, strict=True):
+        one = torch.Generator().manual_seed(seed)
+        chance, mixed = torch.rand(2, generator=one).tolist()
+        if num_levels == 1 or chance >= dropout:
+            rows.append(torch.full((size,), num_levels))
+        elif mixed < 1 / 3:
+            rows.append(torch.randint(1, num_levels + 1, (size,), generator=one))
+        else:
+            odds = 1 / torch.arange(1, num_levels)
+            rows.append(torch.multinomial(odds, 1, generator=one).add(1).expand(size))
+    return torch.cat(rows)
 
 
-def build_quantizer(sizes: Preset) -> VectorQuantizer | FiniteScalarQuantizer | ResidualQuantizer | None:
-    """The quantiser that the sizes name; None for the continuous autoencoder."""
-    if sizes.codebook == "none":
-        return None
-    if sizes.codebook == "fsq":
-        return FiniteScalarQuantizer(sizes.num_embeddings, sizes.latent_channels)
+def _vectors(sizes: Preset) -> VectorQuantizer | ResidualQuantizer:
     levels = [
         VectorQuantizer(
             sizes.num_embeddings,
@@ -94,3 +98,18 @@ def build_quantizer(sizes: Preset) -> VectorQuantizer | FiniteScalarQuantizer | 
         for _ in range(sizes.quantizer_levels)
     ]
     return levels[0] if len(levels) == 1 else ResidualQuantizer(levels)
+
+
+QUANTIZERS = MappingProxyType(  # by the names of CODEBOOKS
+    {
+        "ema": _vectors,
+        "gradient": _vectors,
+        "fsq": lambda sizes: FiniteScalarQuantizer(sizes.num_embeddings, sizes.latent_channels),
+        "none": lambda sizes: None,
+    }
+)
+
+
+def build_quantizer(sizes: Preset) -> nn.Module | None:
+    """The quantiser that the sizes name; None for the continuous autoencoder."""
+    return QUANTIZERS[sizes.codebook](sizes)

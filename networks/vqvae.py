@@ -20,7 +20,7 @@ from networks import losses
 from networks.fsq import FiniteScalarQuantizer
 from networks.presets import Preset, preset
 from networks.quantizer import Quantized, VectorQuantizer
-from networks.residual import ResidualQuantizer, build_quantizer
+from networks.residual import ResidualQuantizer, build_quantizer, drawn_levels
 from networks.sparse.modules import (
     Doubling,
     Downsample,
@@ -325,12 +325,12 @@ class SparseVQVAE(nn.Module):
         *,
         quantize: bool = True,
         seeds: list[int] | None = None,
-        levels: list[int] | None = None,
+        level_dropout: float = 0.0,
     ) -> Reconstruction:
         """Encodes and decodes on the input's own voxels. Without quantising, training samples around the mean.
 
         `seeds`, one a sample, make a sample's noise its own, however the batch is split over micro-batches or ranks.
-        `levels`, one a sample: of how many quantiser levels each is decoded; all, where they are not given.
+        `level_dropout`: share of samples that are decoded from fewer quantiser levels than there are, by their seeds.
         """
         coarsest = x.level.prepare(halvings=3)
         for block in self.encoder.blocks:
@@ -339,7 +339,7 @@ class SparseVQVAE(nn.Module):
         zero = latents.feats.new_zeros(())
         codes, vq, commitment, kl = None, zero, zero, zero
         if quantize and self.vq is not None:
-            quantized = self._quantized(latents, levels)
+            quantized = self._quantized(latents, seeds, level_dropout)
             codes, values = quantized.codes, quantized.values
             vq = losses.mean_of_samples(quantized.vq, latents.level)
             commitment = losses.mean_of_samples(quantized.commitment, latents.level)
@@ -351,11 +351,11 @@ class SparseVQVAE(nn.Module):
         recon, subdivision = self.decode_on(latents.replace(values), x.level)
         return Reconstruction(recon, codes, latents, vq, commitment, kl, subdivision)
 
-    def _quantized(self, latents: SparseTensor, levels: list[int] | None) -> Quantized:
-        if levels is None or not isinstance(self.vq, ResidualQuantizer):
+    def _quantized(self, latents: SparseTensor, seeds: list[int] | None, dropout: float) -> Quantized:
+        if not dropout or not isinstance(self.vq, ResidualQuantizer):
             return self.vq(latents.feats)
-        kept = torch.tensor(levels, device=latents.feats.device)
-        return self.vq(latents.feats, kept[latents.level.sample])
+        kept = drawn_levels(len(self.vq.levels), seeds, latents.level.sample_sizes, dropout=dropout)
+        return self.vq(latents.feats, kept.to(latents.feats.device))
 
     def decode_on(self, latents: SparseTensor, level: Level) -> tuple[SparseTensor, Float[Tensor, ""]]:
         """Decodes the voxels of a known level; also the loss of predicting that level from the latents."""
@@ -414,7 +414,8 @@ class SparseVQVAE(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         stored = Preset.from_tensor(state)
-        if dataclasses.replace(stored, prepared=self.sizes.prepared) != self.sizes:
+        data = {"prepared": self.sizes.prepared, "resampler": self.sizes.resampler}  # a record, not a size
+        if dataclasses.replace(stored, **data) != self.sizes:
             raise ValueError(f"the checkpoint was made for {stored}, this network is {self.sizes}")
 
 

@@ -24,3 +24,7 @@ def raw_cohort(root: Path, count: int = 3) -> Path:
 
 def report(raw, out, settings=SMALL, **request):
     return cohort.prepare(raw, out, settings, cohort.Request(workers=1, **request))
+
+
+def by_source(result) -> dict[str, cohort.Outcome]:
+    return {o.source: o for o in result.outcomes}

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ import torch
 from app.dataset import writer
 from app.phantoms import phantoms
 from app.training import checkpoints
-from transforms.array import DEFAULT_WINDOWS
+from transforms.windows import DEFAULT_WINDOWS
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGE1 = "bundles/vq_stage1.json"
@@ -41,6 +42,7 @@ TINY = {  # a network and a run that take seconds; any of them can be given othe
     "i_log": 1,
 }
 STEPS = {"warmup_steps": 10, "max_steps": 20, "i_save": 10, "val_interval": 10, "i_sample": 20, "keep_last": 3}
+TOLERANCE = 2e-5  # float32 sums in another order, through ten steps of Adam
 NAMES = ("vqvae", "vqvae_ema0.9999", "misc")  # the files of a set
 
 
@@ -195,6 +197,21 @@ def timeless(rows):
     return [{key: value for key, value in row.items() if key not in ("seconds", "memory_gib")} for row in rows]
 
 
+def told_by(folder):
+    """What the metrics say, less time and the points that one rank saw."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "memory_gib", "points")} for row in rows]
+
+
+def assert_same_story(first, second):
+    assert [(row["phase"], row["step"]) for row in first] == [(row["phase"], row["step"]) for row in second]
+    for one, two in zip(first, second, strict=True):
+        assert one.keys() == two.keys()
+        numbers = {key: value for key, value in one.items() if key != "phase"}
+        for key, value in numbers.items():
+            assert two[key] == pytest.approx(value, rel=TOLERANCE, abs=TOLERANCE), f"{key} at step {one['step']}"
+
+
 def weights_of(folder, step, name="vqvae"):
     """Without the hash of its tensors, which differs wherever one of them does."""
     state = checkpoints.read_tensors(checkpoints.step_file(folder, name, step))
@@ -221,3 +238,19 @@ def assert_refused(end, *, code, naming=()):
     assert "Traceback" not in end.out + end.err
     for part in naming:
         assert part in end.error, f"{part!r} is not in {end.error!r}"
+
+
+def wait_until(there, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not there():
+        assert process.poll() is None, "the run ended by itself"
+        assert time.monotonic() < deadline, "the run did not come that far"
+        time.sleep(0.01)
+
+
+def told_to_end(place, start_process, number, there, **settings):
+    """Starts a run, sends all its processes the signal once `there` holds, and gives how it ended."""
+    process = start_process(output_dir="out", **settings)
+    wait_until(there, process)
+    os.killpg(process.pid, number)
+    return end_of(process)

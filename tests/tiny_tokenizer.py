@@ -7,6 +7,7 @@ from app.tokens.open_scan import Volume
 from app.tokens.tokenizer import CTTokenizer
 from app.training import checkpoints
 from networks import make_vqvae
+from transforms.grid import RESAMPLER
 
 AFFINE = np.array([[6.0, 0, 0, -150], [0, 6.0, 0, -130], [0, 0, 8.0, -900], [0, 0, 0, 1]])
 SHAPE = (50, 44, 30)
@@ -25,6 +26,7 @@ def hu_volume():
 def make_network(**changes):
     torch.manual_seed(0)
     sizes = {"resolution": 48, "widths": (8, 8, 8), "model_channels": 16, "num_embeddings": 8, "num_blocks": 1}
+    sizes |= {"resampler": RESAMPLER}
     network = make_vqvae("tiny", **{**sizes, **changes}).eval()
     made = CTTokenizer(network, digest="")
     x = made.features(Volume(hu_volume(), AFFINE)).x

@@ -1,7 +1,7 @@
-"""One array in, one array out (array.py); the same on dictionaries (dictionary.py).
+"""One array in, one array out; the same on dictionaries in dictionary.py.
 
-The dictionary twins are imported when first asked for: they bring MONAI, which takes seconds, and array.py needs none
-of it.
+The dictionary twins are imported when first asked for: they bring MONAI, which takes seconds, and arrays need none of
+it.
 """
 
 __all__ = [

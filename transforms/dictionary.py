@@ -1,4 +1,4 @@
-"""The transforms of array.py on dictionaries, for MONAI's Compose and for a reader of a bundle's JSON.
+"""The transforms of arrays on dictionaries, for MONAI's Compose and for a reader of a bundle's JSON.
 
 Each class loops over keys and calls its array twin. An item starts as `image` (HU int16 (X, Y, Z), or 0/1 masks
 (X, Y, Z, C)) with `affine`, becomes `coords`, `values`, `spatial_shape`, and ends with `feats` float32 (N, C).
@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 from monai.transforms import MapTransform, RandomizableTransform
 
-from transforms import array
-from transforms.array import Number
+from transforms.acquisition import acquire, jitter
+from transforms.crops import crop_to_budget, pick_rows, translate
+from transforms.grid import RESAMPLER, centred_grid, resample, share_beyond
+from transforms.sparse import KEEPS, keep_mask, sparsify, sparsify_masks
+from transforms.windows import DEFAULT_WINDOWS, Number, window_bounds, window_values
 
 
 class Resampled(MapTransform):
-    """`array.resample` onto a cube of `grid` voxels of `spacing` mm. Without an affine the field fills the cube.
+    """`resample` onto a cube of `grid` voxels of `spacing` mm. Without an affine the field fills the cube.
 
     `beyond` is the share of all that is denser than air, of a volume in HU, that the cube cuts off.
     """
@@ -24,70 +27,66 @@ class Resampled(MapTransform):
     def __init__(self, keys: str | Sequence[str] = "image", *, spacing: Number, grid: int) -> None:
         super().__init__(keys)
         self.spacing, self.grid = float(spacing), int(grid)
-        self.settings = {"resample": [self.spacing, self.grid]}
+        self.settings = {"resample": [RESAMPLER, self.spacing, self.grid]}
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)
-        affine = item.get("affine")
         for key in self.key_iterator(item):
-            volume = item[key]
+            volume, affine = item[key], item.get("affine")
             if affine is None:
-                spacing_in = [self.spacing * self.grid / max(volume.shape[:3])] * 3
-            else:
-                spacing_in = np.linalg.norm(np.asarray(affine)[:3, :3], axis=0).tolist()
-            onto = {"spacing_in": spacing_in, "spacing_out": self.spacing, "grid": self.grid}
+                step = self.spacing * self.grid / max(volume.shape[:3])
+                affine = np.diag([step, step, step, 1.0])
+            affine = np.asarray(affine, np.float64)
+            onto = centred_grid(volume.shape[:3], affine, self.grid, self.spacing)
             if volume.ndim == 4:  # masks
-                channels = [
-                    array.resample(volume[..., c], air=0, affine=affine, **onto) for c in range(volume.shape[-1])
-                ]
-                item[key] = np.stack([channel.array for channel in channels], -1)
-                item["affine"] = channels[0].affine
+                channels = np.moveaxis(volume.astype(np.float32), -1, 0)
+                parts = [resample(channel, affine, onto, outside=0, dtype=np.float32) for channel in channels]
+                item[key] = np.stack([part.array for part in parts], -1)
             else:
-                result = array.resample(volume, affine=affine, **onto)
-                item["beyond"] = array.share_beyond(volume, **onto)
-                item[key] = np.clip(np.rint(result.array), -32768, 32767).astype(np.int16)
-                item["affine"] = result.affine
+                item["beyond"] = share_beyond(volume, affine, onto)
+                item[key] = resample(volume, affine, onto).array
+            item["affine"] = onto.affine
         return item
 
 
 class Sparsifyd(MapTransform):
-    """`array.keep_mask` and `array.sparsify`: the dense key goes, `coords`, `values` and `spatial_shape` come."""
+    """`keep_mask` and `sparsify`: the dense key goes, `coords`, `values` and `spatial_shape` come."""
 
     def __init__(
         self,
         keys: str | Sequence[str] = "image",
         *,
         keep: str = "body",
-        windows: Sequence[str] = array.DEFAULT_WINDOWS,
+        windows: Sequence[str] = DEFAULT_WINDOWS,
     ) -> None:
         super().__init__(keys)
-        if keep not in array.KEEPS:
-            raise ValueError(f"keep must be one of {', '.join(array.KEEPS)}, got {keep!r}")
+        if keep not in KEEPS:
+            raise ValueError(f"keep must be one of {', '.join(KEEPS)}, got {keep!r}")
         self.keep, self.windows = keep, tuple(windows)
-        self.settings = {"keep": keep, "keep_windows": list(self.windows) if array.KEEPS[keep].by_window else None}
+        self.settings = {"keep": keep, "keep_windows": list(self.windows) if KEEPS[keep].by_window else None}
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)
         for key in self.key_iterator(item):
             volume = item.pop(key)
             if volume.ndim == 4:  # masks
-                sparse = array.sparsify_masks(volume)
+                sparse = sparsify_masks(volume)
             else:
                 spacing = float(np.linalg.norm(item["affine"][:3, 0]))
-                mask = array.keep_mask(volume, self.keep, windows=self.windows, spacing=spacing)
-                sparse = array.sparsify(volume, mask)
+                mask = keep_mask(volume, self.keep, windows=self.windows, spacing=spacing)
+                sparse = sparsify(volume, mask)
             item["coords"], item["values"] = sparse
             item["spatial_shape"] = tuple(int(n) for n in volume.shape[:3])
         return item
 
 
 class Windowsd(MapTransform):
-    """`array.window_values`: HU rows become `feats`. Rows that are features already (bands, distances) pass through."""
+    """`window_values`: HU rows become `feats`. Rows that are features already (bands, distances) pass through."""
 
-    def __init__(self, keys: str | Sequence[str] = "values", *, windows: Sequence[str] = array.DEFAULT_WINDOWS) -> None:
+    def __init__(self, keys: str | Sequence[str] = "values", *, windows: Sequence[str] = DEFAULT_WINDOWS) -> None:
         super().__init__(keys)
         for name in windows:
-            array.window_bounds(name)
+            window_bounds(name)
         self.windows = tuple(windows)
         self.settings = {"windows": list(self.windows)}
 
@@ -95,12 +94,12 @@ class Windowsd(MapTransform):
         item = dict(data)
         for key in self.key_iterator(item):
             values = item[key]
-            item["feats"] = array.window_values(values, self.windows) if values.ndim == 1 else values.astype(np.float32)
+            item["feats"] = window_values(values, self.windows) if values.ndim == 1 else values.astype(np.float32)
         return item
 
 
 class RandCropToBudgetd(RandomizableTransform, MapTransform):
-    """`array.crop_to_budget` around a kept voxel drawn by chance; the rows of `keys` follow the coordinates."""
+    """`crop_to_budget` around a kept voxel drawn by chance; the rows of `keys` follow the coordinates."""
 
     def __init__(
         self,
@@ -119,15 +118,15 @@ class RandCropToBudgetd(RandomizableTransform, MapTransform):
         if len(coords) == 0:
             return item
         center = coords[self.R.randint(len(coords))]
-        rows = array.crop_to_budget(coords, self.max_points, center=center, max_side=self.max_side)
+        rows = crop_to_budget(coords, self.max_points, center=center, max_side=self.max_side)
         if len(rows) < len(coords):
             for key in self.key_iterator(item):
-                item[key] = array.pick_rows(item[key], rows)
+                item[key] = pick_rows(item[key], rows)
         return item
 
 
 class RandTranslated(RandomizableTransform, MapTransform):
-    """`array.translate` by up to `max_shift` voxels an axis, or that share of the grid's side where it is below 1.
+    """`translate` by up to `max_shift` voxels an axis, or that share of the grid's side where it is below 1.
 
     Left stays left: there is no flip in this project.
     """
@@ -154,12 +153,12 @@ class RandTranslated(RandomizableTransform, MapTransform):
         if self._do_transform:
             for key in self.key_iterator(item):
                 if len(item[key]):
-                    item[key] = array.translate(item[key], shift, item["spatial_shape"])
+                    item[key] = translate(item[key], shift, item["spatial_shape"])
         return item
 
 
 class RandJitterd(RandomizableTransform, MapTransform):
-    """`array.jitter`: HU stretched by up to `scale`, shifted by up to `offset` HU, with noise of up to `noise` HU."""
+    """`jitter`: HU stretched by up to `scale`, shifted by up to `offset` HU, with noise of up to `noise` HU."""
 
     def __init__(
         self,
@@ -186,12 +185,12 @@ class RandJitterd(RandomizableTransform, MapTransform):
                 if item[key].ndim == 1:  # HU; bands and distances are geometry
                     noise = generator.standard_normal(len(item[key]), dtype=np.float32)
                     noise *= np.float32(level)
-                    item[key] = array.jitter(item[key], scale=scale, offset=offset, noise=noise)
+                    item[key] = jitter(item[key], scale=scale, offset=offset, noise=noise)
         return item
 
 
 class RandAcquisitiond(RandomizableTransform, MapTransform):
-    """`array.acquire`: kernels sharper or softer by up to `sharpness`, slices mixed by up to `slice_blur`, noise of up
+    """`acquire`: kernels sharper or softer by up to `sharpness`, slices mixed by up to `slice_blur`, noise of up
     to `grain` HU. Whoever leaves all three at 0 gets the values as they are.
     """
 
@@ -227,5 +226,5 @@ class RandAcquisitiond(RandomizableTransform, MapTransform):
         if self._do_transform:
             for key in self.key_iterator(item):
                 if item[key].ndim == 1:  # HU; bands and distances are geometry
-                    item[key] = array.acquire(item[key], item["coords"], **drawn, generator=generator)
+                    item[key] = acquire(item[key], item["coords"], **drawn, generator=generator)
         return item

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from jaxtyping import Float, Num
 from torch import Tensor
 
-from transforms.array import window_bounds
+from transforms.windows import window_bounds
 
 
 def window_values(hu: Num[Tensor, "..."], names: Sequence[str]) -> Float[Tensor, "... C"]:
-    """`array.window_values`, bit for bit on every device."""
+    """`windows.window_values`, bit for bit on every device."""
     if not names:
         raise ValueError("windows must name at least one window, got none")
     hu = hu.float()

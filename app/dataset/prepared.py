@@ -23,9 +23,10 @@ from jaxtyping import Bool, Float, Int, Num, Shaped
 from app.shared.hashes import hash_files
 from app.shared.refusals import Refused
 from app.shared.tables import read_table
-from transforms.array import AIR, WINDOWS, hu_from_windows, window, window_bounds
+from transforms.windows import AIR, WINDOWS, hu_from_windows, window, window_bounds
 
 SPLITS = ("train", "val")
+FIRST_RESAMPLER = "triangle 1"  # of cases that do not say what brought them onto the grid
 _AGAIN = "prepare the case again with --overwrite"  # without, `prepare` takes a case for made once it has a case.json
 _WINDOW_FILE = re.compile(r"(?P<name>.+)_w(?P<width>-?\d+)_l(?P<level>-?\d+)\.np[yz]")
 
@@ -272,7 +273,17 @@ def find_cases(dataset_dir: str | Path, *, split: str | None = None) -> list[Pre
         if isinstance(case, DamagedCase):
             raise case.error
         cases.append(case)
+    _check_one_resampler(cases)
     return [case for case in cases if split is None or case.split == split]
+
+
+def _check_one_resampler(cases: Sequence[PreparedCase]) -> None:
+    """A dataset half made again by another version would teach the difference between the two."""
+    by = {case.sidecar.get("resampler", FIRST_RESAMPLER): case for case in cases if case.is_hu}
+    if len(by) > 1:
+        (one, first), (other, second) = list(by.items())[:2]
+        what = f"{first.case_id} was resampled by {one}, {second.case_id} by {other}"
+        raise Refused("OTHER_RESAMPLER", what, "prepare the dataset again with --overwrite")
 
 
 class DamagedCase(NamedTuple):
@@ -363,6 +374,7 @@ _FIELDS = {  # what is read of a sidecar; older trees and other hands may leave 
     "spacing": ("three numbers above 0", _is_spacing),
     "codes": ("a list of texts", _are_codes),
     "source_hash": ("a text", _is_text),
+    "resampler": ("a text", _is_text),
     "hu_hash": ("a text", _is_text),
 }
 

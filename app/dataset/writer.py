@@ -21,7 +21,8 @@ from jaxtyping import Float, Int
 
 from app.dataset.prepared import PreparedCase, open_case, versions, window_bytes
 from app.shared.atomic_files import write_text
-from transforms.array import AIR, sparsify, window_file_name
+from transforms.sparse import sparsify
+from transforms.windows import AIR, window_file_name
 
 METADATA_COLUMNS = (
     "case_id",

@@ -8,13 +8,13 @@ from matplotlib.axes import Axes
 
 from app.language.assistant import NOTICE
 from app.measures.controls import CONTROLS
+from app.measures.findings import FINDING_SCORES
 from app.measures.report import gap, number, table
 from app.shared.atomic_files import written_whole
 
 COLUMNS = ("real", *CONTROLS)
 WITH_RANDOM = (*COLUMNS, "random_labels")
 TEXT_SCORES = ("corpus_bleu1", "corpus_bleu4", "rougeL", "meteor", "cider", "exact_match")
-FINDING_SCORES = ("precision", "recall", "f1_micro", "f1_macro", "crg")
 NOT_READ = "Findings are not claimed: the matcher reads English, and these references are not."
 
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,28 @@ from typing import Any
 import numpy as np
 
 from app.evaluation import answer_pages
+from app.evaluation.answer_pages import COLUMNS
 from app.language.assistant import NOTICE, CTAssistant
 from app.language.volume_tokens import VolumeTokens
 from app.measures.controls import (
     CONTROLS,
     constant_answers,
     derange,
+    interval_over_patients,
     mean_gap,
     paired_gaps,
-    spread,
     swap_sides,
     verdicts,
 )
-from app.measures.findings import KEYWORDS, finding_matrix, finding_scores, matcher_error, random_labels, reads
+from app.measures.findings import (
+    FINDING_SCORES,
+    KEYWORDS,
+    finding_matrix,
+    finding_scores,
+    matcher_error,
+    random_labels,
+    reads,
+)
 from app.measures.report import plain
 from app.measures.text_scores import (
     CHARACTERS,
@@ -48,11 +57,9 @@ from networks.tokens import TokenSequence
 
 log = logging.getLogger(__name__)
 
-COLUMNS = ("real", *CONTROLS)
 RANDOM = "random_labels"
 GENERATED = COLUMNS[:-1]  # the constant answers need no model
 REPORT_GAPS = ("bleu4", "rougeL", "meteor", "cider")
-FINDING_GAPS = ("f1_micro", "f1_macro", "crg")
 
 
 def evaluate_language(
@@ -85,7 +92,7 @@ def evaluate_language(
     result = {"rows": len(rows), "patients": len({row.patient for row in rows}), "notice": NOTICE}
     result["left_out"] = dict(left_out)
     result |= {"questions": question_scores(rows, answers), "reports": report_scores(rows, answers)}
-    judge(result["questions"], result["reports"], (result["reports"] or {}).get("findings"))
+    add_verdicts(result["questions"], result["reports"], (result["reports"] or {}).get("findings"))
     if mirrored:
         asked = [row for row in rows if row.image in mirrored and swap_sides(row.answer) != row.answer]
         asked = [row for row in asked if row.kind != "report"]
@@ -176,16 +183,24 @@ class Answers:
 
     def _read(self, origins: Sequence[str]) -> dict[int, str]:
         known: dict[int, str] = {}
-        if not self.file.is_file():
-            return known
-        for text in self.file.read_text(encoding="utf-8", errors="replace").split("\n"):
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:  # the line at which a run was stopped
-                continue
+        for line in _whole_lines(self.file):
             if line["row"] < len(origins) and line.get("of") == origins[line["row"]]:
                 known[line["row"]] = line["answer"]
         return known
+
+
+def given_answers(file: Path) -> dict[tuple[str, str], str]:
+    """Answers of a column that has been completed, by image and question."""
+    return {(line["image"], line["question"]): line["answer"] for line in _whole_lines(file)}
+
+
+def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """Answers on disk, but for the line at which a run was stopped."""
+    for text in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else ():
+        try:
+            yield json.loads(text)
+        except json.JSONDecodeError:
+            continue
 
 
 def fingerprint(volume: TokenSequence | None) -> str:
@@ -217,7 +232,7 @@ def question_scores(rows: Sequence[TextRow], answers: dict[str, list[str]]) -> d
     overall = {c: float(hits[c].mean()) for c in COLUMNS}
     chosen = {"all": kinds == kinds, **{kind: kinds == kind for kind in by_kind}}
     spans = {
-        kind: {c: spread(partial(mean, hits[c][of]), patients[of].tolist()) for c in COLUMNS}
+        kind: {c: interval_over_patients(partial(mean, hits[c][of]), patients[of].tolist()) for c in COLUMNS}
         for kind, of in chosen.items()
     }
     told = {"accuracy": overall, "intervals": spans, "token_f1": f1, "by_kind": by_kind, "gaps": gaps}
@@ -263,11 +278,11 @@ def report_findings(rows: Sequence[TextRow], texts: dict[str, list[str]], patien
     said |= {"all_negative": np.zeros_like(truth), "all_positive": np.ones_like(truth)}
     scores = {c: finding_scores(matrix, truth) for c, matrix in said.items()}
     both = np.concatenate([truth, truth])
-    gaps = {}
+    gaps, tested = {}, [name for name, score in FINDING_SCORES.items() if score.is_tested]
     for control in (*CONTROLS, RANDOM):
         stacked = np.concatenate([said["real"], said[control]])
-        gaps[control] = paired_gaps(partial(finding_scores, stacked, both), patients, FINDING_GAPS)
-    spans = {c: spread(partial(f1_micro, said[c], truth), patients) for c in (*COLUMNS, RANDOM)}
+        gaps[control] = paired_gaps(partial(finding_scores, stacked, both), patients, tested)
+    spans = {c: interval_over_patients(partial(_f1_micro, said[c], truth), patients) for c in (*COLUMNS, RANDOM)}
     source = "label columns" if has_labels else "the matcher's reading of the reference reports"
     error = matcher_error(texts["reference"], truth, names) if has_labels else None
     told = {"labels": names, "truth": source, "matcher_error": error, "scores": scores}
@@ -278,7 +293,7 @@ def mean(values: np.ndarray, weights: np.ndarray) -> float:
     return float(np.average(values, weights=weights))
 
 
-def f1_micro(said: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> float:
+def _f1_micro(said: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> float:
     return finding_scores(said, truth, weights)["f1_micro"]
 
 
@@ -289,7 +304,7 @@ def mirror_scores(rows: Sequence[TextRow], real: Sequence[str], mirrored: Sequen
     return {"asked": len(rows), "right": len(was_right), "flipped": float(np.mean(flipped)) if flipped else None}
 
 
-def judge(*scores: dict[str, Any] | None) -> None:
+def add_verdicts(*scores: dict[str, Any] | None) -> None:
     """Puts a verdict to every gap in place, all that are compared with one control being one family of tests."""
     homes = [part["gaps"] for part in scores if part is not None]
     for control in (*CONTROLS, RANDOM):

@@ -5,6 +5,7 @@ Knows how results are shown, not how they are made (see evaluation.py).
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +19,10 @@ from matplotlib.ticker import NullFormatter
 
 from app.measures import report
 from app.measures.controls import MIN_PATIENTS
-from app.measures.report import table
-from app.measures.report import with_interval as told
+from app.measures.report import table, with_interval
 from app.shared.atomic_files import write_text, written_whole
 from app.shared.sides import write_sides
-from transforms.array import WINDOWS, window
+from transforms.windows import WINDOWS, window
 
 NAME = "tokenizer_card"
 COLOURS = {"codes alone": "#1f6f8b", "stored support": "#9ccbd8", "shuffled codes": "#d98e5f"}
@@ -76,6 +76,7 @@ def markdown(result: dict[str, Any]) -> str:
             *_facts(result),
             *_errors(result),
             *_by_window(result),
+            *_bits(result),
             *_codes(result),
             *_kept(result),
             *_cases(result),
@@ -93,9 +94,7 @@ def _facts(result: dict[str, Any]) -> list[str]:
         ("features", f"windows {', '.join(sizes['windows'])}; keep {sizes['keep']}"),
         ("codebook", f"{codes['num_embeddings']} codes of width {sizes['latent_channels']}{levels}, "
          + ", ".join([sizes["codebook"], *options])),
-        ("tokens a volume", told(codes["per_case"], ".0f")),
-        ("bits per voxel", f"{told(rate['bits_per_voxel'], '.4f')} of the grid, "
-         f"{told(rate['bits_per_foreground_voxel'], '.4f')} of the body"),
+        ("tokens a volume", with_interval(codes["per_case"], ".0f")),
         ("compression of 16-bit voxels", f"{rate['compression_of_16_bit']['mean']:.0f} ×"),
     ]  # fmt: skip
     return ["## What was judged", "", *table(("", ""), rows)]
@@ -107,8 +106,8 @@ def _errors(result: dict[str, Any]) -> list[str]:
         (
             "**body**" if name == "foreground" else name,
             f"{100 * result['tissue_share'][name]['mean']:.1f} %",
-            *(told(ways[way]["tissues"][name]["mae"]) for way in ways),
-            told(ways["codes alone"]["tissues"][name]["rmse"]),
+            *(with_interval(ways[way]["tissues"][name]["mae"]) for way in ways),
+            with_interval(ways["codes alone"]["tissues"][name]["rmse"]),
         )
         for name in ("foreground", *TISSUE_ORDER)
         if name in ways["codes alone"]["tissues"]
@@ -129,8 +128,8 @@ def _errors(result: dict[str, Any]) -> list[str]:
         *table(("tissue", "share of grid", *(f"MAE, {way}" for way in ways), "RMSE, codes alone"), rows),
         f"With the codes exchanged at random inside each case the error in the body is {ratio:.1f} times that of the "
         f"true codes on the same support: "
-        f"{verdict}. {told(result['clipped_share'], '.2f', percent=True)} of the body lies beyond all windows and "
-        "is compared clipped.",
+        f"{verdict}. {with_interval(result['clipped_share'], '.2f', percent=True)} of the body lies beyond all windows "
+        "and is compared clipped.",
         "",
     ]
 
@@ -140,10 +139,10 @@ def _by_window(result: dict[str, Any]) -> list[str]:
     rows = [
         (
             f"{name} (W {WINDOWS[name][0]}, L {WINDOWS[name][1]})",
-            told(part["mae"]),
-            told(part["rmse"]),
-            told(part["psnr"]),
-            told(part["ssim"], ".3f") if "ssim" in part else report.MISSING,
+            with_interval(part["mae"]),
+            with_interval(part["rmse"]),
+            with_interval(part["psnr"]),
+            with_interval(part["ssim"], ".3f") if "ssim" in part else report.MISSING,
             f"{part['data_range']['mean']:.0f} HU",
         )
         for name, part in scores.items()
@@ -152,32 +151,68 @@ def _by_window(result: dict[str, Any]) -> list[str]:
     return ["## As each window shows the body, from codes alone", "", *table(head, rows)]
 
 
+def _bits(result: dict[str, Any]) -> list[str]:
+    rate, alone = result["rate"], result["errors"]["codes alone"]["tissues"]["foreground"]
+    rows = [
+        ("which cells exist", with_interval(rate["cells_per_foreground_voxel"], ".5f"), ""),
+        (
+            "codes",
+            with_interval(rate["codes_per_foreground_voxel"], ".4f"),
+            with_interval(rate["code_bits_per_token"], ".2f"),
+        ),
+        ("header", with_interval(rate["header_per_foreground_voxel"], ".5f"), ""),
+        (
+            "**all, codes alone**",
+            with_interval(rate["bits_per_foreground_voxel"], ".4f"),
+            with_interval(rate["bits_per_token"], ".2f"),
+        ),
+        ("the same before entropy coding", with_interval(rate["plain_bits_per_foreground_voxel"], ".4f"), ""),
+        ("stored support, besides", with_interval(rate["support_per_foreground_voxel"], ".4f"), ""),
+    ]
+    codecs = [
+        (name, with_interval(part["mae"]), with_interval(part["rmse"]), with_interval(part["bits_of_ours"], ".2f"))
+        for name, part in result["codecs"].items()
+    ]
+    lines = ["## Bits", "", *table(("", "bits a voxel of the body", "bits a token"), rows)]
+    if not codecs:
+        return lines
+    mine = ("**tokens, codes alone**", with_interval(alone["mae"]), with_interval(alone["rmse"]), "1")
+    head = ("at the same bits", "MAE in the body, HU", "RMSE", "bits, of the tokens'")
+    without = "" if "x265" in result["codecs"] else " x265 was not asked: PyAV is not installed."
+    return [*lines, *table(head, [mine, *codecs]), f"Codecs see the same body, cut to its box.{without}", ""]
+
+
 def _codes(result: dict[str, Any]) -> list[str]:
     codes = result["codes"]
     rows = [
-        (str(i), f"{used} of {codes['num_embeddings']} ({used / codes['num_embeddings']:.0%})", f"{spread:.0f}")
+        (
+            str(i),
+            f"{used} of {codes['num_embeddings']} ({used / codes['num_embeddings']:.0%})",
+            str(codes["num_embeddings"] - used),
+            f"{spread:.0f}",
+        )
         for i, (used, spread) in enumerate(zip(codes["used"], codes["perplexity"], strict=True))
     ]
-    return ["## Code use over all cases", "", *table(("level", "used", "perplexity"), rows)]
+    return ["## Code use over all cases", "", *table(("level", "used", "never used", "perplexity"), rows)]
 
 
 def _kept(result: dict[str, Any]) -> list[str]:
-    support = result["support"]
+    support, share = result["support"], partial(with_interval, form=".2f", percent=True)
     rows = [
-        ("denser than air (table too), beyond the grid: not judged", told(result["beyond"], ".2f", percent=True)),
-        ("body voxels that the encoder was given", told(support["foreground_kept"], ".2f", percent=True)),
-        ("body voxels that come back from codes alone", told(support["foreground_decoded"], ".2f", percent=True)),
-        ("Dice of decoded and given voxels", told(support["dice"], ".4f")),
-        ("voxels computed, of full expansion", told(support["computed_of_full_expansion"], ".0f", percent=True)),
-        ("cells where all children were judged empty", told(support["forced_children"], ".1f")),
+        ("denser than air (table too), beyond the grid: not judged", share(result["beyond"])),
+        ("body voxels that the encoder was given", share(support["foreground_kept"])),
+        ("body voxels that come back from codes alone", share(support["foreground_decoded"])),
+        ("Dice of decoded and given voxels", with_interval(support["dice"], ".4f")),
+        ("voxels computed, of full expansion", share(support["computed_of_full_expansion"], form=".0f")),
+        ("cells where all children were judged empty", with_interval(support["forced_children"], ".1f")),
     ]  # fmt: skip
     lines = ["## What was kept", "", *table(("", ""), rows)]
     if result["labels"]:
         organs = [
             (
                 name,
-                told(part["kept"], ".2f", percent=True),
-                told(part["decoded"], ".2f", percent=True),
+                with_interval(part["kept"], ".2f", percent=True),
+                with_interval(part["decoded"], ".2f", percent=True),
             )
             for name, part in result["labels"].items()
         ]
@@ -205,7 +240,8 @@ def _definitions() -> list[str]:
         "is the rest of the grid. A voxel that was dropped counts with the HU it stands for. PSNR and SSIM are over "
         "the body with the window's width as data range. *Codes alone*: the network itself says where voxels are. "
         "*Stored support*: it is told. *Shuffled codes*: it is told, but codes have changed places at random. Bits "
-        "count each code and one bit a latent of the grid for where codes are. Perplexity is the number of codes that "
+        "are all that a decoder needs beside the weights, which all volumes share: those of the packed token file "
+        "(`tokenize --pack`), made of codes, cells and a short header. Perplexity is the number of codes that "
         "equal use would need.",
         "",
     ]
@@ -318,13 +354,13 @@ def _key_numbers(axis: Axes, result: dict[str, Any]) -> None:
     support, rate, codes = result["support"], result["rate"], result["codes"]
     alone = result["errors"]["codes alone"]
     rows = [
-        ("MAE in the body", f"{told(alone['tissues']['foreground']['mae'])} HU"),
+        ("MAE in the body", f"{with_interval(alone['tissues']['foreground']['mae'])} HU"),
         ("with shuffled codes", f"{result['shuffled_ratio']:.1f} × as large"),
-        ("tokens a volume", told(codes["per_case"], ".0f")),
-        ("bits per voxel", f"{rate['bits_per_voxel']['mean']:.4f}"),
+        ("tokens a volume", with_interval(codes["per_case"], ".0f")),
+        ("bits a voxel of the body", f"{rate['bits_per_foreground_voxel']['mean']:.4f}"),
         ("against 16 bit", f"{rate['compression_of_16_bit']['mean']:.0f} × smaller"),
-        ("body voxels back", told(support["foreground_decoded"], ".1f", percent=True)),
-        ("Dice of support", told(support["dice"], ".3f")),
+        ("body voxels back", with_interval(support["foreground_decoded"], ".1f", percent=True)),
+        ("Dice of support", with_interval(support["dice"], ".3f")),
     ]
     for name, part in alone["windows"].items():
         ssim = f", SSIM {part['ssim']['mean']:.3f}" if "ssim" in part else ""

@@ -1,4 +1,7 @@
-"""What `evaluate` runs on: an aligned model, rows of text with their tokens, and mirrored scans where there are HU."""
+"""What `evaluate` runs on: an aligned model, rows of text with their tokens, and mirrored scans where there are HU.
+
+Beside the scores it writes the page that shows them (see page.py).
+"""
 
 import logging
 from functools import partial
@@ -6,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from app.dataset import prepared
+from app.evaluation import page
 from app.evaluation.answer_pages import table_lines
-from app.evaluation.answer_scores import evaluate_language
+from app.evaluation.answer_pictures import Asked, picture_answer
+from app.evaluation.answer_scores import evaluate_language, given_answers
 from app.language import align_data
 from app.language.assistant import CTAssistant
-from app.language.volume_tokens import TokenSource, VolumeTokens, case_key
+from app.language.volume_tokens import TokenSource, VolumeTokens
 from app.phantoms.sentences import balance
 from app.shared.refusals import Refused, fail, refuse_empty
 from app.text.manifests import read_rows
 from app.text.rows import TextRow
-from app.tokens.open_scan import Scan, as_it_lies, is_case
+from app.tokens.open_scan import Scan, as_it_lies, case_key, is_case
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +56,8 @@ def evaluate(
         rows = held_out(data, image_root=image_root, split=options["split"])
         volumes, _ = align_data.encode_rows(rows, source, skip_bad=skip_bad)
         mirrored = mirrored_cases(rows, volumes, source)
-    out = Path(align, "evaluation") if output_dir is None else Path(output_dir)
-    return evaluate_language(
+    out = results_folder(align, output_dir)
+    result = evaluate_language(
         assistant,
         rows,
         volumes,
@@ -62,6 +67,55 @@ def evaluate(
         max_new_tokens=options["max_new_tokens"],
         seed=options["seed"],
     )
+    write_answers_page(assistant, Path(align), rows, result, out=out)
+    return result
+
+
+NEXT = (
+    ('python -m app ask SCAN "QUESTION"', "asks the model about a scan; without a question it writes a report."),
+    (
+        "python -m app export BUNDLE --align ALIGN",
+        "packs tokenizer and aligned model into a bundle for other machines.",
+    ),
+    ("python -m app evaluate DATA --split test", "judges rows that were not looked at while choosing settings."),
+)
+
+
+def write_answers_page(
+    assistant: CTAssistant, align: Path, rows: list[TextRow], result: dict[str, Any], *, out: Path
+) -> None:
+    """The page of an evaluation. It names none of the scans asked: names of files may tell of patients.
+
+    Pictures of the tokenizer carry case ids, which are hashes unless `prepare` was told to keep names.
+    """
+    file = assistant.tokenizer.file
+    run = file.parent.parent if file.parent.name == "ckpts" else None
+    shown = page.Page(
+        "How well the model answers",
+        "An aligned model on data that it was not trained on, beside what its scores are worth without the image.",
+        tokenizer=run,
+        card=run,
+        runs={"tokenizer": run, "alignment": align} if run else {"alignment": align},
+        scores=result,
+        bars=out / "language.png",
+        asked=asked_of_one(assistant, rows, given_answers(out / "answers_real.jsonl")),
+        commands=NEXT,
+    )
+    page.write_page(out / page.NAME, shown)
+
+
+def asked_of_one(assistant: CTAssistant, rows: list[TextRow], answers: dict[tuple[str, str], str]) -> list[Asked]:
+    """The first scan that was asked a question: that question and where its answer looked, and the scan's report."""
+    told = [row for row in rows if row.path is not None and (row.image, row.prompt) in answers]
+    first = next((row for row in told if row.kind != "report"), None)
+    if first is None:
+        return []
+    said = answers[first.image, first.prompt]
+    asked = [picture_answer(assistant, first.path, first.prompt, said, known=first.answer)]
+    report = next((row for row in told if row.image == first.image and row.kind == "report"), None)
+    if report is not None:
+        asked.append(Asked(report.prompt, answers[report.image, report.prompt], report.answer))
+    return asked
 
 
 def held_out(data: str, *, image_root: str | None, split: str | None) -> list[TextRow]:
@@ -87,13 +141,22 @@ def mirrored_cases(
         if row.image in volumes and row.image not in found and row.path and is_case(row.path):
             case = prepared.open_case(row.path)
             if case.is_hu:
-                found[row.image] = source.cached(f"{case_key(row.path)}.mirrored", partial(mirror_image, case))
+                found[row.image] = source.cached(f"{case_key(case)}.mirrored", partial(mirror_image, case))
     return found
 
 
 def mirror_image(case: prepared.PreparedCase) -> Scan:
     """The patient seen in a mirror; the grid is centred and keeps its affine."""
     return as_it_lies(case.hu()[::-1].copy(), case.affine)
+
+
+def results_folder(align: str, output_dir: str | None) -> Path:
+    return Path(align, "evaluation") if output_dir is None else Path(output_dir)
+
+
+def lines(result: dict[str, Any], *, align: str, output_dir: str | None) -> list[str]:
+    """For people: the table, and where the page lies."""
+    return [*table_lines(result), f"Look at {results_folder(align, output_dir) / page.NAME} in a browser."]
 
 
 def status_of(result: dict[str, Any]) -> int:

@@ -19,22 +19,36 @@ from jaxtyping import Bool, Float
 
 from app.dataset import prepared
 from app.evaluation import card
+from app.measures import codecs
 from app.measures import hu_errors as measure
 from app.measures.tokenizer_metrics import count_codes, perplexity
 from app.phantoms.phantoms import ensure_cohort
 from app.shared.output_folder import check_folder
 from app.shared.refusals import fail
-from app.tokens.token_files import CTTokens
+from app.tokens.code_tables import CodeTables
+from app.tokens.open_scan import Scan
+from app.tokens.token_files import CTTokens, rate_of
 from app.tokens.tokenizer import CTTokenizer, dense_hu, find_tokenizer
 from app.training import checkpoints
 from app.training.initial_weights import train_demo_stage1
+from networks.presets import Preset
 from transforms import Resampled
+from transforms.windows import windows_range
 
 log = logging.getLogger(__name__)
 
 WAYS = ("codes alone", "stored support", "shuffled codes")
 RESAMPLES = 2000
+CODEC_CASES = 20  # of which other codecs are asked: x265 takes minutes for a large one
 UNSEEN = 20  # phantoms: what a verdict takes
+
+
+class Truth(NamedTuple):
+    """A scan on the tokenizer's grid: what every reconstruction of it is compared with."""
+
+    hu: Float[np.ndarray, "X Y Z"]
+    masks: dict[str, Bool[np.ndarray, "X Y Z"]]  # `foreground` is the body, the others its tissues and the air
+    beyond: float  # share of all denser than air that lies beyond the grid
 
 
 class Judged(NamedTuple):
@@ -55,6 +69,7 @@ class TokenizerEvaluation:
         split: train, val, or None for all cases.
         max_cases: at most this many, evenly spread over the split; None takes all.
         max_points: voxels in work at a time; None leaves it to the preset.
+        levels: so many codes a cell, the first of the tokenizer's levels; None: all.
     """
 
     def __init__(
@@ -66,10 +81,12 @@ class TokenizerEvaluation:
         split: str | None = "val",
         max_cases: int | None = None,
         max_points: int | None = None,
+        levels: int | None = None,
         seed: int = 0,
     ):
         self.dataset_dir, self.tokenizer, self.output_dir = dataset_dir, tokenizer, output_dir
         self.split, self.max_cases, self.max_points, self.seed = split, max_cases, max_points, seed
+        self.levels = levels
 
     def run(self) -> dict[str, Any]:
         started = time.perf_counter()
@@ -84,10 +101,14 @@ class TokenizerEvaluation:
         check_folder(folder, name="output_dir")
         folder.mkdir(parents=True, exist_ok=True)
         made = CTTokenizer.from_pretrained(file, max_points=self.max_points)
+        try:
+            made.network.check_levels(self.levels)
+        except ValueError as error:
+            fail("BAD_VALUE", str(error), "leave --levels out for all of them")
         judged, refused = [], {}
         for case in cases:
             try:
-                judged.append(judge(made, case))
+                judged.append(judge(made, case, levels=self.levels, beside=len(judged) < CODEC_CASES))
             except ValueError as error:
                 refused[case.case_id] = str(error)
                 log.warning("%s is not judged: %s", case.case_id, error)
@@ -132,19 +153,24 @@ def _beside(file: Path) -> Path:
     return file.parent.parent if file.parent.name in ("ckpts", "models") else file.parent
 
 
-def judge(made: CTTokenizer, case: prepared.PreparedCase) -> Judged:
-    """All measurements of one case."""
-    sizes = made.sizes
-    scan = made.open(case)
-    on_grid = Resampled("image", spacing=sizes.spacing, grid=sizes.resolution)(
-        {"image": scan.volume.hu, "affine": scan.volume.affine}
-    )
-    truth = on_grid["image"]
-    masks = measure.tissue_masks(truth, spacing=sizes.spacing)
+def truth_of(scan: Scan, sizes: Preset) -> Truth:
+    """Raises where there is no body."""
+    resampled = Resampled("image", spacing=sizes.spacing, grid=sizes.resolution)
+    on_grid = resampled({"image": scan.volume.hu, "affine": scan.volume.affine})
+    masks = measure.tissue_masks(on_grid["image"], spacing=sizes.spacing)
     if not masks["foreground"].any():
         raise ValueError("no body is found in it")
+    return Truth(on_grid["image"], masks, on_grid["beyond"])
+
+
+def judge(made: CTTokenizer, case: prepared.PreparedCase, *, levels: int | None = None, beside: bool = True) -> Judged:
+    """All measurements of one case, of its first `levels` codes; with `beside` also of other codecs at its bits."""
+    sizes = made.sizes
+    scan = made.open(case)
+    source = truth_of(scan, sizes)
+    truth, masks = source.hu, source.masks
     started = time.perf_counter()
-    tokens = made.encode(scan, support=True)
+    tokens = made.encode(scan, support=True, levels=levels)
     encoded = time.perf_counter()
     decoded = {
         "codes alone": made.decode_sparse(tokens, use_support=False),
@@ -167,9 +193,9 @@ def judge(made: CTTokenizer, case: prepared.PreparedCase) -> Judged:
         "errors": errors,
         "share": {name: float(mask.mean()) for name, mask in masks.items()},
         "clipped_share": measure.clipped_share(truth, masks["foreground"], windows=sizes.windows),
-        "beyond": on_grid["beyond"],
+        "beyond": source.beyond,
         "tokens": len(tokens.codes),
-        "rate": rate(tokens, sizes.num_embeddings, foreground=int(masks["foreground"].sum())),
+        "rate": rate_of_case(tokens, made.tables, foreground=int(masks["foreground"].sum())),
         "support": {
             "foreground_kept": measure.kept_share(kept, masks["foreground"]),
             "foreground_decoded": measure.kept_share(predicted, masks["foreground"]),
@@ -180,6 +206,7 @@ def judge(made: CTTokenizer, case: prepared.PreparedCase) -> Judged:
         "labels": _labels_kept(case, tokens, {"kept": kept, "decoded": predicted}),
         "seconds": seconds,
     }
+    row["codecs"] = codecs_at(row["rate"]["bits"], source, windows=sizes.windows) if beside else {}
     counts = count_codes(torch.from_numpy(tokens.codes), sizes.num_embeddings)
     return Judged(row, counts, card.slice_of(truth, volumes, _code_map(tokens)))
 
@@ -195,16 +222,37 @@ def _labels_kept(
     return found
 
 
-def rate(tokens: CTTokens, num_codes: int, *, foreground: int) -> dict[str, float]:
-    """Bits: of the codes, and with them a bit for each latent that says whether it has one. Support is not counted."""
-    code_bits = tokens.codes.size * math.log2(num_codes)
-    bits = code_bits + math.prod(tokens.latent_shape)
-    voxels = math.prod(tokens.grid_shape)
+def rate_of_case(tokens: CTTokens, tables: CodeTables, *, foreground: int) -> dict[str, float]:
+    """All bits that decoding from codes alone takes, entropy-coded, and what stored support would add."""
+    counted = rate_of(tokens, tables)
+    packed, plain = counted.packed, counted.plain
+    bits, voxels = packed.total - packed.support, math.prod(tokens.grid_shape)
+    of_body = {f"{name}_per_foreground_voxel": part / foreground for name, part in packed._asdict().items()}
     return {
+        "bits": bits,
         "bits_per_voxel": bits / voxels,
-        "bits_per_foreground_voxel": bits / max(foreground, 1),
+        "bits_per_foreground_voxel": bits / foreground,
+        "bits_per_token": bits / len(tokens.codes),
+        **of_body,
+        "code_bits_per_token": packed.codes / len(tokens.codes),
+        "plain_bits_per_foreground_voxel": (plain.total - plain.support) / foreground,
         "compression_of_16_bit": 16 * voxels / bits,
     }
+
+
+def codecs_at(bits: float, truth: Truth, *, windows: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Errors in the body of each codec that is installed, at so many bits."""
+
+    def errors(hu: np.ndarray) -> dict[str, float]:
+        return measure.errors_in_hu(truth.hu, hu, {"body": truth.masks["foreground"]}, windows=windows)["body"]
+
+    kinds = {"x265": codecs.Hevc} if codecs.has_x265() else {}
+    found = {}
+    for name, kind in {**kinds, "JPEG 2000": codecs.Jpeg2000}.items():
+        codec = kind(truth.hu, truth.masks["foreground"], hu_range=windows_range(windows), judge=errors)
+        point = codec.at_bits(bits)
+        found[name] = {**point.errors, "bits_of_ours": min(max(bits, min(point.bits)), max(point.bits)) / bits}
+    return found
 
 
 def shuffled(codes: np.ndarray) -> np.ndarray:
@@ -248,6 +296,7 @@ def summarize(judged: Sequence[Judged], made: CTTokenizer, *, seed: int) -> dict
         },
         "code_counts": [level.long().tolist() for level in counts],
         "rate": _mean_of([row["rate"] for row in rows], seed),
+        "codecs": _mean_of([row["codecs"] for row in rows if row["codecs"]], seed),
         "support": _mean_of([row["support"] for row in rows], seed),
         "labels": {
             name: _mean_of([row["labels"][name] for row in rows if name in row["labels"]], seed)

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 
 from app.export.code import PACKAGES
+from app.shared.notice import NOTICE
 from app.shared.version import VERSION
-from app.tokens.bundles import description, hu_range
+from app.tokens.bundles import description
 from networks.presets import Preset
+from transforms.windows import windows_range
 
 SCHEMA = "meta_schema_20240725.json"
-NOTICE = "Research use only, not for diagnosis."
 STATED_APART = ("torch", "monai", "numpy")  # the schema has a field for each
 
 
@@ -30,7 +31,7 @@ def _versions() -> dict[str, str]:
 
 def make_metadata(base: dict[str, Any], sizes: Preset, *, name: str, package: str, digest: str) -> dict[str, Any]:
     """`base` is the project's own; versions are those that the bundle was proven with."""
-    low, high = hu_range(sizes.windows)
+    low, high = windows_range(sizes.windows)
     image = {
         "type": "image",
         "format": "hounsfield",

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from app.language import chat
 from app.language.volume_tokens import Reducer, TokenSource, VolumeTokens, encode_sparse, sparse_inputs
-from app.phantoms.phantoms import VERSION, make_phantom
+from app.phantoms.phantoms import ANATOMY_VERSION, make_phantom
 from app.phantoms.sentences import balance, mirrored, phantom_rows
 from app.shared.atomic_files import write_text
 from app.shared.refusals import Refused, fail, refusal_of
@@ -215,14 +215,14 @@ def visit_in_shares(items: Sequence, visit: Callable[[Any], None], *, says: str)
     rank, world = idist.get_rank(), idist.get_world_size()
     log.info("%s: %d", says, len(items))
     if world > 1:
-        for item in shown(items[rank::world], f"{says}, one of {world} shares"):
+        for item in with_progress(items[rank::world], f"{says}, one of {world} shares"):
             visit(item)
         idist.barrier()
-    for item in shown(items, says):
+    for item in with_progress(items, says):
         visit(item)
 
 
-def shown(items: Sequence, says: str) -> Iterable:
+def with_progress(items: Sequence, says: str) -> Iterable:
     """The items with a bar, of which several processes show one."""
     return progress(items, says) if idist.get_rank() == 0 else items
 
@@ -238,7 +238,7 @@ def phantom_volumes(
     rows, volumes = {}, {}
 
     def visit(number: int) -> None:
-        name = f"phantom_v{VERSION}_s{seed}_{split}_{number:05d}"
+        name = f"phantom_v{ANATOMY_VERSION}_s{seed}_{split}_{number:05d}"
         findings, tokens = phantom_case(source, name, number=seed * 1_000_000 + 2 * number + (split != "train"))
         if mirror:
             findings, name = mirrored(findings), f"{name}_mirrored"

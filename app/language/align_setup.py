@@ -25,7 +25,7 @@ from app.shared.refusals import fail
 from app.text.manifests import check_rows, read_rows
 from app.text.rows import TextRow
 from app.tokens.tokenizer import CTTokenizer, find_tokenizer
-from app.training import checkpoints
+from app.training import checkpoints, shipped
 from app.training.choices import SCALES
 from app.training.initial_weights import STAGE1_COMMAND, train_demo_stage1
 from networks import qwen
@@ -102,16 +102,18 @@ class FrozenTokenizer:
     """The tokenizer as it is given: never trained, always in evaluation mode, known by its hash.
 
     Args:
-        path: checkpoint, output folder or bundle; None takes the newest output. On the demo a missing one is trained.
+        path: checkpoint, output folder or bundle; None takes the newest output, else the one that
+            ships. On the demo a missing one is trained.
     """
 
     def __init__(self, path: str | None, *, demo: bool, device: torch.device, config: str | None = None):
         if config is not None:
             log.info("vae_config is not needed: the checkpoint carries its sizes")
         if path is None and not any(map(checkpoints.complete_steps, checkpoints.NEWEST_TOKENIZERS)):
-            if not demo:
+            if not demo and not shipped.names():
                 fail("NO_TOKENIZER", "there is no tokenizer yet", f"first run {STAGE1_COMMAND}, or pass --vae_ckpt")
-            train_demo_stage1("NO_TOKENIZER")
+            if demo:
+                train_demo_stage1("NO_TOKENIZER")
         self.file = find_tokenizer(path)
         self.ct = CTTokenizer.from_pretrained(self.file, device=device)
         self.network: SparseVQVAE = self.ct.network.requires_grad_(False)

@@ -24,6 +24,7 @@ from app.training.checkpoints import unwrapped
 from app.training.handlers import record_steps
 from app.training.step import AMP_TYPES, mean_of_ranks, resume_optimizer, seed_step, step_optimizer, stop_if_not_finite
 from app.training.stopping import StopWhenAsked
+from app.training.training_state import check_parameters, read_state
 from networks.qwen import save_language
 
 log = logging.getLogger(__name__)
@@ -111,11 +112,11 @@ class AlignHandlers:
         step = engine.last_saved_step = self.folder.start_step
         if step is not None:
             check_same(Path(self.folder.path), self._record())
-            stored = checkpoints.read_tensors(checkpoints.step_file(self.folder.path, self.folder.name, step))
-            misc = checkpoints.read_tensors(checkpoints.step_file(self.folder.path, "misc", step))
-            own = trained_state(self.network)
-            if set(stored) != set(own):
-                raise ValueError(f"step {step} trained other parameters: {sorted(set(stored) ^ set(own))[:3]} …")
+            file = checkpoints.step_file(self.folder.path, self.folder.name, step)
+            stored, own = checkpoints.read_tensors(file), trained_state(self.network)
+            check_parameters(stored, own, path=file)
+            misc_file = checkpoints.step_file(self.folder.path, "misc", step)
+            misc = read_state(misc_file, step=step, optimizer=self.optimizer)
             for name, value in stored.items():
                 own[name].copy_(value)
             resume_optimizer(self.optimizer, self.schedule, misc["optimizer"], step=step)

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from app.language.assistant import NOTICE, CTAssistant, Scan
+from app.language.assistant import NOTICE, CTAssistant, TokenizedScan
 from app.shared.refusals import fail, refuse_empty
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def ask(
     answers, failures = [], []
     with written(None if out is None else Path(out)) as keep:
         for opened in chain([first], found):
-            if not isinstance(opened, Scan):
+            if not isinstance(opened, TokenizedScan):
                 failures.append(" ".join(str(opened).split()))
                 log.warning("refused: %s", failures[-1])
                 keep([], failures[-1:])

@@ -17,20 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from app.dataset import prepared
 from app.language import chat
 from app.language.align_setup import FrozenTokenizer, identify, make_collate
 from app.language.align_training import to_device
 from app.language.volume_tokens import VolumeTokens, as_tensors
-from app.prepare.gate import Rules
-from app.prepare.survey import survey
-from app.prepare.volume import read_item
 from app.shared.devices import choose_device
 from app.shared.hashes import hash_path
-from app.shared.refusals import Refused, fail
+from app.shared.notice import NOTICE
+from app.shared.refusals import fail
 from app.text.rows import REPORT_QUESTION
-from app.tokens import open_scan
-from app.tokens.token_files import CTTokens, read_tokens
+from app.tokens.open_scan import ScanSource, scan_source, scan_sources
+from app.tokens.token_files import CTTokens
 from app.training import checkpoints
 from networks import qwen
 from networks.projector import Projector
@@ -38,11 +35,9 @@ from networks.tokens import REDUCTIONS, TokenSequence
 
 log = logging.getLogger(__name__)
 
-NOTICE = "Research use only, not for diagnosis."
-
 
 @dataclass(frozen=True)
-class Scan:
+class TokenizedScan:
     """Something to ask about: its tokens and where they came from."""
 
     name: str
@@ -150,7 +145,7 @@ class CTAssistant:
 
         Several questions give a list. `write` gets the text of a single question piece by piece.
         """
-        opened = scan if isinstance(scan, Scan) else self.open(scan)
+        opened = scan if isinstance(scan, TokenizedScan) else self.open(scan)
         questions = [question] if question is None or isinstance(question, str) else list(question)
         questions = [REPORT_QUESTION if q is None else q for q in questions]
         if write is not None and len(questions) > 1:
@@ -193,55 +188,30 @@ class CTAssistant:
             return False
         return len(encoded.input_ids) + num_tokens <= qwen.context_length(self.model.language)
 
-    def open(self, source: Any) -> Scan:
-        """Tokens with their origin of a token file, or of what `app.tokens.open_scan` calls a scan."""
-        path = Path(source) if isinstance(source, str | Path) else None
-        if path is not None and path.suffix == ".npz":
-            return self._of_file(path)
-        scan = self.tokenizer.ct.open(source)
-        if not scan.source_hash:
-            scan = scan._replace(source_hash=hashlib.sha256(np.ascontiguousarray(source.hu).tobytes()).hexdigest())
-        return self._of_scan(scan, source="" if path is None else path.name)
-
-    def _of_file(self, path: Path) -> Scan:
-        tokens = read_tokens(path)
-        self.tokenizer.ct.check(tokens)
-        origin = {"scan_sha256": tokens.source_hash} if tokens.source_hash else {}
-        origin |= {"tokens_sha256": hash_path(path), **_series(tokens)}
-        return Scan(path.stem, as_tensors(tokens), origin, path.name)
-
-    def _of_scan(self, scan: open_scan.Scan, *, source: str) -> Scan:
-        tokens = self.tokenizer.ct.encode(scan)
-        return Scan(scan.name, as_tensors(tokens), {"scan_sha256": scan.source_hash, **_series(tokens)}, source)
-
-    def open_all(self, path: Path) -> Iterator[Scan | ValueError]:
-        """Everything of a folder: token files, prepared cases or raw scans; what is refused comes as its refusal."""
-        if open_scan.is_case(path) or path.is_file():
-            yield self._tried(path)
-        elif files := sorted(path.glob("*.npz")):
-            yield from map(self._tried, files)
-        elif prepared.find_datasets(path):
-            for case in prepared.list_cases(path):
-                yield case.error if isinstance(case, prepared.DamagedCase) else self._tried(case.path)
+    def open(self, scan: Any) -> TokenizedScan:
+        """Tokens with their origin of whatever `app.tokens.open_scan` opens."""
+        source = scan_source(scan) if isinstance(scan, str | Path) else scan
+        opened = self.tokenizer.ct.open(source)
+        tokens = self.tokenizer.ct.encode(opened)
+        if isinstance(opened, CTTokens):
+            name, origin = "tokens", {"scan_sha256": opened.source_hash} if opened.source_hash else {}
         else:
-            for item in survey(path):
-                if item.finding is not None and item.finding.kind == "skipped":
-                    continue  # no scan at all: text, labels, a localizer beside its scan
-                try:
-                    if item.plan is None:
-                        raise Refused(item.finding.code, item.finding.message)
-                    raw = read_item(item, Rules())
-                    yield self._of_scan(self.tokenizer.ct.open(raw), source=item.source)
-                except (ValueError, OSError) as error:
-                    yield ValueError(f"{item.source}: {error}")
+            name, origin = opened.name, {"scan_sha256": opened.source_hash or _hash_of(opened.volume.hu)}
+        place = ""
+        if isinstance(source, ScanSource):
+            name, place = source.name, source.place if source is scan else Path(scan).name
+            origin |= {"tokens_sha256": source.key} if source.kind == "tokens" else {}
+        return TokenizedScan(name, as_tensors(tokens), {**origin, **_series(tokens)}, place)
 
-    def _tried(self, path: Path) -> Scan | ValueError:
-        try:
-            return self.open(path)
-        except (ValueError, OSError) as error:
-            return ValueError(f"{path.name}: {error}")
+    def open_all(self, path: Path) -> Iterator[TokenizedScan | ValueError]:
+        """Everything at a path, by the one door for scans; what is refused comes as its refusal."""
+        for source in scan_sources(path):
+            try:
+                yield self.open(source)
+            except (ValueError, OSError) as error:
+                yield ValueError(f"{source.place}: {error}")
 
-    def provenance(self, scan: Scan) -> dict[str, Any]:
+    def provenance(self, scan: TokenizedScan) -> dict[str, Any]:
         """What an answer rests on: scan, tokenizer, models, settings."""
         return {
             **scan.origin,
@@ -292,6 +262,10 @@ SETTINGS = {  # of train_args.json, what is used: whoever wrote it
     "fusion": _one_of("placeholder", "prefix"),
     "use_lora": YES_OR_NO,
 }
+
+
+def _hash_of(hu: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(hu).tobytes()).hexdigest()
 
 
 def _series(tokens: CTTokens) -> dict[str, Any]:

@@ -13,15 +13,14 @@ import torch
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
-from app.dataset import prepared
-from app.shared.hashes import hash_path
-from app.tokens import open_scan
-from app.tokens.token_files import CTTokens, read_tokens, write_tokens
+from app.tokens.open_scan import scan_source
+from app.tokens.token_files import CTTokens, write_tokens
 from app.tokens.tokenizer import CTTokenizer
 from app.training.step import to_sparse
 from networks.sparse import SparseTensor
 from networks.tokens import TokenSequence, reduce_tokens
 from networks.vqvae import SparseVQVAE
+from transforms.grid import RESAMPLER
 
 log = logging.getLogger(__name__)
 
@@ -77,19 +76,18 @@ class Reducer:
 
 
 class TokenSource:
-    """Tokens by path, encoded once and kept in `cache_dir` under the tokenizer's hash."""
+    """Tokens by path, encoded once and kept in `cache_dir` under the tokenizer's hash and the resampler's name."""
 
     def __init__(self, tokenizer: CTTokenizer, *, cache_dir: str | Path):
         self.tokenizer = tokenizer
-        self.cache_dir = Path(cache_dir) / tokenizer.digest[:16]
+        self.cache_dir = Path(cache_dir) / f"{tokenizer.digest[:16]}.{RESAMPLER.replace(' ', '_')}"
 
     def __call__(self, path: Path) -> VolumeTokens:
-        """Tokens of a token file, a prepared case or a raw scan."""
-        if path.suffix == ".npz":
-            return self.read(path)
-        if open_scan.is_case(path):
-            return self.cached(case_key(path), lambda: prepared.open_case(path))
-        return self.cached(f"scan.{open_scan.raw_hash(path)[:24]}", lambda: path)
+        """Tokens of whatever lies there, by the one door for scans; a token file is read where it is."""
+        source = scan_source(path)
+        if source.kind == "tokens" or not source.key:  # the latter is refused
+            return as_tensors(self.tokenizer.encode(source))
+        return self.cached(source.key, lambda: source)
 
     def cached(self, key: str, scan: Callable[[], Any]) -> VolumeTokens:
         """Tokens kept under this key; else those of `scan()`, encoded now and kept."""
@@ -104,19 +102,7 @@ class TokenSource:
         return as_tensors(tokens)
 
     def read(self, file: Path) -> VolumeTokens:
-        tokens = read_tokens(file)
-        self.tokenizer.check(tokens)
-        return as_tensors(tokens)
-
-
-def case_key(path: Path) -> str:
-    """Name of a prepared case that changes with its scan and when it is prepared in another way.
-
-    A sidecar that names no scan, as older trees have it, says nothing of the files beside it.
-    """
-    case = prepared.open_case(path)
-    mark = hash_path(path / "case.json") if case.sidecar.get("source_hash") else case.content_hash
-    return f"{path.name}.{mark[:16]}"
+        return as_tensors(self.tokenizer.read(file))
 
 
 def as_tensors(tokens: CTTokens) -> VolumeTokens:

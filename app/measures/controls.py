@@ -171,7 +171,9 @@ def paired_gaps(
     }
 
 
-def spread(score: Callable[[Float[np.ndarray, " N"]], float], patients: Sequence[Hashable]) -> tuple[float, float]:
+def interval_over_patients(
+    score: Callable[[Float[np.ndarray, " N"]], float], patients: Sequence[Hashable]
+) -> tuple[float, float]:
     """95 % interval of one column's score over resampled patients; `score(weights)` is over its cases."""
     owner, number = _owners(patients)
     draws = _resample(number, np.random.default_rng(0))

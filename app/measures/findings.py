@@ -6,7 +6,9 @@ CRG follows arXiv:2505.17167; its floor is 1/3, which all-negative and all-posit
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
@@ -95,36 +97,70 @@ def finding_matrix(texts: Sequence[str], labels: Sequence[str]) -> np.ndarray:
     return np.array([list(find_findings(text, labels).values()) for text in texts], dtype=bool).reshape(-1, len(labels))
 
 
+class Counts(NamedTuple):
+    """Of each label: cases where it was rightly said, said in vain, and missed; and the number of cases."""
+
+    hits: Float[np.ndarray, " L"]
+    false_alarms: Float[np.ndarray, " L"]
+    misses: Float[np.ndarray, " L"]
+    cases: float
+
+
+class FindingScore(NamedTuple):
+    of: Callable[[Counts], float]
+    is_tested: bool  # whether its gap to each control is put to the test, and so counts in the correction for many
+
+
 def finding_scores(
     said: Shaped[np.ndarray, "N L"], truth: Bool[np.ndarray, "N L"], weights: np.ndarray | None = None
 ) -> dict[str, float]:
-    """Precision, recall, F1 (micro and macro) and CRG; what was said may be shares of a label. `weights` repeats cases.
-
-    Macro is over labels that occur in the truth.
-    """
+    """All of FINDING_SCORES; what was said may be shares of a label. `weights` repeats cases."""
     weights = np.ones(len(truth)) if weights is None else weights
     hits = weights @ (said * truth)
-    false_alarms, misses = weights @ said - hits, weights @ truth - hits
+    counts = Counts(hits, weights @ said - hits, weights @ truth - hits, float(weights.sum()))
+    return {name: score.of(counts) for name, score in FINDING_SCORES.items()}
+
+
+def precision(of: Counts) -> float:
+    return ratio(of.hits.sum(), of.hits.sum() + of.false_alarms.sum())
+
+
+def recall(of: Counts) -> float:
+    return ratio(of.hits.sum(), of.hits.sum() + of.misses.sum())
+
+
+def f1_micro(of: Counts) -> float:
+    return ratio(2 * of.hits.sum(), 2 * of.hits.sum() + of.false_alarms.sum() + of.misses.sum())
+
+
+def f1_macro(of: Counts) -> float:
+    """Over labels that occur in the truth."""
+    occurs = of.hits + of.misses > 0
     with np.errstate(invalid="ignore"):
-        f1 = 2 * hits / (2 * hits + false_alarms + misses)
-    occurs = hits + misses > 0
-    return {
-        "precision": ratio(hits.sum(), hits.sum() + false_alarms.sum()),
-        "recall": ratio(hits.sum(), hits.sum() + misses.sum()),
-        "f1_micro": ratio(2 * hits.sum(), 2 * hits.sum() + false_alarms.sum() + misses.sum()),
-        "f1_macro": float(f1[occurs].mean()) if occurs.any() else 0.0,
-        "crg": crg(hits.sum(), false_alarms.sum(), misses.sum(), total=weights.sum() * truth.shape[1]),
-    }
+        f1 = 2 * of.hits / (2 * of.hits + of.false_alarms + of.misses)
+    return float(f1[occurs].mean()) if occurs.any() else 0.0
 
 
-def crg(hits: float, false_alarms: float, misses: float, *, total: float) -> float:
+def crg(of: Counts) -> float:
     """Clinically relevant gain: 1 when all is right, 1/3 for all-negative and for all-positive answers."""
-    positives = hits + misses
+    hits, false_alarms, misses = of.hits.sum(), of.false_alarms.sum(), of.misses.sum()
+    positives, total = hits + misses, of.cases * len(of.hits)
     if positives == 0 or positives == total:
         return float("nan")
     weight = (total - positives) / (2 * positives)
     best = positives * weight
     return float(best / (2 * best - (hits * weight - misses * weight - false_alarms)))
+
+
+FINDING_SCORES = MappingProxyType(  # a row of each stands in every table of answers, in this order
+    {
+        "precision": FindingScore(precision, is_tested=False),
+        "recall": FindingScore(recall, is_tested=False),
+        "f1_micro": FindingScore(f1_micro, is_tested=True),
+        "f1_macro": FindingScore(f1_macro, is_tested=True),
+        "crg": FindingScore(crg, is_tested=True),
+    }
+)
 
 
 def ratio(part: float, whole: float) -> float:

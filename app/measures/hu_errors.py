@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float, Int, Num
 from scipy import ndimage
 from skimage.metrics import structural_similarity
 
-from transforms.array import WINDOWS, body_mask, window_bounds, windows_range
+from transforms.body import body_mask
+from transforms.windows import WINDOWS, window_bounds, windows_range
 
 # HU in the source, lowest inclusive, highest exclusive; air is what lies outside the body
 TISSUES = {

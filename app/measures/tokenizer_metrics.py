@@ -6,7 +6,7 @@ from ignite.metrics import Metric
 from ignite.metrics.metric import reinit__is_reduced, sync_all_reduce
 from jaxtyping import Float, Int
 
-from transforms.array import WINDOWS
+from transforms.windows import WINDOWS
 
 
 def perplexity(counts: torch.Tensor) -> float:

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-SIDES = {"right": 1.0, "left": -1.0}  # the sign of x
-Number = int | float
+from transforms.windows import Number
+
+SIGN_OF_X = {"right": 1.0, "left": -1.0}  # the sign of x
 Point = tuple[Number, Number, Number]
 
 
@@ -183,7 +184,7 @@ def paint_torso(canvas: Canvas, build: Build) -> Torso:
     half_x, half_y = build.width * shape, build.depth * (1 - 0.16 * _bump(z, 200, 60)) * (0.97 + 0.03 * shape)
     skin = oval_distance(x, y, half_x, half_y)
     if build.rng.random() < 0.5:
-        for sign in SIDES.values():
+        for sign in SIGN_OF_X.values():
             place = (sign * 0.48 * build.width, build.depth - 12, build.near(75, 10))
             breast = ellipsoid_distance(x - place[0], y - place[1], z - place[2], (52, 34, 46))
             skin = np.minimum(skin, breast)
@@ -244,17 +245,17 @@ def paint_abdomen(canvas: Canvas, build: Build, torso: Torso) -> None:
             [(34, 5, dome - 62), a, (b.near(95, 20), b.near(0, 40), dome - b.near(50, 25))], 4.5, b.blood, within=inside
         )
     canvas.ellipsoid((b.near(52, 6), b.near(50, 6), dome - 102), (15, 18, 26), 8, within=inside)
-    for sign in SIDES.values():
+    for sign in SIGN_OF_X.values():
         canvas.tube([(sign * 34, b.spine + 4, dome - 90), (sign * 52, b.spine + 14, -200)], 20, 55)
 
 
 def kidney_center(build: Build, side: str) -> Point:
-    return (SIDES[side] * 64, build.spine - 2, build.dome - (118 if side == "right" else 104))
+    return (SIGN_OF_X[side] * 64, build.spine - 2, build.dome - (118 if side == "right" else 104))
 
 
 def paint_kidneys(canvas: Canvas, build: Build) -> None:
     """Two beans in fat, each with a sinus of fat turned to the middle."""
-    for side, sign in SIDES.items():
+    for side, sign in SIGN_OF_X.items():
         x, y, z = kidney_center(build, side)
         k = build.organ
         canvas.ellipsoid((x, y, z), (34 * k, 31 * k, 62 * k), -100, lean=-sign * 0.2)
@@ -267,7 +268,7 @@ def paint_chest(canvas: Canvas, build: Build, torso: Torso) -> None:
     b = build
     gravity = np.clip((-canvas.y - 20) / 90, -0.6, 1) * 45  # the back of a lying patient's lung is denser
     canvas.blend(torso.lungs, b.lung + gravity)
-    for sign in SIDES.values():
+    for sign in SIGN_OF_X.values():
         root = (sign * 30, -6, 78)
         for _ in range(11):
             far = (sign * b.near(88, 28), b.near(-8, 62), b.near(75, 80))
@@ -296,14 +297,14 @@ def paint_chest(canvas: Canvas, build: Build, torso: Torso) -> None:
     canvas.tube([(-6, b.spine + 26, 190), (-4, b.spine + 26, b.dome - 20)], 7, 38)
     canvas.tube([(0, 2, 200), (0, -8, 104)], 11, 30)
     canvas.tube([(0, 2, 200), (0, -8, 104)], 8.5, -990)
-    for sign in SIDES.values():
+    for sign in SIGN_OF_X.values():
         canvas.tube([(0, -8, 104), (sign * 38, -14, 78)], 6, -980)
 
 
 def paint_bones(canvas: Canvas, build: Build, torso: Torso) -> None:
     """Spine, ribs, sternum, collar bones, shoulder blades, the crests of the pelvis."""
     b, x, y, z = build, canvas.x, canvas.y, canvas.z
-    for sign in SIDES.values():
+    for sign in SIGN_OF_X.values():
         canvas.tube([(sign * 26, b.back + 11, 200), (sign * 28, b.back + 12, -200)], 17, 55)
     pitch, start = b.near(29, 1.5), b.near(0, 14)
     level = np.abs(np.mod(z - start, pitch) - pitch / 2)  # 0 in the middle of a vertebra
@@ -328,7 +329,7 @@ def paint_bones(canvas: Canvas, build: Build, torso: Torso) -> None:
     canvas.blend(canvas.cover(rib), (b.bone + 260) * (1 - front) + 115 * front)
     canvas.ellipsoid((0, 0.93 * (b.depth - b.fat) - 6, 92), (19, 8, 72), b.bone)
     inside = canvas.cover(torso.wall * 0 - 1)
-    for sign in SIDES.values():
+    for sign in SIGN_OF_X.values():
         canvas.tube([(sign * 16, 42, 158), (sign * 70, 30, 174), (sign * 125, 0, 178)], 6, b.bone + 250)
         canvas.ellipsoid(
             (sign * 0.64 * b.width, b.back + 16, 118), (40, 6, 58), b.bone + 200, within=inside, lean=sign * 0.3

@@ -23,7 +23,7 @@ from scipy import ndimage
 
 from app.dataset import writer
 from app.phantoms.anatomy import (
-    SIDES,
+    SIGN_OF_X,
     Build,
     Canvas,
     Number,
@@ -44,7 +44,7 @@ from app.shared.atomic_files import write_text
 
 log = logging.getLogger(__name__)
 WAIT = 600  # seconds that other ranks give rank 0
-VERSION = 3  # of the anatomy: a cohort of another version is made again
+ANATOMY_VERSION = 3  # of the anatomy: a cohort of another version is made again
 
 
 class Phantom(NamedTuple):
@@ -71,7 +71,7 @@ def paint_effusion(canvas: Canvas, build: Build, torso: Torso, side: str) -> dic
     reach = build.rng.uniform(220, 400)
     height = np.clip((canvas.z - build.dome + 60) / reach, 0, None)
     level = build.back + 17 + thick * (1 - height) + 0.12 * (np.abs(canvas.x) - 60)
-    own = canvas.cover(-SIDES[side] * canvas.x)
+    own = canvas.cover(-SIGN_OF_X[side] * canvas.x)
     fluid = np.clip(2.5 * torso.lungs, 0, 1)  # the lung's blended edge is filled too
     part = fluid * own * canvas.cover(canvas.y - level)
     canvas.blend(part, build.near(10, 6))
@@ -87,7 +87,7 @@ def paint_effusion(canvas: Canvas, build: Build, torso: Torso, side: str) -> dic
 
 def paint_nodules(canvas: Canvas, build: Build, torso: Torso, side: str) -> dict[str, Any]:
     """One to three round nodules well inside one lung, apart from each other."""
-    own = (canvas.x * SIDES[side] > 0) & (torso.wall < -14) & (torso.lungs > 0.99) & (canvas.hu < -600)
+    own = (canvas.x * SIGN_OF_X[side] > 0) & (torso.wall < -14) & (torso.lungs > 0.99) & (canvas.hu < -600)
     own = np.argwhere(ndimage.binary_erosion(own, iterations=max(1, round(8 / canvas.step))))
     centers: list[Point] = []
     sizes: list[Number] = []
@@ -109,7 +109,7 @@ def paint_stones(canvas: Canvas, build: Build, torso: Torso, side: str) -> dict[
     count = int(build.rng.integers(1, 3))
     offsets = [build.near(0, 12)] if count == 1 else [build.near(-17, 4), build.near(17, 4)]
     sizes = [build.rng.uniform(8, 15) for _ in offsets]
-    centers = [(x - SIDES[side] * (8 + 0.2 * offset), y + 2, z + offset) for offset in offsets]
+    centers = [(x - SIGN_OF_X[side] * (8 + 0.2 * offset), y + 2, z + offset) for offset in offsets]
     for center, size in zip(centers, sizes, strict=True):
         canvas.ellipsoid(center, (size / 2,) * 3, build.near(950, 250))
     return _finding("kidney stone", "kidney", side, sizes, [canvas.in_scan(center) for center in centers])
@@ -133,7 +133,7 @@ def make_phantom(seed: int, *, size: int = 96, spacing: Number = 4.0) -> Phantom
     paint_bones(canvas, build, torso)
     findings = []
     for paint in PAINTERS:
-        for side in SIDES:
+        for side in SIGN_OF_X:
             if rng.random() < 0.35:
                 findings.append(paint(canvas, build, torso, side))
     hu = _scan(canvas, rng)
@@ -160,7 +160,7 @@ def ensure_cohort(out: str | Path, *, num_train: int = 30, num_val: int = 6, see
     Fewer phantoms than these the demo's tokenizer learns by heart: its training error falls and that on others rises.
     """
     out = Path(out)
-    settings = {"phantoms": VERSION, "num_train": num_train, "num_val": num_val, "seed": seed}
+    settings = {"phantoms": ANATOMY_VERSION, "num_train": num_train, "num_val": num_val, "seed": seed}
     if _is_whole(out, settings):
         return out
     if _rank() == 0:

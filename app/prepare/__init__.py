@@ -6,8 +6,8 @@
 
 from app.prepare.findings import Finding
 from app.prepare.geometry import Normalised, normalise
-from app.prepare.volume import Volume, read_scan
+from app.prepare.volume import RawScan, read_scan
 from app.shared.codes import CODES
 from app.shared.refusals import Refused
 
-__all__ = ["CODES", "Finding", "Normalised", "Refused", "Volume", "normalise", "read_scan"]
+__all__ = ["CODES", "Finding", "Normalised", "RawScan", "Refused", "normalise", "read_scan"]

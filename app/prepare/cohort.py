@@ -1,51 +1,31 @@
 """A whole cohort: survey, one job a scan, workers, and the files of the prepared dataset around the cases.
 
 The sidecars of finished cases are the truth: whatever instant a run was stopped at, the next one does the rest and
-writes the same bytes. One function makes a case, whether in this process, in worker processes or on a Dask cluster.
+writes the same bytes.
 """
 
-import contextlib
-import errno
-import hashlib
 import json
 import os
 import re
 import shutil
 import sys
 import time
-import traceback
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from app.dataset import prepared, writer
+from app.dataset import writer
 from app.prepare import names, preview, splits
-from app.prepare.files import hash_of
-from app.prepare.findings import bare, finding_of
+from app.prepare.case import Job, Outcome, Settings, failed, prepare_case, settings_json
 from app.prepare.gate import Rules, Stack
-from app.prepare.geometry import Grid, hash_of_voxels, normalise, spacing_of
-from app.prepare.labels import organ_coords
+from app.prepare.report import Report, write_tables
 from app.prepare.survey import Item, survey
 from app.prepare.text import join_text, patients_of
-from app.prepare.volume import read_item
 from app.prepare.workers import busy, only_run, run_jobs, worker_count
-from app.shared.codes import CODES
-from app.shared.refusals import Refused, fail, refuse_empty
+from app.shared.refusals import fail, refuse_empty
 from app.text.manifests import read_rows
-from transforms import array
-
-
-class Settings(NamedTuple):
-    """What makes the bytes of a dataset; in dataset_config.json."""
-
-    size: int = 512
-    spacing: float = 1.0
-    windows: tuple[str, ...] = array.DEFAULT_WINDOWS
-    file_format: str = "npy"
-    allow_gaps: bool = False
-    assume_hu: bool = False
-    keep_names: bool = False
+from transforms.windows import window_bounds
 
 
 class Request(NamedTuple):
@@ -60,60 +40,6 @@ class Request(NamedTuple):
     cluster: str | None = None
     preview: bool = False
     overwrite: bool = False
-
-
-class Job(NamedTuple):
-    item: Item
-    folder: str  # OUT/{dataset}
-    case: str
-    patient: str
-    split: str
-    settings: Settings
-    rules: Rules
-    mapping: tuple[tuple[str, str], ...]
-    preview: bool
-    overwrite: bool
-
-
-class Outcome(NamedTuple):
-    """One line of the report."""
-
-    case: str
-    dataset: str
-    source: str
-    status: str
-    codes: tuple[str, ...]
-    message: str = ""
-    shape: tuple[int, ...] | None = None
-    spacing: tuple[float, ...] | None = None
-    hu_range: tuple[int, int] | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in self._asdict().items()}
-
-
-class Report(NamedTuple):
-    outcomes: tuple[Outcome, ...]
-    seconds: float
-    splits: Mapping[str, Mapping[str, int]] = {}
-    notes: tuple[str, ...] = ()
-
-    def count(self, status: str) -> int:
-        return sum(outcome.status == status for outcome in self.outcomes)
-
-    @property
-    def exit_status(self) -> int:
-        return 3 if self.count("refused") or self.count("failed") or not self.count("ok") else 0
-
-    def as_json(self) -> dict[str, Any]:
-        counts = {status: self.count(status) for status in ("ok", "skipped", "refused", "failed")}
-        return {
-            "cases": [o.as_json() for o in self.outcomes],
-            **counts,
-            "splits": self.splits,
-            "notes": list(self.notes),
-            "seconds": round(self.seconds, 3),
-        }
 
 
 DEFAULTS = Settings()
@@ -138,7 +64,7 @@ def _prepare(root: str, out: Path, settings: Settings, request: Request, start: 
     with busy("looking at what is there"):
         items = survey(root, rules)
     named = _name(items, root, key, settings.keep_names)
-    _check_settings(out, {dataset for _, dataset, _ in named}, settings, request)
+    _check_settings(out, named, settings, overwrite=request.overwrite)
     names.write_sources(out, [(dataset, case, item.source) for item, dataset, case in named])
     folders = {out / dataset for _, dataset, _ in named}
     _clear_leftovers(folders)
@@ -153,12 +79,12 @@ def _prepare(root: str, out: Path, settings: Settings, request: Request, start: 
     workers = 0 if request.cluster else worker_count(request.workers, _bytes_for(jobs, settings), len(jobs))
     if jobs:
         sys.stderr.write(_needs(jobs, settings, out, workers=workers) + "\n")
-    outcomes += run_jobs(prepare_case, jobs, failed=_failed, workers=workers, cluster=request.cluster)
+    outcomes += run_jobs(prepare_case, jobs, failed=failed, workers=workers, cluster=request.cluster)
     _clear_leftovers(folders)
     if not any(o.status in ("ok", "refused", "failed") for o in outcomes):
         outcomes.append(Outcome("", "", ".", "refused", ("NO_CASES",), "nothing below RAW is a CT volume"))
     outcomes.sort(key=lambda o: (o.dataset, o.source, o.case))
-    _write_tables(out, outcomes, settings, request)
+    write_tables(out, outcomes, settings, organs=request.organs)
     if request.text is not None:
         cases = {(o.dataset, o.case): o.source for o in outcomes if o.status == "ok"}
         lost = {(o.dataset, o.case): o.source for o in outcomes if o.status in ("refused", "failed")}
@@ -184,24 +110,31 @@ def _check_call(root: str, out: Path, settings: Settings) -> None:
     if settings.file_format not in ("npy", "zarr"):
         raise ValueError(f"format must be npy or zarr, got {settings.file_format!r}")
     for window in settings.windows:
-        array.window_bounds(window)
+        window_bounds(window)
 
 
-def _check_settings(out: Path, datasets: set[str], settings: Settings, request: Request) -> None:
-    """A dataset holds cases of one kind: other settings want another OUT, or --overwrite."""
-    for dataset in datasets:
+def _check_settings(out: Path, named: Sequence[tuple[Item, str, str]], settings: Settings, *, overwrite: bool) -> None:
+    """A dataset holds cases of one kind: other settings want another OUT, or --overwrite of all that it holds."""
+    for dataset in {dataset for _, dataset, _ in named}:
         file = out / dataset / "dataset_config.json"
-        if not file.is_file() or request.overwrite:
+        if not file.is_file():
             continue
         old = json.loads(file.read_text()).get("settings", {})
-        new = _settings_json(settings)
+        new = settings_json(settings)
         changed = sorted(name for name in new if old.get(name, new[name]) != new[name])
-        if changed:
-            fail("NO_OUTPUT", f"OUT was prepared with another {', '.join(changed)}", "use another OUT or --overwrite")
-
-
-def _settings_json(settings: Settings) -> dict[str, Any]:
-    return {**settings._asdict(), "windows": list(settings.windows)}
+        if not changed:
+            continue
+        what = f"OUT was prepared with another {', '.join(changed)}"
+        if not overwrite:
+            fail("NO_OUTPUT", what, "use another OUT or --overwrite")
+        made = {case for item, home, case in named if home == dataset and item.plan is not None}
+        left = sorted(path.parent.name for path in file.parent.glob("processed/*/case.json"))
+        if left := [case for case in left if case not in made]:
+            fail(
+                "NO_OUTPUT",
+                f"{what}, and RAW does not give {len(left)} of its cases ({left[0]}, ...)",
+                "use another OUT",
+            )
 
 
 def _name(items: Sequence[Item], root: str, key: bytes, keep_names: bool) -> list[tuple[Item, str, str]]:
@@ -306,107 +239,6 @@ def _not_planned(item: Item, dataset: str, case: str) -> Outcome:
     return Outcome(case, dataset, item.source, finding.kind, (finding.code,), finding.message)
 
 
-# ---- one case
-
-
-def prepare_case(job: Job) -> Outcome:
-    """Makes one case, or finds it made from the same bytes; never raises for what its input does."""
-    outcome = Outcome(job.case, Path(job.folder).name, job.item.source, "ok", ())
-    try:
-        refs = (*job.item.refs, *(ref for label in job.item.labels for ref in label.refs))
-        recipe = _recipe(job, hash_of(refs))
-        done = _finished(job, recipe)
-        sidecar = _make(job, recipe) if done is None else done
-    except Refused as refused:
-        return outcome._replace(status=finding_of(refused).kind, codes=(refused.code,), message=refused.what)
-    except MemoryError:
-        return outcome._replace(status="failed", message="not enough memory; use fewer workers or a smaller size")
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # no other case would fare better
-            raise
-        return outcome._replace(status="failed", message=_place_of(error))
-    except Exception as error:  # a fault of ours must not end the cohort; its text may hold names, its place cannot
-        return outcome._replace(status="failed", message=_place_of(error))
-    return outcome._replace(
-        codes=tuple(sidecar["codes"]),
-        message="; ".join(sidecar["notes"]),
-        shape=tuple(sidecar["shape"]),
-        spacing=tuple(sidecar["spacing"]),
-        hu_range=tuple(sidecar["hu_range"]),
-    )
-
-
-def _place_of(error: Exception) -> str:
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__} at {os.path.basename(last.filename)}:{last.lineno}"
-
-
-def _failed(job: Job) -> Outcome:
-    """What is said of a case whose worker died with it."""
-    source, dataset = job.item.source, Path(job.folder).name
-    return Outcome(job.case, dataset, source, "failed", (), "the worker died, most likely for want of memory")
-
-
-def _recipe(job: Job, inputs: str) -> str:
-    """Identity of a case's bytes: all inputs and every setting that shapes them."""
-    parts = [inputs, _settings_json(job.settings), job.mapping, job.split, job.patient]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _finished(job: Job, recipe: str) -> dict[str, Any] | None:
-    file = Path(job.folder) / "processed" / job.case / "case.json"
-    if job.overwrite or not file.is_file():
-        return None
-    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # damaged, or made by older software
-        sidecar = json.loads(file.read_text())
-        intact = sidecar["files"].items() <= writer.sizes_of(file.parent).items()
-        has_preview = not job.preview or preview.path_of(job.folder, job.case).is_file()
-        if sidecar["recipe"] == recipe and intact and has_preview:
-            return sidecar
-    return None
-
-
-def _make(job: Job, recipe: str) -> dict[str, Any]:
-    settings = job.settings
-    volume = read_item(job.item, job.rules)
-    on_grid = normalise(volume, settings.size, settings.spacing)
-    findings = (*volume.findings, *on_grid.findings)
-    grid = Grid(settings.size, settings.spacing, on_grid.affine)
-    mapping = dict(job.mapping)
-    organs = organ_coords(job.item.labels, grid, mapping=mapping, keep_names=settings.keep_names)
-    sidecar = {
-        "codes": bare(findings),
-        "notes": [f"{f.code}: {f.message}" for f in findings if f.message],
-        "patient": job.patient,
-        "split": job.split,
-        "recipe": recipe,
-        "source_hash": volume.source_hash,
-        "hu_hash": hash_of_voxels(volume.hu, volume.affine),
-        "source_shape": list(volume.hu.shape),
-        "source_spacing": [round(float(step), 6) for step in spacing_of(volume.affine)],
-        "source_affine": volume.affine.tolist(),
-        "steps": list(on_grid.steps),
-        "organs": {name: len(coords) for name, coords in organs.items()},
-    }
-    del volume
-    if job.preview:
-        preview.write_preview(job.folder, job.case, on_grid.hu, settings.windows, settings.spacing)
-    case = writer.write_case(
-        job.folder,
-        job.case,
-        on_grid.hu,
-        affine=on_grid.affine,
-        windows=settings.windows,
-        sidecar=sidecar,
-        organs=organs,
-        file_format=settings.file_format,
-    )
-    return dict(case.sidecar)
-
-
-# ---- tables
-
-
 def _clear_leftovers(folders: Iterable[Path]) -> None:
     """What a killed run, or a killed worker of this one, half wrote into datasets; nothing that others put there."""
     tables = re.compile(rf"\.\d+\.({'|'.join(map(re.escape, writer.DATASET_FILES))})")
@@ -418,68 +250,3 @@ def _clear_leftovers(folders: Iterable[Path]) -> None:
         for left in (folder / "processed").glob(".*"):
             if writer.UNFINISHED.fullmatch(left.name) and left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left)
-
-
-def _write_tables(out: Path, outcomes: Sequence[Outcome], settings: Settings, request: Request) -> None:
-    by_dataset: dict[str, list[Outcome]] = defaultdict(list)
-    for outcome in outcomes:
-        if outcome.dataset and (outcome.status != "skipped"):
-            by_dataset[outcome.dataset].append(outcome)
-    for dataset, members in by_dataset.items():
-        folder = out / dataset
-        organs = {name: dict(sorted(values.items())) for name, values in sorted(request.organs.items())}
-        organs = organs if settings.keep_names else {"*": organs.get("*", {})} if organs else {}
-        config = {"size": settings.size, "spacing": settings.spacing, "windows": _window_table(settings.windows)}
-        config |= {"settings": _settings_json(settings), "organ_mapping": organs}
-        writer.write_dataset_config(folder, config)
-        failures = [o for o in members if o.status in ("refused", "failed")]
-        writer.write_metadata(folder, _rows(folder, settings, {o.case for o in failures}))
-        writer.write_failures(folder, [_failure(o, settings.keep_names) for o in failures])
-
-
-def _window_table(windows: Iterable[str]) -> dict[str, list[int]]:
-    return {name: list(array.WINDOWS[name]) for name in windows}
-
-
-def _rows(folder: Path, settings: Settings, stale: set[str]) -> Iterator[dict[str, str]]:
-    """Of every case that lies there; `stale` are those whose source gives no case any more."""
-    processed = folder / "processed"
-    for path in sorted(processed.iterdir()) if processed.is_dir() else ():
-        if path.name.startswith(".") or not (path / "case.json").is_file():
-            continue
-        try:
-            case = prepared.open_case(path, row={})
-            status = "stale" if case.case_id in stale else "ok"
-            row = writer.metadata_row(case, windows=settings.windows, status=status)
-        except (ValueError, KeyError):  # one that this run did not make
-            yield {"case_id": path.name, "status": "damaged"}
-            continue
-        side = case.sidecar
-        yield {**row, "patient": side.get("patient", case.patient), "split": side.get("split", case.split)}
-
-
-def _failure(outcome: Outcome, keep_names: bool) -> dict[str, str]:
-    remedies = [CODES[code].remedy for code in outcome.codes] or ["see the message; report it if it looks like a fault"]
-    source = outcome.source.encode("utf-8", "backslashreplace").decode()  # a file's name may be no text
-    return {
-        "source": source if keep_names else outcome.case,
-        "status": outcome.status,
-        "codes": " ".join(outcome.codes),
-        "message": outcome.message,
-        "remedy": "; ".join(remedies),
-    }
-
-
-def lines(report: Report, keep_names: bool) -> Iterator[str]:
-    """The report for people: no source is named unless names are kept."""
-    for o in report.outcomes:
-        if o.status == "skipped":
-            continue
-        what = o.source if keep_names else f"{o.dataset}/{o.case}" if o.case else "RAW"
-        tail = f"  {o.message}" if o.message else ""
-        yield f"{o.status:8} {what}  {' '.join(o.codes)}{tail}"
-    counts = ", ".join(f"{report.count(status)} {status}" for status in ("ok", "skipped", "refused", "failed"))
-    yield from report.notes
-    yield f"{counts} in {report.seconds:.1f} s"
-    if report.count("ok"):
-        yield splits.line(report.splits)

@@ -17,7 +17,7 @@ NATIVE = {IMPLICIT: "<", EXPLICIT: "<", BIG: ">"}  # uncompressed syntaxes and t
 DEFLATED, RLE = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.5"
 META_BYTES = 1 << 16  # far more than any file meta takes
 HEADER_BYTES = 64 << 20  # what may be inflated to find the pixel element; thousands of frames' headers fit
-UNDEFINED = 0xFFFFFFFF
+UNDEFINED_LENGTH = 0xFFFFFFFF
 ITEM = b"\xfe\xff\x00\xe0"
 FRAME_MARKERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # starts of frames of JPEG and JPEG-LS
 LONG = (b"OB", b"OW", b"UN", b"UT", b"SQ", b"OF", b"OD", b"OL", b"OV", b"UC", b"UR", b"SV", b"UV")
@@ -32,7 +32,7 @@ class PixelElement(NamedTuple):
 
     @property
     def compressed(self) -> bool:
-        return self.length == UNDEFINED
+        return self.length == UNDEFINED_LENGTH
 
 
 class StreamHead(NamedTuple):

@@ -22,6 +22,7 @@ MAX_MEMBER_BYTES = 4 << 30
 MAX_ARCHIVE_BYTES = 64 << 30
 MAX_RATIO = 1000  # a constant DICOM slice deflates about 1000 times; bombs go far beyond, or past the sizes above
 SNIFF = 512
+NIFTI_SIZES = (b"\x5c\x01\x00\x00", b"\x00\x00\x01\x5c")  # of the header, in either order
 
 
 class Ref(NamedTuple):
@@ -39,7 +40,7 @@ class Ref(NamedTuple):
         return os.path.join(self.path, os.path.dirname(self.member)) if self.member else os.path.dirname(self.path)
 
 
-def walk(root: str | Path) -> Iterator[Ref | tuple[Ref, Refused]]:
+def files_below(root: str | Path) -> Iterator[Ref | tuple[Ref, Refused]]:
     """Every regular file below a path, in order, zips opened; what cannot be opened comes with its refusal."""
     root = os.path.abspath(root)
     if not os.path.isdir(root):
@@ -177,6 +178,8 @@ def sniff(ref: Ref) -> str:
     ):
         return "dicom"  # implicit VR without a preamble, as old scanners wrote
     begun = [kind for kind, it in FORMATS.items() if it.begins(head)]
+    if name.endswith(".hdr") and head[:4] in NIFTI_SIZES:
+        return "nifti"  # Analyze 7.5, to be told so
     named = [kind for kind, it in FORMATS.items() if name.endswith(it.endings)]
     return next(iter(begun + named), "other")
 
@@ -190,7 +193,7 @@ def _gunzip_head(head: bytes) -> bytes:
 
 def _is_nifti(head: bytes) -> bool:
     size = head[:4]
-    if size in (b"\x5c\x01\x00\x00", b"\x00\x00\x01\x5c"):
+    if size in NIFTI_SIZES:
         return head[344:348] in (b"n+1\0", b"ni1\0")
     return size in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c") and head[4:7] in (b"n+2", b"ni2")
 

@@ -8,6 +8,7 @@ import bz2
 import math
 import os
 import re
+import struct
 import zlib
 from collections.abc import Iterable
 from types import MappingProxyType
@@ -20,6 +21,7 @@ from jaxtyping import Float
 from app.prepare.files import Ref, open_ref, read_bytes
 from app.prepare.findings import Finding, found
 from app.prepare.gate import LPS_TO_RAS, MAX_VOXELS, MIN_SLICES, SPACING_LIMITS
+from app.prepare.volume_rules import check_mha, check_nrrd, numbers_of, value_of
 from app.shared.refusals import Refused
 
 MAGICS = (b"n+1\0", b"n+2\0", b"ni1\0", b"ni2\0")
@@ -66,6 +68,7 @@ class VolumeFile(NamedTuple):
     slope: float = 1.0
     intercept: float = 0.0
     findings: tuple[Finding, ...] = ()
+    packed_length: int = 0  # bytes of the packed voxels, where the header tells them
 
     def __repr__(self) -> str:
         return f"VolumeFile({self.shape}, {self.dtype})"
@@ -116,8 +119,10 @@ def _data(file: VolumeFile, length: int, *, spare: int) -> bytes | memoryview:
     if file.encoding == "gzipped":
         return memoryview(gunzip(raw, file.offset + length + spare))[file.offset :]
     raw = memoryview(raw)[file.offset if file.offset >= 0 else max(0, len(raw) - length) :]
+    if file.packed_length > len(raw):
+        raise Refused("CORRUPT_FILE", f"{len(raw)} bytes of packed voxels, the header wants {file.packed_length}")
     if file.encoding == "gzip":
-        return gunzip(raw, length + spare)
+        return gunzip(raw[: file.packed_length or None], length + spare)
     if file.encoding == "bzip2":
         return bz2.BZ2Decompressor().decompress(bytes(raw), length + spare)
     return raw
@@ -138,8 +143,9 @@ def gunzip(data: bytes | memoryview, limit: int) -> bytes:
 
 
 def _ascii(data: bytes | memoryview, count: int, dtype: np.dtype) -> np.ndarray:
-    words = bytes(data[: 32 * count]).split()
-    if len(words) < count:
+    reach = 32 * (count + 1)  # far more than numbers take
+    words = bytes(data[:reach]).split()
+    if len(words) != count or bytes(data[reach:]).strip():
         raise Refused("CORRUPT_FILE", f"{len(words)} numbers, the header wants {count}")
     try:
         return np.array([float(word) for word in words[:count]]).astype(dtype)
@@ -190,6 +196,8 @@ def _nifti(ref: Ref) -> VolumeFile:
     header = kind(head[: kind.template_dtype.itemsize], check=False)
     magic = bytes(head[4:8] if two else head[344:348])
     if int(header["sizeof_hdr"]) != kind.template_dtype.itemsize or magic not in MAGICS:
+        if ref.name.lower().endswith((".hdr", ".hdr.gz")):
+            raise Refused("NO_SPACING", "Analyze 7.5 does not tell left from right")
         raise Refused("CORRUPT_FILE", "no NIfTI magic")
     dims = [int(n) for n in header["dim"]]
     if not 1 <= dims[0] <= 7:
@@ -203,6 +211,8 @@ def _nifti(ref: Ref) -> VolumeFile:
         data = _beside(ref, re.sub(r"\.hdr(\.gz)?$", lambda m: ".img" + (m[1] or ""), ref.name, flags=re.I))
     if not (0 if data != ref else kind.template_dtype.itemsize + 4) <= offset <= 1 << 30:
         raise Refused("CORRUPT_FILE", f"voxels at byte {offset}")
+    if data == ref and _extensions_end(head, kind.template_dtype.itemsize, little=header.endianness == "<") > offset:
+        raise Refused("CORRUPT_FILE", "extensions of the header reach into the voxels")
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
     if slope == 0 or not math.isfinite(slope):
         slope, intercept = 1.0, 0.0  # how NIfTI says "not scaled"
@@ -210,6 +220,17 @@ def _nifti(ref: Ref) -> VolumeFile:
         raise Refused("CORRUPT_FILE", "the intercept is not finite")
     encoding = "gzipped" if gzipped else "raw"
     return VolumeFile(ref, data, shape, affine, dtype, offset, encoding, slope, intercept, tuple(findings))
+
+
+def _extensions_end(head: bytes, size: int, *, little: bool) -> int:
+    """Where the extensions that lie in the first bytes of a file end, a header of this size before them."""
+    at, order = size + 4, "<" if little else ">"
+    while head[size : size + 1] not in (b"", b"\0") and at + 8 <= len(head):
+        (length,) = struct.unpack_from(order + "i", head, at)
+        if length < 16 or length % 16:  # what follows is no extension
+            break
+        at += length
+    return at
 
 
 def _nifti_dtype(header: nib.Nifti1Header) -> str:
@@ -235,17 +256,19 @@ def _nifti_affine(header: nib.Nifti1Header) -> tuple[np.ndarray, list[Finding]]:
     except (ValueError, nib.spatialimages.HeaderDataError) as error:
         if not sform:
             raise Refused("NO_SPACING", "the qform is no rotation") from error
-        by_q = None
+        return nifti_units(header) @ by_s, [found("SFORM_QFORM_DIFFER", "the qform is no rotation")]
     affine = nifti_units(header) @ np.asarray(by_q if by_s is None else by_s, np.float64)
     if by_s is None:
         return affine, [found("ORIENTATION_FROM_QFORM")]
+    shape = [max(int(n), 1) for n in header["dim"][1:4]]
+    steps, told = np.linalg.norm(by_s[:3, :3], axis=0), np.abs(header["pixdim"][1:4].astype(np.float64))
     if by_q is not None:
-        shape = [max(int(n), 1) for n in header["dim"][1:4]]
         corners = np.array([[x, y, z, 1] for x in (0, shape[0]) for y in (0, shape[1]) for z in (0, shape[2])])
         apart = np.abs(corners @ (by_s - by_q).T).max()
-        smallest = np.linalg.norm(by_s[:3, :3], axis=0).min()
-        if not apart <= 0.5 * smallest:
+        if not apart <= 0.5 * steps.min():
             return affine, [found("SFORM_QFORM_DIFFER", f"by up to {apart:.2f} mm")]
+    elif not (np.abs(steps - told) * shape).max() <= 0.5 * steps.min():  # ITK takes this spacing
+        return affine, [found("SFORM_QFORM_DIFFER", f"pixdim says {' x '.join(f'{n:.4g}' for n in told)} mm")]
     return affine, []
 
 
@@ -290,6 +313,7 @@ def _nrrd(ref: Ref) -> VolumeFile:
     if int(fields["dimension"]) != len(sizes):
         raise Refused("CORRUPT_FILE", "dimension and sizes disagree")
     _no_colours(fields, sizes)
+    check_nrrd(fields)
     affine = _nrrd_affine(fields)
     shape = _three(sizes, affine)
     encoding = {"raw": "raw", "gzip": "gzip", "gz": "gzip", "bzip2": "bzip2", "bz2": "bzip2"}
@@ -322,7 +346,7 @@ def _no_colours(fields: dict[str, str], sizes: list[int]) -> None:
 def _nrrd_affine(fields: dict[str, str]) -> np.ndarray:
     if "space directions" not in fields:
         raise Refused("NO_SPACING", "no space directions: orientation unknown")
-    vectors = _vectors(fields["space directions"])
+    vectors = _vectors(fields["space directions"], count=int(fields["dimension"]))
     (origin,) = _vectors(fields.get("space origin", "(0,0,0)"))
     space = fields.get("space", "").lower()
     letters = {"lps": "lps", "ras": "ras", "las": "las", "right-anterior-superior": "ras"}
@@ -336,10 +360,12 @@ def _nrrd_affine(fields: dict[str, str]) -> np.ndarray:
     return np.diag([*signs, 1.0]) @ affine + 0.0
 
 
-def _vectors(text: str) -> list[list[float]]:
-    """(a,b,c) (d,e,f) ...; `none` stands for an axis that is not in space."""
+def _vectors(text: str, *, count: int = 1) -> list[list[float]]:
+    """(a,b,c) (d,e,f) ...; `none` stands for an axis that is not in space. As many as there are axes."""
     if re.fullmatch(r"\s*(none|\([^()]*\))(\s*(none|\([^()]*\)))*\s*", text) is None:
         raise Refused("CORRUPT_FILE", "a vector that is not written (a,b,c)")
+    if len(re.findall(r"none|\([^()]*\)", text)) != count:
+        raise Refused("CORRUPT_FILE", f"not {count} vectors, one for each axis")
     return [[float(part) for part in vector.split(",")] for vector in re.findall(r"\(([^()]*)\)", text)]
 
 
@@ -349,6 +375,8 @@ def _fields(lines: Iterable[str], mark: str) -> dict[str, str]:
     for line in lines:
         name, found_mark, value = line.partition(mark)
         name = name.strip().lower()
+        if re.search(r"[\x00-\x08\x0e-\x1f]", line):
+            raise Refused("CORRUPT_FILE", "a header line that is no text")
         if not found_mark or name in fields:
             raise Refused("CORRUPT_FILE", "a header line without a value, or one that comes twice")
         fields[name] = value.strip()
@@ -370,23 +398,28 @@ def _mha(ref: Ref) -> VolumeFile:
         raise Refused("CORRUPT_FILE", "NDims and DimSize disagree")
     if int(fields.get("elementnumberofchannels", "1")) != 1:
         raise Refused("RGB", "several values a voxel")
+    check_mha(fields)
     affine = _mha_affine(fields, len(sizes))
     shape = _three(sizes, affine)
     if fields["elementtype"] not in META_TYPES:
         raise Refused("CORRUPT_FILE", "an unknown voxel type")
     if not _yes(fields, "binarydata", default=True):
         raise Refused("CORRUPT_FILE", "text voxels are not read")
-    big = _yes(fields, "binarydatabyteordermsb", default=_yes(fields, "elementbyteordermsb", default=False))
-    packed = _yes(fields, "compresseddata", default=False)
+    big = _yes(fields, "binarydatabyteordermsb", "elementbyteordermsb")
+    packed = _yes(fields, "compresseddata")
     name = match[1].decode("latin-1").strip()
     data = ref if name.upper() == "LOCAL" else _beside(ref, name)
-    offset = match.end() if data is ref else int(fields.get("headersize", "0"))
+    offset = int(fields.get("headersize", "0"))
+    if offset and (data is ref or packed or offset < -1):
+        raise Refused("CORRUPT_FILE", "a HeaderSize where there is no other header")
+    offset = match.end() if data is ref else offset
     dtype = (">" if big else "<") + META_TYPES[fields["elementtype"]]
-    return VolumeFile(ref, data, shape, affine, dtype, offset, "gzip" if packed else "raw")
+    length = int(fields.get("compresseddatasize", "0")) if packed else 0
+    return VolumeFile(ref, data, shape, affine, dtype, offset, "gzip" if packed else "raw", packed_length=length)
 
 
-def _yes(fields: dict[str, str], name: str, *, default: bool) -> bool:
-    value = fields.get(name, str(default)).lower()
+def _yes(fields: dict[str, str], *names: str, default: bool = False) -> bool:
+    value = (value_of(fields, *names) or str(default)).lower()
     if value not in ("true", "false"):
         raise Refused("CORRUPT_FILE", "a header value that is neither True nor False")
     return value == "true"
@@ -395,16 +428,16 @@ def _yes(fields: dict[str, str], name: str, *, default: bool) -> bool:
 def _mha_affine(fields: dict[str, str], dims: int) -> np.ndarray:
     if dims < 3:
         return np.eye(4)  # refused for its shape in a moment
-    spacing = fields.get("elementspacing", fields.get("elementsize"))
+    spacing = fields.get("elementspacing", fields.get("elementsize"))  # a size may differ from the spacing
     if spacing is None:
         raise Refused("NO_SPACING", "no ElementSpacing")
-    steps = np.array([float(word) for word in spacing.split()])[:3]
-    turn = next((fields[name] for name in ("transformmatrix", "rotation", "orientation") if name in fields), None)
+    turn = value_of(fields, "transformmatrix", "rotation", "orientation")
     matrix = np.array([float(w) for w in turn.split()]).reshape(dims, dims)[:3, :3] if turn else np.eye(3)
-    origin = next((fields[name] for name in ("offset", "position", "origin") if name in fields), "0 0 0")
+    origin = value_of(fields, "offset", "position", "origin") or " ".join("0" * dims)
     affine = np.eye(4)
-    affine[:3, :3] = matrix.T * steps
-    affine[:3, 3] = [float(word) for word in origin.split()][:3]
+    affine[:3, :3] = matrix.T * numbers_of(spacing, dims)[:3]
+    affine[:3, 3] = numbers_of(origin, dims)[:3]
+    numbers_of(fields.get("centerofrotation", origin), dims)
     return LPS_TO_RAS @ affine + 0.0
 
 

@@ -57,14 +57,14 @@ class Verdict(NamedTuple):
     finding: Finding | None = None
 
 
-def judge(slices: Sequence[SliceHeader], rules: Rules = NO_RULES) -> list[Verdict]:
+def verdicts_on(slices: Sequence[SliceHeader], rules: Rules = NO_RULES) -> list[Verdict]:
     """Verdicts over the slices of one folder; every slice is in exactly one of them."""
     verdicts: list[Verdict] = []
     by_series: dict[tuple, list[SliceHeader]] = defaultdict(list)
     for header in slices:
         by_series[_series_key(header)].append(header)
     for group in by_series.values():
-        verdicts += _judge_series(group, rules)
+        verdicts += _verdicts_on_series(group, rules)
     return verdicts
 
 
@@ -77,7 +77,7 @@ def _series_key(header: SliceHeader) -> tuple:
     return "", alone, *identity, header.modality, *_geometry(header)
 
 
-def _judge_series(group: list[SliceHeader], rules: Rules) -> list[Verdict]:
+def _verdicts_on_series(group: list[SliceHeader], rules: Rules) -> list[Verdict]:
     if rules.series is not None and group[0].series != rules.series:
         return [_refuse(group, Refused("NOT_CT", "not the series that --series asks for", skipped=True))]
     good, verdicts = [], []

@@ -34,6 +34,7 @@ TAGS = [
     "RescaleSlope",
     "RescaleIntercept",
     "RescaleType",
+    "ModalityLUTSequence",
     "BitsAllocated",
     "BitsStored",
     "HighBit",
@@ -82,6 +83,7 @@ class SliceHeader(NamedTuple):
     intercept: float | None = None
     rescale_readable: bool = True  # False where a slope or an intercept is there but is no number
     rescale_type: str = ""
+    has_table: bool = False  # whether a table, not slope and intercept, takes stored values to others
     bits_allocated: int | None = None
     bits_stored: int | None = None
     high_bit: int | None = None
@@ -154,6 +156,7 @@ def _header(ref: Ref, ds: Dataset) -> SliceHeader:
         position=_numbers(ds, "ImagePositionPatient", 3),
         orientation=_numbers(ds, "ImageOrientationPatient", 6),
         **_rescale(ds),
+        has_table="ModalityLUTSequence" in ds,
         bits_allocated=_whole(ds, "BitsAllocated"),
         bits_stored=_whole(ds, "BitsStored"),
         high_bit=_whole(ds, "HighBit"),

@@ -15,9 +15,9 @@ from jaxtyping import Int
 from app.prepare.files import Ref, open_ref
 from app.prepare.formats import VolumeFile, check_affine, read_voxels
 from app.prepare.gate import LPS_TO_RAS
-from app.prepare.geometry import Grid, resample_labels
 from app.prepare.headers import quiet
 from app.shared.refusals import Refused
+from transforms.grid import Grid, resample_labels
 
 LABEL_WORDS = re.compile(
     r"(?:^|[_\-. ])(seg|segs|segmentations?|labels?|masks?|gt|contours?|annotations?)(?=[_\-. ]|\d|$)", re.I

@@ -15,7 +15,7 @@ from app.prepare.findings import Finding, found
 from app.prepare.gate import Stack
 from app.prepare.headers import SliceHeader, quiet
 from app.shared.refusals import Refused
-from transforms.array import AIR
+from transforms.windows import AIR
 
 
 def read_frames(stack: Stack) -> tuple[np.ndarray, list[Finding]]:

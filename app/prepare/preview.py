@@ -9,7 +9,9 @@ from jaxtyping import Int
 
 from app.shared.atomic_files import written_whole
 from app.shared.sides import write_sides
-from transforms import array
+from transforms.body import body_mask
+from transforms.sparse import keep_mask
+from transforms.windows import WINDOWS, window
 
 MOST = 256  # pixels a side: a larger volume is thinned for the picture
 UNFINISHED_PREVIEW = re.compile(r"\.\d+\.[^.].*\.png")  # as `written_whole` calls one before its rename
@@ -29,8 +31,8 @@ def write_preview(
 
     step = max(1, -(-max(hu.shape) // MOST))
     small = np.ascontiguousarray(hu[::step, ::step, ::step])
-    body = array.body_mask(small, spacing=spacing * step)
-    kept = array.keep_mask(small, KEPT, windows=tuple(windows), spacing=spacing * step)
+    body = body_mask(small, spacing=spacing * step)
+    kept = keep_mask(small, KEPT, windows=tuple(windows), spacing=spacing * step)
     middle = np.round(np.argwhere(body).mean(0)).astype(int) if body.any() else np.array(small.shape) // 2
     figure = Figure(figsize=(2.2 * (len(windows) + 1), 6.6), layout="tight")
     figure.suptitle(case, fontsize=8)
@@ -39,7 +41,7 @@ def write_preview(
         cut = [np.take(volume, middle[axis], axis).T for volume in (small, body, kept)]
         for column, name in enumerate(windows):
             picture = axes[row, column]
-            picture.imshow(array.window(cut[0], *array.WINDOWS[name]), cmap="gray", origin="lower", vmin=0, vmax=1)
+            picture.imshow(window(cut[0], *WINDOWS[name]), cmap="gray", origin="lower", vmin=0, vmax=1)
             if cut[1].any() and not cut[1].all():
                 picture.contour(cut[1], levels=[0.5], colors="tab:cyan", linewidths=0.6)
             picture.set_title(f"{name}, {view}", fontsize=7)

@@ -11,7 +11,7 @@ from app.prepare.encoding import contradiction
 from app.prepare.headers import CT, ENHANCED_CT, SliceHeader
 from app.shared.refusals import Refused
 
-MAX_SIDE = 8192  # pixels a side
+MAX_PIXELS_A_SIDE = 8192  # pixels a side
 SPACING_LIMITS = (0.01, 50.0)  # mm, in the plane and between slices
 NOT_AXIAL = {  # values of ImageType that say reformatted, projected, computed or a picture
     *("MPR", "CSA MPR", "CSAPARALLEL", "CSAPERPENDICULAR", "CSARADIAL", "CSA RESAMPLED", "CURVED_MPR", "REFORMATTED"),
@@ -68,7 +68,7 @@ def reason_against(header: SliceHeader, rules: Rules) -> Refused | None:
 
 def reason_of_pixels(header: SliceHeader, rules: Rules) -> Refused | None:
     sides = (header.rows or 0, header.columns or 0)
-    if min(sides) < 2 or max(sides) > MAX_SIDE:
+    if min(sides) < 2 or max(sides) > MAX_PIXELS_A_SIDE:
         return Refused("CORRUPT_FILE", f"a matrix of {sides[0]} x {sides[1]} pixels")
     allocated, stored = header.bits_allocated, header.bits_stored
     if allocated not in (8, 16, 32) or stored is None or not 1 <= stored <= allocated:
@@ -87,6 +87,8 @@ def reason_of_pixels(header: SliceHeader, rules: Rules) -> Refused | None:
         return None
     if stored <= 8:
         return Refused("NOT_HU", f"{stored} bits a pixel")
+    if header.has_table:
+        return Refused("NOT_HU", "a modality table stands for slope and intercept")
     if header.rescale_type.upper() not in HU_TYPES:
         return Refused("NOT_HU", "the rescale type is not HU")
     if header.slope is not None and not 1e-4 <= abs(header.slope) <= 1e3:

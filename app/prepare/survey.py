@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from app.prepare.files import FORMATS, Ref, sniff, walk
+from app.prepare.files import FORMATS, Ref, files_below, sniff
 from app.prepare.findings import Finding, finding_of
 from app.prepare.formats import VolumeFile, read_header
-from app.prepare.gate import NO_RULES, Rules, Stack, Verdict, judge
+from app.prepare.gate import NO_RULES, Rules, Stack, Verdict, verdicts_on
 from app.prepare.headers import SEGMENTATION, SliceHeader, read_headers
 from app.prepare.labels import LabelFile, is_label_name, label_for, looks_like_labels, scan_stem
 from app.shared.refusals import Refused
@@ -40,7 +40,7 @@ def survey(root: str | Path, rules: Rules = NO_RULES) -> list[Item]:
     slices: dict[str, list[SliceHeader]] = defaultdict(list)
     volumes: list[tuple[Ref, VolumeFile]] = []
     segmentations: list[SliceHeader] = []
-    for found_ref in walk(root):
+    for found_ref in files_below(root):
         ref, refused = found_ref if isinstance(found_ref[1], Refused) else (found_ref, None)
         try:
             if refused is not None:
@@ -69,7 +69,7 @@ def survey(root: str | Path, rules: Rules = NO_RULES) -> list[Item]:
             items.append(Item(_relative(ref, root), (ref,), finding=finding_of(refused)))
     verdicts: list[tuple[str, Verdict]] = []
     for folder, members in _join_folders(slices).items():
-        verdicts += [(folder, verdict) for verdict in judge(members, rules)]
+        verdicts += [(folder, verdict) for verdict in verdicts_on(members, rules)]
     items += [_dicom_item(verdict, folder, root) for folder, verdict in _settle_localizers(verdicts)]
     scans, labels = _part_labels(volumes, items, root)
     items += [Item(_relative(ref, root), (ref, *_extra(file)), plan=file) for ref, file in scans]

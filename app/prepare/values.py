@@ -8,7 +8,7 @@ from jaxtyping import Num
 
 from app.prepare.findings import Finding, found
 from app.shared.refusals import Refused
-from transforms.array import AIR
+from transforms.windows import AIR
 
 NO_MEASUREMENT = -1500  # below this nothing in a patient, nor air with its noise, is ever measured
 SAMPLES = 2_000_000
@@ -29,7 +29,7 @@ def map_padding(values: np.ndarray) -> tuple[np.ndarray, list[Finding]]:
     return values, [found("PADDING_MAPPED", f"{count} voxels")] if count else []
 
 
-def refuse_empty(values: np.ndarray) -> None:
+def refuse_constant(values: np.ndarray) -> None:
     if values.size == 0 or values.min() == values.max():
         raise Refused("EMPTY", "no voxels, or all of them the same")
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from app.shared.refusals import Refused
 from networks.presets import Preset
-from transforms.array import WINDOWS
+from transforms.windows import WINDOWS
 
 HU = "HU"
 MAX_NEW_TOKENS = 1024

@@ -18,16 +18,15 @@ import numpy as np
 from app.language.assistant import NOTICE, CTAssistant, aligned_folder, read_settings
 from app.serving import options
 from app.serving.options import Options
-from app.shared.places import bundles_folder
 from app.shared.refusals import Refused
 from app.tokens.commands import onto_grid, write_nifti
-from app.tokens.open_scan import Volume
-from app.tokens.token_files import CTTokens, read_tokens, write_tokens
+from app.tokens.open_scan import Volume, scan_source
+from app.tokens.token_files import CTTokens, write_tokens
 from app.tokens.tokenizer import CTTokenizer
-from transforms.array import window_bounds
+from app.training import shipped
+from transforms.windows import window_bounds
 
-SHIPPED = "ct_base"
-MAX_VOXELS = 2**29  # of a grid that a token file from outside asks for
+MAX_GRID_VOXELS = 2**29  # of a grid that a token file from outside asks for
 DESCRIPTIONS = {
     "tokenize": "Discrete 3D tokens of a CT scan (JSON; `npz` holds the token file in base64).",
     "reconstruct": "The scan as its tokens keep it, in HU on its own grid. The image may also be a token file.",
@@ -44,7 +43,7 @@ class Served:
         if align is not None and tokenizer is None:
             folder = aligned_folder(align)
             tokenizer = str(folder / read_settings(folder)["tokenizer_path"])
-        self.tokenizer = CTTokenizer.from_pretrained(tokenizer or _shipped())
+        self.tokenizer = CTTokenizer.from_pretrained(tokenizer or (shipped.DEFAULT if shipped.names() else None))
         self.budget = None if align is None else read_settings(aligned_folder(align))["max_3d_tokens"]
         self._assistant: Future[CTAssistant] = Future()
         self._one_at_a_time = threading.Lock()
@@ -75,12 +74,12 @@ class Served:
     # ---- the models
 
     def _tokens_of(self, image: Path, wanted: Options) -> CTTokens:
-        if image.suffix != ".npz":
-            return self.tokenizer.encode(image, support=wanted.support, levels=wanted.levels)
-        tokens = read_tokens(image)
-        if math.prod(tokens.source_shape) > MAX_VOXELS or not np.isfinite(tokens.source_affine).all():
-            raise Refused("DAMAGED_TOKENS", f"the grid of its scan must have at most {MAX_VOXELS} voxels")
-        self.tokenizer.check(tokens)
+        source = scan_source(image)
+        if source.kind != "tokens":
+            return self.tokenizer.encode(source, support=wanted.support, levels=wanted.levels)
+        tokens = self.tokenizer.encode(source)
+        if math.prod(tokens.source_shape) > MAX_GRID_VOXELS or not np.isfinite(tokens.source_affine).all():
+            raise Refused("DAMAGED_TOKENS", f"the grid of its scan must have at most {MAX_GRID_VOXELS} voxels")
         return tokens
 
     def _tokenize(self, image: Path, wanted: Options) -> Result:
@@ -133,9 +132,3 @@ class Served:
                 "keep": tokens.keep,
             },
         }
-
-
-def _shipped() -> str | None:
-    """The tokenizer that comes along, where it does; else the newest one here."""
-    folder = bundles_folder() / "pretrained" / SHIPPED
-    return str(folder) if folder.is_dir() else None

@@ -93,7 +93,8 @@ CODES = MappingProxyType(
         ),
         "ORIENTATION_FROM_QFORM": _fixed("NIfTI without sform: the qform gives the orientation"),
         "SFORM_QFORM_DIFFER": _warned(
-            "NIfTI sform and qform disagree: the sform is used", "check left and right on the preview"
+            "NIfTI sform disagrees with qform or pixdim: the sform is used",
+            "check left, right and sizes on the preview",
         ),
         "LOSSY_COMPRESSION": _warned(
             "pixels went through lossy compression", "prefer the original; fine detail and HU are altered"
@@ -298,6 +299,11 @@ CODES = MappingProxyType(
         "BAD_TOKENIZER": _call("a tokenizer cannot do this", "give another with --tokenizer"),
         "OTHER_TOKENIZER": Code(
             ("call", "refused"), "made for or by another tokenizer", "give that one with --tokenizer, or make it again"
+        ),
+        "OTHER_RESAMPLER": Code(
+            ("call", "refused"),
+            "data were brought onto their grid by another version of the resampler",
+            "prepare the dataset again with --overwrite; begin the run again",
         ),
         "BAD_MODEL": _call(
             "no Qwen-VL can be loaded from there", "give a hub name or the folder of a Qwen2-VL or Qwen3-VL"

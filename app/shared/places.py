@@ -16,3 +16,8 @@ def app_folder() -> Path:
 def bundles_folder() -> Path:
     """Holds the stage files, for --config_file."""
     return root_folder() / "bundles"
+
+
+def pretrained_folder() -> Path:
+    """Holds a folder for each tokenizer that ships; an export has none."""
+    return bundles_folder() / "pretrained"

@@ -32,7 +32,7 @@ from app.text.rows import (
 
 H = TypeVar("H", bound=Hashable)
 
-SPLITS = {
+SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     "test": "test",
@@ -129,7 +129,7 @@ def complete(row: TextRow, find: "ImageFinder") -> TextRow:
     """With a patient, and the split where the row leaves it open and a prepared case's dataset tells it."""
     case = find.case_row(row.path)
     patient = row.patient or case.get("patient") or stem(row.image)
-    split = SPLITS.get(row.split.strip().lower(), row.split) or case.get("split") or ""
+    split = SPLIT_NAMES.get(row.split.strip().lower(), row.split) or case.get("split") or ""
     return replace(row, patient=patient, split=split)
 
 
@@ -330,7 +330,7 @@ def marks_of(path: Path) -> tuple[Hashable, ...]:
 def equal_files(paths: Sequence[Path], sides: Mapping[Path, set[str]]) -> list[list[Path]]:
     """Files of one size grouped by content."""
     groups = [list(paths)]
-    for mark in (sample_of, hash_path):
+    for mark in (hash_of_sample, hash_path):
         finer: dict[tuple[int, str], list[Path]] = defaultdict(list)
         for number, group in enumerate(groups):
             if len(group) > 1 and len(set.union(*(sides[path] for path in group))) > 1:
@@ -347,7 +347,7 @@ def size_of(path: Path) -> int:
     )
 
 
-def sample_of(path: Path) -> str:
+def hash_of_sample(path: Path) -> str:
     """A hash over parts of a file that tells most scans of one size apart."""
     if path.is_dir():
         return ""

@@ -10,16 +10,10 @@ from typing import Any
 
 from app.shared.refusals import fail
 from networks.presets import Preset
-from transforms.array import window_bounds
+from transforms.windows import windows_range
 
 ORIENTATION = "RAS"
 TOLD = ("resolution", "spacing", "prepared", "features", "windows", "keep", "num_embeddings", "quantizer_levels")
-
-
-def hu_range(windows: tuple[str, ...]) -> tuple[float, float]:
-    """Lowest and highest HU that the windows can tell apart; what lies beyond is clipped."""
-    bounds = [window_bounds(name) for name in windows]
-    return min(low for low, _ in bounds), max(high for _, high in bounds)
 
 
 def description(sizes: Preset, digest: str) -> dict[str, Any]:
@@ -29,7 +23,7 @@ def description(sizes: Preset, digest: str) -> dict[str, Any]:
         "sha256": digest,
         "orientation": ORIENTATION,
         **json.loads(json.dumps(told)),
-        "hu_range": list(hu_range(sizes.windows)),
+        "hu_range": list(windows_range(sizes.windows)),
     }
 
 

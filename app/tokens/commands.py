@@ -4,7 +4,7 @@ Both give what they print. A mistake of the user ends them in one line; an input
 rest is done.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,15 @@ import numpy as np
 from jaxtyping import Float
 from scipy import ndimage
 
-from app.dataset import prepared
 from app.shared.atomic_files import written_whole
 from app.shared.output_folder import check_folder
 from app.shared.refusals import Refused, as_refused, fail, refuse_empty
 from app.shared.terminal import progress
 from app.tokens import open_scan
-from app.tokens.open_scan import Found, Volume
-from app.tokens.token_files import CTTokens, read_tokens, write_tokens
+from app.tokens.open_scan import ScanSource, Volume
+from app.tokens.token_files import CTTokens, is_packed, rate_of, read_tokens, write_tokens
 from app.tokens.tokenizer import CTTokenizer
-from transforms.array import DROPPED
+from transforms.sparse import DROPPED
 
 
 def tokenize(
@@ -32,6 +31,7 @@ def tokenize(
     tokenizer: str | Path | None = None,
     support: bool = False,
     levels: int | None = None,
+    pack: bool = False,
     series: str | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -39,60 +39,59 @@ def tokenize(
 
     OUT is a file where it ends in .npz and there is one scan, else a folder. Gives an entry a case; one that cannot be
     used is listed as refused, the rest is done. `levels`: so many codes a cell, the first of the tokenizer's levels.
+    `pack`: entropy-coded, in about as many bytes as each entry's `bits` tell.
     """
     refuse_empty(source, name="SOURCE")
     refuse_empty(out)
     source, out = Path(source), Path(out)
-    if not source.exists():
-        fail("NO_SOURCE", f"{source} does not exist", "give a scan, a prepared case or a prepared dataset")
     made = CTTokenizer.from_pretrained(tokenizer)
     try:
         wanted = made.network.check_levels(levels)
     except ValueError as error:
         fail("BAD_VALUE", str(error), "leave --levels out for all of them")
-    cases, single = list(_cases_in(source, made, series)), out.suffix == ".npz"
-    if single and len(cases) > 1:
-        cases = _one_good(cases, source, out)
+    sources = list(open_scan.scan_sources(source, series=series, token_files=False))
+    single = out.suffix == ".npz"
+    if single and len(sources) > 1:
+        sources = _one_good(sources, source, out)
     _check_kind(source, out, single=single, kinds=".npz")
     check_folder(out.parent if single else out)
     entries = []
-    for name, source_hash, open_it in progress(cases, "tokenize"):
-        path = out if single else out / f"{name}.npz"
+    for scan in progress(sources, "tokenize"):
+        path = out if single else out / f"{scan.name}.npz"
         try:
-            if isinstance(open_it, ValueError):
-                raise open_it
-            tokens = None if overwrite else _there_already(path, made, source_hash, support=support, levels=wanted)
-            message = "" if tokens is None else "there already"
-            if tokens is None:
-                tokens = made.encode(open_it(), support=support, levels=levels)
-                write_tokens(path, tokens)
+            known = bool(scan.source_hash) and not overwrite
+            there = _there_already(path, made, scan.source_hash) if known else None
+            kept = there if there is not None and _is_as_asked(path, there, support, wanted, pack) else None
+            tokens = made.encode(scan, support=support, levels=levels) if kept is None else kept
+            bits = rate_of(tokens, made.tables) if kept else write_tokens(path, tokens, tables=made.tables, pack=pack)
         except ValueError as error:
-            entries.append(_refused(name, error))
+            entries.append(_refused(scan.name, error))
             continue
         entries.append(
             {
-                "case": name,
+                "case": scan.name,
                 "status": "ok",
                 "codes": _codes_of(tokens),
                 "tokens": str(path),
                 "count": len(tokens.codes),
-                "message": message,
+                "bits": bits.as_json(tokens=len(tokens.codes), voxels=tokens.voxels),
+                "message": "" if kept is None else "there already",
             }
         )
     return _summary(entries, made)
 
 
-def _one_good(cases: list[Found], source: Path, out: Path) -> list[Found]:
-    """Cases for one file: what does not open with its refusal, which only the values may tell, and one that does."""
-    tried: list[Found] = []
-    for case in cases:
+def _one_good(sources: Sequence[ScanSource], source: Path, out: Path) -> list[ScanSource]:
+    """Sources for one file, of which one opens, which only the values may tell; it is not that of those that do not."""
+    good, tried = 0, []
+    for scan in sources:
         try:
-            if callable(case.open):
-                case.open()
-        except ValueError as error:
-            case = case._replace(open=error)
-        tried.append(case)
-        if sum(callable(one.open) for one in tried) > 1:
+            scan.own_grid(open_scan.Wanted())
+            good += 1
+        except ValueError:
+            scan = scan._replace(source_hash="")
+        tried.append(scan)
+        if good > 1:
             fail("MANY_SCANS", f"{source} holds more than one scan, {out} is one file", "give a folder as OUT")
     return tried
 
@@ -103,22 +102,26 @@ def _check_kind(source: Path, out: Path, *, single: bool, kinds: str) -> None:
         fail("NO_OUTPUT", f"what is written ends in {kinds}, OUT is {out}", "give such a file, or a folder")
 
 
-def _there_already(path: Path, made: CTTokenizer, source_hash: str, *, support: bool, levels: int) -> CTTokens | None:
-    """Tokens of an earlier, interrupted call. Those of another tokenizer or scan are neither taken nor overwritten.
-
-    Those without the support, or of another number of levels than is asked for now, are made again.
-    """
+def _there_already(path: Path, made: CTTokenizer, source_hash: str) -> CTTokens | None:
+    """Tokens of an earlier, interrupted call. Those of another tokenizer or scan are neither taken nor overwritten."""
     if not path.exists():
         return None
     try:
-        tokens = read_tokens(path)
+        tokens = read_tokens(path, tables=made.tables)
     except Refused as refused:
+        if refused.code == "OTHER_TOKENIZER":
+            raise Refused("EXISTS", f"{path.name} is there already: {refused.what}") from refused
         raise Refused(refused.code, refused.what, "it is in OUT already: --overwrite makes it again") from refused
     if tokens.tokenizer != made.digest:
         raise Refused("EXISTS", f"{path.name} is there already, by tokenizer {tokens.tokenizer[:12]}")
     if tokens.source_hash != source_hash:
         raise Refused("EXISTS", f"{path.name} is there already, of another scan")
-    return None if (support and tokens.support is None) or tokens.levels != levels else tokens
+    return tokens
+
+
+def _is_as_asked(path: Path, tokens: CTTokens, support: bool, levels: int, pack: bool) -> bool:
+    """Without the support, of other levels or otherwise packed than is asked for now, a file is made again."""
+    return tokens.levels == levels and (tokens.support is not None or not support) and is_packed(path) == pack
 
 
 def _codes_of(tokens: CTTokens) -> list[str]:
@@ -129,30 +132,6 @@ def _codes_of(tokens: CTTokens) -> list[str]:
 def _refused(name: str, error: ValueError) -> dict[str, Any]:
     refused = as_refused(error)
     return {"case": name, "status": "refused", "codes": [refused.code], "message": refused.text}
-
-
-def _cases_in(source: Path, made: CTTokenizer, series: str | None) -> Iterator[Found]:
-    """Every scan of a source."""
-    is_prepared = open_scan.is_case(source) or (source.is_dir() and prepared.find_datasets(source))
-    if is_prepared and series is not None:
-        fail("BAD_VALUE", f"{source} is prepared, so --series names nothing", "leave it out")
-    if open_scan.is_case(source):
-        try:
-            source_hash, open_it = prepared.open_case(source).source_hash, lambda: made.open(source)
-        except ValueError as error:
-            source_hash, open_it = "", error
-        yield Found(source.name, source_hash, open_it)
-    elif is_prepared:
-        cases = prepared.list_cases(source)
-        several = len({case.dataset for case in cases}) > 1
-        for case in cases:
-            name = f"{case.dataset}/{case.case_id}" if several else case.case_id
-            if isinstance(case, prepared.DamagedCase):
-                yield Found(name, "", case.error)
-            else:
-                yield Found(name, case.source_hash, lambda case=case: made.open(case))
-    else:
-        yield from open_scan.raw_scans(source, series=series, grid=made.sizes.prepared)
 
 
 def reconstruct(
@@ -180,11 +159,11 @@ def reconstruct(
         fail("MANY_SCANS", f"{source} holds {len(files)} token files, {out} is one file", "give a folder as OUT")
     _check_kind(source, out, single=single, kinds=".nii or .nii.gz")
     check_folder(out.parent if single else out)
+    made = CTTokenizer.from_pretrained(tokenizer)
     try:
-        grid = None if like is None else open_scan.grid_of(Path(like))
+        grid = None if like is None else open_scan.grid_of(Path(like), tables=made.tables)
     except ValueError as error:
         raise Refused("BAD_LIKE", f"{like}: {as_refused(error).what}") from error
-    made = CTTokenizer.from_pretrained(tokenizer)
     entries = []
     for file in progress(files, "reconstruct"):
         name = file.relative_to(source).with_suffix("").as_posix() if source.is_dir() else file.stem
@@ -192,7 +171,7 @@ def reconstruct(
         try:
             if path.exists() and not overwrite:  # it may be the user's own scan
                 raise Refused("EXISTS", f"{path} is there already")
-            content = read_tokens(file)
+            content = made.read(file)
             decoded = made.decode_sparse(content, use_support=use_support, levels=levels)
         except ValueError as error:
             entries.append(_refused(name, error))
@@ -216,8 +195,16 @@ def lines(done: dict[str, Any]) -> Iterator[str]:
         told, message = entry.get("tokens") or entry.get("image") or "", entry.get("message", "")
         codes = "" if entry["codes"] == ["OK"] else ", ".join(entry["codes"])
         said = ": ".join(part for part in (codes, message) if part)
-        yield "  ".join(part for part in (entry["status"], entry["case"], told, said) if part)
+        yield "  ".join(part for part in (entry["status"], entry["case"], told, _rate_in_words(entry), said) if part)
     yield f"{done['ok']} ok, {done['refused']} refused, by tokenizer {done['tokenizer']['file']}"
+
+
+def _rate_in_words(entry: dict[str, Any]) -> str:
+    if "bits" not in entry:
+        return ""
+    bits, voxels = entry["bits"], entry["bits"]["per_voxel"]
+    of_voxels = "" if voxels is None else f", {voxels:.4f} a voxel"
+    return f"{entry['count']} tokens, {bits['per_token']:.1f} bits a token{of_voxels}"
 
 
 # ---- volumes out

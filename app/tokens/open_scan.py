@@ -1,22 +1,33 @@
-"""Whatever a user calls a scan, as one HU volume on RAS axes: a prepared case, a raw scan, or an array in memory.
+"""The one door for whatever a user calls a scan: token files, prepared cases, raw scans, arrays in memory.
 
-Raw scans go through the gate of `app.prepare` and onto the grid that a tokenizer's training data were prepared on, so
-that a scan gives the same tokens whether it was prepared before or not. Knows no network.
+`scan_sources` lists what lies at a path, `scan_source` is the one scan there, `open_scan` opens any of it: as an HU
+volume on RAS axes, or as the tokens that a file holds. Raw scans come through the door of `app.prepare` and onto the
+grid that a tokenizer's training data were prepared on, so that a scan gives the same tokens whether it was prepared
+before or not. Knows no network.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import nibabel
 import numpy as np
 from jaxtyping import Float, Num
 
 from app.dataset import prepared
+from app.prepare import cohort, normalise
+from app.prepare.findings import bare
+from app.prepare.formats import nifti_units
+from app.prepare.slice_rules import Rules
+from app.prepare.volume import RawScan, RawSource, raw_sources
+from app.shared.hashes import hash_path
 from app.shared.refusals import Refused
+from app.tokens.code_tables import CodeTables
+from app.tokens.token_files import CTTokens, read_tokens
 
-Grid = tuple[int, float]  # side and mm
+Cube = tuple[int, float]  # a grid: voxels a side, and mm a voxel
+Place = tuple[tuple[int, int, int], Float[np.ndarray, "4 4"]]  # shape and affine
 
 
 class Volume(NamedTuple):
@@ -37,6 +48,30 @@ class Scan(NamedTuple):
     codes: tuple[str, ...] = ()  # what was found, fixed or cut on its way here
 
 
+class Wanted(NamedTuple):
+    """What a tokenizer asks of a scan that is opened for it."""
+
+    windows: Sequence[str] = ()
+    grid: Cube | None = None  # where a raw scan goes
+    tables: CodeTables | None = None  # what a packed token file takes to be read
+
+
+class ScanSource(NamedTuple):
+    """A scan where it lies, not read yet; opening it may refuse it.
+
+    The name of a raw scan comes from its content: those of files and folders may tell who was scanned. What cannot be
+    read has no other name than its place, and no hash.
+    """
+
+    kind: Literal["tokens", "case", "raw"]
+    name: str
+    place: str  # below the path that was asked about
+    source_hash: str  # of the scan; empty where it is not known before it is opened
+    key: str  # changes with all that opening it reads, so that what is made of it can be kept under it
+    open: Callable[[Wanted], Scan | CTTokens]
+    own_grid: Callable[[Wanted], Place]  # of the scan itself
+
+
 def is_case(path: Path) -> bool:
     """Whether a folder is a prepared case."""
     return path.is_dir() and (
@@ -44,33 +79,153 @@ def is_case(path: Path) -> bool:
     )
 
 
-def open_scan(scan: Any, windows: Sequence[str], *, grid: Grid | None = None) -> Scan:
-    """One scan: a path, a PreparedCase, what `app.prepare.read_scan` gives, or a volume in memory.
+def open_scan(
+    scan: Any, windows: Sequence[str], *, grid: Cube | None = None, tables: CodeTables | None = None
+) -> Scan | CTTokens:
+    """A path, a ScanSource, a PreparedCase, what `app.prepare.read_scan` gives, or a volume in memory.
 
     In memory: anything with `hu` and `affine`, a nibabel image, a MetaTensor (X, Y, Z) or (1, X, Y, Z), or a pair of an
     array and its affine; HU, and an index to RAS mm.
 
-    `windows` are those a case without HU must have: what they cannot tell is lost. `grid` is where a raw scan goes.
+    `windows` are those a case without HU must have: what they cannot tell is lost. `grid` is where a raw scan goes,
+    `tables` are what a packed token file takes to be read.
     """
     if isinstance(scan, str | Path):
-        path = Path(scan)
-        if not is_case(path):
-            return _open_raw(path, grid)
-        scan = prepared.open_case(path)
+        scan = scan_source(scan)
+    if isinstance(scan, Scan | CTTokens):
+        return scan
+    if isinstance(scan, ScanSource):
+        return scan.open(Wanted(windows, grid, tables))
     if isinstance(scan, prepared.PreparedCase):
-        return _open_case(scan, windows)
-    if hasattr(scan, "findings"):
-        return scan_of(scan, grid)
+        return _of_case(scan, windows)
+    if isinstance(scan, RawScan):
+        return of_raw(scan, grid)
     hu, affine = _in_memory(scan)
     placed, codes = _placed(Volume(hu, affine), grid)
     return Scan("scan", placed, _sizes(hu.shape), affine, codes=codes)
 
 
+# ---- what lies at a path
+
+
+def scan_sources(path: str | Path, *, series: str | None = None, token_files: bool = True) -> Iterator[ScanSource]:
+    """Every scan at a path, those that will be refused too.
+
+    A token file or a folder of them, a prepared case or datasets, else raw scans of any nesting. `series` chooses one
+    among raw scans; without `token_files` such files are none.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise Refused("NO_SOURCE", f"{path} does not exist", "give a scan, a prepared case or dataset, or token files")
+    files = sorted(path.glob("*.npz")) if path.is_dir() else [path] if path.suffix == ".npz" else []
+    case = is_case(path)
+    if files and token_files and not case:
+        yield from map(_token_source, files)
+    elif not case and not (path.is_dir() and prepared.find_datasets(path)):
+        yield from map(_raw_source, raw_sources(path, Rules(series=series)))
+    elif series is not None:
+        raise Refused("BAD_VALUE", f"{path} is prepared, so --series names nothing", "leave it out", status=2)
+    elif case:
+        yield _case_source(path.name, lambda: prepared.open_case(path))
+    else:
+        cases = prepared.list_cases(path)
+        several = len({one.dataset for one in cases}) > 1
+        for one in cases:
+            name = f"{one.dataset}/{one.case_id}" if several else one.case_id
+            yield _case_source(name, lambda one=one: _or_damaged(one))
+
+
+def scan_source(path: str | Path) -> ScanSource:
+    """The one scan at a path: of several, the one that opens."""
+    sources = list(scan_sources(path))
+    if len(sources) == 1:
+        return sources[0]
+    good, refused = [], []
+    for source in sources:
+        try:
+            source.own_grid(Wanted())
+            good.append(source)
+        except ValueError as error:
+            refused.append(error)
+        if len(good) > 1:
+            what = f"{path} holds several scans"
+            raise Refused("MANY_SCANS", what, "give one of them, or tokenize the folder (--series names one)")
+    if not good:
+        raise refused[0]
+    return good[0]
+
+
+def _token_source(file: Path) -> ScanSource:
+    def tokens(wanted: Wanted) -> CTTokens:
+        return read_tokens(file, tables=wanted.tables)
+
+    def own_grid(wanted: Wanted) -> Place:
+        return tokens(wanted).source_shape, tokens(wanted).source_affine
+
+    try:
+        key = hash_path(file)
+    except OSError:  # opening it says why
+        key = ""
+    return ScanSource("tokens", file.stem, file.name, "", key, tokens, own_grid)
+
+
+def _or_damaged(case: prepared.PreparedCase | prepared.DamagedCase) -> prepared.PreparedCase:
+    if isinstance(case, prepared.DamagedCase):
+        raise case.error
+    return case
+
+
+def _case_source(name: str, get: Callable[[], prepared.PreparedCase]) -> ScanSource:
+    def own_grid(_: Wanted) -> Place:
+        case = get()
+        if case.affine is None:
+            raise Refused("DAMAGED_CASE", f"case {case.case_id} has no case.json and so no place in the world")
+        return _sizes(case.shape), case.affine
+
+    try:
+        case = get()
+        source_hash, key = case.source_hash, case_key(case)
+    except ValueError:  # opening it says why
+        source_hash = key = ""
+    return ScanSource("case", name, name, source_hash, key, lambda wanted: _of_case(get(), wanted.windows), own_grid)
+
+
+def case_key(case: prepared.PreparedCase) -> str:
+    """Name of a prepared case that changes with its scan and when it is prepared in another way.
+
+    A sidecar that names no scan, as older trees have it, says nothing of the files beside it.
+    """
+    mark = hash_path(case.path / "case.json") if case.sidecar.get("source_hash") else case.content_hash
+    return f"{case.path.name}.{mark[:16]}"
+
+
+def _raw_source(raw: RawSource) -> ScanSource:
+    def own_grid(_: Wanted) -> Place:
+        scan = raw.read()
+        return _sizes(scan.hu.shape), np.asarray(scan.affine, np.float64)
+
+    try:
+        digest = raw.source_hash
+    except Refused as refused:
+        refuse = partial(_refuse, refused)
+        return ScanSource("raw", raw.place, raw.place, "", "", refuse, refuse)
+
+    def scan(wanted: Wanted) -> Scan:
+        return of_raw(raw.read(), wanted.grid)
+
+    return ScanSource("raw", digest[:16], raw.place, digest, f"scan.{digest[:24]}", scan, own_grid)
+
+
+def _refuse(refused: Refused, *_: Any) -> NoReturn:
+    raise refused
+
+
+# ---- one volume, onto RAS axes
+
+
 def _in_memory(scan: Any) -> tuple[np.ndarray, np.ndarray]:
     """HU and affine of a volume that others have read."""
     if isinstance(scan, nibabel.spatialimages.SpatialImage):
-        from app.prepare.formats import nifti_units
-
         units = nifti_units(scan.header) if isinstance(scan, nibabel.Nifti1Image) else np.eye(4)
         hu, affine = np.asanyarray(scan.dataobj), units @ scan.affine
     elif isinstance(scan, tuple) and len(scan) == 2:
@@ -88,7 +243,7 @@ def _in_memory(scan: Any) -> tuple[np.ndarray, np.ndarray]:
     return hu, affine
 
 
-def _open_case(case: prepared.PreparedCase, windows: Sequence[str]) -> Scan:
+def _of_case(case: prepared.PreparedCase, windows: Sequence[str]) -> Scan:
     if case.is_hu:
         volume = Volume(case.hu(), case.affine)
     elif prepared.windows_are_masks(case, windows):
@@ -108,101 +263,17 @@ def _open_case(case: prepared.PreparedCase, windows: Sequence[str]) -> Scan:
     )
 
 
-class Found(NamedTuple):
-    """A scan that lies somewhere: its name, the hash of its content, and how to open it, or why it is refused."""
-
-    name: str
-    source_hash: str
-    open: Callable[[], Scan] | ValueError
-
-
-def raw_scans(path: Path, *, series: str | None = None, grid: Grid | None = None) -> Iterator[Found]:
-    """Every scan of a file, zip or folder; each is read when it is opened, so that one at a time is in memory.
-
-    Names come from the content: those of files and folders may tell who was scanned. What cannot be opened has no
-    other name than its place.
-    """
-    from app.prepare import read_scan
-    from app.prepare.files import hash_of
-    from app.prepare.gate import Rules
-    from app.prepare.survey import survey
-
-    rules = Rules(series=series)
-    items = survey(path, rules)
-    if all(item.plan is None for item in items):
-        read_scan(path, series=series)  # raises: it says why nothing here is a scan
-    for item in items:
-        if item.plan is None and item.finding.kind == "skipped":
-            continue
-        try:
-            digest = hash_of(item.refs)
-        except (OSError, Refused) as error:
-            yield Found(item.source, "", _unread(error, item))
-            continue
-        if item.plan is None:
-            yield Found(digest[:16], digest, Refused(item.finding.code, item.finding.message))
-        else:
-            yield Found(digest[:16], digest, partial(_open_item, item, rules, grid))
+def of_raw(raw: RawScan, grid: Cube | None) -> Scan:
+    """A raw scan on the grid that `prepare` would put it on, named by its content."""
+    on_grid = _on_prepared_grid(raw, grid)
+    affine, codes = np.asarray(raw.affine, np.float64), bare((*raw.findings, *on_grid.findings))
+    volume = Volume(on_grid.hu, on_grid.affine)
+    return Scan(raw.source_hash[:16], volume, _sizes(raw.hu.shape), affine, raw.source_hash, tuple(codes))
 
 
-def _open_item(item: Any, rules: Any, grid: Grid | None) -> Scan:
-    from app.prepare.volume import read_item
-
-    try:
-        return scan_of(read_item(item, rules), grid)
-    except OSError as error:
-        raise _unread(error, item) from error
-
-
-def _unread(error: OSError | ValueError, item: Any) -> ValueError:
-    """The refusal of an item whose files cannot be read."""
-    if isinstance(error, ValueError):
-        return error
-    from app.prepare.findings import Finding
-
-    finding = item.finding or Finding("CORRUPT_FILE", "refused", "the file cannot be read")
-    return Refused(finding.code, f"{finding.message} ({error.strerror or error})")
-
-
-def raw_hash(path: Path) -> str:
-    """sha256 of all that opening a raw scan reads, data files that a header names included; whatever its name is."""
-    from app.prepare.files import hash_of
-    from app.prepare.survey import survey
-
-    if not path.exists():
-        raise Refused("NO_SOURCE", f"{path} does not exist")
-    return hash_of([ref for item in survey(path) if item.plan is not None for ref in item.refs])
-
-
-def _open_raw(path: Path, grid: Grid | None) -> Scan:
-    from app.prepare import read_scan
-
-    if not path.exists():
-        raise Refused("NO_SOURCE", f"{path} does not exist")
-    volumes = read_scan(path)
-    if len(volumes) > 1:
-        raise Refused(
-            "MANY_SCANS", f"{path} holds {len(volumes)} scans", "tokenize the folder, or name one with --series"
-        )
-    return scan_of(volumes[0], grid)
-
-
-def scan_of(raw: Any, grid: Grid | None) -> Scan:
-    """A volume that `app.prepare` has read, named by its content."""
-    from app.prepare.findings import bare
-
-    made = _on_prepared_grid(raw, grid)
-    affine, codes = np.asarray(raw.affine, np.float64), bare((*raw.findings, *made.findings))
-    on_grid = Volume(made.hu, made.affine)
-    return Scan(raw.source_hash[:16], on_grid, _sizes(raw.hu.shape), affine, raw.source_hash, tuple(codes))
-
-
-def _on_prepared_grid(volume: Any, grid: Grid | None) -> Any:
+def _on_prepared_grid(volume: Any, grid: Cube | None) -> Any:
     """On a grid as `prepare` would make it, with what it found; None is its default."""
-    from app.prepare import normalise
-    from app.prepare.cohort import Settings
-
-    return normalise(volume, *(grid or (Settings().size, Settings().spacing)))
+    return normalise(volume, *(grid or (cohort.Settings().size, cohort.Settings().spacing)))
 
 
 def as_it_lies(hu: Num[np.ndarray, "X Y Z"], affine: Float[np.ndarray, "4 4"]) -> Scan:
@@ -210,44 +281,30 @@ def as_it_lies(hu: Num[np.ndarray, "X Y Z"], affine: Float[np.ndarray, "4 4"]) -
     return Scan("scan", Volume(hu, affine), _sizes(hu.shape), affine)
 
 
-def _placed(volume: Volume, grid: Grid | None) -> tuple[Volume, tuple[str, ...]]:
+def _placed(volume: Volume, grid: Cube | None) -> tuple[Volume, tuple[str, ...]]:
     """An array where a raw scan would go, with what was found. On RAS axes it stays where no grid is known."""
-    from app.prepare.findings import bare
-
     axes = volume.affine[:3, :3]
     steps = np.diag(axes)
     upright = np.allclose(axes, np.diag(steps), atol=1e-6 * np.abs(axes).max()) and (steps > 0).all()
     there = grid is None or (volume.hu.shape == (grid[0],) * 3 and np.allclose(steps, grid[1], rtol=1e-4))
     if upright and there:
         return volume, ()
-    made = _on_prepared_grid(volume, grid)
-    return Volume(made.hu, made.affine), tuple(bare(made.findings))
+    on_grid = _on_prepared_grid(volume, grid)
+    return Volume(on_grid.hu, on_grid.affine), tuple(bare(on_grid.findings))
 
 
-def grid_of(path: Path) -> tuple[tuple[int, int, int], Float[np.ndarray, "4 4"]]:
-    """Shape and affine of a scan's own grid."""
-    if is_case(path):
-        case = prepared.open_case(path)
-        if case.affine is None:
-            raise Refused("DAMAGED_CASE", f"case {case.case_id} has no case.json and so no place in the world")
-        return _sizes(case.shape), case.affine
-    if path.name.endswith((".nii", ".nii.gz")):
-        try:
-            header = nibabel.load(path)
-        except (OSError, ValueError, nibabel.filebasedimages.ImageFileError) as error:
-            raise Refused("CORRUPT_FILE", f"{path.name} cannot be read: {str(error).splitlines()[0]}") from error
-        shape = header.shape + (1,) * (3 - len(header.shape))
-        if len(shape) > 3 and max(shape[3:]) > 1:
-            raise Refused("FOUR_D", f"{path.name} has shape {shape}, a scan has three axes")
-        from app.prepare.formats import nifti_units
-
-        return _sizes(shape[:3]), nifti_units(header.header) @ np.asarray(header.affine, np.float64)
-    from app.prepare import read_scan
-
-    volumes = read_scan(path)
-    if len(volumes) > 1:
-        raise Refused("MANY_SCANS", f"{path} holds {len(volumes)} scans, --like needs one")
-    return _sizes(volumes[0].hu.shape), np.asarray(volumes[0].affine, np.float64)
+def grid_of(path: Path, *, tables: CodeTables | None = None) -> Place:
+    """Shape and affine of a scan's own grid. Of a NIfTI file the header is enough, whatever the image shows."""
+    if not path.name.endswith((".nii", ".nii.gz")):
+        return scan_source(path).own_grid(Wanted(tables=tables))
+    try:
+        header = nibabel.load(path)
+    except (OSError, ValueError, nibabel.filebasedimages.ImageFileError) as error:
+        raise Refused("CORRUPT_FILE", f"{path.name} cannot be read: {str(error).splitlines()[0]}") from error
+    shape = header.shape + (1,) * (3 - len(header.shape))
+    if len(shape) > 3 and max(shape[3:]) > 1:
+        raise Refused("FOUR_D", f"{path.name} has shape {shape}, a scan has three axes")
+    return _sizes(shape[:3]), nifti_units(header.header) @ np.asarray(header.affine, np.float64)
 
 
 def _sizes(shape: Sequence[int]) -> tuple[int, int, int]:

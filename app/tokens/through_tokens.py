@@ -13,11 +13,10 @@ from monai.data import MetaTensor
 from monai.inferers import Inferer
 from monai.transforms import MapTransform
 
-from app.prepare import Volume, read_scan
+from app.prepare import RawScan, read_scan
 from app.prepare.values import why_not_hu
 from app.shared.refusals import Refused
 from app.tokens.commands import onto_grid
-from app.tokens.open_scan import scan_of
 from app.tokens.tokenizer import CTTokenizer
 from networks.vqvae import SparseVQVAE
 
@@ -63,7 +62,7 @@ def _there_and_back(tokenizer: CTTokenizer, values: torch.Tensor, affine: np.nda
     hu = values.cpu().numpy()
     if (reason := why_not_hu(hu)) is not None:
         raise Refused("NOT_HU", reason, "give the volume in HU, as the scanner's files have it")
-    raw = Volume(hu, affine, findings=(), source_hash="")
-    tokens = tokenizer.encode(scan_of(raw, tokenizer.sizes.prepared))
+    raw = RawScan(hu, affine, findings=(), source_hash="")
+    tokens = tokenizer.encode(raw)
     back = onto_grid(tokenizer.decode(tokens), hu.shape, affine)
     return np.rint(back.hu).astype(np.float32)

@@ -2,9 +2,11 @@
 
 Codes and coordinates lie in Morton order of the latent grid. A file from outside is hostile: nothing in it is executed,
 every array is checked against its own header before memory is taken, and contents that contradict each other are
-refused. Knows no network.
+refused. A packed file holds the same in fewer bytes (packing.py) and takes the code tables of its tokenizer to be read.
+Knows no network.
 """
 
+import io
 import math
 import struct
 import tokenize
@@ -20,9 +22,14 @@ from numpy.lib import format as npy
 
 from app.shared.atomic_files import written_whole
 from app.shared.refusals import Refused
+from app.tokens import packing
+from app.tokens.code_tables import CodeTables
+from app.tokens.rate import Rate, rate
 from networks.sparse.topology import bits_for, morton_keys
 
-VERSION = 1
+VERSION = 2
+PACKED = "packed"  # the one array of a packed file
+ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the same tokens give the same bytes
 SUPPORT_LEVELS = 3  # support_0: children of each latent; support_1, support_2: of each cell of the two levels below
 MAX_BYTES = 2**30  # of all arrays of a file, unpacked
 MAX_MEMBERS = 64
@@ -54,6 +61,7 @@ class CTTokens:
     source_hash: str = ""
     findings: tuple[str, ...] | None = None
     support: tuple[UInt8[np.ndarray, " _"], ...] | None = None
+    voxels: int | None = None  # that the encoder saw; files of older software do not say
 
     @property
     def levels(self) -> int:
@@ -86,11 +94,49 @@ def latent_to_voxel() -> Float[np.ndarray, "4 4"]:
     return matrix
 
 
-def write_tokens(path: str | Path, tokens: CTTokens) -> None:
-    """A whole file or none; the same tokens give the same bytes."""
-    path = Path(path)
+def write_tokens(
+    path: str | Path, tokens: CTTokens, *, tables: CodeTables | None = None, pack: bool = False
+) -> Rate | None:
+    """A whole file or none; the same tokens give the same bytes.
+
+    With their tokenizer's tables it also says how many bits they take (`bits`), which is returned, or is packed.
+    """
+    path, arrays, told = Path(path), _arrays_of(tokens), None
+    if tables is not None:
+        content, told = _packed_file(arrays, tables)
+    with written_whole(path) as beside, open(beside, "wb") as stream:  # given a name, NumPy puts its own ending behind
+        if pack:
+            stream.write(content)
+        else:
+            np.savez_compressed(stream, **arrays, **({} if told is None else {"bits": told.as_array()}))
+    return told
+
+
+def rate_of(tokens: CTTokens, tables: CodeTables) -> Rate:
+    """All bits that a decoder needs of the volume; support counts where the tokens carry it."""
+    return _packed_file(_arrays_of(tokens), tables)[1]
+
+
+def _packed_file(arrays: dict[str, np.ndarray], tables: CodeTables) -> tuple[bytes, Rate]:
+    """An npz of one array of bytes, without what NumPy's own writer adds for files of four gigabytes."""
+    parts = packing.packed(arrays, tables)
+    array, file = io.BytesIO(), io.BytesIO()
+    npy.write_array(array, np.frombuffer(parts.joined(), np.uint8), version=(1, 0))
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(zipfile.ZipInfo(f"{PACKED}.npy", ZIP_TIME), array.getvalue())
+    content = file.getvalue()
+    return content, rate(parts, arrays, num_codes=tables.num_codes, file_bytes=len(content))
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a file that can be read is packed."""
+    with zipfile.ZipFile(path) as archive:
+        return archive.namelist() == [f"{PACKED}.npy"]
+
+
+def _arrays_of(tokens: CTTokens) -> dict[str, np.ndarray]:
     arrays = {
-        "codes": tokens.codes.astype(np.int32),
+        "codes": tokens.codes.astype(np.min_scalar_type(int(tokens.codes.max()))),
         "coords": tokens.coords.astype(np.int32),
         "latent_shape": np.array(tokens.latent_shape, np.int32),
         "affine": np.asarray(tokens.affine, np.float64),
@@ -106,18 +152,25 @@ def write_tokens(path: str | Path, tokens: CTTokens) -> None:
     }
     if tokens.findings is not None:
         arrays["findings"] = np.array(tokens.findings, np.str_)
-    for i, part in enumerate(tokens.support or ()):
-        arrays[f"support_{i}"] = part
-    with written_whole(path) as beside, open(beside, "wb") as stream:  # given a name, NumPy puts its own ending behind
-        np.savez_compressed(stream, **arrays)
+    if tokens.voxels is not None:
+        arrays["voxels"] = np.array(tokens.voxels, np.int64)
+    return arrays | {f"support_{i}": part for i, part in enumerate(tokens.support or ())}
 
 
-def read_tokens(path: str | Path) -> CTTokens:
-    """The tokens in a file, checked. Refused where it is damaged or no token file."""
+def read_tokens(path: str | Path, *, tables: CodeTables | None = None) -> CTTokens:
+    """The tokens in a file, checked. Refused where it is damaged or no token file; a packed one takes tables."""
     path = Path(path)
     try:
         arrays = _read_arrays(path)
+        if PACKED in arrays:
+            if arrays[PACKED].dtype != np.uint8 or arrays[PACKED].ndim != 1 or len(arrays) > 1:
+                raise ValueError("its packed part must be bytes, and all there is")
+            content = arrays[PACKED].tobytes()
+            arrays = packing.unpacked(content, tables, support_levels=SUPPORT_LEVELS)
+            arrays["version"] = np.array(VERSION, np.int32)
         tokens = _tokens_of(arrays)
+    except Refused:
+        raise
     except FileNotFoundError:
         raise Refused("NO_TOKENS", f"token file {path} does not exist") from None
     except UNREADABLE as error:
@@ -158,7 +211,8 @@ def _tokens_of(arrays: dict[str, np.ndarray]) -> CTTokens:
         raise ValueError(f"it is of version {version}, this software reads up to {VERSION}")
     codes, coords = arrays["codes"], arrays["coords"]
     shape = _triple(arrays["latent_shape"], "latent_shape")
-    if codes.dtype.kind != "i" or codes.ndim not in (1, 2) or codes.size == 0 or codes.min() < 0:
+    whole = codes.dtype.kind in "iu" and codes.ndim in (1, 2) and codes.size > 0
+    if not whole or codes.min() < 0 or codes.max() >= 1 << 31:
         raise ValueError(f"codes must be integers from 0 up, (M,) or (M, levels), got {codes.dtype} {codes.shape}")
     if coords.dtype.kind != "i" or coords.shape != (len(codes), 3):
         raise ValueError(f"coords must be integers ({len(codes)}, 3), got {coords.dtype} {coords.shape}")
@@ -189,6 +243,7 @@ def _tokens_of(arrays: dict[str, np.ndarray]) -> CTTokens:
         source_hash=_text(arrays["source_hash"]) if "source_hash" in arrays else "",
         findings=_names(arrays["findings"], "findings") if "findings" in arrays else None,
         support=_support(arrays, len(codes)),
+        voxels=_count(arrays["voxels"], "voxels") if "voxels" in arrays else None,
     )
 
 
@@ -215,6 +270,12 @@ def _triple(array: np.ndarray, name: str) -> tuple[int, int, int]:
     if array.shape != (3,) or array.dtype.kind not in "iu" or array.min() < 1 or array.max() > 2**17:
         raise ValueError(f"{name} must be three positive sizes, got {array.tolist()}")
     return tuple(int(n) for n in array)
+
+
+def _count(array: np.ndarray, name: str) -> int:
+    if array.shape != () or array.dtype.kind not in "iu" or array < 1:
+        raise ValueError(f"{name} must be a number above 0, got {array.dtype} {array.shape}")
+    return int(array)
 
 
 def _affine(array: np.ndarray, name: str) -> np.ndarray:

@@ -1,6 +1,8 @@
 """A trained tokenizer behind two methods: a whole scan to tokens, tokens back to HU. Crops are for training."""
 
+import dataclasses
 import logging
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,19 +14,26 @@ from app.shared.devices import choose_device
 from app.shared.refusals import Refused, fail
 from app.tokens import open_scan
 from app.tokens.bundles import check_description
+from app.tokens.code_tables import CodeTables, tables_of
 from app.tokens.open_scan import Scan, Volume
 from app.tokens.token_files import CTTokens, latent_to_voxel, read_tokens
-from app.training import checkpoints, data
+from app.training import checkpoints, data, shipped
 from app.training.checkpoints import NEWEST_TOKENIZERS, averaged_file, complete_steps, step_file
 from networks.presets import Preset
 from networks.sparse import SparseTensor
 from networks.tiles import Decoded, decode_whole, encode_whole
 from networks.vqvae import SparseVQVAE, Tokens, support_of
-from transforms.array import CUT_OFF, densify, fill_for, hu_from_windows
+from transforms.grid import CUT_OFF, RESAMPLER
+from transforms.sparse import densify, fill_for
+from transforms.windows import hu_from_windows
 
 log = logging.getLogger(__name__)
 
 MIN_POINTS = 100
+OTHER_RESAMPLER = (
+    "{file} learned from data resampled by an older rule, scans are now resampled by '{now}'; tokens are usable, and "
+    "training it again closes the gap (docs/data.md)"
+)
 
 
 class Seen(NamedTuple):
@@ -55,15 +64,25 @@ class CTTokenizer:
     def from_pretrained(
         cls, path: str | Path | None = None, *, device: str | torch.device | None = None, max_points: int | None = None
     ) -> "CTTokenizer":
-        """From a checkpoint, an output folder or an exported bundle; by default the newest stage under outputs/."""
+        """From a checkpoint, an output folder, an exported bundle, or the name of one that ships (`ct_base`).
+
+        By default the newest stage under outputs/, else the one that ships.
+        """
         file = find_tokenizer(path)
         network = checkpoints.load_tokenizer(file)
         log.info("tokenizer %s", file)
+        if checkpoints.is_resampled_otherwise(network.sizes):
+            log.warning("%s", OTHER_RESAMPLER.format(file=file.name, now=RESAMPLER))
         digest = checkpoints.weights_hash(network.state_dict())
         check_description(file, network.sizes, digest)
         made = cls(network, digest=digest, source=str(file), max_points=max_points)
         made.network.to(choose_device() if device is None else device)
         return made
+
+    @cached_property
+    def tables(self) -> CodeTables:
+        """What packed files code codes by; made when first asked for."""
+        return tables_of(self.network, self.digest)
 
     @property
     def sizes(self) -> Preset:
@@ -73,18 +92,22 @@ class CTTokenizer:
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
-    def open(self, scan: Any) -> Scan:
+    def open(self, scan: Any) -> Scan | CTTokens:
         """What `app.tokens.open_scan` calls a scan; a raw one on the grid that the training data were prepared on."""
-        return open_scan.open_scan(scan, self.sizes.windows, grid=self.sizes.prepared)
+        return open_scan.open_scan(scan, self.sizes.windows, grid=self.sizes.prepared, tables=self.tables)
 
     def encode(self, scan: Any, *, support: bool = False, levels: int | None = None) -> CTTokens:
         """Tokens of a scan: a path (case or raw), a PreparedCase, a nibabel image, a MetaTensor, (array, affine).
 
+        A token file gives what it holds, if it is of this tokenizer.
         With `support` the tokens also carry which voxels there were, so that decoding need not predict them. Of a
         tokenizer with several quantiser levels the first `levels` alone are kept, fewer bits for a coarser volume.
         """
         self.network.check_levels(levels)
-        scan = scan if isinstance(scan, Scan) else self.open(scan)
+        scan = self.open(scan)
+        if isinstance(scan, CTTokens):
+            self.check(scan)
+            return dataclasses.replace(scan, codes=scan.first_levels(levels))
         x, affine, beyond = self.features(scan.volume)
         findings = [code for code in scan.codes if code != "OK"]
         if beyond >= CUT_OFF:
@@ -109,6 +132,7 @@ class CTTokenizer:
             keep=self.sizes.keep,
             tokenizer=self.digest,
             support=tuple(part.cpu().numpy() for part in support_of(x.level)) if support else None,
+            voxels=len(x),
         )
 
     def features(self, volume: Volume) -> Seen:
@@ -137,7 +161,7 @@ class CTTokenizer:
 
         Voxels that no token speaks for are air (-1024).
         """
-        tokens = read_tokens(tokens) if isinstance(tokens, str | Path) else tokens
+        tokens = self.read(tokens) if isinstance(tokens, str | Path) else tokens
         return self.to_hu(self.decode_sparse(tokens, levels=levels), tokens)
 
     def decode_sparse(self, tokens: CTTokens, *, use_support: bool = True, levels: int | None = None) -> Decoded:
@@ -150,6 +174,12 @@ class CTTokenizer:
             support = [torch.from_numpy(part).to(self.device) for part in tokens.support]
         given = Tokens(codes, rows, tokens.latent_shape, 1)
         return decode_whole(self.network, given, support=support, max_points=self.max_points)
+
+    def read(self, path: str | Path) -> CTTokens:
+        """The tokens in a file of this tokenizer, packed or plain."""
+        tokens = read_tokens(path, tables=self.tables)
+        self.check(tokens)
+        return tokens
 
     def check(self, tokens: CTTokens) -> None:
         """Raises unless this very tokenizer made the tokens."""
@@ -182,19 +212,24 @@ def dense_hu(values: SparseTensor, sizes: Preset) -> Float[np.ndarray, "X Y Z"]:
 
 
 def find_tokenizer(path: str | Path | None) -> Path:
-    """The weights of a tokenizer: a file, an output folder, or an exported bundle; None takes the newest stage here."""
+    """The weights of a tokenizer: a file, an output folder, an exported bundle, or the name of one that ships.
+
+    None takes the newest stage here, else the one that ships.
+    """
     if path is None:
         stages = [Path(stage) for stage in NEWEST_TOKENIZERS if complete_steps(stage)]
-        if not stages:
-            fail(
-                "NO_TOKENIZER",
-                f"there is no tokenizer in {' or '.join(NEWEST_TOKENIZERS)}",
-                "train one (python -m monai.bundle run training --config_file bundles/vq_stage1.json), "
-                "or name one with --tokenizer",
-            )
-        path = max(stages, key=lambda stage: step_file(stage, "misc", complete_steps(stage)[-1]).stat().st_mtime)
-    path = Path(path)
+        newest = [step_file(stage, "misc", complete_steps(stage)[-1]).stat().st_mtime for stage in stages]
+        path = stages[newest.index(max(newest))] if stages else shipped.DEFAULT if shipped.names() else None
+    if path is None:
+        fail(
+            "NO_TOKENIZER",
+            f"there is no tokenizer in {' or '.join(NEWEST_TOKENIZERS)}",
+            "train one (python -m monai.bundle run training --config_file bundles/vq_stage1.json), "
+            "or name one with --tokenizer",
+        )
+    path = shipped.weights_of(path)
     if not path.exists():
-        fail("NO_TOKENIZER", f"{path} does not exist", "give a checkpoint, an output folder or an exported bundle")
+        known = f"give a checkpoint, an output folder, an exported bundle, or a name: {shipped.names_in_words()}"
+        fail("NO_TOKENIZER", f"{path} does not exist", known)
     bundled = path / "models" / "model.pt"
     return bundled if bundled.is_file() else averaged_file(path)

@@ -19,11 +19,13 @@ import torch
 from torch import nn
 
 from app.shared.atomic_files import write_text
-from app.shared.refusals import fail
+from app.shared.refusals import Refused, fail
+from app.training import shipped
 from app.training.key_rules import RULES
 from networks import pretrained
 from networks.presets import CHECKSUM, Preset
 from networks.vqvae import SparseVQVAE, build_vqvae
+from transforms.grid import RESAMPLER
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,7 @@ OURS = re.compile(
     r"(?:misc|(?:vae|vqvae|align)(?:_ema[\d.e+-]+)?)_step(\d{7,})\.pt(\.part)?"
 )  # no other name is removed
 CODEBOOK_FIELDS = {"codebook", "num_embeddings", "rotation_trick", "normalize_codes", "quantizer_levels"}
+NO_SIZES = {"max_points", "prepared", "resampler"}  # of a preset, what no tensor's shape depends on
 DATA_FIELDS = ("resolution", "spacing", "windows", "features", "keep")
 
 
@@ -72,7 +75,7 @@ def warm_up_step(output_dir: str | Path, resume: str | int | None) -> int | None
 
 def save_warm_up(output_dir: Path, step: int, content: dict) -> None:
     """One file, whole or not there; it replaces earlier ones."""
-    write_atomically(content, step_file(output_dir, "warmup", step))
+    write_atomically({**content, CHECKSUM: content_hash(content)}, step_file(output_dir, "warmup", step))
     drop_warm_ups(output_dir, keep=step)
 
 
@@ -107,7 +110,7 @@ def save_set(output_dir: Path, step: int, weights: dict[str, dict], misc: dict) 
     """One complete set; misc last, as the commit mark."""
     for name, state in weights.items():
         write_atomically(sealed(state), step_file(output_dir, name, step))
-    write_atomically(misc, step_file(output_dir, "misc", step))
+    write_atomically({**misc, CHECKSUM: content_hash(misc)}, step_file(output_dir, "misc", step))
 
 
 def prune(output_dir: Path, keep_last: int) -> None:
@@ -170,12 +173,16 @@ def read_best(output_dir: str | Path) -> int | None:
     return next(iter(best_score(output_dir)), None)
 
 
-def read_tensors(path: str | Path) -> dict:
-    """A checkpoint file, read without running code."""
+def read_tensors(path: str | Path) -> object:
+    """What a checkpoint file holds, a dict where it is one of ours, read without running code."""
     try:
+        if Path(path).suffix == ".safetensors":
+            return shipped.read(Path(path))
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         fail("NO_CHECKPOINT", f"{path} does not exist", "train it first, or name another file or output folder")
+    except Refused:
+        raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         if not zipfile.is_zipfile(path):  # what torch says then is about pickles, or a page long
@@ -184,8 +191,10 @@ def read_tensors(path: str | Path) -> dict:
 
 
 def averaged_file(path: str | Path) -> Path:
-    """The averaged weights of an output folder (its best complete step, else the newest); a file stays itself."""
-    path = Path(path)
+    """The averaged weights of an output folder (its best complete step, else the newest), or of a name that ships; a
+    file stays itself.
+    """
+    path = shipped.weights_of(path)
     if not path.is_dir():
         return path
     steps = complete_steps(path)
@@ -275,16 +284,40 @@ def weights_hash(state: dict) -> str:
     return digest.hexdigest()
 
 
+def content_hash(content: dict) -> str:
+    """sha256 over named values, lists and tensors in their order, without the hash that a dict tells of itself."""
+    digest = hashlib.sha256()
+
+    def add(value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            digest.update(weights_hash({"": value}).encode())
+        elif isinstance(value, dict | list | tuple):
+            parts = value.items() if isinstance(value, dict) else value
+            digest.update(f"{type(value).__name__} {len(value)}\n".encode())
+            for part in parts:
+                add(part)
+        else:
+            digest.update(f"{value!r}\n".encode())
+
+    add({name: value for name, value in content.items() if name != CHECKSUM})
+    return digest.hexdigest()
+
+
 def load_tokenizer(path: str | Path) -> SparseVQVAE:
     """A network as it was saved, in evaluation mode."""
     state, sizes = read_weights(path)
     check_extent(sizes, state, path)
     network = build_vqvae(sizes)
+    load_weights(network, state, path)
+    return network.eval()
+
+
+def load_weights(network: nn.Module, state: dict, path: str | Path) -> None:
+    """All weights of a network, out of the file that is named where they do not fit."""
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
         fail("BAD_CHECKPOINT", f"{path} does not fit ({_first_misfit(error)})", "it may be damaged: use another step")
-    return network.eval()
 
 
 def check_extent(sizes: Preset, state: dict, path: str | Path) -> None:
@@ -314,6 +347,8 @@ def start_from(network: SparseVQVAE, path: str | Path, *, codebook: bool) -> Pat
         fail("NO_CODEBOOK", f"{file} is a continuous autoencoder without codes", "give the output folder of stage 1")
     skip = {"rotation_trick"} if codebook else CODEBOOK_FIELDS  # how gradients pass is no part of the weights
     check_same(sizes, network.sizes, source=file, skip=skip)
+    if is_resampled_otherwise(sizes):
+        log.warning("%s learned from data resampled by an older rule, this run's are by %s", file.name, RESAMPLER)
     own = {name: tensor for name, tensor in state.items() if name != "_extra_state" and not name.startswith("vq.")}
     if codebook:
         own |= {name: tensor for name, tensor in state.items() if name.startswith("vq.")}
@@ -351,7 +386,7 @@ def check_same(
     stored: Preset, wanted: Preset, *, source: Path, skip: set[str], otherwise: str = "train the earlier stage again"
 ) -> None:
     """Ends the run where a checkpoint differs from it: the first difference is told, and every flag that is wanted."""
-    names = [field.name for field in dataclasses.fields(Preset) if field.name not in skip | {"max_points", "prepared"}]
+    names = [field.name for field in dataclasses.fields(Preset) if field.name not in skip | NO_SIZES]
     other = [name for name in names if getattr(stored, name) != getattr(wanted, name)]
     if other:
         name, flags = other[0], dict.fromkeys(_flag(name, getattr(stored, name)) for name in other)
@@ -364,6 +399,20 @@ def check_same(
             f"{source} is for {what} {name} {old}, this run has {name} {new}",
             f"pass {to_give}, or {otherwise}",
         )
+
+
+def is_resampled_otherwise(sizes: Preset) -> bool:
+    """Whether a tokenizer's training data came onto its grid by another rule than scans do now."""
+    untouched = sizes.prepared is not None and sizes.prepared == (sizes.resolution, sizes.spacing)
+    return sizes.features == "window" and sizes.resampler != RESAMPLER and not untouched
+
+
+def check_resampler(sizes: Preset, *, source: Path) -> None:
+    """Ends a resumed run whose earlier steps saw data on their grid by another rule: a run has one."""
+    if is_resampled_otherwise(sizes):
+        before = sizes.resampler or "the resampler before it was recorded"
+        what = f"{source} began on data resampled by {before}, this software resamples by {RESAMPLER}"
+        fail("OTHER_RESAMPLER", what, "begin in another --output_dir, from these weights with --init_from")
 
 
 def _plain(value: object) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from app.shared.refusals import fail
 from networks.sparse.ops import BACKENDS
-from transforms.array import WINDOWS
+from transforms.windows import WINDOWS
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,9 @@ def window_names(
             if name in WINDOWS and tuple(numbers) != WINDOWS[name]:
                 width, level = WINDOWS[name]
                 given = "/".join(f"{number:g}" for number in numbers)
-                remedy = "choose among the windows there are, or add one under a name of its own to transforms/array.py"
+                remedy = (
+                    "choose among the windows there are, or add one under a name of its own to transforms/windows.py"
+                )
                 fail("BAD_VALUE", f"window {name} must be {width}/{level} (width/level in HU), got {given}", remedy)
     return list(windows)
 

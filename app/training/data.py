@@ -22,13 +22,14 @@ from app.dataset.prepared import PreparedCase, common_grid, find_cases, windows_
 from app.phantoms.phantoms import ensure_cohort
 from app.shared.atomic_files import written_whole
 from transforms import RandCropToBudgetd, RandJitterd, RandTranslated, Resampled, Sparsifyd, Windowsd
-from transforms.array import CUT_OFF, DEFAULT_WINDOWS, window_values
+from transforms.grid import CUT_OFF
+from transforms.windows import DEFAULT_WINDOWS, window_values
 
 log = logging.getLogger(__name__)
 CACHE_FORMAT = 3  # raised when a cached item changes its meaning, or how it lies in memory
 CACHED = {"coords", "values", "spatial_shape", "affine", "beyond"}  # what an item holds
 PHANTOMS = "outputs/phantoms"
-MAX_SIDE = 2**15 - 1  # voxels: coordinates travel as int16
+MAX_INT16_SIDE = 2**15 - 1  # voxels: coordinates travel as int16
 Transform = Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -132,8 +133,10 @@ class CTDataset(Dataset):
         item: dict[str, Any] = {key: v.numpy() if isinstance(v, torch.Tensor) else v for key, v in kept.items()}
         for transform in self.sampling.transforms:  # not Compose's call: it hides a refusal behind a RuntimeError
             item = transform(item)
-        if max(item["spatial_shape"]) > MAX_SIDE:
-            raise ValueError(f"sides of a grid must be at most {MAX_SIDE} voxels, got {tuple(item['spatial_shape'])}")
+        if max(item["spatial_shape"]) > MAX_INT16_SIDE:
+            raise ValueError(
+                f"sides of a grid must be at most {MAX_INT16_SIDE} voxels, got {tuple(item['spatial_shape'])}"
+            )
         rows = item["feats" if "feats" in item else "values"]
         if len(rows) >= self.min_points and _constant(rows, self.windows):
             raise ValueError(
@@ -196,7 +199,7 @@ class CTDataset(Dataset):
         for transform in self.preprocessing:
             item = transform(item)
         return {
-            "coords": torch.from_numpy(np.asfortranarray(item["coords"])),  # in columns: see array.columns
+            "coords": torch.from_numpy(np.asfortranarray(item["coords"])),  # in columns: see crops.columns
             "values": torch.from_numpy(np.ascontiguousarray(item["values"])),
             "spatial_shape": tuple(item["spatial_shape"]),
             "affine": torch.from_numpy(np.array(item["affine"], np.float64)),

@@ -19,8 +19,10 @@ from torch.optim.swa_utils import AveragedModel
 from app.measures.tokenizer_metrics import count_codes, is_collapsed, perplexity
 from app.training import checkpoints
 from app.training.checkpoints import unwrapped
-from app.training.run_folder import SHOWN, advice_for, duration
+from app.training.forecast import advice_for, seconds_a_step
+from app.training.run_folder import SHOWN, duration
 from app.training.step import resume_optimizer, stop_if_not_finite
+from app.training.training_state import read_state
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +74,11 @@ class BeginOrResume:
             return
         weights = {name: checkpoints.step_file(self.folder.path, name, step) for name in self.folder.names}
         live, mean = (checkpoints.read_tensors(path) for path in weights.values())
-        misc = checkpoints.read_tensors(checkpoints.step_file(self.folder.path, "misc", step))
+        file = checkpoints.step_file(self.folder.path, "misc", step)
+        misc = read_state(file, step=step, optimizer=self.optimizer, counts=("num_averaged",))
         for name, stored in zip(weights, (live, mean), strict=True):
             sizes = checkpoints.check_weights(stored, weights[name])
+            checkpoints.check_resampler(sizes, source=self.folder.path)
             checkpoints.check_same(
                 sizes,
                 self.network.sizes,
@@ -87,8 +91,8 @@ class BeginOrResume:
             log.info("nothing left to train: step %d of %d (a larger --max_steps goes on)", step, last)
             engine.terminate()
             return
-        self.network.load_state_dict(live)
-        self.averaged.module.load_state_dict(mean)
+        checkpoints.load_weights(self.network, live, weights[self.folder.names[0]])
+        checkpoints.load_weights(self.averaged.module, mean, weights[self.folder.names[1]])
         self.averaged.n_averaged.fill_(misc["num_averaged"])
         resume_optimizer(self.optimizer, self.schedule, misc["optimizer"], step=step)
         scaler = getattr(engine._process_function, "scaler", None)
@@ -130,28 +134,46 @@ class Average:
 
 
 class Console:
-    """A line a step where due, with the time left. The first step makes the run's folder its own."""
+    """A line a step where due, with the time left; a warning where that is long. The first step makes the run's folder
+    its own.
+    """
 
     def __init__(self, *, folder, on: CallableEventWithFilter, phase: str = "train"):
         self.folder, self.on, self.phase = folder, on, phase
         self.begun: tuple[float, int] | None = None  # when the first step began, and how many were done before
-        self.paces: list[float] = []  # when the first two steps ended
+        self.steps, self.forecast = 0, False
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.GET_BATCH_STARTED, self._begin)
+        engine.add_event_handler(Events.ITERATION_STARTED, self._forecast)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.folder.take_place)
         engine.add_event_handler(self.on, self._show)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._judge)
 
-    def _judge(self, engine: Engine) -> None:
-        """At the second step, as the first one also drew samples and compiled."""
-        if len(self.paces) == 2:
+    def _forecast(self, engine: Engine) -> None:
+        """Before the first step: on a CPU even one can take longer than anybody waits."""
+        quantize = getattr(engine._process_function, "quantize", None)  # an alignment has no points
+        if self.forecast or quantize is None or torch.cuda.is_available():
             return
-        self.paces.append(time.perf_counter())
-        if len(self.paces) == 2:
-            seconds = (self.paces[1] - self.paces[0]) * (engine.state.epoch_length - engine.state.iteration)
-            if (advice := advice_for(seconds, on_gpu=torch.cuda.is_available())) is not None:
-                log.warning("%s", advice)
+        self.forecast = True
+        each = seconds_a_step(unwrapped(engine.network), engine.state.batch, quantize=quantize)
+        if each is not None:
+            left = engine.state.epoch_length - engine.state.iteration + 1
+            self._advise(each * left, f"before the first step: about {duration(each)} each")
+
+    def _judge(self, engine: Engine) -> None:
+        """At the first step, by what it took without drawing samples; on a GPU at the second, as the first compiled."""
+        self.steps += 1
+        on_gpu = torch.cuda.is_available()
+        if self.steps == 1 + on_gpu:
+            each = engine.state.output["seconds"]
+            self._advise(each * (engine.state.epoch_length - engine.state.iteration), f"{duration(each)} a step")
+
+    @staticmethod
+    def _advise(seconds: float, pace: str) -> None:
+        advice = advice_for(seconds, on_gpu=torch.cuda.is_available())
+        if advice is not None and idist.get_rank() == 0:
+            log.warning("%s (%s)", advice, pace)
 
     def _begin(self, engine: Engine) -> None:
         if self.begun is None:

@@ -20,7 +20,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
 from app.shared.refusals import fail
-from app.training import checkpoints
+from app.training import checkpoints, shipped
 from app.training.handlers import StopAtNonFiniteLoss, record_steps
 from app.training.step import (
     TrainStep,
@@ -32,8 +32,8 @@ from app.training.step import (
     trainable,
 )
 from app.training.stopping import StopWhenAsked
+from app.training.training_state import read_state
 from networks.losses import TokenizerLoss
-from networks.presets import Preset
 from networks.quantizer import MIN_VECTORS_PER_CODE
 from networks.vqvae import SparseVQVAE
 
@@ -133,11 +133,13 @@ class CodebookStart:
 
     def _go_on(self, trainer: SupervisedTrainer, schedule: lr_scheduler.LRScheduler) -> None:
         step = self.folder.warm_up_step
-        stored = checkpoints.read_tensors(checkpoints.step_file(self.folder.path, "warmup", step))
-        sizes, own = Preset.from_tensor(stored["network"]["_extra_state"]), self.network.sizes
+        file = checkpoints.step_file(self.folder.path, "warmup", step)
+        stored = read_state(file, step=step, optimizer=trainer.optimizer)
+        sizes, own = checkpoints.check_weights(stored.get("network"), file), self.network.sizes
         otherwise = "begin in another --output_dir"
+        checkpoints.check_resampler(sizes, source=self.folder.path)
         checkpoints.check_same(sizes, own, source=self.folder.path, skip=set(), otherwise=otherwise)
-        self.network.load_state_dict(stored["network"])
+        checkpoints.load_weights(self.network, stored["network"], file)
         resume_optimizer(trainer.optimizer, schedule, stored["optimizer"], step=step)
         if stored["scaler"]:
             trainer._process_function.scaler.load_state_dict(stored["scaler"])
@@ -207,7 +209,7 @@ class Stage2Start:
     def run(self) -> None:
         if self.folder.start_step is not None:
             return
-        path = Path(self.init_from)
+        path = shipped.weights_of(self.init_from)
         if not path.is_file() and not checkpoints.complete_steps(path):
             if not self.demo or path != Path("outputs/vq_stage1"):
                 remedy = f"first run {STAGE1_COMMAND} with your dataset_dir"

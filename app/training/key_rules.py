@@ -9,7 +9,8 @@ from networks.losses import LOSS_TYPES
 from networks.presets import CODEBOOKS, NORMS, POOLS, PRESETS
 from networks.tokens import REDUCTIONS
 from transforms import RandTranslated
-from transforms.array import KEEPS, WINDOWS
+from transforms.sparse import KEEPS
+from transforms.windows import WINDOWS
 
 # Names of the original scripts, and common other names, with ours: the first that a run has is told.
 OTHER_NAMES = {
@@ -165,6 +166,7 @@ RULES = {
     "question": Rule(str, "text", optional=True),
     "language_model": Rule(str, "a hub name or a folder", optional=True),
     "split": Rule(str, "the name of a split such as train or val", optional=True),
+    "levels": _count(1, optional=True),
     "max_cases": _count(1, optional=True),
     "warmup_steps": _count(1),
     "decoder_steps": _count(0),

@@ -1,10 +1,11 @@
-"""Pictures that a run makes: one row a case with input, reconstruction, difference and code map.
+"""Pictures that a run makes: one row a case with all PICTURES (input, reconstruction, difference, codes).
 
 The first case is shown in every window, the others in the first.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 
 from app.shared.sides import write_sides
 from networks.sparse import SparseTensor
-from transforms.array import WINDOWS
+from transforms.windows import WINDOWS
 
 
 class Sample(NamedTuple):
@@ -49,17 +50,46 @@ def sample_of(output: dict) -> Sample:
     )
 
 
+class Picture(NamedTuple):
+    """A column: its values of a sample's channel, whose window is `half` HU to either side, and its colours."""
+
+    values: Callable[[Sample, int, float], Float[np.ndarray, "A B"]]
+    look: Callable[[float], dict[str, Any]]
+    has_scale: bool = False
+
+
+def _colours(name: str) -> Any:
+    return matplotlib.colormaps[name].with_extremes(bad="black")
+
+
+def _grey(_half: float) -> dict[str, Any]:
+    return {"cmap": _colours("gray"), "vmin": -1, "vmax": 1}
+
+
+PICTURES = MappingProxyType(
+    {
+        "input": Picture(lambda sample, channel, _: sample.image[channel], _grey),
+        "reconstruction": Picture(lambda sample, channel, _: sample.recon[channel], _grey),
+        "difference": Picture(
+            lambda sample, channel, half: (sample.recon[channel] - sample.image[channel]) * half,
+            lambda half: {"cmap": _colours("coolwarm"), "vmin": -half, "vmax": half},
+            has_scale=True,
+        ),
+        "codes": Picture(lambda sample, *_: sample.codes, lambda _half: {"cmap": _colours("turbo")}),
+    }
+)
+
+
 def montage(samples: list[Sample], path: Path, *, title: str) -> UInt8[np.ndarray, "H W 3"]:
     """Coronal slices, patient upright and seen from the front, as PNG; gives its pixels."""
-    columns = ("input", "reconstruction", "difference", "codes")
     rows = [(sample, c) for at, sample in enumerate(samples) for c in range(len(sample.image) if at == 0 else 1)]
-    figure = Figure(figsize=(2.5 * len(columns), 2.4 * len(rows) + 0.5), layout="constrained", dpi=110)
+    figure = Figure(figsize=(2.5 * len(PICTURES), 2.4 * len(rows) + 0.5), layout="constrained", dpi=110)
     canvas = FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=9)
-    axes = figure.subplots(len(rows), len(columns), squeeze=False)
+    axes = figure.subplots(len(rows), len(PICTURES), squeeze=False)
     for line, (sample, channel) in zip(axes, rows, strict=True):
         _draw_row(figure, line, sample, channel)
-    for axis, name in zip(axes[0], columns, strict=True):
+    for axis, name in zip(axes[0], PICTURES, strict=True):
         axis.set_title(name, fontsize=8)
     canvas.print_png(str(path))
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
@@ -68,26 +98,15 @@ def montage(samples: list[Sample], path: Path, *, title: str) -> UInt8[np.ndarra
 def _draw_row(figure: Figure, axes: np.ndarray, sample: Sample, channel: int) -> None:
     name = sample.windows[channel] if sample.windows else f"channel {channel}"
     half, unit = (WINDOWS[name][0] / 2, "HU") if sample.windows else (1, "of the features")
-    for axis, (image, look) in zip(axes, _looks(sample, channel, half), strict=True):
+    for axis, picture in zip(axes, PICTURES.values(), strict=True):
+        image, look = picture.values(sample, channel, half), picture.look(half)
         shown = axis.imshow(image[::-1].T, origin="lower", interpolation="none", **look)
         axis.set_axis_off()
         write_sides(axis, "coronal")
-        if look["cmap"].name == "coolwarm":
+        if picture.has_scale:
             scale = figure.colorbar(shown, ax=axis, shrink=0.8, ticks=[-half, 0, half])
             scale.ax.tick_params(labelsize=6)
             scale.set_label(f"{unit}, red: too high", fontsize=6)
     label = f"{sample.case_id}\n{name}"
     look = {"color": "white", "fontsize": 6, "va": "top", "bbox": {"facecolor": "black", "alpha": 0.55, "pad": 0.8}}
     axes[0].text(0.02, 0.98, label, transform=axes[0].transAxes, **look)
-
-
-def _looks(sample: Sample, channel: int, half: float) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
-    """Each picture of a row with its colours and limits."""
-    grey, change, kinds = (
-        matplotlib.colormaps[name].with_extremes(bad="black") for name in ("gray", "coolwarm", "turbo")
-    )
-    image, recon = sample.image[channel], sample.recon[channel]
-    yield image, {"cmap": grey, "vmin": -1, "vmax": 1}
-    yield recon, {"cmap": grey, "vmin": -1, "vmax": 1}
-    yield (recon - image) * half, {"cmap": change, "vmin": -half, "vmax": half}
-    yield sample.codes, {"cmap": kinds}

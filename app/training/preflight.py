@@ -236,7 +236,10 @@ def _check_component(path: str, node: dict[str, Any]) -> None:
         hint = f"did you mean {module}.{near[0]}?" if near else "give the dotted path of a class or function"
         fail("BAD_TARGET", f"{path} names {name}, which does not exist", hint)
     try:
-        takes = inspect.signature(made).parameters
+        # an instance's own call: Python 3.12 gives members of an Enum the signature of their class
+        takes = inspect.signature(
+            made if inspect.isroutine(made) or isinstance(made, type) else made.__call__
+        ).parameters
     except (TypeError, ValueError):  # written in C: it says nothing of its arguments
         return
     named = [p for p in takes.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]

@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 
 STARTING = ".starting_run"
 MAX_PICTURED = 4
-LONG_RUN_SECONDS = 48 * 3600
 MAX_TOLD = 60  # letters of a setting
 UNTOLD = {"resume", "output_dir", "i_print", "i_log", "i_sample", "i_save", "keep_last", "_desc_"}  # the same run
 SHOWN = ("loss", "recon", "vq", "commitment", "correct")  # on the console line, where a step has them
@@ -297,14 +296,6 @@ def _of_parts(values: list) -> bool:
 def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= MAX_TOLD else text[:MAX_TOLD] + "…"
-
-
-def advice_for(seconds: float, *, on_gpu: bool) -> str | None:
-    """A line where a run will take longer than anybody waits for."""
-    if seconds < LONG_RUN_SECONDS:
-        return None
-    machine, instead = ("GPU", "several GPUs under torchrun") if on_gpu else ("CPU", "--preset tiny, or a GPU")
-    return f"about {seconds / 3600:.0f} h at this rate on this {machine}: {instead}, or fewer steps"
 
 
 def duration(seconds: float) -> str:

@@ -29,9 +29,9 @@ from app.shared.refusals import fail
 from app.training.checkpoints import unwrapped
 from app.training.preflight import one_line_errors
 from networks.losses import TokenizerLoss
-from networks.residual import drawn_levels
 from networks.sparse import SparseTensor
 from networks.vqvae import SparseVQVAE
+from transforms.grid import RESAMPLER
 from transforms.tensor import window_values
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,6 @@ class TrainStep:
         if not unwrapped(engine.network).training:  # it walks through all modules; a wrapper's own flag says nothing
             engine.network.train()
         engine.optimizer.zero_grad(set_to_none=True)
-        num_levels = unwrapped(engine.network).sizes.quantizer_levels
         names: list[str] = []
         sums: torch.Tensor | float = 0.0
         points = 0
@@ -96,8 +95,7 @@ class TrainStep:
             x = to_sparse(part, engine.state.device)
             with torch.autocast(x.feats.device.type, dtype=self.amp, enabled=self.amp is not None):
                 seeds = [sample_seed(self.seed, engine.state.iteration, case) for case in part["case_id"]]
-                levels = drawn_levels(num_levels, seeds, dropout=self.level_dropout) if self.level_dropout else None
-                output = engine.network(x, quantize=self.quantize, seeds=seeds, levels=levels)
+                output = engine.network(x, quantize=self.quantize, seeds=seeds, level_dropout=self.level_dropout)
                 terms = engine.loss_function(output, x)
             if output.codes is not None:
                 self.codes.append(output.codes)
@@ -197,9 +195,9 @@ def distribute(network: nn.Module) -> nn.Module:
 def to_train(
     network: SparseVQVAE, *, device: torch.device | str, learns: Sequence[str], grid: Sequence | None = None
 ) -> SparseVQVAE:
-    """The network on its device, with only the named parts to learn, and the grid of its data in its record."""
+    """The network on its device, with only the named parts to learn; how its data came onto their grids is recorded."""
     grid = tuple(grid) if isinstance(grid, list) else grid  # as a config gives it
-    network.sizes = dataclasses.replace(network.sizes, prepared=grid)
+    network.sizes = dataclasses.replace(network.sizes, prepared=grid, resampler=RESAMPLER)
     let_learn(network, learns)
     return network.to(device)
 

@@ -24,7 +24,7 @@ from app.training.checkpoints import load_tokenizer
 from app.training.step import shuffled_rows
 from networks.sparse import SparseTensor
 from transforms import Resampled, Sparsifyd, Windowsd
-from transforms.array import WINDOWS, window_values
+from transforms.windows import WINDOWS, window_values
 
 FIRST_SEED = 1_000_000  # far from any seed of the cohort
 

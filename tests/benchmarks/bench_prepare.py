@@ -25,7 +25,7 @@ def ours(path: str, spacing: float, out: str):
     import numpy as np
 
     from app.prepare import normalise, read_scan
-    from app.prepare.geometry import spacing_of
+    from transforms.grid import spacing_of
 
     start = time.process_time()
     volume = read_scan(path)[0]
@@ -59,7 +59,7 @@ def full(path: str, spacing: float, out: str):
     import numpy as np
 
     from app.prepare import cohort, read_scan
-    from app.prepare.geometry import spacing_of
+    from transforms.grid import spacing_of
 
     volume = read_scan(path)[0]
     size = int(np.ceil((np.array(volume.hu.shape) * spacing_of(volume.affine)).max() / spacing)) + 1

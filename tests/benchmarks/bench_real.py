@@ -317,7 +317,7 @@ def picture(out: Path) -> None:
     """Coronal slices of each val case in two windows: source, each network, and how far it is off."""
     from matplotlib.figure import Figure
 
-    from transforms.array import WINDOWS, window
+    from transforms.windows import WINDOWS, window
 
     found = results(out)
     cases = list(next(iter(found.values()))["cases"])

@@ -3,24 +3,36 @@
 docs/contributing.md says where each table lies.
 """
 
+import json
+import shutil
 import sys
 from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+from monai.bundle import ConfigParser
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from app.evaluation import answer_pages, answer_scores
+from app.measures.findings import FINDING_SCORES, FindingScore
 from app.prepare import read_scan
 from app.prepare.files import FORMATS, Format, Ref, sniff
 from app.prepare.formats import READERS, VolumeFile
-from app.training import key_rules
-from networks import make_vqvae
+from app.shared.refusals import Refused
+from app.text.rows import TextRow
+from app.training import checkpoints, key_rules, pictures, preflight, train
+from networks import make_vqvae, presets, qwen, tiny_qwen
+from networks.fsq import FiniteScalarQuantizer
 from networks.losses import LOSS_TYPES, TokenizerLoss, reconstruction
-from networks.presets import PRESETS
+from networks.presets import PRESETS, Preset
+from networks.residual import QUANTIZERS
 from networks.sparse import SparseTensor
 from tests.scans import sample
 from transforms import Sparsifyd
-from transforms.array import KEEPS, WINDOWS, Keep, densify, fill_for, hu_from_windows, window_file_name, window_values
+from transforms.sparse import KEEPS, Keep, densify, fill_for
+from transforms.windows import WINDOWS, hu_from_windows, window_file_name, window_values
 
 
 @pytest.fixture
@@ -76,8 +88,97 @@ def test_a_loss_term_is_a_value_of_the_forward_pass_and_a_weight():
     assert terms["toy"] == 3 and terms["loss"].item() == pytest.approx(plain.item() + 6, rel=1e-5)
 
 
+def test_a_codebook_is_a_name_and_a_row(add_row, monkeypatch):
+    class Halves(FiniteScalarQuantizer):
+        """Codes of which only the lower half is used."""
+
+        def forward(self, rows):
+            return super().forward(-rows.abs())
+
+    monkeypatch.setattr(presets, "CODEBOOKS", (*presets.CODEBOOKS, "toy"))
+    add_row(QUANTIZERS, "toy", lambda sizes: Halves(sizes.num_embeddings, sizes.latent_channels))
+    network = make_vqvae("tiny", codebook="toy", num_embeddings=64, resolution=16, windows=["lung"])
+    assert type(network.vq) is Halves and network.sizes.codebook == "toy"
+    coords = torch.nn.functional.pad(torch.ones(16, 16, 16).nonzero(), (1, 0)).int()
+    x = SparseTensor(torch.rand(len(coords), 1), coords, spatial_shape=(16,) * 3, batch_size=1)
+    tokens = network.eval().encode(x)
+    assert len(tokens.codes) == 8 and network.decode(tokens).feats.isfinite().all()
+    assert type(checkpoints.build_vqvae(Preset.from_tensor(network.sizes.to_tensor())).vq) is Halves
+
+
+def test_a_language_family_is_a_row_and_its_class(monkeypatch, tmp_path):
+    stock = qwen.FAMILIES["qwen3_vl"]
+
+    class ToyConfig(stock.config_class):
+        model_type = "toy_vl"
+
+    class Toy(stock):
+        config_class = ToyConfig
+
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "toy_vl", ToyConfig)  # as its package would
+    language, words = tiny_qwen.build_tiny(["left right nodule"], family="qwen3_vl", width=32, num_layers=1)
+    language.save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_type": "toy_vl", "architectures": ["Toy"]}))
+    with pytest.raises(ValueError, match=r"must be a Qwen2-VL or Qwen3-VL, got .* of type toy_vl"):
+        qwen.load_language(tmp_path)
+    monkeypatch.setitem(qwen.FAMILIES, "toy_vl", Toy)
+    loaded, _ = qwen.load_language(tmp_path)
+    ids = torch.tensor([words.encode("left nodule")])
+    with torch.no_grad():
+        given, expected = (model.eval()(input_ids=ids).logits for model in (loaded, language))
+    assert type(loaded) is Toy and torch.allclose(given, expected, atol=1e-5)
+
+
+def test_a_training_stage_is_a_file_with_both_its_defaults(tmp_path, monkeypatch):
+    shutil.copytree(train.bundles(), tmp_path / "bundles")
+    config = json.loads((tmp_path / "bundles" / "vq_stage1.json").read_text())
+    config["max_steps"] = "$7 if @demo else 70_000"
+    (tmp_path / "bundles" / "toy_stage.json").write_text(json.dumps(config))
+    monkeypatch.setattr(train, "bundles", lambda: tmp_path / "bundles")
+    assert "toy_stage" in train.stages()
+    parser = ConfigParser(preflight.load_config([str(train._file_of("toy_stage"))]))
+    parser["demo"] = True
+    assert parser.get_parsed_content("max_steps") == 7
+    with pytest.raises(Refused, match=r"UNKNOWN_STAGE: there is no stage toy_stages\. Did you mean toy_stage"):
+        train._file_of("toy_stages")
+
+
+def test_an_output_picture_is_one_row(add_row, monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(pictures, "Figure", lambda **options: figures.append(Figure(**options)) or figures[-1])
+    looked = pictures.PICTURES["input"].look
+    add_row(
+        pictures.PICTURES,
+        "toy",
+        pictures.Picture(lambda sample, channel, half: sample.image[channel] * 0 + half, looked),
+    )
+    image = np.zeros((1, 8, 6), np.float32)
+    pictures.montage([pictures.Sample("c", ("lung",), image, image, np.zeros((1, 1)))], tmp_path / "m.png", title="t")
+    shown = {axes.get_title(): axes.images[0].get_array() for axes in figures[0].axes if axes.get_title()}
+    assert list(shown) == ["input", "reconstruction", "difference", "codes", "toy"]
+    assert (shown["toy"] == 750).all()
+
+
+def test_a_clinical_metric_is_one_row(add_row):
+    add_row(FINDING_SCORES, "toy", FindingScore(lambda counts: float(counts.false_alarms.sum()), is_tested=True))
+    rows = [TextRow(f"c{n}", "Report?", "a pleural effusion", kind="report", patient=f"p{n}") for n in range(4)]
+    names = (*answer_scores.COLUMNS, "reference")
+    answers = {name: ["a pleural effusion"] * 4 for name in names} | {"real": ["emphysema and a pleural effusion"] * 4}
+    reports = answer_scores.report_scores(rows, answers)
+    assert reports["findings"]["scores"]["real"]["toy"] == 4
+    answer_scores.add_verdicts(reports, reports["findings"])
+    gap = reports["findings"]["gaps"]["shuffled"]["toy"]
+    assert gap["difference"] == 4 and gap["verdict"]
+    result = {"rows": 4, "patients": 4, "left_out": {}, "questions": None, "reports": reports}
+    (line,) = [line for line in answer_pages.table_lines(result) if line.startswith("| findings: toy")]
+    assert line.startswith("| findings: toy | 4.000 | 0.000 |")
+
+
 def test_a_preset_is_one_row(add_row):
     add_row(PRESETS, "toy", PRESETS["tiny"].changed(latent_channels=4, num_embeddings=16))
+    assert "toy" in presets.describe("toy") and key_rules.PRESETS["toy"].num_embeddings == 16
     network = make_vqvae("toy")
     assert network.vq.codebook.shape == (16, 4)
 

@@ -111,7 +111,7 @@ def test_the_refusal_behind_a_chain_is_what_is_told():
 
 
 def test_values_that_transforms_and_networks_refuse_have_a_code_too():
-    from transforms.array import window_bounds
+    from transforms.windows import window_bounds
 
     with pytest.raises(ValueError, match="lungs") as end:
         window_bounds("lungs")

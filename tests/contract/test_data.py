@@ -12,10 +12,13 @@ from app.shared.refusals import Refused
 from app.training.data import CTDataset, make_dataset, preprocessing, sampling
 from app.training.loaders import StepSampler, collate, make_train_loader, make_val_loader
 from app.training.step import to_sparse
-from transforms import Resampled, Sparsifyd, Windowsd, array
+from transforms import Resampled, Sparsifyd, Windowsd, grid
+from transforms.body import body_mask
+from transforms.sparse import sparsify
+from transforms.windows import DEFAULT_WINDOWS, WINDOWS, window, window_file_name, window_values
 
 SETTINGS = {"resolution": 16, "spacing": 8.0}
-NAMES = array.DEFAULT_WINDOWS
+NAMES = DEFAULT_WINDOWS
 
 
 def blob(rng: np.random.Generator, radius: float) -> np.ndarray:
@@ -52,12 +55,12 @@ def same(one: dict, other: dict) -> bool:
 def test_a_sample_is_resampling_and_sparsification_of_the_case_with_the_names_of_windows(dataset_dir):
     item = make(dataset_dir, split="val")[1]
     case = prepared.open_case(dataset_dir / "processed" / "case6")
-    volume = array.resample(case.hu(), spacing_in=case.spacing, spacing_out=8.0, grid=16, affine=case.affine)
-    hu = np.rint(volume.array).astype(np.int16)
-    coords, values = array.sparsify(hu, array.body_mask(hu, spacing=8.0))
+    volume = grid.resample(case.hu(), case.affine, grid.centred_grid(case.shape, case.affine, 16, 8.0))
+    hu = volume.array
+    coords, values = sparsify(hu, body_mask(hu, spacing=8.0))
     assert np.array_equal(item["coords"], coords) and item["coords"].dtype == torch.int16
     assert np.array_equal(item["hu"], values) and item["hu"].dtype == torch.int16  # without jitter they are whole
-    assert item["windows"] == array.DEFAULT_WINDOWS and "feats" not in item
+    assert item["windows"] == DEFAULT_WINDOWS and "feats" not in item
     assert np.array_equal(item["affine"], volume.affine)
     assert item["case_id"] == "case6" and item["spatial_shape"] == (16, 16, 16)
 
@@ -77,7 +80,7 @@ def test_a_batch_is_what_the_network_takes(dataset_dir):
     order = [tuple(row) for row in batch["coords"].tolist()]
     place = [order.index(tuple(row)) for row in x.coords.tolist()]
     assert x.coords.dtype == torch.int32 and x.batch_size == 3 and x.spatial_shape == (16, 16, 16)
-    assert np.array_equal(x.feats, array.window_values(batch["hu"].numpy(), array.DEFAULT_WINDOWS)[place])
+    assert np.array_equal(x.feats, window_values(batch["hu"].numpy(), DEFAULT_WINDOWS)[place])
 
 
 @pytest.mark.parametrize(("split", "limit"), [("train", 12), ("val", 10)])
@@ -399,7 +402,7 @@ def test_a_transform_behind_the_windows_sees_features(dataset_dir):
     plain = make(dataset_dir, split="val")[0]
     draw = [Windowsd(windows=["lung"]), negated]
     item = make_dataset(dataset_dir, split="val", preprocessing=preprocessing(**SETTINGS), sampling=draw)[0]
-    assert np.array_equal(item["feats"], -array.window_values(plain["hu"].numpy(), ["lung"])) and "hu" not in item
+    assert np.array_equal(item["feats"], -window_values(plain["hu"].numpy(), ["lung"])) and "hu" not in item
 
 
 def test_windows_of_ones_own_are_applied_as_they_are(dataset_dir):
@@ -412,14 +415,14 @@ def test_windows_of_ones_own_are_applied_as_they_are(dataset_dir):
     for draw in ([Halved(windows=["lung"])], [lambda item: {**item, "x": item["values"] // 2}, Windowsd("x")]):
         item = make_dataset(dataset_dir, split="val", preprocessing=preprocessing(**SETTINGS), sampling=draw)[0]
         told = plain["hu"].numpy()
-        halved = array.window_values(told, ["lung"]) / 2 if len(draw) == 1 else array.window_values(told // 2, NAMES)
+        halved = window_values(told, ["lung"]) / 2 if len(draw) == 1 else window_values(told // 2, NAMES)
         assert np.array_equal(item["feats"], halved) and "hu" not in item
 
 
 def test_each_sample_of_a_batch_has_its_own_windows(dataset_dir):
     items = [make(dataset_dir, windows=[name])[(0, n)] for n, name in enumerate(("lung", "bone"))]
     batch = collate(items)
-    expected = [array.window_values(item["hu"].numpy(), item["windows"]) for item in items]
+    expected = [window_values(item["hu"].numpy(), item["windows"]) for item in items]
     assert np.array_equal(to_sparse(batch, torch.device("cpu")).feats.sort(0)[0], np.sort(np.concatenate(expected), 0))
 
 
@@ -430,13 +433,13 @@ def older(root, windows: dict[str, np.ndarray]) -> None:
     folder = root / "processed" / "old" / "windows"
     folder.mkdir(parents=True)
     for name, part in windows.items():
-        np.save(folder / array.window_file_name(name), part)
+        np.save(folder / window_file_name(name), part)
 
 
 def test_graded_windows_of_an_older_tree_are_the_features(tmp_path, rng):
     hu = blob(rng, 9)
     names = ["lung", "soft_tissue"]
-    older(tmp_path, {name: array.window(hu, *array.WINDOWS[name]) for name in names})
+    older(tmp_path, {name: window(hu, *WINDOWS[name]) for name in names})
     dataset = CTDataset(
         prepared.find_cases(tmp_path),
         preprocessing=[Resampled(spacing=4.0, grid=24), Sparsifyd()],
@@ -444,7 +447,7 @@ def test_graded_windows_of_an_older_tree_are_the_features(tmp_path, rng):
     )
     item = dataset[0]
     told = hu[tuple(item["coords"].long().T)]
-    assert np.abs(array.window_values(item["hu"].numpy(), names) - array.window_values(told, names)).max() < 0.01
+    assert np.abs(window_values(item["hu"].numpy(), names) - window_values(told, names)).max() < 0.01
     assert len(item["coords"]) > 1000
 
 

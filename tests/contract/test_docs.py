@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ key_table = importlib.import_module("key_table")
 
 PAGES = [
     ROOT / "README.md",
+    ROOT / "README.zh.md",
     ROOT / "CHANGELOG.md",
     ROOT / "tests/benchmarks/RESULTS.md",
     *sorted(ROOT.glob("docs/*.md")),
@@ -133,6 +135,24 @@ def test_the_readme_is_short_and_has_the_lines_that_continuous_integration_reads
     assert len(text.splitlines()) < 250
     main_job = "pip install -e . && python -m monai.bundle run training --config_file bundles/vq_stage1.json"
     assert f"\n{main_job}\n" in text and '\npip install -e ".[dev]" && pytest\n' in text
+
+
+def test_the_chinese_readme_has_the_commands_figures_and_pages_of_the_readme():
+    english, chinese = ROOT / "README.md", ROOT / "README.zh.md"
+    assert commands(chinese) == commands(english)
+    assert figures(chinese) == figures(english)
+    assert set(links(chinese)) - {"README.md"} == set(links(english)) - {"README.zh.md"}
+    assert "README.zh.md" in links(english) and "README.md" in links(chinese)
+
+
+def figures(page):
+    """All numbers of a page's text, each as often as it stands there."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return Counter(re.findall(r"(?<![\w.])[+-]?\d*\.\d+|(?<![\w.])\d{2,}(?![\w.])", text))
+
+
+def links(page):
+    return re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
 
 
 # ---- keys

@@ -10,7 +10,11 @@ from monai.bundle import ConfigParser
 from monai.transforms import Compose
 
 import transforms
-from transforms import RandCropToBudgetd, RandJitterd, RandTranslated, Resampled, Sparsifyd, Windowsd, array, tensor
+from transforms import RandCropToBudgetd, RandJitterd, RandTranslated, Resampled, Sparsifyd, Windowsd, grid, tensor
+from transforms.acquisition import acquire
+from transforms.crops import crop_to_budget, translate
+from transforms.sparse import KEEPS, keep_mask, sparsify, sparsify_masks
+from transforms.windows import WINDOWS, window_bounds, window_values
 
 
 @pytest.fixture
@@ -28,23 +32,39 @@ def kept(item) -> dict:
 
 def test_resampled(item):
     out = Resampled("image", spacing=6.0, grid=16)(item)
-    twin = array.resample(item["image"], spacing_in=[4.0, 4.0, 4.0], spacing_out=6.0, grid=16, affine=item["affine"])
-    assert np.array_equal(out["image"], np.rint(twin.array)) and out["image"].dtype == np.int16
-    assert np.array_equal(out["affine"], twin.affine)
+    onto = grid.centred_grid((24, 24, 24), item["affine"], 16, 6.0)
+    twin = grid.resample(item["image"], item["affine"], onto)
+    assert np.array_equal(out["image"], twin.array) and out["image"].dtype == np.int16
+    assert np.array_equal(out["affine"], twin.affine) and out["beyond"] == 0
     assert item["image"].shape == (24, 24, 24)  # the input is left alone
+    cut = Resampled("image", spacing=2.0, grid=16)(item)
+    onto = grid.centred_grid((24, 24, 24), item["affine"], 16, 2.0)
+    assert cut["beyond"] == grid.share_beyond(item["image"], item["affine"], onto) > 0.5
 
 
 def test_resampled_without_geometry_fills_the_grid(item):
     out = Resampled("image", spacing=6.0, grid=12)({"image": item["image"], "affine": None})
-    twin = array.resample(item["image"], spacing_in=[3.0, 3.0, 3.0], spacing_out=6.0, grid=12)
-    assert np.array_equal(out["image"], np.rint(twin.array))
+    affine = np.diag([3.0, 3.0, 3.0, 1.0])
+    twin = grid.resample(item["image"], affine, grid.centred_grid((24, 24, 24), affine, 12, 6.0))
+    assert np.array_equal(out["image"], twin.array)
 
 
-@pytest.mark.parametrize("keep", array.KEEPS)
+def test_resampled_keeps_shares_of_masks(item):
+    masks = np.stack([item["image"] > 0, item["image"] > -900], -1)
+    out = Resampled("image", spacing=6.0, grid=16)({**item, "image": masks})
+    onto = grid.centred_grid((24, 24, 24), item["affine"], 16, 6.0)
+    for channel in range(2):
+        share = masks[..., channel].astype(np.float32)
+        twin = grid.resample(share, item["affine"], onto, outside=0, dtype=np.float32)
+        assert np.array_equal(out["image"][..., channel], twin.array)
+    assert ((out["image"] > 0.1) & (out["image"] < 0.9)).mean() > 0.01
+
+
+@pytest.mark.parametrize("keep", KEEPS)
 def test_sparsifyd(item, keep):
     out = Sparsifyd("image", keep=keep, windows=["soft_tissue"])(item)
-    mask = array.keep_mask(item["image"], keep, windows=["soft_tissue"], spacing=4.0)
-    coords, values = array.sparsify(item["image"], mask)
+    mask = keep_mask(item["image"], keep, windows=["soft_tissue"], spacing=4.0)
+    coords, values = sparsify(item["image"], mask)
     assert np.array_equal(out["coords"], coords) and np.array_equal(out["values"], values)
     assert out["spatial_shape"] == (24, 24, 24) and "image" not in out
 
@@ -52,7 +72,7 @@ def test_sparsifyd(item, keep):
 def test_sparsifyd_turns_masks_into_bands(item):
     masks = np.stack([item["image"] > 0, item["image"] > -900], -1)
     out = Sparsifyd("image")({**item, "image": masks})
-    coords, values = array.sparsify_masks(masks)
+    coords, values = sparsify_masks(masks)
     assert np.array_equal(out["coords"], coords) and np.array_equal(out["values"], values)
     assert values.shape[1] == 2
 
@@ -73,7 +93,7 @@ def test_acquisition_draws_from_its_seed_what_its_twin_does(kept, name):
         "slice_blur": draw.uniform(0, change.slice_blur),
         "grain": draw.uniform(0, change.grain),
     }
-    twin = array.acquire(
+    twin = acquire(
         kept["values"], kept["coords"], **drawn, generator=np.random.default_rng(draw.randint(2**32, dtype=np.uint32))
     )
     assert np.array_equal(first, twin)
@@ -87,7 +107,7 @@ def test_acquisition_left_at_zero_leaves_values_alone(kept):
 
 def test_windowsd(kept):
     out = Windowsd("values", windows=["lung", "brain"])(kept)
-    assert np.array_equal(out["feats"], array.window_values(kept["values"], ["lung", "brain"]))
+    assert np.array_equal(out["feats"], window_values(kept["values"], ["lung", "brain"]))
     bands = {"values": np.array([[0.5, -1.0]])}
     assert Windowsd("values")(bands)["feats"].tolist() == [[0.5, -1.0]]
 
@@ -95,20 +115,20 @@ def test_windowsd(kept):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [np.int16, np.float32])
 def test_windows_on_tensors_are_the_same_to_the_last_bit(rng, dtype, device):
-    names = list(array.WINDOWS)
-    ends = [bound + step for name in names for bound in array.window_bounds(name) for step in (-1, 0, 1)]
+    names = list(WINDOWS)
+    ends = [bound + step for name in names for bound in window_bounds(name) for step in (-1, 0, 1)]
     hu = np.concatenate([ends, [-32768, -1024, 0, 32767], rng.uniform(-1500, 3500, 20_000)]).astype(dtype)
     for shaped in (hu, hu[: len(hu) // 6 * 6].reshape(2, 3, -1)):
         got = tensor.window_values(torch.from_numpy(shaped).to(device), names)
         assert got.dtype == torch.float32 and got.device.type == device
-        assert np.array_equal(got.cpu().numpy().view(np.int32), array.window_values(shaped, names).view(np.int32))
+        assert np.array_equal(got.cpu().numpy().view(np.int32), window_values(shaped, names).view(np.int32))
 
 
 def test_rand_crop_to_budget(kept):
     transform = RandCropToBudgetd(max_points=1000)
     out = transform.set_random_state(seed=3)(kept)
     center = kept["coords"][np.random.RandomState(3).randint(len(kept["coords"]))]
-    rows = array.crop_to_budget(kept["coords"], 1000, center=center)
+    rows = crop_to_budget(kept["coords"], 1000, center=center)
     assert 0 < len(rows) < len(kept["coords"])
     assert np.array_equal(out["coords"], kept["coords"][rows])
     assert np.array_equal(out["values"], kept["values"][rows])
@@ -118,7 +138,7 @@ def test_rand_translated(kept):
     out = RandTranslated(max_shift=3).set_random_state(seed=5)(kept)
     shift = out["coords"][0].astype(int) - kept["coords"][0]
     assert shift.any() and np.abs(shift).max() <= 3
-    assert np.array_equal(out["coords"], array.translate(kept["coords"], shift, kept["spatial_shape"]))
+    assert np.array_equal(out["coords"], translate(kept["coords"], shift, kept["spatial_shape"]))
 
 
 def test_rand_jitter(kept):

@@ -73,6 +73,21 @@ def test_resuming_gives_the_run_that_was_not_interrupted(home, aligned):
     assert steps == list(range(1, 17))
 
 
+@pytest.mark.parametrize("name", ["align", "misc"])
+def test_foreign_numbers_in_what_an_alignment_goes_on_with_are_one_line(home, aligned, tmp_path, name):
+    """A bias of one number would fit every place by broadcasting."""
+    shutil.copytree(aligned, tmp_path / "run")
+    file = tmp_path / f"run/ckpts/{name}_step0000016.pt"
+    content = torch.load(file)
+    if name == "align":
+        content["projector.proj.bias"] = torch.ones(1)
+    else:
+        content["optimizer"]["state"][0]["exp_avg_sq"] -= 1
+    torch.save(content, file)
+    with pytest.raises(Refused, match=rf"BAD_CHECKPOINT: .*{file.name}"):
+        align(home, tmp_path / "run", resume="latest", epochs=3)
+
+
 def test_a_run_that_is_told_to_end_saves_its_step_and_goes_on_as_if_it_had_not(home, aligned, place, start_process):
     settings = {
         "data": home / "text.jsonl", "vl_model": home / "qwen", "vae_ckpt": home / "tokenizer.pt", "i_save": 100,
@@ -266,6 +281,7 @@ def test_low_rank_layers_without_peft_are_one_line(home, tmp_path, monkeypatch):
 def test_a_missing_tokenizer_is_trained_on_the_demo_and_asked_for_otherwise(home, place, monkeypatch):
     """What stage 1 would leave is put there in its stead; the run goes on with it."""
     monkeypatch.chdir(place)
+    monkeypatch.setattr("app.training.shipped.pretrained_folder", lambda: place / "none ships")
     with pytest.raises(Refused) as end:
         align(home, place / "out", vae_ckpt=None, data=str(home / "text.jsonl"))
     assert str(end.value).startswith("NO_TOKENIZER: there is no tokenizer yet. First run")

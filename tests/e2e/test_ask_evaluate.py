@@ -6,8 +6,10 @@ import shutil
 import subprocess
 import sys
 
+import nibabel
 import numpy as np
 import pytest
+import torch
 from monai.bundle import run
 from typer.testing import CliRunner
 
@@ -15,7 +17,10 @@ from app.__main__ import app
 from app.dataset.writer import write_case
 from app.evaluation import evaluate
 from app.language import ask as asking
+from app.language.align_setup import make_collate
 from app.language.assistant import NOTICE, CTAssistant
+from app.language.chat import encode_chat
+from app.language.where_looked import where_looked
 from app.measures import controls
 from app.phantoms.phantoms import make_phantom, write_nifti
 from app.shared.refusals import Refused, refusal_of
@@ -59,6 +64,14 @@ def test_a_prepared_case_is_one_scan_however_it_is_given(aligned, tmp_path):
     file.unlink()
     (again,) = assistant.open_all(case.path)
     assert again.origin == found.origin and again.name == "case"
+
+
+def test_a_volume_in_memory_is_known_by_its_values_whatever_holds_it(aligned):
+    """Before, only what had an attribute `hu` could be asked about."""
+    volume, assistant = make_volume(9), CTAssistant.from_pretrained(aligned)
+    held = [volume, (volume.hu, volume.affine), nibabel.Nifti1Image(volume.hu, volume.affine)]
+    first, *others = (assistant.open(one).origin for one in held)
+    assert len(first["scan_sha256"]) == 64 and all(other == first for other in others)
 
 
 def test_a_folder_gives_jsonl_and_failures(home, aligned, tmp_path):
@@ -116,7 +129,9 @@ def test_a_prepared_folder_tells_what_was_cut_off_and_which_case_is_damaged(alig
     (case.path.parent / "damaged" / "case.json").write_text("[")
     result = asking.ask(str(tmp_path / "data"), ["On which side?"], align=str(aligned), max_new_tokens=4)
     assert [answer["provenance"]["codes"] for answer in result["answers"]] == [["FOV_CROPPED"]]
-    assert result["status"] == 3 and result["failures"][0].startswith("DAMAGED_CASE: damaged/case.json cannot be read")
+    assert result["status"] == 3 and result["failures"][0].startswith(
+        "damaged: DAMAGED_CASE: damaged/case.json cannot be read"
+    )
 
 
 def say(*call, status=0) -> str:
@@ -186,6 +201,39 @@ def test_evaluation_writes_scores_beside_controls_and_goes_on_where_it_was(home,
     assert len(asked) == 3
 
 
+def test_evaluation_writes_a_page_with_a_question_and_where_its_answer_looked(home, aligned, tmp_path, few_draws):
+    options = {"max_new_tokens": 3}
+    evaluate.evaluate(str(home / "text.jsonl"), align=str(aligned), output_dir=str(tmp_path), options=options)
+    text = (tmp_path / "index.html").read_text()
+    answer = evaluate.given_answers(tmp_path / "answers_real.jsonl")["scans/case8.npz", "On which side?"]
+    assert f"<h3>On which side?</h3><p><strong>Answer:</strong> {answer}</p>" in text
+    assert "<strong>Known:</strong> right" in text and "gives this answer a probability of" in text
+    assert "Does the model look?" in text and "question only" in text and NOTICE in text
+    assert "case8" not in text, "names of scans may tell of patients"
+
+
+def test_where_an_answer_looked_is_what_its_probability_falls_by(home, aligned):
+    assistant = CTAssistant.from_pretrained(aligned)
+    volume = assistant.reduce(assistant.open(home / "scans/case9.npz").tokens)
+    looked = where_looked(assistant, "On which side?", "left", volume)
+    assert torch.equal(looked.coords, volume.coords) and looked.loss.shape == (len(volume.feats),)
+
+    def log_probability(feats):
+        """The plain way: of the model's own loss, a mean over the answer's tokens."""
+        encoded = encode_chat(assistant.text_tokenizer, "On which side?", answer="left")
+        sample = {**encoded._asdict(), "volumes": [volume._replace(feats=feats)]}
+        told = assistant.model(make_collate(assistant.model.language, assistant.text_tokenizer)([sample]))
+        return -float(told.loss.detach()) * told.num_tokens
+
+    whole = log_probability(volume.feats)
+    assert looked.probability == pytest.approx(np.exp(whole), rel=1e-4)
+    for row in (0, int(looked.loss.argmax())):
+        feats = volume.feats.clone()
+        feats[row] = volume.feats.mean(0)
+        assert float(looked.loss[row]) == pytest.approx(whole - log_probability(feats), abs=1e-4)
+    assert where_looked(assistant, "On which side?", "  ", volume) is None
+
+
 def test_an_answer_is_asked_again_when_it_was_shown_another_volume_or_cut_shorter(
     home, aligned, monkeypatch, tmp_path, few_draws
 ):
@@ -240,7 +288,8 @@ def test_evaluate_as_a_command(home, aligned, tmp_path, few_draws):
     result = json.loads(say("evaluate", home / "text.jsonl", *where, "--json"))
     assert result == json.loads((tmp_path / "language.json").read_text()) and result["rows"] == 8
     for_people = say("evaluate", home / "text.jsonl", *where)
-    assert for_people == (tmp_path / "language.md").read_text() and NOTICE in for_people
+    page = f"Look at {tmp_path}/index.html in a browser.\n"
+    assert for_people == (tmp_path / "language.md").read_text() + page and NOTICE in for_people
     lines = [json.loads(line) for line in (home / "text.jsonl").read_text().splitlines()]
     lines = [{**line, "image": str(home / line["image"])} for line in lines] + [{**lines[-1], "image": "gone.npz"}]
     (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, lines)))

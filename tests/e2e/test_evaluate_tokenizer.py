@@ -64,6 +64,32 @@ def test_card_as_json(card, cohort, output_dir):
     assert found["support"]["foreground_kept"]["mean"] > 0.99  # keep is body
 
 
+def test_the_card_counts_all_bits_and_stands_beside_other_codecs(card):
+    found = json.loads((card / "tokenizer_card.json").read_text())
+    rates = found["rate"]
+    parts = ("cells", "codes", "header")
+    whole = sum(rates[f"{part}_per_foreground_voxel"]["mean"] for part in parts)
+    assert rates["bits_per_foreground_voxel"]["mean"] == pytest.approx(whole)
+    row = found["per_case"][0]["rate"]
+    assert row["bits"] == pytest.approx(row["bits_per_token"] * found["per_case"][0]["tokens"])
+    assert row["code_bits_per_token"] < row["bits_per_token"] and row["support_per_foreground_voxel"] > 0
+    assert set(found["codecs"]) >= {"JPEG 2000"} and 0.5 < found["codecs"]["JPEG 2000"]["bits_of_ours"]["mean"] < 2
+    assert 0 < found["codecs"]["JPEG 2000"]["mae"]["mean"] < found["codecs"]["JPEG 2000"]["rmse"]["mean"] < 2000
+    text = (card / "tokenizer_card.md").read_text()
+    for part in ("which cells exist", "stored support, besides", "| JPEG 2000 |", "never used"):
+        assert part in text, part
+    assert ("x265 was not asked: PyAV is not installed" in text) == ("x265" not in found["codecs"])
+
+
+def test_a_card_of_fewer_levels_is_of_fewer_bits(output_dir, cohort, tmp_path):
+    settings = {"dataset_dir": str(cohort), "tokenizer": str(output_dir), "max_cases": 1}
+    one, two = (TokenizerEvaluation(**settings, output_dir=str(tmp_path / str(n)), levels=n).run() for n in (1, 2))
+    assert (one["codes"]["levels"], two["codes"]["levels"]) == (1, 2)
+    assert one["rate"]["bits"]["mean"] < two["rate"]["bits"]["mean"]
+    with pytest.raises(Refused, match=r"^BAD_VALUE: levels must lie in 1..2, the levels of this tokenizer, got 3"):
+        TokenizerEvaluation(**settings, output_dir=str(tmp_path / "3"), levels=3).run()
+
+
 def test_card_as_text_and_picture(card):
     text = (card / "tokenizer_card.md").read_text()
     for part in ("## Error in HU", "| **body** |", "soft_tissue (W 400, L 50)", "| 1 | ", "Dice of decoded", "case_4"):
@@ -132,5 +158,5 @@ def test_bundle_run(place, cohort, output_dir):
 
 
 def test_a_missing_tokenizer_is_one_line(place, cohort):
-    naming = ["there is no tokenizer in outputs/vq_stage2 or outputs/vq_stage1"]
-    assert_refused(run(place, dataset_dir=cohort), code="NO_TOKENIZER", naming=naming)
+    end = run(place, dataset_dir=cohort, tokenizer="nowhere")
+    assert_refused(end, code="NO_TOKENIZER", naming=["nowhere does not exist"])

@@ -21,8 +21,9 @@ from app.shared.refusals import Refused
 from app.tokens.commands import onto_grid, write_nifti
 from app.tokens.open_scan import Volume
 from app.tokens.tokenizer import CTTokenizer
+from app.training import checkpoints
 from tests import tiny_tokenizer as tiny
-from tests.runs import rows_of
+from tests.runs import assert_same_story, rows_of, told_by, torchrun
 
 ALONE = """
 import sys, runpy
@@ -38,8 +39,11 @@ COMMAND = "sys.argv[0] = 'monai/bundle/__main__.py'\nrunpy.run_module('monai.bun
 def alone(script, place, *words):
     """A process that can reach nothing of the project but what a bundle brings."""
     place.mkdir(exist_ok=True)
+    return ended_well([sys.executable, "-I", "-B", "-c", ALONE + script, *map(str, words)], place)
+
+
+def ended_well(call, place):
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    call = [sys.executable, "-I", "-B", "-c", ALONE + script, *map(str, words)]
     ended = subprocess.run(call, cwd=place, env=kept, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return ended.stdout
@@ -107,6 +111,23 @@ def test_training_goes_on_with_the_owners_data(exported, cohort, tmp_path):
     assert [row["step"] for row in rows_of(tmp_path / "out")][-1] == 2
     went_on = CTTokenizer.from_pretrained(tmp_path / "out")
     assert went_on.sizes.resolution == 32 and went_on.digest != exported[1]["tokenizer"]
+
+
+@pytest.mark.slow
+def test_its_overlay_trains_in_two_processes_as_one_would(exported, cohort, tmp_path):
+    """Two ranks (gloo, on CPUs) of the bundle's own code, each with half of what one process takes a step."""
+    configs, place = exported[0] / "configs", tmp_path / "else"
+    shared = ["--dataset_dir", cohort, "--max_steps", "2", "--i_save", "2", "--val_interval", "2", "--i_log", "1",
+              "--num_workers", "0"]  # fmt: skip
+    one = ["--batch_size_per_gpu", "2", "--output_dir", tmp_path / "one"]
+    alone(COMMAND, place, "run", "training", "--config_file", configs / "train.json", *shared, *one)
+    (place / "bundle.py").write_text(ALONE + COMMAND)
+    both = f"['{configs / 'train.json'}','{configs / 'multi_gpu_train.json'}']"
+    words = ["run", "training", "--config_file", both, *shared, "--batch_size_per_gpu", "1"]
+    launcher = [*torchrun(), place / "bundle.py", *words, "--output_dir", tmp_path / "two"]
+    ended_well([sys.executable, "-I", "-B", *map(str, launcher)], place)
+    assert_same_story(told_by(tmp_path / "two"), told_by(tmp_path / "one"))
+    assert checkpoints.complete_steps(tmp_path / "two") == [2]
 
 
 def test_evaluation_writes_a_card_of_the_owners_data(exported, cohort, tmp_path):

@@ -11,9 +11,9 @@ import pytest
 
 from app.check import check
 from app.dataset import prepared, writer
-from app.prepare import cohort
+from app.prepare import case, cohort
 from app.prepare.workers import run_jobs
-from app.shared.refusals import refusal_of
+from app.shared.refusals import Refused, refusal_of
 from app.text.manifests import read_rows
 from tests import scans
 from tests.cohorts import AFFINE, SMALL, raw_cohort, report, tree
@@ -123,3 +123,33 @@ def test_a_refused_file_whose_name_is_no_text_is_listed_with_names_kept(tmp_path
     table = (tmp_path / "out" / "ds" / "failures.csv").read_text(encoding="utf-8")
     assert "bad\\udcff.nii" in table
     assert np.asarray(prepared.find_cases(tmp_path / "out")[0].hu()).shape == (24, 24, 24)
+
+
+def test_a_dataset_begun_by_another_version_of_the_resampler_is_refused_or_made_again_whole(tmp_path, monkeypatch):
+    raw, out = raw_cohort(tmp_path / "raw", 2), tmp_path / "out"
+    named = SMALL._replace(keep_names=True)
+    report(raw, out, named)
+    whole = tree(out)
+    monkeypatch.setattr(case, "RESAMPLER", "triangle 2")
+    with pytest.raises(Refused, match=r"prepared with another resampler.*--overwrite"):
+        report(raw, out, named)
+    assert tree(out) == whole
+    (raw / "hospital" / "scan0.nii.gz").rename(tmp_path / "elsewhere.nii.gz")
+    with pytest.raises(Refused, match=r"RAW does not give 1 of its cases \(scan0"):
+        report(raw, out, named, overwrite=True)
+    (tmp_path / "elsewhere.nii.gz").rename(raw / "hospital" / "scan0.nii.gz")
+    assert report(raw, out, named, overwrite=True).count("ok") == 3
+    assert {case.sidecar["resampler"] for case in prepared.find_cases(out)} == {"triangle 2"}
+
+
+def test_a_dataset_from_before_the_resampler_was_recorded_is_made_again_whole(tmp_path):
+    raw, out = raw_cohort(tmp_path / "raw", 1), tmp_path / "out"
+    report(raw, out)
+    whole = tree(out)
+    for file in out.glob("*/processed/*/case.json"):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "recipe": "of other code", "resampler": ""}))
+    for file in out.glob("*/dataset_config.json"):
+        config = json.loads(file.read_text())
+        del config["settings"]["resampler"]
+        file.write_text(json.dumps(config))
+    assert report(raw, out).count("ok") == 2 and tree(out) == whole

@@ -1,4 +1,4 @@
-"""A mixed cohort through `prepare` and `check`: layout, report, ids, labels, text, privacy."""
+"""A mixed cohort through `prepare`: layout, report, ids, text, privacy."""
 
 import csv
 import json
@@ -13,17 +13,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from app.check import check
 from app.dataset import prepared
-from app.prepare import cohort, names, options
+from app.prepare import names, options
 from app.prepare.workers import only_run
-from app.training.data import preprocessing
 from tests import scans
 from tests.cohorts import AFFINE, SMALL, raw_cohort, report, tree
-
-
-def by_source(result) -> dict[str, cohort.Outcome]:
-    return {o.source: o for o in result.outcomes}
 
 
 def test_layout_and_sidecar_are_the_contract(tmp_path):
@@ -206,92 +200,7 @@ def test_the_table_keeps_what_earlier_runs_wrote_also_of_a_dataset_called_datase
     ]
 
 
-# ---- labels
-
-
-def test_labels_come_along_on_the_same_grid(tmp_path):
-    raw = tmp_path / "raw"
-    scans.nifti_scan(raw / "ds" / "ct.nii.gz")
-    labels = np.zeros((36, 32, 28), np.uint8)
-    labels[10:20, 8:20, 5:15] = 3
-    labels[22:30, 8:20, 5:15] = 9
-    scans.write_nifti(raw / "ds" / "ct_seg.nii.gz", AFFINE, labels)
-    scans.write_nifti(raw / "ds" / "segmentations" / "kidney_left.nii.gz", AFFINE, np.zeros_like(labels))
-    coarse = scans.centred((6.0, 6.0, 8.0), (18, 16, 14), np.diag([-1.0, -1.0, 1.0]))
-    scans.write_nifti(raw / "ds" / "segmentations" / "liver.nii.gz", coarse, np.ones((18, 16, 14), np.uint8))
-    away = AFFINE.copy()
-    away[:3, 3] += 900
-    scans.write_nifti(raw / "ds" / "masks" / "spleen.nii.gz", away, labels)
-    (tmp_path / "map.json").write_text(json.dumps({"*": {"3": "heart"}, "ds": {"9": "aorta"}}))
-    organs = options.read_organs(str(tmp_path / "map.json"))
-    result = report(raw, tmp_path / "out", organs=organs)
-    assert by_source(result)["ds/masks/spleen.nii.gz"].codes == ("LABEL_GRID_MISMATCH",)
-    assert by_source(result)["ds/ct_seg.nii.gz"].status == "skipped"
-    (case,) = prepared.find_cases(tmp_path / "out")
-    assert case.sidecar["organs"].keys() == {"aorta", "heart", "kidney_left", "liver"}
-    assert case.sidecar["organs"]["kidney_left"] == 0 and not case.organ("kidney_left").any()
-    index = np.argwhere(case.organ("heart"))
-    points = index @ case.affine[:3, :3].T + case.affine[:3, 3]
-    at = np.rint((points - AFFINE[:3, 3]) / np.diag(AFFINE)[:3]).astype(int)
-    assert (labels[tuple(at.T)] == 3).all()
-    assert abs(len(index) * 6**3 - 10 * 12 * 10 * 36) < 0.15 * 10 * 12 * 10 * 36
-    assert case.organ("liver").sum() == pytest.approx(18 * 16 * 14 * 6 * 6 * 8 / 6**3, rel=0.15)
-
-
-def test_damaged_labels_are_named_not_dropped(tmp_path):
-    scans.nifti_scan(tmp_path / "raw" / "ct.nii")
-    path = scans.write_nifti(tmp_path / "raw" / "ct_seg.nii", AFFINE, np.ones((36, 32, 28), np.uint8))
-    path.write_bytes(path.read_bytes()[:-500])
-    outcome = by_source(report(tmp_path / "raw", tmp_path / "out"))["ct.nii"]
-    assert outcome.codes == ("CORRUPT_FILE",) and outcome.message.startswith("labels beside it")
-
-
-def test_dicom_segmentations_come_along_and_rtstruct_is_skipped(tmp_path):
-    folder = scans.write_series(tmp_path / "raw" / "ds" / "ct", scans.series())
-    seg = scans.dicom_slice(np.zeros((32, 36), np.uint16), (0, 0, 0), SOPClassUID="1.2.840.10008.5.1.4.1.1.66.4")
-    seg.Modality, seg.SeriesInstanceUID, seg.NumberOfFrames = "SEG", "1.2.3.77", 4
-    seg.BitsAllocated = seg.BitsStored = 8
-    seg.HighBit, seg.SegmentationType, seg.MaximumFractionalValue = 7, "FRACTIONAL", 255
-    for name in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "RescaleSlope", "RescaleIntercept"):
-        delattr(seg, name)
-    frames = np.zeros((4, 32, 36), np.uint8)
-    frames[:, 10:22, 6:18] = 255
-    seg.PixelData = frames.tobytes()
-    reference, segment, shared = scans.Dataset(), scans.Dataset(), scans.Dataset()
-    reference.SeriesInstanceUID = "1.2.3.4"
-    segment.SegmentNumber, segment.SegmentLabel = 1, "Liver"
-    measures, turn = scans.Dataset(), scans.Dataset()
-    measures.PixelSpacing, measures.SliceThickness = [3.0, 3.0], 4.0
-    turn.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
-    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [turn]
-    seg.ReferencedSeriesSequence, seg.SegmentSequence = [reference], [segment]
-    seg.SharedFunctionalGroupsSequence, groups = [shared], []
-    slices = scans.series()
-    for k in (9, 6, 7, 8):
-        own, place, which = scans.Dataset(), scans.Dataset(), scans.Dataset()
-        place.ImagePositionPatient = slices[k].ImagePositionPatient
-        which.ReferencedSegmentNumber = 1
-        own.PlanePositionSequence, own.SegmentIdentificationSequence = [place], [which]
-        groups.append(own)
-    seg.PerFrameFunctionalGroupsSequence = groups
-    scans.save(seg, folder.parent / "seg.dcm")
-    struct = scans.dicom_slice(np.zeros((4, 4), np.uint16), (0, 0, 0), SOPClassUID="1.2.840.10008.5.1.4.1.1.481.3")
-    for name in ("Rows", "Columns", "PixelData"):
-        delattr(struct, name)
-    struct.Modality = "RTSTRUCT"
-    scans.save(struct, folder.parent / "rs.dcm")
-    result = report(tmp_path / "raw", tmp_path / "out")
-    assert {o.status for s, o in by_source(result).items() if s.endswith(".dcm")} == {"skipped"}
-    assert result.exit_status == 0
-    (case,) = prepared.find_cases(tmp_path / "out")
-    points = np.argwhere(case.organ("liver")) @ case.affine[:3, :3].T + case.affine[:3, 3]
-    corner = np.array(slices[6].ImagePositionPatient, float) * [-1, -1, 1]
-    low, high = corner - [17.5 * 3, 21.5 * 3, 2], corner - [5.5 * 3, 9.5 * 3, -14]
-    assert len(points) == pytest.approx(12 * 3 * 12 * 3 * 16 / 6**3, rel=0.2)
-    assert (points >= low - 1e-6).all() and (points <= high + 1e-6).all()
-
-
-# ---- formats, text, split, check
+# ---- formats, text, split
 
 
 def test_zarr_holds_the_same_volume_and_gives_the_same_windows(tmp_path):
@@ -383,87 +292,6 @@ def test_files_without_a_patient_are_split_by_folder_or_by_ct_rate_name(tmp_path
     who = {ids[case.case_id]: case.patient for case in prepared.find_cases(tmp_path / "out")}
     assert who["a/one.nii"] == who["a/two.nii"] and who["valid_5_a_1.nii.gz"] == who["valid_5_b_2.nii.gz"]
     assert len(set(who.values())) == 5
-
-
-def test_check_tells_what_is_wrong(tmp_path):
-    raw = raw_cohort(tmp_path / "raw", 2)
-    report(
-        raw, tmp_path / "out", SMALL._replace(keep_names=True), split={"scan0.nii.gz": "val", "scan1.nii.gz": "train"}
-    )
-    good = check(tmp_path / "out")
-    assert good.problems == () and good.exit_status == 0
-    assert [row["shape"] for row in good.rows] == [[24, 24, 24]] * 3
-    assert all(row["points"] > 100 and 0 < row["foreground"] < 1 for row in good.rows)
-    folder = tmp_path / "out" / "hospital"
-    (folder / "processed" / "scan0" / "ct_normalized_24.npy").write_bytes(b"broken")
-    for file in (folder / "processed" / "scan1" / "windows").glob("*.npy"):
-        np.save(file, np.zeros((3, 3, 3), np.uint8))
-    text = (folder / "metadata.csv").read_text().splitlines()
-    same = [",".join([*line.split(",")[:1], "same", *line.split(",")[2:]]) for line in text[1:]]
-    (folder / "metadata.csv").write_text("\n".join([text[0], *same]) + "\n")
-    bad = check(tmp_path / "out")
-    assert {p.code for p in bad.problems} == {"UNREADABLE", "SPLIT_LEAKAGE"} and bad.exit_status == 3
-    assert next(p for p in bad.problems if p.code == "UNREADABLE").cases == ("scan0", "scan1")
-    (tmp_path / "out" / "abroad").mkdir()
-    table = "source,status,codes,message,remedy\nx,refused,NOT_HU,m,r\n"
-    (tmp_path / "out" / "abroad" / "failures.csv").write_text(table)
-    refused = next(p for p in check(tmp_path / "out").problems if p.code == "INPUTS_REFUSED")
-    assert "1 inputs" in refused.message and "NOT_HU 1" in refused.message
-    few = check(tmp_path / "out", min_points=10**6)
-    assert "UNDER_MIN_POINTS" in {p.code for p in few.problems}
-
-
-def test_check_counts_the_points_that_will_train_and_knows_its_windows(tmp_path):
-    report(raw_cohort(tmp_path / "raw", 1), tmp_path / "out", SMALL._replace(keep_names=True))
-    chain = preprocessing(resolution=48, spacing=8.0)
-    for case, row in zip(
-        prepared.find_cases(tmp_path / "out"), check(tmp_path / "out", preset="tiny").rows, strict=True
-    ):
-        item = {"image": case.hu(), "affine": case.affine}
-        for transform in chain:
-            item = transform(item)
-        assert (row["points"], row["points_spacing"]) == (len(item["coords"]), 8.0)
-    assert check(tmp_path / "out", preset="tiny", spacing=4.0).rows[-1]["points"] > 4 * row["points"]
-    with pytest.raises(ValueError, match="lnug"):
-        check(tmp_path / "out", windows=("lnug", "bone"))
-    with pytest.raises(ValueError, match="preset must be one of"):
-        check(tmp_path / "out", preset="basic")
-
-
-@pytest.mark.parametrize(("split", "code"), [("train", "NO_VALIDATION"), ("val", "NO_TRAINING")])
-def test_check_tells_that_a_dataset_of_one_case_cannot_be_trained_on(tmp_path, split, code):
-    scans.write_series(tmp_path / "raw" / "one", scans.series())
-    report(tmp_path / "raw", tmp_path / "out", split={"one": split})
-    assert [problem.code for problem in check(tmp_path / "out").problems] == [code]
-
-
-def test_check_reads_scans_with_text_beside_them(tmp_path):
-    for name in ("a.nii.gz", "a.txt", "b.nii.gz"):
-        (tmp_path / name).write_text(f"No nodule in {name}.")
-    (tmp_path / "b.txt").touch()
-    checked = check(tmp_path)
-    assert checked.kind == "manifest" and checked.summary["matched"] == 2
-    assert [problem.code for problem in checked.problems] == ["EMPTY_TEXT"]
-
-
-def test_check_reads_a_manifest(tmp_path):
-    scans.nifti_scan(tmp_path / "a.nii")
-    (tmp_path / "m.csv").write_text(
-        "image,report,split,patient,nodule\n"
-        "a.nii,Clear.,train,p1,0\na.nii,Clear.,train,p1,0\nb.nii,Not given.,val,p1,1\n"
-    )
-    found = check(tmp_path / "m.csv")
-    assert {k: found.summary[k] for k in ("rows", "matched", "missing", "duplicated", "empty")} == {
-        "rows": 3, "matched": 2, "missing": 1, "duplicated": 1, "empty": 1,
-    }  # fmt: skip
-    assert {p.code for p in found.problems} == {"SCANS_MISSING", "DUPLICATED", "EMPTY_TEXT", "SPLIT_LEAKAGE"}
-    assert found.summary["labels"] == {"nodule": 1}
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "b.nii").touch()
-    assert check(tmp_path / "m.csv", image_root=str(tmp_path / "elsewhere")).summary["missing"] == 0
-    with pytest.raises(ValueError, match="column"):
-        (tmp_path / "w.csv").write_text("x,y\n1,2\n")
-        check(tmp_path / "w.csv")
 
 
 def test_preview_is_a_picture_a_case(tmp_path):

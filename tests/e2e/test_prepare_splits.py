@@ -8,8 +8,8 @@ import pytest
 from app.check import check
 from app.dataset import prepared
 from app.phantoms.phantoms import make_phantom, write_dicom, write_nifti
-from app.prepare import cohort
 from app.prepare.geometry import hash_of_voxels
+from app.prepare.report import lines
 from app.prepare.volume import read_scan
 from tests import scans
 from tests.cohorts import SMALL, report
@@ -82,7 +82,7 @@ def test_of_two_people_one_is_always_held_out_and_one_trained_on(tmp_path, start
     made = report(tmp_path / "raw", tmp_path / "out")
     assert sorted(case.split for case in prepared.find_cases(tmp_path / "out")) == ["train", "val"]
     assert made.splits == {"train": {"cases": 1, "patients": 1}, "val": {"cases": 1, "patients": 1}}
-    assert list(cohort.lines(made, False))[-1] == "split: train 1 cases of 1 patients, val 1 cases of 1 patients"
+    assert list(lines(made, False))[-1] == "split: train 1 cases of 1 patients, val 1 cases of 1 patients"
 
 
 def test_what_a_split_table_leaves_open_is_told_and_goes_with_its_patient(tmp_path):
@@ -92,6 +92,6 @@ def test_what_a_split_table_leaves_open_is_told_and_goes_with_its_patient(tmp_pa
     made = report(tmp_path / "raw", tmp_path / "out", NAMED, split={"ds/s0": "val", "s9": "train"})
     sides = {case.case_id: case.split for case in prepared.find_cases(tmp_path / "out")}
     assert sides["s0"] == sides["s1"] == "val" and sides["s2"] == sides["s3"] == "train"
-    told = "\n".join(cohort.lines(made, False))
+    told = "\n".join(lines(made, False))
     assert "names 1 of 4 cases: 3 went with" in told and "1 names in the split table fit no case" in told
     assert made.as_json()["notes"] == list(made.notes)

@@ -1,6 +1,5 @@
 """The same training however its samples are split: over micro-batches, over two processes, and resumed on one."""
 
-import json
 import os
 import signal
 import time
@@ -8,26 +7,10 @@ import time
 import pytest
 
 from app.training import checkpoints
-from tests.runs import STAGE1, end_of, make_cohort, make_place, run_in, torchrun
+from tests.runs import STAGE1, assert_same_story, end_of, make_cohort, make_place, run_in, told_by, torchrun
 
 STEPS = {"warmup_steps": 4, "max_steps": 6, "i_save": 3, "val_interval": 3}
 BOTH = f"['{STAGE1}','bundles/multi_gpu.json']"
-TOLERANCE = 2e-5  # float32 sums in another order, through ten steps of Adam
-
-
-def told_by(folder):
-    """What the metrics say, less time and the points that one rank saw."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "memory_gib", "points")} for row in rows]
-
-
-def assert_same_story(first, second):
-    assert [(row["phase"], row["step"]) for row in first] == [(row["phase"], row["step"]) for row in second]
-    for one, two in zip(first, second, strict=True):
-        assert one.keys() == two.keys()
-        numbers = {key: value for key, value in one.items() if key != "phase"}
-        for key, value in numbers.items():
-            assert two[key] == pytest.approx(value, rel=TOLERANCE, abs=TOLERANCE), f"{key} at step {one['step']}"
 
 
 @pytest.fixture(scope="module")

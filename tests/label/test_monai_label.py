@@ -2,6 +2,7 @@
 
 import base64
 import concurrent.futures
+import contextlib
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 
 from app.export.export import write_bundle
@@ -32,6 +34,8 @@ requests = pytest.importorskip("requests")
 pytest.importorskip("monailabel")
 PATIENT = "Doe_John_19700101"
 SECONDS_TO_START = 120
+WITH_A_GAP = "1.2.3.5"
+ORTHANC_DICOMWEB = "/usr/share/orthanc/plugins/libOrthancDicomWeb.so"  # as Debian has it
 
 
 class Server(NamedTuple):
@@ -116,6 +120,69 @@ def expected(home, studies):
     ct = CTTokenizer.from_pretrained(home / "tokenizer.pt")
     tokens = ct.encode(studies / f"{PATIENT}.nii.gz")
     return tokens, onto_grid(ct.decode(tokens), tokens.source_shape, tokens.source_affine)
+
+
+@pytest.fixture(scope="module")
+def dicomweb(tmp_path_factory):
+    """Orthanc, a real DICOMweb server, with one CT series; and the files of that series."""
+    if shutil.which("Orthanc") is None:
+        pytest.skip("no Orthanc here (apt-get install orthanc orthanc-dicomweb)")
+    place = tmp_path_factory.mktemp("orthanc")
+    with socket.socket() as probe, socket.socket() as other:
+        probe.bind(("127.0.0.1", 0))
+        other.bind(("127.0.0.1", 0))
+        http, dicom = probe.getsockname()[1], other.getsockname()[1]
+    settings = {
+        "HttpPort": http,
+        "DicomPort": dicom,
+        "StorageDirectory": str(place / "db"),
+        "Plugins": [ORTHANC_DICOMWEB],
+    }
+    settings |= {"RemoteAccessAllowed": False, "AuthenticationEnabled": False, "DicomWeb": {"Enable": True}}
+    (place / "orthanc.json").write_text(json.dumps(settings))
+    with open(place / "log", "w") as log:
+        process = subprocess.Popen(["Orthanc", str(place / "orthanc.json")], stdout=log, stderr=log)
+    url = f"http://127.0.0.1:{http}"
+    try:
+        for _ in range(60):
+            with contextlib.suppress(requests.ConnectionError):
+                requests.get(f"{url}/system", timeout=5)
+                break
+            time.sleep(0.5)
+        series = scans.write_series(place / "series", scans.series(PatientName=PATIENT))
+        slices = scans.series(PatientName=PATIENT, SeriesInstanceUID=WITH_A_GAP)
+        holed = scans.write_series(place / "holed", slices[:5] + slices[6:])
+        for file in sorted([*series.iterdir(), *holed.iterdir()]):
+            assert requests.post(f"{url}/instances", data=file.read_bytes(), timeout=30).ok
+        yield f"{url}/dicom-web", series
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_series_of_a_dicomweb_server_gives_the_tokens_of_its_files(home, dicomweb, tmp_path):
+    """By the id that viewers know it by; MONAI Label fetches it, the gate sees DICOM, and nothing of it is left."""
+    url, series = dicomweb
+    (name,) = {str(pydicom.dcmread(file).SeriesInstanceUID) for file in series.iterdir()}
+    process, server = start(ROOT / "app", url, tmp_path / "run", conf={"tokenizer": home / "tokenizer.pt"})
+    try:
+        wait_for(process, server)
+        assert requests.get(f"{server.url}/datastore/", timeout=30).json()["total"] == 2
+        answer = server.ask("tokenize", params={"image": name})
+        assert answer.status_code == 200, answer.text
+        expected = CTTokenizer.from_pretrained(home / "tokenizer.pt").encode(series)
+        assert np.array_equal(tokens_of(answer, tmp_path).codes, expected.codes)
+        back = server.ask("reconstruct", params={"image": name, "output": "image"})
+        (tmp_path / "back.nii.gz").write_bytes(back.content)
+        assert nibabel.load(tmp_path / "back.nii.gz").shape == expected.source_shape
+        holed = server.ask("tokenize", params={"image": WITH_A_GAP})
+        assert holed.status_code == 422 and holed.json()["detail"]["code"] == "MISSING_SLICES"
+        gone = server.ask("tokenize", params={"image": f"{name}.1"})
+        assert gone.status_code == 404 and gone.json()["detail"]["code"] == "NO_SOURCE"
+        assert PATIENT not in server.log.read_text() + answer.text + gone.text
+    finally:
+        end(process)
+    assert not list((tmp_path / "run").rglob("*.dcm"))
 
 
 def tokens_of(answer, folder):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from app.dataset import prepared, writer
-from transforms.array import DEFAULT_WINDOWS, WINDOWS, window, window_values
+from app.shared.refusals import Refused
+from transforms.windows import DEFAULT_WINDOWS, WINDOWS, window, window_values
 
 
 @pytest.fixture
@@ -273,3 +274,14 @@ def test_split_is_by_patient_and_about_one_in_ten():
     splits = [prepared.split_of(f"patient{n}") for n in range(2000)]
     assert 0.07 < splits.count("val") / 2000 < 0.13
     assert prepared.split_of("x") == prepared.split_of("x")
+
+
+def test_cases_by_two_versions_of_the_resampler_are_not_read_as_one_dataset(tmp_path, hu, affine):
+    for name, said in (("c1", {}), ("c2", {"resampler": "triangle 1"})):  # older cases do not say
+        writer.write_case(tmp_path, name, hu, affine=affine, windows=["lung"], sidecar=said)
+    assert len(prepared.find_cases(tmp_path)) == 2
+    writer.write_case(tmp_path, "c3", hu, affine=affine, windows=["lung"], sidecar={"resampler": "triangle 2"})
+    with pytest.raises(
+        Refused, match=r"OTHER_RESAMPLER: c2 was resampled by triangle 1, c3 by triangle 2. .*overwrite"
+    ):
+        prepared.find_cases(tmp_path)

@@ -1,13 +1,18 @@
 """What scores and gaps say of a model that looks, of one that does not, and of one that flips with the mirror."""
 
+import inspect
+import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from app.__main__ import evaluate as evaluate_command
 from app.evaluation.answer_pages import WITH_RANDOM, draw_bars, gap_line, table_lines
-from app.evaluation.answer_scores import judge, mirror_scores, question_scores, report_scores
-from app.measures.controls import BETTER, NO_EVIDENCE, USED
+from app.evaluation.answer_scores import add_verdicts, mirror_scores, question_scores, report_scores
+from app.evaluation.tokenizer_evaluation import UNSEEN
+from app.measures.controls import BETTER, MIN_PATIENTS, NO_EVIDENCE, USED
 from app.measures.report import plain
 from app.text.rows import TextRow
 
@@ -25,7 +30,7 @@ def chance(seed: int) -> list[str]:
 def scores(real: list[str]) -> dict:
     columns = {"real": real, "shuffled": chance(1), "blank": ["left"] * 60, "question_only": [""] * 60}
     made = question_scores(ROWS, {**columns, "constant": ["right"] * 60, "reference": TRUTH})
-    judge(made)
+    add_verdicts(made)
     return made
 
 
@@ -68,7 +73,7 @@ def reports_of(texts: list[str], said: list[str]) -> dict:
     others = [*said[1:], said[0]]
     answers = {"reference": texts, "real": said, "shuffled": others, "blank": others, "question_only": others}
     made = report_scores(rows, {**answers, "constant": others})
-    judge(made, made["findings"])
+    add_verdicts(made, made["findings"])
     return plain(made)
 
 
@@ -92,3 +97,10 @@ def test_chinese_is_scored_by_characters_and_its_findings_are_not_claimed():
     result = {"rows": 24, "patients": 24, "left_out": {}, "questions": None, "reports": made}
     table = "\n".join(table_lines(result))
     assert "Findings are not claimed" in table and "tokenizer zh" in table and "findings:" not in table
+
+
+def test_the_built_in_phantoms_are_as_many_as_a_verdict_takes():
+    """The tokenizer's card, `evaluate` and its bundle judge unseen phantoms, never the few held out of training."""
+    bundle = json.loads((Path(__file__).resolve().parents[3] / "bundles/evaluate_language.json").read_text())
+    by_command = inspect.signature(evaluate_command).parameters["num_phantoms"].default
+    assert min(UNSEEN, bundle["num_phantoms"], by_command) >= MIN_PATIENTS

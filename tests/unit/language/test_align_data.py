@@ -212,10 +212,10 @@ class TokenSourceInMemory:
         self.tokens = as_tensors(ct.encode(scan(0)))
 
 
-def test_tokens_are_kept_under_the_tokenizers_hash_and_damaged_ones_made_again(ct, tmp_path):
+def test_tokens_are_kept_under_the_tokenizers_hash_and_the_resampler_and_damaged_ones_made_again(ct, tmp_path):
     source = TokenSource(ct, cache_dir=tmp_path)
     first = source.cached("one", lambda: scan(0))
-    file = tmp_path / ("a" * 16) / "one.npz"
+    file = tmp_path / f"{'a' * 16}.triangle_1" / "one.npz"
     stored = file.read_bytes()
     assert torch.equal(source.cached("one", lambda: scan(1)).codes, first.codes)  # kept: the scan is not looked at
     file.write_bytes(stored[: len(stored) // 2])

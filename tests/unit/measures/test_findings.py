@@ -5,6 +5,7 @@ import pytest
 
 from app.measures.findings import (
     KEYWORDS,
+    Counts,
     crg,
     find_findings,
     finding_matrix,
@@ -73,7 +74,7 @@ def test_crg_floors_and_ceiling():
     for said in (np.zeros_like(truth), np.ones_like(truth)):
         assert finding_scores(said, truth)["crg"] == pytest.approx(1 / 3)
     assert finding_scores(truth, truth)["crg"] == pytest.approx(1)
-    assert np.isnan(crg(0.0, 1.0, 0.0, total=10.0))
+    assert np.isnan(crg(Counts(*np.array([[0.0], [1.0], [0.0]]), cases=10.0)))
 
 
 def test_scores_by_hand_and_weights_repeat_cases():

@@ -6,9 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from app.evaluation.tokenizer_evaluation import _mean_of, rate, shuffled
+from app.evaluation.tokenizer_evaluation import _mean_of, rate_of_case, shuffled
 from app.measures import hu_errors as measure
-from app.tokens.token_files import CTTokens, latent_to_voxel
+from app.tokens.code_tables import CodeTables
+from app.tokens.token_files import CTTokens, latent_to_voxel, rate_of
 
 SIDE = 24
 
@@ -94,10 +95,10 @@ def test_label_share_finds_the_place_on_another_grid():
     assert measure.label_share(kept, label, label_affine=moved, affine=coarse) == 0
 
 
-def test_rate_counts_codes_and_places():
+def test_rate_counts_all_that_a_decoder_needs():
     tokens = CTTokens(
-        codes=np.zeros((10, 2), np.int32),
-        coords=np.zeros((10, 3), np.int32),
+        codes=np.zeros((8, 2), np.int32),
+        coords=np.argwhere(np.ones((2, 2, 2), bool)).astype(np.int32),
         latent_shape=(4, 4, 4),
         affine=latent_to_voxel(),
         source_shape=(1, 1, 1),
@@ -107,11 +108,17 @@ def test_rate_counts_codes_and_places():
         spacing=1.0,
         keep="body",
         tokenizer="",
+        support=(np.full(8, 1, np.uint8), np.full(8, 1, np.uint8), np.full(8, 1, np.uint8)),
     )
-    bits = 10 * 2 * 8 + 64
-    found = rate(tokens, 256, foreground=1000)
+    tables = CodeTables("", 256, (None, None))
+    counted = rate_of(tokens, tables)
+    found = rate_of_case(tokens, tables, foreground=1000)
+    bits = counted.packed.cells + counted.packed.codes + counted.packed.header
+    assert counted.plain.cells == 2 * 8 and counted.plain.codes == 8 * 2 * 8 and counted.plain.support == 8 * 24
+    assert found["bits"] == bits and 8 * 2 * 8 <= counted.packed.codes < 8 * 2 * 8 + 64
     assert found["bits_per_voxel"] == pytest.approx(bits / 32**3)
     assert found["bits_per_foreground_voxel"] == pytest.approx(bits / 1000)
+    assert found["support_per_foreground_voxel"] == pytest.approx(counted.packed.support / 1000) != 0
     assert found["compression_of_16_bit"] == pytest.approx(16 * 32**3 / bits)
 
 

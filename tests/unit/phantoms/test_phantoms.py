@@ -12,7 +12,7 @@ from scipy import ndimage
 from app.dataset.prepared import find_cases
 from app.phantoms import anatomy, phantoms
 from app.phantoms.phantoms import ensure_cohort, make_phantom
-from transforms.array import body_mask
+from transforms.body import body_mask
 
 SEEDS = range(12)
 SIDES = {"right": 1.0, "left": -1.0}  # the sign of x in RAS, said again

@@ -188,3 +188,116 @@ def test_names_do_not_decide_what_a_file_is(tmp_path):
     found = {item.source: item.finding for item in survey(tmp_path)}
     assert found["scan"] is None
     assert found["notes.txt"].kind == "skipped" and found["broken.dcm"].kind == "refused"
+
+
+CONTRADICTIONS = [
+    ("s.mha", {"Origin": "5 5 5"}, "CORRUPT_FILE"),
+    ("s.mha", {"Position": "5 5 5"}, "CORRUPT_FILE"),
+    ("s.mha", {"Rotation": "0 1 0 1 0 0 0 0 1"}, "CORRUPT_FILE"),
+    ("s.mha", {"ElementByteOrderMSB": "True"}, "CORRUPT_FILE"),
+    ("s.mha", {"HeaderSize": "64"}, "CORRUPT_FILE"),
+    ("s.mha", {"DistanceUnits": "cm"}, "NO_SPACING"),
+    ("s.mha", {"ElementToIntensityFunctionSlope": "2"}, "NOT_HU"),
+    ("s.mha", {"ElementToIntensityFunctionOffset": "-1024"}, "NOT_HU"),
+    ("s.mha", {"Modality": "MET_MOD_MR"}, "NOT_CT"),
+    ("s.mha", {"ElementSpacing": "3"}, "CORRUPT_FILE"),
+    ("s.mha", {"Offset": "16"}, "CORRUPT_FILE"),
+    ("s.mha", {"Offset": "1 2 3 4"}, "CORRUPT_FILE"),
+    ("s.mha", {"CenterOfRotation": "0"}, "CORRUPT_FILE"),
+    ("s.mha", {"Comp\0ressed": "True"}, "CORRUPT_FILE"),
+    ("s.nrrd", {"pace origin": "(0,0,0)"}, "CORRUPT_FILE"),
+    ("s.nrrd", {"content": "a\x01b"}, "CORRUPT_FILE"),
+    ("s.nrrd", {"spacings": "2 2 2"}, "CORRUPT_FILE"),
+    ("s.nrrd", {"space directions": "none (5,0,0) (0,5,0) (0,0,5)"}, "CORRUPT_FILE"),
+    ("s.nrrd", {"space directions": "(5,0,0) (0,5,0) (0,0,5) none"}, "CORRUPT_FILE"),
+    ("s.nrrd", {"space units": '"cm" "cm" "cm"'}, "NO_SPACING"),
+    ("s.nrrd", {"space units": '"mm" "mm" "um"'}, "NO_SPACING"),
+    ("s.nrrd", {"kinds": "domain domain list"}, "CORRUPT_FILE"),
+    ("s.nrrd", {"kinds": "space space time"}, "FOUR_D"),
+    ("s.nrrd", {"old min": "-1024", "old max": "3071"}, "NOT_HU"),
+    ("s.nrrd", {"encoding": "gzip", "byte skip": "-1"}, "CORRUPT_FILE"),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "code"), CONTRADICTIONS)
+def test_a_header_that_says_it_twice_otherwise_or_in_other_units_is_refused(tmp_path, name, fields, code):
+    write = scans.write_mha if name.endswith("mha") else scans.write_nrrd
+    path = write(tmp_path / name, affine_of(), scans.sample(affine_of(), SHAPE), **fields)
+    assert refusal(path) == code
+
+
+def test_a_header_that_says_it_twice_alike_is_read(tmp_path):
+    data = scans.sample(affine_of(), SHAPE)
+    affine = scans.LPS @ affine_of()
+    same = {"Origin": " ".join(f"{v:g}" for v in affine[:3, 3]), "DistanceUnits": "mm", "HeaderSize": "0"}
+    same |= {"ElementToIntensityFunctionSlope": "1", "Modality": "MET_MOD_CT", "ElementByteOrderMSB": "False"}
+    (volume,) = read_scan(scans.write_mha(tmp_path / "s.mha", affine_of(), data, **same))
+    np.testing.assert_array_equal(volume.hu, data)
+    same = {"space units": '"mm" "mm" "mm"', "kinds": "space domain domain", "byte skip": "0"}
+    (volume,) = read_scan(scans.write_nrrd(tmp_path / "s.nrrd", affine_of(), data, **same))
+    np.testing.assert_array_equal(volume.hu, data)
+
+
+@pytest.mark.parametrize("told", [20, 10**6])
+def test_a_compressed_metaimage_holds_as_many_bytes_as_it_says(tmp_path, told):
+    data = scans.sample(affine_of(), SHAPE)
+    packed = zlib.compress(data.tobytes(order="F"))
+    for size, code in ((len(packed), None), (told, "CORRUPT_FILE")):
+        path = scans.write_mha(
+            tmp_path / "z.mha", affine_of(), data, CompressedData="True", CompressedDataSize=str(size)
+        )
+        path.write_bytes(path.read_bytes()[: -data.nbytes] + packed)
+        if code is None:
+            np.testing.assert_array_equal(read_scan(path)[0].hu, data)
+        else:
+            assert refusal(path) == code
+
+
+def test_a_nifti_whose_pixdim_is_another_than_its_sform_is_told(tmp_path):
+    """nibabel takes the sform, as the format says, ITK the spacing of pixdim."""
+    path = scans.write_nifti(tmp_path / "s.nii", affine_of(), scans.sample(affine_of(), SHAPE))
+    image = nib.load(path)
+    header = image.header.copy()
+    header["pixdim"][1:4], header["vox_offset"] = (5.0, 5.5, 9.0), 352
+    path.write_bytes(header.binaryblock + path.read_bytes()[348:])
+    (volume,) = read_scan(path)
+    assert volume.codes == ["SFORM_QFORM_DIFFER"]
+    np.testing.assert_allclose(volume.affine, affine_of())
+    header["pixdim"][1:4], header["qform_code"], header["quatern_c"] = (5.0, 5.5, 6.0), 1, 544
+    path.write_bytes(header.binaryblock + path.read_bytes()[348:])
+    (volume,) = read_scan(path)
+    assert volume.codes == ["SFORM_QFORM_DIFFER"], "a qform that is no rotation"
+
+
+def test_a_nifti_whose_extensions_reach_into_its_voxels_is_corrupt(tmp_path):
+    data = scans.sample(affine_of(), SHAPE)
+    image = nib.Nifti1Image(data, affine_of())
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"a" * 20))
+    nib.save(image, tmp_path / "s.nii")
+    whole = bytearray((tmp_path / "s.nii").read_bytes())
+    np.testing.assert_array_equal(read_scan(tmp_path / "s.nii")[0].hu, data)
+    whole[108:112] = np.float32(352).tobytes()
+    (tmp_path / "s.nii").write_bytes(whole)
+    assert refusal(tmp_path / "s.nii") == "CORRUPT_FILE"
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_analyze_is_refused_for_what_it_lacks(tmp_path, ending):
+    data = scans.sample(affine_of(), SHAPE)
+    nib.save(nib.Spm2AnalyzeImage(data, affine_of()), tmp_path / f"a.hdr{ending}")
+    with pytest.raises(Refused, match=r"Analyze 7\.5 does not tell left from right") as caught:
+        read_scan(tmp_path)
+    assert caught.value.code == "NO_SPACING"
+
+
+@pytest.mark.parametrize("sizes", ["20 18 15", "20 18 17"])
+def test_text_voxels_are_as_many_as_the_header_says(tmp_path, sizes):
+    data = scans.sample(affine_of(), SHAPE)
+    text = " ".join(map(str, data.ravel(order="F").tolist())).encode()
+    for told, code in (("20 18 16", None), (sizes, "CORRUPT_FILE")):
+        path = scans.write_nrrd(tmp_path / "s.nrrd", affine_of(), data, encoding="ascii", sizes=told)
+        path.write_bytes(path.read_bytes()[: -data.nbytes] + text + b"\n")
+        if code is None:
+            np.testing.assert_array_equal(read_scan(path)[0].hu, data)
+        else:
+            assert refusal(path) == code

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from app.dataset import prepared
-from app.language.volume_tokens import TokenSource, case_key
+from app.language.volume_tokens import TokenSource
 from app.prepare import cohort
-from app.tokens import open_scan as opened
+from app.tokens.open_scan import open_scan, scan_source
 from app.tokens.tokenizer import CTTokenizer
 from networks import make_vqvae
 from tests import scans
@@ -69,7 +69,7 @@ def test_two_patients_with_one_header_have_tokens_of_their_own(ct, tmp_path, nam
     assert len(list((tmp_path / "cache").rglob("*.npz"))) == 2
     assert len(second.codes) < len(first.codes)
     hashes = {ct.open(path).source_hash for path in (one, other)}
-    assert len(hashes) == 2 and hashes == {opened.raw_hash(path) for path in (one, other)}
+    assert len(hashes) == 2 and hashes == {scan_source(path).source_hash for path in (one, other)}
 
 
 def test_a_folder_of_slices_behind_a_link_is_known_by_its_slices(tmp_path):
@@ -77,12 +77,12 @@ def test_a_folder_of_slices_behind_a_link_is_known_by_its_slices(tmp_path):
     scans.write_series(tmp_path / "far", scans.series())
     (tmp_path / "near").mkdir()
     (tmp_path / "near" / "ct").symlink_to(tmp_path / "far")
-    before = opened.raw_hash(tmp_path / "near")
-    assert before == opened.open_scan(tmp_path / "near", ()).source_hash
+    before = scan_source(tmp_path / "near").source_hash
+    assert before == open_scan(tmp_path / "near", ()).source_hash
     slices = scans.series()
     slices[3].PixelData = bytes(len(slices[3].PixelData))
     scans.write_series(tmp_path / "far", slices)
-    assert opened.raw_hash(tmp_path / "near") != before
+    assert scan_source(tmp_path / "near").source_hash != before
 
 
 def older_case(folder: Path, fill: int, sidecar: dict | None = None) -> Path:
@@ -98,7 +98,7 @@ def older_case(folder: Path, fill: int, sidecar: dict | None = None) -> Path:
 @pytest.mark.parametrize("sidecar", [None, {"codes": ["OK"]}, {"codes": ["OK"], "source_hash": ""}])
 def test_older_cases_of_one_name_size_and_time_are_told_apart_by_their_arrays(tmp_path, sidecar):
     one, other = (older_case(tmp_path / ds / "processed" / "c", fill, sidecar) for ds, fill in (("a", 1), ("b", 2)))
-    assert case_key(one) != case_key(other)
+    assert scan_source(one).key != scan_source(other).key
     cases = [prepared.open_case(path) for path in (one, other)]
     assert len({case.source_hash for case in cases}) == len({case.content_hash for case in cases}) == 2
     again = older_case(tmp_path / "c" / "processed" / "c", 2, sidecar)

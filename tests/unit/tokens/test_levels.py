@@ -1,5 +1,7 @@
 """One tokenizer, several rates: the first few codes of a cell are a coarser value of it, in training and in files."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from app.language.volume_tokens import as_tensors, extract_3d_latent_and_indices
 from app.shared.refusals import Refused
 from app.tokens.commands import reconstruct, tokenize
 from app.tokens.open_scan import Volume
-from app.tokens.token_files import read_tokens
+from app.tokens.token_files import read_tokens, write_tokens
 from app.tokens.tokenizer import CTTokenizer
 from networks import VectorQuantizer
 from networks.residual import ResidualQuantizer, drawn_levels
@@ -59,13 +61,25 @@ def test_rows_that_keep_fewer_levels_have_the_value_of_those_and_teach_all(quant
     assert torch.equal(out.codes, quantizer(rows).codes)
 
 
+def drawn(seed: int, size: int = 3, *, dropout: float = 0.75) -> list[int]:
+    return drawn_levels(4, [seed], [size], dropout=dropout).tolist()
+
+
 def test_a_sample_draws_its_levels_from_its_seed_and_the_first_alone_most_often():
-    drawn = drawn_levels(4, list(range(4000)), dropout=0.75)
-    shares = np.bincount(drawn, minlength=5)[1:] / 4000
-    assert np.abs(shares - 0.75 * np.array([6 / 11, 3 / 11, 2 / 11, 0]) - [0, 0, 0, 0.25]).max() < 0.03
-    assert drawn_levels(4, [17, 3], dropout=0.75) == [drawn[17], drawn[3]]
-    assert set(drawn_levels(4, list(range(50)), dropout=0.0)) == {4}
-    assert set(drawn_levels(1, list(range(50)), dropout=0.75)) == {1}
+    samples = [drawn(seed, 32) for seed in range(4000)]
+    alike = np.array([rows[0] for rows in samples if len(set(rows)) == 1])
+    shares = np.bincount(alike, minlength=5)[1:] / 4000
+    assert np.abs(shares - 0.5 * np.array([6 / 11, 3 / 11, 2 / 11, 0]) - [0, 0, 0, 0.25]).max() < 0.03
+    assert drawn_levels(4, [17, 3], [32, 32], dropout=0.75).tolist() == samples[17] + samples[3]
+    assert {n for seed in range(50) for n in drawn(seed, dropout=0.0)} == {4}
+    assert set(drawn_levels(1, list(range(50)), [2] * 50, dropout=0.75).tolist()) == {1}
+
+
+def test_a_quarter_of_the_samples_has_cells_of_all_numbers_of_levels():
+    mixed = [rows for rows in (drawn(seed, 400) for seed in range(1000)) if len(set(rows)) > 1]
+    assert abs(len(mixed) / 1000 - 0.25) < 0.04
+    shares = np.bincount(np.concatenate(mixed), minlength=5)[1:] / (400 * len(mixed))
+    assert np.abs(shares - 0.25).max() < 0.01
 
 
 @torch.no_grad()
@@ -74,11 +88,13 @@ def test_the_network_decodes_each_sample_of_its_levels(network, tokenizer):
     for n in (1, 2, 4):
         tokens = network.encode(x, levels=n)
         assert tokens.codes.shape == ((len(tokens.coords),) if n == 1 else (len(tokens.coords), n))
-        given = network(x, levels=[n]).recon.feats
+        seed = next(seed for seed in range(99) if set(drawn(seed, len(tokens.coords))) == {n})
+        given = network(x, seeds=[seed], level_dropout=0.75).recon.feats
         alone, _ = network.decode_on(network.latents_of(tokens), x.level)
         assert torch.allclose(given, alone.feats, atol=1e-5)
     whole = network.encode(x)
-    assert torch.equal(whole.codes, network(x).codes.int()) and torch.equal(whole.codes, network(x, levels=[1]).codes)
+    assert torch.equal(whole.codes, network(x).codes.int())
+    assert torch.equal(whole.codes, network(x, seeds=[0], level_dropout=1.0).codes)
     for wrong in (0, 5):
         with pytest.raises(ValueError, match=f"levels must lie in 1..4, the levels of this tokenizer, got {wrong}"):
             network.encode(x, levels=wrong)
@@ -136,3 +152,27 @@ def test_the_commands_take_levels_and_name_those_that_are_not_there(network, dat
         app, ["tokenize", str(case), str(tmp_path / "b.npz"), "--tokenizer", str(run), "--levels", "1"]
     )
     assert called.exit_code == 0 and read_tokens(tmp_path / "b.npz").codes.ndim == 1
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_file_of_four_levels_is_not_read_by_a_tokenizer_of_one(network, dataset, tmp_path, pack):
+    four, one = save(network, tmp_path / "four"), save(make_network(), tmp_path / "one")
+    tokenize(dataset / "processed" / "case_a", tmp_path / "a.npz", tokenizer=four, pack=pack)
+    refused = reconstruct(tmp_path / "a.npz", tmp_path / "a.nii.gz", tokenizer=one)["cases"][0]
+    assert refused["codes"] == ["OTHER_TOKENIZER"] and "the tokens were made by tokenizer" in refused["message"]
+    assert "\n" not in refused["message"]
+    for levels in (0, 5):
+        refused = reconstruct(tmp_path / "a.npz", tmp_path / "a.nii.gz", tokenizer=four, levels=levels)["cases"][0]
+        assert refused["codes"] == ["TOO_FEW_LEVELS"]
+        assert f"levels must lie in 1..4, the levels of these tokens, got {levels}" in refused["message"]
+    assert reconstruct(tmp_path / "a.npz", tmp_path / "a.nii.gz", tokenizer=four, levels=3)["ok"] == 1
+
+
+def test_support_that_contradicts_the_codes_is_one_line(network, tokenizer, tmp_path):
+    tokens = tokenizer.encode(Volume(hu_volume(), AFFINE), support=True)
+    first, second, third = tokens.support
+    for support in ((first[:-1], second, third), (first | 255, second, third), (first, second, third[:-1]), (first,)):
+        write_tokens(tmp_path / "a.npz", replace(tokens, support=support))
+        with pytest.raises(Refused, match=r"^DAMAGED_TOKENS: a\.npz is damaged .*support") as end:
+            tokenizer.read(tmp_path / "a.npz")
+        assert "\n" not in str(end.value)

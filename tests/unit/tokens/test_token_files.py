@@ -9,34 +9,8 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
-import torch
 
-from app.tokens.token_files import CTTokens, latent_to_voxel, read_tokens, write_tokens
-from networks.sparse.topology import Level
-from networks.vqvae import support_of
-
-
-@pytest.fixture
-def tokens(rng):
-    voxels = np.unique(rng.integers(0, 24, (300, 3)), axis=0)
-    rows = torch.nn.functional.pad(torch.from_numpy(voxels), (1, 0))
-    level, _ = Level.from_coords(rows, (24, 24, 24), 1)
-    coarse = level.coarsening.coarse.coarsening.coarse.coarsening.coarse
-    return CTTokens(
-        codes=rng.integers(0, 256, len(coarse)).astype(np.int32),
-        coords=coarse.coords[:, 1:].numpy(),
-        latent_shape=(3, 3, 3),
-        affine=np.diag([1.5, 1.5, 1.5, 1.0]) @ latent_to_voxel(),
-        source_shape=(100, 90, 80),
-        source_affine=np.diag([-0.7, -0.7, 2.5, 1.0]),
-        features="window",
-        windows=("lung", "bone"),
-        spacing=1.5,
-        keep="body",
-        tokenizer="ab" * 32,
-        findings=("FOV_CROPPED", "OVERLAPPING_SLICES"),
-        support=tuple(part.numpy() for part in support_of(level)),
-    )
+from app.tokens.token_files import CTTokens, read_tokens, write_tokens
 
 
 def same(one, other):
@@ -59,7 +33,7 @@ def test_round_trip(tokens, tmp_path, kind, rng):
     if kind == "nothing_found":
         tokens = replace(tokens, findings=())
     if kind == "older":
-        tokens = replace(tokens, findings=None)
+        tokens = replace(tokens, findings=None, voxels=None)
     if kind == "no_support":
         tokens = replace(tokens, support=None)
     write_tokens(tmp_path / "a" / "case.npz", tokens)
@@ -79,10 +53,29 @@ def test_any_numpy_reads_it(tokens, tmp_path):
         assert set(stored.files) == {
             *("codes", "coords", "latent_shape", "affine", "source_shape", "source_affine", "source_hash"),
             *("features", "windows", "spacing", "keep", "tokenizer", "version", "findings"),
-            *("support_0", "support_1", "support_2"),
+            *("support_0", "support_1", "support_2", "voxels"),
         }
-        assert stored["codes"].dtype == stored["coords"].dtype == np.int32
+        assert stored["codes"].dtype == np.uint8 and stored["coords"].dtype == np.int32
         assert stored["windows"].tolist() == ["lung", "bone"] and str(stored["keep"]) == "body"
+
+
+@pytest.mark.parametrize(
+    ("highest", "kind"), [(255, np.uint8), (256, np.uint16), (8191, np.uint16), (65536, np.uint32)]
+)
+def test_codes_lie_in_the_smallest_unsigned_type(tokens, tmp_path, highest, kind):
+    codes = tokens.codes.copy()
+    codes[3] = highest
+    write_tokens(tmp_path / "case.npz", replace(tokens, codes=codes))
+    with np.load(tmp_path / "case.npz") as stored:
+        assert stored["codes"].dtype == kind
+    same(read_tokens(tmp_path / "case.npz"), replace(tokens, codes=codes))
+
+
+def test_files_of_older_software_are_read(tokens, tmp_path):
+    """Its codes were int32, of version 1, and it did not say how many voxels there were."""
+    write_tokens(tmp_path / "case.npz", tokens)
+    rewritten(tmp_path / "case.npz", codes=tokens.codes, version=np.array(1, np.int32), voxels=None)
+    same(read_tokens(tmp_path / "case.npz"), replace(tokens, voxels=None))
 
 
 def test_latents_lie_in_the_middle_of_their_voxels(tokens):
@@ -106,6 +99,8 @@ DAMAGED = {
     "no codes": lambda t: {"codes": None},
     "fewer codes": lambda t: {"codes": t.codes[:-1]},
     "negative code": lambda t: {"codes": t.codes * 0 - 1},
+    "code beyond 31 bits": lambda t: {"codes": t.codes.astype(np.uint64) + (1 << 31)},
+    "no voxels": lambda t: {"voxels": np.array(0)},
     "nothing": lambda t: {"codes": t.codes[:0], "coords": t.coords[:0]},
     "coords outside": lambda t: {"coords": t.coords + 1},
     "coords twice": lambda t: {"coords": t.coords * 0},

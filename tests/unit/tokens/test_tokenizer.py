@@ -128,9 +128,10 @@ def test_raw_scans_are_read_one_at_a_time(tmp_path, monkeypatch):
         nibabel.save(nibabel.Nifti1Image(hu_volume() + ord(name) % 3, AFFINE), tmp_path / f"{name}.nii.gz")
     read, whole = [], volume.read_item
     monkeypatch.setattr(volume, "read_item", lambda *given: read.append(given) or whole(*given))
-    found = list(open_scan.raw_scans(tmp_path))
+    found = list(open_scan.scan_sources(tmp_path))
     assert len(found) == 3 and not read
-    assert [one.open().source_hash for one in found] == [one.source_hash for one in found] and len(read) == 3
+    opened = [one.open(open_scan.Wanted()) for one in found]
+    assert [one.source_hash for one in opened] == [one.source_hash for one in found] and len(read) == 3
 
 
 def test_an_empty_scan(tokenizer):

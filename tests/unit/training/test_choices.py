@@ -15,7 +15,7 @@ from app.training import choices, preflight
 from app.training.choices import choose_backend, is_demo, window_names
 from networks import make_vqvae
 from networks.presets import PRESETS, describe
-from transforms.array import DEFAULT_WINDOWS, WINDOWS
+from transforms.windows import DEFAULT_WINDOWS, WINDOWS
 
 ROOT = Path(__file__).resolve().parents[3]
 STAGES = ("vae", "vq_stage1", "vq_stage2")

@@ -7,10 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from app.shared.refusals import Refused
 from app.training import checkpoints
+from app.training.step import to_train
 from networks import make_vqvae
 from networks.presets import Preset
 from networks.sparse import SparseTensor
+from transforms.grid import RESAMPLER
 
 SIZES = {"resolution": 16, "model_channels": 16, "num_blocks": 2, "num_embeddings": 32, "window": 2}
 SIZES |= {"num_heads": 4, "latent_channels": 8}
@@ -78,6 +81,38 @@ def test_older_weights_load_by_what_they_say_of_themselves_and_give_what_they_ga
         assert float(part.sum()) == pytest.approx(expected, rel=1e-5, abs=1e-4)
     assert network.encode(x).codes.tolist() == codes
     assert float(out.subdivision) == pytest.approx(subdivision, rel=1e-5)
+
+
+def test_weights_say_what_brought_their_data_onto_the_grid_and_older_ones_do_not():
+    network = make_vqvae("tiny", **SIZES)
+    older = network.state_dict()["_extra_state"]
+    assert "resampler" not in json.loads(bytes(older.tolist()))  # their hash stays what it was
+    newer = to_train(network, device="cpu", learns=["vq"]).state_dict()["_extra_state"]
+    assert json.loads(bytes(newer.tolist()))["resampler"] == RESAMPLER
+    network.set_extra_state(older)
+    assert network.sizes.resampler == RESAMPLER
+
+
+def test_a_run_goes_on_by_the_resampler_it_began_with(tmp_path):
+    sizes = make_vqvae("tiny", **SIZES).sizes
+    assert sizes.resampler == ""
+    with pytest.raises(
+        Refused, match=r"OTHER_RESAMPLER: .* the resampler before it was recorded, .*triangle 1. .*init_from"
+    ):
+        checkpoints.check_resampler(sizes, source=tmp_path)
+    with pytest.raises(Refused, match="resampled by triangle 0, this software resamples by triangle 1"):
+        checkpoints.check_resampler(sizes.changed(resampler="triangle 0"), source=tmp_path)
+    checkpoints.check_resampler(sizes.changed(resampler=RESAMPLER), source=tmp_path)
+    checkpoints.check_resampler(sizes.changed(prepared=(16, sizes.spacing)), source=tmp_path)  # nothing was resampled
+
+
+def test_weights_of_older_data_are_taken_over_with_one_line(older, caplog):
+    file, _ = older
+    network = checkpoints.load_tokenizer(file)
+    checkpoints.start_from(network, file, codebook=True)
+    told = "older.pt learned from data resampled by an older rule, this run's are by triangle 1"
+    of_scans = network.sizes.features == "window"  # distances come from no resampler
+    assert [record.message for record in caplog.records] == [told] * of_scans
 
 
 def test_a_halving_that_nobody_knows_is_refused():

@@ -3,7 +3,7 @@
 import pytest
 
 from app.shared.refusals import Refused
-from app.training.run_folder import RunFolder, advice_for, differences, duration
+from app.training.run_folder import RunFolder, differences, duration
 
 
 @pytest.mark.parametrize(
@@ -33,13 +33,6 @@ def test_what_changed_is_told_by_the_smallest_part_that_both_have(before, now, t
 )
 def test_a_duration_is_told_in_the_unit_that_reads_best(seconds, text):
     assert duration(seconds) == text
-
-
-def test_a_run_that_nobody_waits_for_says_what_to_take_instead():
-    assert advice_for(47 * 3600, on_gpu=False) is None
-    said = advice_for(400 * 3600, on_gpu=False)
-    assert said == "about 400 h at this rate on this CPU: --preset tiny, or a GPU, or fewer steps"
-    assert "several GPUs under torchrun" in advice_for(400 * 3600, on_gpu=True)
 
 
 @pytest.mark.parametrize(

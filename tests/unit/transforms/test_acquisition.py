@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from transforms.array import acquire
+from transforms.acquisition import acquire
 
 
 @pytest.fixture

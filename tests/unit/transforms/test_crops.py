@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from transforms.array import BLOCK, crop_box, crop_to_budget, jitter, translate
+from transforms.acquisition import jitter
+from transforms.crops import CROP_STEP, crop_box, crop_to_budget, translate
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def test_a_crop_is_every_voxel_of_one_aligned_box(coords, max_points, rng):
         rows = crop_to_budget(coords, max_points, center=center)
         assert 0 < len(rows) <= max_points
         start, stop = np.array(box.start), np.array(box.stop)
-        assert (start % BLOCK == 0).all() and (stop % BLOCK == 0).all()
+        assert (start % CROP_STEP == 0).all() and (stop % CROP_STEP == 0).all()
         inside = ((coords >= start) & (coords < stop)).all(1)
         assert np.array_equal(np.flatnonzero(inside), rows)  # nothing thinned out, nothing else
         assert ((center >= start) & (center < stop)).all()
@@ -34,11 +35,11 @@ def test_a_crop_uses_most_of_its_budget(coords):
 
 def test_no_face_can_grow_any_more(coords):
     box = crop_box(coords, center=coords[100], max_points=4000)
-    extent = (coords.max(0) // BLOCK + 1) * BLOCK
+    extent = (coords.max(0) // CROP_STEP + 1) * CROP_STEP
     for axis in range(3):
         for end in (0, 1):
             start, stop = np.array(box.start), np.array(box.stop)
-            (stop if end else start)[axis] += BLOCK if end else -BLOCK
+            (stop if end else start)[axis] += CROP_STEP if end else -CROP_STEP
             if start[axis] < 0 or stop[axis] > extent[axis]:
                 continue
             assert ((coords >= start) & (coords < stop)).all(1).sum() > 4000

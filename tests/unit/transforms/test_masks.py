@@ -4,18 +4,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from transforms.array import (
-    BAND,
-    DROPPED,
-    body_mask,
-    densify,
-    fill_for,
-    keep_mask,
-    signed_band,
-    sparsify,
-    sparsify_masks,
-    window_values,
-)
+from transforms.body import body_mask
+from transforms.sparse import BAND, DROPPED, densify, fill_for, keep_mask, signed_band, sparsify, sparsify_masks
+from transforms.windows import window_values
 
 
 def distances(size: int, center: tuple[float, ...]) -> np.ndarray:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from transforms.array import (
+from transforms.windows import (
     DEFAULT_WINDOWS,
     WINDOWS,
     hu_from_windows,

@@ -1,0 +1,63 @@
+"""Tokenizers that ship: bundles/pretrained/NAME, known by their names wherever weights are asked for.
+
+A folder holds float16 safetensors and a record of what they are; the file is read only if it is the one that the record
+tells of. Made by `python -m app.export.pretrained`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from app.shared.hashes import hash_path
+from app.shared.places import pretrained_folder
+from app.shared.refusals import fail
+
+DEFAULT = "ct_base"
+WEIGHTS, RECORD = "model.safetensors", "pretrained.json"
+SUMS, COUNTS, CODES = "mean_sum", "mean_count", "embeddings.weight"  # of a codebook that learns by averages
+
+
+def names() -> list[str]:
+    """Those that are here."""
+    folder = pretrained_folder()
+    return sorted(file.parent.name for file in folder.glob(f"*/{WEIGHTS}")) if folder.is_dir() else []
+
+
+def names_in_words() -> str:
+    return f"one that ships ({', '.join(names())})" if names() else "none ships with this installation"
+
+
+def weights_of(path: str | Path) -> Path:
+    """The weights of a name, or of a folder like those that ship; any other path as it is. What is there goes first."""
+    path = Path(path)
+    place = path if path.exists() else pretrained_folder() / path if str(path) in names() else path
+    return place / WEIGHTS if (place / RECORD).is_file() and (place / WEIGHTS).is_file() else place
+
+
+def read(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, halves as float32. One that its record does not know is refused."""
+    record = file.with_name(RECORD)
+    if file.name == WEIGHTS and record.is_file():
+        told: Any = None
+        try:
+            told = json.loads(record.read_text(encoding="utf-8"))["file_sha256"]
+        except (OSError, ValueError, KeyError, TypeError):
+            fail("BAD_CHECKPOINT", f"{record} does not tell of the weights beside it", "install or copy it again")
+        if hash_path(file) != told:
+            what = f"{file} is not the file that {RECORD} beside it tells of"
+            fail("BAD_CHECKPOINT", what, "install or copy the folder again, whole")
+    state = load_file(file)
+    return with_sums({name: value.float() if value.dtype == torch.float16 else value for name, value in state.items()})
+
+
+def with_sums(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """With the sums behind each codebook's means, which are twice as large as the codes and follow from them."""
+    sums = {}
+    for name, counts in state.items():
+        if name.endswith(COUNTS):
+            codebook = name.removesuffix(COUNTS)
+            sums[codebook + SUMS] = state[codebook + CODES] * counts[:, None]
+    return state | sums

@@ -1,0 +1,174 @@
+"""Errors against all bits that a decoder needs: a tokenizer's levels beside x265 and JPEG 2000 on the same voxels.
+
+    python -m tests.benchmarks.bench_codecs --tokenizer ct_base --dataset DATA --levels 1 2 4 --out rows.json
+
+x265 runs where PyAV is installed (`pip install av`): its wheel holds GPL parts, so it is in no requirement of this
+project. Bits of a volume are those of its packed token file, header and all (app/tokens/rate.py), over the voxels of
+the body; the codecs get the same body, cut to its box, and are read off between the two settings on either side of the
+same bits (app/measures/codecs.py). Each row also says at what share of our bits x265 is as good: under 1 it wins, over
+1 it needs more. Errors are over the body, and by tissue for ours. A case that is done stays in the file: a second call
+goes on where the first ended.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from app.dataset import prepared
+from app.evaluation.tokenizer_evaluation import Truth, truth_of
+from app.measures import codecs
+from app.measures import hu_errors as measure
+from app.shared.atomic_files import write_text
+from app.tokens.token_files import CTTokens, rate_of
+from app.tokens.tokenizer import CTTokenizer, dense_hu
+from tests.benchmarks.timing import machine
+from transforms.windows import windows_range
+
+MEASURES = ("mae", "rmse")
+
+
+def rows_of(made: CTTokenizer, case: prepared.PreparedCase, given: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each number of levels, with and without stored support."""
+    scan = made.open(case)
+    truth = truth_of(scan, made.sizes)
+    windows = made.sizes.windows
+
+    def body_errors(hu: np.ndarray) -> dict[str, float]:
+        return measure.errors_in_hu(truth.hu, hu, {"body": truth.masks["foreground"]}, windows=windows)["body"]
+
+    about = {"hu_range": windows_range(windows), "judge": body_errors}
+    peers: dict[str, codecs.Codec] = {"jpeg2000": codecs.Jpeg2000(truth.hu, truth.masks["foreground"], **about)}
+    if codecs.has_x265():
+        peers["x265"] = codecs.Hevc(truth.hu, truth.masks["foreground"], **about)
+    rows = []
+    whole = made.encode(scan, support=True)
+    for levels in given.levels:
+        if levels > made.sizes.quantizer_levels:
+            continue
+        stored = replace(whole, codes=whole.first_levels(levels))
+        ways = {"codes alone": replace(stored, support=None)} | ({"stored support": stored} if given.support else {})
+        for way, tokens in ways.items():
+            row = {"case": case.case_id, "dataset": case.dataset, "levels": levels, "way": way}
+            row |= _ours(made, tokens, truth)
+            rows.append(row | {name: _beside(peer, row) for name, peer in peers.items()})
+    return rows
+
+
+def _ours(made: CTTokenizer, tokens: CTTokens, truth: Truth) -> dict[str, Any]:
+    hu = dense_hu(made.decode_sparse(tokens).values, made.sizes)
+    errors = measure.errors_in_hu(truth.hu, hu, truth.masks, windows=made.sizes.windows)
+    bits, body = rate_of(tokens, made.tables), int(truth.masks["foreground"].sum())
+    return {
+        "tokens": len(tokens.codes),
+        "body_voxels": body,
+        "bits": bits.packed._asdict() | {"total": bits.packed.total, "plain": bits.plain.total},
+        "bits_per_body_voxel": bits.packed.total / body,
+        "bits_per_token": bits.packed.total / len(tokens.codes),
+        **errors["foreground"],
+        "tissues": errors,
+    }
+
+
+def _beside(peer: codecs.Codec, row: dict[str, Any]) -> dict[str, Any]:
+    """A codec at the bits of a row of ours, and what share of our bits it takes to be as good."""
+    point = peer.at_bits(row["bits"]["total"])
+    told: dict[str, Any] = {"settings": point.settings, "bits": point.bits, **point.errors}
+    if isinstance(peer, codecs.Hevc):
+        equal = {name: peer.bits_at_error(name, row[name]) for name in MEASURES}
+        told["share_of_our_bits"] = {name: bits and bits / row["bits"]["total"] for name, bits in equal.items()}
+    return told
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Means over the cases of each dataset, and over all."""
+    groups = sorted({row["dataset"] for row in rows})
+    head = ("cases", "levels", "way", "bits a body voxel", "bits a token", "MAE", "RMSE", "x265 MAE", "x265 RMSE",
+            "MAE / x265's", "RMSE / x265's", "x265 as good at, of our bits", "JPEG 2000 MAE", "RMSE")  # fmt: skip
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for group in [*groups, "all"] if len(groups) > 1 else groups:
+        kinds = dict.fromkeys((row["levels"], row["way"]) for row in rows)
+        for levels, way in kinds:
+            mine = [
+                row for row in rows if (row["levels"], row["way"]) == (levels, way) and group in (row["dataset"], "all")
+            ]
+            if mine:
+                lines.append(f"| {' | '.join(_cells(f'{group} ({len(mine)})', levels, way, mine))} |")
+    return lines
+
+
+def _cells(name: str, levels: int, way: str, rows: list[dict[str, Any]]) -> list[str]:
+    mean = {
+        key: float(np.mean([row[key] for row in rows])) for key in ("bits_per_body_voxel", "bits_per_token", *MEASURES)
+    }
+    cells = [name, str(levels), way, f"{mean['bits_per_body_voxel']:.4f}", f"{mean['bits_per_token']:.2f}"]
+    cells += [f"{mean[key]:.1f}" for key in MEASURES]
+    theirs = {peer: [row[peer] for row in rows if peer in row] for peer in ("x265", "jpeg2000")}
+    if theirs["x265"]:
+        video = {key: float(np.mean([part[key] for part in theirs["x265"]])) for key in MEASURES}
+        cells += [f"{video[key]:.1f}" for key in MEASURES] + [f"{mean[key] / video[key]:.2f}" for key in MEASURES]
+        cells.append(", ".join(_share(theirs["x265"], key) for key in MEASURES))
+    else:
+        cells += ["-"] * 5
+    cells += [f"{np.mean([part[key] for part in theirs['jpeg2000']]):.1f}" for key in MEASURES]
+    return cells
+
+
+def _share(parts: list[dict[str, Any]], key: str) -> str:
+    """Geometric mean over the cases where x265 reaches our error at all."""
+    shares = [share for part in parts if (share := part["share_of_our_bits"][key])]
+    told = f"{np.exp(np.mean(np.log(shares))):.2f}" if shares else "-"
+    return told if len(shares) == len(parts) else f"{told} ({len(shares)} of {len(parts)} cases)"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", required=True, help="checkpoint, output folder, bundle or name")
+    parser.add_argument("--dataset", required=True, help="a prepared dataset")
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--levels", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--support", action="store_true", help="also with the support stored, its bits counted")
+    parser.add_argument("--max-cases", type=int, help="of each dataset the first so many")
+    given = parser.parse_args()
+    made = CTTokenizer.from_pretrained(given.tokenizer)
+    settings = {"tokenizer": made.digest, "split": given.split, "levels": given.levels, "support": given.support}
+    rows = _done(given.out, settings)
+    for case in _chosen(prepared.find_cases(given.dataset, split=given.split), given.max_cases):
+        if any((row["dataset"], row["case"]) == (case.dataset, case.case_id) for row in rows):
+            continue
+        started = time.perf_counter()
+        rows += rows_of(made, case, given)
+        told = {"benchmark": "codecs", "settings": settings, "x265": codecs.has_x265(), **machine(made.device.type)}
+        write_text(given.out, json.dumps({**told, "rows": rows}, indent=1) + "\n")
+        print(f"{case.dataset}/{case.case_id}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+    print("\n".join(table(rows)))
+
+
+def _done(out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of an earlier call with the same settings."""
+    if not out.is_file():
+        return []
+    found = json.loads(out.read_text())
+    if found["settings"] != settings:
+        sys.exit(f"{out} is of other settings: give another --out")
+    return found["rows"]
+
+
+def _chosen(cases: list[prepared.PreparedCase], most: int | None) -> list[prepared.PreparedCase]:
+    seen: dict[str, int] = {}
+    chosen = []
+    for case in cases:
+        seen[case.dataset] = seen.get(case.dataset, 0) + 1
+        if most is None or seen[case.dataset] <= most:
+            chosen.append(case)
+    return chosen
+
+
+if __name__ == "__main__":
+    main()
