@@ -30,7 +30,7 @@ from app.training.step import make_scheduler
 from networks import make_vqvae
 from networks.projector import Projector
 from tests.alignments import NUM_CASES, align, make_volume
-from tests.runs import TINY, end_of, torchrun
+from tests.runs import TINY, end_of, run_in, torchrun
 
 
 def steps_of(folder: Path) -> list[dict]:
@@ -189,8 +189,8 @@ def test_a_run_that_is_told_to_end_saves_its_step_and_goes_on_as_if_it_had_not(h
     (step,) = (int(path.stem[-7:]) for path in (place / "out/ckpts").glob("misc_*"))
     said = f"STOPPED: ended by SIGTERM at step {step}, saved whole in out. To go on, run the same command with --resume"
     assert end.status == 143 and end.error.startswith(said), end.err
-    end = end_of(start_process("bundles/align.json", output_dir="out", epochs=200, resume="latest", **settings, **{
-        "train#steps": step + 2}))  # fmt: skip
+    settings |= {"resume": "latest", "train#steps": step + 2, "num_workers": 0}
+    end = run_in(place, "bundles/align.json", output_dir="out", epochs=200, **settings)
     assert end.status == 0 and f"resumed at step {step}" in end.out, end.err
     assert [row["step"] for row in steps_of(place / "out")] == list(range(1, step + 3)), "no step is lost or twice"
 
