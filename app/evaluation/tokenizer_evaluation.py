@@ -167,8 +167,8 @@ def judge(made: CTTokenizer, case: prepared.PreparedCase, *, levels: int | None 
     """All measurements of one case, of its first `levels` codes; with `beside` also of other codecs at its bits."""
     sizes = made.sizes
     scan = made.open(case)
-    known = truth_of(scan, sizes)
-    truth, masks, beyond = known
+    source = truth_of(scan, sizes)
+    truth, masks = source.hu, source.masks
     started = time.perf_counter()
     tokens = made.encode(scan, support=True, levels=levels)
     encoded = time.perf_counter()
@@ -193,7 +193,7 @@ def judge(made: CTTokenizer, case: prepared.PreparedCase, *, levels: int | None 
         "errors": errors,
         "share": {name: float(mask.mean()) for name, mask in masks.items()},
         "clipped_share": measure.clipped_share(truth, masks["foreground"], windows=sizes.windows),
-        "beyond": beyond,
+        "beyond": source.beyond,
         "tokens": len(tokens.codes),
         "rate": rate_of_case(tokens, made.tables, foreground=int(masks["foreground"].sum())),
         "support": {
@@ -206,7 +206,7 @@ def judge(made: CTTokenizer, case: prepared.PreparedCase, *, levels: int | None 
         "labels": _labels_kept(case, tokens, {"kept": kept, "decoded": predicted}),
         "seconds": seconds,
     }
-    row["codecs"] = codecs_at(row["rate"]["bits"], known, windows=sizes.windows) if beside else {}
+    row["codecs"] = codecs_at(row["rate"]["bits"], source, windows=sizes.windows) if beside else {}
     counts = count_codes(torch.from_numpy(tokens.codes), sizes.num_embeddings)
     return Judged(row, counts, card.slice_of(truth, volumes, _code_map(tokens)))
 

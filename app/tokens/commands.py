@@ -86,7 +86,7 @@ def _one_good(sources: Sequence[ScanSource], source: Path, out: Path) -> list[Sc
     good, tried = 0, []
     for scan in sources:
         try:
-            scan.own_grid()
+            scan.own_grid(open_scan.Wanted())
             good += 1
         except ValueError:
             scan = scan._replace(source_hash="")
@@ -159,11 +159,11 @@ def reconstruct(
         fail("MANY_SCANS", f"{source} holds {len(files)} token files, {out} is one file", "give a folder as OUT")
     _check_kind(source, out, single=single, kinds=".nii or .nii.gz")
     check_folder(out.parent if single else out)
+    made = CTTokenizer.from_pretrained(tokenizer)
     try:
-        grid = None if like is None else open_scan.grid_of(Path(like))
+        grid = None if like is None else open_scan.grid_of(Path(like), tables=made.tables)
     except ValueError as error:
         raise Refused("BAD_LIKE", f"{like}: {as_refused(error).what}") from error
-    made = CTTokenizer.from_pretrained(tokenizer)
     entries = []
     for file in progress(files, "reconstruct"):
         name = file.relative_to(source).with_suffix("").as_posix() if source.is_dir() else file.stem

@@ -69,7 +69,7 @@ class ScanSource(NamedTuple):
     source_hash: str  # of the scan; empty where it is not known before it is opened
     key: str  # changes with all that opening it reads, so that what is made of it can be kept under it
     open: Callable[[Wanted], Scan | CTTokens]
-    own_grid: Callable[[], Place]  # of the scan itself
+    own_grid: Callable[[Wanted], Place]  # of the scan itself
 
 
 def is_case(path: Path) -> bool:
@@ -143,7 +143,7 @@ def scan_source(path: str | Path) -> ScanSource:
     good, refused = [], []
     for source in sources:
         try:
-            source.own_grid()
+            source.own_grid(Wanted())
             good.append(source)
         except ValueError as error:
             refused.append(error)
@@ -156,14 +156,17 @@ def scan_source(path: str | Path) -> ScanSource:
 
 
 def _token_source(file: Path) -> ScanSource:
-    def own_grid() -> Place:
-        tokens = read_tokens(file)
-        return tokens.source_shape, tokens.source_affine
-
     def tokens(wanted: Wanted) -> CTTokens:
         return read_tokens(file, tables=wanted.tables)
 
-    return ScanSource("tokens", file.stem, file.name, "", hash_path(file), tokens, own_grid)
+    def own_grid(wanted: Wanted) -> Place:
+        return tokens(wanted).source_shape, tokens(wanted).source_affine
+
+    try:
+        key = hash_path(file)
+    except OSError:  # opening it says why
+        key = ""
+    return ScanSource("tokens", file.stem, file.name, "", key, tokens, own_grid)
 
 
 def _or_damaged(case: prepared.PreparedCase | prepared.DamagedCase) -> prepared.PreparedCase:
@@ -173,7 +176,7 @@ def _or_damaged(case: prepared.PreparedCase | prepared.DamagedCase) -> prepared.
 
 
 def _case_source(name: str, get: Callable[[], prepared.PreparedCase]) -> ScanSource:
-    def own_grid() -> Place:
+    def own_grid(_: Wanted) -> Place:
         case = get()
         if case.affine is None:
             raise Refused("DAMAGED_CASE", f"case {case.case_id} has no case.json and so no place in the world")
@@ -197,7 +200,7 @@ def case_key(case: prepared.PreparedCase) -> str:
 
 
 def _raw_source(raw: RawSource) -> ScanSource:
-    def own_grid() -> Place:
+    def own_grid(_: Wanted) -> Place:
         scan = raw.read()
         return _sizes(scan.hu.shape), np.asarray(scan.affine, np.float64)
 
@@ -290,10 +293,10 @@ def _placed(volume: Volume, grid: Cube | None) -> tuple[Volume, tuple[str, ...]]
     return Volume(on_grid.hu, on_grid.affine), tuple(bare(on_grid.findings))
 
 
-def grid_of(path: Path) -> Place:
+def grid_of(path: Path, *, tables: CodeTables | None = None) -> Place:
     """Shape and affine of a scan's own grid. Of a NIfTI file the header is enough, whatever the image shows."""
     if not path.name.endswith((".nii", ".nii.gz")):
-        return scan_source(path).own_grid()
+        return scan_source(path).own_grid(Wanted(tables=tables))
     try:
         header = nibabel.load(path)
     except (OSError, ValueError, nibabel.filebasedimages.ImageFileError) as error:

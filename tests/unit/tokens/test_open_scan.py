@@ -78,6 +78,10 @@ def test_any_kind_says_its_own_grid_so_that_a_reconstruction_can_lie_on_it(place
     reconstruct(tokens, tmp_path / "back.nii.gz", tokenizer=made[1], like=tokens)
     image = nibabel.load(tmp_path / "back.nii.gz")
     assert image.shape == (60, 60, 60) and np.allclose(image.affine, read_tokens(tokens).source_affine)
+    packed = tmp_path / "packed.npz"
+    write_tokens(packed, read_tokens(tokens), tables=made[0].tables, pack=True)
+    reconstruct(packed, tmp_path / "again.nii.gz", tokenizer=made[1], like=packed)
+    assert np.array_equal(nibabel.load(tmp_path / "again.nii.gz").dataobj, image.dataobj)
 
 
 def test_of_several_scans_the_one_that_opens_is_meant(tmp_path, rng):
@@ -103,3 +107,13 @@ def test_a_damaged_case_is_listed_and_says_why_when_it_is_opened(tmp_path):
         assert (source.name, source.source_hash, source.key) == ("c1", "", "")
         with pytest.raises(Refused, match=r"^DAMAGED_CASE: c1/case.json must hold an object"):
             source.open(Wanted())
+
+
+def test_a_token_file_that_cannot_be_read_is_listed_and_the_rest_opens(made, dataset, tmp_path):
+    write_tokens(tmp_path / "good.npz", made[0].encode(dataset / "processed" / "case_a"))
+    (tmp_path / "bad.npz").symlink_to(tmp_path / "gone")
+    bad, good = scan_sources(tmp_path)
+    assert (bad.name, bad.key, good.name, len(good.key)) == ("bad", "", "good", 64)
+    with pytest.raises(Refused, match=r"^NO_TOKENS: "):
+        bad.open(Wanted())
+    assert isinstance(good.open(Wanted()), CTTokens)
