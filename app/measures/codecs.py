@@ -23,6 +23,7 @@ QPS = (0, 51)
 X265 = "aq-mode=0:psy-rd=0:rdoq-level=2:keyint=-1:bframes=8:ref=5:log-level=none:info=0"
 X265_PRESET = "slow"
 TENTH, FAR = 1.1, 4.0  # of a ratio of compression: a step, and how far from what was asked it may end
+MIN_IMAGE = 32  # pixels a side: OpenJPEG halves an image five times, and refuses a smaller one
 MIN_SIDE = 32  # of a frame: x265 takes no smaller one
 
 
@@ -136,8 +137,12 @@ class Jpeg2000(Codec):
         from openjpeg.utils import decode, encode_array
 
         image, across = _side_by_side(self.frames)
-        stream = encode_array(image, bits_stored=12, photometric_interpretation=2, compression_ratios=[setting])
-        return len(stream), _apart(decode(stream), across, self.frames.shape)
+        short = [(0, max(MIN_IMAGE - n, 0)) for n in image.shape]
+        whole = np.pad(image, short, mode="edge")
+        stream = encode_array(whole, bits_stored=12, photometric_interpretation=2, compression_ratios=[setting])
+        rows, columns = image.shape
+        decoded = np.ascontiguousarray(decode(stream)[:rows, :columns])
+        return len(stream), _apart(decoded, across, self.frames.shape)
 
     def settings_around(self, bits: float) -> tuple[float, ...]:
         """By tenths, from the ratio that so many bits are."""

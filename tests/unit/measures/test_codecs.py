@@ -71,3 +71,13 @@ def test_frames_stand_side_by_side_and_come_apart_again(rng):
         image, across = codecs._side_by_side(frames)
         assert image.shape[0] % 9 == image.shape[1] % 14 == 0 and image.size < 2 * frames.size + 9 * 14
         assert np.array_equal(codecs._apart(image, across, frames.shape), frames)
+
+
+@pytest.mark.parametrize("sides", [(9, 7, 3), (20, 20, 4)])
+def test_a_body_smaller_than_openjpeg_takes_is_coded_all_the_same(rng, sides):
+    hu = rng.integers(-900, 400, sides).astype(np.int16)
+    coded = codecs.Jpeg2000(
+        hu, np.ones(sides, bool), hu_range=(-1000.0, 500.0), judge=lambda got: {"mae": abs(got - hu).mean()}
+    )
+    bits, errors = coded.at(1.0)
+    assert bits > 0 and errors["mae"] < 0.5
