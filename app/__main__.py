@@ -322,7 +322,7 @@ def evaluate(
     tokenizer: Annotated[str | None, typer.Option(help="Where the tokenizer is now, if it was moved.")] = None,
     out: Annotated[str | None, typer.Option(help="Folder for scores, table and picture.")] = None,
     image_root: Annotated[str | None, typer.Option(help="Folder that the images' names are in.")] = None,
-    split: Annotated[str | None, typer.Option(help="Rows of this split; else val, else test.")] = None,
+    split: Annotated[str | None, typer.Option(help="Rows of this split; else test, else val.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out scans that cannot be read.")] = False,
     num_phantoms: Annotated[int, typer.Option(min=2, help="Without DATA: this many unseen phantoms.")] = 60,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers written at a time.")] = 16,

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 from monai.transforms import MapTransform, RandomizableTransform
+from torch import Tensor
 
+from transforms import tensor
 from transforms.acquisition import acquire, jitter
 from transforms.crops import crop_to_budget, pick_rows, translate
 from transforms.grid import RESAMPLER, centred_grid, resample, share_beyond
@@ -81,7 +83,10 @@ class Sparsifyd(MapTransform):
 
 
 class Windowsd(MapTransform):
-    """`window_values`: HU rows become `feats`. Rows that are features already (bands, distances) pass through."""
+    """`window_values`: HU rows become `feats`. Rows that are features already (bands, distances) pass through.
+
+    Of a tensor it is `tensor.window_values`, on the device where that lies.
+    """
 
     def __init__(self, keys: str | Sequence[str] = "values", *, windows: Sequence[str] = DEFAULT_WINDOWS) -> None:
         super().__init__(keys)
@@ -94,7 +99,11 @@ class Windowsd(MapTransform):
         item = dict(data)
         for key in self.key_iterator(item):
             values = item[key]
-            item["feats"] = window_values(values, self.windows) if values.ndim == 1 else values.astype(np.float32)
+            if isinstance(values, Tensor):
+                item["feats"] = tensor.window_values(values, self.windows) if values.ndim == 1 else values.float()
+            else:
+                feats = window_values(values, self.windows) if values.ndim == 1 else values
+                item["feats"] = feats.astype(np.float32, copy=False)
         return item
 
 

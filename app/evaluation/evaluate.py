@@ -37,7 +37,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores on the held-out rows of a manifest or prepared dataset; without data on phantoms never seen in training.
 
-    `options`: seed, batch_size, max_new_tokens, num_phantoms, and split (default: val, else test, else all rows).
+    `options`: seed, batch_size, max_new_tokens, num_phantoms, and split (default: test, else val, else all rows).
     """
     if output_dir is not None:
         refuse_empty(output_dir)
@@ -119,16 +119,16 @@ def asked_of_one(assistant: CTAssistant, rows: list[TextRow], answers: dict[tupl
 
 
 def held_out(data: str, *, image_root: str | None, split: str | None) -> list[TextRow]:
-    """Rows of the named split; else of val, of test, or all of them, whichever is there first."""
+    """Rows of the named split; else of test, of val (which chose the step), or all, whichever is there first."""
     rows = read_rows(data, image_root=image_root)
-    for wanted in [split] if split else ["val", "test"]:
+    for wanted in [split] if split else ["test", "val"]:
         kept = [row for row in rows if row.split == wanted]
         if kept:
             log.info("evaluating %d rows of split %s", len(kept), wanted)
             return kept
     if split:
         fail("NO_CASES", f"{data} has no row with split {split}", f"it has {sorted({row.split for row in rows})}")
-    log.warning("no split val or test in %s: evaluating all rows, also those of training", data)
+    log.warning("no split test or val in %s: evaluating all rows, also those of training", data)
     return rows
 
 

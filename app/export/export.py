@@ -23,7 +23,7 @@ from app.evaluation.card import NAME as CARD
 from app.export import code, configs
 from app.export.metadata import NOTICE, SCHEMA, make_metadata, requirements
 from app.export.model_card import model_card
-from app.language.assistant import aligned_folder, newest_files, read_settings
+from app.language.assistant import aligned_files, aligned_folder, read_settings
 from app.phantoms.phantoms import make_phantom
 from app.shared.output_folder import check_folder
 from app.shared.places import bundles_folder, root_folder
@@ -139,13 +139,13 @@ def _without_places(settings: Json) -> Json:
 
 def _copy_aligned(align: Path, out: Path, record: Json) -> None:
     """Projector, adapter and record; the base model only where nobody else has it."""
-    projector, adapter = newest_files(align, record)
+    projector, adapter, language = aligned_files(align, record)
     out.mkdir()
     shutil.copyfile(projector, out / "projector_final.pt")
     if adapter is not None:
         shutil.copytree(adapter, out / "lora_final", ignore=shutil.ignore_patterns("README.md"))
-    if (align / "language_final").is_dir():
-        shutil.copytree(align / "language_final", out / "language_final")
+    if language is not None:
+        shutil.copytree(language, out / "language_final")
     elif record["base_model"]["name"] is None:
         fail("NOT_FINISHED", f"the alignment in {align} did not reach its end", "go on with --resume latest")
     for config in out.glob("lora_final/adapter_config.json"):

@@ -8,6 +8,7 @@ cannot be used is counted by reason, never replaced in silence.
 import importlib
 import json
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
@@ -34,6 +35,8 @@ from networks.tokens import TokenSequence, reduce_tokens
 
 log = logging.getLogger(__name__)
 
+FIRST_PHANTOMS = {"train": 0, "tune": 500_001, "val": 1}  # every second from there; evaluation asks about val alone
+
 
 class TextDataset(Dataset):
     """Samples `{input_ids, labels, volumes, case_id}` of rows whose tokens are known.
@@ -55,23 +58,22 @@ class TextDataset(Dataset):
         with_volumes: bool = True,
     ):
         self.volumes, self.reduce, self.with_volumes = volumes, reduce, with_volumes
+        self.encode = partial(
+            chat.encode_chat,
+            tokenizer,
+            num_volumes=int(with_volumes),
+            fusion=fusion,
+            max_text_tokens=max_text_tokens,
+        )
+        self.reports = {} if with_volumes else {row.image: row.answer for row in rows if row.kind == "report"}
         self.dropped: Counter[str] = Counter()
         self.rows, self.encoded = [], []
-        reports = {} if with_volumes else {row.image: row.answer for row in rows if row.kind == "report"}
         for row in rows:
             if row.image not in volumes:
                 self.dropped["no volume"] += 1
                 continue
             try:
-                encoded = chat.encode_chat(
-                    tokenizer,
-                    row.prompt,
-                    answer=row.answer,
-                    num_volumes=int(with_volumes),
-                    words=reports.get(row.image),
-                    fusion=fusion,
-                    max_text_tokens=max_text_tokens,
-                )
+                encoded = self.encode(row.prompt, answer=row.answer, words=self.reports.get(row.image))
             except ValueError:
                 self.dropped["question too long"] += 1
                 continue
@@ -90,7 +92,14 @@ class TextDataset(Dataset):
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict:
         number = index if isinstance(index, int) else index[1]
-        row, encoded = self.rows[number], self.encoded[number]
+        return self._sample(self.rows[number], self.encoded[number])
+
+    def question(self, number: int) -> dict:
+        """A sample without its answer, to be answered."""
+        row = self.rows[number]
+        return self._sample(row, self.encode(row.prompt, words=self.reports.get(row.image)))
+
+    def _sample(self, row: TextRow, encoded: chat.Encoded) -> dict:
         return {
             "input_ids": encoded.input_ids,
             "labels": encoded.labels,
@@ -232,14 +241,14 @@ def phantom_volumes(
 ) -> tuple[list[TextRow], dict[str, VolumeTokens]]:
     """The built-in text: `count` phantoms on the tokenizer's grid with report and questions, not yet balanced.
 
-    Training phantoms have even numbers and validation phantoms odd ones, so that they never meet. With `mirror` each is
+    Those of different splits never meet (see FIRST_PHANTOMS). With `mirror` each is
     seen in a mirror, with sides swapped in the text.
     """
     rows, volumes = {}, {}
 
     def visit(number: int) -> None:
         name = f"phantom_v{ANATOMY_VERSION}_s{seed}_{split}_{number:05d}"
-        findings, tokens = phantom_case(source, name, number=seed * 1_000_000 + 2 * number + (split != "train"))
+        findings, tokens = phantom_case(source, name, number=seed * 1_000_000 + FIRST_PHANTOMS[split] + 2 * number)
         if mirror:
             findings, name = mirrored(findings), f"{name}_mirrored"
         volumes[name] = tokens[mirror]
@@ -301,6 +310,15 @@ def make_loader(
         collate_fn=partial(split_collate, collate=collate, batch_split=batch_split),
         persistent_workers=num_workers > 0,
     )
+
+
+def make_held_out_loader(dataset: Dataset, *, batch_size: int, collate: Callable, num_workers: int = 0) -> DataLoader:
+    """Every sample once, in order; each rank has as many."""
+    rank, world = idist.get_rank(), idist.get_world_size()
+    share = range(rank, len(dataset) // world * world, world)
+    if not share:  # of which MONAI would warn at every validation
+        warnings.filterwarnings("ignore", "`dataloader` is empty")
+    return CaseLoader(dataset, batch_size=batch_size, sampler=share, num_workers=num_workers, collate_fn=collate)
 
 
 def split_collate(samples: list[dict], *, collate: Callable, batch_split: int) -> list[dict]:

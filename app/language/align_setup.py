@@ -9,24 +9,23 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from app.language import align_data, chat
 from app.language.volume_tokens import Reducer, TokenSource, VolumeTokens
 from app.shared.atomic_files import write_text
 from app.shared.hashes import hash_path
-from app.shared.refusals import fail
+from app.shared.refusals import Refused, fail
 from app.text.manifests import check_rows, read_rows
 from app.text.rows import TextRow
 from app.tokens.tokenizer import CTTokenizer, find_tokenizer
 from app.training import checkpoints, shipped
-from app.training.choices import SCALES
 from app.training.initial_weights import STAGE1_COMMAND, train_demo_stage1
 from networks import qwen
 from networks.projector import Projector
@@ -44,22 +43,6 @@ RESUMED_WITH = {  # what a run cannot change on its way, and the code of its ref
     "base_model": "OTHER_MODEL",
     **dict.fromkeys(("use_lora", *LORA_SIZES, "trained_language", "projector_layers", "use_3d_pos"), "OTHER_SETTINGS"),
 }
-
-
-def is_demo(
-    scale: str = "auto", *, data: str | None = None, dataset: str | None = None, dummy_data: bool = False
-) -> bool:
-    """Whether the demo's numbers are meant; `auto` means them as long as there is no text. `dummy_data` is the demo."""
-    if scale not in SCALES:
-        fail("BAD_VALUE", f"scale must be auto, demo or full, got {scale!r}", "leave --scale out for auto")
-    own = data is not None or dataset is not None
-    if data is not None and dataset is not None:
-        fail("BAD_VALUE", "data and dataset are both given", "give one of them")
-    if dummy_data and own:
-        fail("BAD_VALUE", "dummy_data and data are both given", "give one of them")
-    if scale == "full" and not own:
-        fail("NO_DATA", "scale full needs text", "pass --data MANIFEST, or leave --scale out for the demo")
-    return scale == "demo" or (scale == "auto" and not own)
 
 
 def is_tiny(vl_model: str) -> bool:
@@ -132,56 +115,71 @@ class FrozenTokenizer:
         return TokenSource(self.ct, cache_dir=cache_dir)
 
 
-class TrainingText:
-    """Rows to learn from and the tokens of their images; none where the user brings a Dataset of samples."""
+class AlignmentText:
+    """Rows of one split and the tokens of their images, read when they are first asked for.
+
+    Args:
+        max_rows: at most this many, evenly spread over the rows there are.
+        phantoms: count, seed and `about` of the built-in text, which is taken without data.
+    """
 
     def __init__(
         self,
         *,
         tokenizer: FrozenTokenizer,
+        split: str,
         data: str | None = None,
-        dataset: str | None = None,
         image_root: str | None = None,
         output_dir: str = "outputs/align",
         skip_bad: bool = False,
+        max_rows: int | None = None,
         phantoms: dict | None = None,
     ):
-        source = tokenizer.source(align_data.tokens_folder(output_dir))
-        self.bad: list[str] = []
-        self.rows: list[TextRow] = []
-        self.volumes: dict[str, VolumeTokens] = {}
-        if dataset is not None:
-            return
-        if data is None:
-            settings = {"count": 800, "seed": 0, "about": None} | (phantoms or {})
-            self.rows, self.volumes = align_data.builtin(source, split="train", **settings)
-            return
-        self.rows = training_rows(data, image_root=image_root)
-        self.volumes, self.bad = align_data.encode_rows(self.rows, source, skip_bad=skip_bad)
+        self.tokenizer, self.split, self.data, self.image_root = tokenizer, split, data, image_root
+        self.cache, self.skip_bad, self.max_rows = align_data.tokens_folder(output_dir), skip_bad, max_rows
+        self.phantoms = {"count": 800, "seed": 0, "about": None} | (phantoms or {})
+
+    @cached_property
+    def rows_and_volumes(self) -> tuple[list[TextRow], dict[str, VolumeTokens]]:
+        source = self.tokenizer.source(self.cache)
+        if self.data is None:
+            rows, volumes = align_data.builtin(source, split=self.split, **self.phantoms)
+            return self._some(rows), volumes
+        rows = self._some(rows_of_split(self.data, self.split, image_root=self.image_root))
+        return rows, align_data.encode_rows(rows, source, skip_bad=self.skip_bad)[0]
+
+    def _some(self, rows: list[TextRow]) -> list[TextRow]:
+        if self.max_rows is None or len(rows) <= self.max_rows:
+            return rows
+        return [rows[number * len(rows) // self.max_rows] for number in range(self.max_rows)]
 
     @property
     def texts(self) -> list[str]:
         """All that is read and written: what a tokenizer of text is learned from."""
-        return [f"{row.prompt}\n{row.answer}" for row in self.rows]
+        return [f"{row.prompt}\n{row.answer}" for row in self.rows_and_volumes[0]]
 
 
-def training_rows(data: str, *, image_root: str | None) -> list[TextRow]:
-    """Rows of the training split of a manifest; its problems are said first."""
+def rows_of_split(data: str, split: str, *, image_root: str | None) -> list[TextRow]:
+    """Rows of one split of a manifest; its problems are said with those of training."""
     rows = read_rows(data, image_root=image_root)
-    found = check_rows(rows)
-    for problem in found["problems"].values():
-        log.warning("%s", problem)
-    kept = [row for row in rows if row.split == "train"]
-    log.info("%d rows of %d images to train on, %d rows held out", len(kept), found["images"], len(rows) - len(kept))
+    kept = [row for row in rows if row.split == split]
+    if split == "train":
+        found = check_rows(rows)
+        for problem in found["problems"].values():
+            log.warning("%s", problem)
+        log.info(
+            "%d rows of %d images to train on, %d rows held out", len(kept), found["images"], len(rows) - len(kept)
+        )
     if not kept:
-        fail("NO_CASES", f"{data} has no row with split train", "add a column split, or more patients")
+        fail("NO_CASES", f"{data} has no row with split {split}", "add a column split, or more patients")
     return kept
 
 
 class Language:
     """The language model and its tokenizer, with what may be trained left trainable.
 
-    Any Qwen-VL by hub name or path; a tiny one is built on the text. `identity` is what a projector belongs to.
+    Any Qwen-VL by hub name or path; a tiny one is built on the text, which no other reads.
+    `identity` is what a projector belongs to.
     """
 
     def __init__(
@@ -189,7 +187,7 @@ class Language:
         *,
         vl_model: str,
         amp: str,
-        texts: Sequence[str],
+        text: AlignmentText | None = None,
         train_language: bool = False,
         lora: dict | None = None,
         layers: dict | None = None,
@@ -203,7 +201,7 @@ class Language:
         if is_tiny(vl_model):
             family = TINY_MODELS[vl_model]
             sizes = TINY_SIZES | (tiny or {})
-            self.model, self.tokenizer = build_tiny(texts, family=family, seed=seed, **sizes)
+            self.model, self.tokenizer = build_tiny(text.texts, family=family, seed=seed, **sizes)
             words = json.dumps(self.tokenizer.get_vocab(), sort_keys=True).encode()
             self.identity = {"name": None, "built": family, "seed": seed, **sizes}
             self.identity["vocabulary"] = hashlib.sha256(words).hexdigest()  # it follows from the text
@@ -276,9 +274,9 @@ def make_projector(
     return projector
 
 
-def make_dataset(
+def make_text_dataset(
     *,
-    text: TrainingText,
+    text: AlignmentText,
     tokenizer: FrozenTokenizer,
     language: Language,
     max_3d_tokens: int = 2048,
@@ -293,15 +291,30 @@ def make_dataset(
         own = align_data.load_own_dataset(dataset)
         words = language.model.get_input_embeddings().num_embeddings
         return align_data.OwnDataset(own, reduce=reduce, network=tokenizer.network, skip_bad=skip_bad, vocabulary=words)
+    rows, volumes = text.rows_and_volumes
     made = align_data.TextDataset(
-        text.rows, volumes=text.volumes, reduce=reduce, tokenizer=language.tokenizer, **(chat_options or {})
+        rows, volumes=volumes, reduce=reduce, tokenizer=language.tokenizer, **(chat_options or {})
     )
     left_out = {reason: count for reason, count in made.dropped.items() if count}
-    log.info("%d examples%s", len(made), f"; left out or cut: {left_out}" if left_out else "")
+    told = f"; left out or cut: {left_out}" if left_out else ""
+    log.info("%d examples to %s on%s", len(made), "train" if text.split == "train" else "validate", told)
     return made
 
 
-def check_same(folder: Path, args: dict) -> None:
+def make_held_out(*, dataset: str | None = None, **settings: Any) -> Dataset:
+    """The same of rows that are held out; none, and that is said, where there are none that can be used."""
+    try:
+        if dataset is not None:
+            fail("NO_CASES", "a Dataset of your own brings no rows that are held out", "give data")
+        return make_text_dataset(**settings)
+    except Refused as refused:
+        if refused.code != "NO_CASES":
+            raise
+        log.warning("nothing is validated, so the last step counts as the best: %s", refused.what)
+        return Subset([], [])
+
+
+def check_resumed(folder: Path, args: dict) -> None:
     """A run goes on with the tokenizer, the base model and the sizes that it began with; what else changed is said."""
     file = folder / "train_args.json"
     began = json.loads(file.read_text()) if file.is_file() else args

@@ -1,69 +1,64 @@
-"""Alignment as MONAI's SupervisedTrainer runs it: one iteration, and what is written when.
+"""What alignment adds to the engine of app/training: its step, what of it is kept, its record, its answers, its files.
 
 Only what requires a gradient is trained and kept in checkpoints: the projector, LoRA layers, or a tiny language model
-of our own. The tokenizer is not in the network at all. Steps, seeds and resuming work as in `training.py`.
+of our own. The tokenizer is not in the network at all.
 """
 
-import logging
 import shutil
-import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ignite.distributed as idist
 import torch
-from ignite.engine import Engine, Events
-from monai.engines import SupervisedTrainer
+from ignite.engine import CallableEventWithFilter, Engine, Events
+from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from torch import nn
-from torch.optim import Optimizer, lr_scheduler
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
-from app.language.align_setup import FrozenTokenizer, Language, check_same, write_train_args
+from app.language.align_data import TextDataset
+from app.language.align_setup import FrozenTokenizer, Language, check_resumed, write_train_args
 from app.training import checkpoints
 from app.training.checkpoints import unwrapped
-from app.training.handlers import record_steps
-from app.training.step import AMP_TYPES, mean_of_ranks, resume_optimizer, seed_step, step_optimizer, stop_if_not_finite
-from app.training.stopping import StopWhenAsked
-from app.training.training_state import check_parameters, read_state
-from networks.qwen import save_language
-
-log = logging.getLogger(__name__)
+from app.training.state import TrainingState
+from app.training.step import AMP_TYPES, TrainStep
+from app.training.training_state import check_parameters
+from networks.qwen import VolumeQwen, save_language
 
 
-class AlignStep:
-    """`iteration_update`: all micro-batches of a step, then one optimizer step."""
-
-    def __init__(self, *, seed: int = 0, amp: str = "off", grad_clip: float | None = 1.0):
-        if amp not in AMP_TYPES:
-            raise ValueError(f"amp must be one of {', '.join(AMP_TYPES)}, got {amp!r}")
-        self.seed, self.amp, self.grad_clip = seed, AMP_TYPES[amp], grad_clip
-        self.scaler = torch.amp.GradScaler(enabled=self.amp == torch.float16)
-
-    def __call__(self, engine: SupervisedTrainer, batch: list[dict]) -> dict:
-        started = time.perf_counter()
-        samples = sum(len(part["input_ids"]) for part in batch)
-        seed_step(self.seed, engine.state.iteration, rank=idist.get_rank())
-        engine.network.train()
-        engine.optimizer.zero_grad(set_to_none=True)
-        totals = {"loss": 0.0, "correct": 0.0}
-        tokens = 0
-        for part in batch:
-            part = to_device(part, engine.state.device)
-            with torch.autocast(engine.state.device.type, dtype=self.amp, enabled=self.amp is not None):
-                result = engine.network(part)
-            share = len(part["input_ids"]) / samples
-            self.scaler.scale(result.loss * share).backward()
-            totals["loss"] += float(result.loss.detach()) * share
-            totals["correct"] += float(result.correct) * share
-            tokens += int(part["attention_mask"].sum())
-        totals = mean_of_ranks(totals)
-        stop_if_not_finite(engine, totals, [case for part in batch for case in part["case_id"]])
-        step_optimizer(engine.optimizer, scaler=self.scaler, grad_clip=self.grad_clip)
-        return {**totals, "tokens": tokens, "seconds": time.perf_counter() - started}
+def to_device(batch: dict, device: torch.device, non_blocking: bool = False) -> dict:
+    """`prepare_batch` of an alignment."""
+    return {k: v.to(device, non_blocking=non_blocking) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
-def to_device(batch: dict, device: torch.device) -> dict:
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+class AnswerStep(TrainStep):
+    """The step of an alignment: the loss on answers alone."""
+
+    def size(self, part: dict) -> dict[str, int]:
+        return {"tokens": int(part["attention_mask"].sum())}
+
+    def terms(self, engine: SupervisedTrainer, inputs: dict, _part: dict) -> dict[str, torch.Tensor]:
+        return terms_of(engine.network, inputs)
+
+
+class AnswerValidation:
+    """`iteration_update` of the evaluator: the same without a gradient."""
+
+    def __init__(self, *, amp: str = "off"):
+        self.amp = AMP_TYPES[amp]
+
+    def __call__(self, engine: SupervisedEvaluator, batch: dict) -> dict[str, Any]:
+        network = unwrapped(engine.network)
+        network.eval()
+        inputs, device = engine.prepare_batch(batch, engine.state.device), engine.state.device.type
+        eager = torch.compiler.set_stance("force_eager")  # layers compiled for training would be compiled once more
+        with eager, torch.no_grad(), torch.autocast(device, dtype=self.amp, enabled=self.amp is not None):
+            terms = terms_of(network, inputs)
+        return {"terms": {name: float(term) for name, term in terms.items()}, "samples": len(batch["case_id"])}
+
+
+def terms_of(network: nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
+    result = network(inputs)
+    return {"loss": result.loss, "correct": result.correct}
 
 
 def steps_per_epoch(dataset: Dataset, *, batch_size: int) -> int:
@@ -71,69 +66,44 @@ def steps_per_epoch(dataset: Dataset, *, batch_size: int) -> int:
     return max(1, len(dataset) // (batch_size * idist.get_world_size()))
 
 
-def trained_state(network: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
+class LearnedState(TrainingState):
+    """Of an alignment: what learns. The rest is the base model's."""
+
+    def weights(self) -> dict[str, dict[str, torch.Tensor]]:
+        learned = {name: p.detach() for name, p in self.network.named_parameters() if p.requires_grad}
+        return {self.folder.name: learned}
+
+    def load_weights(self, stored: dict[str, dict], step: int) -> None:
+        (own,), (state,) = self.weights().values(), stored.values()
+        check_parameters(state, own, path=checkpoints.step_file(self.folder.path, self.folder.name, step))
+        for name, value in state.items():
+            own[name].copy_(value)
 
 
-class AlignHandlers:
-    """All that hangs on the trainer: schedule, log, save where due, and the files of each epoch and of the end."""
+class AlignRecord:
+    """train_args.json: what a later load has to check or repeat. A run that is resumed is held to it before it begins,
+    and one that has nothing left to train leaves it as it is.
+    """
 
     def __init__(
-        self,
-        *,
-        folder,
-        network: nn.Module,
-        language: Language,
-        tokenizer: FrozenTokenizer,
-        optimizer: Optimizer,
-        schedule: lr_scheduler.LRScheduler,
-        every: dict,
-        settings: dict,
+        self, *, folder, network: VolumeQwen, language: Language, tokenizer: FrozenTokenizer, settings: dict[str, Any]
     ):
-        self.folder, self.network, self.language, self.tokenizer = folder, unwrapped(network), language, tokenizer
-        self.optimizer, self.schedule, self.every, self.settings = optimizer, schedule, every, settings
+        self.folder, self.projector = folder, unwrapped(network).projector
+        self.language, self.tokenizer, self.settings = language, tokenizer, settings
 
-    def attach(self, engine: SupervisedTrainer) -> None:
-        last = engine.state.epoch_length
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self._check)
+        engine.add_event_handler(Events.EPOCH_STARTED, self._write)
 
-        def due(every: int) -> Callable[[Engine, int], bool]:
-            return lambda _, step: step % every == 0 or step == last
+    def _check(self, _engine: Engine) -> None:
+        if self.folder.start_step is not None:
+            check_resumed(Path(self.folder.path), self.content())
 
-        engine.add_event_handler(Events.STARTED, self._start)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda _: self.schedule.step())
-        record_steps(engine, self.folder, optimizer=self.optimizer, phase="train", every=self.every)
-        completed = Events.ITERATION_COMPLETED
-        engine.add_event_handler(completed(event_filter=due(self.every["epoch"])), self._save_epoch)
-        engine.add_event_handler(completed(event_filter=due(self.every["i_save"])), self._save)
-        engine.add_event_handler(Events.COMPLETED, self._save_final)
-        StopWhenAsked(save=self._save, output_dir=self.folder.output_dir).attach(engine)
+    def _write(self, _engine: Engine) -> None:
+        if idist.get_rank() == 0:
+            write_train_args(Path(self.folder.path), self.content())
 
-    def _start(self, engine: SupervisedTrainer) -> None:
-        step = engine.last_saved_step = self.folder.start_step
-        if step is not None:
-            check_same(Path(self.folder.path), self._record())
-            file = checkpoints.step_file(self.folder.path, self.folder.name, step)
-            stored, own = checkpoints.read_tensors(file), trained_state(self.network)
-            check_parameters(stored, own, path=file)
-            misc_file = checkpoints.step_file(self.folder.path, "misc", step)
-            misc = read_state(misc_file, step=step, optimizer=self.optimizer)
-            for name, value in stored.items():
-                own[name].copy_(value)
-            resume_optimizer(self.optimizer, self.schedule, misc["optimizer"], step=step)
-            if misc["scaler"]:
-                engine._process_function.scaler.load_state_dict(misc["scaler"])
-            engine.state.iteration = step
-            engine.data_loader.sampler.start = step
-            log.info("resumed at step %d", step)
-        self.folder.begin(self.network)
-        ended = step is not None and step >= engine.state.epoch_length
-        if ended:
-            log.warning("step %d is the end of this run: nothing is trained, its record stays as it is", step)
-        if idist.get_rank() == 0 and not ended:
-            write_train_args(Path(self.folder.path), self._record())
-
-    def _record(self) -> dict:
-        """Everything that a later load has to check or repeat."""
+    def content(self) -> dict[str, Any]:
         return {
             **self.settings,
             "base_model": self.language.identity,
@@ -141,47 +111,96 @@ class AlignHandlers:
             "use_lora": self.language.adapter is not None,
             "tokenizer_path": str(Path(self.tokenizer.file).resolve()),
             "tokenizer": self.tokenizer.hash,
-            "in_features": self.network.projector.in_features,
-            "position_scale": self.network.projector.position_scale,
-            "position_grid": self.network.projector.position_grid,
+            "in_features": self.projector.in_features,
+            "position_scale": self.projector.position_scale,
+            "position_grid": self.projector.position_grid,
         }
 
-    def _save_epoch(self, engine: SupervisedTrainer) -> None:
-        number = -(-engine.state.iteration // self.every["epoch"]) - 1
-        self._write(f"epoch{number}")
 
-    def _save_final(self, _engine: SupervisedTrainer) -> None:
-        self._write("final")
-        if self.language.is_own and idist.get_rank() == 0:
-            adapter = self.language.adapter  # kept in a folder of its own: taken out of the model that is saved
-            model = self.language.model if adapter is None else adapter.unload()
-            save_language(model, self.language.tokenizer, Path(self.folder.path) / "language_final")
+class SampleAnswers:
+    """A few questions of the validation rows with the model's answers beside the true ones."""
 
+    def __init__(
+        self,
+        *,
+        folder,
+        network: VolumeQwen,
+        language: Language,
+        dataset: TextDataset | Subset,  # or nothing
+        on: CallableEventWithFilter,
+        num_samples: int = 4,
+        max_new_tokens: int = 64,
+    ):
+        self.folder, self.network, self.language, self.dataset, self.on = (
+            folder, unwrapped(network), language, dataset, on,
+        )  # fmt: skip
+        step = max(1, len(dataset) // num_samples)
+        self.numbers, self.max_new_tokens = range(0, len(dataset), step)[:num_samples], max_new_tokens
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(self.on, self._write)
+
+    def _write(self, engine: SupervisedTrainer) -> None:
+        if idist.get_rank() != 0 or not self.numbers:
+            return
+        self.network.eval()
+        batch = self.language.collate(side="left")([self.dataset.question(number) for number in self.numbers])
+        ids = self.network.generate(to_device(batch, engine.state.device), max_new_tokens=self.max_new_tokens)
+        answers = self.language.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        rows = [self.dataset.rows[number] for number in self.numbers]
+        told = [
+            f"{row.image}\nasked:  {row.prompt}\ntruth:  {row.answer}\nanswer: {answer.strip()}\n"
+            for row, answer in zip(rows, answers, strict=True)
+        ]
+        self.folder.record_text("\n".join(told))
+
+
+class WriteAligned:
+    """What `ask` and `evaluate` load: projector, adapter and a language model of the run's own.
+
+    After each epoch, at the end, and of the best validation where that is not the end's.
+    """
+
+    def __init__(self, *, state: LearnedState, language: Language, epoch: int, on: CallableEventWithFilter):
+        self.state, self.folder, self.language, self.epoch, self.on = state, state.folder, language, epoch, on
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(self.on, self._write_epoch)
+        engine.add_event_handler(Events.COMPLETED, self._write_end)
+
+    def _write_epoch(self, engine: SupervisedTrainer) -> None:
         if idist.get_rank() == 0:
-            self.folder.record_end(then="Next: python -m app evaluate, or ask, with this folder")
+            self._write(f"epoch{-(-engine.state.iteration // self.epoch) - 1}")
+
+    def _write_end(self, _engine: SupervisedTrainer) -> None:
+        if idist.get_rank() != 0:
+            return
+        path, language = Path(self.folder.path), self.language
+        (path / "projector_best.pt").unlink(missing_ok=True)  # of an earlier end of this run
+        for earlier in ("lora_best", "language_best"):
+            shutil.rmtree(path / earlier, ignore_errors=True)
+        best = checkpoints.read_best(path)
+        if best is not None and best != checkpoints.complete_steps(path)[-1]:
+            name = self.folder.name
+            last = {name: {key: value.clone() for key, value in self.state.weights()[name].items()}}
+            stored = checkpoints.read_tensors(checkpoints.step_file(path, name, best))
+            self.state.load_weights({name: stored}, best)
+            self._write("best")
+            if language.trained:
+                save_language(language.model, language.tokenizer, path / "language_best")
+            self.state.load_weights(last, best)
+        self._write("final")
+        if language.is_own:  # an adapter is kept in a folder of its own: taken out of the model that is saved
+            model = language.model if language.adapter is None else language.adapter.unload()
+            save_language(model, language.tokenizer, path / "language_final")
 
     def _write(self, suffix: str) -> None:
         """The projector and, where there is one, the adapter; written beside and renamed."""
-        if idist.get_rank() != 0:
-            return
         path = Path(self.folder.path)
-        checkpoints.write_atomically(self.network.projector.state_dict(), path / f"projector_{suffix}.pt")
+        checkpoints.write_atomically(self.state.network.projector.state_dict(), path / f"projector_{suffix}.pt")
         if self.language.adapter is not None:
             part, target = path / f"lora_{suffix}.part", path / f"lora_{suffix}"
             shutil.rmtree(part, ignore_errors=True)
             self.language.adapter.save_pretrained(part)
             shutil.rmtree(target, ignore_errors=True)
             part.rename(target)
-
-    def _save(self, engine: SupervisedTrainer) -> None:
-        engine.last_saved_step = step = engine.state.iteration  # every rank has to be able to tell it
-        if idist.get_rank() != 0:
-            return
-        misc = {
-            "step": step,
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),  # a record: see resume_optimizer
-            "scaler": engine._process_function.scaler.state_dict(),
-        }
-        checkpoints.save_set(Path(self.folder.path), step, {self.folder.name: trained_state(self.network)}, misc)
-        checkpoints.prune(Path(self.folder.path), self.every["keep_last"])

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -96,7 +96,8 @@ class CTAssistant:
                 f"{path} was aligned to tokenizer {settings['tokenizer'][:12]}, {frozen.file} is {frozen.hash[:12]}",
                 "give that tokenizer with --tokenizer, or align again",
             )
-        language, text_tokenizer = load_base(path, settings, device, language_model)
+        files = aligned_files(path, settings)
+        language, text_tokenizer = load_base(path, settings, device, own=files.language, now_at=language_model)
         projector = Projector(
             settings["in_features"],
             qwen.language_width(language),
@@ -105,7 +106,7 @@ class CTAssistant:
             position_scale=settings["position_scale"],
             position_grid=settings.get("position_grid", 128),  # 128 where it was not recorded
         )
-        file, adapter = newest_files(path, settings)
+        file, adapter = files.projector, files.adapter
         weights = checkpoints.read_tensors(file)
         try:
             projector.load_state_dict(weights)
@@ -120,9 +121,8 @@ class CTAssistant:
                 fail("BAD_ADAPTER", str(error), "install peft, copy the folder again, or align again")
         model = qwen.VolumeQwen(language, projector, position=settings["position"]).to(device).eval()
         settings = {**settings, "projector_sha256": hash_path(file)}
-        if (own := path / "language_final").is_dir():
-            weights = hash_path(own)
-            settings["base_model"] = {**settings["base_model"], "sha256": weights}
+        if files.language is not None:
+            settings["base_model"] = {**settings["base_model"], "sha256": hash_path(files.language)}
         if adapter is not None:
             settings["adapter_sha256"] = hash_path(adapter)
         return cls(model=model, text_tokenizer=text_tokenizer, tokenizer=frozen, settings=settings)
@@ -307,33 +307,40 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def load_base(
-    path: Path, settings: dict[str, Any], device: torch.device, now_at: str | None = None
+    path: Path, settings: dict[str, Any], device: torch.device, *, own: Path | None = None, now_at: str | None = None
 ) -> tuple[torch.nn.Module, Any]:
     """The language model that the projector belongs to, wherever it is now; another one is refused."""
     base = settings["base_model"]
-    own = path / "language_final"
-    name = str(own) if own.is_dir() else now_at or base["name"]
+    name = now_at or base["name"] if own is None else str(own)
     if name is None:
         fail("NOT_FINISHED", f"the alignment in {path} did not reach its end", "go on with --resume latest")
-    half = settings["amp"] == "bf16" and device.type == "cuda" and not own.is_dir()
+    half = settings["amp"] == "bf16" and device.type == "cuda" and own is None
     try:
         language, text_tokenizer = qwen.load_language(name, dtype=torch.bfloat16 if half else torch.float32)
     except ValueError as error:
         fail("BAD_MODEL", str(error), "the base model is kept by name: it must be there or on the hub")
-    found = base if own.is_dir() else identify(name, language)
+    found = identify(name, language) if own is None else base
     if {**found, "name": None} != {**base, "name": None}:
         fail("OTHER_MODEL", f"{path} was aligned to {base}, {name} is now {found}", "restore that model or align again")
     return language, text_tokenizer
 
 
-def newest_files(path: Path, settings: dict[str, Any]) -> tuple[Path, Path | None]:
-    """Projector and adapter of the end, else of the last whole epoch."""
-    file = path / "projector_final.pt"
-    if not file.is_file():
+class AlignedFiles(NamedTuple):
+    projector: Path
+    adapter: Path | None
+    language: Path | None  # a model of the run's own
+
+
+def aligned_files(path: Path, settings: dict[str, Any]) -> AlignedFiles:
+    """Of the best validation, else of the end, else of the last whole epoch."""
+    ends = [path / f"projector_{end}.pt" for end in ("best", "final")]
+    file = next((end for end in ends if end.is_file()), None)
+    if file is None:
         epochs = sorted(path.glob("projector_epoch*.pt"), key=lambda p: int(p.stem.removeprefix("projector_epoch")))
         if not epochs:
             fail("NO_ALIGNMENT", f"{path} has no projector yet", "let an epoch finish")
         file = epochs[-1]
         log.info("the run did not end: taking %s", file.name)
     adapter = path / file.stem.replace("projector", "lora") if settings["use_lora"] else None
-    return file, adapter
+    own = [path / file.stem.replace("projector", "language"), path / "language_final"]  # frozen ones are the same
+    return AlignedFiles(file, adapter, next((folder for folder in own if folder.is_dir()), None))

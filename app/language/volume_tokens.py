@@ -16,10 +16,11 @@ from torch import Tensor
 from app.tokens.open_scan import scan_source
 from app.tokens.token_files import CTTokens, write_tokens
 from app.tokens.tokenizer import CTTokenizer
-from app.training.step import to_sparse
+from app.training.step import SparseBatch
 from networks.sparse import SparseTensor
 from networks.tokens import TokenSequence, reduce_tokens
 from networks.vqvae import SparseVQVAE
+from transforms import Windowsd
 from transforms.grid import RESAMPLER
 
 log = logging.getLogger(__name__)
@@ -56,8 +57,11 @@ def extract_3d_latent_and_indices(
     network lies, unless it is moved there by this. Of several quantiser levels they read the first.
     """
     device = next(vqvae.parameters()).device if device is None else torch.device(device)
-    make = sparse_inputs if "sparse_index" in batch else lambda batch, _, device: to_sparse(batch, device)
-    tokens = vqvae.to(device).encode(make(batch, vqvae, device), levels=1)
+    if "sparse_index" in batch:
+        x = sparse_inputs(batch, vqvae, device)
+    else:
+        x = SparseBatch(Windowsd("values", windows=vqvae.sizes.windows))(batch, device)
+    tokens = vqvae.to(device).encode(x, levels=1)
     return vqvae.vq.lookup(tokens.codes), tokens.coords, tokens.codes
 
 

@@ -22,6 +22,8 @@ HIGHEST = 4095  # of 12 bits
 QPS = (0, 51)
 X265 = "aq-mode=0:psy-rd=0:rdoq-level=2:keyint=-1:bframes=8:ref=5:log-level=none:info=0"
 X265_PRESET = "slow"
+TENTH, FAR = 1.1, 4.0  # of a ratio of compression: a step, and how far from what was asked it may end
+MIN_IMAGE = 32  # pixels a side: OpenJPEG halves an image five times, and refuses a smaller one
 MIN_SIDE = 32  # of a frame: x265 takes no smaller one
 
 
@@ -135,16 +137,23 @@ class Jpeg2000(Codec):
         from openjpeg.utils import decode, encode_array
 
         image, across = _side_by_side(self.frames)
-        stream = encode_array(image, bits_stored=12, photometric_interpretation=2, compression_ratios=[setting])
-        return len(stream), _apart(decode(stream), across, self.frames.shape)
+        short = [(0, max(MIN_IMAGE - n, 0)) for n in image.shape]
+        whole = np.pad(image, short, mode="edge")
+        stream = encode_array(whole, bits_stored=12, photometric_interpretation=2, compression_ratios=[setting])
+        rows, columns = image.shape
+        decoded = np.ascontiguousarray(decode(stream)[:rows, :columns])
+        return len(stream), _apart(decoded, across, self.frames.shape)
 
     def settings_around(self, bits: float) -> tuple[float, ...]:
-        """It keeps within the ratio, so the first is just under; the second asks for a tenth more."""
+        """By tenths, from the ratio that so many bits are."""
         ratio = max(12 * _side_by_side(self.frames)[0].size / bits, 1.0)
-        finer = ratio
-        while self.at(finer)[0] <= bits and finer > ratio / 4:
-            finer /= 1.1
-        return (ratio, finer) if finer != ratio and self.at(finer)[0] > bits else (ratio,)
+        coarse = ratio
+        while self.at(coarse)[0] > bits and coarse < FAR * ratio:
+            coarse *= TENTH
+        finer = coarse
+        while self.at(finer)[0] <= bits and finer > max(ratio / FAR, 1.0):
+            finer = max(finer / TENTH, 1.0)
+        return (coarse, finer) if self.at(coarse)[0] <= bits < self.at(finer)[0] else (coarse,)
 
 
 def _x265(frames: UInt16[np.ndarray, "S H W"], qp: int) -> tuple[int, UInt16[np.ndarray, "S H W"]]:

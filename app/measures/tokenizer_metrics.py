@@ -1,4 +1,4 @@
-"""How good a tokenizer is on whole validation cases: errors, codebook use, and the shuffled-code control."""
+"""Means over validation; of a tokenizer also errors in HU, codebook use, and the shuffled-code control."""
 
 import torch
 from ignite.engine import Engine
@@ -27,18 +27,47 @@ def count_codes(codes: Int[torch.Tensor, "M ..."], num_codes: int) -> Float[torc
     return torch.stack([torch.bincount(level, minlength=num_codes) for level in levels]).double()
 
 
-class TokenizerMetrics(Metric):
-    """Means over cases of what `ValidationStep` gives, summed over ranks, under names that begin with val_."""
+class MeanTerms(Metric):
+    """Means over samples of the `terms` that an evaluator's step gives, under names that begin with val_."""
 
     def __init__(self) -> None:  # ignite takes a mapping for y_pred and y, so ours travels in a tuple
         super().__init__(output_transform=lambda output: (output,), skip_unrolling=True)
 
     @reinit__is_reduced
     def reset(self) -> None:
-        self._cases = torch.zeros(1, dtype=torch.float64)
+        self._samples = torch.zeros(1, dtype=torch.float64)
         self._sums = torch.zeros(0, dtype=torch.float64)
-        self._counts = torch.zeros(0, dtype=torch.float64)
         self._names: list[str] = []
+
+    def add(self, terms: dict[str, float], *, samples: int = 1) -> None:
+        if not self._names:
+            self._names = list(terms)
+            self._sums = torch.zeros(len(terms), dtype=torch.float64)
+        self._sums += torch.tensor(list(terms.values()), dtype=torch.float64) * samples
+        self._samples += samples
+
+    @reinit__is_reduced
+    def update(self, wrapped: tuple[dict]) -> None:
+        (output,) = wrapped
+        self.add(output["terms"], samples=output["samples"])
+
+    @sync_all_reduce("_samples", "_sums")
+    def compute(self) -> dict[str, float]:
+        means = (self._sums / self._samples).tolist()
+        return {f"val_{name}": mean for name, mean in zip(self._names, means, strict=True)}
+
+    def attach(self, engine: Engine, name: str = "validation") -> None:
+        """As a handler in a config: MONAI gives no name."""
+        super().attach(engine, name)
+
+
+class TokenizerMetrics(MeanTerms):
+    """Of whole cases, one at a time: `ValidationStep`'s terms, errors in HU, and how the codebook is used."""
+
+    @reinit__is_reduced
+    def reset(self) -> None:
+        super().reset()
+        self._counts = torch.zeros(0, dtype=torch.float64)
 
     @reinit__is_reduced
     def update(self, wrapped: tuple[dict]) -> None:
@@ -47,20 +76,16 @@ class TokenizerMetrics(Metric):
         if len(output["windows"]) == len(output["absolute_error"]):
             for name, error in zip(output["windows"], output["absolute_error"].tolist(), strict=True):
                 values[f"mae_hu_{name}"] = error * WINDOWS[name][0] / 2  # features span -1..1 across the window
-        if not self._names:
-            self._names = list(values)
-            self._sums = torch.zeros(len(values), dtype=torch.float64)
+        if not len(self._counts):
             levels = 1 if output["codes"] is None or output["codes"].ndim == 1 else output["codes"].shape[1]
             self._counts = torch.zeros((levels, output["num_codes"]), dtype=torch.float64)
-        self._sums += torch.tensor(list(values.values()), dtype=torch.float64)
-        self._cases += 1
+        self.add(values)
         if output["codes"] is not None:
             self._counts += count_codes(output["codes"], self._counts.shape[1])
 
-    @sync_all_reduce("_cases", "_sums", "_counts")
+    @sync_all_reduce("_counts")
     def compute(self) -> dict[str, float]:
-        means = (self._sums / self._cases).tolist()
-        result = {f"val_{name}": mean for name, mean in zip(self._names, means, strict=True)}
+        result = super().compute()
         result["val_shuffled_ratio"] = result["val_shuffled"] / max(result["val_recon"], 1e-12)
         if self._counts.sum() > 0:
             used, spread = (self._counts > 0).sum(1).tolist(), [perplexity(counts) for counts in self._counts]
@@ -69,7 +94,3 @@ class TokenizerMetrics(Metric):
                 for i in range(len(used)):
                     result |= {f"val_codes_used_level{i}": used[i], f"val_perplexity_level{i}": spread[i]}
         return result
-
-    def attach(self, engine: Engine, name: str = "validation") -> None:
-        """As a handler in a config: MONAI gives no name."""
-        super().attach(engine, name)

@@ -23,6 +23,7 @@ from networks.presets import Preset
 from networks.sparse import SparseTensor
 from networks.tiles import Decoded, decode_whole, encode_whole
 from networks.vqvae import SparseVQVAE, Tokens, support_of
+from transforms import Windowsd
 from transforms.grid import CUT_OFF, RESAMPLER
 from transforms.sparse import densify, fill_for
 from transforms.windows import hu_from_windows
@@ -146,7 +147,7 @@ class CTTokenizer:
             resolution=sizes.resolution, spacing=sizes.spacing, keep=sizes.keep, windows=sizes.windows
         )
         item: dict[str, Any] = {"image": volume.hu, "affine": volume.affine}
-        for step in [*steps, *data.sampling(windows=sizes.windows)]:  # Compose would hide a refusal (see data.py)
+        for step in [*steps, Windowsd("values", windows=sizes.windows)]:  # Compose would hide a refusal (see data.py)
             item = step(item)
         if len(item["coords"]) < MIN_POINTS:
             what = f"only {len(item['coords'])} voxels are left of the scan, {MIN_POINTS} are needed"

@@ -143,7 +143,7 @@ def put_aside(output_dir: Path, *, after: int) -> None:
             os.replace(path, aside / path.name)
 
 
-def write_best(output_dir: Path, scores: dict[int, float]) -> None:
+def write_best(output_dir: Path, scores: dict[int, float], *, name: str = "val_recon") -> None:
     """Names the step of the lowest score; of equals the first. One that is no number is never the best."""
     path = Path(output_dir, "ckpts", "best.json")
     scores = {step: score for step, score in scores.items() if math.isfinite(score)}
@@ -151,7 +151,7 @@ def write_best(output_dir: Path, scores: dict[int, float]) -> None:
         path.unlink(missing_ok=True)
         return
     step = min(scores, key=scores.get)
-    write_text(path, json.dumps({"step": step, "val_recon": scores[step]}) + "\n")
+    write_text(path, json.dumps({"step": step, name: scores[step]}) + "\n")
 
 
 def best_score(output_dir: str | Path) -> dict[int, float]:
@@ -163,9 +163,10 @@ def best_score(output_dir: str | Path) -> dict[int, float]:
         stored = json.loads(path.read_text())
     except (ValueError, RecursionError):
         stored = None
-    step, score = (stored.get(name) for name in ("step", "val_recon")) if isinstance(stored, dict) else (None, None)
+    stored = stored if isinstance(stored, dict) else {}
+    step, score = stored.get("step"), stored.get("val_recon", stored.get("val_loss"))
     if type(step) is not int or step < 0 or type(score) not in (int, float) or not math.isfinite(score):
-        fail("BAD_RUN", f"{path} does not name a step and its val_recon", "remove it: the newest step is taken then")
+        fail("BAD_RUN", f"{path} does not name a step and its score", "remove it: the newest step is taken then")
     return {step: score}
 
 

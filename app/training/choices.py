@@ -13,13 +13,29 @@ log = logging.getLogger(__name__)
 SCALES = ("auto", "demo", "full")
 
 
-def is_demo(scale: str = "auto", *, dataset_dir: str | None = None) -> bool:
-    """Whether the demo's numbers are meant; `auto` means them as long as there is no data."""
+def is_demo(
+    scale: str = "auto",
+    *,
+    dataset_dir: str | None = None,
+    data: str | None = None,
+    dataset: str | None = None,
+    dummy_data: bool = False,
+) -> bool:
+    """Whether the demo's numbers are meant; `auto` means them as long as there is no data. `dummy_data` is the demo.
+
+    A tokenizer learns from a `dataset_dir`; an alignment from text (`data`) or from a `dataset` by its dotted path.
+    """
     if scale not in SCALES:
         fail("BAD_VALUE", f"scale must be auto, demo or full, got {scale!r}", "leave --scale out for auto")
-    if scale == "full" and dataset_dir is None:
-        fail("NO_DATA", "scale full needs data", "pass --dataset_dir, or leave --scale out for the demo")
-    return scale == "demo" or (scale == "auto" and dataset_dir is None)
+    given = {"data": data is not None, "dataset": dataset is not None, "dummy_data": dummy_data}
+    if sum(given.values()) > 1:
+        both = " and ".join(name for name, is_given in given.items() if is_given)
+        fail("BAD_VALUE", f"{both} are both given", "give one of them")
+    own = dataset_dir is not None or given["data"] or given["dataset"]
+    if scale == "full" and not own:
+        remedy = "pass --dataset_dir (an alignment: --data), or leave --scale out for the demo"
+        fail("NO_DATA", "scale full needs data", remedy)
+    return scale == "demo" or (scale == "auto" and not own)
 
 
 def window_names(

@@ -21,9 +21,9 @@ from torch.utils.data import Dataset, get_worker_info
 from app.dataset.prepared import PreparedCase, common_grid, find_cases, windows_are_masks, windows_as_hu
 from app.phantoms.phantoms import ensure_cohort
 from app.shared.atomic_files import written_whole
-from transforms import RandCropToBudgetd, RandJitterd, RandTranslated, Resampled, Sparsifyd, Windowsd
+from transforms import Resampled, Sparsifyd, Windowsd
 from transforms.grid import CUT_OFF
-from transforms.windows import DEFAULT_WINDOWS, window_values
+from transforms.windows import DEFAULT_WINDOWS
 
 log = logging.getLogger(__name__)
 CACHE_FORMAT = 3  # raised when a cached item changes its meaning, or how it lies in memory
@@ -40,30 +40,11 @@ def preprocessing(
     return [Resampled("image", spacing=spacing, grid=resolution), Sparsifyd("image", keep=keep, windows=windows)]
 
 
-def sampling(
-    *,
-    windows: Sequence[str] = DEFAULT_WINDOWS,
-    max_shift: int | float | None = None,
-    max_points: int | None = None,
-    crop: int | None = None,
-) -> list[Transform]:
-    """From kept voxels to features; moved before cropped, so that crops start at multiples of eight.
-
-    With `max_shift` samples are moved and their HU jittered, for training.
-    """
-    chain: list[Transform] = [] if max_shift is None else [RandTranslated(max_shift=max_shift)]
-    if max_points is not None or crop is not None:
-        chain.append(RandCropToBudgetd(max_points=max_points, max_side=crop))
-    if max_shift is not None:
-        chain.append(RandJitterd())  # after the crop: noise for voxels that are cut off is time lost
-    return [*chain, Windowsd("values", windows=windows)]
-
-
 class CTDataset(Dataset):
-    """Prepared cases as sparse samples: `coords` int16 (N, 3), with `hu` (N,) and the names of `windows`.
+    """Prepared cases as sparse samples: `coords` int16 (N, 3) and `values`, HU (N,) or features (N, C).
 
-    Windows are applied on the device, by `training.to_sparse`, for HU are a quarter of what would have to travel: a
-    Windowsd at the end of `sampling` only names them. Bands and distances travel as `feats` (N, C).
+    `windowing` makes features of HU, later and on the device (see step.SparseBatch). Here it says which windows a case
+    must have, and whether what it gives is constant.
 
     An index is a case's number, or (step, number): the step seeds what is drawn. A case of fewer than `min_points`
     voxels is skipped: the next one stands in for it.
@@ -74,7 +55,8 @@ class CTDataset(Dataset):
         cases: Sequence[PreparedCase],
         *,
         preprocessing: Sequence[Transform],
-        sampling: Sequence[Transform],
+        sampling: Sequence[Transform] = (),
+        windowing: Windowsd | None = None,
         min_points: int = 100,
         seed: int = 0,
         cache_dir: str | Path | None = None,
@@ -83,9 +65,9 @@ class CTDataset(Dataset):
         if not cases:
             raise ValueError("dataset has no case: give a dataset_dir that `python -m app check` finds in order")
         self.cases = list(cases)
-        self.windows = next((t.windows for t in sampling if isinstance(t, Windowsd)), DEFAULT_WINDOWS)
-        here = sampling[:-1] if sampling and _only_names_windows(sampling[-1]) else sampling
-        self.preprocessing, self.sampling = list(preprocessing), Compose(list(here))
+        self.windowing = Windowsd() if windowing is None else windowing
+        self.windows = self.windowing.windows
+        self.preprocessing, self.sampling = list(preprocessing), Compose(list(sampling))
         self.min_points, self.seed = min_points, seed
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self._settings = _settings_of(preprocessing)
@@ -137,22 +119,27 @@ class CTDataset(Dataset):
                 f"sides of a grid must be at most {MAX_INT16_SIDE} voxels, got {tuple(item['spatial_shape'])}"
             )
         rows = item["feats" if "feats" in item else "values"]
-        if len(rows) >= self.min_points and _constant(rows, self.windows):
+        if len(rows) >= self.min_points and self._is_constant(rows):
             raise ValueError(
                 f"case {case.case_id} has constant features in windows {list(self.windows)}: nothing can be learned "
                 "from them; choose other windows or another keep, and see `python -m app check`"
             )
-        result = {
+        whole = rows.dtype == np.int16  # HU as the case has them; float32 says the same of them, at twice the size
+        return {
             "coords": torch.from_numpy(item["coords"].astype(np.int16, copy=False)),
+            "values": torch.from_numpy(np.ascontiguousarray(rows, np.int16 if whole else np.float32)),
             "spatial_shape": tuple(item["spatial_shape"]),
             "case_id": case.case_id,
             "affine": torch.from_numpy(item["affine"]),
         }
-        if rows.ndim > 1:
-            return {**result, "feats": torch.from_numpy(np.ascontiguousarray(rows, np.float32))}
-        whole = rows.dtype == np.int16  # as the case has them; float32 says the same of them, at twice the size
-        hu = np.ascontiguousarray(rows, np.int16 if whole else np.float32)
-        return {**result, "hu": torch.from_numpy(hu), "windows": self.windows}
+
+    def _is_constant(self, rows: np.ndarray) -> bool:
+        """Whether all rows have the same features; nearly always the first few tell that they have not."""
+        for part in (rows[:1000], rows):
+            feats = self.windowing({"values": part})["feats"]
+            if not (feats == feats[0]).all():
+                return False
+        return True
 
     def _seed_of(self, case_id: str, step: int) -> int:
         """Of what is drawn for a case at a step."""
@@ -234,20 +221,6 @@ class CTDataset(Dataset):
             self.cache_dir = None
 
 
-def _only_names_windows(transform: Transform) -> bool:
-    """Whether this is the Windowsd that `to_sparse` repeats on the device, no class or key of somebody's own."""
-    return type(transform) is Windowsd and transform.keys == ("values",)
-
-
-def _constant(rows: np.ndarray, windows: Sequence[str]) -> bool:
-    """Whether all rows have the same features; nearly always the first few tell that they have not."""
-    for part in (rows[:1000], rows):
-        feats = window_values(part, windows) if part.ndim == 1 else part
-        if not (feats == feats[0]).all():
-            return False
-    return True
-
-
 def _settings_of(transforms: Sequence[Transform]) -> dict[str, Any]:
     """What the deterministic transforms are set to; only those that can say so may feed a cache."""
     settings: dict[str, Any] = {}
@@ -292,7 +265,8 @@ def make_dataset(
     *,
     split: str,
     preprocessing: Sequence[Transform],
-    sampling: Sequence[Transform],
+    sampling: Sequence[Transform] = (),
+    windowing: Windowsd | None = None,
     min_points: int = 100,
     seed: int = 0,
 ) -> CTDataset:
@@ -313,6 +287,7 @@ def make_dataset(
         cases,
         preprocessing=preprocessing,
         sampling=sampling,
+        windowing=windowing,
         min_points=min_points,
         seed=seed,
         cache_dir=Path(dataset_dir) / ".cache",

@@ -4,11 +4,11 @@ Before the first step a forward pass over some of its points is timed; a trainin
 """
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from app.training.step import to_sparse
 from networks.sparse import SparseTensor
 
 LONG_ON_CPU_SECONDS = 2 * 3600
@@ -25,7 +25,9 @@ def advice_for(seconds: float, *, on_gpu: bool) -> str | None:
     return f"about {seconds / 3600:.0f} h at this rate on this {machine}: {instead}, or fewer steps (--max_steps)"
 
 
-def seconds_a_step(network: nn.Module, batch: dict | list[dict], *, quantize: bool) -> float | None:
+def seconds_a_step(
+    network: nn.Module, batch: dict | list[dict], *, prepare_batch: Callable[..., SparseTensor], quantize: bool
+) -> float | None:
     """A training step of this batch on a CPU; None where finding out would take a share of the step itself.
 
     No random number is drawn and nothing is learned: the run that follows is the same.
@@ -34,7 +36,7 @@ def seconds_a_step(network: nn.Module, batch: dict | list[dict], *, quantize: bo
     points = sum(len(part["coords"]) for part in parts)
     if points < 4 * PASSES_A_STEP * PROBE_POINTS:
         return None
-    x = to_sparse(parts[0], torch.device("cpu"))
+    x = prepare_batch(parts[0], torch.device("cpu"))
     some = SparseTensor(x.feats[:PROBE_POINTS], x.coords[:PROBE_POINTS], x.spatial_shape, x.batch_size)
     was_training = network.training
     network.eval()

@@ -1,63 +1,56 @@
-"""What hangs on a trainer of the tokenizer's stages, each an entry of its own in a stage file, in the order they run.
+"""What hangs on a trainer, of a tokenizer or of an alignment: each an entry of its own in its file, in running order.
 
-Nothing here saves the engine: a resumed run sets the trainer's iteration and the sampler's start (see checkpoints.py).
+Nothing here saves the engine: a resumed run sets the trainer's iteration and the sampler's start.
 """
 
 import logging
+import math
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import ignite.distributed as idist
 import torch
 from ignite.engine import CallableEventWithFilter, Engine, Events
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
+from monai.engines.utils import IterationEvents
 from torch import nn
-from torch.optim import Optimizer, lr_scheduler
+from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from app.measures.tokenizer_metrics import count_codes, is_collapsed, perplexity
-from app.training import checkpoints
+from app.shared.refusals import fail
+from app.training import checkpoints, pictures
 from app.training.checkpoints import unwrapped
 from app.training.forecast import advice_for, seconds_a_step
 from app.training.run_folder import SHOWN, duration
-from app.training.step import resume_optimizer, stop_if_not_finite
-from app.training.training_state import read_state
+from app.training.state import TrainingState
 
 log = logging.getLogger(__name__)
 
 NEXT = {  # by the name of a stage's files: what to run on what it left
     "vae": "Next: bundles/vq_stage1.json with --pretrained_vae_path this folder",
     "vqvae": "Next: bundles/evaluate_tokenizer.json; after stage 1 bundles/vq_stage2.json with --init_from this folder",
+    "align": "Next: python -m app evaluate, or ask, with this folder",
 }
+MAX_PICTURED = 4
 
 
 class Due:
-    """Event filter: every so many steps and at the last one, with `first` at the first too."""
+    """Event filter: every so many steps (or numbers of steps) and at the last; with `first` at the first too."""
 
-    def __init__(self, every: int, *, first: bool = False):
-        self.every, self.first = every, first
+    def __init__(self, every: int | Sequence[int], *, first: bool = False):
+        self.every, self.first = [every] if isinstance(every, int) else every, first
 
     def __call__(self, engine: Engine, step: int) -> bool:
-        return step % self.every == 0 or step == engine.state.epoch_length or (self.first and step == 1)
+        return any(step % n == 0 for n in self.every) or step == engine.state.epoch_length or (self.first and step == 1)
 
 
 class BeginOrResume:
     """Before the first step: a first validation, or the weights, optimizer and step of the run that is resumed."""
 
-    def __init__(
-        self,
-        *,
-        folder,
-        network: nn.Module,
-        averaged: AveragedModel,
-        optimizer: Optimizer,
-        schedule: lr_scheduler.LRScheduler,
-        evaluator: SupervisedEvaluator,
-        save: Callable[[Engine], None],
-    ):
-        self.folder, self.network, self.averaged = folder, unwrapped(network), averaged
-        self.optimizer, self.schedule, self.evaluator, self.save = optimizer, schedule, evaluator, save
+    def __init__(self, *, state: TrainingState, evaluator: SupervisedEvaluator, save: Callable[[Engine], None]):
+        self.state, self.folder, self.evaluator, self.save = state, state.folder, evaluator, save
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self._start)
@@ -66,58 +59,46 @@ class BeginOrResume:
         step = engine.last_saved_step = self.folder.start_step
         self.folder.step = step or 0
         if step is None:
-            self.averaged.module.load_state_dict(self.network.state_dict())
-            self.folder.begin(self.network)
+            self.state.begin()
+            self.folder.begin(self.state.network)
             self.evaluator.run()
             if self.folder.warmed_up:
                 self.save(engine)
             return
-        weights = {name: checkpoints.step_file(self.folder.path, name, step) for name in self.folder.names}
-        live, mean = (checkpoints.read_tensors(path) for path in weights.values())
-        file = checkpoints.step_file(self.folder.path, "misc", step)
-        misc = read_state(file, step=step, optimizer=self.optimizer, counts=("num_averaged",))
-        for name, stored in zip(weights, (live, mean), strict=True):
-            sizes = checkpoints.check_weights(stored, weights[name])
-            checkpoints.check_resampler(sizes, source=self.folder.path)
-            checkpoints.check_same(
-                sizes,
-                self.network.sizes,
-                source=self.folder.path,
-                skip=set(),
-                otherwise="begin in another --output_dir",
-            )
-        last = engine.state.epoch_length
-        if step >= last:
-            log.info("nothing left to train: step %d of %d (a larger --max_steps goes on)", step, last)
+        self.state.load(engine, step)
+        if step >= engine.state.epoch_length:
+            log.info("nothing left to train: step %d of %d (a longer run goes on)", step, engine.state.epoch_length)
             engine.terminate()
             return
-        checkpoints.load_weights(self.network, live, weights[self.folder.names[0]])
-        checkpoints.load_weights(self.averaged.module, mean, weights[self.folder.names[1]])
-        self.averaged.n_averaged.fill_(misc["num_averaged"])
-        resume_optimizer(self.optimizer, self.schedule, misc["optimizer"], step=step)
-        scaler = getattr(engine._process_function, "scaler", None)
-        if scaler is not None and misc["scaler"]:
-            scaler.load_state_dict(misc["scaler"])
         engine.state.iteration = step
         engine.data_loader.sampler.start = step
-        self.folder.begin(self.network)
-        before, now = sizes.prepared, self.network.sizes.prepared
-        if before != now and idist.get_rank() == 0:
-            what = "the training data lie on another grid than at step %d, which raw scans will be put on: %s (was %s)"
-            log.warning(what, step, _grid(now), _grid(before))
+        self.folder.begin(self.state.network)
         log.info("resumed at step %d", step)
 
 
 class StopAtNonFiniteLoss:
-    """Ends a run whose loss is no number, before anything of that step is averaged or saved."""
+    """Ends a run whose loss is no number, before anything of that step changes weights."""
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._look)
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self._look)
 
     def _look(self, engine: Engine) -> None:
-        batch = engine.state.batch
-        parts = batch if isinstance(batch, list) else [batch]
-        stop_if_not_finite(engine, engine.state.output, [case for part in parts for case in part["case_id"]])
+        loss = engine.state.output["loss"]
+        if math.isfinite(loss):
+            return
+        parts = engine.state.batch if isinstance(engine.state.batch, list) else [engine.state.batch]
+        cases = ", ".join(case for part in parts for case in part["case_id"])
+        last = getattr(engine, "last_saved_step", None)
+        kept = f"the last checkpoint is step {last}" if last is not None else "no checkpoint exists yet"
+        again = "start again with a lower learning_rate"
+        if last is not None:
+            again = "resume from it with a lower learning_rate (from an earlier step, if this comes again)"
+        fail(
+            "NOT_FINITE",
+            f"loss is {loss} at step {engine.state.iteration} on cases {cases}; {kept}",
+            f"{again}, or check these cases with `python -m app check`",
+            status=1,
+        )
 
 
 class Average:
@@ -138,8 +119,8 @@ class Console:
     its own.
     """
 
-    def __init__(self, *, folder, on: CallableEventWithFilter, phase: str = "train"):
-        self.folder, self.on, self.phase = folder, on, phase
+    def __init__(self, *, folder, on: CallableEventWithFilter):
+        self.folder, self.on = folder, on
         self.begun: tuple[float, int] | None = None  # when the first step began, and how many were done before
         self.steps, self.forecast = 0, False
 
@@ -156,7 +137,8 @@ class Console:
         if self.forecast or quantize is None or torch.cuda.is_available():
             return
         self.forecast = True
-        each = seconds_a_step(unwrapped(engine.network), engine.state.batch, quantize=quantize)
+        how = {"prepare_batch": engine.prepare_batch, "quantize": quantize}
+        each = seconds_a_step(unwrapped(engine.network), engine.state.batch, **how)
         if each is not None:
             left = engine.state.epoch_length - engine.state.iteration + 1
             self._advise(each * left, f"before the first step: about {duration(each)} each")
@@ -185,9 +167,10 @@ class Console:
         (start, before), step = self.begun, engine.state.iteration
         each = (time.perf_counter() - start) / (step - before)
         shown = " ".join(f"{name}={output[name]:.4g}" for name in SHOWN if name in output)
-        named = "Step" if self.phase == "train" else "Warm-up step"
         what = "%s %d: %s (%s a step, about %s left of %d steps)"
-        log.info(what, named, step, shown, duration(each), duration(each * (last - step)), last)
+        log.info(
+            what, self.folder.step_name.capitalize(), step, shown, duration(each), duration(each * (last - step)), last
+        )
 
 
 class MetricsRows:
@@ -196,22 +179,15 @@ class MetricsRows:
     Not MONAI's TensorBoardStatsHandler: the folder that its writer holds is moved by a run's first step.
     """
 
-    def __init__(self, *, folder, optimizer: Optimizer, on: CallableEventWithFilter, phase: str = "train"):
-        self.folder, self.optimizer, self.on, self.phase = folder, optimizer, on, phase
+    def __init__(self, *, folder, optimizer: Optimizer, on: CallableEventWithFilter):
+        self.folder, self.optimizer, self.on = folder, optimizer, on
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(self.on, self._write)
 
     def _write(self, engine: Engine) -> None:
-        row = {"phase": self.phase, "step": engine.state.iteration, **engine.state.output}
-        self.folder.record_step({**row, "lr": self.optimizer.param_groups[0]["lr"]})
-
-
-def record_steps(engine: Engine, folder, *, optimizer: Optimizer, phase: str, every: dict) -> None:
-    """Console lines every `i_print` steps and rows every `i_log`; both at the first step and the last."""
-    on = {key: Events.ITERATION_COMPLETED(event_filter=Due(every[key], first=True)) for key in ("i_print", "i_log")}
-    Console(folder=folder, on=on["i_print"], phase=phase).attach(engine)
-    MetricsRows(folder=folder, optimizer=optimizer, on=on["i_log"], phase=phase).attach(engine)
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.folder.record_step({"step": engine.state.iteration, **engine.state.output, "lr": rate})
 
 
 class CodebookWatch:
@@ -264,32 +240,30 @@ class Pictures:
 
     def __init__(self, *, folder, evaluator: SupervisedEvaluator, on: CallableEventWithFilter):
         self.folder, self.evaluator, self.on = folder, evaluator, on
+        self.samples: list[pictures.Sample] = []
 
     def attach(self, engine: Engine) -> None:
+        self.evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._keep)
         engine.add_event_handler(self.on, self._draw)
 
-    def _draw(self, engine: Engine) -> None:
+    def _keep(self, evaluator: Engine) -> None:
+        if evaluator.state.iteration == 1:
+            self.samples.clear()
+        if len(self.samples) < MAX_PICTURED:
+            self.samples.append(pictures.sample_of(evaluator.state.output))
+
+    def _draw(self, _engine: Engine) -> None:
         if not self.folder.is_validated:
             self.evaluator.run()
-        self.folder.record_samples(engine.state.iteration)
+        if idist.get_rank() == 0 and self.samples:
+            self.folder.record_picture(partial(pictures.montage, self.samples))
 
 
 class Checkpoints:
-    """A complete set of files where due: live and averaged weights, and what resuming needs."""
+    """A complete set of files where due: weights, and what resuming needs."""
 
-    def __init__(
-        self,
-        *,
-        folder,
-        network: nn.Module,
-        averaged: AveragedModel,
-        optimizer: Optimizer,
-        schedule: lr_scheduler.LRScheduler,
-        keep_last: int,
-        on: CallableEventWithFilter,
-    ):
-        self.folder, self.network, self.averaged = folder, unwrapped(network), averaged
-        self.optimizer, self.schedule, self.keep_last, self.on = optimizer, schedule, keep_last, on
+    def __init__(self, *, state: TrainingState, keep_last: int, on: CallableEventWithFilter):
+        self.state, self.keep_last, self.on = state, keep_last, on
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(self.on, self)
@@ -298,21 +272,10 @@ class Checkpoints:
         engine.last_saved_step = step = engine.state.iteration  # every rank has to be able to tell it
         if idist.get_rank() != 0:
             return
-        path = Path(self.folder.path)
-        live, mean = self.folder.names
-        scaler = getattr(engine._process_function, "scaler", None)
-        misc = {
-            "step": step,
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),  # a record: see resume_optimizer
-            "scaler": scaler.state_dict() if scaler is not None else {},
-            "num_averaged": int(self.averaged.n_averaged),
-        }
-        weights = {live: self.network.state_dict(), mean: self.averaged.module.state_dict()}
-        checkpoints.save_set(path, step, weights, misc)
-        checkpoints.drop_warm_ups(path)
-        self.folder.record_best(step)
-        checkpoints.prune(path, self.keep_last)
+        self.state.save(engine)
+        checkpoints.drop_warm_ups(self.state.folder.path)
+        self.state.folder.record_best(step)
+        checkpoints.prune(self.state.folder.path, self.keep_last)
 
 
 class EndOfRun:
@@ -329,7 +292,3 @@ class EndOfRun:
         self.evaluator.data_loader.close()
         if idist.get_rank() == 0 and engine.last_saved_step == engine.state.iteration:
             self.folder.record_end(then=NEXT[self.folder.name])
-
-
-def _grid(prepared: tuple[int, float] | None) -> str:
-    return "no single one that is known" if prepared is None else f"{prepared[0]} voxels of {prepared[1]:g} mm"

@@ -14,23 +14,15 @@ from pathlib import Path
 import ignite.distributed as idist
 import torch
 from ignite.engine import Events
+from monai.bundle import ConfigParser
 from monai.engines import SupervisedTrainer
-from monai.handlers import LrScheduleHandler
-from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
+from app.shared.places import bundles_folder
 from app.shared.refusals import fail
 from app.training import checkpoints, shipped
-from app.training.handlers import StopAtNonFiniteLoss, record_steps
-from app.training.step import (
-    TrainStep,
-    distribute,
-    let_learn,
-    make_scheduler,
-    resume_optimizer,
-    to_sparse,
-    trainable,
-)
+from app.training.state import TrainingState
+from app.training.step import SparseBatch, distribute, let_learn
 from app.training.stopping import StopWhenAsked
 from app.training.training_state import read_state
 from networks.losses import TokenizerLoss
@@ -41,13 +33,17 @@ log = logging.getLogger(__name__)
 
 MAX_PASSES = 16  # over the cases, each drawn anew, to fill a codebook at the start
 STAGE1_COMMAND = "python -m monai.bundle run training --config_file bundles/vq_stage1.json"
+WARM_UP_HANDLERS = ("StopAtNonFiniteLoss", "LrScheduleHandler", "Console", "MetricsRows")  # of stage 0
 
 
 class CodebookStart:
     """What stage 1 needs before its first step: a trained autoencoder, and a codebook laid over its outputs.
 
     Weights come from `pretrained_vae_path` (auto: stage 0's output where there is one); without any, the autoencoder is
-    trained first for `warmup_steps`, a phase of its own. Does nothing when the run resumes.
+    trained first, a phase of its own. Does nothing when the run resumes.
+
+    Args:
+        warmup: flat keys of `bundles/vae.json` with their values for that phase.
     """
 
     def __init__(
@@ -57,13 +53,14 @@ class CodebookStart:
         folder,
         pretrained_vae_path: str | None,
         loader: DataLoader,
+        prepare_batch: SparseBatch,
         loss_function: TokenizerLoss,
         warmup: dict,
         vectors_per_code: int = 64,
     ):
         self.network, self.folder, self.path = network, folder, pretrained_vae_path
-        self.loader, self.loss_function, self.warmup = loader, loss_function, warmup
-        self.vectors_per_code = vectors_per_code
+        self.loader, self.prepare_batch, self.loss_function = loader, prepare_batch, loss_function
+        self.warmup, self.vectors_per_code = warmup, vectors_per_code
 
     def run(self) -> None:
         if self.folder.start_step is not None:
@@ -89,79 +86,38 @@ class CodebookStart:
         return type(self.loader)(sampler=sampler, generator=torch.Generator(), **kept)
 
     def _train_autoencoder(self) -> None:
-        steps, device = self.warmup["steps"], next(self.network.parameters()).device
-        start = self.folder.warm_up_step or 0
+        steps, start = self.warmup["max_steps"], self.folder.warm_up_step or 0
         log.info("no autoencoder weights: training one for %d steps before the codebook", steps)
         learns = [parameter.requires_grad for parameter in self.network.parameters()]
-        let_learn(self.network, ("encoder", "decoder", "subdivision"))
-        optimizer = torch.optim.AdamW(
-            trainable(self.network), lr=self.warmup["learning_rate"], weight_decay=0.0, fused=device.type == "cuda"
-        )
-        schedule = make_scheduler(
-            optimizer,
-            name=self.warmup["lr_scheduler"],
-            max_steps=steps,
-            options=self.warmup["lr_scheduler_options"],
-        )
-        trainer = SupervisedTrainer(
-            device=device,
-            max_epochs=1,
-            epoch_length=steps,
-            train_data_loader=self._loader(steps, start=start),
-            network=distribute(self.network),
-            optimizer=optimizer,
-            loss_function=self.loss_function,
-            iteration_update=TrainStep(
-                quantize=False, seed=self.warmup["seed"], amp=self.warmup["amp"], grad_clip=self.warmup["grad_clip"]
-            ),
-            decollate=False,
-        )
-        trainer.last_saved_step = None
+        stage0 = self._stage0(self._loader(steps, start=start))
+        trainer, schedule = (stage0.get_parsed_content(name) for name in ("train#trainer", "schedule"))
+        state = WarmUpState(folder=self.folder, network=self.network, optimizer=trainer.optimizer, schedule=schedule)
+        trainer.last_saved_step = start or None
+        self.folder.phase, self.folder.warmed_up = "warmup", True
         if start:
-            self._go_on(trainer, schedule)
-        StopAtNonFiniteLoss().attach(trainer)
-        LrScheduleHandler(schedule, print_lr=False, epoch_level=False).attach(trainer)
-        record_steps(trainer, self.folder, optimizer=optimizer, phase="warmup", every=self.warmup)
-        self.folder.warmed_up = True
-        what = {"phase": "warm-up step", "output_dir": self.folder.output_dir}
-        StopWhenAsked(save=self._save, **what).attach(trainer)
+            state.load(trainer, start)
+            trainer.add_event_handler(Events.STARTED, lambda engine: setattr(engine.state, "iteration", start))
+            self.folder.go_on()
+            log.info("resumed at warm-up step %d", start)
+        StopWhenAsked(save=state.save, folder=self.folder).attach(trainer)
         if start < steps:
             trainer.run()
-            self._save(trainer)  # laying the codebook and the first validation can take long
+            state.save(trainer)  # laying the codebook and the first validation can take long
+        self.folder.phase = "train"
         for parameter, learned in zip(self.network.parameters(), learns, strict=True):
             parameter.requires_grad_(learned)
 
-    def _go_on(self, trainer: SupervisedTrainer, schedule: lr_scheduler.LRScheduler) -> None:
-        step = self.folder.warm_up_step
-        file = checkpoints.step_file(self.folder.path, "warmup", step)
-        stored = read_state(file, step=step, optimizer=trainer.optimizer)
-        sizes, own = checkpoints.check_weights(stored.get("network"), file), self.network.sizes
-        otherwise = "begin in another --output_dir"
-        checkpoints.check_resampler(sizes, source=self.folder.path)
-        checkpoints.check_same(sizes, own, source=self.folder.path, skip=set(), otherwise=otherwise)
-        checkpoints.load_weights(self.network, stored["network"], file)
-        resume_optimizer(trainer.optimizer, schedule, stored["optimizer"], step=step)
-        if stored["scaler"]:
-            trainer._process_function.scaler.load_state_dict(stored["scaler"])
-
-        def set_iteration(engine: SupervisedTrainer) -> None:
-            engine.state.iteration = step
-
-        trainer.add_event_handler(Events.STARTED, set_iteration)
-        self.folder.warmed_up = True
-        self.folder.go_on()
-        log.info("resumed at warm-up step %d", step)
-
-    def _save(self, trainer: SupervisedTrainer) -> None:
-        trainer.last_saved_step = step = trainer.state.iteration
-        if idist.get_rank() == 0:
-            content = {
-                "step": step,
-                "network": self.network.state_dict(),
-                "optimizer": trainer.optimizer.state_dict(),
-                "scaler": trainer._process_function.scaler.state_dict(),
-            }
-            checkpoints.save_warm_up(self.folder.path, step, content)
+    def _stage0(self, loader: DataLoader) -> ConfigParser:
+        """What `bundles/vae.json` declares, on this run's network and data, of its handlers those that watch steps."""
+        config = ConfigParser.load_config_file(str(bundles_folder() / "vae.json"))
+        let_learn(self.network, config["learns"])
+        config |= self.warmup | {"network": self.network, "folder": self.folder, "prepare_batch": self.prepare_batch}
+        config |= {"device": next(self.network.parameters()).device, "loss_function": self.loss_function}
+        train = config["train"]
+        entries = [entry for entry in train["handlers"] if isinstance(entry, dict)]
+        train["handlers"] = [entry for entry in entries if entry["_target_"].rpartition(".")[2] in WARM_UP_HANDLERS]
+        train["loader"], train["trainer"]["network"] = loader, distribute(self.network)
+        return ConfigParser(config)
 
     @torch.no_grad()
     def _lay_codebook(self) -> None:
@@ -176,7 +132,7 @@ class CodebookStart:
         self.network.eval()
         for number, batch in enumerate(self._loader(MAX_PASSES * one_pass), start=1):
             for part in batch if isinstance(batch, list) else [batch]:
-                latents, _ = self.network.encoder(to_sparse(part, device))
+                latents, _ = self.network.encoder(self.prepare_batch(part, device))
                 rows.append(latents.feats)
                 seen += idist.all_reduce(len(latents))
             too_few = number == one_pass and seen < MIN_VECTORS_PER_CODE * vq.num_embeddings
@@ -198,6 +154,23 @@ class CodebookStart:
                 "give more cases, larger crops (--max_points) or fewer codes (--num_embeddings)",
             )
         log.info("codebook of %d codes laid over %d encoder outputs", vq.num_embeddings, rows.shape[0])
+
+
+class WarmUpState(TrainingState):
+    """Of a warm-up: one file, which the first complete set replaces."""
+
+    def save(self, engine: SupervisedTrainer) -> None:
+        engine.last_saved_step = step = engine.state.iteration
+        if idist.get_rank() == 0:
+            content = {"network": self.network.state_dict(), **self.misc(engine)}
+            checkpoints.save_warm_up(self.folder.path, step, content)
+
+    def load(self, engine: SupervisedTrainer, step: int) -> None:
+        file = checkpoints.step_file(self.folder.path, "warmup", step)
+        stored = read_state(file, step=step, optimizer=self.optimizer)
+        self.check_sizes(checkpoints.check_weights(stored.get("network"), file))
+        checkpoints.load_weights(self.network, stored["network"], file)
+        self.load_misc(engine, stored, step)
 
 
 class Stage2Start:
@@ -223,7 +196,7 @@ def train_demo_stage1(code: str) -> None:
     log.info("no tokenizer yet: training one on the demo first (%s)", STAGE1_COMMAND)
     idist.barrier()  # before the first files appear every rank has seen that there are none
     if idist.get_rank() == 0:
-        config = Path(__file__).resolve().parents[2] / "bundles" / "vq_stage1.json"
+        config = bundles_folder() / "vq_stage1.json"
         call = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", str(config)]
         alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         if status := subprocess.run(call, env=alone).returncode:

@@ -1,8 +1,8 @@
 """Samples as batches: the sampler that hands out (step, index), the one collate, loaders for training and validation.
 
-Batches are dicts of plain tensors: `coords` int16 (N, 4), `hu` (N,) with the names of their `windows`, or `feats`
-(N, C) where HU are not known, `spatial_shape`, `batch_size`, `case_id`; `training.to_sparse` reads them. Which sample
-comes when is a function of (seed, step), never of a process's state.
+Batches are dicts of plain tensors: `coords` int16 (N, 4), `values` in HU (N,) or as features (N, C), `spatial_shape`,
+`batch_size`, `case_id`; `step.SparseBatch` reads them. Which sample comes when is a function of (seed, step), never of
+a process's state.
 """
 
 import logging
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from app.training.data import CTDataset, Refusal, or_refusal
 from app.training.stopping import serve_to_the_end
-from transforms.tensor import window_values
+from transforms import Windowsd
 
 log = logging.getLogger(__name__)
 
@@ -72,31 +72,34 @@ class StepSampler(Sampler):
 # ---- batches
 
 
-def collate(items: Sequence[Any], *, batch_split: int = 1) -> Any:
-    """Samples to one batch, or with `batch_split` > 1 to a list of micro-batches, split by sample."""
+def collate(items: Sequence[Any], *, batch_split: int = 1, windowing: Windowsd | None = None) -> Any:
+    """Samples to one batch, or with `batch_split` > 1 to a list of micro-batches, split by sample.
+
+    Where some samples are in HU and others are features, HU are windowed here, as they could not share a batch.
+    """
     for item in items:
         if isinstance(item, Refusal):
             return item
     if batch_split > 1:
         parts = np.array_split(np.arange(len(items)), min(batch_split, len(items)))
-        return [collate([items[i] for i in part]) for part in parts]
+        return [collate([items[i] for i in part], windowing=windowing) for part in parts]
     shapes = {item["spatial_shape"] for item in items}
     if len(shapes) != 1:
         raise ValueError(f"samples of a batch must share a grid, got {sorted(shapes)}")
-    batch = {
+    values = [item["values"] for item in items]
+    if len({part.ndim for part in values}) > 1:
+        values = [(windowing or Windowsd())({"values": part})["feats"] for part in values]
+    weighted = {"weights": _joined([item["weights"] for item in items])} if "weights" in items[0] else {}
+    return {
+        **weighted,
         "coords": _numbered([item["coords"] for item in items]),
+        "values": _joined(values),
         "spatial_shape": items[0]["spatial_shape"],
         "batch_size": len(items),
         "case_id": [item["case_id"] for item in items],
         "affine": torch.stack([item["affine"] for item in items]),
         "skipped": sum(item["skipped"] for item in items),
     }
-    if all("feats" not in item and item["windows"] == items[0]["windows"] for item in items):
-        return {**batch, "hu": _joined([item["hu"] for item in items]), "windows": items[0]["windows"]}
-    if all("weights" in item for item in items):
-        batch["weights"] = _joined([item["weights"] for item in items])
-    feats = [item["feats"] if "feats" in item else window_values(item["hu"], item["windows"]) for item in items]
-    return {**batch, "feats": _joined(feats)}
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -185,7 +188,7 @@ def _loader(dataset: CTDataset, sampler: Any, *, batch_size: int, batch_split: i
         batch_size=batch_size,
         sampler=sampler,
         num_workers=num_workers,
-        collate_fn=partial(collate, batch_split=batch_split),
+        collate_fn=partial(collate, batch_split=batch_split, windowing=dataset.windowing),
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else every new iterator draws from the run's own

@@ -13,10 +13,11 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ignite.distributed as idist
+import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from torch import nn
@@ -24,13 +25,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 from app.shared.atomic_files import write_text
 from app.shared.refusals import fail
-from app.training import checkpoints, pictures, preflight
+from app.training import checkpoints, preflight
 
 log = logging.getLogger(__name__)
 
 STARTING = ".starting_run"
-MAX_PICTURED = 4
 MAX_TOLD = 60  # letters of a setting
+MAX_PARTS = 5  # of a config, that a resumed run tells one by one
 UNTOLD = {"resume", "output_dir", "i_print", "i_log", "i_sample", "i_save", "keep_last", "_desc_"}  # the same run
 SHOWN = ("loss", "recon", "vq", "commitment", "correct")  # on the console line, where a step has them
 
@@ -40,7 +41,7 @@ class RunFolder:
 
     Args:
         path: the folder. An earlier run in it is moved aside by the first step of this one, unless this one resumes it.
-        name: of the checkpoint files, vae or vqvae.
+        name: of the checkpoint files, vae, vqvae or align.
         ema_rate: part of the averaged files' name.
         resume: null, "latest" or a step.
         call: what this run was called with; None reads MONAI's command line.
@@ -65,11 +66,12 @@ class RunFolder:
         self.start_step = checkpoints.step_to_resume(path, resume)
         self.warm_up_step = checkpoints.warm_up_step(path, resume)
         self.warmed_up = False
+        self.phase = "train"  # or warmup
         self.begun = time.perf_counter()
         self.step = 0  # the last that was taken
-        self.validated: tuple[int, float] | None = None  # step and val_recon
+        self.score = "val_loss" if name == "align" else "val_recon"  # of a validation, that says which step is best
+        self.validated: tuple[int, float] | None = None  # step and score
         self.writer: SummaryWriter | None = None
-        self.samples: list[pictures.Sample] = []
         idist.barrier()  # every rank has looked before anything changes
         if idist.get_rank() == 0:
             self._open(resume)
@@ -115,9 +117,14 @@ class RunFolder:
         if not isinstance(before, dict):
             log.warning("%s cannot be read: what changed since the run began is not known", file)
         elif before and now:
-            told = [f"{name} {_short(new)} (was {_short(old)})" for name, old, new in differences(before, now)]
-            if told:
-                log.warning("goes on with other settings than the run began with: %s", ", ".join(told))
+            told, parts = [], []
+            for name, old, new in differences(before, now):
+                is_part = "#" in name or str(old)[:2] in ("{'", "[{") or str(new)[:2] in ("{'", "[{")
+                (parts if is_part else told).append(f"{name} {_short(new)} (was {_short(old)})")
+            if len(parts) > MAX_PARTS:  # the file is another: it tells the user nothing
+                parts = [f"{len(parts)} parts of a bundle that other software wrote"]
+            if told or parts:
+                log.warning("goes on with other settings than the run began with: %s", ", ".join(told + parts))
 
     def _begin_beside(self) -> None:
         """An earlier run keeps its place until this one has taken a step; whether it can be moved then is seen now."""
@@ -160,8 +167,8 @@ class RunFolder:
         best = checkpoints.read_best(self.path)
         if best is not None and best > self.start_step:
             saved = set(checkpoints.complete_steps(self.path)) - {0}
-            scores = {row["step"]: row["val_recon"] for row in kept if row.get("val_recon") and row["step"] in saved}
-            checkpoints.write_best(self.path, scores)
+            scores = {row["step"]: row[self.score] for row in kept if row.get(self.score) and row["step"] in saved}
+            checkpoints.write_best(self.path, scores, name=self.score)
 
     def _happened(self, row: dict) -> bool:
         if self.start_step is None:
@@ -190,34 +197,32 @@ class RunFolder:
         """Whether a validation of the present step is recorded."""
         return self.validated is not None and self.validated[0] == self.step
 
+    @property
+    def step_name(self) -> str:
+        return "step" if self.phase == "train" else "warm-up step"
+
     def record_step(self, row: dict) -> None:
-        self._write({**row, "memory_gib": peak_memory()}, prefix=row["phase"])
+        self._write({"phase": self.phase, **row, "memory_gib": peak_memory()}, prefix=self.phase)
 
     def record_validation(self, step: int, metrics: dict) -> None:
         values = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         log.info("Validation at step %d: %s", step, " ".join(f"{name}={value:.4g}" for name, value in values.items()))
-        self._write({"phase": "train", "step": step, **values}, prefix="validation")
-        self.validated = (step, values["val_recon"])
+        self._write({"phase": self.phase, "step": step, **values}, prefix="validation")
+        self.validated = (step, values[self.score])
 
     def record_best(self, step: int) -> None:
         """Of a set just saved: whether it is the best one to take downstream."""
         if self.validated is not None and self.validated[0] == step > 0:
-            checkpoints.write_best(self.path, {**checkpoints.best_score(self.path), step: self.validated[1]})
+            scores = {**checkpoints.best_score(self.path), step: self.validated[1]}
+            checkpoints.write_best(self.path, scores, name=self.score)
 
     def attach(self, evaluator: Engine) -> None:
-        """Holds the evaluator's first cases for the next picture, and records what it found."""
-
-        def keep(engine: Engine) -> None:
-            if engine.state.iteration == 1:
-                self.samples.clear()
-            if len(self.samples) < MAX_PICTURED:
-                self.samples.append(pictures.sample_of(engine.state.output))
+        """As a handler of an evaluator: records what it measures."""
 
         def record(engine: Engine) -> None:
             engine.state.output = engine.state.batch = None  # a whole case with its maps, on the device
             self.record_validation(self.step, engine.state.metrics)
 
-        evaluator.add_event_handler(Events.ITERATION_COMPLETED, keep)
         evaluator.add_event_handler(Events.COMPLETED, record)
 
     def record_end(self, *, then: str) -> None:
@@ -228,12 +233,18 @@ class RunFolder:
         )
         log.info("done in %s: %s, in %s. %s", duration(time.perf_counter() - self.begun), kept, self.output_dir, then)
 
-    def record_samples(self, step: int) -> None:
-        if idist.get_rank() == 0 and self.samples:
-            path = self.path / "samples" / f"step{step:07d}.png"
-            pixels = pictures.montage(self.samples, path, title=f"{self.output_dir.name}, step {step}")
-            self.writer.add_image("samples", pixels, step, dataformats="HWC")
-            self.writer.flush()
+    def record_picture(self, draw: Callable[..., np.ndarray]) -> None:
+        """Of this step: `draw` writes it and gives its pixels."""
+        path = self.path / "samples" / f"step{self.step:07d}.png"
+        pixels = draw(path, title=f"{self.output_dir.name}, step {self.step}")
+        self.writer.add_image("samples", pixels, self.step, dataformats="HWC")
+        self.writer.flush()
+
+    def record_text(self, text: str) -> None:
+        """Of this step, as a picture is."""
+        write_text(self.path / "samples" / f"step{self.step:07d}.txt", text)
+        self.writer.add_text("samples", text, self.step)
+        self.writer.flush()
 
     def _write(self, row: dict, *, prefix: str) -> None:
         if idist.get_rank() != 0:
@@ -252,7 +263,7 @@ def _row_of(line: str, path: Path) -> dict:
         row = json.loads(line)
     except (ValueError, RecursionError):
         row = None
-    score = row.get("val_recon") if isinstance(row, dict) else None
+    score = (row.get("val_recon") or row.get("val_loss")) if isinstance(row, dict) else None
     known = isinstance(row, dict) and isinstance(row.get("phase"), str) and type(row.get("step")) is int
     if not known or not (score is None or type(score) in (int, float)):
         fail("BAD_RUN", f"{path} has a line that is no row of a run: {line[:60]}", "remove the line")

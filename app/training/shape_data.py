@@ -20,6 +20,7 @@ from app.shapes.shape_files import read_shape
 from app.shapes.sources import Wanted
 from app.shared.refusals import Refused
 from app.training.data import PHANTOMS, CTDataset, Transform
+from transforms import Windowsd
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class ShapeCase(NamedTuple):
 
 
 class ShapeDataset(CTDataset):
-    """Shapes as sparse samples: `coords` int16 (N, 3), `feats` (N, 1) distances over the band, negative inside.
+    """Shapes as sparse samples: `coords` int16 (N, 3), `values` (N, 1) distances over the band, negative inside.
 
     With `sharp_weight` a sample also carries `weights` (N,), 1 plus that much near sharp edges.
     """
@@ -53,7 +54,7 @@ class ShapeDataset(CTDataset):
         sharp_weight: float = 0.0,
         cache_bytes: int = 1 << 30,
     ) -> None:
-        self.cases, self.windows = list(cases), ()
+        self.cases, self.windows, self.windowing = list(cases), (), Windowsd()  # which leaves distances as they are
         self.resolution, self.factors, self.sharp_weight = resolution, tuple(factors), sharp_weight
         self.sampling = Compose(list(sampling))
         self.min_points, self.seed = min_points, seed
@@ -120,7 +121,7 @@ class ShapeDataset(CTDataset):
             "spatial_shape": item["spatial_shape"],
             "case_id": case.case_id,
             "affine": torch.from_numpy(np.asarray(item["affine"], np.float64)),
-            "feats": torch.from_numpy(values[:, :1].copy()),
+            "values": torch.from_numpy(values[:, :1].copy()),
         }
         return made if values.shape[1] == 1 else {**made, "weights": torch.from_numpy(values[:, 1].copy())}
 

@@ -1,6 +1,6 @@
 """Training as MONAI's SupervisedTrainer runs it: one iteration, and what it takes: device, ranks, average, schedule.
 
-Nothing here loops over steps: stage_start.py is what comes before the first, stage_handlers.py what hangs on each.
+Nothing here loops over steps: initial_weights.py is what comes before the first, handlers.py what hangs on each.
 Randomness of a step is a function of (seed, step), so that a resumed run is the same run.
 """
 
@@ -11,14 +11,16 @@ import os
 import time
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import ignite.distributed as idist
 import torch
 import torch.distributed as dist
-from ignite.engine import Engine
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
+from monai.engines.utils import IterationEvents
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
 from torch.optim import Optimizer, lr_scheduler
@@ -32,22 +34,29 @@ from networks.losses import TokenizerLoss
 from networks.sparse import SparseTensor
 from networks.vqvae import SparseVQVAE
 from transforms.grid import RESAMPLER
-from transforms.tensor import window_values
 
 log = logging.getLogger(__name__)
 
 AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def to_sparse(batch: dict, device: torch.device) -> SparseTensor:
-    """The batch dictionary of `app.training.loaders.collate` as the networks take it."""
-    moved = {key: batch[key].to(device, non_blocking=True) for key in ("coords", "feats", "hu") if key in batch}
-    feats = moved["feats"] if "feats" in moved else window_values(moved["hu"], batch["windows"])
-    return SparseTensor(feats, moved["coords"], tuple(batch["spatial_shape"]), batch["batch_size"])
+class SparseBatch:
+    """`prepare_batch` of a tokenizer: a batch of `loaders.collate` on its device, windowed there, as networks take it.
+
+    `windowing` ends the chain that a config declares. It runs here, for HU are a quarter of what would have to travel.
+    """
+
+    def __init__(self, windowing: Callable[[dict[str, Any]], dict[str, Any]]):
+        self.windowing = windowing
+
+    def __call__(self, batch: dict, device: torch.device, non_blocking: bool = True) -> SparseTensor:
+        moved = {key: batch[key].to(device, non_blocking=non_blocking) for key in ("coords", "values")}
+        feats = self.windowing(moved)["feats"]
+        return SparseTensor(feats, moved["coords"], tuple(batch["spatial_shape"]), batch["batch_size"])
 
 
 def row_weights(batch: dict, x: SparseTensor) -> torch.Tensor | None:
-    """How much each row of `to_sparse` counts in the reconstruction, where the batch says so."""
+    """How much each row counts in the reconstruction, where the batch says so."""
     if "weights" not in batch:
         return None
     moved = {key: batch[key].to(x.feats.device) for key in ("coords", "weights")}
@@ -66,7 +75,64 @@ def sample_seed(seed: int, step: int, case_id: str) -> int:
 
 
 class TrainStep:
-    """`iteration_update`: all micro-batches of a step, then one optimizer step and one codebook update."""
+    """`iteration_update`: all micro-batches of a step, then one optimizer step.
+
+    Losses are known to handlers of BACKWARD_COMPLETED, which may end the run before anything has changed. What a
+    micro-batch comes to, and in what it is counted, each kind of training says for itself.
+    """
+
+    def __init__(self, *, seed: int = 0, amp: str = "off", grad_clip: float | None = 1.0):
+        if amp not in AMP_TYPES:
+            raise ValueError(f"amp must be one of {', '.join(AMP_TYPES)}, got {amp!r}")
+        self.seed, self.amp, self.grad_clip = seed, AMP_TYPES[amp], grad_clip
+        self.scaler = torch.amp.GradScaler(enabled=self.amp == torch.float16)
+
+    def terms(self, engine: SupervisedTrainer, inputs: Any, part: dict) -> dict[str, torch.Tensor]:
+        """The `loss` of a micro-batch, a mean over its samples, and what else is to be told of it."""
+        raise NotImplementedError
+
+    def size(self, part: dict) -> dict[str, int]:
+        """How much is in a micro-batch."""
+        raise NotImplementedError
+
+    def __call__(self, engine: SupervisedTrainer, batch: dict | list[dict]) -> dict:
+        started = time.perf_counter()
+        parts = batch if isinstance(batch, list) else [batch]
+        samples = sum(len(part["case_id"]) for part in parts)
+        seed_step(self.seed, engine.state.iteration, rank=idist.get_rank())
+        engine.network.train()
+        engine.optimizer.zero_grad(set_to_none=True)
+        names: list[str] = []
+        sums: torch.Tensor | float = 0.0
+        sizes: Counter[str] = Counter()
+        for part in parts:
+            inputs = engine.prepare_batch(part, engine.state.device)
+            with torch.autocast(engine.state.device.type, dtype=self.amp, enabled=self.amp is not None):
+                terms = self.terms(engine, inputs, part)
+            share = len(part["case_id"]) / samples
+            if terms["loss"].requires_grad:
+                self.scaler.scale(terms["loss"] * share).backward()
+            names = list(terms)
+            sums = sums + torch.stack([term.detach().double() for term in terms.values()]) * share
+            sizes.update(self.size(part))
+        totals = mean_of_ranks(dict(zip(names, sums.tolist(), strict=True)))  # waits for the device, once
+        engine.state.output = totals
+        engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
+        self.optimize(engine)
+        return {**totals, **sizes, "seconds": time.perf_counter() - started}
+
+    def optimize(self, engine: SupervisedTrainer) -> None:
+        step_optimizer(engine.optimizer, scaler=self.scaler, grad_clip=self.grad_clip)
+
+
+class TokenizerStep(TrainStep):
+    """The step of stages 0 to 2, with one update of the codebook.
+
+    Args:
+        quantize: whether the latents pass through the codebook.
+        hold_encoder_steps: so many steps the encoder waits, while the decoder adapts to the codes.
+        level_dropout: share of samples that are decoded from fewer quantiser levels than there are.
+    """
 
     def __init__(
         self,
@@ -78,54 +144,32 @@ class TrainStep:
         hold_encoder_steps: int = 0,
         level_dropout: float = 0.0,
     ):
-        if amp not in AMP_TYPES:
-            raise ValueError(f"amp must be one of {', '.join(AMP_TYPES)}, got {amp!r}")
-        self.quantize, self.seed, self.amp, self.grad_clip = quantize, seed, AMP_TYPES[amp], grad_clip
-        self.hold_encoder_steps = hold_encoder_steps  # the decoder adapts to the codes first
-        self.level_dropout = (
-            level_dropout  # share of samples that are decoded from fewer quantiser levels than there are
-        )
-        self.scaler = torch.amp.GradScaler(enabled=self.amp == torch.float16)
+        super().__init__(seed=seed, amp=amp, grad_clip=grad_clip)
+        self.quantize, self.hold_encoder_steps, self.level_dropout = quantize, hold_encoder_steps, level_dropout
         self.codes: list[torch.Tensor] = []  # of the last step
 
     def __call__(self, engine: SupervisedTrainer, batch: dict | list[dict]) -> dict:
-        started = time.perf_counter()
-        parts = batch if isinstance(batch, list) else [batch]
-        samples = sum(part["batch_size"] for part in parts)
-        seed_step(self.seed, engine.state.iteration, rank=idist.get_rank())
-        if not unwrapped(engine.network).training:  # it walks through all modules; a wrapper's own flag says nothing
-            engine.network.train()
-        engine.optimizer.zero_grad(set_to_none=True)
-        names: list[str] = []
-        sums: torch.Tensor | float = 0.0
-        points = 0
         self.codes = []
-        for part in parts:
-            x = to_sparse(part, engine.state.device)
-            with torch.autocast(x.feats.device.type, dtype=self.amp, enabled=self.amp is not None):
-                seeds = [sample_seed(self.seed, engine.state.iteration, case) for case in part["case_id"]]
-                output = engine.network(x, quantize=self.quantize, seeds=seeds, level_dropout=self.level_dropout)
-                terms = engine.loss_function(output, x, row_weights=row_weights(part, x))
-            if output.codes is not None:
-                self.codes.append(output.codes)
-            share = part["batch_size"] / samples
-            if terms["loss"].requires_grad:
-                self.scaler.scale(terms["loss"] * share).backward()
-            names = list(terms)
-            sums = sums + torch.stack([term.detach().double() for term in terms.values()]) * share
-            points += len(x)
-        self._optimize(engine)
-        totals = mean_of_ranks(dict(zip(names, sums.tolist(), strict=True)))  # waits for the device, once
-        return {**totals, "points": points, "seconds": time.perf_counter() - started}
+        return super().__call__(engine, batch)
 
-    def _optimize(self, engine: SupervisedTrainer) -> None:
+    def size(self, part: dict) -> dict[str, int]:
+        return {"points": len(part["coords"])}
+
+    def terms(self, engine: SupervisedTrainer, inputs: SparseTensor, part: dict) -> dict[str, torch.Tensor]:
+        seeds = [sample_seed(self.seed, engine.state.iteration, case) for case in part["case_id"]]
+        output = engine.network(inputs, quantize=self.quantize, seeds=seeds, level_dropout=self.level_dropout)
+        if output.codes is not None:
+            self.codes.append(output.codes)
+        return engine.loss_function(output, inputs, row_weights=row_weights(part, inputs))
+
+    def optimize(self, engine: SupervisedTrainer) -> None:
+        network = unwrapped(engine.network)
         if engine.state.iteration <= self.hold_encoder_steps:
-            for parameter in unwrapped(engine.network).encoder.parameters():
+            for parameter in network.encoder.parameters():
                 parameter.grad = None
-        step_optimizer(engine.optimizer, scaler=self.scaler, grad_clip=self.grad_clip)
-        vq = unwrapped(engine.network).vq
-        if vq is not None and self.quantize:
-            vq.update(generator=torch.Generator().manual_seed(self.seed * 1_000_003 + engine.state.iteration))
+        super().optimize(engine)
+        if network.vq is not None and self.quantize:
+            network.vq.update(generator=torch.Generator().manual_seed(self.seed * 1_000_003 + engine.state.iteration))
 
 
 def step_optimizer(optimizer: Optimizer, *, scaler: torch.amp.GradScaler, grad_clip: float | None) -> None:
@@ -137,21 +181,6 @@ def step_optimizer(optimizer: Optimizer, *, scaler: torch.amp.GradScaler, grad_c
             nn.utils.clip_grad_norm_(learned, grad_clip)
         scaler.step(optimizer)
         scaler.update()
-
-
-def stop_if_not_finite(engine: Engine, totals: dict[str, float], case_ids: list[str]) -> None:
-    if not math.isfinite(totals["loss"]):
-        last = getattr(engine, "last_saved_step", None)
-        kept = f"the last checkpoint is step {last}" if last is not None else "no checkpoint exists yet"
-        again = "start again with a lower learning_rate"
-        if last is not None:
-            again = "resume from it with a lower learning_rate (from an earlier step, if this comes again)"
-        fail(
-            "NOT_FINITE",
-            f"loss is {totals['loss']} at step {engine.state.iteration} on cases {', '.join(case_ids)}; {kept}",
-            f"{again}, or check these cases with `python -m app check`",
-            status=1,
-        )
 
 
 def mean_of_ranks(totals: dict[str, float]) -> dict[str, float]:
@@ -307,7 +336,7 @@ class ValidationStep:
     def __call__(self, engine: SupervisedEvaluator, batch: dict) -> dict:
         network = unwrapped(engine.network)
         network.eval()
-        x = to_sparse(batch, engine.state.device)
+        x = engine.prepare_batch(batch, engine.state.device)
         with torch.no_grad(), torch.autocast(x.feats.device.type, dtype=self.amp, enabled=self.amp is not None):
             output = network(x, quantize=self.quantize)
             values = network.vq.lookup(output.codes) if output.codes is not None else output.latents.feats

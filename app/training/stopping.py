@@ -22,12 +22,11 @@ class StopWhenAsked:
 
     Args:
         save: writes all that resuming needs; called on every rank, at the same step.
-        phase: what steps are called here.
-        output_dir: what to tell the user of where it was saved.
+        folder: the run's, which knows what its steps are called and where they are saved.
     """
 
-    def __init__(self, *, save: Callable[[Engine], None], output_dir: object, phase: str = "step"):
-        self.save, self.output_dir, self.phase = save, output_dir, phase
+    def __init__(self, *, save: Callable[[Engine], None], folder):
+        self.save, self.folder = save, folder
         self.received = 0
         self.before: dict[int, object] = {}
 
@@ -47,7 +46,7 @@ class StopWhenAsked:
         if self.received and number == signal.SIGINT and "RANK" not in os.environ:  # torchrun passes one on twice
             raise KeyboardInterrupt
         if not self.received:  # not by logging: it may be what was interrupted
-            os.write(1, f"{NAMES[number]}: this {self.phase} is finished and saved first\n".encode())
+            os.write(1, f"{NAMES[number]}: this {self.folder.step_name} is finished and saved first\n".encode())
         self.received = number
 
     def _stop(self, engine: Engine) -> None:
@@ -58,7 +57,8 @@ class StopWhenAsked:
             self.save(engine)
         if dist.is_initialized():
             dist.barrier()  # a rank that is gone would end the one that still writes
-        what = f"ended by {NAMES[received]} at {self.phase} {engine.state.iteration}, saved whole in {self.output_dir}"
+        where = f"{self.folder.step_name} {engine.state.iteration}, saved whole in {self.folder.output_dir}"
+        what = f"ended by {NAMES[received]} at {where}"
         fail("STOPPED", what, "to go on, run the same command with --resume latest", status=128 + received)
 
 

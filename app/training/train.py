@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from monai.bundle import ConfigWorkflow
 
+from app.shared.places import bundles_folder
 from app.shared.refusals import fail
 from app.training import checkpoints, preflight
 
@@ -55,7 +56,7 @@ def _train(stage: str, raw: dict[str, str], given: dict[str, Any]) -> Trained:
     overlays = given.pop("config_file", [])
     files = [str(_file_of(stage)), *([overlays] if isinstance(overlays, str) else overlays)]
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not any(Path(file).name == OVERLAY_OF_RANKS for file in files):
-        files.append(str(bundles() / OVERLAY_OF_RANKS))
+        files.append(str(bundles_folder() / OVERLAY_OF_RANKS))
     options = {name: given.pop(name) for name in ("meta_file", "logging_file", "tracking") if name in given}
     words = ("voxelingo", "train", stage, *(word for name, text in raw.items() for word in (f"--{name}", text)))
     config, typed = preflight.load_config(files), {name: raw[name] for name in given}
@@ -81,13 +82,9 @@ def _train(stage: str, raw: dict[str, str], given: dict[str, Any]) -> Trained:
     return Trained(stage, str(output_dir), steps[-1] if steps else None, best, round(time.perf_counter() - begun, 1))
 
 
-def bundles() -> Path:
-    return Path(__file__).resolve().parents[2] / "bundles"
-
-
 def stages() -> list[str]:
     """The bundles that train."""
-    return [file.stem for file in sorted(bundles().glob("*.json")) if "training" in json.loads(file.read_text())]
+    return [file.stem for file in sorted(bundles_folder().glob("*.json")) if "training" in json.loads(file.read_text())]
 
 
 def _parts_of(words: Sequence[str]) -> tuple[str, dict[str, str]]:
@@ -108,7 +105,7 @@ def _file_of(stage: str) -> Path:
         near = difflib.get_close_matches(stage, stages(), n=1)
         hint = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(stages())}"
         fail("UNKNOWN_STAGE", f"there is no stage {stage}", hint)
-    return bundles() / f"{stage}.json"
+    return bundles_folder() / f"{stage}.json"
 
 
 def _where_it_is_taken(config: dict[str, Any], call: preflight.CommandLine) -> dict[str, preflight.CommandLine]:

@@ -36,7 +36,7 @@ from networks.sparse import SparseTensor
 from tests.benchmarks import dense_peer
 from tests.benchmarks.timed_stages import TimedStages, environment_of_runs
 from tests.benchmarks.timing import machine
-from transforms import Resampled
+from transforms import RandCropToBudgetd, RandJitterd, RandTranslated, Resampled, Windowsd
 from transforms.tensor import window_values
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,7 +105,12 @@ def samples(given: argparse.Namespace, sizes: Preset) -> data.CTDataset:
         split="train",
         seed=given.seed,
         preprocessing=data.preprocessing(resolution=sizes.resolution, spacing=sizes.spacing, windows=sizes.windows),
-        sampling=data.sampling(windows=sizes.windows, max_shift=given.max_shift, max_points=given.max_points),
+        sampling=[
+            RandTranslated(max_shift=given.max_shift),
+            RandCropToBudgetd(max_points=given.max_points),
+            RandJitterd(),
+        ],
+        windowing=Windowsd(windows=sizes.windows),
     )
 
 
@@ -133,7 +138,7 @@ def train_monai(given: argparse.Namespace, sizes: Preset) -> tuple[torch.nn.Modu
         factor = min(done / 0.02, 1.0) * (0.01 + 0.99 * (1 + np.cos(np.pi * done)) / 2)  # by the clock, as a cosine
         for group in optimizer.param_groups:
             group["lr"] = given.learning_rate * factor
-        feats = window_values(batch["hu"].to(DEVICE, non_blocking=True), batch["windows"])
+        feats = window_values(batch["values"].to(DEVICE, non_blocking=True), sizes.windows)
         boxes = dense_peer.boxes_of(feats, batch["coords"].to(DEVICE, non_blocking=True), batch["batch_size"])
         if rows is not None and done >= UNQUANTISED:
             rows.append(dense_peer.latents_of(network, boxes))
@@ -210,7 +215,7 @@ def seen_by_both(case: prepared.PreparedCase, sizes: Preset) -> tuple[Float[np.n
     scan = open_scan.open_scan(case, sizes.windows)
     steps = data.preprocessing(resolution=sizes.resolution, spacing=sizes.spacing, windows=sizes.windows)
     item: dict[str, Any] = {"image": scan.volume.hu, "affine": scan.volume.affine}
-    for step in [*steps, *data.sampling(windows=sizes.windows)]:
+    for step in [*steps, Windowsd(windows=sizes.windows)]:
         item = step(item)
     coords = torch.from_numpy(np.pad(item["coords"].astype(np.int32), ((0, 0), (1, 0))))
     x = SparseTensor(torch.from_numpy(item["feats"]), coords, tuple(item["spatial_shape"]), 1)

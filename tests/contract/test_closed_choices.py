@@ -132,11 +132,11 @@ def test_a_language_family_is_a_row_and_its_class(monkeypatch, tmp_path):
 
 
 def test_a_training_stage_is_a_file_with_both_its_defaults(tmp_path, monkeypatch):
-    shutil.copytree(train.bundles(), tmp_path / "bundles")
+    shutil.copytree(train.bundles_folder(), tmp_path / "bundles")
     config = json.loads((tmp_path / "bundles" / "vq_stage1.json").read_text())
     config["max_steps"] = "$7 if @demo else 70_000"
     (tmp_path / "bundles" / "toy_stage.json").write_text(json.dumps(config))
-    monkeypatch.setattr(train, "bundles", lambda: tmp_path / "bundles")
+    monkeypatch.setattr(train, "bundles_folder", lambda: tmp_path / "bundles")
     assert "toy_stage" in train.stages()
     parser = ConfigParser(preflight.load_config([str(train._file_of("toy_stage"))]))
     parser["demo"] = True

@@ -9,10 +9,10 @@ import torch
 
 from app.dataset import prepared, writer
 from app.shared.refusals import Refused
-from app.training.data import CTDataset, make_dataset, preprocessing, sampling
+from app.training.data import CTDataset, make_dataset, preprocessing
 from app.training.loaders import StepSampler, collate, make_train_loader, make_val_loader
-from app.training.step import to_sparse
-from transforms import Resampled, Sparsifyd, Windowsd, grid
+from app.training.step import SparseBatch
+from transforms import RandCropToBudgetd, RandJitterd, RandTranslated, Resampled, Sparsifyd, Windowsd, grid
 from transforms.body import body_mask
 from transforms.sparse import sparsify
 from transforms.windows import DEFAULT_WINDOWS, WINDOWS, window, window_file_name, window_values
@@ -40,27 +40,42 @@ def dataset_dir(tmp_path, rng):
     return root
 
 
-def make(root, *, split: str = "train", seed: int = 0, min_points: int = 100, **options) -> CTDataset:
-    draw = sampling(max_shift=4 if split == "train" else None, **options)
+def make(root, *, split: str = "train", seed: int = 0, min_points: int = 100, windows=NAMES, **crop) -> CTDataset:
     return make_dataset(
-        root, split=split, preprocessing=preprocessing(**SETTINGS), sampling=draw, seed=seed, min_points=min_points
+        root,
+        split=split,
+        preprocessing=preprocessing(**SETTINGS),
+        sampling=drawn(**crop) if split == "train" else [],
+        windowing=Windowsd(windows=windows),
+        seed=seed,
+        min_points=min_points,
     )
 
 
+def drawn(*, max_points: int | None = None) -> list:
+    """As the stage files draw a sample."""
+    return [RandTranslated(max_shift=4), RandCropToBudgetd(max_points=max_points), RandJitterd()]
+
+
+def on_device(batch: dict, windows=NAMES):
+    return SparseBatch(Windowsd(windows=windows))(batch, torch.device("cpu"))
+
+
 def same(one: dict, other: dict) -> bool:
-    tensors = all(torch.equal(one[key], other[key]) for key in ("coords", "hu", "affine"))
+    tensors = all(torch.equal(one[key], other[key]) for key in ("coords", "values", "affine"))
     return tensors and one["case_id"] == other["case_id"]
 
 
-def test_a_sample_is_resampling_and_sparsification_of_the_case_with_the_names_of_windows(dataset_dir):
+def test_a_sample_is_resampling_and_sparsification_of_the_case_in_hu(dataset_dir):
     item = make(dataset_dir, split="val")[1]
     case = prepared.open_case(dataset_dir / "processed" / "case6")
     volume = grid.resample(case.hu(), case.affine, grid.centred_grid(case.shape, case.affine, 16, 8.0))
     hu = volume.array
     coords, values = sparsify(hu, body_mask(hu, spacing=8.0))
     assert np.array_equal(item["coords"], coords) and item["coords"].dtype == torch.int16
-    assert np.array_equal(item["hu"], values) and item["hu"].dtype == torch.int16  # without jitter they are whole
-    assert item["windows"] == DEFAULT_WINDOWS and "feats" not in item
+    assert (
+        np.array_equal(item["values"], values) and item["values"].dtype == torch.int16
+    )  # without jitter they are whole
     assert np.array_equal(item["affine"], volume.affine)
     assert item["case_id"] == "case6" and item["spatial_shape"] == (16, 16, 16)
 
@@ -69,18 +84,18 @@ def test_a_batch_is_what_the_network_takes(dataset_dir):
     dataset = make(dataset_dir)
     items = [dataset[(0, n)] for n in range(3)]
     batch = collate(items)
-    assert batch["hu"].dtype == torch.float32 and batch["coords"].dtype == torch.int16
+    assert batch["values"].dtype == torch.float32 and batch["coords"].dtype == torch.int16
     assert batch["batch_size"] == 3 and batch["spatial_shape"] == (16, 16, 16)
     assert batch["case_id"] == ["case0", "case1", "case2"]
     for number, item in enumerate(items):
         rows = batch["coords"][:, 0] == number
         assert torch.equal(batch["coords"][rows, 1:], item["coords"])
-        assert torch.equal(batch["hu"][rows], item["hu"])
-    x = to_sparse(batch, torch.device("cpu"))
+        assert torch.equal(batch["values"][rows], item["values"])
+    x = on_device(batch)
     order = [tuple(row) for row in batch["coords"].tolist()]
     place = [order.index(tuple(row)) for row in x.coords.tolist()]
     assert x.coords.dtype == torch.int32 and x.batch_size == 3 and x.spatial_shape == (16, 16, 16)
-    assert np.array_equal(x.feats, window_values(batch["hu"].numpy(), DEFAULT_WINDOWS)[place])
+    assert np.array_equal(x.feats, window_values(batch["values"].numpy(), NAMES)[place])
 
 
 @pytest.mark.parametrize(("split", "limit"), [("train", 12), ("val", 10)])
@@ -93,8 +108,8 @@ def test_a_voxel_of_a_scan_travels_in_few_bytes(dataset_dir, split, limit):
 
 def test_features_of_ones_own_reach_the_network_as_they_are():
     feats, coords = torch.rand(3, 2), torch.tensor([[0, 0, 0, 1], [0, 0, 1, 0], [1, 7, 7, 7]])
-    batch = {"feats": feats, "coords": coords, "spatial_shape": (8, 8, 8), "batch_size": 2}
-    x = to_sparse(batch, torch.device("cpu"))
+    batch = {"values": feats, "coords": coords, "spatial_shape": (8, 8, 8), "batch_size": 2}
+    x = on_device(batch)
     assert torch.equal(x.feats, feats) and torch.equal(x.coords, coords.int())
 
 
@@ -105,7 +120,7 @@ def test_micro_batches_are_split_by_sample(dataset_dir, size, split, parts):
     micro = collate(items, batch_split=split)
     assert [part["batch_size"] for part in micro] == parts
     assert [name for part in micro for name in part["case_id"]] == collate(items)["case_id"]
-    assert torch.equal(torch.cat([part["hu"] for part in micro]), collate(items)["hu"])
+    assert torch.equal(torch.cat([part["values"] for part in micro]), collate(items)["values"])
     assert all(part["coords"][:, 0].min() == 0 for part in micro)
 
 
@@ -196,11 +211,10 @@ def test_validation_is_whole_in_order_and_always_the_same(dataset_dir):
 
 def test_training_crops_fit_their_budget_and_validation_does_not_crop(dataset_dir):
     fine = [Resampled(spacing=4.0, grid=24), Sparsifyd()]
-    draw = sampling(max_shift=4, max_points=600)
-    train = make_dataset(dataset_dir, split="train", preprocessing=fine, sampling=draw)
+    train = make_dataset(dataset_dir, split="train", preprocessing=fine, sampling=drawn(max_points=600))
     sizes = [len(train[(step, 4)]["coords"]) for step in range(6)]
     assert max(sizes) <= 600 < len(train.kept(4)["coords"]) and min(sizes) >= 100
-    val = make_dataset(dataset_dir, split="val", preprocessing=fine, sampling=sampling())
+    val = make_dataset(dataset_dir, split="val", preprocessing=fine)
     assert len(next(iter(make_val_loader(val)))["coords"]) == len(val.kept(0)["coords"]) > 600
 
 
@@ -228,7 +242,7 @@ def test_the_cache_survives_and_gives_the_same_sample(dataset_dir, monkeypatch):
 )
 def test_a_changed_setting_never_reuses_what_was_cached(dataset_dir, changed):
     plain = make(dataset_dir)[(0, 1)]
-    dataset = make_dataset(dataset_dir, split="train", preprocessing=changed, sampling=[Windowsd()])
+    dataset = make_dataset(dataset_dir, split="train", preprocessing=changed)
     assert not torch.equal(dataset[(0, 1)]["coords"], plain["coords"])
     assert len(cache_files(dataset_dir)) == 2
 
@@ -236,7 +250,8 @@ def test_a_changed_setting_never_reuses_what_was_cached(dataset_dir, changed):
 def test_windows_of_the_features_alone_do_not_spoil_the_cache(dataset_dir, monkeypatch):
     make(dataset_dir)[1]
     monkeypatch.setattr(CTDataset, "_prepare", lambda self, case: pytest.fail("prepared again"))
-    assert make(dataset_dir, windows=["lung"])[1]["windows"] == ("lung",)
+    assert make(dataset_dir, windows=["lung"]).windows == ("lung",)
+    assert len(make(dataset_dir, windows=["lung"])[1]["coords"]) > 100
 
 
 def test_a_case_that_changed_is_not_read_from_the_cache(dataset_dir, rng):
@@ -274,9 +289,7 @@ def test_a_case_larger_than_the_grid_is_told_once(dataset_dir, caplog):
     """Balls of 28 to 40 voxels of 4 mm on a grid of 64 mm; the second pass reads the cache."""
     for _ in range(2):
         caplog.clear()
-        small = make_dataset(
-            dataset_dir, split="train", preprocessing=preprocessing(resolution=16, spacing=2.0), sampling=sampling()
-        )
+        small = make_dataset(dataset_dir, split="train", preprocessing=preprocessing(resolution=16, spacing=2.0))
         for number in range(len(small)):
             small[number]
         assert caplog.text.count("FOV_CROPPED") == 1 and "% of what is denser than air in case0" in caplog.text
@@ -311,7 +324,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(dataset_dir, monkeypatch
 
 def test_a_transform_that_cannot_say_its_settings_is_refused(dataset_dir):
     with pytest.raises(ValueError, match="has no `settings`"):
-        make_dataset(dataset_dir, split="train", preprocessing=[lambda item: item], sampling=[Windowsd()])
+        make_dataset(dataset_dir, split="train", preprocessing=[lambda item: item])
 
 
 # ---- bad input
@@ -342,14 +355,14 @@ def test_constant_features_are_refused(tmp_path, workers):
     writer.write_metadata(tmp_path, [])
     cases = prepared.find_cases(tmp_path)
     inner = [Resampled(spacing=4.0, grid=24), Sparsifyd()]
-    dataset = CTDataset(cases, preprocessing=inner, sampling=[Windowsd(windows=["brain"])])
+    dataset = CTDataset(cases, preprocessing=inner, windowing=Windowsd(windows=["brain"]))
     with pytest.raises(ValueError, match=r"^case steel has constant features in windows \['brain'\].*choose other"):
         next(iter(make_train_loader(dataset, batch_size=1, max_steps=1, num_workers=workers)))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_refusal_keeps_its_code_on_the_way_out_of_a_worker(dataset_dir, workers):
-    lacking = make_dataset(dataset_dir, split="train", preprocessing=[Refusing()], sampling=[Windowsd()])
+    lacking = make_dataset(dataset_dir, split="train", preprocessing=[Refusing()])
     with pytest.raises(Refused, match=r"^OTHER_WINDOWS: no lung here\.") as caught:
         next(iter(make_train_loader(lacking, batch_size=1, max_steps=1, num_workers=workers)))
     assert caught.value.code == "OTHER_WINDOWS"
@@ -378,7 +391,7 @@ def test_an_empty_side_and_an_empty_dataset_say_so(dataset_dir, tmp_path):
     with pytest.raises(ValueError, match="has no case with split 'val'"):
         make(dataset_dir, split="val")
     with pytest.raises(ValueError, match="dataset has no case"):
-        CTDataset([], preprocessing=[], sampling=[])
+        CTDataset([], preprocessing=[])
     with pytest.raises(ValueError, match="holds no prepared case"):
         make(tmp_path / "set" / "processed" / "case0")
 
@@ -390,7 +403,7 @@ def test_a_grid_that_int16_cannot_number_is_refused(dataset_dir):
             coords = np.stack([np.arange(200) * 200, values, values], 1)
             return {"coords": coords, "values": values, "spatial_shape": (40_000, 200, 200), "affine": item["affine"]}
 
-    dataset = make_dataset(dataset_dir, split="train", preprocessing=[Long()], sampling=[Windowsd()])
+    dataset = make_dataset(dataset_dir, split="train", preprocessing=[Long()])
     with pytest.raises(ValueError, match=r"sides of a grid must be at most 32767 voxels, got \(40000, 200, 200\)"):
         dataset[0]
 
@@ -402,28 +415,26 @@ def test_a_transform_behind_the_windows_sees_features(dataset_dir):
     plain = make(dataset_dir, split="val")[0]
     draw = [Windowsd(windows=["lung"]), negated]
     item = make_dataset(dataset_dir, split="val", preprocessing=preprocessing(**SETTINGS), sampling=draw)[0]
-    assert np.array_equal(item["feats"], -window_values(plain["hu"].numpy(), ["lung"])) and "hu" not in item
+    assert np.array_equal(item["values"], -window_values(plain["values"].numpy(), ["lung"]))
+    assert torch.equal(on_device(collate([item])).feats.sort(0)[0], item["values"].sort(0)[0]), "they stay as they are"
 
 
-def test_windows_of_ones_own_are_applied_as_they_are(dataset_dir):
-    class Halved(Windowsd):
-        def __call__(self, item):
-            done = super().__call__(item)
-            return {**done, "feats": done["feats"] / 2}
+class Halved(Windowsd):
+    def __call__(self, item):
+        done = super().__call__(item)
+        return {**done, "feats": done["feats"] / 2}
 
+
+def test_windowing_of_ones_own_runs_on_the_device_and_in_a_worker_where_it_is_drawn(dataset_dir):
     plain = make(dataset_dir, split="val")[0]
-    for draw in ([Halved(windows=["lung"])], [lambda item: {**item, "x": item["values"] // 2}, Windowsd("x")]):
-        item = make_dataset(dataset_dir, split="val", preprocessing=preprocessing(**SETTINGS), sampling=draw)[0]
-        told = plain["hu"].numpy()
-        halved = window_values(told, ["lung"]) / 2 if len(draw) == 1 else window_values(told // 2, NAMES)
-        assert np.array_equal(item["feats"], halved) and "hu" not in item
-
-
-def test_each_sample_of_a_batch_has_its_own_windows(dataset_dir):
-    items = [make(dataset_dir, windows=[name])[(0, n)] for n, name in enumerate(("lung", "bone"))]
-    batch = collate(items)
-    expected = [window_values(item["hu"].numpy(), item["windows"]) for item in items]
-    assert np.array_equal(to_sparse(batch, torch.device("cpu")).feats.sort(0)[0], np.sort(np.concatenate(expected), 0))
+    halved = window_values(plain["values"].numpy(), ["lung"]) / 2
+    settings = {"split": "val", "preprocessing": preprocessing(**SETTINGS)}
+    item = make_dataset(dataset_dir, **settings, sampling=[Halved(windows=["lung"])])[0]
+    assert np.array_equal(item["values"], halved)
+    later = collate([make_dataset(dataset_dir, **settings, windowing=Halved(windows=["lung"]))[0]])
+    assert torch.equal(later["values"], plain["values"])
+    x = SparseBatch(Halved(windows=["lung"]))(later, torch.device("cpu"))
+    assert np.array_equal(x.feats.sort(0)[0], np.sort(halved, 0))
 
 
 # ---- older trees
@@ -443,11 +454,11 @@ def test_graded_windows_of_an_older_tree_are_the_features(tmp_path, rng):
     dataset = CTDataset(
         prepared.find_cases(tmp_path),
         preprocessing=[Resampled(spacing=4.0, grid=24), Sparsifyd()],
-        sampling=[Windowsd(windows=names)],
+        windowing=Windowsd(windows=names),
     )
     item = dataset[0]
     told = hu[tuple(item["coords"].long().T)]
-    assert np.abs(window_values(item["hu"].numpy(), names) - window_values(told, names)).max() < 0.01
+    assert np.abs(window_values(item["values"].numpy(), names) - window_values(told, names)).max() < 0.01
     assert len(item["coords"]) > 1000
 
 
@@ -457,25 +468,23 @@ def test_windows_of_zero_and_one_become_signed_bands(tmp_path):
     dataset = CTDataset(
         prepared.find_cases(tmp_path),
         preprocessing=[Resampled(spacing=4.0, grid=24), Sparsifyd()],
-        sampling=[Windowsd(windows=["bone"])],
+        windowing=Windowsd(windows=["bone"]),
     )
     item = dataset[0]
     truth = (distance - 8)[tuple(item["coords"].long().T)]
-    assert "hu" not in item and item["feats"].shape[1] == 1
-    assert (np.sign(item["feats"][:, 0].numpy()) == np.sign(truth))[np.abs(truth) > 0.8].all()
-    assert np.corrcoef(item["feats"][:, 0], truth)[0, 1] > 0.98
-    assert "hu" not in collate([item])
-    scan = {key: value for key, value in item.items() if key != "feats"}
-    scan |= {"coords": item["coords"][:2], "hu": torch.tensor([-450, 1050]), "windows": ("bone",)}
-    both = collate([item, scan])  # a case of masks among scans
-    assert "hu" not in both and torch.equal(both["feats"], torch.cat([item["feats"], torch.tensor([[-1.0], [1.0]])]))
+    assert item["values"].shape[1:] == (1,)
+    assert (np.sign(item["values"][:, 0].numpy()) == np.sign(truth))[np.abs(truth) > 0.8].all()
+    assert np.corrcoef(item["values"][:, 0], truth)[0, 1] > 0.98
+    scan = {**item, "coords": item["coords"][:2], "values": torch.tensor([-450, 1050])}
+    both = collate([item, scan], windowing=dataset.windowing)  # a case of masks among scans
+    assert torch.equal(both["values"], torch.cat([item["values"], torch.tensor([[-1.0], [1.0]])]))
 
 
 def test_a_window_that_an_older_tree_lacks_is_refused_before_any_training(tmp_path):
     older(tmp_path, {"lung": np.zeros((8, 8, 8), np.float32)})
     cases = prepared.find_cases(tmp_path)
     with pytest.raises(ValueError, match="case old lacks window 'bone', it has lung"):
-        CTDataset(cases, preprocessing=[], sampling=[Windowsd(windows=["lung", "bone"])])
+        CTDataset(cases, preprocessing=[], windowing=Windowsd(windows=["lung", "bone"]))
 
 
 def test_closed_loaders_leave_no_worker_behind(dataset_dir):

@@ -1,5 +1,6 @@
 """3D tokens in tiny Qwen2-VL and Qwen3-VL of true architecture: equal to the stock models wherever they should be."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -245,9 +246,14 @@ def test_checkpointing_gives_the_same_gradients(family, lora):
         assert torch.equal(gradient, recomputed[name]), name
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+COMPILED = list(itertools.product(FAMILIES, [False, True], [False, True]))
+BRIEFLY = [("qwen2_vl", True, False), ("qwen3_vl", False, True)]  # each choice once: compiling takes ten seconds
+
+
+@pytest.mark.parametrize(
+    ("family", "lora", "checkpointing"),
+    [pytest.param(*case, marks=[] if case in BRIEFLY else pytest.mark.slow) for case in COMPILED],
+)
 def test_compiled_layers_give_the_same_from_one_compilation(family, lora, checkpointing):
     torch.compiler.reset()
     model, tokenizer = make_model(family)

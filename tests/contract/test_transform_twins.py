@@ -110,6 +110,9 @@ def test_windowsd(kept):
     assert np.array_equal(out["feats"], window_values(kept["values"], ["lung", "brain"]))
     bands = {"values": np.array([[0.5, -1.0]])}
     assert Windowsd("values")(bands)["feats"].tolist() == [[0.5, -1.0]]
+    on_tensor = Windowsd("values", windows=["lung", "brain"])({"values": torch.from_numpy(kept["values"])})["feats"]
+    assert np.array_equal(on_tensor.numpy(), out["feats"]) and on_tensor.dtype == torch.float32
+    assert Windowsd("values")({"values": torch.tensor([[0.5, -1.0]])})["feats"].tolist() == [[0.5, -1.0]]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -11,12 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
-from app.language import align_setup
+from app.language import align_setup, chat
+from app.language.align_setup import make_collate
 from app.language.assistant import NOTICE, CTAssistant
+from app.measures.tokenizer_metrics import MeanTerms
+from app.shared.hashes import hash_path
+from app.shared.places import bundles_folder
 from app.shared.refusals import Refused
+from app.text.manifests import read_rows
 from app.tokens.token_files import write_tokens
 from app.tokens.tokenizer import CTTokenizer
 from app.training import initial_weights
@@ -24,7 +30,12 @@ from app.training.step import make_scheduler
 from networks import make_vqvae
 from networks.projector import Projector
 from tests.alignments import NUM_CASES, align, make_volume
-from tests.runs import TINY, end_of, torchrun
+from tests.runs import TINY, end_of, run_in, torchrun
+
+
+def steps_of(folder: Path) -> list[dict]:
+    """Rows of metrics.jsonl without those of validations."""
+    return [row for row in map(json.loads, (folder / "metrics.jsonl").open()) if "loss" in row]
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -41,7 +52,7 @@ def test_outputs_of_a_run(home, aligned):
     assert told["tokenizer"] == CTTokenizer.from_pretrained(home / "tokenizer.pt").digest
     assert told["base_model"]["name"] == str((home / "qwen").resolve()), "found from any working directory"
     assert len(told["base_model"]["sha256"]) == 64 and told["use_lora"] and told["in_features"] == 16
-    rows = [json.loads(line) for line in (aligned / "metrics.jsonl").read_text().splitlines()]
+    rows = steps_of(aligned)
     assert [row["step"] for row in rows] == list(range(1, 17)) and rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     kept = torch.load(aligned / "ckpts" / "align_step0000016.pt")
     assert all(name.startswith("projector.") or "lora_" in name for name in kept)
@@ -57,6 +68,78 @@ def test_the_same_seed_gives_the_same_run(home, tmp_path):
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+def test_each_epoch_is_validated_on_the_rows_held_out_and_shows_some_answers(home, aligned):
+    """Means over samples, whatever the batches; the rows are those of split val, which nothing is learned from."""
+    validations = [row for row in map(json.loads, (aligned / "metrics.jsonl").open()) if "val_loss" in row]
+    assert [row["step"] for row in validations] == [0, 8, 16]
+    assert validations[0]["val_loss"] > validations[1]["val_loss"] > validations[2]["val_loss"]
+    assert sorted(path.name for path in (aligned / "samples").iterdir()) == ["step0000008.txt", "step0000016.txt"]
+    told = (aligned / "samples/step0000016.txt").read_text()
+    assert [line.split("/")[1] for line in told.splitlines() if line.startswith("scans/")] == [
+        "case8.npz", "case9.npz", "case10.npz", "case11.npz"
+    ]  # fmt: skip
+    assert told.count("asked:  ") == told.count("truth:  ") == told.count("answer: ") == 4
+    assert json.loads((aligned / "ckpts/best.json").read_text()) == {
+        "step": 16, "val_loss": pytest.approx(validations[2]["val_loss"], abs=1e-6)
+    }  # fmt: skip
+    assistant = CTAssistant.from_pretrained(aligned)
+    rows = [row for row in read_rows(home / "text.jsonl") if row.split == "val"]
+    asked = [(row.prompt, assistant.reduce(assistant.open(row.path).tokens)) for row in rows]
+    losses = []
+    for (question, volume), row in zip(asked, rows, strict=True):
+        encoded = chat.encode_chat(assistant.text_tokenizer, question, answer=row.answer)
+        batch = make_collate(assistant.model.language, assistant.text_tokenizer)(
+            [{**encoded._asdict(), "volumes": [volume]}]
+        )
+        with torch.no_grad():
+            losses.append(float(assistant.model(batch).loss))
+    assert validations[2]["val_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4) and len(losses) == 8
+
+
+@pytest.mark.parametrize("settings", [{}, {"vl_model": "tiny_qwen2_vl", "use_lora": False, "train_language": True}])
+def test_ask_takes_the_weights_of_the_best_validation(settings, home, tmp_path, monkeypatch):
+    """Steps after the first epoch are made to count as worse: what it left is taken, and the end stays as it was."""
+    plain, out = tmp_path / "plain", tmp_path / "out"
+    align(home, plain, **settings)
+    compute = MeanTerms.compute
+    scores = iter([9.0, 1.0, 5.0])
+    monkeypatch.setattr(MeanTerms, "compute", lambda self: {**compute(self), "val_loss": next(scores)})
+    align(home, out, **settings)
+    assert json.loads((out / "ckpts/best.json").read_text()) == {"step": 8, "val_loss": 1.0}
+    final, first, best = (torch.load(out / f"projector_{end}.pt") for end in ("final", "epoch0", "best"))
+    assert torch.equal(best["proj.weight"], first["proj.weight"])
+    assert torch.equal(final["proj.weight"], torch.load(plain / "projector_final.pt")["proj.weight"])
+    assert not torch.equal(best["proj.weight"], final["proj.weight"])
+    told = {CTAssistant.from_pretrained(folder).settings["projector_sha256"] for folder in (plain, out)}
+    assert told == {hash_path(plain / "projector_final.pt"), hash_path(out / "projector_best.pt")}
+    model = CTAssistant.from_pretrained(out).model
+    kept = torch.load(out / "ckpts/align_step0000008.pt")
+    ours = dict(model.named_parameters())
+    names = [name for name in kept if name.replace(".base_layer", "") in ours]
+    assert len(names) == len(kept) > 2 and all(torch.equal(ours[name], kept[name]) for name in names)
+    scores = iter([5.0])
+    align(home, out, resume="latest", epochs=3, **settings)
+    assert json.loads((out / "ckpts/best.json").read_text())["step"] == 8 and (out / "projector_best.pt").is_file()
+    scores = iter([0.5])
+    align(home, out, resume="latest", epochs=4, **settings)
+    assert not [path for path in out.iterdir() if "_best" in path.name], "the end is the best"
+
+
+def test_without_rows_held_out_the_last_step_counts(home, tmp_path):
+    """Neither rows of training nor those of another split take their place."""
+    lines = [json.loads(line) for line in (home / "text.jsonl").read_text().splitlines()]
+    (home / "train.jsonl").write_text("\n".join(json.dumps({**line, "split": "train"}) for line in lines))
+    (home / "lost.jsonl").write_text(
+        "\n".join(json.dumps(line | ({"image": "gone.npz"} if line["split"] == "val" else {})) for line in lines)
+    )
+    for name in ("train", "lost"):
+        align(home, tmp_path / name, data=str(home / f"{name}.jsonl"), epochs=1)
+        said = (tmp_path / name / "log.txt").read_text()
+        assert len(steps_of(tmp_path / name)) == len((tmp_path / name / "metrics.jsonl").read_text().splitlines()) > 7
+        assert not (tmp_path / name / "ckpts/best.json").exists() and (tmp_path / name / "projector_final.pt").is_file()
+        assert "done in" in said and "last step" in said
+
+
 def test_resuming_gives_the_run_that_was_not_interrupted(home, aligned):
     again = home / "again"
     shutil.copytree(aligned, again)
@@ -69,8 +152,10 @@ def test_resuming_gives_the_run_that_was_not_interrupted(home, aligned):
     assert set(one) == set(other)
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
-    steps = [json.loads(line)["step"] for line in (again / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 17))
+    rows = [[row for row in map(json.loads, (out / "metrics.jsonl").open())] for out in (aligned, again)]
+    for row in [*rows[0], *rows[1]]:
+        row.pop("seconds", None), row.pop("memory_gib", None)
+    assert rows[0] == rows[1] and [row["step"] for row in rows[0] if "loss" in row] == list(range(1, 17))
 
 
 @pytest.mark.parametrize("name", ["align", "misc"])
@@ -104,10 +189,10 @@ def test_a_run_that_is_told_to_end_saves_its_step_and_goes_on_as_if_it_had_not(h
     (step,) = (int(path.stem[-7:]) for path in (place / "out/ckpts").glob("misc_*"))
     said = f"STOPPED: ended by SIGTERM at step {step}, saved whole in out. To go on, run the same command with --resume"
     assert end.status == 143 and end.error.startswith(said), end.err
-    end = end_of(start_process("bundles/align.json", output_dir="out", epochs=200, resume="latest", **settings, **{
-        "train#steps": step + 2}))  # fmt: skip
+    settings |= {"resume": "latest", "train#steps": step + 2, "num_workers": 0}
+    end = run_in(place, "bundles/align.json", output_dir="out", epochs=200, **settings)
     assert end.status == 0 and f"resumed at step {step}" in end.out, end.err
-    assert [json.loads(line)["step"] for line in file.open()] == list(range(1, step + 3)), "no step is lost or twice"
+    assert [row["step"] for row in steps_of(place / "out")] == list(range(1, step + 3)), "no step is lost or twice"
 
 
 def test_a_run_that_is_refused_late_leaves_the_earlier_one_where_it_is(home, aligned, tmp_path, monkeypatch):
@@ -116,7 +201,7 @@ def test_a_run_that_is_refused_late_leaves_the_earlier_one_where_it_is(home, ali
     before = {path.name for path in out.iterdir()}
     weights = weights_of(out)
     with monkeypatch.context() as patch:
-        patch.setattr("app.language.align_training.step_optimizer", lambda *_, **__: sys.exit(2))
+        patch.setattr("app.training.step.step_optimizer", lambda *_, **__: sys.exit(2))
         with pytest.raises(SystemExit):
             align(home, out)
     assert {path.name for path in out.iterdir()} == before | {".starting_run"} and not (tmp_path / "out.1").exists()
@@ -140,7 +225,7 @@ def test_a_longer_run_goes_on_with_the_rates_of_its_own_length(home, tmp_path):
         optimizer.step()
         schedule.step()
         expected.append(optimizer.param_groups[0]["lr"])
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    rows = steps_of(tmp_path / "run")
     assert [row["step"] for row in rows] == list(range(1, 17))
     assert [row["lr"] for row in rows[8:]] == pytest.approx(expected[8:], abs=1e-7)
 
@@ -184,7 +269,7 @@ def test_other_sizes_do_not_resume_and_other_settings_are_said(home, aligned, tm
         assert f"began with {name} " in said
     before = (tmp_path / "run/train_args.json").read_text()
     align(home, tmp_path / "run", resume="latest", position="mrope3d")
-    assert "nothing is trained" in (tmp_path / "run/log.txt").read_text()
+    assert "nothing left to train" in (tmp_path / "run/log.txt").read_text()
     assert (tmp_path / "run/train_args.json").read_text() == before, "what is asked is what was trained"
     (tmp_path / "run/log.txt").unlink()
     align(home, tmp_path / "run", resume="latest", epochs=3, lora_dropout=0.1, learning_rate=0.5)
@@ -227,8 +312,22 @@ def test_the_base_model_is_loaded_in_the_precision_that_is_asked_for(amp, dtype,
     said = []
     monkeypatch.setattr(align_setup, "fail", lambda *words: (said.append(words), sys.exit(2)))
     with pytest.raises(SystemExit):
-        align_setup.Language(vl_model=str(home / "qwen"), amp=amp, texts=[])
+        align_setup.Language(vl_model=str(home / "qwen"), amp=amp)
     assert said[0][1] == f"asked for {dtype}"
+
+
+def test_the_network_is_built_from_the_file_alone(home, tmp_path, monkeypatch):
+    """As monai.bundle.load does: the data are not there, and nothing is written. A tiny model takes its words from the
+    text, a stock one reads none."""
+    monkeypatch.chdir(tmp_path)
+    given = {"data": "gone.csv", "vl_model": str(home / "qwen"), "vae_ckpt": str(home / "tokenizer.pt")}
+    config = ConfigParser({**json.loads((bundles_folder() / "align.json").read_text()), **given})
+    network = config.get_parsed_content("network_def")
+    assert type(network).__name__ == "VolumeQwen" and (network.projector.in_features, network.position) == (16, "1d")
+    assert [name for name, p in network.named_parameters() if p.requires_grad][:2] == [
+        "projector.proj.weight", "projector.proj.bias"
+    ]  # fmt: skip
+    assert not list(tmp_path.iterdir())
 
 
 # ---- what is kept and what is refused
@@ -344,7 +443,7 @@ class OwnItems(Dataset):
 
 def test_a_dataset_of_the_users_own_by_its_dotted_path(home, tmp_path):
     align(home, tmp_path / "out", data=None, dataset="tests.e2e.test_align.OwnItems", use_lora=False, epochs=3)
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "out/metrics.jsonl").open()]
+    losses = [row["loss"] for row in steps_of(tmp_path / "out")]
     assert len(losses) == 9 and losses[-1] < losses[0]
     assert not (tmp_path / "tokens").exists(), "no phantom was made"
 
@@ -353,7 +452,7 @@ def test_micro_batches_give_the_step_of_the_batch(home, tmp_path):
     ended = []
     for split in (1, 2, 4):
         align(home, tmp_path / f"by{split}", batch_split=split, batch_size=4, use_lora=False, epochs=1)
-        rows = [json.loads(line) for line in (tmp_path / f"by{split}/metrics.jsonl").open()]
+        rows = steps_of(tmp_path / f"by{split}")
         ended.append(([row["loss"] for row in rows], torch.load(tmp_path / f"by{split}/projector_final.pt")))
     for losses, weights in ended[1:]:
         assert losses == pytest.approx(ended[0][0], rel=1e-5)
@@ -370,6 +469,7 @@ def test_two_processes_align_as_one_does(home, place, start_process):
         "vl_model": "tiny_qwen2_vl",
         "vae_ckpt": home / "tokenizer.pt",
         "num_phantoms": 6,
+        "val_phantoms": 2,
         "about": "$None",
         "epochs": 1,
         "num_workers": 0,
@@ -387,10 +487,10 @@ def test_two_processes_align_as_one_does(home, place, start_process):
     assert sorted(p.relative_to(one) for p in one.rglob("*") if "tb_logs" not in str(p)) == sorted(
         p.relative_to(two) for p in two.rglob("*") if "tb_logs" not in str(p)
     )
-    losses = [[json.loads(line)["loss"] for line in (out / "metrics.jsonl").open()] for out in (one, two)]
+    losses = [[row["loss"] for row in steps_of(out)] for out in (one, two)]
     assert len(losses[0]) > 3 and losses[1] == pytest.approx(losses[0], rel=1e-5)
     weights = [load_file(out / "language_final/model.safetensors") for out in (one, two)]
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5)
     tokens = [sorted(p.name for p in (out.parent / "tokens").rglob("*.*")) for out in (one, two)]
-    assert tokens[0] == tokens[1] and len(tokens[0]) == 6 * 3
+    assert tokens[0] == tokens[1] and len(tokens[0]) == (6 + 2) * 3

@@ -1,10 +1,6 @@
 """The tokenizer's card through its bundle: on the built-in phantoms' kind of data, for real, and with mistakes."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +15,7 @@ from app.tokens.open_scan import open_scan
 from app.tokens.tokenizer import CTTokenizer
 from app.training import checkpoints
 from networks import make_vqvae
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.runs import TINY, assert_refused, run_in
 
 
 @pytest.fixture(scope="module")
@@ -152,23 +147,16 @@ def test_the_card_lies_beside_the_checkpoint_by_default(output_dir, cohort):
     assert (output_dir / "tokenizer_card.md").is_file()
 
 
-def run(place, *words):
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", "bundles/evaluate_tokenizer.json", *words]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False, timeout=300)
+def run(place, **settings):
+    return run_in(place, "bundles/evaluate_tokenizer.json", run_id="run", **dict.fromkeys(TINY), **settings)
 
 
 def test_bundle_run(place, cohort, output_dir):
-    done = run(
-        place, "--dataset_dir", str(cohort), "--tokenizer", str(output_dir), "--output_dir", "card", "--split", "train"
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    end = run(place, dataset_dir=cohort, tokenizer=output_dir, output_dir="card", split="train")
+    assert end.status == 0, end.err[-2000:]
     assert json.loads((place / "card" / "tokenizer_card.json").read_text())["data"]["cases"] == 3
 
 
 def test_a_missing_tokenizer_is_one_line(place, cohort):
-    done = run(place, "--dataset_dir", str(cohort), "--tokenizer", "nowhere")
-    assert done.returncode == 2
-    told = done.stderr.strip().splitlines()[-1]
-    assert told.startswith("NO_TOKENIZER: nowhere does not exist"), told
-    assert "Traceback" not in done.stderr
+    end = run(place, dataset_dir=cohort, tokenizer="nowhere")
+    assert_refused(end, code="NO_TOKENIZER", naming=["nowhere does not exist"])

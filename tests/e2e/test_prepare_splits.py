@@ -22,7 +22,8 @@ def scan_of(raw, name, number=0):
 
 
 def leaks(out):
-    return {case for problem in check(out).problems if problem.code == "SPLIT_LEAKAGE" for case in problem.cases}
+    problems = check(out, preset="tiny").problems
+    return {case for problem in problems if problem.code == "SPLIT_LEAKAGE" for case in problem.cases}
 
 
 def test_the_same_scan_in_two_formats_or_names_on_both_sides_is_found(tmp_path):

@@ -203,7 +203,7 @@ def test_a_run_that_is_told_to_end_saves_its_step_and_goes_on_as_if_it_had_not(
     assert [row["step"] for row in rows_of(out) if "loss" in row] == list(range(1, step + 4))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_told_to_end_in_either_phase_it_goes_on_to_the_losses_of_the_uninterrupted_run(
     number, start_process, place, cohort
 ):

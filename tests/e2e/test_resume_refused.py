@@ -40,7 +40,7 @@ def test_a_run_that_is_refused_before_its_first_step_leaves_the_earlier_one_wher
     (place / "bad.pt").write_text("no checkpoint")
     if "learning_rate" in change:  # a loss that is no number at the first step
         monkeypatch.setattr(
-            "app.training.initial_weights.TrainStep._optimize", lambda *_: (_ for _ in ()).throw(ValueError("no"))
+            "app.training.step.TokenizerStep.optimize", lambda *_: (_ for _ in ()).throw(ValueError("no"))
         )
     end = run_in(place, dataset_dir=cohort, output_dir="out", **{**STEPS, **change})
     assert end.status != 0
@@ -112,12 +112,16 @@ def test_a_run_of_other_sizes_or_data_is_not_resumed(earlier, place, cohort, cha
 def test_a_resumed_run_says_what_it_did_not_begin_with(earlier, place, cohort):
     began = json.loads((earlier / "config.json").read_text())
     assert began.pop("max_shift") == 4
+    assert began.pop("prepare_batch")
+    for part in ("optimizer", "averaged", "schedule", "network", "loss_function"):
+        began[part]["_target_"] = "a.B"
     (earlier / "config.json").write_text(json.dumps(began))  # as by software that knew no such choice
     settings = {**STEPS, "max_steps": 21, "learning_rate": 5e-4}
     end = run_in(place, dataset_dir=cohort, output_dir="out", resume="latest", **settings)
     assert end.status == 0, end.err
     (line,) = [line for line in (earlier / "log.txt").read_text().splitlines() if "goes on with other settings" in line]
     assert "max_shift 4 (was not to be chosen)" in line and "learning_rate 0.0005 (was " in line
+    assert line.endswith(", 6 parts of a bundle that other software wrote") and "_target_" not in line
     assert "max_steps 21 (was 20)" in line and "seed" not in line and "resume" not in line.split("goes on")[1]
 
 

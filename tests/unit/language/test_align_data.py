@@ -64,7 +64,7 @@ def test_form_a_equals_form_b(ct, language, reduce):
     model, tokenizer = language
     inputs = form_b(0)
     features = {
-        "feats": inputs["sparse_sdf"],
+        "values": inputs["sparse_sdf"],
         "coords": torch.nn.functional.pad(inputs["sparse_index"], (1, 0)),
         "spatial_shape": (32, 32, 32),
         "batch_size": 1,

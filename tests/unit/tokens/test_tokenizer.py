@@ -1,40 +1,74 @@
 """A scan to tokens and tokens back to HU: the class, its whole volumes and tiles, and what it refuses."""
 
+import json
 from types import SimpleNamespace
 
 import nibabel
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
 from app.dataset import prepared
 from app.evaluation.evaluate import mirror_image
 from app.prepare import cohort, volume
+from app.shared.places import bundles_folder
 from app.shared.refusals import Refused
 from app.tokens import open_scan
+from app.tokens.commands import onto_grid, write_nifti
 from app.tokens.open_scan import Volume
 from app.tokens.tokenizer import CTTokenizer, find_tokenizer
 from app.training import checkpoints, data, loaders
-from app.training.step import to_sparse
 from networks.vqvae import Tokens
 from tests.tiny_tokenizer import AFFINE, hu_volume, make_network, save
 
 
-def test_encode_gives_the_codes_that_training_sees(tokenizer, dataset):
-    sizes = tokenizer.sizes
-    samples = data.CTDataset(
-        prepared.find_cases(dataset),
-        preprocessing=data.preprocessing(resolution=sizes.resolution, spacing=sizes.spacing, keep=sizes.keep),
-        sampling=data.sampling(),
+def declared(stage, sizes):
+    """The chain as a stage file declares it, for a tokenizer's sizes."""
+    config = json.loads((bundles_folder() / f"{stage}.json").read_text())
+    flat = {
+        "resolution": sizes.resolution,
+        "spacing": sizes.spacing,
+        "keep": sizes.keep,
+        "windows": list(sizes.windows),
+    }
+    return ConfigParser({**config, **flat, "dataset_dir": None})
+
+
+@pytest.mark.parametrize("stage", ["vae", "vq_stage1", "vq_stage2"])
+def test_inference_and_training_see_a_scan_through_the_same_declared_chain(stage, tokenizer, dataset):
+    chain = declared(stage, tokenizer.sizes)
+    parts = {name: chain.get_parsed_content(name) for name in ("preprocessing", "windowing")}
+    assert (
+        chain.config["validate"]["dataset"] | {name: f"@{name}" for name in parts}
+        == chain.config["validate"]["dataset"]
     )
+    samples = data.CTDataset(prepared.find_cases(dataset), **parts)
+    prepare_batch = chain.get_parsed_content("prepare_batch")
     for number, case in enumerate(prepared.find_cases(dataset)):
-        expected = tokenizer.network.encode(to_sparse(loaders.collate([samples[number]]), torch.device("cpu")))
+        x = prepare_batch(loaders.collate([samples[number]]), torch.device("cpu"))
+        seen = tokenizer.features(tokenizer.open(case).volume).x
+        assert torch.equal(seen.coords, x.coords) and torch.equal(seen.feats, x.feats) and len(x.feats) > 1000
+        expected = tokenizer.network.encode(x)
         for scan in (case, case.path, str(case.path), SimpleNamespace(hu=case.hu(), affine=case.affine)):
             tokens = tokenizer.encode(scan)
             assert np.array_equal(tokens.codes, expected.codes.numpy())
             assert np.array_equal(tokens.coords, expected.coords[:, 1:].numpy())
     assert len(np.unique(tokens.codes)) > 4
+
+
+def test_the_inference_bundle_is_that_tokenizer(tokenizer, output_dir, tmp_path):
+    """A scan through the transforms, the network and the inferer of its file: what the class gives, decoded."""
+    write_nifti(tmp_path / "scan.nii.gz", Volume(hu_volume(), AFFINE))
+    given = {"tokenizer": str(output_dir), "scan": str(tmp_path / "scan.nii.gz"), "device": "cpu"}
+    bundle = ConfigParser(json.loads((bundles_folder() / "inference.json").read_text()) | given)
+    network, inferer, dataset = (bundle.get_parsed_content(name) for name in ("network", "inferer", "dataset"))
+    with torch.no_grad():
+        back = inferer(dataset[0]["image"][None], network)
+    tokens = tokenizer.encode(tmp_path / "scan.nii.gz")
+    expected = onto_grid(tokenizer.decode(tokens), hu_volume().shape, AFFINE)
+    assert np.array_equal(back[0, 0].numpy(), np.rint(expected.hu)) and len(np.unique(expected.hu)) > 100
 
 
 def test_a_volume_in_memory_is_the_same_scan_whatever_holds_it(tokenizer):

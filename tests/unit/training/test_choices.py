@@ -211,6 +211,13 @@ def test_the_recipe_of_ct_has_the_schedule_of_the_file_but_in_stage_2(monkeypatc
 def test_scale_can_be_forced():
     assert is_demo("demo", dataset_dir="cohort") and not is_demo("full", dataset_dir="cohort")
     assert is_demo("auto") and not is_demo("auto", dataset_dir="cohort")
+    for own in ({"data": "reports.csv"}, {"dataset": "my.Items"}):
+        assert is_demo("demo", **own) and not is_demo("full", **own) and not is_demo("auto", **own)
+        with pytest.raises(Refused, match="and dummy_data are both given"):
+            is_demo("auto", **own, dummy_data=True)
+    with pytest.raises(Refused, match="BAD_VALUE: data and dataset are both given"):
+        is_demo("demo", data="reports.csv", dataset="my.Items")
+    assert is_demo("auto", dummy_data=True)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ from ignite.engine import Engine, Events
 from app.training import forecast, handlers
 from app.training.forecast import advice_for, seconds_a_step
 from app.training.handlers import Console
+from app.training.step import SparseBatch
 from networks import make_vqvae
+from transforms import Windowsd
 
 
 def test_a_run_that_nobody_waits_for_says_what_to_take_instead():
@@ -23,7 +25,7 @@ def test_a_run_that_nobody_waits_for_says_what_to_take_instead():
 def batch_of(side: int) -> dict:
     coords = torch.cartesian_prod(torch.zeros(1, dtype=torch.int32), *[torch.arange(side, dtype=torch.int32)] * 3)
     feats = torch.randn(len(coords), 4, generator=torch.Generator().manual_seed(0))
-    return {"coords": coords, "feats": feats, "spatial_shape": (side,) * 3, "batch_size": 1, "case_id": ["a"]}
+    return {"coords": coords, "values": feats, "spatial_shape": (side,) * 3, "batch_size": 1, "case_id": ["a"]}
 
 
 def test_a_forecast_is_near_what_a_step_takes_and_changes_nothing(monkeypatch):
@@ -32,12 +34,12 @@ def test_a_forecast_is_near_what_a_step_takes_and_changes_nothing(monkeypatch):
     network = make_vqvae("tiny", resolution=24, num_blocks=1, model_channels=16).train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     drawn = torch.get_rng_state()
-    batch = batch_of(24)
-    first = seconds_a_step(network, [batch], quantize=False)
+    batch, how = batch_of(24), {"prepare_batch": SparseBatch(Windowsd()), "quantize": False}
+    first = seconds_a_step(network, [batch], **how)
     assert 0 < first < 60 and network.training and torch.equal(torch.get_rng_state(), drawn)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     monkeypatch.setattr(forecast, "PROBE_POINTS", 24**3)
-    assert seconds_a_step(network, batch, quantize=False) is None, "it would take as long as the step"
+    assert seconds_a_step(network, batch, **how) is None, "it would take as long as the step"
 
 
 @pytest.mark.parametrize("each", [0.1, 100.0])
@@ -47,7 +49,7 @@ def test_a_cpu_is_warned_before_its_first_step_and_after_it(each, monkeypatch, c
     console = Console(folder=None, on=Events.ITERATION_COMPLETED(every=1))
     engine = Engine(lambda engine, batch: None)
     engine._process_function = SimpleNamespace(quantize=True)
-    engine.network = torch.nn.Linear(1, 1)
+    engine.network, engine.prepare_batch = torch.nn.Linear(1, 1), None
     engine.state.iteration, engine.state.epoch_length = 1, 1001
     engine.state.batch, engine.state.output = {}, {"seconds": each}
     with caplog.at_level(logging.WARNING):

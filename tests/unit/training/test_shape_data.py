@@ -10,12 +10,12 @@ from app.shapes.shape_files import Made, write_shape
 from app.shared.refusals import Refused
 from app.training.loaders import collate
 from app.training.shape_data import find_shapes, make_shape_dataset
-from app.training.step import row_weights, to_sparse
+from app.training.step import SparseBatch, row_weights
 from networks import make_vqvae
 from networks.losses import TokenizerLoss
 from networks.sparse import SparseTensor
 from tests.solids import box
-from transforms import RandCropToBudgetd, RandTranslated
+from transforms import RandCropToBudgetd, RandTranslated, Windowsd
 
 
 @pytest.fixture
@@ -65,11 +65,11 @@ def test_sharp_edges_count_as_much_more_as_is_said(folder):
     sampling = [RandTranslated("coords", max_shift=2), RandCropToBudgetd(max_points=4000)]
     made = make_shape_dataset(folder, split="train", resolution=32, sampling=sampling, sharp_weight=3.0)
     batch = collate([made[0, 0], made[0, 1]])
-    x = to_sparse(batch, torch.device("cpu"))
+    x = SparseBatch(Windowsd())(batch, torch.device("cpu"))
     weights = row_weights(batch, x)
     assert x.feats.shape[1] == 1 and set(weights.tolist()) == {1.0, 4.0}
     plain = make_shape_dataset(folder, split="train", resolution=32, sampling=sampling)
-    assert "weights" not in plain[0, 0] and torch.equal(plain[0, 0]["feats"], made[0, 0]["feats"])
+    assert "weights" not in plain[0, 0] and torch.equal(plain[0, 0]["values"], made[0, 0]["values"])
     loss = TokenizerLoss(loss_type="l1")
     wrong = x.replace(x.feats + 0.5)
     flat, heavy = (float(loss.reconstruction(wrong, x, row_weights=w)) for w in (None, weights))
@@ -98,4 +98,4 @@ def test_what_cannot_be_trained_on_is_named(folder):
 def test_a_shape_keeps_its_rows_through_the_cache(folder):
     made = make_shape_dataset(folder, split="train", resolution=32)
     first, second = made[0, 0], made[5, 0]
-    assert torch.equal(first["feats"], second["feats"]) and np.array_equal(first["coords"], second["coords"])
+    assert torch.equal(first["values"], second["values"]) and np.array_equal(first["coords"], second["coords"])

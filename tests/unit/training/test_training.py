@@ -16,11 +16,17 @@ from ignite.engine import Engine, Events
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.handlers import ValidationHandler
 from torch import nn
+from torch.utils.data import DataLoader
 
-from app.language.align_training import AlignHandlers
+from app.language.align_training import AnswerStep
 from app.shared.refusals import Refused
-from app.training import handlers, run_folder
-from app.training.step import average, make_scheduler, resume_optimizer, stop_if_not_finite
+from app.training import checkpoints, handlers, initial_weights, run_folder
+from app.training.state import TrainingState
+from app.training.step import SparseBatch, TokenizerStep, average, make_scheduler, resume_optimizer
+from networks import make_vqvae
+from networks.losses import TokenizerLoss
+from networks.sparse import SparseTensor
+from transforms import Windowsd
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -43,7 +49,7 @@ def test_the_average_follows_its_formula_and_copies_buffers():
 
 
 def evaluator_of(network, monkeypatch, folder):
-    monkeypatch.setattr(run_folder.pictures, "sample_of", lambda output: float(output.sum()))
+    monkeypatch.setattr(handlers.pictures, "sample_of", lambda output: float(output.sum()))
     evaluator = SupervisedEvaluator(
         device=torch.device("cpu"),
         val_data_loader=[1, 2],
@@ -58,7 +64,7 @@ def evaluator_of(network, monkeypatch, folder):
 def folder_of(records):
     """A run's folder that writes nothing."""
     folder = object.__new__(run_folder.RunFolder)
-    folder.samples, folder.step, folder.validated = [], 0, None
+    folder.step, folder.phase, folder.validated = 0, "train", None
 
     def record_validation(step, metrics):
         folder.validated = (step, 0.0)
@@ -73,8 +79,10 @@ def test_validation_keeps_no_case_on_the_device(monkeypatch):
     folder = folder_of(records)
     folder.step = 7
     evaluator = evaluator_of(nn.Linear(1, 1), monkeypatch, folder)
+    shown = handlers.Pictures(folder=folder, evaluator=evaluator, on=Events.EPOCH_COMPLETED)
+    shown.attach(Engine(lambda engine, batch: None))
     evaluator.run()
-    assert folder.samples == [1.0, 2.0] and records == ["validation 7"]
+    assert shown.samples == [1.0, 2.0] and records == ["validation 7"]
     assert evaluator.state.output is None and evaluator.state.batch is None
 
 
@@ -103,32 +111,85 @@ def test_what_is_due_is_due_at_the_last_step_too_and_where_asked_at_the_first():
         engine.add_event_handler(on, lambda engine, steps=steps: steps.append(engine.state.iteration))
     engine.run(range(7), max_epochs=1)
     assert found == {False: [3, 6, 7], True: [1, 3, 6, 7]}
+    engine.state.epoch_length = 9
+    assert [step for step in range(1, 10) if handlers.Due([3, 4])(engine, step)] == [3, 4, 6, 8, 9]
 
 
-def test_a_step_whose_loss_is_no_number_is_neither_averaged_nor_saved(capsys):
-    done = []
-    engine = Engine(lambda engine, batch: {"loss": float("nan") if engine.state.iteration == 2 else 1.0})
-    handlers.StopAtNonFiniteLoss().attach(engine)
-    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: done.append(engine.state.iteration))
-    with pytest.raises(Refused, match="at step 2 on cases b, c"):
-        engine.run([{"case_id": ["a"]}, [{"case_id": ["b"]}, {"case_id": ["c"]}]], max_epochs=1)
-    assert done == [1]
+class Linear(nn.Module):
+    """Stands for a tokenizer and for a language model: its loss is that of both."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.vq, self.sizes = None, SimpleNamespace(quantizer_levels=1)
+
+    def forward(self, x, **_):
+        value = x["x"] if isinstance(x, dict) else x.feats.sum()
+        return SimpleNamespace(loss=self.weight * value, correct=value, codes=None)
 
 
-ORDER = [  # as they stand in a stage file; only stages with codes watch them
-    "BeginOrResume", "StopAtNonFiniteLoss", "LrScheduleHandler", "Average", "Console", "MetricsRows", "CodebookWatch",
-    "ValidationHandler", "LastValidation", "Pictures", "Checkpoints", "EndOfRun", "StopWhenAsked",
+def voxel_of(part, _device):
+    return SparseTensor(torch.tensor([[part["x"]]]), torch.zeros(1, 4, dtype=torch.int32), (8, 8, 8), 1)
+
+
+def text_of(part, _device):
+    return {"x": torch.tensor(part["x"])}
+
+
+@pytest.mark.parametrize(
+    ("step", "prepare_batch"),
+    [(TokenizerStep(quantize=True, grad_clip=None), voxel_of), (AnswerStep(grad_clip=None), text_of)],
+)
+def test_a_step_whose_loss_is_no_number_ends_the_run_before_the_optimizer_moves_anything(step, prepare_batch):
+    network, done, parts = Linear(), [], {"coords": [0], "attention_mask": torch.ones(1)}
+    trainer = SupervisedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=1,
+        train_data_loader=[
+            {"x": 1.0, "case_id": ["a"], **parts},
+            [{"x": 2.0, "case_id": ["b"], **parts}, {"x": float("nan"), "case_id": ["c"], **parts}],
+        ],
+        network=network,
+        optimizer=torch.optim.SGD(network.parameters(), lr=0.25),
+        loss_function=lambda output, x: {"loss": output.loss},
+        prepare_batch=prepare_batch,
+        iteration_update=step,
+        train_handlers=[handlers.StopAtNonFiniteLoss()],
+        decollate=False,
+    )
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: done.append(engine.state.output))
+    with pytest.raises(Refused, match="NOT_FINITE: loss is nan at step 2 on cases b, c; no checkpoint exists yet"):
+        trainer.run()
+    assert network.weight.item() == 0.75, "the first step has moved it, the second has not"
+    assert [output["loss"] for output in done] == [1.0]
+
+
+ORDER = [  # as they stand in the files; what is of some of them alone is named below
+    "AlignRecord", "BeginOrResume", "StopAtNonFiniteLoss", "LrScheduleHandler", "Average", "Console", "MetricsRows",
+    "CodebookWatch", "ValidationHandler", "LastValidation", "Pictures", "SampleAnswers", "Checkpoints", "WriteAligned",
+    "EndOfRun", "StopWhenAsked",
 ]  # fmt: skip
+OF_ALIGNMENT = {"AlignRecord", "SampleAnswers", "WriteAligned"}
+OF_TOKENIZERS = {"Average", "CodebookWatch", "Pictures"}
 
 
-@pytest.mark.parametrize("stage", ["vae", "vq_stage1", "vq_stage2"])
-def test_handlers_stand_in_the_order_in_which_they_have_to_run(stage):
-    """No number: nothing of the step is kept. Schedule and average, then what looks at them; pictures need a
-    validation, checkpoints its score; asked to stop, a run has done all else."""
+@pytest.mark.parametrize(
+    ("stage", "lacks"),
+    [
+        ("vae", OF_ALIGNMENT | {"CodebookWatch"}),
+        ("vq_stage1", OF_ALIGNMENT),
+        ("vq_stage2", OF_ALIGNMENT),
+        ("align", OF_TOKENIZERS),
+    ],
+)
+def test_handlers_stand_in_the_order_in_which_they_have_to_run(stage, lacks):
+    """A run is held to its record before it begins. No number: nothing of the step is kept. Schedule and average, then
+    what looks at them; pictures and answers need a validation, checkpoints its score, and what is exported at the end
+    the checkpoints; asked to stop, a run has done all else."""
     config = json.loads((ROOT / "bundles" / f"{stage}.json").read_text())
     entries = [config["train"]["checkpoints"] if e == "@train#checkpoints" else e for e in config["train"]["handlers"]]
     names = [entry["_target_"].rpartition(".")[2] for entry in entries]
-    assert names == [name for name in ORDER if stage != "vae" or name != "CodebookWatch"]
+    assert names == [name for name in ORDER if name not in lacks]
 
 
 def rates(name, options, *, steps=6):
@@ -215,11 +276,11 @@ def test_every_schedule_is_brought_to_its_step_to_the_bit(name, options):
     assert steps(*lower, range(7, 12)) == steps(*all_along, range(7, 12))
 
 
-@pytest.mark.parametrize("save", [handlers.Checkpoints.__call__, AlignHandlers._save])
-def test_every_rank_knows_the_last_saved_step(save, monkeypatch):
+def test_every_rank_knows_the_last_saved_step(monkeypatch):
     monkeypatch.setattr(idist, "get_rank", lambda: 1)
     engine = Mock(SupervisedTrainer, state=SimpleNamespace(iteration=20))
-    save(Mock(), engine)
+    on = Events.ITERATION_COMPLETED(event_filter=handlers.Due(1))
+    handlers.Checkpoints(state=Mock(TrainingState), keep_last=1, on=on)(engine)
     assert engine.last_saved_step == 20
 
 
@@ -227,6 +288,54 @@ def test_every_rank_knows_the_last_saved_step(save, monkeypatch):
 def test_a_loss_that_is_no_number_says_where_to_go_on(last, says):
     engine = Engine(lambda engine, batch: None)
     engine.last_saved_step = last
+    engine.state.output, engine.state.batch = {"loss": float("nan")}, {"case_id": ["case_a"]}
     with pytest.raises(Refused, match=says) as end:
-        stop_if_not_finite(engine, {"loss": float("nan")}, ["case_a"])
+        handlers.StopAtNonFiniteLoss()._look(engine)
     assert end.value.status == 1
+
+
+@pytest.mark.parametrize("name", ["vqvae", "align"])
+def test_the_best_step_is_that_of_the_lowest_score_and_its_file_says_which_score(name, tmp_path):
+    score = {"vqvae": "val_recon", "align": "val_loss"}[name]
+    folder = object.__new__(run_folder.RunFolder)
+    folder.path, folder.score, folder.phase = tmp_path, score, "train"
+    folder._write = lambda row, prefix: None
+    (tmp_path / "ckpts").mkdir()
+    for step, value in ((4, 0.5), (8, 0.25), (12, 0.75)):
+        folder.record_validation(step, {"val_loss": value, "val_recon": value})
+        folder.record_best(step)
+    assert json.loads((tmp_path / "ckpts/best.json").read_text()) == {"step": 8, score: 0.25}
+    assert checkpoints.read_best(tmp_path) == 8
+
+
+def test_the_warm_up_of_stage_1_is_what_vae_json_declares(tmp_path, monkeypatch):
+    """Another optimizer and other parts to learn there are those of the warm-up, on the run's own network and keys."""
+    stage0 = json.loads((ROOT / "bundles/vae.json").read_text())
+    stage0["optimizer"] |= {"_target_": "torch.optim.RAdam", "weight_decay": 0.25}
+    del stage0["optimizer"]["fused"]
+    stage0["learns"] = ["decoder"]
+    (tmp_path / "vae.json").write_text(json.dumps(stage0))
+    monkeypatch.setattr(initial_weights, "bundles_folder", lambda: tmp_path)
+    network, loss_function = make_vqvae("tiny", num_blocks=1), TokenizerLoss()
+    flat = {"learning_rate": 0.5, "max_steps": 7, "seed": 3, "amp": "off", "grad_clip": 0.125, "i_print": 2, "i_log": 2}
+    loader = DataLoader([1, 2])
+    start = initial_weights.CodebookStart(
+        network=network,
+        folder=Mock(),
+        pretrained_vae_path=None,
+        loader=loader,
+        prepare_batch=SparseBatch(Windowsd()),
+        loss_function=loss_function,
+        warmup={**flat, "lr_scheduler": "StepLR", "lr_scheduler_options": {"step_size": 2}},
+    )
+    declared = start._stage0(loader)
+    trainer, schedule = (declared.get_parsed_content(name) for name in ("train#trainer", "schedule"))
+    group = trainer.optimizer.param_groups[0]
+    assert type(trainer.optimizer) is torch.optim.RAdam and (group["lr"], group["weight_decay"]) == (0.5, 0.25)
+    assert {id(p) for p in group["params"]} == {id(p) for p in network.decoder.parameters()}
+    assert type(schedule) is torch.optim.lr_scheduler.StepLR and schedule.step_size == 2
+    assert trainer.network is network and trainer.loss_function is loss_function and trainer.state.epoch_length == 7
+    step = trainer._process_function
+    assert (step.quantize, step.seed, step.grad_clip) == (False, 3, 0.125)
+    hung = [entry["_target_"].rpartition(".")[2] for entry in declared.config["train"]["handlers"]]
+    assert hung == ["StopAtNonFiniteLoss", "LrScheduleHandler", "Console", "MetricsRows"]
