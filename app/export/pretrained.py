@@ -116,7 +116,7 @@ def readme(record: dict[str, Any], credits_text: str) -> str:
             "",
             "## How it was trained",
             "",
-            f"Settings of each stage stand in `{RECORD}`.",
+            f"Settings of {', '.join(record['settings']) or 'the runs'} stand in `{RECORD}`.",
             "",
             *(f"    {line}" for line in record["command"].splitlines()),
             "",
