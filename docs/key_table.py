@@ -39,7 +39,7 @@ MEANINGS = {
     "seed": "seed of everything random",
     "preset": "sizes of the network, grid and spacing, by name",
     "training_stage": "0, 1 or 2; each file has its own",
-    "windows": "CT windows, one input channel each; null: the preset's four",
+    "windows": "CT windows, one input channel each; their numbers are those of the table",
     "window_type": "one window alone; short for `windows` with one name",
     "features": "what a voxel carries: its values in the windows (`window`) or its signed distance (`sdf`)",
     "factors": "steps take files of `resolution` divided by one of these: several resolutions in one training",

@@ -35,6 +35,8 @@ def surface_at(volume: Shaped[np.ndarray, "X Y Z"], level: float | int) -> Surfa
         box.append(slice(max(there[0] - 1, 0), there[-1] + 2))
     part = np.asarray(volume[tuple(box)], np.float32)
     outside = min(float(part.min()), level) - max(1.0, abs(level) * 1e-3)
+    if volume.dtype == bool:  # a mask ends half a voxel beyond its last
+        outside = 0.0
     padded = np.pad(part, 1, constant_values=np.float32(outside))
     padded[padded == np.float32(level)] = np.nextafter(np.float32(level), np.float32(-np.inf))
     vertices, faces, *_ = marching_cubes(padded, level, gradient_direction="ascent", allow_degenerate=True)
@@ -115,7 +117,7 @@ def _block_surface(near: Int64[np.ndarray, "N 3"], values: Float[np.ndarray, " N
     low, high = float(box.min()), float(box.max())
     if not (low < 0 < high and _crosses(box, cube)):
         return nothing
-    vertices, faces, *_ = marching_cubes(box, 0.0, gradient_direction="ascent", mask=mask)
+    vertices, faces, *_ = marching_cubes(box, 0.0, gradient_direction="descent", mask=mask)  # inside is below 0
     return _names_of(vertices), vertices.astype(np.float64), faces.astype(np.int64)
 
 

@@ -73,9 +73,12 @@ class LearnedState(TrainingState):
         learned = {name: p.detach() for name, p in self.network.named_parameters() if p.requires_grad}
         return {self.folder.name: learned}
 
-    def load_weights(self, stored: dict[str, dict], step: int) -> None:
+    def check(self, stored: dict[str, dict], step: int) -> None:
         (own,), (state,) = self.weights().values(), stored.values()
         check_parameters(state, own, path=checkpoints.step_file(self.folder.path, self.folder.name, step))
+
+    def load_weights(self, stored: dict[str, dict], step: int) -> None:
+        (own,), (state,) = self.weights().values(), stored.values()
         for name, value in state.items():
             own[name].copy_(value)
 

@@ -47,6 +47,7 @@ class TrainingState:
     def load(self, engine: SupervisedTrainer, step: int) -> None:
         place, counts = self.folder.path, () if self.averaged is None else ("num_averaged",)
         stored = {name: checkpoints.read_tensors(checkpoints.step_file(place, name, step)) for name in self.weights()}
+        self.check(stored, step)
         misc_file = checkpoints.step_file(place, "misc", step)
         misc = read_state(misc_file, step=step, optimizer=self.optimizer, counts=counts)
         self.load_weights(stored, step)
@@ -59,11 +60,14 @@ class TrainingState:
         live, mean = self.folder.names
         return {live: self.network.state_dict(), mean: self.averaged.module.state_dict()}
 
+    def check(self, stored: dict[str, dict], step: int) -> None:
+        """Refuses weights that are no network's of these sizes; first, for all else of another network differs too."""
+        for name, state in stored.items():
+            self.check_sizes(checkpoints.check_weights(state, checkpoints.step_file(self.folder.path, name, step)))
+
     def load_weights(self, stored: dict[str, dict], step: int) -> None:
         files = {name: checkpoints.step_file(self.folder.path, name, step) for name in stored}
-        for name, state in stored.items():
-            sizes = checkpoints.check_weights(state, files[name])
-            self.check_sizes(sizes)
+        sizes = [checkpoints.check_weights(state, files[name]) for name, state in stored.items()][-1]
         now = self.network.sizes.prepared
         for network, name in zip((self.network, self.averaged.module), stored, strict=True):
             checkpoints.load_weights(network, stored[name], files[name])

@@ -44,14 +44,16 @@ class SparseBatch:
     """`prepare_batch` of a tokenizer: a batch of `loaders.collate` on its device, windowed there, as networks take it.
 
     `windowing` ends the chain that a config declares. It runs here, for HU are a quarter of what would have to travel.
+    A batch that brings features has been windowed.
     """
 
     def __init__(self, windowing: Callable[[dict[str, Any]], dict[str, Any]]):
         self.windowing = windowing
 
     def __call__(self, batch: dict, device: torch.device, non_blocking: bool = True) -> SparseTensor:
-        moved = {key: batch[key].to(device, non_blocking=non_blocking) for key in ("coords", "values")}
-        feats = self.windowing(moved)["feats"]
+        names = ("coords", "feats") if "feats" in batch else ("coords", "values")
+        moved = {key: batch[key].to(device, non_blocking=non_blocking) for key in names}
+        feats = moved["feats"] if "feats" in moved else self.windowing(moved)["feats"]
         return SparseTensor(feats, moved["coords"], tuple(batch["spatial_shape"]), batch["batch_size"])
 
 
@@ -160,7 +162,8 @@ class TokenizerStep(TrainStep):
         output = engine.network(inputs, quantize=self.quantize, seeds=seeds, level_dropout=self.level_dropout)
         if output.codes is not None:
             self.codes.append(output.codes)
-        return engine.loss_function(output, inputs, row_weights=row_weights(part, inputs))
+        weights = row_weights(part, inputs)  # a loss of one's own need not know of them
+        return engine.loss_function(output, inputs, **({} if weights is None else {"row_weights": weights}))
 
     def optimize(self, engine: SupervisedTrainer) -> None:
         network = unwrapped(engine.network)

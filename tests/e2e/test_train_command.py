@@ -81,7 +81,7 @@ def test_a_refusal_behind_monai_s_chain_is_raised_as_itself_and_nothing_stays_be
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ([], r"NO_STAGE: no stage is named\. Give one of align, vae, vq_stage1, vq_stage2 behind train\."),
+        ([], r"NO_STAGE: no stage is named\. Give one of align, sdf_vqvae, vae, vq_stage1, vq_stage2 behind train\."),
         (["--max_steps", "5"], r"NO_STAGE: .*"),
         (["vq_stag1"], r"UNKNOWN_STAGE: there is no stage vq_stag1\. Did you mean vq_stage1\?"),
         (["zzz"], r"UNKNOWN_STAGE: there is no stage zzz\. It is one of align, .*"),

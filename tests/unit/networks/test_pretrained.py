@@ -8,7 +8,8 @@ from networks.pretrained import autoencoder_in, converted, is_published
 from networks.sparse import SparseTensor
 from tests import published_autoencoder as published
 
-SIDE = 24  # latents: three windows, and four once they are shifted
+SIDE = 24  # latents that hold something: three windows, and four once they are shifted
+GRID = 64  # latents of the published grid: on a coarser one places are told by larger numbers
 ROUNDING = 1e-4  # of the largest value: some forty layers in float32, each summed in another order
 SMALL = {"widths": (32, 64, 128), "model_channels": 64, "num_embeddings": 32}
 
@@ -105,8 +106,8 @@ def test_the_encoder_gives_what_the_published_one_gives(file, ours, seed):
     feats, coords = scattered(seed, cells=((12, 3), (5, 9), (20,))[seed])
     rows, cells = file[0].encoder(feats, coords)
     batch_size = int(coords[:, 0].max()) + 1
-    expected = in_our_order(rows, cells, SIDE, batch_size)
-    mean, log_var = ours.encoder(in_our_order(feats, coords, 8 * SIDE, batch_size))
+    expected = in_our_order(rows, cells, GRID, batch_size)
+    mean, log_var = ours.encoder(in_our_order(feats, coords, 8 * GRID, batch_size))
     assert torch.equal(mean.coords, expected.coords)
     assert_same(mean.feats, expected.feats[:, :16])
     assert_same(log_var, expected.feats[:, 16:].clamp(-30, 20))
@@ -119,8 +120,8 @@ def test_the_decoder_gives_what_the_published_one_gives(file, ours):
     cells = cells.unique(dim=0)
     latents = torch.randn(len(cells), 16, generator=draw)
     rows, voxels = file[0].decoder(latents, cells)
-    expected = in_our_order(rows, voxels, 8 * SIDE, 2)
-    values = ours.decoder(in_our_order(latents, cells, SIDE, 2), every_child)
+    expected = in_our_order(rows, voxels, 8 * GRID, 2)
+    values = ours.decoder(in_our_order(latents, cells, GRID, 2), every_child)
     assert len(values) == 512 * len(cells) and torch.equal(values.coords, expected.coords)
     assert_same(values.feats, expected.feats)
 
@@ -132,8 +133,8 @@ def test_a_whole_pass_with_other_sizes_gives_the_same(small):
     own.load_state_dict(converted(state, own), strict=False)
     feats, coords = scattered(7)
     rows, cells = network.encoder(feats, coords)
-    expected = in_our_order(*network.decoder(rows[:, :16], cells), 8 * SIDE, 2)
-    latents, _ = own.encoder(in_our_order(feats, coords, 8 * SIDE, 2))
+    expected = in_our_order(*network.decoder(rows[:, :16], cells), 8 * GRID, 2)
+    latents, _ = own.encoder(in_our_order(feats, coords, 8 * GRID, 2))
     assert_same(own.decoder(latents, every_child).feats, expected.feats)
 
 

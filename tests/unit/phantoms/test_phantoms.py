@@ -82,7 +82,7 @@ def painted(seed: int, monkeypatch, paint) -> tuple[phantoms.Phantom, dict, np.n
         return said
 
     monkeypatch.setattr(phantoms, "PAINTERS", (watched,))
-    monkeypatch.setattr(phantoms, "SIDES", dict([list(anatomy.SIDES.items())[seed % 2]]))
+    monkeypatch.setattr(phantoms, "SIGN_OF_X", dict([list(anatomy.SIGN_OF_X.items())[seed % 2]]))
     return make_phantom(seed, size=64, spacing=6.0), said, np.logical_or.reduce(changed) if changed else np.zeros(0)
 
 
