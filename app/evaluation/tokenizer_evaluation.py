@@ -65,7 +65,7 @@ class TokenizerEvaluation:
 
     Args:
         dataset_dir: a prepared dataset; None takes the built-in phantoms, and a tokenizer trained on them.
-        tokenizer: checkpoint, output folder or bundle; None takes the newest stage under outputs/.
+        tokenizer: checkpoint, output folder, bundle or name; None: the newest in outputs/, else the one that ships.
         output_dir: where the card goes; None: beside the checkpoint, of a tokenizer that ships outputs/NAME.
         split: train, val, or None for all cases.
         max_cases: at most this many, evenly spread over the split; None takes all.
