@@ -30,7 +30,7 @@ from app.tokens.code_tables import CodeTables
 from app.tokens.open_scan import Scan
 from app.tokens.token_files import CTTokens, rate_of
 from app.tokens.tokenizer import CTTokenizer, dense_hu, find_tokenizer
-from app.training import checkpoints
+from app.training import checkpoints, shipped
 from app.training.initial_weights import train_demo_stage1
 from networks.presets import Preset
 from transforms import Resampled
@@ -65,8 +65,8 @@ class TokenizerEvaluation:
 
     Args:
         dataset_dir: a prepared dataset; None takes the built-in phantoms, and a tokenizer trained on them.
-        tokenizer: checkpoint, output folder or bundle; None takes the newest stage under outputs/.
-        output_dir: where the card goes; None: beside the checkpoint.
+        tokenizer: checkpoint, output folder, bundle or name; None: the newest in outputs/, else the one that ships.
+        output_dir: where the card goes; None: beside the checkpoint, of a tokenizer that ships outputs/NAME.
         split: train, val, or None for all cases.
         max_cases: at most this many, evenly spread over the split; None takes all.
         max_points: voxels in work at a time; None leaves it to the preset.
@@ -160,6 +160,9 @@ def _phantoms(split: str | None) -> Path:
 
 
 def _beside(file: Path) -> Path:
+    """The run or the bundle that the weights are of. What ships is installed software: its card here goes elsewhere."""
+    if shipped.is_shipped(file):
+        return Path("outputs") / file.parent.name
     return file.parent.parent if file.parent.name in ("ckpts", "models") else file.parent
 
 

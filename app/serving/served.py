@@ -23,7 +23,6 @@ from app.tokens.commands import onto_grid, write_nifti
 from app.tokens.open_scan import Volume, scan_source
 from app.tokens.token_files import CTTokens, write_tokens
 from app.tokens.tokenizer import CTTokenizer
-from app.training import shipped
 from transforms.windows import window_bounds
 
 MAX_GRID_VOXELS = 2**29  # of a grid that a token file from outside asks for
@@ -43,7 +42,7 @@ class Served:
         if align is not None and tokenizer is None:
             folder = aligned_folder(align)
             tokenizer = str(folder / read_settings(folder)["tokenizer_path"])
-        self.tokenizer = CTTokenizer.from_pretrained(tokenizer or (shipped.DEFAULT if shipped.names() else None))
+        self.tokenizer = CTTokenizer.from_pretrained(tokenizer)
         self.budget = None if align is None else read_settings(aligned_folder(align))["max_3d_tokens"]
         self._assistant: Future[CTAssistant] = Future()
         self._one_at_a_time = threading.Lock()

@@ -37,6 +37,11 @@ def weights_of(path: str | Path) -> Path:
     return place / WEIGHTS if (place / RECORD).is_file() and (place / WEIGHTS).is_file() else place
 
 
+def is_shipped(file: Path) -> bool:
+    """Whether these weights belong to the installation."""
+    return file.resolve().is_relative_to(pretrained_folder().resolve())
+
+
 def read(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file, halves as float32. One that its record does not know is refused."""
     record = file.with_name(RECORD)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from app.__main__ import app
+from app.evaluation.tokenizer_evaluation import TokenizerEvaluation
 from app.export import pretrained
 from app.language.align_setup import FrozenTokenizer
 from app.serving.served import Served
@@ -92,6 +93,15 @@ def test_where_none_is_named_the_newest_run_goes_before_the_one_that_ships(folde
     assert FrozenTokenizer(None, demo=False, device=torch.device("cpu")).file == find_tokenizer("ct_base")
     save(make_network(), Path("outputs/vq_stage1"))
     assert find_tokenizer(None).parent == Path("outputs/vq_stage1/ckpts")
+    assert Path(Served().tokenizer.source).parent == Path("outputs/vq_stage1/ckpts")
+
+
+def test_a_card_of_what_ships_is_written_here_and_not_into_the_installation(folder, dataset, tmp_path):
+    before = sorted(folder.rglob("*"))
+    TokenizerEvaluation(dataset_dir=str(dataset), split=None, max_cases=1).run()
+    assert sorted(folder.rglob("*")) == before
+    card = json.loads((tmp_path / "outputs" / "ct_base" / "tokenizer_card.json").read_text())
+    assert card["tokenizer"]["sha256"] == CTTokenizer.from_pretrained("ct_base").digest
 
 
 def test_what_lies_here_under_a_name_goes_before_one_that_ships(folder):
