@@ -4,11 +4,7 @@
 and what they were made by. A file from outside is hostile: every array is checked before memory is taken.
 """
 
-import math
-import struct
-import tokenize
 import zipfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +12,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from app.shapes.bands import BAND, Shape
+from app.shared.array_files import UNREADABLE, read_arrays
 from app.shared.atomic_files import written_whole
 from app.shared.refusals import Refused
 
@@ -23,10 +20,6 @@ MAX_BYTES = 8 << 30  # of all arrays, unpacked
 MAX_SIDE = 4096
 VERSION = 1
 SIGNS = ("parity", "winding", "none")
-UNREADABLE = (
-    *(OSError, EOFError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError),
-    *(zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError),
-)
 
 
 class Made(NamedTuple):
@@ -80,32 +73,11 @@ def read_made(path: Path) -> Made:
 
 def _arrays(path: Path, *, only: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            if len(members) > 64 or sum(member.file_size for member in members) > MAX_BYTES:
-                raise ValueError(f"it unpacks to more than {MAX_BYTES >> 30} GiB")
-            names = {member.filename.removesuffix(".npy"): member for member in members}
-            return {name: _array(archive, member) for name, member in names.items() if only is None or name in only}
+        return read_arrays(path, max_bytes=MAX_BYTES, only=only)
     except FileNotFoundError:
         raise Refused("NO_SOURCE", f"{path} does not exist") from None
     except UNREADABLE as error:
         raise _damaged(path, error) from error
-
-
-def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
-    with archive.open(member) as stream:
-        version = npy.read_magic(stream)
-        if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"{member.filename} has array format {version}")
-        read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, by_column, dtype = read_header(stream, max_header_size=10_000)
-        if dtype.hasobject or dtype.kind not in "iufU":
-            raise ValueError(f"{member.filename} holds {dtype}")
-        content = stream.read(member.file_size)
-    if len(content) != (size := math.prod(shape) * dtype.itemsize):
-        raise ValueError(f"{member.filename} should hold {size} bytes, it has {len(content)}")
-    array = np.frombuffer(content, dtype)
-    return array.reshape(shape[::-1]).T if by_column else array.reshape(shape)
 
 
 def _shape_of(arrays: dict[str, np.ndarray]) -> Shape:

@@ -8,10 +8,7 @@ Knows no network.
 
 import io
 import math
-import struct
-import tokenize
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +17,7 @@ import torch
 from jaxtyping import Float, Int32, UInt8
 from numpy.lib import format as npy
 
+from app.shared.array_files import UNREADABLE, read_arrays
 from app.shared.atomic_files import written_whole
 from app.shared.refusals import Refused
 from app.tokens import packing
@@ -32,11 +30,6 @@ PACKED = "packed"  # the one array of a packed file
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the same tokens give the same bytes
 SUPPORT_LEVELS = 3  # support_0: children of each latent; support_1, support_2: of each cell of the two levels below
 MAX_BYTES = 2**30  # of all arrays of a file, unpacked
-MAX_MEMBERS = 64
-UNREADABLE = (  # what zipfile, zlib and numpy raise on bytes that are no archive or no arrays
-    *(OSError, EOFError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError),
-    *(zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +154,7 @@ def read_tokens(path: str | Path, *, tables: CodeTables | None = None) -> CTToke
     """The tokens in a file, checked. Refused where it is damaged or no token file; a packed one takes tables."""
     path = Path(path)
     try:
-        arrays = _read_arrays(path)
+        arrays = read_arrays(path, max_bytes=MAX_BYTES)
         if PACKED in arrays:
             if arrays[PACKED].dtype != np.uint8 or arrays[PACKED].ndim != 1 or len(arrays) > 1:
                 raise ValueError("its packed part must be bytes, and all there is")
@@ -178,32 +171,6 @@ def read_tokens(path: str | Path, *, tables: CodeTables | None = None) -> CTToke
         reason = f"it has no {error}" if isinstance(error, KeyError) else text.splitlines()[0]
         raise Refused("DAMAGED_TOKENS", f"{path.name} is damaged or no token file: {reason}") from error
     return tokens
-
-
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an npz; no member may claim more than its bytes hold."""
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        if len(members) > MAX_MEMBERS or sum(m.file_size for m in members) > MAX_BYTES:
-            raise ValueError(f"it unpacks to more than {MAX_MEMBERS} arrays or {MAX_BYTES >> 20} MiB")
-        return {member.filename.removesuffix(".npy"): _read_array(archive, member) for member in members}
-
-
-def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
-    with archive.open(member) as stream:
-        version = npy.read_magic(stream)
-        if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"{member.filename} has array format {version}")
-        read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, by_column, dtype = read_header(stream, max_header_size=10_000)
-        if dtype.hasobject or dtype.kind not in "iufU":
-            raise ValueError(f"{member.filename} holds {dtype}")
-        size = math.prod(shape) * dtype.itemsize
-        content = stream.read(member.file_size)
-        if len(content) != size:
-            raise ValueError(f"{member.filename} should hold {size} bytes, it has {len(content)}")
-    array = np.frombuffer(content, dtype)
-    return (array.reshape(shape[::-1]).T if by_column else array.reshape(shape)).copy()
 
 
 def _tokens_of(arrays: dict[str, np.ndarray]) -> CTTokens:
