@@ -15,10 +15,12 @@ from einops import rearrange
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from networks.blocks import HalvingBlock
 from networks.sparse import SparseTensor
 from networks.sparse.modules import Norm
 from networks.sparse.topology import Coarsening, Level, find_rows, morton_keys
-from networks.vqvae import HalvingBlock, SparseVQVAE, Support, Tokens, children_of
+from networks.support import Support, children_of
+from networks.vqvae import SparseVQVAE, Tokens
 
 # Cells around a tile that each level of the decoder still needs: at a quarter and half of the resolution convolutions
 # reach 4 and 2 cells, so before them 5 and 2 are left, and 3 latents. With `pool` mean and legacy it is 3, 3 and 2.

@@ -12,36 +12,23 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int, Int32, UInt8
+from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from networks import losses
+from networks.blocks import DoublingBlock, DownBlock, HalvingBlock, UpBlock
 from networks.fsq import FiniteScalarQuantizer
 from networks.presets import Preset, preset
 from networks.quantizer import Quantized, VectorQuantizer
 from networks.residual import ResidualQuantizer, build_quantizer, drawn_levels
-from networks.sparse.modules import (
-    Doubling,
-    Downsample,
-    Halving,
-    Linear,
-    Norm,
-    ResidualBlock,
-    RowLinear,
-    SiLU,
-    SubmanifoldConv3d,
-    TransformerBlock,
-    Upsample,
-    layer_norm,
-    position_encoding,
-)
+from networks.sparse.modules import Linear, RowLinear, TransformerBlock, layer_norm, position_encoding
 from networks.sparse.tensor import SparseTensor
 from networks.sparse.topology import Coarsening, Level
+from networks.support import Support, children_of, plan_of
 
 # What the decoder asks at each level: the index (0 is the coarsest) and its features there.
 ChooseCells = Callable[[int, SparseTensor], Coarsening]
-Support = list[UInt8[Tensor, " _"]]
 
 # Pairs of convolutions at half, quarter and an eighth of the resolution, with `pool children`. At an eighth, where they
 # would hold half of all weights, the transformer does their work: without them errors on unseen scans rose by 1 %.
@@ -67,93 +54,6 @@ class Reconstruction(NamedTuple):
     commitment: Float[Tensor, ""]
     kl: Float[Tensor, ""]
     subdivision: Float[Tensor, ""]
-
-
-def support_of(level: Level) -> Support:
-    """Which voxels a decoder is to compute: per level of a tokenizer, coarsest first, one byte of children a cell."""
-    octants = torch.arange(8, device=level.device)
-    return [(part.occupied.int() << octants).sum(1).to(torch.uint8) for part in plan_of(level)]
-
-
-def plan_of(level: Level) -> list[Coarsening]:
-    """The three halvings of a level, coarsest first, as a decoder takes them back."""
-    plan = [level.coarsening]
-    for _ in range(2):
-        plan.insert(0, plan[0].coarse.coarsening)
-    return plan
-
-
-def children_of(support: UInt8[Tensor, " M"]) -> Bool[Tensor, "M 8"]:
-    """The bits of `support_of`."""
-    return ((support[:, None].int() >> torch.arange(8, device=support.device)) & 1).bool()
-
-
-class HalvingBlock(nn.Module):
-    """Halve, then residual pairs of convolutions."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, *, norm: str, num_residual: int, occupancy: bool, backend: str
-    ):
-        super().__init__()
-        self.down = Halving(in_channels, out_channels, occupancy=occupancy)
-        self.residual = nn.Sequential(
-            *(ResidualBlock(out_channels, norm=norm, backend=backend) for _ in range(num_residual))
-        )
-
-    def forward(self, x: SparseTensor) -> SparseTensor:
-        return self.residual(self.down(x))
-
-
-class DoublingBlock(nn.Module):
-    """Residual pairs of convolutions, then double. Norms are over each voxel: tiles decode as the whole does."""
-
-    def __init__(self, in_channels: int, out_channels: int, *, num_residual: int, backend: str):
-        super().__init__()
-        self.residual = nn.Sequential(
-            *(ResidualBlock(in_channels, norm="voxel", backend=backend) for _ in range(num_residual))
-        )
-        self.up = Doubling(in_channels, out_channels)
-
-    def forward(self, x: SparseTensor, cells: Coarsening) -> SparseTensor:
-        return self.up(self.residual(x), cells)
-
-
-class DownBlock(nn.Module):
-    """Norm, mean over children, then two convolutions beside a linear skip."""
-
-    def __init__(self, in_channels: int, out_channels: int, *, norm: str, pool: str, backend: str):
-        super().__init__()
-        self.act_layers = nn.Sequential(Norm(in_channels, over=norm))
-        self.down = Downsample(pool=pool)
-        self.out_layers = nn.Sequential(
-            SubmanifoldConv3d(in_channels, out_channels, backend=backend),
-            Norm(out_channels, over=norm),
-            nn.Identity(),  # the activation's place: published names count layers
-            SubmanifoldConv3d(out_channels, out_channels, backend=backend),
-        )
-        self.skip_connection = Linear(in_channels, out_channels)
-
-    def forward(self, x: SparseTensor) -> SparseTensor:
-        inner, _ = self.down(self.act_layers(x))
-        outer, _ = self.down(x)
-        return self.mix(inner, outer)
-
-    def mix(self, inner: SparseTensor, outer: SparseTensor) -> SparseTensor:
-        """The part after halving: activated and plain features."""
-        return inner.replace(self.out_layers(inner).feats + self.skip_connection(outer).feats)
-
-
-class UpBlock(nn.Module):
-    """Convolve, copy to the wanted children, convolve."""
-
-    def __init__(self, in_channels: int, out_channels: int, *, backend: str):
-        super().__init__()
-        self.act_layers = nn.Sequential(SubmanifoldConv3d(in_channels, out_channels, backend=backend), SiLU())
-        self.up = Upsample()
-        self.out_layers = nn.Sequential(SubmanifoldConv3d(out_channels, out_channels, backend=backend), SiLU())
-
-    def forward(self, x: SparseTensor, cells: Coarsening) -> SparseTensor:
-        return self.out_layers(self.up(self.act_layers(x), cells))
 
 
 class _Torso(nn.Module):

@@ -26,8 +26,8 @@ from app.tokens.shape_tokens import band_mesh, shape_tensor
 from app.tokens.tokenizer import CTTokenizer
 from app.training.shape_data import make_shape_dataset
 from networks.sparse import SparseTensor
+from networks.support import support_of
 from networks.tiles import decode_whole
-from networks.vqvae import support_of
 
 log = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from app.tokens.open_scan import ScanSource, Wanted
 from app.tokens.token_files import CTTokens, latent_to_voxel
 from app.tokens.tokenizer import CTTokenizer
 from networks.sparse import SparseTensor
+from networks.support import support_of
 from networks.tiles import Decoded, encode_whole
-from networks.vqvae import support_of
 from transforms.isosurface import surface_of_band
 
 KEEP = "band"

@@ -21,8 +21,9 @@ from app.training import checkpoints, data, shipped
 from app.training.checkpoints import NEWEST_TOKENIZERS, averaged_file, complete_steps, step_file
 from networks.presets import Preset
 from networks.sparse import SparseTensor
+from networks.support import support_of
 from networks.tiles import Decoded, decode_whole, encode_whole
-from networks.vqvae import SparseVQVAE, Tokens, support_of
+from networks.vqvae import SparseVQVAE, Tokens
 from transforms import Windowsd
 from transforms.grid import CUT_OFF, RESAMPLER
 from transforms.sparse import densify, fill_for
