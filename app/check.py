@@ -73,11 +73,8 @@ def check(
     """
     path = Path(data)
     if not path.exists():
-        raise Refused(
-            "NO_SOURCE",
-            f"{path.name!r} does not exist",
-            "give the OUT of `python -m app prepare RAW OUT` or a manifest",
-        )
+        what = f"{path.name!r} does not exist"
+        raise Refused("NO_SOURCE", what, "give the OUT of `python -m app prepare RAW OUT` or a manifest")
     if path.is_file() or (not prepared.find_datasets(path) and any(path.rglob("*.txt"))):
         return check_manifest(path, image_root=image_root)
     onto = (presets.preset(preset).resolution, spacing or presets.preset(preset).spacing)

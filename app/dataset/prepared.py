@@ -100,9 +100,8 @@ class PreparedCase:
             name = f"ct_normalized_{max(self.sidecar['shape']) if 'shape' in self.sidecar else '*'}.npy"
             raise Refused("DAMAGED_CASE", f"{self.path.name}/{name} is missing", _AGAIN)
         if "affine" not in self.sidecar:
-            raise Refused(
-                "NOT_HU", f"case {self.case_id} has no case.json: its volume cannot be taken for HU", "use its windows"
-            )
+            what = f"case {self.case_id} has no case.json: its volume cannot be taken for HU"
+            raise Refused("NOT_HU", what, "use its windows")
         volume = _load(file)
         if volume.dtype.kind not in "iu":
             raise Refused("DAMAGED_CASE", f"{self.path.name}/{file.name} holds {volume.dtype}, HU are int16", _AGAIN)
@@ -129,11 +128,8 @@ class PreparedCase:
         if self.is_hu:
             return window_bytes(self.hu(), name)
         has = ", ".join(self._window_files()) or "none"
-        raise Refused(
-            "OTHER_WINDOWS",
-            f"case {self.case_id} lacks window {name!r}, it has {has}",
-            "choose among those or prepare it again",
-        )
+        what = f"case {self.case_id} lacks window {name!r}, it has {has}"
+        raise Refused("OTHER_WINDOWS", what, "choose among those or prepare it again")
 
     def organ_names(self) -> tuple[str, ...]:
         return tuple(sorted(file.stem for file in (self.path / "organs").glob("*.npz")))
@@ -251,9 +247,8 @@ def find_datasets(dataset_dir: str | Path) -> list[Path]:
     """The datasets under a folder that is one dataset, or holds several."""
     root = Path(dataset_dir)
     if not root.is_dir():
-        raise Refused(
-            "NO_DATA", f"dataset_dir {str(root)!r} is no folder", "give the OUT of `python -m app prepare RAW OUT`"
-        )
+        what = f"dataset_dir {str(root)!r} is no folder"
+        raise Refused("NO_DATA", what, "give the OUT of `python -m app prepare RAW OUT`")
     if (root / "processed").is_dir():
         return [root]
     for depth in ("*", "*/*", "*/*/*"):  # older trees nest deeper; a case's own folders are never searched

@@ -17,7 +17,7 @@ from app.language import align_data
 from app.language.assistant import CTAssistant
 from app.language.volume_tokens import TokenSource, VolumeTokens
 from app.phantoms.sentences import balance
-from app.shared.refusals import Refused, fail, refuse_empty
+from app.shared.refusals import Refused, refuse_empty
 from app.text.manifests import read_rows
 from app.text.rows import TextRow
 from app.tokens.open_scan import Scan, as_it_lies, case_key, is_case
@@ -127,7 +127,8 @@ def held_out(data: str, *, image_root: str | None, split: str | None) -> list[Te
             log.info("evaluating %d rows of split %s", len(kept), wanted)
             return kept
     if split:
-        fail("NO_CASES", f"{data} has no row with split {split}", f"it has {sorted({row.split for row in rows})}")
+        what = f"{data} has no row with split {split}"
+        raise Refused("NO_CASES", what, f"it has {sorted({row.split for row in rows})}", status=2)
     log.warning("no split test or val in %s: evaluating all rows, also those of training", data)
     return rows
 

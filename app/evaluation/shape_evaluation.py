@@ -21,7 +21,7 @@ from app.measures.tokenizer_metrics import count_codes, perplexity
 from app.shapes.mesh_files import Mesh
 from app.shapes.shape_files import read_shape
 from app.shared.atomic_files import write_text
-from app.shared.refusals import Refused, fail
+from app.shared.refusals import Refused
 from app.tokens.shape_tokens import band_mesh, shape_tensor
 from app.tokens.tokenizer import CTTokenizer
 from app.training.shape_data import make_shape_dataset
@@ -61,7 +61,8 @@ def evaluate_shapes(
         log.info("%s: %.3g mm from codes alone", case.case_id, row["ways"][WAYS[2]].get("distance", float("nan")))
     if not rows:
         name, reason = next(iter(refused.items()))
-        fail("NO_CASES", f"none of {len(cases)} shapes can be judged; {name}: {reason}", "check the files")
+        what = f"none of {len(cases)} shapes can be judged; {name}: {reason}"
+        raise Refused("NO_CASES", what, "check the files", status=2)
     result = {
         "ways": {way: {name: _mean([row["ways"][way].get(name) for row in rows]) for name in MEASURES} for way in WAYS},
         "codes": {

@@ -25,7 +25,7 @@ from app.measures import hu_errors as measure
 from app.measures.tokenizer_metrics import count_codes, perplexity
 from app.phantoms.phantoms import ensure_cohort
 from app.shared.output_folder import check_folder
-from app.shared.refusals import fail
+from app.shared.refusals import Refused
 from app.tokens.code_tables import CodeTables
 from app.tokens.open_scan import Scan
 from app.tokens.token_files import CTTokens, rate_of
@@ -96,7 +96,8 @@ class TokenizerEvaluation:
         data = self.dataset_dir or str(_phantoms(self.split))
         cases = prepared.find_cases(data, split=self.split)
         if not cases:
-            fail("NO_CASES", f"{data} has no case with split {self.split}", "pass --split train, or '$None' for all")
+            what = f"{data} has no case with split {self.split}"
+            raise Refused("NO_CASES", what, "pass --split train, or '$None' for all", status=2)
         if self.max_cases is not None and self.max_cases < len(cases):
             cases = [cases[i] for i in np.linspace(0, len(cases) - 1, self.max_cases).round().astype(int)]
         file = self._tokenizer_file()
@@ -107,7 +108,7 @@ class TokenizerEvaluation:
         try:
             made.network.check_levels(self.levels)
         except ValueError as error:
-            fail("BAD_VALUE", str(error), "leave --levels out for all of them")
+            raise Refused("BAD_VALUE", str(error), "leave --levels out for all of them") from error
         judged, refused = [], {}
         for case in cases:
             try:
@@ -120,7 +121,8 @@ class TokenizerEvaluation:
             log.info("%s: MAE %.1f HU from codes alone", case.case_id, whole)
         if not judged:
             name, reason = next(iter(refused.items()))
-            fail("NO_CASES", f"none of {len(cases)} cases can be judged; {name}: {reason}", "check the dataset")
+            what = f"none of {len(cases)} cases can be judged; {name}: {reason}"
+            raise Refused("NO_CASES", what, "check the dataset", status=2)
         result = summarize(judged, made, seed=self.seed)
         result["tokenizer"] = {"file": file.name, "sha256": made.digest, "sizes": asdict(made.sizes)}
         result["data"] = {

@@ -26,7 +26,7 @@ from app.language.volume_tokens import Reducer, TokenSource, VolumeTokens, encod
 from app.phantoms.phantoms import ANATOMY_VERSION, make_phantom
 from app.phantoms.sentences import balance, mirrored, phantom_rows
 from app.shared.atomic_files import write_text
-from app.shared.refusals import Refused, fail, refusal_of
+from app.shared.refusals import Refused, refusal_of
 from app.shared.terminal import progress
 from app.text.rows import TextRow
 from app.tokens.open_scan import as_it_lies
@@ -85,7 +85,7 @@ class TextDataset(Dataset):
             self.encoded.append(encoded)
         if not self.rows:
             what = f"no row can be learned from: {dict(self.dropped)} of {len(rows)}"
-            fail("NO_CASES", what, "check answers and max_text_tokens")
+            raise Refused("NO_CASES", what, "check answers and max_text_tokens", status=2)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -135,7 +135,8 @@ class OwnDataset(Dataset):
                     what = f"item {number} of the dataset cannot be used ({type(error).__name__}: {reason})"
                     raise Refused("BAD_DATASET", what, "repair it, or pass --skip_bad True") from None
                 log.warning("left out item %d of the dataset: %s", number, reason)
-        fail("NO_CASES", f"no item of the dataset can be used, of {len(self)}", "the lines above say why")
+        what = f"no item of the dataset can be used, of {len(self)}"
+        raise Refused("NO_CASES", what, "the lines above say why", status=2)
 
 
 def as_sample(item: dict, *, reduce: Reducer, network=None, vocabulary: int | None = None) -> dict:
@@ -182,9 +183,9 @@ def load_own_dataset(name: str) -> Dataset:
         made = getattr(importlib.import_module(module), kind)()
     except Exception as error:  # the user's code, which may raise anything
         reason = f"{type(error).__name__}: {error}"
-        fail("BAD_DATASET", f"{name} cannot be loaded ({reason})", "give package.module.Class of a torch Dataset")
+        raise Refused("BAD_DATASET", f"{name} cannot be loaded ({reason})") from error
     if not (hasattr(made, "__len__") and hasattr(made, "__getitem__")):
-        fail("BAD_DATASET", f"{name} has no __len__ or __getitem__", "give a torch Dataset")
+        raise Refused("BAD_DATASET", f"{name} has no __len__ or __getitem__", "give a torch Dataset")
     return made
 
 
@@ -195,13 +196,14 @@ def encode_rows(
     wanted: dict[str, TextRow] = {}
     for row in rows:
         if wanted.setdefault(row.image, row).path != row.path:
-            fail("BAD_MANIFEST", f"{row.image} names two scans: {wanted[row.image].path}, {row.path}", "rename one")
+            what = f"{row.image} names two scans: {wanted[row.image].path}, {row.path}"
+            raise Refused("BAD_MANIFEST", what, "rename one")
     volumes, bad = {}, []
 
     def encode(image: str) -> None:
         try:
             if wanted[image].path is None:
-                fail("SCANS_MISSING", wanted[image].missing, "give image_root")
+                raise Refused("SCANS_MISSING", wanted[image].missing, "give image_root", status=2)
             volumes[image] = source(wanted[image].path)
         except (ValueError, OSError, KeyError, EOFError) as error:
             bad.append(image)
@@ -209,13 +211,14 @@ def encode_rows(
             reason = str(error).splitlines()[0] if refused is None else f"{refused.code}: {refused.what}"
             if not skip_bad:
                 leave = "repair it, or leave it out with --skip_bad True (of python -m app: --skip-bad)"
-                fail("BAD_SCAN", f"{image} cannot be used: {reason}", leave)
+                raise Refused("BAD_SCAN", f"{image} cannot be used: {reason}", leave) from error
             log.warning("left out %s: %s", image, reason)
 
     visit_in_shares(list(wanted), encode, says="encoding scans")
     bad = [image for image in wanted if image in set(bad)]  # each once, though visited twice
     if not volumes:
-        fail("NO_CASES", f"none of {len(wanted)} scans can be used", "run `python -m app check` on the data")
+        what = f"none of {len(wanted)} scans can be used"
+        raise Refused("NO_CASES", what, "run `python -m app check` on the data", status=2)
     return volumes, bad
 
 

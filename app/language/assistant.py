@@ -24,7 +24,7 @@ from app.language.volume_tokens import VolumeTokens, as_tensors
 from app.shared.devices import choose_device
 from app.shared.hashes import hash_path
 from app.shared.notice import NOTICE
-from app.shared.refusals import fail
+from app.shared.refusals import Refused
 from app.text.rows import REPORT_QUESTION
 from app.tokens.open_scan import ScanSource, scan_source, scan_sources
 from app.tokens.token_files import CTTokens
@@ -91,11 +91,8 @@ class CTAssistant:
         settings = read_settings(path)
         frozen = FrozenTokenizer(tokenizer or str(path / settings["tokenizer_path"]), demo=False, device=device)
         if frozen.hash != settings["tokenizer"]:
-            fail(
-                "OTHER_TOKENIZER",
-                f"{path} was aligned to tokenizer {settings['tokenizer'][:12]}, {frozen.file} is {frozen.hash[:12]}",
-                "give that tokenizer with --tokenizer, or align again",
-            )
+            what = f"{path} was aligned to tokenizer {settings['tokenizer'][:12]}, {frozen.file} is {frozen.hash[:12]}"
+            raise Refused("OTHER_TOKENIZER", what, "give that tokenizer with --tokenizer, or align again", status=2)
         files = aligned_files(path, settings)
         language, text_tokenizer = load_base(path, settings, device, own=files.language, now_at=language_model)
         projector = Projector(
@@ -111,14 +108,15 @@ class CTAssistant:
         try:
             projector.load_state_dict(weights)
         except (RuntimeError, TypeError, AttributeError):
-            fail("BAD_PROJECTOR", f"{file} is not the projector that {path} describes", "align again")
+            raise Refused("BAD_PROJECTOR", f"{file} is not the projector that {path} describes") from None
         if not all(weight.isfinite().all() for weight in projector.parameters()):
-            fail("BAD_PROJECTOR", f"{file} holds values that are no numbers", "align again, or take an older epoch")
+            what = f"{file} holds values that are no numbers"
+            raise Refused("BAD_PROJECTOR", what, "align again, or take an older epoch")
         if adapter is not None:
             try:
                 qwen.load_lora(language, adapter)
             except ValueError as error:
-                fail("BAD_ADAPTER", str(error), "install peft, copy the folder again, or align again")
+                raise Refused("BAD_ADAPTER", str(error)) from error
         model = qwen.VolumeQwen(language, projector, position=settings["position"]).to(device).eval()
         settings = {**settings, "projector_sha256": hash_path(file)}
         if files.language is not None:
@@ -288,7 +286,7 @@ def aligned_folder(path: str | Path) -> Path:
 def read_settings(path: Path) -> dict[str, Any]:
     file = path / "train_args.json"
     if not file.is_file():
-        fail(
+        raise Refused(
             "NO_ALIGNMENT",
             f"{path} holds no aligned model",
             "first run python -m monai.bundle run training --config_file bundles/align.json, or pass --align",
@@ -298,11 +296,11 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict) or not set(settings) >= set(SETTINGS):
-        fail("NO_ALIGNMENT", f"{file} is damaged", "align again")
+        raise Refused("NO_ALIGNMENT", f"{file} is damaged", "align again")
     for name, (rule, holds) in SETTINGS.items():
         if not holds(settings[name]):
             what = f"{file} must have {rule} as its {name}, it has {str(settings[name])[:40]}"
-            fail("NO_ALIGNMENT", what, "copy the folder again, or align again")
+            raise Refused("NO_ALIGNMENT", what, "copy the folder again, or align again")
     return settings
 
 
@@ -313,15 +311,16 @@ def load_base(
     base = settings["base_model"]
     name = now_at or base["name"] if own is None else str(own)
     if name is None:
-        fail("NOT_FINISHED", f"the alignment in {path} did not reach its end", "go on with --resume latest")
+        raise Refused("NOT_FINISHED", f"the alignment in {path} did not reach its end")
     half = settings["amp"] == "bf16" and device.type == "cuda" and own is None
     try:
         language, text_tokenizer = qwen.load_language(name, dtype=torch.bfloat16 if half else torch.float32)
     except ValueError as error:
-        fail("BAD_MODEL", str(error), "the base model is kept by name: it must be there or on the hub")
+        what = str(error)
+        raise Refused("BAD_MODEL", what, "the base model is kept by name: it must be there or on the hub") from error
     found = identify(name, language) if own is None else base
     if {**found, "name": None} != {**base, "name": None}:
-        fail("OTHER_MODEL", f"{path} was aligned to {base}, {name} is now {found}", "restore that model or align again")
+        raise Refused("OTHER_MODEL", f"{path} was aligned to {base}, {name} is now {found}")
     return language, text_tokenizer
 
 
@@ -338,7 +337,7 @@ def aligned_files(path: Path, settings: dict[str, Any]) -> AlignedFiles:
     if file is None:
         epochs = sorted(path.glob("projector_epoch*.pt"), key=lambda p: int(p.stem.removeprefix("projector_epoch")))
         if not epochs:
-            fail("NO_ALIGNMENT", f"{path} has no projector yet", "let an epoch finish")
+            raise Refused("NO_ALIGNMENT", f"{path} has no projector yet", "let an epoch finish")
         file = epochs[-1]
         log.info("the run did not end: taking %s", file.name)
     adapter = path / file.stem.replace("projector", "lora") if settings["use_lora"] else None

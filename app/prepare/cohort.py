@@ -23,7 +23,7 @@ from app.prepare.report import Report, write_tables
 from app.prepare.survey import Item, survey
 from app.prepare.text import join_text, patients_of
 from app.prepare.workers import busy, only_run, run_jobs, worker_count
-from app.shared.refusals import fail, refuse_empty
+from app.shared.refusals import Refused, refuse_empty
 from app.text.manifests import read_rows
 from transforms.windows import window_bounds
 
@@ -101,10 +101,10 @@ def _folder_of(root: str) -> str:
 
 def _check_call(root: str, out: Path, settings: Settings) -> None:
     if not os.path.exists(root):
-        fail("NO_SOURCE", "RAW does not exist", "give a folder, a zip or a file of scans")
+        raise Refused("NO_SOURCE", "RAW does not exist", "give a folder, a zip or a file of scans")
     inside = os.path.commonpath([os.path.realpath(root), os.path.realpath(out)])
     if inside in (os.path.realpath(root), os.path.realpath(out)):
-        fail("NO_OUTPUT", "RAW and OUT must not lie in one another", "choose another OUT")
+        raise Refused("NO_OUTPUT", "RAW and OUT must not lie in one another", "choose another OUT")
     if not 8 <= settings.size <= 2048 or not 0.05 <= settings.spacing <= 50:
         raise ValueError(f"size must be 8 to 2048 and spacing 0.05 to 50 mm, got {settings.size}, {settings.spacing:g}")
     if settings.file_format not in ("npy", "zarr"):
@@ -126,15 +126,12 @@ def _check_settings(out: Path, named: Sequence[tuple[Item, str, str]], settings:
             continue
         what = f"OUT was prepared with another {', '.join(changed)}"
         if not overwrite:
-            fail("NO_OUTPUT", what, "use another OUT or --overwrite")
+            raise Refused("NO_OUTPUT", what, "use another OUT or --overwrite")
         made = {case for item, home, case in named if home == dataset and item.plan is not None}
         left = sorted(path.parent.name for path in file.parent.glob("processed/*/case.json"))
         if left := [case for case in left if case not in made]:
-            fail(
-                "NO_OUTPUT",
-                f"{what}, and RAW does not give {len(left)} of its cases ({left[0]}, ...)",
-                "use another OUT",
-            )
+            what = f"{what}, and RAW does not give {len(left)} of its cases ({left[0]}, ...)"
+            raise Refused("NO_OUTPUT", what, "use another OUT")
 
 
 def _name(items: Sequence[Item], root: str, key: bytes, keep_names: bool) -> list[tuple[Item, str, str]]:

@@ -155,9 +155,8 @@ def _organs(source: Source, wanted: Wanted) -> Iterator[Found | tuple[str, Refus
     names = case.organ_names()
     if case.affine is None or not names:
         lacks = "no organs" if case.affine is not None else "no case.json, so no place in the world"
-        raise Refused(
-            "NO_SURFACE", f"case {case.case_id} has {lacks}", "prepare it with its labels, or give --hu LEVEL"
-        )
+        what = f"case {case.case_id} has {lacks}"
+        raise Refused("NO_SURFACE", what, "prepare it with its labels, or give --hu LEVEL")
     if wanted.label is not None and wanted.label not in names:
         raise Refused("NO_SURFACE", f"case {case.case_id} has no organ {wanted.label!r}, it has {', '.join(names)}")
     for organ in names if wanted.label is None else (wanted.label,):

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 
 from app.shared.devices import choose_device
-from app.shared.refusals import Refused, fail
+from app.shared.refusals import Refused
 from app.tokens import open_scan
 from app.tokens.bundles import check_description
 from app.tokens.code_tables import CodeTables, tables_of
@@ -58,7 +58,8 @@ class CTTokenizer:
 
     def __init__(self, network: SparseVQVAE, *, digest: str, source: str = "", max_points: int | None = None):
         if network.vq is None:
-            fail("NO_CODEBOOK", "a continuous autoencoder makes no tokens", "give the output folder of stage 1 or 2")
+            what = "a continuous autoencoder makes no tokens"
+            raise Refused("NO_CODEBOOK", what, "give the output folder of stage 1 or 2")
         self.network, self.digest, self.source = network.eval(), digest, source
         self.max_points = max_points or network.sizes.max_points
 
@@ -141,9 +142,8 @@ class CTTokenizer:
         """What the network sees of a RAS volume."""
         sizes = self.sizes
         if sizes.features != "window":
-            raise Refused(
-                "BAD_TOKENIZER", f"this tokenizer was trained on features {sizes.features}, a scan gives windows"
-            )
+            what = f"this tokenizer was trained on features {sizes.features}, a scan gives windows"
+            raise Refused("BAD_TOKENIZER", what)
         steps = data.preprocessing(
             resolution=sizes.resolution, spacing=sizes.spacing, keep=sizes.keep, windows=sizes.windows
         )
@@ -222,7 +222,7 @@ def find_tokenizer(path: str | Path | None) -> Path:
         newest = [step_file(stage, "misc", complete_steps(stage)[-1]).stat().st_mtime for stage in stages]
         path = stages[newest.index(max(newest))] if stages else shipped.DEFAULT if shipped.names() else None
     if path is None:
-        fail(
+        raise Refused(
             "NO_TOKENIZER",
             f"there is no tokenizer in {' or '.join(NEWEST_TOKENIZERS)}",
             "train one (python -m monai.bundle run training --config_file bundles/vq_stage1.json), "
@@ -231,6 +231,6 @@ def find_tokenizer(path: str | Path | None) -> Path:
     path = shipped.weights_of(path)
     if not path.exists():
         known = f"give a checkpoint, an output folder, an exported bundle, or a name: {shipped.names_in_words()}"
-        fail("NO_TOKENIZER", f"{path} does not exist", known)
+        raise Refused("NO_TOKENIZER", f"{path} does not exist", known)
     bundled = path / "models" / "model.pt"
     return bundled if bundled.is_file() else averaged_file(path)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from app.shared.atomic_files import write_text
-from app.shared.refusals import Refused, fail
+from app.shared.refusals import Refused
 from app.training import shipped
 from app.training.key_rules import RULES
 from networks import pretrained
@@ -58,11 +58,11 @@ def step_to_resume(output_dir: str | Path, resume: str | int | None) -> int | No
     if resume == "latest":
         return steps[-1] if steps else None
     if not isinstance(resume, int) or isinstance(resume, bool):
-        fail("BAD_RESUME", f"resume must be latest or a step, got {resume!r}", "pass --resume latest")
+        raise Refused("BAD_RESUME", f"resume must be latest or a step, got {resume!r}")
     if resume not in steps:
         kept = ", ".join(map(str, steps)) or "none"
         remedy = "pass one of these" if steps else "train without --resume"
-        fail("NO_CHECKPOINT", f"{output_dir} has no complete step {resume}; it has {kept}", remedy)
+        raise Refused("NO_CHECKPOINT", f"{output_dir} has no complete step {resume}; it has {kept}", remedy)
     return resume
 
 
@@ -103,7 +103,7 @@ def write_atomically(content: dict, path: Path) -> None:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         if isinstance(error, RuntimeError) and "unexpected pos" in reason:  # a write that came out short
             reason = "No space left on device"
-        fail("SAVE_FAILED", f"could not write {path} ({reason}); {last}", "free disk space, then --resume latest")
+        raise Refused("SAVE_FAILED", f"could not write {path} ({reason}); {last}") from error
 
 
 def save_set(output_dir: Path, step: int, weights: dict[str, dict], misc: dict) -> None:
@@ -166,7 +166,8 @@ def best_score(output_dir: str | Path) -> dict[int, float]:
     stored = stored if isinstance(stored, dict) else {}
     step, score = stored.get("step"), stored.get("val_recon", stored.get("val_loss"))
     if type(step) is not int or step < 0 or type(score) not in (int, float) or not math.isfinite(score):
-        fail("BAD_RUN", f"{path} does not name a step and its score", "remove it: the newest step is taken then")
+        what = f"{path} does not name a step and its score"
+        raise Refused("BAD_RUN", what, "remove it: the newest step is taken then")
     return {step: score}
 
 
@@ -181,14 +182,14 @@ def read_tensors(path: str | Path) -> object:
             return shipped.read(Path(path))
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        fail("NO_CHECKPOINT", f"{path} does not exist", "train it first, or name another file or output folder")
+        raise Refused("NO_CHECKPOINT", f"{path} does not exist") from None
     except Refused:
         raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         if not zipfile.is_zipfile(path):  # what torch says then is about pickles, or a page long
             reason = "it is no checkpoint, or not a whole one"
-        fail("BAD_CHECKPOINT", f"{path} cannot be read ({reason})", "if it was cut short, use an older step")
+        raise Refused("BAD_CHECKPOINT", f"{path} cannot be read ({reason})") from error
 
 
 def averaged_file(path: str | Path) -> Path:
@@ -200,14 +201,14 @@ def averaged_file(path: str | Path) -> Path:
         return path
     steps = complete_steps(path)
     if not steps:
-        fail("NO_CHECKPOINT", f"{path} has no complete checkpoint", "train it first, or name another folder")
+        raise Refused("NO_CHECKPOINT", f"{path} has no complete checkpoint", "train it first, or name another folder")
     best = read_best(path)
     step = best if best in steps else steps[-1]
     averaged = (file for file, number, half in _files_of_sets(path) if number == step and not half)
     file = next((file for file in averaged if "_ema" in file.name), None)
     if file is None:
         what = f"{path} has no averaged weights of step {step}, so it is no tokenizer"
-        fail("NO_CHECKPOINT", what, "name the output folder of stage 0, 1 or 2")
+        raise Refused("NO_CHECKPOINT", what, "name the output folder of stage 0, 1 or 2")
     return file
 
 
@@ -222,13 +223,13 @@ def check_weights(state: object, path: str | Path) -> Preset:
     """The sizes of a state dict whose values are tensors, finite, and as they were written."""
     if pretrained.is_published(state):
         what = f"{path} holds the published autoencoder, which has no codebook"
-        fail(
+        raise Refused(
             "NO_CODEBOOK",
             what,
             "train one on it: bundles/vq_stage1.json with --pretrained_vae_path (docs/pretrained.md)",
         )
     if not isinstance(state, dict) or "_extra_state" not in state:
-        fail("FOREIGN_CHECKPOINT", f"{path} does not say what it was made for", "use a checkpoint of this project")
+        raise Refused("FOREIGN_CHECKPOINT", f"{path} does not say what it was made for")
     _check_tensors(state, path)
     try:
         stored = state["_extra_state"]
@@ -237,18 +238,18 @@ def check_weights(state: object, path: str | Path) -> Preset:
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         remedy = "update this software if a later one made it, else it is damaged: use another step"
-        fail("BAD_CHECKPOINT", f"the sizes in {path} cannot be read ({reason})", remedy)
+        raise Refused("BAD_CHECKPOINT", f"the sizes in {path} cannot be read ({reason})", remedy) from error
     if told is not None and told != tensors_hash(state):  # older files do not say
-        fail("BAD_CHECKPOINT", f"the weights in {path} are not those that were saved", "use another step or copy")
+        raise Refused("BAD_CHECKPOINT", f"the weights in {path} are not those that were saved")
     return sizes
 
 
 def _check_tensors(state: dict, path: str | Path) -> None:
     for name, value in state.items():
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
-            fail("BAD_CHECKPOINT", f"{path} holds no plain tensor as {name!r:.60}", "it is damaged: use another step")
+            raise Refused("BAD_CHECKPOINT", f"{path} holds no plain tensor as {name!r:.60}")
         if not value.isfinite().all():
-            fail("BAD_CHECKPOINT", f"{path} holds values that are no numbers, in {name}", "use an older step")
+            raise Refused("BAD_CHECKPOINT", f"{path} holds values that are no numbers, in {name}")
 
 
 def sealed(state: dict) -> dict:
@@ -318,7 +319,7 @@ def load_weights(network: nn.Module, state: dict, path: str | Path) -> None:
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        fail("BAD_CHECKPOINT", f"{path} does not fit ({_first_misfit(error)})", "it may be damaged: use another step")
+        raise Refused("BAD_CHECKPOINT", f"{path} does not fit ({_first_misfit(error)})") from error
 
 
 def check_extent(sizes: Preset, state: dict, path: str | Path) -> None:
@@ -328,7 +329,7 @@ def check_extent(sizes: Preset, state: dict, path: str | Path) -> None:
     stored = sum(tensor.numel() for tensor in state.values())
     if wanted > 4 * stored + 1_000_000:
         what = f"{path} holds {stored:,} numbers, its sizes say {wanted:,}"
-        fail("BAD_CHECKPOINT", what, "it is damaged: use another step")
+        raise Refused("BAD_CHECKPOINT", what)
 
 
 def _first_misfit(error: RuntimeError) -> str:
@@ -345,7 +346,7 @@ def start_from(network: SparseVQVAE, path: str | Path, *, codebook: bool) -> Pat
         return file
     sizes = check_weights(state, file)
     if codebook and sizes.codebook == "none":
-        fail("NO_CODEBOOK", f"{file} is a continuous autoencoder without codes", "give the output folder of stage 1")
+        raise Refused("NO_CODEBOOK", f"{file} is a continuous autoencoder without codes")
     skip = {"rotation_trick"} if codebook else CODEBOOK_FIELDS  # how gradients pass is no part of the weights
     check_same(sizes, network.sizes, source=file, skip=skip)
     if is_resampled_otherwise(sizes):
@@ -356,13 +357,13 @@ def start_from(network: SparseVQVAE, path: str | Path, *, codebook: bool) -> Pat
     try:
         left = network.load_state_dict(own, strict=False)
     except RuntimeError as error:
-        fail("BAD_CHECKPOINT", f"{file} does not fit ({_first_misfit(error)})", "it may be damaged: use another step")
+        raise Refused("BAD_CHECKPOINT", f"{file} does not fit ({_first_misfit(error)})") from error
     missing = [n for n in left.missing_keys if n != "_extra_state" and (codebook or not n.startswith("vq."))]
     if missing or left.unexpected_keys:
         what = (
             f"it lacks {', '.join(missing) or 'nothing'}, it has besides {', '.join(left.unexpected_keys) or 'nothing'}"
         )
-        fail("BAD_CHECKPOINT", f"{file} does not fit ({what})", "it may be damaged: use another step")
+        raise Refused("BAD_CHECKPOINT", f"{file} does not fit ({what})")
     return file
 
 
@@ -372,13 +373,12 @@ def _start_from_published(network: SparseVQVAE, state: dict, file: Path) -> None
     wanted = "--preset direct3d_s2 and one feature a voxel (--features sdf, or a --window_type)"
     if network.sizes.pool != "legacy":
         what = f"{file} holds the published autoencoder, this run's network has pool {network.sizes.pool}"
-        fail("OTHER_TOKENIZER", what, f"pass {wanted}")
+        raise Refused("OTHER_TOKENIZER", what, f"pass {wanted}", status=2)
     try:
         own = pretrained.converted(state, network)
     except ValueError as error:
-        fail(
-            "WEIGHTS_MISFIT", f"{file} is not the published autoencoder of this run's sizes ({error})", f"pass {wanted}"
-        )
+        what = f"{file} is not the published autoencoder of this run's sizes ({error})"
+        raise Refused("WEIGHTS_MISFIT", what, f"pass {wanted}") from error
     network.load_state_dict(own, strict=False)  # strict already: what is not among them is heads and codebook
     log.info("published weights: %d tensors; heads and codebook are new", len(own))
 
@@ -395,11 +395,8 @@ def check_same(
         to_give = ", ".join(filter(None, (to_copy, *(flag for flag in flags if not flag.startswith("--")))))
         old, new = _plain(getattr(stored, name)), _plain(getattr(wanted, name))
         what = "data made with" if name in DATA_FIELDS else "a network with"
-        fail(
-            "OTHER_TOKENIZER",
-            f"{source} is for {what} {name} {old}, this run has {name} {new}",
-            f"pass {to_give}, or {otherwise}",
-        )
+        what = f"{source} is for {what} {name} {old}, this run has {name} {new}"
+        raise Refused("OTHER_TOKENIZER", what, f"pass {to_give}, or {otherwise}", status=2)
 
 
 def is_resampled_otherwise(sizes: Preset) -> bool:
@@ -413,7 +410,9 @@ def check_resampler(sizes: Preset, *, source: Path) -> None:
     if is_resampled_otherwise(sizes):
         before = sizes.resampler or "the resampler before it was recorded"
         what = f"{source} began on data resampled by {before}, this software resamples by {RESAMPLER}"
-        fail("OTHER_RESAMPLER", what, "begin in another --output_dir, from these weights with --init_from")
+        raise Refused(
+            "OTHER_RESAMPLER", what, "begin in another --output_dir, from these weights with --init_from", status=2
+        )
 
 
 def _plain(value: object) -> str:

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from app.measures.tokenizer_metrics import count_codes, is_collapsed, perplexity
-from app.shared.refusals import fail
+from app.shared.refusals import Refused
 from app.training import checkpoints, pictures
 from app.training.checkpoints import unwrapped
 from app.training.forecast import advice_for, seconds_a_step
@@ -93,12 +93,8 @@ class StopAtNonFiniteLoss:
         again = "start again with a lower learning_rate"
         if last is not None:
             again = "resume from it with a lower learning_rate (from an earlier step, if this comes again)"
-        fail(
-            "NOT_FINITE",
-            f"loss is {loss} at step {engine.state.iteration} on cases {cases}; {kept}",
-            f"{again}, or check these cases with `python -m app check`",
-            status=1,
-        )
+        what = f"loss is {loss} at step {engine.state.iteration} on cases {cases}; {kept}"
+        raise Refused("NOT_FINITE", what, f"{again}, or check these cases with `python -m app check`", status=1)
 
 
 class Average:

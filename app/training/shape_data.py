@@ -91,9 +91,8 @@ class ShapeDataset(CTDataset):
             what = f"{file.name} has resolution {shape.resolution}, its name says {resolution}"
             raise Refused("DAMAGED_SHAPE", what)
         if shape.sign == "none":
-            raise Refused(
-                "BAD_VALUE", f"{file.name} is unsigned", "make it again from a closed mesh, without --unsigned"
-            )
+            what = f"{file.name} is unsigned"
+            raise Refused("BAD_VALUE", what, "make it again from a closed mesh, without --unsigned")
         values = shape.values[:, None]
         if self.sharp_weight > 0:
             if shape.sharp is None:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from monai.bundle import ConfigWorkflow
 
 from app.shared.places import bundles_folder
-from app.shared.refusals import fail
+from app.shared.refusals import Refused
 from app.training import checkpoints, preflight
 
 OVERLAY_OF_RANKS = "multi_gpu.json"
@@ -92,9 +92,9 @@ def _parts_of(words: Sequence[str]) -> tuple[str, dict[str, str]]:
     stage, *rest = words or [""]
     raw, strays = preflight.read_words(rest)
     if not stage or stage.startswith("--"):
-        fail("NO_STAGE", "no stage is named", f"give one of {', '.join(stages())} behind train")
+        raise Refused("NO_STAGE", "no stage is named", f"give one of {', '.join(stages())} behind train")
     if strays:
-        fail("BAD_CALL", f"{strays[0]} belongs to no key", "give settings as --key value")
+        raise Refused("BAD_CALL", f"{strays[0]} belongs to no key", "give settings as --key value")
     return stage, raw
 
 
@@ -104,7 +104,7 @@ def _file_of(stage: str) -> Path:
     if stage not in stages():
         near = difflib.get_close_matches(stage, stages(), n=1)
         hint = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(stages())}"
-        fail("UNKNOWN_STAGE", f"there is no stage {stage}", hint)
+        raise Refused("UNKNOWN_STAGE", f"there is no stage {stage}", hint)
     return bundles_folder() / f"{stage}.json"
 
 

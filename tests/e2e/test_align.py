@@ -309,11 +309,8 @@ def test_the_base_model_is_loaded_in_the_precision_that_is_asked_for(amp, dtype,
 
     monkeypatch.setattr(align_setup.qwen, "load_language", load)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    said = []
-    monkeypatch.setattr(align_setup, "fail", lambda *words: (said.append(words), sys.exit(2)))
-    with pytest.raises(SystemExit):
+    with pytest.raises(Refused, match=f"^BAD_MODEL: asked for {dtype}"):
         align_setup.Language(vl_model=str(home / "qwen"), amp=amp)
-    assert said[0][1] == f"asked for {dtype}"
 
 
 def test_the_network_is_built_from_the_file_alone(home, tmp_path, monkeypatch):
