@@ -122,7 +122,7 @@ def prepare(
             overwrite=overwrite,
         )
         names = tuple(name.strip() for name in windows.split(",") if name.strip())
-        settings = cohort.Settings(size, spacing, names, file_format, allow_gaps, assume_hu, keep_names)
+        settings = cohort.PrepareSettings(size, spacing, names, file_format, allow_gaps, assume_hu, keep_names)
         report = cohort.prepare(raw, out, settings, request)
         answer.give(report.as_json(), reports.lines(report, keep_names), status=report.exit_status)
 

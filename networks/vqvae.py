@@ -35,7 +35,7 @@ ChooseCells = Callable[[int, SparseTensor], Coarsening]
 NUM_RESIDUAL = (1, 2, 0)
 
 
-class Tokens(NamedTuple):
+class BatchTokens(NamedTuple):
     """What a batch became: a code for each occupied latent, or one a quantiser level (M, levels), in Morton order."""
 
     codes: Int[Tensor, "M ..."]
@@ -276,20 +276,20 @@ class SparseVQVAE(nn.Module):
         return recon, torch.stack(errors).mean()
 
     @torch.no_grad()
-    def encode(self, x: SparseTensor, *, levels: int | None = None) -> Tokens:
+    def encode(self, x: SparseTensor, *, levels: int | None = None) -> BatchTokens:
         """Codes of the first `levels` of the quantiser's levels, or of all; (M,) where that is one."""
         if self.vq is None:
             raise ValueError("a continuous autoencoder has no codes: train stage 1 on it first")
         return self.tokens_of(self.encoder(x)[0], levels=levels)
 
     @torch.no_grad()
-    def tokens_of(self, latents: SparseTensor, *, levels: int | None = None) -> Tokens:
+    def tokens_of(self, latents: SparseTensor, *, levels: int | None = None) -> BatchTokens:
         """Codes of what the encoder gave."""
         levels = self.check_levels(levels)
         codes = self.vq(latents.feats).codes
         if codes.ndim == 2:
             codes = codes[:, 0] if levels == 1 else codes[:, :levels]
-        return Tokens(codes.int(), latents.coords, latents.spatial_shape, latents.batch_size)
+        return BatchTokens(codes.int(), latents.coords, latents.spatial_shape, latents.batch_size)
 
     def check_levels(self, levels: int | None) -> int:
         """How many levels are meant; None means all there are."""
@@ -298,13 +298,13 @@ class SparseVQVAE(nn.Module):
             raise ValueError(f"levels must lie in 1..{most}, the levels of this tokenizer, got {levels}")
         return most if levels is None else levels
 
-    def latents_of(self, tokens: Tokens) -> SparseTensor:
+    def latents_of(self, tokens: BatchTokens) -> SparseTensor:
         """Codebook rows on the latent grid."""
         values = self.vq.lookup(tokens.codes)
         return SparseTensor(values, tokens.coords, tokens.latent_shape, tokens.batch_size)
 
     @torch.no_grad()
-    def decode(self, tokens: Tokens, *, support: Support | None = None) -> SparseTensor:
+    def decode(self, tokens: BatchTokens, *, support: Support | None = None) -> SparseTensor:
         """Values on stored support (`support_of`) or on predicted voxels."""
 
         def choose(i: int, features: SparseTensor) -> Coarsening:

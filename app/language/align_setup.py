@@ -249,7 +249,9 @@ class Language:
 def make_collate(model: nn.Module, tokenizer, *, side: str = "right"):
     volume_id = tokenizer.convert_tokens_to_ids(chat.VOLUME_PAD)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return partial(chat.collate, pad_id=pad_id, volume_id=volume_id, side=side, context=qwen.context_length(model))
+    return partial(
+        chat.collate_chats, pad_id=pad_id, volume_id=volume_id, side=side, context=qwen.context_length(model)
+    )
 
 
 def identify(name: str, model: nn.Module) -> dict:

@@ -73,7 +73,7 @@ class LearnedState(TrainingState):
         learned = {name: p.detach() for name, p in self.network.named_parameters() if p.requires_grad}
         return {self.folder.name: learned}
 
-    def check(self, stored: dict[str, dict], step: int) -> None:
+    def check_stored(self, stored: dict[str, dict], step: int) -> None:
         (own,), (state,) = self.weights().values(), stored.values()
         check_parameters(state, own, path=checkpoints.step_file(self.folder.path, self.folder.name, step))
 

@@ -35,7 +35,7 @@ class Coded(NamedTuple):
     hu: Float[np.ndarray, "X Y Z"]
 
 
-class Point(NamedTuple):
+class RatePoint(NamedTuple):
     """Between two settings of a codec, or at the coarser end of what it can do."""
 
     settings: tuple[float, ...]
@@ -82,16 +82,16 @@ class Codec:
         """The setting just under so many bits and the one just over; one alone at an end of the range."""
         raise NotImplementedError
 
-    def at_bits(self, bits: float) -> Point:
+    def at_bits(self, bits: float) -> RatePoint:
         """Errors at so many bits: between two settings straight over the logarithm of bits."""
         settings = self.settings_around(bits)
         found = [self.at(setting) for setting in settings]
         sizes = tuple(size for size, _ in found)
         if len(found) == 1 or sizes[0] == sizes[1]:
-            return Point(settings, sizes, found[0][1])
+            return RatePoint(settings, sizes, found[0][1])
         share = (math.log(bits) - math.log(sizes[0])) / (math.log(sizes[1]) - math.log(sizes[0]))
         under, over = (errors for _, errors in found)
-        return Point(settings, sizes, {name: under[name] + share * (over[name] - under[name]) for name in under})
+        return RatePoint(settings, sizes, {name: under[name] + share * (over[name] - under[name]) for name in under})
 
 
 class Hevc(Codec):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from app.dataset import writer
 from app.prepare import names, preview, splits
-from app.prepare.case import Job, Outcome, Settings, failed, prepare_case, settings_json
+from app.prepare.case import CaseJob, Outcome, PrepareSettings, failed, prepare_case, settings_json
 from app.prepare.gate import Rules, Stack
 from app.prepare.report import Report, write_tables
 from app.prepare.survey import Item, survey
@@ -42,11 +42,13 @@ class Request(NamedTuple):
     overwrite: bool = False
 
 
-DEFAULTS = Settings()
+DEFAULTS = PrepareSettings()
 NOTHING_MORE = Request()
 
 
-def prepare(raw: str | Path, out: str | Path, settings: Settings = DEFAULTS, request: Request = NOTHING_MORE) -> Report:
+def prepare(
+    raw: str | Path, out: str | Path, settings: PrepareSettings = DEFAULTS, request: Request = NOTHING_MORE
+) -> Report:
     """Prepares everything below RAW into OUT; refuses a call that cannot be meant."""
     start = time.perf_counter()
     refuse_empty(raw, name="RAW")
@@ -57,7 +59,7 @@ def prepare(raw: str | Path, out: str | Path, settings: Settings = DEFAULTS, req
         return _prepare(root, out, settings, request, start)
 
 
-def _prepare(root: str, out: Path, settings: Settings, request: Request, start: float) -> Report:
+def _prepare(root: str, out: Path, settings: PrepareSettings, request: Request, start: float) -> Report:
     text = read_rows(request.text) if request.text is not None else []  # what is wrong with it is said before the work
     key = names.read_key(out, request.key_file)
     rules = Rules(settings.allow_gaps, settings.assume_hu, request.series)
@@ -99,7 +101,7 @@ def _folder_of(root: str) -> str:
     return root if os.path.isdir(root) else os.path.dirname(root)
 
 
-def _check_call(root: str, out: Path, settings: Settings) -> None:
+def _check_call(root: str, out: Path, settings: PrepareSettings) -> None:
     if not os.path.exists(root):
         raise Refused("NO_SOURCE", "RAW does not exist", "give a folder, a zip or a file of scans")
     inside = os.path.commonpath([os.path.realpath(root), os.path.realpath(out)])
@@ -113,7 +115,9 @@ def _check_call(root: str, out: Path, settings: Settings) -> None:
         window_bounds(window)
 
 
-def _check_settings(out: Path, named: Sequence[tuple[Item, str, str]], settings: Settings, *, overwrite: bool) -> None:
+def _check_settings(
+    out: Path, named: Sequence[tuple[Item, str, str]], settings: PrepareSettings, *, overwrite: bool
+) -> None:
     """A dataset holds cases of one kind: other settings want another OUT, or --overwrite of all that it holds."""
     for dataset in {dataset for _, dataset, _ in named}:
         file = out / dataset / "dataset_config.json"
@@ -145,7 +149,7 @@ def _name(items: Sequence[Item], root: str, key: bytes, keep_names: bool) -> lis
         else:
             dataset = names.hashed(key, "dataset", dataset)
         place = (item.source, item.series)
-        case = names.case_name(item, names.inside(item, folder), stacks[place], key, keep_names=keep_names)
+        case = names.case_name(item, names.path_in_dataset(item, folder), stacks[place], key, keep_names=keep_names)
         stacks[place] += 1
         taken[dataset, case] += 1
         again = taken[dataset, case]
@@ -160,7 +164,7 @@ def _patients(
     planned = [entry for entry in named if entry[0].plan is not None]
     whole = names.one_dataset([item for item, _, _ in named], root)
     places = {
-        (dataset, case): names.inside(item, names.dataset_of(item, root, whole=whole))
+        (dataset, case): names.path_in_dataset(item, names.dataset_of(item, root, whole=whole))
         for item, dataset, case in planned
     }
     folders = defaultdict(set)
@@ -183,10 +187,10 @@ def _jobs(
     out: Path,
     patients: Mapping[tuple[str, str], str],
     sides: Sequence[str],
-    settings: Settings,
+    settings: PrepareSettings,
     rules: Rules,
     request: Request,
-) -> list[Job]:
+) -> list[CaseJob]:
     planned = [entry for entry in named if entry[0].plan is not None]
     whole = names.one_dataset([item for item, _, _ in named], root)
     jobs = []
@@ -195,7 +199,7 @@ def _jobs(
         raw_name = os.path.basename(root) if folder == "." else folder
         mapping = {**request.organs.get("*", {}), **request.organs.get(raw_name, {})}
         jobs.append(
-            Job(
+            CaseJob(
                 item,
                 str(out / dataset),
                 case,
@@ -211,7 +215,7 @@ def _jobs(
     return jobs
 
 
-def _bytes_for(jobs: Sequence[Job], settings: Settings) -> int:
+def _bytes_for(jobs: Sequence[CaseJob], settings: PrepareSettings) -> int:
     """Memory the largest case takes: its own voxels a few times, the grid, one window, the imports."""
     largest = 0
     for job in jobs:
@@ -221,7 +225,7 @@ def _bytes_for(jobs: Sequence[Job], settings: Settings) -> int:
     return largest * 12 + settings.size**3 * 4 + (600 << 20)
 
 
-def _needs(jobs: Sequence[Job], settings: Settings, out: Path, *, workers: int) -> str:
+def _needs(jobs: Sequence[CaseJob], settings: PrepareSettings, out: Path, *, workers: int) -> str:
     """What the work takes, in a line that is said before it begins."""
     windows = len(settings.windows) if settings.file_format == "npy" else 0  # zarr makes them when they are read
     each = settings.size**3 * (2 + windows)

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from app.prepare.files import Ref, open_ref, read_bytes
-from app.prepare.findings import Finding, found
+from app.prepare.findings import Finding, finding
 from app.prepare.gate import LPS_TO_RAS, MAX_VOXELS, MIN_SLICES, SPACING_LIMITS
 from app.prepare.volume_rules import check_mha, check_nrrd, numbers_of, value_of
 from app.shared.refusals import Refused
@@ -256,19 +256,19 @@ def _nifti_affine(header: nib.Nifti1Header) -> tuple[np.ndarray, list[Finding]]:
     except (ValueError, nib.spatialimages.HeaderDataError) as error:
         if not sform:
             raise Refused("NO_SPACING", "the qform is no rotation") from error
-        return nifti_units(header) @ by_s, [found("SFORM_QFORM_DIFFER", "the qform is no rotation")]
+        return nifti_units(header) @ by_s, [finding("SFORM_QFORM_DIFFER", "the qform is no rotation")]
     affine = nifti_units(header) @ np.asarray(by_q if by_s is None else by_s, np.float64)
     if by_s is None:
-        return affine, [found("ORIENTATION_FROM_QFORM")]
+        return affine, [finding("ORIENTATION_FROM_QFORM")]
     shape = [max(int(n), 1) for n in header["dim"][1:4]]
     steps, told = np.linalg.norm(by_s[:3, :3], axis=0), np.abs(header["pixdim"][1:4].astype(np.float64))
     if by_q is not None:
         corners = np.array([[x, y, z, 1] for x in (0, shape[0]) for y in (0, shape[1]) for z in (0, shape[2])])
         apart = np.abs(corners @ (by_s - by_q).T).max()
         if not apart <= 0.5 * steps.min():
-            return affine, [found("SFORM_QFORM_DIFFER", f"by up to {apart:.2f} mm")]
+            return affine, [finding("SFORM_QFORM_DIFFER", f"by up to {apart:.2f} mm")]
     elif not (np.abs(steps - told) * shape).max() <= 0.5 * steps.min():  # ITK takes this spacing
-        return affine, [found("SFORM_QFORM_DIFFER", f"pixdim says {' x '.join(f'{n:.4g}' for n in told)} mm")]
+        return affine, [finding("SFORM_QFORM_DIFFER", f"pixdim says {' x '.join(f'{n:.4g}' for n in told)} mm")]
     return affine, []
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from app.dataset import prepared, writer
 from app.prepare import splits
-from app.prepare.case import Outcome, Settings, settings_json
+from app.prepare.case import Outcome, PrepareSettings, settings_json
 from app.shared.codes import CODES
 from transforms.windows import WINDOWS
 
@@ -37,7 +37,7 @@ class Report(NamedTuple):
 
 
 def write_tables(
-    out: Path, outcomes: Sequence[Outcome], settings: Settings, *, organs: Mapping[str, Mapping[str, str]]
+    out: Path, outcomes: Sequence[Outcome], settings: PrepareSettings, *, organs: Mapping[str, Mapping[str, str]]
 ) -> None:
     """metadata.csv, failures.csv and dataset_config.json of each dataset."""
     by_dataset: dict[str, list[Outcome]] = defaultdict(list)
@@ -60,7 +60,7 @@ def _window_table(windows: Iterable[str]) -> dict[str, list[int]]:
     return {name: list(WINDOWS[name]) for name in windows}
 
 
-def _rows(folder: Path, settings: Settings, stale: set[str]) -> Iterator[dict[str, str]]:
+def _rows(folder: Path, settings: PrepareSettings, stale: set[str]) -> Iterator[dict[str, str]]:
     """Of every case that lies there; `stale` are those whose source gives no case any more."""
     processed = folder / "processed"
     for path in sorted(processed.iterdir()) if processed.is_dir() else ():
@@ -101,4 +101,4 @@ def lines(report: Report, keep_names: bool) -> Iterator[str]:
     yield from report.notes
     yield f"{counts} in {report.seconds:.1f} s"
     if report.count("ok"):
-        yield splits.line(report.splits)
+        yield splits.counts_line(report.splits)

@@ -23,7 +23,7 @@ from networks.presets import Preset
 from networks.sparse import SparseTensor
 from networks.support import support_of
 from networks.tiles import Decoded, decode_whole, encode_whole
-from networks.vqvae import SparseVQVAE, Tokens
+from networks.vqvae import BatchTokens, SparseVQVAE
 from transforms import Windowsd
 from transforms.grid import CUT_OFF, RESAMPLER
 from transforms.sparse import densify, fill_for
@@ -109,7 +109,7 @@ class CTTokenizer:
         self.network.check_levels(levels)
         scan = self.open(scan)
         if isinstance(scan, CTTokens):
-            self.check(scan)
+            self.check_tokens(scan)
             return dataclasses.replace(scan, codes=scan.first_levels(levels))
         x, affine, beyond = self.features(scan.volume)
         findings = [code for code in scan.codes if code != "OK"]
@@ -168,22 +168,22 @@ class CTTokenizer:
 
     def decode_sparse(self, tokens: CTTokens, *, use_support: bool = True, levels: int | None = None) -> Decoded:
         """Window values on the stored support where the tokens carry one, else on predicted voxels."""
-        self.check(tokens)
+        self.check_tokens(tokens)
         rows = torch.nn.functional.pad(torch.from_numpy(tokens.coords), (1, 0)).to(self.device)
         codes = torch.from_numpy(tokens.first_levels(levels)).to(self.device)
         support = None
         if use_support and tokens.support is not None:
             support = [torch.from_numpy(part).to(self.device) for part in tokens.support]
-        given = Tokens(codes, rows, tokens.latent_shape, 1)
+        given = BatchTokens(codes, rows, tokens.latent_shape, 1)
         return decode_whole(self.network, given, support=support, max_points=self.max_points)
 
     def read(self, path: str | Path) -> CTTokens:
         """The tokens in a file of this tokenizer, packed or plain."""
         tokens = read_tokens(path, tables=self.tables)
-        self.check(tokens)
+        self.check_tokens(tokens)
         return tokens
 
-    def check(self, tokens: CTTokens) -> None:
+    def check_tokens(self, tokens: CTTokens) -> None:
         """Raises unless this very tokenizer made the tokens."""
         sizes = self.sizes
         if tokens.tokenizer != self.digest:

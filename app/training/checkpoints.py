@@ -30,7 +30,7 @@ from transforms.grid import RESAMPLER
 log = logging.getLogger(__name__)
 
 NEWEST_TOKENIZERS = ("outputs/vq_stage2", "outputs/vq_stage1")
-OURS = re.compile(
+SET_FILE = re.compile(
     r"(?:misc|(?:vae|vqvae|align)(?:_ema[\d.e+-]+)?)_step(\d{7,})\.pt(\.part)?"
 )  # no other name is removed
 CODEBOOK_FIELDS = {"codebook", "num_embeddings", "rotation_trick", "normalize_codes", "quantizer_levels"}
@@ -127,7 +127,7 @@ def prune(output_dir: Path, keep_last: int) -> None:
 def _files_of_sets(output_dir: Path) -> list[tuple[Path, int, bool]]:
     """Files that runs of ours write to ckpts/, commit marks first: path, step and whether it is half written."""
     paths = sorted(Path(output_dir, "ckpts").glob("*_step*"), key=lambda path: not path.name.startswith("misc"))
-    matches = ((path, OURS.fullmatch(path.name)) for path in paths)
+    matches = ((path, SET_FILE.fullmatch(path.name)) for path in paths)
     return [(path, int(match[1]), match[2] is not None) for path, match in matches if match]
 
 

@@ -61,7 +61,7 @@ def window_names(
     return list(windows)
 
 
-def choose_backend(wanted: str | None = None) -> str:
+def backend_of_run(wanted: str | None = None) -> str:
     """The config's choice, else what SPARSE_BACKEND says, else auto. Backends of other projects mean auto."""
     for name in ("ATTN_BACKEND", "SPCONV_ALGO"):
         if os.environ.get(name):

@@ -110,7 +110,7 @@ class CTDataset(Dataset):
     def _draw(self, number: int, step: int) -> dict[str, Any]:
         case = self.cases[number]
         self.sampling.set_random_state(seed=self._seed_of(case.case_id, step))
-        kept = self.kept(number)
+        kept = self.kept_voxels(number)
         item: dict[str, Any] = {key: v.numpy() if isinstance(v, torch.Tensor) else v for key, v in kept.items()}
         for transform in self.sampling.transforms:  # not Compose's call: it hides a refusal behind a RuntimeError
             item = transform(item)
@@ -146,7 +146,7 @@ class CTDataset(Dataset):
         mix = np.random.SeedSequence([self.seed, step, zlib.crc32(case_id.encode())])
         return int(mix.generate_state(1)[0])
 
-    def kept(self, number: int) -> dict[str, Any]:
+    def kept_voxels(self, number: int) -> dict[str, Any]:
         """The cached part of a case: coords int16 (N, 3), values int16 HU (N,) or float (N, C), shape and affine."""
         if number in self._memory:
             return self._memory[number]

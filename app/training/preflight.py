@@ -1,8 +1,8 @@
 """Everything checked before anything is trained: the call, the config, and that a refusal ends it in one line.
 
-MONAI accepts a mistyped flag, drops `--x None` and skips a plain-text step, all in silence. `check`, the first step of
-every bundle, refuses these. It is given the call by `train.py`; under MONAI's own command line it reads that again, and
-lays the hook that turns MONAI's forty-line chain into the refusal behind it.
+MONAI accepts a mistyped flag, drops `--x None` and skips a plain-text step, all in silence. `check_run`, the first step
+of every bundle, refuses these. It is given the call by `train.py`; under MONAI's own command line it reads that again,
+and lays the hook that turns MONAI's forty-line chain into the refusal behind it.
 """
 
 import dataclasses
@@ -102,7 +102,7 @@ def load_config(files: str | Sequence[str]) -> dict[str, Any]:
         raise Refused("BAD_CONFIG", f"{', '.join(files)} cannot be read ({str(error).splitlines()[0]})") from error
 
 
-def check(call: CommandLine | None = None) -> None:
+def check_run(call: CommandLine | None = None) -> None:
     """The first step of every bundle. Without a call it reads MONAI's command line. Says what open keys come to."""
     if call is None:
         one_line_errors()

@@ -73,7 +73,7 @@ class ShapeDataset(CTDataset):
             return 0
         return int(np.random.SeedSequence([self.seed, step]).generate_state(1)[0] % len(self.factors))
 
-    def kept(self, number: int, step: int | None = None) -> dict[str, Any]:
+    def kept_voxels(self, number: int, step: int | None = None) -> dict[str, Any]:
         """A file: coords int16 (N, 3), values float32 (N, 1 or with weights 2); without a step at the resolution."""
         which = 0 if step is None else self.factor_at(step)
         if (number, which) in self._memory:
@@ -109,7 +109,7 @@ class ShapeDataset(CTDataset):
     def _draw(self, number: int, step: int) -> dict[str, Any]:
         case = self.cases[number]
         self.sampling.set_random_state(seed=self._seed_of(case.case_id, step))
-        item = dict(self.kept(number, step))
+        item = dict(self.kept_voxels(number, step))
         for transform in self.sampling.transforms:
             item = transform(item)
         values = np.ascontiguousarray(item["values"], np.float32)

@@ -23,7 +23,7 @@ from app.shared.refusals import Refused
 from app.training import checkpoints, preflight
 
 OVERLAY_OF_RANKS = "multi_gpu.json"
-TAKE_THE_CALL = ("app.training.preflight.check", "app.training.run_folder.RunFolder")
+TAKE_THE_CALL = ("app.training.preflight.check_run", "app.training.run_folder.RunFolder")
 LOGGERS = ("", "ignite")  # that bundles/logging.conf sets
 
 

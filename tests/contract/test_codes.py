@@ -14,7 +14,7 @@ from app.shared.refusals import Refused, as_refused, refusal_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(path for room in ("app", "transforms", "networks") for path in (ROOT / room).rglob("*.py"))
-TELL = {"Refused", "Finding", "found", "Problem"}  # what takes a code first
+TELL = {"Refused", "Finding", "finding", "Problem"}  # what takes a code first
 SPOKEN = re.compile(r"^([A-Z]{2,}(?:_[A-Z0-9]+)+): ")  # a line that begins with a code
 
 
@@ -52,7 +52,7 @@ def test_every_code_of_the_table_is_used():
 
 
 def test_the_rule_sees_codes_however_they_are_given():
-    source = 'Refused("A_B", "x", "y")\nRefused("C_D" if x else "E_F", "z")\nlog.warning("GG_HH: %s", x)\nfound("OK")'
+    source = 'Refused("A_B", "x", "y")\nRefused("C_D" if x else "E_F", "z")\nlog.warning("GG_HH: %s", x)\nfinding("OK")'
     assert codes_in(source) == {"A_B", "C_D", "E_F", "GG_HH", "OK"}
 
 

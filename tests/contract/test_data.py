@@ -206,16 +206,16 @@ def test_validation_is_whole_in_order_and_always_the_same(dataset_dir):
     assert [b["case_id"] for b in first] == [["case5"], ["case6"]]
     assert all(same(a, b) for a, b in zip(first, second, strict=True))
     dataset = make(dataset_dir, split="val")
-    assert [len(b["coords"]) for b in first] == [len(dataset.kept(n)["coords"]) for n in range(2)]
+    assert [len(b["coords"]) for b in first] == [len(dataset.kept_voxels(n)["coords"]) for n in range(2)]
 
 
 def test_training_crops_fit_their_budget_and_validation_does_not_crop(dataset_dir):
     fine = [Resampled(spacing=4.0, grid=24), Sparsifyd()]
     train = make_dataset(dataset_dir, split="train", preprocessing=fine, sampling=drawn(max_points=600))
     sizes = [len(train[(step, 4)]["coords"]) for step in range(6)]
-    assert max(sizes) <= 600 < len(train.kept(4)["coords"]) and min(sizes) >= 100
+    assert max(sizes) <= 600 < len(train.kept_voxels(4)["coords"]) and min(sizes) >= 100
     val = make_dataset(dataset_dir, split="val", preprocessing=fine)
-    assert len(next(iter(make_val_loader(val)))["coords"]) == len(val.kept(0)["coords"]) > 600
+    assert len(next(iter(make_val_loader(val)))["coords"]) == len(val.kept_voxels(0)["coords"]) > 600
 
 
 # ---- the cache
@@ -273,7 +273,7 @@ def test_a_scan_prepared_onto_another_grid_is_not_read_from_the_cache(dataset_di
 def test_without_room_in_memory_the_samples_are_the_same(dataset_dir):
     whole = make(dataset_dir)
     tight = make(dataset_dir)
-    tight._memory_left = len(whole.kept(0)["coords"]) * 8 + 200  # room for the smallest case alone
+    tight._memory_left = len(whole.kept_voxels(0)["coords"]) * 8 + 200  # room for the smallest case alone
     assert all(same(whole[(1, n)], tight[(1, n)]) for n in range(5))
     assert list(tight._memory) == [0]
 
@@ -331,7 +331,7 @@ def test_a_transform_that_cannot_say_its_settings_is_refused(dataset_dir):
 
 
 def test_small_cases_are_skipped_counted_and_said_once(dataset_dir, caplog):
-    sizes = [len(make(dataset_dir).kept(number)["coords"]) for number in range(5)]
+    sizes = [len(make(dataset_dir).kept_voxels(number)["coords"]) for number in range(5)]
     dataset = make(dataset_dir, min_points=int(np.median(sizes)))
     with caplog.at_level(logging.WARNING):
         item = [dataset[(0, 0)] for _ in range(3)][-1]

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import distributed
 from torch.nn import functional as F
 
-from app.language.chat import collate, encode_chat
+from app.language.chat import collate_chats, encode_chat
 from networks.projector import Projector
 from networks.qwen import (
     VolumeQwen,
@@ -58,7 +58,7 @@ def make_batch(
         for question, answer, volumes in samples
     ]
     pads = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|video_pad|>"])
-    return collate(encoded, pad_id=pads[0], volume_id=pads[1], side=side, context=4096)
+    return collate_chats(encoded, pad_id=pads[0], volume_id=pads[1], side=side, context=4096)
 
 
 THREE = [
@@ -95,7 +95,7 @@ def test_prefix_and_placeholder_agree_when_the_tokens_stand_at_the_same_place(ma
     batch = make_batch(tokenizer, [THREE[0]], fusion="prefix")
     pads = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|video_pad|>"])
     bare = encode_chat(tokenizer, THREE[0][0], answer=THREE[0][1], num_volumes=0)._asdict() | {"volumes": THREE[0][2]}
-    front = collate([bare], pad_id=pads[0], volume_id=pads[1], context=4096)
+    front = collate_chats([bare], pad_id=pads[0], volume_id=pads[1], context=4096)
     torch.testing.assert_close(model.hidden_states(batch), model.hidden_states(front), atol=0, rtol=0)
     placed = make_batch(tokenizer, [THREE[0]])
     assert not torch.allclose(model(batch).loss, model(placed).loss)
@@ -211,7 +211,7 @@ def test_images_beside_volumes_equal_the_stock_model(family):
     image = {"pixel_values": torch.randn(32, 3 * 2 * 4 * 4), "image_grid_thw": grid}
     encoded = encode_chat(tokenizer, "Where?", image_tokens=[8])._asdict() | {"volumes": [text_as_volume(model, words)]}
     pads = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|video_pad|>"])
-    batch = collate([encoded], pad_id=pads[0], volume_id=pads[1], context=4096) | image
+    batch = collate_chats([encoded], pad_id=pads[0], volume_id=pads[1], context=4096) | image
     plain = batch["input_ids"].masked_scatter(batch["mask_3d"], words)
     kinds = (plain == config.image_token_id).int()
     expected = build_tiny(TEXTS, family=family, width=32)[0](input_ids=plain, mm_token_type_ids=kinds, **image).logits

@@ -27,7 +27,7 @@ from app.prepare import cohort
 from app.prepare.volume import read_scan
 from tests import scans
 
-SETTINGS = cohort.Settings(size=28, spacing=4.0, keep_names=True, windows=("bone",))
+SETTINGS = cohort.PrepareSettings(size=28, spacing=4.0, keep_names=True, windows=("bone",))
 BATCH = 50
 FORMATS = ("nifti", "nifti2", "pair", "analyze", "nrrd", "nhdr", "mha", "mhd")
 KINDS = ("same", "fields", "fields", "text", "bytes", "voxels")

@@ -14,7 +14,7 @@ from networks.losses import TokenizerLoss
 from networks.presets import NORMS, PRESETS, Preset, is_grid, make_sizes, preset
 from networks.sparse import SparseTensor, ops
 from networks.sparse.topology import Level, align_rows
-from networks.vqvae import Tokens
+from networks.vqvae import BatchTokens
 
 SIDE = 16
 SMALL = {"resolution": SIDE, "model_channels": 16, "num_blocks": 2, "num_embeddings": 32, "window": 2}
@@ -313,7 +313,7 @@ def test_tokens_are_in_morton_order_and_decode_to_the_same_codes(generator):
     assert order is None
     assert torch.equal(net.vq(net.latents_of(tokens).feats).codes.int(), tokens.codes)
     turn = torch.randperm(len(tokens.codes), generator=generator)
-    mixed = Tokens(tokens.codes[turn], tokens.coords[turn], tokens.latent_shape, 2)
+    mixed = BatchTokens(tokens.codes[turn], tokens.coords[turn], tokens.latent_shape, 2)
     assert torch.equal(net.decode(mixed).feats, net.decode(tokens).feats)
 
 

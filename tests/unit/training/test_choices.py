@@ -12,7 +12,7 @@ from monai.bundle import ConfigParser
 
 from app.shared.refusals import Refused
 from app.training import choices, preflight
-from app.training.choices import choose_backend, is_demo, window_names
+from app.training.choices import backend_of_run, is_demo, window_names
 from networks import make_vqvae
 from networks.presets import PRESETS, describe
 from transforms.windows import DEFAULT_WINDOWS, WINDOWS
@@ -240,7 +240,7 @@ def test_the_key_wins_over_the_environment_and_foreign_backends_mean_auto(
     if environment:
         monkeypatch.setenv("SPARSE_BACKEND", environment)
     with caplog.at_level("INFO", logger=choices.__name__):
-        assert choose_backend(key) == chosen
+        assert backend_of_run(key) == chosen
     assert ("SPARSE_BACKEND=torchsparse is not among" in caplog.text) == (environment == "torchsparse")
 
 

@@ -31,7 +31,7 @@ def check():
         what = "run" if config == EVALUATE else "training"
         words = ["/x/monai/bundle/__main__.py", "run", what, "--config_file", str(config), *map(str, flags)]
         try:
-            preflight.check(preflight.read_command_line(words))
+            preflight.check_run(preflight.read_command_line(words))
         except Refused as refused:
             said = str(refused)
             assert refused.status == 2 and "\n" not in said
@@ -393,7 +393,7 @@ def test_a_run_that_is_not_there(config):
         ["/x/monai/bundle/__main__.py", "run", "trainin", "--config_file", str(config())]
     )
     with pytest.raises(Refused) as end:
-        preflight.check(call)
+        preflight.check_run(call)
     assert str(end.value) == "UNKNOWN_RUN: this config has no trainin to run. Did you mean training?"
 
 
@@ -440,7 +440,7 @@ def test_no_bundle_run_no_check(monkeypatch):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     for argv in (["pytest"], ["/x/monai/bundle/__main__.py", "verify_metadata", "--max_stepz", "1"]):
         monkeypatch.setattr(sys, "argv", argv)
-        preflight.check()
+        preflight.check_run()
 
 
 def test_ctrl_c_is_one_line_and_a_shell_s_status(monkeypatch, capsys):
