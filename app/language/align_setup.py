@@ -18,12 +18,13 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from app.language import align_data, chat
-from app.language.volume_tokens import Reducer, TokenSource, VolumeTokens
+from app.language.volume_tokens import Reducer, TokenSource
 from app.shared.atomic_files import write_text
 from app.shared.hashes import hash_path
 from app.shared.refusals import Refused
 from app.text.manifests import check_rows, read_rows
 from app.text.rows import TextRow
+from app.tokens.token_files import CTTokens
 from app.tokens.tokenizer import CTTokenizer, find_tokenizer
 from app.training import checkpoints, shipped
 from app.training.initial_weights import STAGE1_COMMAND, train_demo_stage1
@@ -142,7 +143,7 @@ class AlignmentText:
         self.phantoms = {"count": 800, "seed": 0, "about": None} | (phantoms or {})
 
     @cached_property
-    def rows_and_volumes(self) -> tuple[list[TextRow], dict[str, VolumeTokens]]:
+    def rows_and_volumes(self) -> tuple[list[TextRow], dict[str, CTTokens]]:
         source = self.tokenizer.source(self.cache)
         if self.data is None:
             rows, volumes = align_data.builtin(source, split=self.split, **self.phantoms)

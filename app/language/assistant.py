@@ -20,7 +20,6 @@ import torch
 from app.language import chat
 from app.language.align_setup import FrozenTokenizer, identify, make_collate
 from app.language.align_training import to_device
-from app.language.volume_tokens import VolumeTokens, as_tensors
 from app.shared.devices import choose_device
 from app.shared.hashes import hash_path
 from app.shared.notice import NOTICE
@@ -41,7 +40,7 @@ class TokenizedScan:
     """Something to ask about: its tokens and where they came from."""
 
     name: str
-    tokens: VolumeTokens
+    tokens: CTTokens
     origin: dict[str, Any]  # hash of the scan and geometry of its series; no header text
     source: str = ""  # where it was found, below what was asked about
 
@@ -199,7 +198,7 @@ class CTAssistant:
         if isinstance(source, ScanSource):
             name, place = source.name, source.place if source is scan else Path(scan).name
             origin |= {"tokens_sha256": source.key} if source.kind == "tokens" else {}
-        return TokenizedScan(name, as_tensors(tokens), {**origin, **_series(tokens)}, place)
+        return TokenizedScan(name, tokens, {**origin, **_series(tokens)}, place)
 
     def open_all(self, path: Path) -> Iterator[TokenizedScan | ValueError]:
         """Everything at a path, by the one door for scans; what is refused comes as its refusal."""
