@@ -19,7 +19,6 @@ from torch.utils.data import Dataset, Subset
 
 from app.language import align_data, chat
 from app.language.volume_tokens import Reducer, TokenSource
-from app.shared.atomic_files import write_text
 from app.shared.hashes import hash_path
 from app.shared.refusals import Refused
 from app.text.manifests import check_rows, read_rows
@@ -340,7 +339,3 @@ def check_resumed(folder: Path, args: dict) -> None:
     told = ", ".join(f"{name} {args[name]} (was {began.get(name)})" for name in changed if name != "tokenizer_path")
     if told:
         log.warning("this run goes on with other settings than it began with: %s", told)
-
-
-def write_train_args(folder: Path, args: dict) -> None:
-    write_text(folder / "train_args.json", json.dumps(args, indent=2, default=str) + "\n")

@@ -28,9 +28,10 @@ from app.text.rows import REPORT_QUESTION
 from app.tokens.open_scan import ScanSource, scan_source, scan_sources
 from app.tokens.token_files import CTTokens
 from app.training import checkpoints
+from app.training.key_rules import RULES, Rule
 from networks import qwen
 from networks.projector import Projector
-from networks.tokens import REDUCTIONS, TokenSequence
+from networks.tokens import TokenSequence
 
 log = logging.getLogger(__name__)
 
@@ -225,39 +226,18 @@ class CTAssistant:
 SETTINGS_TOLD = ("max_3d_tokens", "token_reduction", "use_3d_pos", "position", "fusion", "use_lora")
 
 
-def _whole(low: int, high: int) -> tuple[str, Callable[[Any], bool]]:
-    return f"a whole number from {low} to {high}", lambda value: type(value) is int and low <= value <= high
-
-
-def _one_of(*names: str) -> tuple[str, Callable[[Any], bool]]:
-    return f"one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names
-
-
-def _is_base(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("name", 0), str | None)
-
-
-def _is_scale(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
-
-
-TEXT = ("a text", lambda value: isinstance(value, str))
-YES_OR_NO = ("true or false", lambda value: isinstance(value, bool))
+MAX_NUMBER = 1 << 24  # beyond is damage, and more than memory holds
+KEYS = ("projector_layers", "amp", "max_text_tokens", "max_3d_tokens", "token_reduction", "use_3d_pos", "position")
 SETTINGS = {  # of train_args.json, what is used: whoever wrote it
-    "tokenizer": TEXT,
-    "tokenizer_path": TEXT,
-    "in_features": _whole(1, 1 << 16),
-    "projector_layers": _whole(1, 64),
-    "position_scale": ("a number above 0", _is_scale),
-    "base_model": ("a model with its name, or null where it was built", _is_base),
-    "amp": _one_of("off", "bf16", "fp16"),
-    "max_text_tokens": _whole(1, 1 << 24),
-    "max_3d_tokens": _whole(1, 1 << 24),
-    "token_reduction": _one_of(*REDUCTIONS),
-    "use_3d_pos": YES_OR_NO,
-    "position": _one_of("1d", "mrope3d"),
-    "fusion": _one_of("placeholder", "prefix"),
-    "use_lora": YES_OR_NO,
+    **{name: RULES[name] for name in (*KEYS, "fusion", "use_lora")},
+    **dict.fromkeys(("tokenizer", "tokenizer_path"), Rule(str, "a text")),
+    "in_features": Rule(int, f"a whole number from 1 to {1 << 16}", minimum=1, holds=lambda width: width <= 1 << 16),
+    "position_scale": Rule((int, float), "a number above 0", holds=lambda scale: 0 < scale < math.inf),
+    "base_model": Rule(
+        dict,
+        "a model with its name, or null where it was built",
+        holds=lambda base: isinstance(base.get("name", 0), str | None),
+    ),
 }
 
 
@@ -296,9 +276,10 @@ def read_settings(path: Path) -> dict[str, Any]:
         settings = None
     if not isinstance(settings, dict) or not set(settings) >= set(SETTINGS):
         raise Refused("NO_ALIGNMENT", f"{file} is damaged", "align again")
-    for name, (rule, holds) in SETTINGS.items():
-        if not holds(settings[name]):
-            what = f"{file} must have {rule} as its {name}, it has {str(settings[name])[:40]}"
+    for name, rule in SETTINGS.items():
+        value = settings[name]
+        if not rule.allows(value) or (isinstance(value, int) and value > MAX_NUMBER):
+            what = f"{file} must have {rule.says} as its {name}, it has {str(value)[:40]}"
             raise Refused("NO_ALIGNMENT", what, "copy the folder again, or align again")
     return settings
 

@@ -28,6 +28,20 @@ from app.text.manifests import read_rows
 from transforms.windows import window_bounds
 
 
+class Named(NamedTuple):
+    """An item with the public names of its dataset and of itself."""
+
+    item: Item
+    dataset: str
+    case: str
+    folder: str  # of its dataset in RAW; "." where RAW is one dataset
+
+    @property
+    def place(self) -> str:
+        """Its path below its dataset's folder."""
+        return names.path_in_dataset(self.item, self.folder)
+
+
 class Request(NamedTuple):
     """The rest of a call: what is read beside the scans, and how the work is spread."""
 
@@ -66,18 +80,22 @@ def _prepare(root: str, out: Path, settings: PrepareSettings, request: Request, 
     with busy("looking at what is there"):
         items = survey(root, rules)
     named = _name(items, root, key, settings.keep_names)
+    planned = [one for one in named if one.item.plan is not None]
     _check_settings(out, named, settings, overwrite=request.overwrite)
-    names.write_sources(out, [(dataset, case, item.source) for item, dataset, case in named])
-    folders = {out / dataset for _, dataset, _ in named}
+    names.write_sources(out, [(one.dataset, one.case, one.item.source) for one in named])
+    folders = {out / one.dataset for one in named}
     _clear_leftovers(folders)
-    sources = {(dataset, case): item.source for item, dataset, case in named if item.plan is not None}
-    stated = patients_of(text, sources, root=_folder_of(root))
-    who = _patients(named, root, key, stated)
-    members = [
-        splits.member_of(item, case, who[dataset, case]) for item, dataset, case in named if item.plan is not None
-    ]
-    jobs = _jobs(named, root, out, who, splits.sides_of(members, request.split), settings, rules, request)
-    outcomes = [_not_planned(*entry) for entry in named if entry[0].plan is None]
+    sources = {(one.dataset, one.case): one.item.source for one in planned}
+    patients = _patients(planned, key, patients_of(text, sources, root=_folder_of(root)))
+    members = [splits.member_of(one.item, one.case, who) for one, who in zip(planned, patients, strict=True)]
+    sides = splits.sides_of(members, request.split)
+    jobs = []
+    for one, who, side in zip(planned, patients, sides, strict=True):
+        raw_name = os.path.basename(root) if one.folder == "." else one.folder
+        mapping = {**request.organs.get("*", {}), **request.organs.get(raw_name, {})}
+        rest = (tuple(sorted(mapping.items())), request.preview, request.overwrite)
+        jobs.append(CaseJob(one.item, str(out / one.dataset), one.case, who, side, settings, rules, *rest))
+    outcomes = [_not_planned(one) for one in named if one.item.plan is None]
     workers = 0 if request.cluster else worker_count(request.workers, _bytes_for(jobs, settings), len(jobs))
     if jobs:
         sys.stderr.write(_needs(jobs, settings, out, workers=workers) + "\n")
@@ -115,11 +133,9 @@ def _check_call(root: str, out: Path, settings: PrepareSettings) -> None:
         window_bounds(window)
 
 
-def _check_settings(
-    out: Path, named: Sequence[tuple[Item, str, str]], settings: PrepareSettings, *, overwrite: bool
-) -> None:
+def _check_settings(out: Path, named: Sequence[Named], settings: PrepareSettings, *, overwrite: bool) -> None:
     """A dataset holds cases of one kind: other settings want another OUT, or --overwrite of all that it holds."""
-    for dataset in {dataset for _, dataset, _ in named}:
+    for dataset in {one.dataset for one in named}:
         file = out / dataset / "dataset_config.json"
         if not file.is_file():
             continue
@@ -131,14 +147,14 @@ def _check_settings(
         what = f"OUT was prepared with another {', '.join(changed)}"
         if not overwrite:
             raise Refused("NO_OUTPUT", what, "use another OUT or --overwrite")
-        made = {case for item, home, case in named if home == dataset and item.plan is not None}
+        made = {one.case for one in named if one.dataset == dataset and one.item.plan is not None}
         left = sorted(path.parent.name for path in file.parent.glob("processed/*/case.json"))
         if left := [case for case in left if case not in made]:
             what = f"{what}, and RAW does not give {len(left)} of its cases ({left[0]}, ...)"
             raise Refused("NO_OUTPUT", what, "use another OUT")
 
 
-def _name(items: Sequence[Item], root: str, key: bytes, keep_names: bool) -> list[tuple[Item, str, str]]:
+def _name(items: Sequence[Item], root: str, key: bytes, keep_names: bool) -> list[Named]:
     """Each item with its dataset's and its own public name; equal names are numbered."""
     whole = names.one_dataset(items, root)
     out, taken, stacks = [], Counter(), Counter()
@@ -153,66 +169,21 @@ def _name(items: Sequence[Item], root: str, key: bytes, keep_names: bool) -> lis
         stacks[place] += 1
         taken[dataset, case] += 1
         again = taken[dataset, case]
-        out.append((item, dataset, case if again == 1 else f"{case}_{again}"))
+        out.append(Named(item, dataset, case if again == 1 else f"{case}_{again}", folder))
     return out
 
 
-def _patients(
-    named: Sequence[tuple[Item, str, str]], root: str, key: bytes, stated: Mapping[tuple[str, str], str]
-) -> dict[tuple[str, str], str]:
-    """Hash of who each planned case is of: whom the manifest names, else what the scan and its place say."""
-    planned = [entry for entry in named if entry[0].plan is not None]
-    whole = names.one_dataset([item for item, _, _ in named], root)
-    places = {
-        (dataset, case): names.path_in_dataset(item, names.dataset_of(item, root, whole=whole))
-        for item, dataset, case in planned
-    }
+def _patients(planned: Sequence[Named], key: bytes, stated: Mapping[tuple[str, str], str]) -> list[str]:
+    """Hash of who each case is of: whom the manifest names, else what the scan and its place say."""
     folders = defaultdict(set)
-    for (dataset, _), place in places.items():
-        folders[dataset].add(place.rpartition(os.sep)[0].split(os.sep)[0])
-    patients = {}
-    for item, dataset, case in planned:
-        several, home = len(folders[dataset]) > 1, (dataset, case)
-        patients[home] = (
-            names.hashed(key, "patient", stated[home])
-            if home in stated
-            else names.patient_of(item, places[home], key, several_folders=several)
-        )
+    for one in planned:
+        folders[one.dataset].add(one.place.rpartition(os.sep)[0].split(os.sep)[0])
+    patients = []
+    for one in planned:
+        who, several = stated.get((one.dataset, one.case)), len(folders[one.dataset]) > 1
+        by_place = names.patient_of(one.item, one.place, key, several_folders=several)
+        patients.append(by_place if who is None else names.hashed(key, "patient", who))
     return patients
-
-
-def _jobs(
-    named: Sequence[tuple[Item, str, str]],
-    root: str,
-    out: Path,
-    patients: Mapping[tuple[str, str], str],
-    sides: Sequence[str],
-    settings: PrepareSettings,
-    rules: Rules,
-    request: Request,
-) -> list[CaseJob]:
-    planned = [entry for entry in named if entry[0].plan is not None]
-    whole = names.one_dataset([item for item, _, _ in named], root)
-    jobs = []
-    for (item, dataset, case), side in zip(planned, sides, strict=True):
-        folder = names.dataset_of(item, root, whole=whole)
-        raw_name = os.path.basename(root) if folder == "." else folder
-        mapping = {**request.organs.get("*", {}), **request.organs.get(raw_name, {})}
-        jobs.append(
-            CaseJob(
-                item,
-                str(out / dataset),
-                case,
-                patients[dataset, case],
-                side,
-                settings,
-                rules,
-                tuple(sorted(mapping.items())),
-                request.preview,
-                request.overwrite,
-            )
-        )
-    return jobs
 
 
 def _bytes_for(jobs: Sequence[CaseJob], settings: PrepareSettings) -> int:
@@ -235,9 +206,9 @@ def _needs(jobs: Sequence[CaseJob], settings: PrepareSettings, out: Path, *, wor
     return f"{len(jobs)} cases: {disk}; {memory}"
 
 
-def _not_planned(item: Item, dataset: str, case: str) -> Outcome:
-    finding = item.finding
-    return Outcome(case, dataset, item.source, finding.kind, (finding.code,), finding.message)
+def _not_planned(one: Named) -> Outcome:
+    finding = one.item.finding
+    return Outcome(one.case, one.dataset, one.item.source, finding.kind, (finding.code,), finding.message)
 
 
 def _clear_leftovers(folders: Iterable[Path]) -> None:

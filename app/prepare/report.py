@@ -1,7 +1,7 @@
 """What a run of `prepare` leaves to read: the tables of each dataset, and the lines that are printed."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,16 +48,13 @@ def write_tables(
         folder = out / dataset
         mapping = {name: dict(sorted(values.items())) for name, values in sorted(organs.items())}
         mapping = mapping if settings.keep_names else {"*": mapping.get("*", {})} if mapping else {}
-        config = {"size": settings.size, "spacing": settings.spacing, "windows": _window_table(settings.windows)}
+        windows = {name: list(WINDOWS[name]) for name in settings.windows}
+        config = {"size": settings.size, "spacing": settings.spacing, "windows": windows}
         config |= {"settings": settings_json(settings), "organ_mapping": mapping}
         writer.write_dataset_config(folder, config)
         failures = [o for o in members if o.status in ("refused", "failed")]
         writer.write_metadata(folder, _rows(folder, settings, {o.case for o in failures}))
         writer.write_failures(folder, [_failure(o, settings.keep_names) for o in failures])
-
-
-def _window_table(windows: Iterable[str]) -> dict[str, list[int]]:
-    return {name: list(WINDOWS[name]) for name in windows}
 
 
 def _rows(folder: Path, settings: PrepareSettings, stale: set[str]) -> Iterator[dict[str, str]]:

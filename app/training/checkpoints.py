@@ -44,10 +44,7 @@ def step_file(output_dir: Path, name: str, step: int) -> Path:
 
 def complete_steps(output_dir: str | Path) -> list[int]:
     """Steps whose set is whole, oldest first."""
-    found = (
-        re.fullmatch(r"misc_step(\d{7,})\.pt", path.name) for path in Path(output_dir, "ckpts").glob("misc_step*.pt")
-    )
-    return sorted(int(match[1]) for match in found if match)
+    return sorted(_files_of(output_dir, "misc"))
 
 
 def step_to_resume(output_dir: str | Path, resume: str | int | None) -> int | None:
@@ -70,7 +67,7 @@ def warm_up_step(output_dir: str | Path, resume: str | int | None) -> int | None
     """The step of a warm-up that `resume: latest` goes on with: one that no complete set has followed."""
     if resume != "latest" or complete_steps(output_dir):
         return None
-    return max((step for _, step in _warm_ups(output_dir)), default=None)
+    return max(_files_of(output_dir, "warmup"), default=None)
 
 
 def save_warm_up(output_dir: Path, step: int, content: dict) -> None:
@@ -80,14 +77,15 @@ def save_warm_up(output_dir: Path, step: int, content: dict) -> None:
 
 
 def drop_warm_ups(output_dir: Path, *, keep: int | None = None) -> None:
-    for path, step in _warm_ups(output_dir):
+    for step, path in _files_of(output_dir, "warmup").items():
         if step != keep:
             path.unlink()
 
 
-def _warm_ups(output_dir: str | Path) -> list[tuple[Path, int]]:
-    paths = list(Path(output_dir, "ckpts").glob("warmup_step*.pt"))
-    return [(path, int(match[1])) for path in paths if (match := re.fullmatch(r"warmup_step(\d{7,})\.pt", path.name))]
+def _files_of(output_dir: str | Path, name: str) -> dict[int, Path]:
+    """The files of one name by their step."""
+    paths = list(Path(output_dir, "ckpts").glob(f"{name}_step*.pt"))
+    return {int(match[1]): path for path in paths if (match := re.fullmatch(rf"{name}_step(\d{{7,}})\.pt", path.name))}
 
 
 def write_atomically(content: dict, path: Path) -> None:
@@ -319,7 +317,8 @@ def load_weights(network: nn.Module, state: dict, path: str | Path) -> None:
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        raise Refused("BAD_CHECKPOINT", f"{path} does not fit ({_first_misfit(error)})") from error
+        first = " ".join(str(error).split("\n\t")[1:2]).strip().rstrip(".")  # of what torch complains about
+        raise Refused("BAD_CHECKPOINT", f"{path} does not fit ({first or 'tensors of other sizes'})") from error
 
 
 def check_extent(sizes: Preset, state: dict, path: str | Path) -> None:
@@ -330,11 +329,6 @@ def check_extent(sizes: Preset, state: dict, path: str | Path) -> None:
     if wanted > 4 * stored + 1_000_000:
         what = f"{path} holds {stored:,} numbers, its sizes say {wanted:,}"
         raise Refused("BAD_CHECKPOINT", what)
-
-
-def _first_misfit(error: RuntimeError) -> str:
-    """The first of what `load_state_dict` complains about."""
-    return (" ".join(str(error).split("\n\t")[1:2]) or "its tensors do not fit its sizes").strip().rstrip(".")
 
 
 def start_from(network: SparseVQVAE, path: str | Path, *, codebook: bool) -> Path:
@@ -351,19 +345,10 @@ def start_from(network: SparseVQVAE, path: str | Path, *, codebook: bool) -> Pat
     check_same(sizes, network.sizes, source=file, skip=skip)
     if is_resampled_otherwise(sizes):
         log.warning("%s learned from data resampled by an older rule, this run's are by %s", file.name, RESAMPLER)
-    own = {name: tensor for name, tensor in state.items() if name != "_extra_state" and not name.startswith("vq.")}
-    if codebook:
-        own |= {name: tensor for name, tensor in state.items() if name.startswith("vq.")}
-    try:
-        left = network.load_state_dict(own, strict=False)
-    except RuntimeError as error:
-        raise Refused("BAD_CHECKPOINT", f"{file} does not fit ({_first_misfit(error)})") from error
-    missing = [n for n in left.missing_keys if n != "_extra_state" and (codebook or not n.startswith("vq."))]
-    if missing or left.unexpected_keys:
-        what = (
-            f"it lacks {', '.join(missing) or 'nothing'}, it has besides {', '.join(left.unexpected_keys) or 'nothing'}"
-        )
-        raise Refused("BAD_CHECKPOINT", f"{file} does not fit ({what})")
+    own = () if codebook else ("vq.",)  # what of the network stays as it is, beside its sizes
+    taken = {name: tensor for name, tensor in state.items() if not name.startswith(("_extra_state", *own))}
+    kept = {name: part for name, part in network.state_dict().items() if name.startswith(("_extra_state", *own))}
+    load_weights(network, taken | kept, file)
     return file
 
 

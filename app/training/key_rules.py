@@ -224,7 +224,7 @@ RULES = {
     "use_3d_pos": _switch(),
     "position": _choice("1d", "mrope3d"),
     "fusion": _choice("placeholder", "prefix"),
-    "projector_layers": _count(1),
+    "projector_layers": Rule(int, "a whole number from 1 to 64", minimum=1, holds=lambda layers: layers <= 64),
     "with_volumes": _switch(),
     "train_language": _switch(),
     "use_lora": _switch(),

@@ -16,7 +16,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -118,8 +118,7 @@ def check_call(call: CommandLine) -> None:
     """Refuses what is wrong with a call or its config."""
     if call.run_id not in call.config:
         steps = [name for name in STEP_LISTS if name in call.config]
-        near = difflib.get_close_matches(call.run_id, steps, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(steps)}"
+        hint = nearest(call.run_id, steps, otherwise=f"it has {', '.join(steps)}")
         raise Refused("UNKNOWN_RUN", f"this config has no {call.run_id} to run", hint)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "process_group" not in call.config:
         raise Refused(
@@ -182,12 +181,17 @@ def _check_value(name: str, value: Any) -> None:
         raise Refused("BAD_VALUE", f"{name} must be {rule.says}, got {value!r}", f"pass another --{name}")
 
 
+def nearest(name: str, known: Iterable[str], otherwise: str, *, cutoff: float = 0.6) -> str:
+    """What to do about a name that is not known."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f"did you mean {near[0]}?" if near else otherwise
+
+
 def _unknown(name: str, known: dict, *, under: str = "") -> NoReturn:
-    near = difflib.get_close_matches(name, [*known, *(() if under else ("config_file",))], n=1, cutoff=0.5)
     where = f"{under} has no key {name}" if under else f"this run has no key {name}"
-    raise Refused(
-        "UNKNOWN_KEY", where, f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(map(str, known)))}"
-    )
+    has = f"it has {', '.join(sorted(map(str, known)))}"
+    hint = nearest(name, [*known, *(() if under else ("config_file",))], has, cutoff=0.5)
+    raise Refused("UNKNOWN_KEY", where, hint)
 
 
 def _check_structure(config: dict[str, Any]) -> None:
@@ -211,8 +215,7 @@ def _check_structure(config: dict[str, Any]) -> None:
             for part in re.split(r"::|#", reference):
                 inside = isinstance(node, list) and part.isdigit() and int(part) < len(node)
                 if not inside and not (isinstance(node, dict) and part in node):
-                    near = difflib.get_close_matches(part, list(node) if isinstance(node, dict) else [], n=1)
-                    hint = f"did you mean {near[0]}?" if near else "define it, or remove the reference"
+                    hint = nearest(part, node if isinstance(node, dict) else (), "define it, or remove the reference")
                     raise Refused("MISSING_REFERENCE", f"{path} refers to @{reference}, which does not exist", hint)
                 node = node[int(part)] if isinstance(node, list) else node[part]
 
@@ -232,8 +235,8 @@ def _check_component(path: str, node: dict[str, Any]) -> None:
         raise Refused("BAD_TARGET", what, "install what it needs") from error
     if made is None:
         module, _, last = name.rpartition(".")
-        near = difflib.get_close_matches(last, dir(pydoc.locate(module)) if pydoc.locate(module) else [], n=1)
-        hint = f"did you mean {module}.{near[0]}?" if near else "give the dotted path of a class or function"
+        there = pydoc.locate(module)
+        hint = nearest(last, dir(there) if there else (), "").replace("mean ", f"mean {module}.")
         raise Refused("BAD_TARGET", f"{path} names {name}, which does not exist", hint)
     try:
         # an instance's own call: Python 3.12 gives members of an Enum the signature of their class
@@ -251,8 +254,7 @@ def _check_component(path: str, node: dict[str, Any]) -> None:
         return
     for key in node:
         if not key.startswith("_") and key not in takes:
-            near = difflib.get_close_matches(key, list(takes), n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(takes)}"
+            hint = nearest(key, takes, otherwise=f"it takes {', '.join(takes)}")
             raise Refused("UNKNOWN_ARGUMENT", f"{path} gives {key}, which {name} does not take", hint)
 
 
@@ -260,8 +262,7 @@ def _check_word(path: str, name: str) -> None:
     """That MONAI has a component of this name."""
     table = ComponentLocator()
     if table.get_component_module_name(name) is None:
-        near = difflib.get_close_matches(name, list(table._components_table), n=1)
-        hint = f"did you mean {near[0]}?" if near else "give the dotted path of a class or function"
+        hint = nearest(name, table._components_table, "")
         raise Refused("BAD_TARGET", f"{path} names {name}, which MONAI does not have", hint)
 
 

@@ -4,7 +4,6 @@ As `python -m monai.bundle run training --config_file bundles/STAGE.json`, with 
 such a run lays into a process (exception hook, signal handlers, logging) does not stay behind; a refusal is raised.
 """
 
-import difflib
 import json
 import logging
 import os
@@ -102,8 +101,7 @@ def _file_of(stage: str) -> Path:
     if Path(stage).suffix in (".json", ".yaml", ".yml"):
         return Path(stage)
     if stage not in stages():
-        near = difflib.get_close_matches(stage, stages(), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(stages())}"
+        hint = preflight.nearest(stage, stages(), otherwise=f"it is one of {', '.join(stages())}")
         raise Refused("UNKNOWN_STAGE", f"there is no stage {stage}", hint)
     return bundles_folder() / f"{stage}.json"
 
