@@ -52,13 +52,14 @@ def text_scores(outputs: Sequence[str], references: Sequence[str]) -> dict[str, 
     tokenizer = Characters() if chinese else None
     scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False, tokenizer=tokenizer)
     smooth = {"effective_order": True, "smooth_method": "exp", "tokenize": "zh" if chinese else "13a"}
-    bleu = {order: BLEU(max_ngram_order=order, lowercase=True, **smooth) for order in (1, 4)}
-    by_order = {
-        order: [metric.sentence_score(out, [ref]).score / 100 for out, ref in pairs] for order, metric in bleu.items()
-    }
+    bleu = {}
+    for order in (1, 4):
+        metric = BLEU(max_ngram_order=order, lowercase=True, **smooth)
+        scores = [metric.sentence_score(output, [reference]).score / 100 for output, reference in pairs]
+        bleu[f"bleu{order}"] = np.array(scores)
     rouge = [scorer.score(reference, output) for output, reference in pairs]
     return {
-        **{f"bleu{order}": np.array(scores) for order, scores in by_order.items()},
+        **bleu,
         **{name: np.array([row[name].fmeasure for row in rouge]) for name in ("rouge1", "rouge2", "rougeL")},
         "meteor": np.array([meteor(output, reference) for output, reference in pairs]),
         "cider": cider(outputs, references),
