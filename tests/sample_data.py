@@ -31,7 +31,7 @@ def make(root, *, split: str = "train", seed: int = 0, min_points: int = 100, wi
 
 def drawn(*, max_points: int | None = None) -> list:
     """As the stage files draw a sample."""
-    return [RandTranslated(max_shift=4), RandCropToBudgetd(max_points=max_points), RandJitterd()]
+    return [RandTranslated(max_shift=0.25), RandCropToBudgetd(max_points=max_points), RandJitterd()]
 
 
 def same(one: dict, other: dict) -> bool:

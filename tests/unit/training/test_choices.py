@@ -41,7 +41,7 @@ def test_without_data_it_is_the_demo(monkeypatch, stage, steps, rate, loss):
     config = resolved(monkeypatch, stage)
     assert config["demo"] is True and config["preset"] == "tiny" and config["dataset_dir"] is None
     assert (config["max_steps"], config["learning_rate"], config["loss_type"]) == (steps, rate, loss)
-    assert (config["max_shift"], config["norm"], config["num_workers"]) == (4, "sample", 0)
+    assert (config["max_shift"], config["norm"], config["num_workers"]) == (0.084, "sample", 0)
     assert (config["resolution"], config["spacing"], config["max_points"]) == (48, 8.0, None)
     assert (config["i_print"], config["i_save"], config["val_interval"]) == (25, 150, 150)
     assert config["lr_scheduler"] == "one_cycle" and config["batch_size_per_gpu"] == 1
@@ -78,7 +78,7 @@ def test_every_flat_key_of_every_stage_can_be_given_on_the_line(monkeypatch):
     """What stands in the file is only what a key is where nobody says otherwise."""
     given = {
         "max_steps": 10, "resolution": 64, "spacing": 2.0, "learning_rate": 0.5, "num_blocks": 1, "max_points": 77,
-        "norm": "voxel", "pool": "mean", "amp": "off", "num_workers": 3, "i_save": 9, "max_shift": 2, "ema_rate": 0.5,
+        "norm": "voxel", "pool": "mean", "amp": "off", "num_workers": 3, "i_save": 9, "max_shift": 0.5, "ema_rate": 0.5,
         "batch_size_per_gpu": 5, "lr_scheduler": "constant", "loss_type": "l2", "model_channels": 32, "preset": "base",
     }  # fmt: skip
     for stage in STAGES:

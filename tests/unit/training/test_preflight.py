@@ -175,7 +175,7 @@ def test_a_device_that_is_not_here(check, device):
         ("min_points", "-5"),
         ("batch_split", "0"),
         ("max_shift", "-2"),
-        ("max_shift", "1.5"),
+        ("max_shift", "4"),
         ("max_shift", "four"),
         ("resume", "newest"),
         ("dataset_dir", "7"),
