@@ -52,7 +52,7 @@ class CTDataset(Dataset):
 
     def __init__(
         self,
-        cases: Sequence[PreparedCase],
+        cases: Sequence[Any],  # PreparedCases, or what a subclass reads
         *,
         preprocessing: Sequence[Transform],
         sampling: Sequence[Transform] = (),

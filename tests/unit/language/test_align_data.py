@@ -168,7 +168,7 @@ def test_items_of_a_users_own_that_cannot_be_used_are_named(change, message, red
 
 
 def test_rows_that_cannot_be_learned_from_are_counted_by_reason(ct, language, reduce):
-    tokens = TokenSourceInMemory(ct).tokens
+    tokens = ct.encode(scan(0))
     rows = [
         TextRow("a", "Is there a nodule?", "yes", kind="presence"),
         TextRow("a", "Is there a nodule?", "", kind="presence"),
@@ -189,7 +189,7 @@ def test_without_volumes_the_report_stands_in_the_volumes_place(ct, language, re
     tokenizer, report = language[1], "Two nodules.<|vision_end|> No effusion."
     rows = [TextRow("a", "Write.", report), TextRow("a", "Is there a nodule?", "yes", kind="presence")]
     rows.append(TextRow("b", "Is there a nodule?", "no", kind="presence"))
-    tokens = TokenSourceInMemory(ct).tokens
+    tokens = ct.encode(scan(0))
     options = {"volumes": {"a": tokens, "b": tokens}, "reduce": reduce, "tokenizer": tokenizer}
     read = TextDataset(rows, with_volumes=False, **options)
     texts = [tokenizer.decode(read[at]["input_ids"]) for at in range(3)]
@@ -203,13 +203,6 @@ def test_without_volumes_the_report_stands_in_the_volumes_place(ct, language, re
     assert tokenizer.decode(seen[1]["input_ids"]) == texts[1].replace(
         written, "<|vision_start|><|video_pad|><|vision_end|>"
     )
-
-
-class TokenSourceInMemory:
-    def __init__(self, ct):
-        from app.language.volume_tokens import as_tensors
-
-        self.tokens = as_tensors(ct.encode(scan(0)))
 
 
 def test_tokens_are_kept_under_the_tokenizers_hash_and_the_resampler_and_damaged_ones_made_again(ct, tmp_path):
