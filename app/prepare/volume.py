@@ -14,12 +14,12 @@ from jaxtyping import Float, Num
 
 from app.prepare.files import hash_of
 from app.prepare.findings import Finding, codes_of, finding
-from app.prepare.formats import read_voxels
 from app.prepare.gate import NO_RULES, Rules, Stack
 from app.prepare.labels import LabelFile
 from app.prepare.pixels import at_even_steps, read_frames
 from app.prepare.survey import Item, survey
 from app.prepare.values import map_padding, refuse_constant, why_not_hu
+from app.prepare.volume_file import read_voxels
 from app.shared.refusals import Refused
 
 
