@@ -24,7 +24,7 @@ from app.shared.hashes import hash_path
 from app.shared.refusals import Refused
 from app.shared.version import VERSION
 from app.tokens.tokenizer import CTTokenizer, find_tokenizer
-from app.training import checkpoints
+from app.training import checkpoints, seals
 from app.training.shipped import RECORD, SUMS, WEIGHTS, with_sums
 
 MAX_BYTES = 28_000_000
@@ -74,7 +74,7 @@ def in_halves(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if not value.isfinite().all():
             raise Refused("BAD_CHECKPOINT", f"{name} holds values beyond float16", "train with a lower learning rate")
     stored = {name: value for name, value in rounded.items() if not name.endswith(SUMS)}
-    sealed = checkpoints.sealed(with_sums(stored))
+    sealed = seals.sealed(with_sums(stored))
     return {
         name: (value.half() if _is_halved(name, value) else value).contiguous()
         for name, value in sealed.items()

@@ -17,7 +17,7 @@ from app.tokens.bundles import check_description
 from app.tokens.code_tables import CodeTables, tables_of
 from app.tokens.open_scan import Scan, Volume
 from app.tokens.token_files import CTTokens, latent_to_voxel, read_tokens
-from app.training import checkpoints, data, shipped
+from app.training import checkpoints, data, seals, shipped
 from app.training.checkpoints import NEWEST_TOKENIZERS, averaged_file, complete_steps, step_file
 from networks.presets import Preset
 from networks.sparse import SparseTensor
@@ -76,7 +76,7 @@ class CTTokenizer:
         log.info("tokenizer %s", file)
         if checkpoints.is_resampled_otherwise(network.sizes):
             log.warning("%s", OTHER_RESAMPLER.format(file=file.name, now=RESAMPLER))
-        digest = checkpoints.weights_hash(network.state_dict())
+        digest = seals.weights_hash(network.state_dict())
         check_description(file, network.sizes, digest)
         made = cls(network, digest=digest, source=str(file), max_points=max_points)
         made.network.to(choose_device() if device is None else device)

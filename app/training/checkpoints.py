@@ -6,7 +6,6 @@ code and carry the sizes of their network (`networks.presets.Preset`).
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -22,13 +21,13 @@ from app.shared.atomic_files import write_text
 from app.shared.refusals import Refused
 from app.training import shipped
 from app.training.key_rules import RULES
+from app.training.seals import content_hash, sealed, tensors_hash
 from networks import pretrained
 from networks.presets import CHECKSUM, Preset
 from networks.vqvae import SparseVQVAE, build_vqvae
 from transforms.grid import RESAMPLER
 
 log = logging.getLogger(__name__)
-
 NEWEST_TOKENIZERS = ("outputs/vq_stage2", "outputs/vq_stage1")
 SET_FILE = re.compile(
     r"(?:misc|(?:vae|vqvae|align)(?:_ema[\d.e+-]+)?)_step(\d{7,})\.pt(\.part)?"
@@ -248,59 +247,6 @@ def _check_tensors(state: dict, path: str | Path) -> None:
             raise Refused("BAD_CHECKPOINT", f"{path} holds no plain tensor as {name!r:.60}")
         if not value.isfinite().all():
             raise Refused("BAD_CHECKPOINT", f"{path} holds values that are no numbers, in {name}")
-
-
-def sealed(state: dict) -> dict:
-    """A state dict that carries the hash of its tensors beside its sizes, where it has any. Neither sizes nor identity
-    (`weights_hash` of the network's own state) know of it.
-    """
-    if "_extra_state" not in state:
-        return state
-    sizes = json.loads(bytes(state["_extra_state"].tolist())) | {CHECKSUM: tensors_hash(state)}
-    return {**state, "_extra_state": as_bytes(sizes)}
-
-
-def unsealed(stored: torch.Tensor) -> torch.Tensor:
-    sizes = json.loads(bytes(stored.tolist()))
-    return as_bytes({name: value for name, value in sizes.items() if name != CHECKSUM}) if CHECKSUM in sizes else stored
-
-
-def as_bytes(sizes: dict) -> torch.Tensor:
-    return torch.tensor(list(json.dumps(sizes).encode()), dtype=torch.uint8)
-
-
-def tensors_hash(state: dict) -> str:
-    return weights_hash({name: tensor for name, tensor in state.items() if name != "_extra_state"})
-
-
-def weights_hash(state: dict) -> str:
-    """sha256 over names and values, so the same for the same weights saved again elsewhere, sealed or not."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name] if name != "_extra_state" else unsealed(state[name])
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def content_hash(content: dict) -> str:
-    """sha256 over named values, lists and tensors in their order, without the hash that a dict tells of itself."""
-    digest = hashlib.sha256()
-
-    def add(value: object) -> None:
-        if isinstance(value, torch.Tensor):
-            digest.update(weights_hash({"": value}).encode())
-        elif isinstance(value, dict | list | tuple):
-            parts = value.items() if isinstance(value, dict) else value
-            digest.update(f"{type(value).__name__} {len(value)}\n".encode())
-            for part in parts:
-                add(part)
-        else:
-            digest.update(f"{value!r}\n".encode())
-
-    add({name: value for name, value in content.items() if name != CHECKSUM})
-    return digest.hexdigest()
 
 
 def load_tokenizer(path: str | Path) -> SparseVQVAE:

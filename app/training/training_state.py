@@ -12,7 +12,7 @@ import torch
 from torch.optim import Adam, Optimizer
 
 from app.shared.refusals import Refused
-from app.training import checkpoints
+from app.training import checkpoints, seals
 from networks.presets import CHECKSUM
 
 ADAM = {"step", "exp_avg", "exp_avg_sq"}
@@ -22,7 +22,7 @@ def read_state(path: Path, *, step: int, optimizer: Optimizer, counts: Sequence[
     """A file's content. `counts` names whole numbers in it that are no more than the step."""
     stored = checkpoints.read_tensors(path)
     why = _why_not(stored, step, optimizer, counts)
-    if why is None and stored.get(CHECKSUM) not in (None, checkpoints.content_hash(stored)):
+    if why is None and stored.get(CHECKSUM) not in (None, seals.content_hash(stored)):
         why = "its content is not what was saved"
     if why is not None:
         raise Refused("BAD_CHECKPOINT", f"{path} cannot be gone on with ({why})", "use an older step, or begin again")

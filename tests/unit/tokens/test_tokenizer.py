@@ -19,7 +19,7 @@ from app.tokens import open_scan
 from app.tokens.commands import onto_grid, write_nifti
 from app.tokens.open_scan import Volume
 from app.tokens.tokenizer import CTTokenizer, find_tokenizer
-from app.training import checkpoints, data, loaders
+from app.training import checkpoints, data, loaders, seals
 from networks.vqvae import BatchTokens
 from tests.tiny_tokenizer import AFFINE, hu_volume, make_network, save
 
@@ -97,9 +97,9 @@ def test_tokens_know_their_scan_and_their_tokenizer(tokenizer, dataset, output_d
     assert tokens.source_shape == (60, 60, 60) and tokens.source_affine[0, 0] == -2
     assert (tokens.windows, tokens.keep, tokens.spacing) == (tokenizer.sizes.windows, "body", 8.0)
     state = checkpoints.read_tensors(checkpoints.averaged_file(output_dir))
-    assert tokens.tokenizer == checkpoints.weights_hash(state) and len(tokens.tokenizer) == 64
+    assert tokens.tokenizer == seals.weights_hash(state) and len(tokens.tokenizer) == 64
     changed = {name: tensor + 1 if name == "vq.embeddings.weight" else tensor for name, tensor in state.items()}
-    assert checkpoints.weights_hash(changed) != tokens.tokenizer
+    assert seals.weights_hash(changed) != tokens.tokenizer
 
 
 def test_latents_lie_where_the_body_is(tokenizer):
