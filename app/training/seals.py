@@ -1,4 +1,4 @@
-"""What weights and training states are known by: hashes over their tensors, and the seal that a file carries of its own.
+"""What weights and training states are known by: hashes over their tensors, and the seal of a file.
 
 Neither the sizes of a network nor its identity know of the seal.
 """
@@ -23,9 +23,8 @@ def sealed(state: dict) -> dict:
 
 def unsealed(stored: torch.Tensor) -> torch.Tensor:
     sizes = json.loads(bytes(stored.tolist()))
-    return (
-        _as_bytes({name: value for name, value in sizes.items() if name != CHECKSUM}) if CHECKSUM in sizes else stored
-    )
+    without = {name: value for name, value in sizes.items() if name != CHECKSUM}
+    return _as_bytes(without) if CHECKSUM in sizes else stored
 
 
 def _as_bytes(sizes: dict) -> torch.Tensor:
