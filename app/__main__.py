@@ -161,12 +161,12 @@ def sdf(
 @app.command(epilog="Example: python -m app check prepared/ --keep body")
 def check(
     data: Annotated[str, typer.Argument(metavar="DATA", help="A prepared dataset, a manifest, or scans with .txt.")],
-    keep: Annotated[str, typer.Option(help="Sparsification: body, nonzero, band or informative.")] = "body",
+    keep: Annotated[str, typer.Option(help="Sparsification by name, as training will be told.")] = "body",
     windows: Annotated[str, typer.Option(help="Windows by name, comma separated.")] = "lung,bone,soft_tissue,brain",
     spacing: Annotated[
         float | None, typer.Option(help="Millimetres at which points are counted; else the preset's.")
     ] = None,
-    preset: Annotated[str, typer.Option(help="Sizes that will train: tiny, base, large or direct3d_s2.")] = "base",
+    preset: Annotated[str, typer.Option(help="Sizes that will train, by the name of their preset.")] = "base",
     min_points: Annotated[int, typer.Option(help="Cases with fewer points are told.")] = 100,
     image_root: Annotated[str | None, typer.Option(help="Folder that a manifest's images are in.")] = None,
     as_json: Json = False,

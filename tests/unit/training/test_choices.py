@@ -150,11 +150,11 @@ def expressions(node):
         return 1
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, "align"])
 def test_a_stage_file_shows_values_and_little_python(stage):
     """Beside two bundles of MONAI's model zoo: spleen 49 numbers and 20 expressions, vista3d 38 and 38."""
     config = raw(stage)
-    without = {**config, "sizes": {k: v for k, v in config["sizes"].items() if k != "_desc_"}}
+    without = {**config, "sizes": {k: v for k, v in config.get("sizes", {}).items() if k != "_desc_"}}
     assert numerals(config) >= 40 and numerals(without) >= 40, (numerals(config), numerals(without))
     assert expressions(config) <= 20, expressions(config)
     text = json.dumps(config)
