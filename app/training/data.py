@@ -19,7 +19,6 @@ from monai.transforms import Compose
 from torch.utils.data import Dataset, get_worker_info
 
 from app.dataset.prepared import PreparedCase, common_grid, find_cases, windows_are_masks, windows_as_hu
-from app.phantoms.phantoms import ensure_cohort
 from app.shared.atomic_files import written_whole
 from transforms import Resampled, Sparsifyd, Windowsd
 from transforms.grid import CUT_OFF
@@ -276,7 +275,10 @@ def make_dataset(
     seed: int = 0,
 ) -> CTDataset:
     """The cases of one side of a prepared dataset, cached beside it; without one, of the built-in phantoms."""
-    dataset_dir = ensure_cohort(PHANTOMS) if dataset_dir is None else dataset_dir
+    if dataset_dir is None:
+        from app.phantoms.phantoms import ensure_cohort  # brings all of `prepare`, which data of one's own need not
+
+        dataset_dir = ensure_cohort(PHANTOMS)
     cases = find_cases(dataset_dir, split=split)
     if not cases:
         raise ValueError(
