@@ -391,12 +391,14 @@ class SparseVQVAE(nn.Module):
             codes = codes[:, 0] if levels == 1 else codes[:, :levels]
         return Tokens(codes.int(), latents.coords, latents.spatial_shape, latents.batch_size)
 
-    def check_levels(self, levels: int | None) -> int:
+    def check_levels(self, levels: float | None) -> int:
         """How many levels are meant; None means all there are."""
         most = self.sizes.quantizer_levels
         if levels is not None and not 1 <= levels <= most:
             raise ValueError(f"levels must lie in 1..{most}, the levels of this tokenizer, got {levels}")
-        return most if levels is None else levels
+        if levels is not None and levels != int(levels):
+            raise ValueError(f"levels must be a whole number here, got {levels}")
+        return most if levels is None else int(levels)
 
     def latents_of(self, tokens: Tokens) -> SparseTensor:
         """Codebook rows on the latent grid."""
