@@ -25,7 +25,8 @@ from tests.tiny_tokenizer import AFFINE, hu_volume, make_network, save
 from tests.unit.tokens.test_token_files import same
 
 UNIFORM = CodeTables("ab" * 32, 256, (None,) * 4)
-STREAM = "00643a040062a6c0e9436a54d203978f98c5175544546b46f4df5a4898"  # of codes 0 to 26 on a full grid of three, some with a second
+# Of codes 0 to 26 on a full grid of three, every third with a second.
+STREAM = "00643a040062a6c0e9436a54d203978f98c5175544546b46f4df5a4898"
 
 
 @pytest.fixture(scope="module")
