@@ -9,6 +9,7 @@ head per level when only tokens are given.
 
 import dataclasses
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,10 @@ from networks.sparse.modules import (
 )
 from networks.sparse.tensor import SparseTensor
 from networks.sparse.topology import Coarsening, Level
+
+# From which logit on a child is decoded, by features. Where a voxel of a body lacks, air stands for it, 1000 HU off;
+# one too many shows what lies beside the body. So one chance in twenty is enough; the band of a distance stays thin.
+LEAST_LOGIT = MappingProxyType({"window": -3.0, "sdf": 0.0})
 
 # What the decoder asks at each level: the index (0 is the coarsest) and its features there.
 ChooseCells = Callable[[int, SparseTensor], Coarsening]
@@ -285,13 +290,13 @@ class SubdivisionHeads(nn.ModuleList):
     def choose(
         self, i: int, x: SparseTensor, *, fine_shape: tuple[int, int, int]
     ) -> tuple[Coarsening, Bool[Tensor, " M"]]:
-        """Children with positive logits inside the grid, else the likeliest one; also where that was needed."""
+        """Children inside the grid that are likely enough, else the likeliest one; also where that was needed."""
         logits = self[i](x.feats.float())
         octants = torch.arange(8, device=logits.device)
         children = 2 * x.coords[:, None, 1:] + torch.stack([octants >> 2, (octants >> 1) & 1, octants & 1], 1)
         inside = (children < torch.tensor(fine_shape, device=logits.device)).all(2)
         logits = logits.masked_fill(~inside, -torch.inf)
-        occupied = logits > 0
+        occupied = logits > LEAST_LOGIT[self.sizes.features]
         barren = ~occupied.any(1)
         occupied[barren, logits[barren].argmax(1)] = True
         return x.level.subdivide(occupied, fine_shape), barren
