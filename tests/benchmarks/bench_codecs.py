@@ -176,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True, help="checkpoint, output folder, bundle or name")
     parser.add_argument("--dataset", required=True, help="a prepared dataset")
-    parser.add_argument("--split", default="val")
+    parser.add_argument("--split", default="val", help="train, val or all")
     parser.add_argument("--levels", type=float, nargs="+", default=[1.0, 2.0, 4.0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--known", type=Path, help="folder of what codecs gave, read and added to")
@@ -187,7 +187,9 @@ def main() -> None:
     made = CTTokenizer.from_pretrained(given.tokenizer)
     settings = {"tokenizer": made.digest, "split": given.split, "levels": given.levels, "support": given.support}
     rows = _done(given.out, settings)
-    for case in _chosen(prepared.find_cases(given.dataset, split=given.split), given.max_cases):
+    for case in _chosen(
+        prepared.find_cases(given.dataset, split=None if given.split == "all" else given.split), given.max_cases
+    ):
         if given.cases and case.case_id not in given.cases:
             continue
         if any((row["dataset"], row["case"]) == (case.dataset, case.case_id) for row in rows):
