@@ -236,7 +236,7 @@ def tokenize(
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder for token files, or one .npz for one scan.")],
     tokenizer: Annotated[str | None, typer.Option(help="Checkpoint, output folder, bundle or name (ct_base).")] = None,
     support: Annotated[bool, typer.Option("--support", help="Also store which voxels there were.")] = False,
-    levels: Annotated[int | None, typer.Option(min=1, help="Codes a cell, the first of a tokenizer's levels.")] = None,
+    levels: Annotated[float | None, typer.Option(min=1, help="Codes a cell; 1.5: on average, where they pay.")] = None,
     pack: Annotated[bool, typer.Option("--pack", help="Entropy-coded: fewer bytes, read alike.")] = False,
     series: Annotated[str | None, typer.Option(help="Take this DICOM series alone.", metavar="UID")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Make every file again.")] = False,

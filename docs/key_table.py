@@ -97,7 +97,7 @@ MEANINGS = {
     "keep_last": "checkpoints kept, besides the best",
     "tokenizer": "path or name; null: newest in `outputs/`, else `ct_base` (language: the one aligned to)",
     "split": "which cases or rows; language, null: test, else val",
-    "levels": "codes of each cell, the first so many; null: all",
+    "levels": "codes of each cell, the first so many, a fraction on average; null: all",
     "max_cases": "at most this many cases; null: all",
     "data": "manifest, prepared dataset with text, or folder; null: built-in phantoms",
     "dataset": "dotted path of a torch Dataset of your own",

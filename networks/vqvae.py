@@ -9,6 +9,7 @@ head per level when only tokens are given.
 
 import dataclasses
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,10 @@ from networks.sparse.modules import Linear, RowLinear, TransformerBlock, layer_n
 from networks.sparse.tensor import SparseTensor
 from networks.sparse.topology import Coarsening, Level
 from networks.support import Support, children_of, plan_of
+
+# From which logit on a child is decoded, by features. Where a voxel of a body lacks, air stands for it, 1000 HU off;
+# one too many shows what lies beside the body. So one chance in twenty is enough; the band of a distance stays thin.
+LEAST_LOGIT = MappingProxyType({"window": -3.0, "sdf": 0.0})
 
 # What the decoder asks at each level: the index (0 is the coarsest) and its features there.
 ChooseCells = Callable[[int, SparseTensor], Coarsening]
@@ -185,13 +190,13 @@ class SubdivisionHeads(nn.ModuleList):
     def choose(
         self, i: int, x: SparseTensor, *, fine_shape: tuple[int, int, int]
     ) -> tuple[Coarsening, Bool[Tensor, " M"]]:
-        """Children with positive logits inside the grid, else the likeliest one; also where that was needed."""
+        """Children inside the grid that are likely enough, else the likeliest one; also where that was needed."""
         logits = self[i](x.feats.float())
         octants = torch.arange(8, device=logits.device)
         children = 2 * x.coords[:, None, 1:] + torch.stack([octants >> 2, (octants >> 1) & 1, octants & 1], 1)
         inside = (children < torch.tensor(fine_shape, device=logits.device)).all(2)
         logits = logits.masked_fill(~inside, -torch.inf)
-        occupied = logits > 0
+        occupied = logits > LEAST_LOGIT[self.sizes.features]
         barren = ~occupied.any(1)
         occupied[barren, logits[barren].argmax(1)] = True
         return x.level.subdivide(occupied, fine_shape), barren
@@ -291,12 +296,14 @@ class SparseVQVAE(nn.Module):
             codes = codes[:, 0] if levels == 1 else codes[:, :levels]
         return BatchTokens(codes.int(), latents.coords, latents.spatial_shape, latents.batch_size)
 
-    def check_levels(self, levels: int | None) -> int:
+    def check_levels(self, levels: float | None) -> int:
         """How many levels are meant; None means all there are."""
         most = self.sizes.quantizer_levels
         if levels is not None and not 1 <= levels <= most:
             raise ValueError(f"levels must lie in 1..{most}, the levels of this tokenizer, got {levels}")
-        return most if levels is None else levels
+        if levels is not None and levels != int(levels):
+            raise ValueError(f"levels must be a whole number here, got {levels}")
+        return most if levels is None else int(levels)
 
     def latents_of(self, tokens: BatchTokens) -> SparseTensor:
         """Codebook rows on the latent grid."""

@@ -70,7 +70,7 @@ class TokenizerEvaluation:
         split: train, val, or None for all cases.
         max_cases: at most this many, evenly spread over the split; None takes all.
         max_points: voxels in work at a time; None leaves it to the preset.
-        levels: so many codes a cell, the first of the tokenizer's levels; None: all.
+        levels: so many codes a cell, the first of the tokenizer's levels, a fraction as a mean; None: all.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class TokenizerEvaluation:
         split: str | None = "val",
         max_cases: int | None = None,
         max_points: int | None = None,
-        levels: int | None = None,
+        levels: float | None = None,
         seed: int = 0,
     ):
         self.dataset_dir, self.tokenizer, self.output_dir = dataset_dir, tokenizer, output_dir
@@ -106,7 +106,7 @@ class TokenizerEvaluation:
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer = CTTokenizer.from_pretrained(file, max_points=self.max_points)
         try:
-            tokenizer.network.check_levels(self.levels)
+            tokenizer.check_levels(self.levels)
         except ValueError as error:
             raise Refused("BAD_VALUE", str(error), "leave --levels out for all of them") from error
         evaluated, refused = [], {}
@@ -181,7 +181,7 @@ def truth_of(scan: Scan, sizes: Preset) -> Truth:
 
 
 def evaluate_case(
-    tokenizer: CTTokenizer, case: prepared.PreparedCase, *, levels: int | None = None, beside: bool = True
+    tokenizer: CTTokenizer, case: prepared.PreparedCase, *, levels: float | None = None, beside: bool = True
 ) -> EvaluatedCase:
     """All measurements of one case, of its first `levels` codes; with `beside` also of other codecs at its bits."""
     sizes = tokenizer.sizes
@@ -297,7 +297,9 @@ def _code_map(tokens: CTTokens) -> np.ndarray:
 def summarize(evaluated: Sequence[EvaluatedCase], tokenizer: CTTokenizer, *, seed: int) -> dict[str, Any]:
     """Means over cases, with 95 % bootstrap intervals where there are at least three."""
     rows = [one.row for one in evaluated]
-    counts = torch.stack([one.code_counts for one in evaluated]).sum(0)
+    most = max(len(one.code_counts) for one in evaluated)  # fewer where a case spends few
+    padded = [torch.nn.functional.pad(one.code_counts, (0, 0, 0, most - len(one.code_counts))) for one in evaluated]
+    counts = torch.stack(padded).sum(0)
     ways = {way: _mean_of([row["errors"][way] for row in rows], seed) for way in WAYS}
     true, mixed = (ways[way]["tissues"]["foreground"]["mae"]["mean"] for way in ("stored support", "shuffled codes"))
     return {

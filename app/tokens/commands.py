@@ -32,7 +32,7 @@ def tokenize(
     *,
     tokenizer: str | Path | None = None,
     support: bool = False,
-    levels: int | None = None,
+    levels: float | None = None,
     pack: bool = False,
     series: str | None = None,
     overwrite: bool = False,
@@ -40,7 +40,8 @@ def tokenize(
     """Token files of a scan, a prepared case, or every case of a prepared dataset.
 
     OUT is a file where it ends in .npz and there is one scan, else a folder. Gives an entry a case; one that cannot be
-    used is listed as refused, the rest is done. `levels`: so many codes a cell, the first of the tokenizer's levels.
+    used is listed as refused, the rest is done. `levels`: so many codes a cell, the first of the tokenizer's levels; a
+    fraction is their mean over the cells, each keeps as many as pay.
     `pack`: entropy-coded, in about as many bytes as each entry's `bits` tell.
     """
     refuse_empty(source, name="SOURCE")
@@ -48,7 +49,7 @@ def tokenize(
     source, out = Path(source), Path(out)
     made = CTTokenizer.from_pretrained(tokenizer)
     try:
-        wanted = made.network.check_levels(levels)
+        wanted = made.check_levels(levels)
     except ValueError as error:
         raise Refused("BAD_VALUE", str(error), "leave --levels out for all of them") from error
     if made.sizes.features == "sdf":
@@ -68,7 +69,7 @@ def tokenize(
             there = _there_already(path, made, scan.source_hash) if known else None
             kept = there if there is not None and _is_as_asked(path, there, support, wanted, pack) else None
             encode = made.encode if made.sizes.features == "window" else partial(shape_tokens.encode_shape, made)
-            tokens = encode(scan, support=support, levels=levels) if kept is None else kept
+            tokens = encode(scan, support=support, levels=wanted) if kept is None else kept
             bits = rate_of(tokens, made.tables) if kept else write_tokens(path, tokens, tables=made.tables, pack=pack)
         except ValueError as error:
             entries.append(_refused(scan.name, error))
@@ -125,9 +126,11 @@ def _there_already(path: Path, made: CTTokenizer, source_hash: str) -> CTTokens 
     return tokens
 
 
-def _is_as_asked(path: Path, tokens: CTTokens, support: bool, levels: int, pack: bool) -> bool:
+def _is_as_asked(path: Path, tokens: CTTokens, support: bool, levels: float, pack: bool) -> bool:
     """Without the support, of other levels or otherwise packed than is asked for now, a file is made again."""
-    return tokens.levels == levels and (tokens.support is not None or not support) and is_packed(path) == pack
+    short = (levels - tokens.mean_levels) * len(tokens.codes)  # codes: the last step of a cell may be of several levels
+    alike = short == 0 if float(levels).is_integer() else -1 < short < tokens.levels
+    return alike and (tokens.support is not None or not support) and is_packed(path) == pack
 
 
 def _codes_of(tokens: CTTokens) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from jaxtyping import Float
 from app.shared.devices import choose_device
 from app.shared.refusals import Refused
 from app.tokens import open_scan
+from app.tokens.allocation import spread_levels, squared_errors
 from app.tokens.bundles import check_description
 from app.tokens.code_tables import CodeTables, tables_of
 from app.tokens.open_scan import Scan, Volume
@@ -99,18 +101,29 @@ class CTTokenizer:
         """What `app.tokens.open_scan` calls a scan; a raw one on the grid that the training data were prepared on."""
         return open_scan.open_scan(scan, self.sizes.windows, grid=self.sizes.prepared, tables=self.tables)
 
-    def encode(self, scan: Any, *, support: bool = False, levels: int | None = None) -> CTTokens:
+    def check_levels(self, levels: float | None) -> float:
+        """How many levels are meant, a fraction of them on average over the cells; None means all there are."""
+        fraction = levels is not None and not float(levels).is_integer()
+        if fraction and 1 < levels < self.sizes.quantizer_levels and self.sizes.features == "window":
+            return levels
+        return self.network.check_levels(levels)
+
+    def encode(self, scan: Any, *, support: bool = False, levels: float | None = None) -> CTTokens:
         """Tokens of a scan: a path (case or raw), a PreparedCase, a nibabel image, a MetaTensor, (array, affine).
 
         A token file gives what it holds, if it is of this tokenizer.
         With `support` the tokens also carry which voxels there were, so that decoding need not predict them. Of a
-        tokenizer with several quantiser levels the first `levels` alone are kept, fewer bits for a coarser volume.
+        tokenizer with several quantiser levels the first `levels` alone are kept, fewer bits for a coarser volume. A
+        fraction is their mean: each cell keeps as many as pay, found by decoding each prefix once.
         """
-        self.network.check_levels(levels)
+        wanted = self.check_levels(levels)
+        whole = float(wanted).is_integer()
         scan = self.open(scan)
         if isinstance(scan, CTTokens):
             self.check_tokens(scan)
-            return dataclasses.replace(scan, codes=scan.first_levels(levels))
+            if not whole:
+                raise Refused("BAD_VALUE", f"levels must be a whole number for tokens, got {wanted}", "give the scan")
+            return dataclasses.replace(scan, codes=scan.first_levels(None if levels is None else int(levels)))
         x, affine, beyond = self.features(scan.volume)
         findings = [code for code in scan.codes if code != "OK"]
         if beyond >= CUT_OFF:
@@ -119,8 +132,8 @@ class CTTokenizer:
                 "%s: %.1f %% of what is denser than air lies beyond the %g mm grid", scan.name, 100 * beyond, side
             )
             findings.append("FOV_CROPPED")
-        tokens = encode_whole(self.network, x, max_points=self.max_points, levels=levels)
-        return CTTokens(
+        tokens = encode_whole(self.network, x, max_points=self.max_points, levels=int(wanted) if whole else None)
+        made = CTTokens(
             codes=tokens.codes.cpu().numpy(),
             coords=tokens.coords[:, 1:].cpu().numpy(),
             latent_shape=tokens.latent_shape,
@@ -137,6 +150,19 @@ class CTTokenizer:
             support=tuple(part.cpu().numpy() for part in support_of(x.level)) if support else None,
             voxels=len(x),
         )
+        if whole:
+            return made
+        prefixes = (self.decode_sparse(made, levels=number).values for number in range(1, made.levels + 1))
+        volumes = (dense_hu(values, self.sizes) for values in prefixes)
+        return made.with_levels(spread_levels(self.errors_by_level(x, volumes), wanted))
+
+    def errors_by_level(
+        self, x: SparseTensor, volumes: Iterable[Float[np.ndarray, "X Y Z"]]
+    ) -> Float[np.ndarray, "M L"]:
+        """Squared errors in HU, summed over the voxels of each cell, of `volumes` from one code a cell, two, and on."""
+        hu, coords = hu_from_windows(x.feats.float().cpu().numpy(), self.sizes.windows), x.coords[:, 1:].cpu().numpy()
+        owner = torch.unique_consecutive(x.level.keys >> 9, return_inverse=True)[1].cpu().numpy()  # of eight a side
+        return np.stack([squared_errors(hu, volume, coords, owner) for volume in volumes], 1)
 
     def features(self, volume: Volume) -> Seen:
         """What the network sees of a RAS volume."""
