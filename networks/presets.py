@@ -64,12 +64,9 @@ class Preset:
             raise ValueError(
                 f"model_channels must be a multiple of num_heads = {self.num_heads}, got {self.model_channels}"
             )
-        if self.codebook not in CODEBOOKS:
-            raise ValueError(f"codebook must be one of {', '.join(CODEBOOKS)}, got {self.codebook!r}")
-        if self.norm not in NORMS:
-            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
-        if self.pool not in POOLS:
-            raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {self.pool!r}")
+        for name, known in (("codebook", CODEBOOKS), ("norm", NORMS), ("pool", POOLS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.prepared is not None and not is_grid(self.prepared):
             raise ValueError(
                 f"prepared must be None, or a side of 1 to {MAX_SIDE} voxels and mm above 0, got {self.prepared!r}"
@@ -134,6 +131,20 @@ def is_grid(grid: object) -> bool:
     return 1 <= grid[0] <= MAX_SIDE and 0 < grid[1] < math.inf
 
 
+BASE = Preset(
+    resolution=256,
+    spacing=1.5,
+    widths=(32, 64, 128),
+    model_channels=256,
+    latent_channels=64,
+    num_embeddings=8192,
+    num_blocks=4,
+    num_heads=8,
+    window=8,
+    max_points=8_000_000,
+    pool="children",
+    norm="voxel",
+)
 PRESETS = {
     "tiny": Preset(
         resolution=48,
@@ -149,47 +160,20 @@ PRESETS = {
         pool="children",
         norm="voxel",
     ),
-    "base": Preset(
-        resolution=256,
-        spacing=1.5,
-        widths=(32, 64, 128),
-        model_channels=256,
-        latent_channels=64,
-        num_embeddings=8192,
-        num_blocks=4,
-        num_heads=8,
-        window=8,
-        max_points=8_000_000,
-        pool="children",
-        norm="voxel",
+    "base": BASE,
+    "large": dataclasses.replace(
+        BASE, resolution=512, spacing=0.75, model_channels=512, latent_channels=32, max_points=16_000_000
     ),
-    "large": Preset(
-        resolution=512,
-        spacing=0.75,
-        widths=(32, 64, 128),
-        model_channels=512,
-        latent_channels=32,
-        num_embeddings=8192,
-        num_blocks=4,
-        num_heads=8,
-        window=8,
-        max_points=16_000_000,
-        pool="children",
-        norm="voxel",
-    ),
-    "direct3d_s2": Preset(
+    "direct3d_s2": dataclasses.replace(
+        BASE,
         resolution=512,
         spacing=1.0,
-        widths=(32, 64, 128),
         model_channels=512,
         latent_channels=16,
-        num_embeddings=8192,
-        num_blocks=4,
-        num_heads=8,
-        window=8,
         max_points=16_000_000,
         features="sdf",
         pool="legacy",
+        norm="sample",
     ),
 }
 

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,14 +56,7 @@ class Answer:
     notice: str = NOTICE
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            "scan": self.scan,
-            "source": self.source,
-            "question": self.question,
-            "answer": self.answer,
-            "notice": self.notice,
-            "provenance": self.provenance,
-        }
+        return asdict(self)
 
 
 class CTAssistant:
