@@ -298,13 +298,13 @@ def make_text_dataset(
         words = language.model.get_input_embeddings().num_embeddings
         return align_data.OwnDataset(own, reduce=reduce, network=tokenizer.network, skip_bad=skip_bad, vocabulary=words)
     rows, volumes = text.rows_and_volumes
-    made = align_data.TextDataset(
+    examples = align_data.TextDataset(
         rows, volumes=volumes, reduce=reduce, tokenizer=language.tokenizer, **(chat_options or {})
     )
-    left_out = {reason: count for reason, count in made.dropped.items() if count}
-    told = f"; left out or cut: {left_out}" if left_out else ""
-    log.info("%d examples to %s on%s", len(made), "train" if text.split == "train" else "validate", told)
-    return made
+    left_out = {reason: count for reason, count in examples.dropped.items() if count}
+    note = f"; left out or cut: {left_out}" if left_out else ""
+    log.info("%d examples to %s on%s", len(examples), "train" if text.split == "train" else "validate", note)
+    return examples
 
 
 def make_held_out(*, dataset: str | None = None, **settings: Any) -> Dataset:
@@ -336,6 +336,8 @@ def check_resumed(folder: Path, args: dict) -> None:
                 "resume with the same settings, or start afresh in another --output_dir",
                 status=2,
             )
-    told = ", ".join(f"{name} {args[name]} (was {began.get(name)})" for name in changed if name != "tokenizer_path")
-    if told:
-        log.warning("this run goes on with other settings than it began with: %s", told)
+    differences = ", ".join(
+        f"{name} {args[name]} (was {began.get(name)})" for name in changed if name != "tokenizer_path"
+    )
+    if differences:
+        log.warning("this run goes on with other settings than it began with: %s", differences)

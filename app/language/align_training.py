@@ -152,11 +152,11 @@ class SampleAnswers(OnEvent):
         ids = self.network.generate(to_device(batch, engine.state.device), max_new_tokens=self.max_new_tokens)
         answers = self.language.tokenizer.batch_decode(ids, skip_special_tokens=True)
         rows = [self.dataset.rows[number] for number in self.numbers]
-        told = [
+        asked = [
             f"{row.image}\nasked:  {row.prompt}\ntruth:  {row.answer}\nanswer: {answer.strip()}\n"
             for row, answer in zip(rows, answers, strict=True)
         ]
-        self.folder.record_text("\n".join(told))
+        self.folder.record_text("\n".join(asked))
 
 
 class WriteAligned:

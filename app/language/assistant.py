@@ -148,8 +148,8 @@ class CTAssistant:
             [(q, self.reduce(opened.tokens)) for q in questions], max_new_tokens=max_new_tokens, streamer=streamer
         )
         about = {"scan": opened.name, "source": opened.source, "provenance": self.provenance(opened)}
-        made = [Answer(question=q, answer=text, **about) for q, text in zip(questions, texts, strict=True)]
-        return made[0] if question is None or isinstance(question, str) else made
+        answers = [Answer(question=q, answer=text, **about) for q, text in zip(questions, texts, strict=True)]
+        return answers[0] if question is None or isinstance(question, str) else answers
 
     def answer_many(
         self, asked: Sequence[tuple[str, TokenSequence | None]], *, max_new_tokens: int = 256, streamer=None

@@ -92,12 +92,12 @@ class Codec:
     def at_bits(self, bits: float) -> RatePoint:
         """Errors at so many bits: between two settings straight over the logarithm of bits."""
         settings = self.settings_around(bits)
-        found = [self.at(setting) for setting in settings]
-        sizes = tuple(size for size, _ in found)
-        if len(found) == 1 or sizes[0] == sizes[1]:
-            return RatePoint(settings, sizes, found[0][1])
+        points = [self.at(setting) for setting in settings]
+        sizes = tuple(size for size, _ in points)
+        if len(points) == 1 or sizes[0] == sizes[1]:
+            return RatePoint(settings, sizes, points[0][1])
         share = (math.log(bits) - math.log(sizes[0])) / (math.log(sizes[1]) - math.log(sizes[0]))
-        under, over = (errors for _, errors in found)
+        under, over = (errors for _, errors in points)
         return RatePoint(settings, sizes, {name: under[name] + share * (over[name] - under[name]) for name in under})
 
 

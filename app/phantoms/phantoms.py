@@ -166,8 +166,8 @@ def _is_whole(out: Path, settings: dict[str, int]) -> bool:
     file = out / "dataset_config.json"
     if not file.is_file():
         return False
-    found = json.loads(file.read_text())
-    return all(found.get(key) == value for key, value in settings.items())
+    stored = json.loads(file.read_text())
+    return all(stored.get(key) == value for key, value in settings.items())
 
 
 def _is_ours(out: Path) -> bool:

@@ -147,19 +147,19 @@ def _check_settings(out: Path, named: Sequence[Named], settings: PrepareSettings
         what = f"OUT was prepared with another {', '.join(changed)}"
         if not overwrite:
             raise Refused("NO_OUTPUT", what, "use another OUT or --overwrite")
-        made = {one.case for one in named if one.dataset == dataset and one.item.plan is not None}
+        given_cases = {one.case for one in named if one.dataset == dataset and one.item.plan is not None}
         left = sorted(path.parent.name for path in file.parent.glob("processed/*/case.json"))
-        if left := [case for case in left if case not in made]:
+        if left := [case for case in left if case not in given_cases]:
             what = f"{what}, and RAW does not give {len(left)} of its cases ({left[0]}, ...)"
             raise Refused("NO_OUTPUT", what, "use another OUT")
 
 
 def _name(items: Sequence[Item], root: str, key: bytes, keep_names: bool) -> list[Named]:
     """Each item with its dataset's and its own public name; equal names are numbered."""
-    whole = names.one_dataset(items, root)
+    is_one_dataset = names.one_dataset(items, root)
     out, taken, stacks = [], Counter(), Counter()
     for item in items:
-        folder = dataset = names.dataset_of(item, root, whole=whole)
+        folder = dataset = names.dataset_of(item, root, is_one_dataset=is_one_dataset)
         if keep_names:
             dataset = names.safe_name(os.path.basename(root) if dataset == "." else dataset)
         else:

@@ -121,10 +121,10 @@ class CTDataset(Dataset):
                 f"case {case.case_id} has constant features in windows {list(self.windows)}: nothing can be learned "
                 "from them; choose other windows or another keep, and see `python -m app check`"
             )
-        whole = rows.dtype == np.int16  # HU as the case has them; float32 says the same of them, at twice the size
+        are_hu = rows.dtype == np.int16  # HU as the case has them; float32 says the same of them, at twice the size
         return {
             "coords": torch.from_numpy(item["coords"].astype(np.int16, copy=False)),
-            "values": torch.from_numpy(np.ascontiguousarray(rows, np.int16 if whole else np.float32)),
+            "values": torch.from_numpy(np.ascontiguousarray(rows, np.int16 if are_hu else np.float32)),
             "spatial_shape": tuple(item["spatial_shape"]),
             "case_id": case.case_id,
             "affine": torch.from_numpy(item["affine"]),

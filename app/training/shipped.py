@@ -46,13 +46,13 @@ def read(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file, halves as float32. One that its record does not know is refused."""
     record = file.with_name(RECORD)
     if file.name == WEIGHTS and record.is_file():
-        told: Any = None
+        expected: Any = None
         try:
-            told = json.loads(record.read_text(encoding="utf-8"))["file_sha256"]
+            expected = json.loads(record.read_text(encoding="utf-8"))["file_sha256"]
         except (OSError, ValueError, KeyError, TypeError):
             what = f"{record} does not tell of the weights beside it"
             raise Refused("BAD_CHECKPOINT", what, "install or copy it again") from None
-        if hash_path(file) != told:
+        if hash_path(file) != expected:
             what = f"{file} is not the file that {RECORD} beside it tells of"
             raise Refused("BAD_CHECKPOINT", what, "install or copy the folder again, whole")
     state = load_file(file)
