@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Num, UInt16
+from jaxtyping import Bool, Num, UInt16
 from scipy import ndimage
 
 from transforms.sparse import DROPPED
@@ -26,14 +26,6 @@ X265_PRESET = "slow"
 TENTH, FAR = 1.1, 4.0  # of a ratio of compression: a step, and how far from what was asked it may end
 MIN_IMAGE = 32  # pixels a side: OpenJPEG halves an image five times, and refuses a smaller one
 MIN_SIDE = 32  # of a frame: x265 takes no smaller one
-
-
-class Coded(NamedTuple):
-    """A volume through a codec at one setting: what its stream takes, and what came back, on the whole grid."""
-
-    setting: float
-    bits: int
-    hu: Float[np.ndarray, "X Y Z"]
 
 
 class RatePoint(NamedTuple):
