@@ -42,7 +42,7 @@ def is_shipped(file: Path) -> bool:
     return file.resolve().is_relative_to(pretrained_folder().resolve())
 
 
-def read(file: Path) -> dict[str, torch.Tensor]:
+def read_weights(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file, halves as float32. One that its record does not know is refused."""
     record = file.with_name(RECORD)
     if file.name == WEIGHTS and record.is_file():
