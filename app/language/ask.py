@@ -45,13 +45,13 @@ def ask(
         what = f"{Path(out).parent} is a prepared dataset with a failures.csv"
         raise Refused("BAD_CALL", what, "give --out another folder")
     assistant = CTAssistant.from_pretrained(align, tokenizer=tokenizer, language_model=language_model)
-    scans = assistant.open_all(path)
-    if (first := next(scans, None)) is None:
+    found = assistant.open_all(path)
+    if (first := next(found, None)) is None:
         what = f"{source} holds no scan"
         raise Refused("NO_CASES", what, "give a scan, a prepared case or dataset, or token files", status=3)
     answers, failures = [], []
     with written(None if out is None else Path(out)) as keep:
-        for opened in chain([first], scans):
+        for opened in chain([first], found):
             if not isinstance(opened, TokenizedScan):
                 failures.append(" ".join(str(opened).split()))
                 log.warning("refused: %s", failures[-1])

@@ -42,17 +42,17 @@ def is_shipped(file: Path) -> bool:
     return file.resolve().is_relative_to(pretrained_folder().resolve())
 
 
-def read_weights(file: Path) -> dict[str, torch.Tensor]:
+def read(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file, halves as float32. One that its record does not know is refused."""
     record = file.with_name(RECORD)
     if file.name == WEIGHTS and record.is_file():
-        expected: Any = None
+        told: Any = None
         try:
-            expected = json.loads(record.read_text(encoding="utf-8"))["file_sha256"]
+            told = json.loads(record.read_text(encoding="utf-8"))["file_sha256"]
         except (OSError, ValueError, KeyError, TypeError):
             what = f"{record} does not tell of the weights beside it"
             raise Refused("BAD_CHECKPOINT", what, "install or copy it again") from None
-        if hash_path(file) != expected:
+        if hash_path(file) != told:
             what = f"{file} is not the file that {RECORD} beside it tells of"
             raise Refused("BAD_CHECKPOINT", what, "install or copy the folder again, whole")
     state = load_file(file)
