@@ -23,7 +23,7 @@ from app.evaluation.card import NAME as CARD
 from app.export import code, configs
 from app.export.metadata import NOTICE, SCHEMA, make_metadata, requirements
 from app.export.model_card import model_card
-from app.language.assistant import aligned_files, aligned_folder, read_settings
+from app.language.assistant import aligned_files, aligned_folder, read_settings, tokenizer_of
 from app.phantoms.phantoms import make_phantom
 from app.shared.output_folder import check_folder
 from app.shared.places import bundles_folder, root_folder
@@ -61,7 +61,7 @@ def export(
         fail("NO_TEMPLATES", "a bundle's own code exports no bundle", "use a checkout or an installation")
     folder = None if align is None else aligned_folder(align)
     settings = None if folder is None else read_settings(folder)
-    made = CTTokenizer.from_pretrained(tokenizer or (settings and str(folder / settings["tokenizer_path"])))
+    made = CTTokenizer.from_pretrained(tokenizer or (settings and tokenizer_of(folder, settings)))
     if settings is not None and settings["tokenizer"] != made.digest:
         what = f"{align} was aligned to tokenizer {settings['tokenizer'][:12]}, this one is {made.digest[:12]}"
         fail("OTHER_TOKENIZER", what, "give that tokenizer, or align again")

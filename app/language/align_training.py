@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, Subset
 
 from app.language.align_data import TextDataset
 from app.language.align_setup import FrozenTokenizer, Language, check_resumed, write_train_args
-from app.training import checkpoints
+from app.training import checkpoints, shipped
 from app.training.checkpoints import unwrapped
 from app.training.state import TrainingState
 from app.training.step import AMP_TYPES, TrainStep
@@ -112,12 +112,17 @@ class AlignRecord:
             "base_model": self.language.identity,
             "trained_language": self.language.trained,
             "use_lora": self.language.adapter is not None,
-            "tokenizer_path": str(Path(self.tokenizer.file).resolve()),
+            "tokenizer_path": self._tokenizer_place(),
             "tokenizer": self.tokenizer.hash,
             "in_features": self.projector.in_features,
             "position_scale": self.projector.position_scale,
             "position_grid": self.projector.position_grid,
         }
+
+    def _tokenizer_place(self) -> str:
+        """The name of one that ships, which another machine has too; else where it lies here."""
+        name = shipped.name_of(self.tokenizer.hash)
+        return name or str(Path(self.tokenizer.file).resolve())
 
 
 class SampleAnswers:

@@ -28,7 +28,7 @@ from app.shared.refusals import fail
 from app.text.rows import REPORT_QUESTION
 from app.tokens.open_scan import ScanSource, scan_source, scan_sources
 from app.tokens.token_files import CTTokens
-from app.training import checkpoints
+from app.training import checkpoints, shipped
 from networks import qwen
 from networks.projector import Projector
 from networks.tokens import REDUCTIONS, TokenSequence
@@ -89,7 +89,7 @@ class CTAssistant:
         """
         path, device = aligned_folder(path), device or choose_device()
         settings = read_settings(path)
-        frozen = FrozenTokenizer(tokenizer or str(path / settings["tokenizer_path"]), demo=False, device=device)
+        frozen = FrozenTokenizer(tokenizer or tokenizer_of(path, settings), demo=False, device=device)
         if frozen.hash != settings["tokenizer"]:
             fail(
                 "OTHER_TOKENIZER",
@@ -304,6 +304,12 @@ def read_settings(path: Path) -> dict[str, Any]:
             what = f"{file} must have {rule} as its {name}, it has {str(settings[name])[:40]}"
             fail("NO_ALIGNMENT", what, "copy the folder again, or align again")
     return settings
+
+
+def tokenizer_of(path: Path, settings: dict[str, Any]) -> str:
+    """Where the tokenizer of an alignment is: where it was, else what ships with the hash that was recorded."""
+    place, name = path / settings["tokenizer_path"], shipped.name_of(settings["tokenizer"])
+    return str(place if place.exists() or name is None else shipped.pretrained_folder() / name)
 
 
 def load_base(

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from app.language.assistant import NOTICE, CTAssistant, aligned_folder, read_settings
+from app.language.assistant import NOTICE, CTAssistant, aligned_folder, read_settings, tokenizer_of
 from app.serving import options
 from app.serving.options import Options
 from app.shared.refusals import Refused
@@ -40,8 +40,7 @@ class Served:
 
     def __init__(self, *, tokenizer: str | None = None, align: str | None = None) -> None:
         if align is not None and tokenizer is None:
-            folder = aligned_folder(align)
-            tokenizer = str(folder / read_settings(folder)["tokenizer_path"])
+            tokenizer = tokenizer_of(folder := aligned_folder(align), read_settings(folder))
         self.tokenizer = CTTokenizer.from_pretrained(tokenizer)
         self.budget = None if align is None else read_settings(aligned_folder(align))["max_3d_tokens"]
         self._assistant: Future[CTAssistant] = Future()
