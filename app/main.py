@@ -22,6 +22,7 @@ from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
+from app.serving.answers_page import AnswersPage
 from app.serving.guard import Guard
 from app.serving.refused import refusal
 from app.serving.served import DESCRIPTIONS, Served
@@ -30,6 +31,7 @@ from app.shared.version import VERSION
 
 CONF = {"tokenizer": None, "align": None, "max_upload_mb": "2048"}
 OF_THE_SERVER = ("server_mode",)
+SEGMENTATIONS = ("show_answer",)  # the one kind of models that viewers list
 LOOPBACK, EVERYWHERE = "127.0.0.1", "0.0.0.0"
 MORE_SCANS = ("*.zip", "*.mha", "*.dcm")  # than MONAI Label lists by itself; a zip may hold a DICOM series
 
@@ -39,7 +41,8 @@ class Task(InferTask):
 
     def __init__(self, name: str, served: Served) -> None:
         self.name, self.served = name, served
-        super().__init__(InferType.OTHERS, [], 3, DESCRIPTIONS[name], served.options(name))
+        kind = InferType.SEGMENTATION if name in SEGMENTATIONS else InferType.OTHERS
+        super().__init__(kind, [], 3, DESCRIPTIONS[name], served.options(name))
 
     def is_valid(self) -> bool:
         return True
@@ -136,7 +139,7 @@ class Voxelingo(MONAILabelApp):
 
 
 def guard_server(*, max_bytes: int) -> None:
-    """Puts the guard around the server that loads this app, and binds it to this machine where no --host was given."""
+    """Lays guard and page around the server that loads this app; without --host it is bound to this machine."""
     config = _running_server()
     if config is None:  # a task of its own, which nobody can ask
         return
@@ -144,7 +147,7 @@ def guard_server(*, max_bytes: int) -> None:
     if config.host == EVERYWHERE and not named:
         config.host = LOOPBACK  # it is bound only after the app has loaded
     local = config.host in (LOOPBACK, "localhost", "::1") or not named
-    config.loaded_app = Guard(config.loaded_app, max_bytes=max_bytes, local_only=local)
+    config.loaded_app = Guard(AnswersPage(config.loaded_app), max_bytes=max_bytes, local_only=local)
 
 
 def _private_folder() -> Path:

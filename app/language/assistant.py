@@ -203,6 +203,11 @@ class CTAssistant:
             origin |= {"tokens_sha256": source.key} if source.kind == "tokens" else {}
         return TokenizedScan(name, as_tensors(tokens), {**origin, **_series(tokens)}, place)
 
+    def of_tokens(self, tokens: CTTokens) -> TokenizedScan:
+        """What was tokenized already."""
+        origin = {"scan_sha256": tokens.source_hash} if tokens.source_hash else {}
+        return TokenizedScan("tokens", as_tensors(tokens), {**origin, **_series(tokens)})
+
     def open_all(self, path: Path) -> Iterator[TokenizedScan | ValueError]:
         """Everything at a path, by the one door for scans; what is refused comes as its refusal."""
         for source in scan_sources(path):
