@@ -92,7 +92,7 @@ class Browser:
             self.complaints.append(params["exceptionDetails"]["text"])
 
     def open(self, page: Path | str, *, width: int, scheme: str = "light", media: str = "") -> None:
-        """Shows a file or an address as a screen of this width in a light or dark scheme would; `media` print: on paper."""
+        """Shows a file or an address as a screen of this width in a light or dark scheme; `media` print: on paper."""
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         features = [{"name": "prefers-color-scheme", "value": scheme}]

@@ -39,7 +39,8 @@ def label_map(tokens: CTTokens, cells: Bool[np.ndarray, " M"] | None) -> UInt8[n
     marked = np.zeros(tokens.latent_shape, np.uint8)
     marked[tuple((tokens.coords if cells is None else tokens.coords[cells]).T)] = 1
     to_cell = np.linalg.inv(tokens.affine) @ tokens.source_affine
-    return ndimage.affine_transform(marked, to_cell[:3, :3], to_cell[:3, 3], tokens.source_shape, order=0)
+    how = {"order": 0, "mode": "grid-constant"}  # `constant` would cut half a cell off at the border
+    return ndimage.affine_transform(marked, to_cell[:3, :3], to_cell[:3, 3], tokens.source_shape, **how)
 
 
 def segment_name(answer: str, *, somewhere: bool) -> str:

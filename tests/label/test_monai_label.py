@@ -4,16 +4,12 @@ import base64
 import concurrent.futures
 import contextlib
 import json
-import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
 import nibabel
 import numpy as np
@@ -21,105 +17,17 @@ import pydicom
 import pytest
 
 from app.export.export import write_bundle
-from app.tokens.commands import onto_grid, write_nifti
-from app.tokens.open_scan import Volume
-from app.tokens.token_files import read_tokens
 from app.tokens.tokenizer import CTTokenizer
-from tests import alignments, scans
+from tests import scans
 from tests import tiny_tokenizer as tiny
+from tests.label_server import PATIENT, SECONDS_TO_START, end, start, tokens_of, wait_for
 from tests.runs import ROOT
 
 pytestmark = pytest.mark.label
 requests = pytest.importorskip("requests")
 pytest.importorskip("monailabel")
-PATIENT = "Doe_John_19700101"
-SECONDS_TO_START = 120
 WITH_A_GAP = "1.2.3.5"
 ORTHANC_DICOMWEB = "/usr/share/orthanc/plugins/libOrthancDicomWeb.so"  # as Debian has it
-
-
-class Server(NamedTuple):
-    url: str
-    log: Path
-    home: Path  # what the server calls the folder of temporary files
-
-    def ask(self, model, **given):
-        return requests.post(f"{self.url}/infer/{model}", timeout=120, **given)
-
-
-def start(app: Path, studies: Path, place: Path, *, conf: dict, options=()):
-    """The command of the docs, in a folder that holds nothing."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(app), "--studies", str(studies)]
-    command += ["--port", str(port), *options]
-    for name, value in conf.items():
-        command += ["--conf", name, str(value)]
-    place.mkdir()
-    kept = {**os.environ, "TMPDIR": str(place), "MONAI_LABEL_SESSION_PATH": str(place / "sessions")}
-    kept.pop("PYTHONPATH", None)
-    log = place / "server.log"
-    with open(log, "w") as out:
-        process = subprocess.Popen(command, cwd=place, env=kept, stdout=out, stderr=subprocess.STDOUT)
-    return process, Server(f"http://127.0.0.1:{port}", log, place)
-
-
-def wait_for(process, server):
-    for _ in range(SECONDS_TO_START):
-        try:
-            return requests.get(f"{server.url}/info/", timeout=5)
-        except requests.ConnectionError:
-            assert process.poll() is None, server.log.read_text()[-3000:]
-            time.sleep(1)
-    raise AssertionError(server.log.read_text()[-3000:])
-
-
-def end(process):
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait(timeout=20)
-    except subprocess.TimeoutExpired:
-        process.kill()
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """An aligned model with its tokenizer."""
-    folder = alignments.make_home(tmp_path_factory.mktemp("home"))
-    alignments.align(folder, folder / "aligned")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def studies(tmp_path_factory):
-    """A NIfTI and a DICOM series in a zip and in a folder, all named after a patient."""
-    folder = tmp_path_factory.mktemp("studies")
-    write_nifti(folder / f"{PATIENT}.nii.gz", Volume(tiny.hu_volume(), tiny.AFFINE))
-    series = scans.write_series(folder / "series", scans.series(PatientName=PATIENT))
-    with zipfile.ZipFile(folder / "dicom.zip", "w") as packed:
-        for file in sorted(series.rglob("*")):
-            packed.write(file, file.name)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(home, studies, tmp_path_factory):
-    conf = {"tokenizer": home / "tokenizer.pt", "align": home / "aligned", "max_upload_mb": 4}
-    process, started = start(ROOT / "app", studies, tmp_path_factory.mktemp("place") / "run", conf=conf)
-    try:
-        wait_for(process, started)
-        yield started
-    finally:
-        end(process)
-
-
-@pytest.fixture(scope="module")
-def expected(home, studies):
-    """Tokens and reconstruction as they are made without a server."""
-    ct = CTTokenizer.from_pretrained(home / "tokenizer.pt")
-    tokens = ct.encode(studies / f"{PATIENT}.nii.gz")
-    return tokens, onto_grid(ct.decode(tokens), tokens.source_shape, tokens.source_affine)
 
 
 @pytest.fixture(scope="module")
@@ -185,15 +93,9 @@ def test_a_series_of_a_dicomweb_server_gives_the_tokens_of_its_files(home, dicom
     assert not list((tmp_path / "run").rglob("*.dcm"))
 
 
-def tokens_of(answer, folder):
-    file = folder / "answer.npz"
-    file.write_bytes(base64.b64decode(answer.json()["npz"]))
-    return read_tokens(file)
-
-
 def test_info_shows_models_and_options(server):
     models = requests.get(f"{server.url}/info/", timeout=10).json()["models"]
-    assert list(models) == ["tokenize", "reconstruct", "ask", "report"]
+    assert list(models) == ["tokenize", "reconstruct", "ask", "report", "show_answer"]
     assert models["reconstruct"]["config"]["window"][:2] == ["HU", "lung"]
     assert models["ask"]["config"] == {"question": "", "max_3d_tokens": [40, 20, 10], "max_new_tokens": 256}
 
