@@ -156,6 +156,8 @@ class CTTokenizer:
         coords = torch.from_numpy(np.pad(item["coords"].astype(np.int32), ((0, 0), (1, 0))))
         feats = torch.from_numpy(np.ascontiguousarray(item["feats"], np.float32))
         x = SparseTensor(feats.to(self.device), coords.to(self.device), tuple(item["spatial_shape"]), 1)
+        if self.max_points is not None and len(x) > self.max_points:
+            x = x.to("cpu")  # sorted where that is fast; parts of it go back one by one
         return Seen(x, np.asarray(item["affine"], np.float64), item["beyond"])
 
     def decode(self, tokens: CTTokens | str | Path, *, levels: int | None = None) -> Volume:
