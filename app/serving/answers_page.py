@@ -126,8 +126,9 @@ pre{white-space:pre-wrap;overflow-wrap:anywhere;color:var(--quiet);font-size:.85
 
 def document() -> str:
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; connect-src 'self'; "
-    policy += "form-action 'none'; base-uri 'none'"
+    rules = ("default-src 'none'", f"script-src 'sha256-{digest}'", "style-src 'unsafe-inline'", "img-src data:",
+             "connect-src 'self'", "form-action 'none'", "base-uri 'none'")  # fmt: skip
+    policy = "; ".join(rules)
     return f"""<!doctype html>
 <html lang="en">
 <head>

@@ -77,8 +77,8 @@ def main() -> None:
             started, idle = time.perf_counter() - begun, of_process(process.pid)[1]
             rows = [row(server, process.pid, "tokenize", "scan", given.rounds)]
             Path(folder, "t.npz").write_bytes(base64.b64decode(asked(server, "tokenize", "scan")["npz"]))
-            rows += [row(server, process.pid, name, "scan", given.rounds) for name in ("reconstruct", "ask", "show_answer")
-                     if name in models]  # fmt: skip
+            for name in ("reconstruct", "ask", "show_answer"):
+                rows += [row(server, process.pid, name, "scan", given.rounds)] if name in models else []
             peak = of_process(process.pid)[1]
         finally:
             end(process)

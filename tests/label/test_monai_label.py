@@ -3,12 +3,14 @@
 import base64
 import concurrent.futures
 import contextlib
+import io
 import json
 import shutil
 import socket
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import nibabel
@@ -175,12 +177,23 @@ def test_two_at_once_get_their_own_answers(server, expected, tmp_path):
     assert "answer" in done[1].json() and done[2].json()["provenance"] != done[0].json()["provenance"]
 
 
+def packed(name, content):
+    """An archive with one member."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, content)
+    return stream.getvalue()
+
+
 @pytest.mark.parametrize(
     ("model", "given", "status", "code"),
     [
         ("tokenize", {"files": {"file": ("x.nii.gz", b"no scan")}}, 422, "CORRUPT_FILE"),
         ("tokenize", {"files": {"file": ("x.zip", b"PK\x03\x04")}}, 422, "CORRUPT_FILE"),
         ("tokenize", {"files": {"file": ("x.npz", b"no tokens")}}, 422, "DAMAGED_TOKENS"),
+        ("tokenize", {"files": {"file": ("x.zip", packed("../../x.dcm", b"1"))}}, 422, "UNSAFE_ARCHIVE"),
+        ("tokenize", {"files": {"file": ("x.zip", packed("x.dcm", bytes(50 << 20)))}}, 422, "UNSAFE_ARCHIVE"),
+        ("tokenize", {"files": {"file": ("../../x.nii.gz", b"no scan")}}, 422, "CORRUPT_FILE"),
         ("tokenize", {"files": {"file": ("x.txt", b"a letter about a patient")}}, 422, "NO_CASES"),
         ("tokenize", {"params": {"image": "/etc/passwd"}}, 404, "NO_SOURCE"),
         ("tokenize", {"params": {"image": "../../etc/passwd"}}, 404, "NO_SOURCE"),
