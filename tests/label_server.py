@@ -24,7 +24,7 @@ class Server(NamedTuple):
     def ask(self, model, **given):
         import requests
 
-        return requests.post(f"{self.url}/infer/{model}", timeout=120, **given)
+        return requests.post(f"{self.url}/infer/{model}", timeout=600, **given)
 
 
 def start(app: Path, studies: Path, place: Path, *, conf: dict, options=()):

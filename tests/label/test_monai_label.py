@@ -19,6 +19,7 @@ import pydicom
 import pytest
 
 from app.export.export import write_bundle
+from app.tokens.commands import onto_grid
 from app.tokens.tokenizer import CTTokenizer
 from tests import scans
 from tests import tiny_tokenizer as tiny
@@ -255,11 +256,12 @@ def test_a_request_while_the_language_model_loads_waits_for_it(home):
     assert isinstance(told["answer"], str)
 
 
-def test_an_exported_bundle_serves_in_monai_labels_own_app(home, studies, expected, tmp_path):
-    """Dense HU through the inferer of its inference.json."""
+@pytest.mark.parametrize("tokenizer", ["tiny", "ct_base"])
+def test_an_exported_bundle_serves_in_monai_labels_own_app(tokenizer, home, studies, tmp_path):
+    """Dense HU through the inferer of its inference.json; of a tiny tokenizer, and of the one that ships."""
     app = tmp_path / "monaibundle"
     shutil.copytree(Path(sys.prefix, "monailabel", "sample-apps", "monaibundle"), app)
-    made = CTTokenizer.from_pretrained(home / "tokenizer.pt")
+    made = CTTokenizer.from_pretrained(home / "tokenizer.pt" if tokenizer == "tiny" else tokenizer)
     write_bundle(app / "model" / "ct_tokens", made, name="ct_tokens", align=None, settings=None)
     conf = {"models": "ct_tokens", "zoo_source": "ngc", "sam2": "false", "skip_trainers": "true"}
     process, server = start(app, studies, tmp_path / "run", conf=conf, options=("--host", "127.0.0.1"))
@@ -267,9 +269,11 @@ def test_an_exported_bundle_serves_in_monai_labels_own_app(home, studies, expect
         assert list(wait_for(process, server).json()["models"]) == ["ct_tokens"]
         answer = server.ask("ct_tokens", params={"image": PATIENT, "output": "image"})
         assert answer.status_code == 200, server.log.read_text()[-3000:]
-        (tmp_path / "back.nii.gz").write_bytes(answer.content)
-        image = nibabel.load(tmp_path / "back.nii.gz")
-        assert np.allclose(image.affine, expected[0].source_affine, atol=1e-3)
-        assert np.abs(np.asarray(image.dataobj) - np.rint(expected[1].hu)).max() <= 1
     finally:
         end(process)
+    (tmp_path / "back.nii.gz").write_bytes(answer.content)
+    image = nibabel.load(tmp_path / "back.nii.gz")
+    tokens = made.encode(studies / f"{PATIENT}.nii.gz")
+    expected = onto_grid(made.decode(tokens), tokens.source_shape, tokens.source_affine)
+    assert np.allclose(image.affine, tokens.source_affine, atol=1e-3)
+    assert np.abs(np.asarray(image.dataobj) - np.rint(expected.hu)).max() <= 1
