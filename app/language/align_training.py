@@ -116,17 +116,17 @@ class AlignRecord:
             "base_model": self.language.identity,
             "trained_language": self.language.trained,
             "use_lora": self.language.adapter is not None,
-            "tokenizer_path": self._tokenizer_place(),
+            "tokenizer_path": place_of(self.tokenizer),
             "tokenizer": self.tokenizer.hash,
             "in_features": self.projector.in_features,
             "position_scale": self.projector.position_scale,
             "position_grid": self.projector.position_grid,
         }
 
-    def _tokenizer_place(self) -> str:
-        """The name of one that ships, which another machine has too; else where it lies here."""
-        name = shipped.name_of(self.tokenizer.hash)
-        return name or str(Path(self.tokenizer.file).resolve())
+
+def place_of(tokenizer: FrozenTokenizer) -> str:
+    """The name of one that ships, which another machine has too; else where it lies here."""
+    return shipped.name_of(tokenizer.hash) or str(Path(tokenizer.file).resolve())
 
 
 class SampleAnswers(OnEvent):

@@ -264,7 +264,7 @@ def _default_tokenizer(for_phantoms: bool) -> str | Path:
     if own:
         return max(own, key=lambda stage: step_file(stage, "misc", complete_steps(stage)[-1]).stat().st_mtime)
     for stage in passed:
-        log.info("%s learned from built-in phantoms: taking %s (name %s to take it)", stage, shipped.DEFAULT, stage)
+        log.warning("%s learned from built-in phantoms: taking %s (name %s to take it)", stage, shipped.DEFAULT, stage)
     if ships:
         return shipped.DEFAULT
     what = f"there is no tokenizer in {' or '.join(NEWEST_TOKENIZERS)}"

@@ -4,7 +4,6 @@ import json
 import os
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from app.__main__ import app
 from app.evaluation.tokenizer_evaluation import TokenizerEvaluation
 from app.export import pretrained
 from app.language.align_setup import FrozenTokenizer
-from app.language.align_training import AlignRecord
+from app.language.align_training import place_of
 from app.language.assistant import tokenizer_of
 from app.serving.served import Served
 from app.shared.places import bundles_folder
@@ -124,10 +123,8 @@ def test_what_learned_from_phantoms_is_taken_where_nothing_ships(folder, monkeyp
 
 def test_an_alignment_names_what_ships_and_so_finds_it_on_another_machine(folder, tmp_path):
     frozen = FrozenTokenizer("ct_base", demo=False, device=torch.device("cpu"))
-    parts = {"language": SimpleNamespace(identity={}, trained=False, adapter=None), "settings": {}, "folder": None}
-    network = SimpleNamespace(projector=SimpleNamespace(in_features=8, position_scale=1.0, position_grid=4))
-    record = AlignRecord(network=network, tokenizer=frozen, **parts).content()
-    assert (record["tokenizer_path"], record["tokenizer"]) == ("ct_base", frozen.hash)
+    record = {"tokenizer_path": place_of(frozen), "tokenizer": frozen.hash}
+    assert record["tokenizer_path"] == "ct_base"
     assert tokenizer_of(tmp_path / "carried", record) == str(folder / "ct_base")
     elsewhere = {**record, "tokenizer_path": "/home/other/site-packages/bundles/pretrained/ct_base/model.safetensors"}
     assert tokenizer_of(tmp_path, elsewhere) == str(folder / "ct_base")  # as it was recorded before
