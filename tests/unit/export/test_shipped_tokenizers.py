@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from app.__main__ import app
 from app.evaluation.tokenizer_evaluation import TokenizerEvaluation
 from app.export import pretrained
+from app.export.export import write_bundle
 from app.language.align_setup import FrozenTokenizer
 from app.language.align_training import place_of
 from app.language.assistant import tokenizer_of
@@ -130,6 +131,21 @@ def test_an_alignment_names_what_ships_and_so_finds_it_on_another_machine(folder
     assert tokenizer_of(tmp_path, elsewhere) == str(folder / "ct_base")  # as it was recorded before
     own = {"tokenizer_path": "/home/other/outputs/vq_stage2", "tokenizer": "0" * 64}
     assert tokenizer_of(tmp_path, own) == "/home/other/outputs/vq_stage2"
+
+
+def test_credit_goes_along_with_weights_that_leave_and_with_those_of_a_bundle_of_them(folder, tmp_path):
+    """Of scans under CC BY: whoever passes the weights on has to name whose they were."""
+    first = tmp_path / "first"
+    write_bundle(first, CTTokenizer.from_pretrained("ct_base"), name="first", align=None, settings=None)
+    again = CTTokenizer.from_pretrained(first)
+    write_bundle(tmp_path / "second", again, name="second", align=None, settings=None)
+    for bundle in (first, tmp_path / "second"):
+        assert CREDITS in (bundle / "docs" / "CREDIT.md").read_text()
+        assert "[CREDIT.md](CREDIT.md) names the data" in (bundle / "docs" / "README.md").read_text()
+    own = CTTokenizer.from_pretrained(tmp_path / "runs" / "vq_stage2")
+    write_bundle(tmp_path / "own", own, name="own", align=None, settings=None)
+    assert not (tmp_path / "own" / "docs" / "CREDIT.md").exists()
+    assert "who exported this bundle knows" in (tmp_path / "own" / "docs" / "README.md").read_text()
 
 
 def test_a_card_of_what_ships_is_written_here_and_not_into_the_installation(folder, dataset, tmp_path):
