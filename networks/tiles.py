@@ -30,7 +30,7 @@ from networks.vqvae import BatchTokens, SparseVQVAE
 HALOS = (3, 5, 2)
 MIN_SIDE = 4  # latents of a tile: below it there would be little but halo
 VOXELS_PER_LATENT = 512
-HOST = torch.device("cpu")
+HOST = "cpu"
 
 
 class Decoded(NamedTuple):
