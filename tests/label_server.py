@@ -37,8 +37,9 @@ def start(app: Path, studies: Path, place: Path, *, conf: dict, options=()):
     for name, value in conf.items():
         command += ["--conf", name, str(value)]
     place.mkdir()
-    kept = {**os.environ, "TMPDIR": str(place), "MONAI_LABEL_SESSION_PATH": str(place / "sessions")}
-    kept.pop("PYTHONPATH", None)
+    kept = {**os.environ, "TMPDIR": str(place)}
+    for name in ("PYTHONPATH", "MONAI_LABEL_SESSION_PATH"):
+        kept.pop(name, None)
     log = place / "server.log"
     with open(log, "w") as out:
         process = subprocess.Popen(command, cwd=place, env=kept, stdout=out, stderr=subprocess.STDOUT)

@@ -5,6 +5,7 @@ here as the module uses it: which models it lists, a session for a loaded volume
 by SimpleITK, segments named by `label_names`. OHIF's requests are those of the plug-in that MONAI Label ships.
 """
 
+import http.client
 import json
 import time
 
@@ -66,6 +67,28 @@ def test_slicer_gets_a_segment_that_is_named_by_the_answer_where_it_rests(client
     assert found.tolist() == [0, 1]
     client.remove_session(session)
     assert PATIENT not in json.dumps(told) and "CT_1" not in server.log.read_text()
+
+
+def test_a_session_is_no_path_no_archive_and_no_name(server, studies):
+    """MONAI Label joins whatever it is given to a folder, removes what it finds there, and unpacks what it is sent."""
+    scan = (studies / f"{PATIENT}.nii.gz").read_bytes()
+    sent = {"files": {"files": (f"{PATIENT}.Doe.nii.gz", scan)}, "timeout": 60}
+    made = requests.put(f"{server.url}/session/", **sent).json()
+    assert PATIENT not in json.dumps(made) and made["session_info"]["image"].endswith("/scan.nii.gz")
+    (place,) = {file.parent for file in server.home.rglob("scan.nii.gz")}
+    (place.parent / "meta.info").write_text(json.dumps({"image": str(place / "scan.nii.gz")}))  # of a session `..`
+    for call, path in (("GET", "/session/.."), ("DELETE", "/session/%2e%2e"), ("DELETE", "/session/.."),
+                       ("DELETE", "/session/" + "a" * 8)):  # fmt: skip
+        connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=60)
+        connection.request(call, path)
+        assert connection.getresponse().status in (307, 404, 405), path
+    assert (place / "scan.nii.gz").is_file()
+    asked = server.ask("tokenize", params={"session_id": "../sessions", "image": ""})
+    assert asked.status_code == 404, asked.text
+    packed = requests.put(f"{server.url}/session/", params={"uncompress": True}, **sent)
+    assert (packed.status_code, packed.json()["detail"]["code"]) == (422, "BAD_CALL")
+    requests.delete(f"{server.url}/session/{made['session_id']}", timeout=60)
+    assert not place.exists()
 
 
 def test_a_report_is_what_slicer_gets_without_a_question(client):
