@@ -65,7 +65,7 @@ class TokenizerEvaluation:
 
     Args:
         dataset_dir: a prepared dataset; None takes the built-in phantoms, and a tokenizer trained on them.
-        tokenizer: checkpoint, output folder, bundle or name; None: the newest in outputs/, else the one that ships.
+        tokenizer: checkpoint, output folder, bundle or name; None: as find_tokenizer says.
         output_dir: where the card goes; None: beside the checkpoint, of a tokenizer that ships outputs/NAME.
         split: train, val, or None for all cases.
         max_cases: at most this many, evenly spread over the split; None takes all.
@@ -153,7 +153,7 @@ class TokenizerEvaluation:
         )
         if missing and self.dataset_dir is None:
             train_demo_stage1("NO_TOKENIZER")
-        return find_tokenizer(self.tokenizer)
+        return find_tokenizer(self.tokenizer, for_phantoms=self.dataset_dir is None)
 
 
 def _phantoms(split: str | None) -> Path:

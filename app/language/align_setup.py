@@ -86,8 +86,8 @@ class FrozenTokenizer:
     """The tokenizer as it is given: never trained, always in evaluation mode, known by its hash.
 
     Args:
-        path: checkpoint, output folder or bundle; None takes the newest output, else the one that
-            ships. On the demo a missing one is trained.
+        path: checkpoint, output folder, bundle or name; None takes the newest output of one's own scans, else the one
+            that ships; on the demo the newest output of all, and a missing one is trained.
     """
 
     def __init__(self, path: str | None, *, demo: bool, device: torch.device, config: str | None = None):
@@ -99,7 +99,7 @@ class FrozenTokenizer:
                 raise Refused("NO_TOKENIZER", what, f"first run {STAGE1_COMMAND}, or pass --vae_ckpt")
             if demo:
                 train_demo_stage1("NO_TOKENIZER")
-        self.file = find_tokenizer(path)
+        self.file = find_tokenizer(path, for_phantoms=demo)
         self.ct = CTTokenizer.from_pretrained(self.file, device=device)
         self.network: SparseVQVAE = self.ct.network.requires_grad_(False)
         self.hash = self.ct.digest

@@ -27,7 +27,7 @@ from app.shared.refusals import Refused
 from app.text.rows import REPORT_QUESTION
 from app.tokens.open_scan import ScanSource, scan_source, scan_sources
 from app.tokens.token_files import CTTokens
-from app.training import checkpoints
+from app.training import checkpoints, shipped
 from app.training.key_rules import RULES, Rule
 from networks import qwen
 from networks.projector import Projector
@@ -82,7 +82,7 @@ class CTAssistant:
         """
         path, device = aligned_folder(path), device or choose_device()
         settings = read_settings(path)
-        frozen = FrozenTokenizer(tokenizer or str(path / settings["tokenizer_path"]), demo=False, device=device)
+        frozen = FrozenTokenizer(tokenizer or tokenizer_of(path, settings), demo=False, device=device)
         if frozen.hash != settings["tokenizer"]:
             what = f"{path} was aligned to tokenizer {settings['tokenizer'][:12]}, {frozen.file} is {frozen.hash[:12]}"
             raise Refused("OTHER_TOKENIZER", what, "give that tokenizer with --tokenizer, or align again", status=2)
@@ -194,6 +194,11 @@ class CTAssistant:
             origin |= {"tokens_sha256": source.key} if source.kind == "tokens" else {}
         return TokenizedScan(name, tokens, {**origin, **_series(tokens)}, place)
 
+    def of_tokens(self, tokens: CTTokens) -> TokenizedScan:
+        """What was tokenized already."""
+        origin = {"scan_sha256": tokens.source_hash} if tokens.source_hash else {}
+        return TokenizedScan("tokens", tokens, {**origin, **_series(tokens)})
+
     def open_all(self, path: Path) -> Iterator[TokenizedScan | ValueError]:
         """Everything at a path, by the one door for scans; what is refused comes as its refusal."""
         for source in scan_sources(path):
@@ -275,6 +280,12 @@ def read_settings(path: Path) -> dict[str, Any]:
             what = f"{file} must have {rule.says} as its {name}, it has {str(value)[:40]}"
             raise Refused("NO_ALIGNMENT", what, "copy the folder again, or align again")
     return settings
+
+
+def tokenizer_of(path: Path, settings: dict[str, Any]) -> str:
+    """Where the tokenizer of an alignment is: where it was, else what ships with the hash that was recorded."""
+    place, name = path / settings["tokenizer_path"], shipped.name_of(settings["tokenizer"])
+    return str(place if place.exists() or name is None else shipped.pretrained_folder() / name)
 
 
 def load_base(
