@@ -1,4 +1,4 @@
-"""A thousand damaged mesh files of every format through the whole of `sdf`: a shape or one clear line, never a fault."""
+"""A thousand damaged mesh files of every format through the whole of `sdf`: a shape or one clear line each."""
 
 import csv
 import json
