@@ -45,6 +45,10 @@ class Served:
         if align is not None and tokenizer is None:
             tokenizer = tokenizer_of(folder := aligned_folder(align), read_settings(folder))
         self.tokenizer = CTTokenizer.from_pretrained(tokenizer)
+        if self.tokenizer.sizes.features == "sdf":
+            what = "this tokenizer reads shapes, a viewer has images"
+            remedy = "serve one of CT; meshes go through tokenize, reconstruct or an exported bundle"
+            raise Refused("BAD_TOKENIZER", what, remedy)
         self.budget = None if align is None else read_settings(aligned_folder(align))["max_3d_tokens"]
         self._assistant: Future[CTAssistant] = Future()
         self._one_at_a_time = threading.Lock()

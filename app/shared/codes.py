@@ -227,7 +227,9 @@ CODES = MappingProxyType(
         ),
         "UNSIGNED": _warned("distances have no sign, as --unsigned asked", "do not train on them beside signed ones"),
         "NO_SURFACE": _refused("a volume has no surface there", "name a label or a level that it has"),
-        "DAMAGED_SHAPE": _refused("a file of signed distance is damaged, or is none", "make it again with --overwrite"),
+        "DAMAGED_SHAPE": _refused(
+            "a file of signed distance is damaged, or is none", "make it again with `python -m app sdf`, --overwrite"
+        ),
         # the call
         "BAD_VALUE": _call("a value that cannot be used", "the line says the rule; pass another"),
         "BAD_CALL": _call("options that do not go together", "see --help"),
