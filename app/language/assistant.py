@@ -89,7 +89,8 @@ class CTAssistant:
         """
         path, device = aligned_folder(path), device or choose_device()
         settings = read_settings(path)
-        frozen = FrozenTokenizer(tokenizer or str(path / settings["tokenizer_path"]), demo=False, device=device)
+        where = tokenizer or str(path / settings["tokenizer_path"])
+        frozen = FrozenTokenizer(where, demo=False, device=device, levels=settings["levels"])
         if frozen.hash != settings["tokenizer"]:
             fail(
                 "OTHER_TOKENIZER",
@@ -225,7 +226,7 @@ class CTAssistant:
         }
 
 
-SETTINGS_TOLD = ("max_3d_tokens", "token_reduction", "use_3d_pos", "position", "fusion", "use_lora")
+SETTINGS_TOLD = ("max_3d_tokens", "token_reduction", "levels", "use_3d_pos", "position", "fusion", "use_lora")
 
 
 def _whole(low: int, high: int) -> tuple[str, Callable[[Any], bool]]:
@@ -257,6 +258,7 @@ SETTINGS = {  # of train_args.json, what is used: whoever wrote it
     "max_text_tokens": _whole(1, 1 << 24),
     "max_3d_tokens": _whole(1, 1 << 24),
     "token_reduction": _one_of(*REDUCTIONS),
+    "levels": ("a whole number from 1 to 64, or null", lambda value: value is None or _whole(1, 64)[1](value)),
     "use_3d_pos": YES_OR_NO,
     "position": _one_of("1d", "mrope3d"),
     "fusion": _one_of("placeholder", "prefix"),
@@ -297,6 +299,8 @@ def read_settings(path: Path) -> dict[str, Any]:
         settings = json.loads(file.read_text())
     except (ValueError, RecursionError):
         settings = None
+    if isinstance(settings, dict):
+        settings = {"levels": 1, **settings}  # 1 where it was not recorded
     if not isinstance(settings, dict) or not set(settings) >= set(SETTINGS):
         fail("NO_ALIGNMENT", f"{file} is damaged", "align again")
     for name, (rule, holds) in SETTINGS.items():

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
+from app.shared.refusals import Refused
 from app.tokens.open_scan import scan_source
 from app.tokens.token_files import CTTokens, write_tokens
 from app.tokens.tokenizer import CTTokenizer
@@ -27,14 +28,14 @@ log = logging.getLogger(__name__)
 
 
 class VolumeTokens(NamedTuple):
-    codes: Int32[Tensor, " M"]  # of several quantiser levels the first
+    codes: Int32[Tensor, "M ..."]  # of all quantiser levels: (M,), or (M, levels) where there are several
     coords: Int32[Tensor, "M 3"]
     latent_shape: tuple[int, int, int]
 
 
 def encode_sparse(network: SparseVQVAE, x: SparseTensor) -> list[VolumeTokens]:
     """Tokens of each sample of a batch."""
-    tokens = network.encode(x, levels=1)
+    tokens = network.encode(x)
     parts = [tokens.coords[:, 0] == sample for sample in range(tokens.batch_size)]
     return [VolumeTokens(tokens.codes[p].cpu(), tokens.coords[p, 1:].cpu(), tokens.latent_shape) for p in parts]
 
@@ -68,14 +69,28 @@ def extract_3d_latent_and_indices(
 class Reducer:
     """From codes to the sequence that the language model reads: code vectors, ordered and within the budget.
 
-    `lookup` gives the vector of each code; `width` is theirs.
+    `lookup` gives the vector of each code; `width` is theirs. Of several quantiser levels the first `levels` are read:
+    a cell stays one token, its vector the sum of theirs.
     """
 
-    def __init__(self, lookup: Callable[[Tensor], Tensor], *, width: int, max_tokens: int = 2048, method: str = "pool"):
-        self.lookup, self.width, self.max_tokens, self.method = lookup, width, max_tokens, method
+    def __init__(
+        self,
+        lookup: Callable[[Tensor], Tensor],
+        *,
+        width: int,
+        max_tokens: int = 2048,
+        method: str = "pool",
+        levels: int = 1,
+    ):
+        self.lookup, self.width, self.max_tokens, self.method, self.levels = lookup, width, max_tokens, method, levels
 
     def __call__(self, tokens: VolumeTokens) -> TokenSequence:
-        feats = self.lookup(tokens.codes).float()
+        codes = tokens.codes if tokens.codes.ndim == 2 else tokens.codes[:, None]
+        if codes.shape[1] < self.levels:
+            what = f"{self.levels} levels of codes are read, these tokens have {codes.shape[1]}"
+            raise Refused("TOO_FEW_LEVELS", what, "tokenize the scan again with all levels")
+        codes = codes[:, 0] if self.levels == 1 else codes[:, : self.levels]
+        feats = self.lookup(codes).float()
         return reduce_tokens(feats, tokens.coords, max_tokens=self.max_tokens, method=self.method)
 
 
@@ -84,7 +99,7 @@ class TokenSource:
 
     def __init__(self, tokenizer: CTTokenizer, *, cache_dir: str | Path):
         self.tokenizer = tokenizer
-        self.cache_dir = Path(cache_dir) / f"{tokenizer.digest[:16]}.{RESAMPLER.replace(' ', '_')}"
+        self.cache_dir = Path(cache_dir) / f"{tokenizer.digest[:16]}.{RESAMPLER.replace(' ', '_')}.all_levels"
 
     def __call__(self, path: Path) -> VolumeTokens:
         """Tokens of whatever lies there, by the one door for scans; a token file is read where it is."""
@@ -101,7 +116,7 @@ class TokenSource:
                 return self.read(file)
             except ValueError:
                 log.warning("cached tokens %s are damaged and are made again", file.name)
-        tokens = self.tokenizer.encode(scan(), levels=1)
+        tokens = self.tokenizer.encode(scan())
         write_tokens(file, tokens)
         return as_tensors(tokens)
 
@@ -110,5 +125,4 @@ class TokenSource:
 
 
 def as_tensors(tokens: CTTokens) -> VolumeTokens:
-    """What a language model reads: of several codes a cell the first."""
-    return VolumeTokens(torch.from_numpy(tokens.first_levels(1)), torch.from_numpy(tokens.coords), tokens.latent_shape)
+    return VolumeTokens(torch.from_numpy(tokens.codes), torch.from_numpy(tokens.coords), tokens.latent_shape)
