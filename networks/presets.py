@@ -55,6 +55,7 @@ class Preset:
     pool: str = "mean"  # how cells are halved: children side by side; mean, as older checkpoints; legacy, as published
     prepared: tuple[int, float] | None = None  # side and mm of the grid its training data lay on, if they lay on one
     resampler: str = ""  # name and version of what brought its training data onto the grid; older ones do not say
+    pca: bool = False  # whether latents begin as principal components of cells, around which the network learns
     norm: str = "sample"  # over what the encoder normalises: each voxel, or all of a sample, as in older checkpoints
 
     def __post_init__(self):
@@ -100,7 +101,7 @@ class Preset:
         Token files and projectors know a tokenizer by a hash over these bytes too: what older weights do not say is
         left out where it is as they have it.
         """
-        older = {"norm": "sample", "prepared": None, "resampler": ""}
+        older = {"norm": "sample", "prepared": None, "resampler": "", "pca": False}
         values = {name: v for name, v in dataclasses.asdict(self).items() if name not in older or v != older[name]}
         return torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
 
