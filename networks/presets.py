@@ -137,11 +137,11 @@ def is_grid(grid: object) -> bool:
 
 PRESETS = {
     "tiny": Preset(
-        resolution=48,
-        spacing=8.0,
+        resolution=80,
+        spacing=5.0,
         widths=(16, 16, 32),
         model_channels=64,
-        latent_channels=16,
+        latent_channels=64,
         num_embeddings=256,
         num_blocks=2,
         num_heads=4,
