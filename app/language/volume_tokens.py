@@ -7,13 +7,12 @@ and kept under the tokenizer's hash. Turns codes into codebook vectors; knows no
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
-from app.shared.refusals import Refused
 from app.tokens.open_scan import scan_source
 from app.tokens.token_files import CTTokens, write_tokens
 from app.tokens.tokenizer import CTTokenizer
@@ -25,19 +24,6 @@ from transforms import Windowsd
 from transforms.grid import RESAMPLER
 
 log = logging.getLogger(__name__)
-
-
-class VolumeTokens(NamedTuple):
-    codes: Int32[Tensor, "M ..."]  # of all quantiser levels: (M,), or (M, levels) where there are several
-    coords: Int32[Tensor, "M 3"]
-    latent_shape: tuple[int, int, int]
-
-
-def encode_sparse(network: SparseVQVAE, x: SparseTensor) -> list[VolumeTokens]:
-    """Tokens of each sample of a batch."""
-    tokens = network.encode(x)
-    parts = [tokens.coords[:, 0] == sample for sample in range(tokens.batch_size)]
-    return [VolumeTokens(tokens.codes[p].cpu(), tokens.coords[p, 1:].cpu(), tokens.latent_shape) for p in parts]
 
 
 def sparse_inputs(inputs: dict, vqvae: SparseVQVAE, device: torch.device | str | None = None) -> SparseTensor:
@@ -84,14 +70,13 @@ class Reducer:
     ):
         self.lookup, self.width, self.max_tokens, self.method, self.levels = lookup, width, max_tokens, method, levels
 
-    def __call__(self, tokens: VolumeTokens) -> TokenSequence:
-        codes = tokens.codes if tokens.codes.ndim == 2 else tokens.codes[:, None]
-        if codes.shape[1] < self.levels:
-            what = f"{self.levels} levels of codes are read, these tokens have {codes.shape[1]}"
-            raise Refused("TOO_FEW_LEVELS", what, "tokenize the scan again with all levels")
-        codes = codes[:, 0] if self.levels == 1 else codes[:, : self.levels]
-        feats = self.lookup(codes).float()
-        return reduce_tokens(feats, tokens.coords, max_tokens=self.max_tokens, method=self.method)
+    def __call__(self, tokens: CTTokens) -> TokenSequence:
+        codes = torch.from_numpy(tokens.first_levels(self.levels))
+        return self.rows(self.lookup(codes), torch.from_numpy(tokens.coords))
+
+    def rows(self, feats: Float[Tensor, "M D"], coords: Int[Tensor, "M 3"]) -> TokenSequence:
+        """The same of vectors."""
+        return reduce_tokens(feats.float(), coords, max_tokens=self.max_tokens, method=self.method)
 
 
 class TokenSource:
@@ -101,28 +86,21 @@ class TokenSource:
         self.tokenizer = tokenizer
         self.cache_dir = Path(cache_dir) / f"{tokenizer.digest[:16]}.{RESAMPLER.replace(' ', '_')}.all_levels"
 
-    def __call__(self, path: Path) -> VolumeTokens:
+    def __call__(self, path: Path) -> CTTokens:
         """Tokens of whatever lies there, by the one door for scans; a token file is read where it is."""
         source = scan_source(path)
         if source.kind == "tokens" or not source.key:  # the latter is refused
-            return as_tensors(self.tokenizer.encode(source))
+            return self.tokenizer.encode(source)
         return self.cached(source.key, lambda: source)
 
-    def cached(self, key: str, scan: Callable[[], Any]) -> VolumeTokens:
+    def cached(self, key: str, scan: Callable[[], Any]) -> CTTokens:
         """Tokens kept under this key; else those of `scan()`, encoded now and kept."""
         file = self.cache_dir / f"{key}.npz"
         if file.is_file():
             try:
-                return self.read(file)
+                return self.tokenizer.read(file)
             except ValueError:
                 log.warning("cached tokens %s are damaged and are made again", file.name)
         tokens = self.tokenizer.encode(scan())
         write_tokens(file, tokens)
-        return as_tensors(tokens)
-
-    def read(self, file: Path) -> VolumeTokens:
-        return as_tensors(self.tokenizer.read(file))
-
-
-def as_tensors(tokens: CTTokens) -> VolumeTokens:
-    return VolumeTokens(torch.from_numpy(tokens.codes), torch.from_numpy(tokens.coords), tokens.latent_shape)
+        return tokens

@@ -157,7 +157,7 @@ class _Points(Dataset):
         self.dataset = dataset
 
     def __getitem__(self, number: int) -> Any:
-        return or_refusal(lambda: len(self.dataset.kept(number)["coords"]))
+        return or_refusal(lambda: len(self.dataset.kept_voxels(number)["coords"]))
 
 
 def _count_points(dataset: CTDataset, numbers: Sequence[int], *, num_workers: int) -> list[int]:

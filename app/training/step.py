@@ -27,7 +27,7 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.swa_utils import AveragedModel
 
 from app.shared.devices import choose_device
-from app.shared.refusals import fail
+from app.shared.refusals import Refused
 from app.training.checkpoints import unwrapped
 from app.training.preflight import one_line_errors
 from networks.losses import TokenizerLoss
@@ -200,11 +200,8 @@ class ProcessGroup:
 
     def join(self) -> None:
         if "RANK" not in os.environ:
-            fail(
-                "NO_TORCHRUN",
-                "bundles/multi_gpu.json runs under torchrun",
-                "start it with torchrun --nproc_per_node=N -m monai.bundle …",
-            )
+            what = "bundles/multi_gpu.json runs under torchrun"
+            raise Refused("NO_TORCHRUN", what, "start it with torchrun --nproc_per_node=N -m monai.bundle …")
         if not dist.is_initialized():
             choose_device()
             store, rank, world = next(rendezvous("env://"))

@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from app.__main__ import app
-from app.language.volume_tokens import Reducer, as_tensors, extract_3d_latent_and_indices
+from app.language.volume_tokens import Reducer, extract_3d_latent_and_indices
 from app.shared.refusals import Refused
 from app.tokens.commands import reconstruct, tokenize
 from app.tokens.open_scan import Volume
@@ -124,22 +124,23 @@ def test_more_codes_than_the_tokenizer_has_levels_are_refused(tokenizer):
 
 def test_language_models_read_the_first_level(tokenizer):
     scan = Volume(hu_volume(), AFFINE)
+    reduce = Reducer(tokenizer.network.vq.lookup, width=tokenizer.sizes.latent_channels)
+    assert torch.equal(reduce(tokenizer.encode(scan)).feats, reduce(tokenizer.encode(scan, levels=1)).feats)
     seen = tokenizer.features(scan).x
     batch = {"coords": seen.coords, "feats": seen.feats, "spatial_shape": seen.spatial_shape, "batch_size": 1}
     feats, _, codes = extract_3d_latent_and_indices(batch, tokenizer.network)
     assert torch.equal(feats, tokenizer.network.vq.levels[0].codebook[codes.long()])
-    read = Reducer(tokenizer.network.vq.lookup, width=tokenizer.sizes.latent_channels)
-    assert torch.equal(read(as_tensors(tokenizer.encode(scan))).feats, feats)
+    assert torch.equal(reduce(tokenizer.encode(scan)).feats, feats)
 
 
 def test_language_models_read_the_sum_of_as_many_levels_as_they_are_told(tokenizer):
     scan, lookup = Volume(hu_volume(), AFFINE), tokenizer.network.vq.lookup
     whole, width = tokenizer.encode(scan), tokenizer.sizes.latent_channels
     for levels in (1, 2, 4):
-        feats = Reducer(lookup, width=width, levels=levels)(as_tensors(whole)).feats
+        feats = Reducer(lookup, width=width, levels=levels)(whole).feats
         assert torch.equal(feats, lookup(torch.from_numpy(whole.first_levels(levels)).long()))
-    with pytest.raises(Refused, match="4 levels of codes are read, these tokens have 2"):
-        Reducer(lookup, width=width, levels=4)(as_tensors(tokenizer.encode(scan, levels=2)))
+    with pytest.raises(Refused, match="levels must lie in 1..2, the levels of these tokens, got 4"):
+        Reducer(lookup, width=width, levels=4)(tokenizer.encode(scan, levels=2))
 
 
 def test_the_commands_take_levels_and_name_those_that_are_not_there(network, dataset, tmp_path):
