@@ -8,7 +8,7 @@ from networks.components import cells_of, lay_components
 from networks.presets import preset
 from networks.sparse import SparseTensor
 from networks.tiles import decode_whole, encode_whole
-from networks.vqvae import support_of
+from networks.support import support_of
 
 SIDE = 32  # 64 cells
 

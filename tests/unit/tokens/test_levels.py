@@ -139,7 +139,7 @@ def test_language_models_read_the_sum_of_as_many_levels_as_they_are_told(tokeniz
     for levels in (1, 2, 4):
         feats = Reducer(lookup, width=width, levels=levels)(whole).feats
         assert torch.equal(feats, lookup(torch.from_numpy(whole.first_levels(levels)).long()))
-    with pytest.raises(Refused, match="levels must lie in 1..2, the levels of these tokens, got 4"):
+    with pytest.raises(Refused, match=r"levels must lie in 1..2, the levels of these tokens, got 4"):
         Reducer(lookup, width=width, levels=4)(tokenizer.encode(scan, levels=2))
 
 
