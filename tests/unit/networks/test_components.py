@@ -7,8 +7,8 @@ from networks import make_vqvae
 from networks.components import cells_of, lay_components
 from networks.presets import preset
 from networks.sparse import SparseTensor
-from networks.tiles import decode_whole, encode_whole
 from networks.support import support_of
+from networks.tiles import decode_whole, encode_whole
 
 SIDE = 32  # 64 cells
 
