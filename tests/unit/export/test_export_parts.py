@@ -86,7 +86,7 @@ def test_configs_name_the_bundles_code_alone_and_come_with_their_files():
         if name != "multi_gpu_train.json":
             assert config["initialize"][0] == configs.ON_PATH
     train = made["train.json"]
-    assert train["resolution"] == 48 and train["keep"] == "body" and train["init_from"] == configs.WEIGHTS
+    assert train["resolution"] == 80 and train["keep"] == "body" and train["init_from"] == configs.WEIGHTS
     assert "ask.json" not in configs.make_configs(bundles_folder(), preset("tiny"), package="p", aligned=False)
 
 
