@@ -35,7 +35,6 @@ TINY = {  # a network and a run that take seconds; any of them can be given othe
     "resolution": SIZE,
     "spacing": SPACING,
     "num_embeddings": 16,
-    "quantizer_levels": 2,
     "model_channels": 16,
     "latent_channels": 16,
     "num_blocks": 1,

@@ -99,7 +99,7 @@ def test_metadata_obey_the_vendored_schema_and_state_what_a_scan_must_be():
     jsonschema.validate(made, json.loads((bundles_folder() / SCHEMA).read_text()))
     assert base["version"] == made["version"] == VERSION
     assert made["tokenizer"] == {
-        "sha256": "ab", "orientation": "RAS", "resolution": 48, "spacing": 8.0, "windows": ["lung", "bone"],
+        "sha256": "ab", "orientation": "RAS", "resolution": 80, "spacing": 5.0, "windows": ["lung", "bone"],
         "features": "window", "keep": "body", "num_embeddings": 256, "quantizer_levels": 1, "prepared": None,
         "hu_range": [-1350, 1050],
     }  # fmt: skip
