@@ -91,21 +91,24 @@ class Cells(NamedTuple):
     sides: tuple[bool, bool]  # whether right and left have the finding
 
 
-def cells_of(tokenizer: CTTokenizer, number: int, finding: str, levels: int | None) -> Cells:
+def cells_of(tokenizer: CTTokenizer, number: int, levels: int | None) -> dict[str, Cells]:
+    """By finding."""
     sizes = tokenizer.sizes
     phantom = make_phantom(number, size=sizes.resolution, spacing=sizes.spacing)
     tokens = tokenizer.encode(Volume(phantom.hu, phantom.affine), levels=levels)
     vectors = tokenizer.network.vq.lookup(torch.from_numpy(tokens.codes).long()).numpy()
     middles = tokens.coords @ tokens.affine[:3, :3].T + tokens.affine[:3, 3]
-    holds, near = np.zeros((2, len(middles)), bool)
-    told = [row for row in phantom.findings if row["finding"] == finding]
-    for row in told:
-        for size, centre in zip(row["size_mm"], row["center_mm"], strict=True):
+    cells = {}
+    for finding in ORGANS:
+        holds, near = np.zeros((2, len(middles)), bool)
+        told = [row for row in phantom.findings if row["finding"] == finding]
+        for size, centre in ((s, c) for row in told for s, c in zip(row["size_mm"], row["center_mm"], strict=True)):
             away = np.abs(middles - np.array(centre)).max(1) - 4 * sizes.spacing
             holds |= away <= 0
             near |= away <= size / 2
-    sides = tuple(any(row["side"] == side for row in told) for side in ("right", "left"))
-    return Cells(vectors, middles[:, 0] > 0, holds, near, sides)
+        sides = tuple(any(row["side"] == side for row in told) for side in ("right", "left"))
+        cells[finding] = Cells(vectors, middles[:, 0] > 0, holds, near, sides)
+    return cells
 
 
 def area_under_curve(scores: Float[np.ndarray, " N"], truth: Bool[np.ndarray, " N"]) -> float:
@@ -119,10 +122,8 @@ def balanced_accuracy(scores: Float[np.ndarray, " N"], truth: Bool[np.ndarray, "
     return float((said[truth].mean() + (~said[~truth]).mean()) / 2)
 
 
-def probe(tokenizer: CTTokenizer, finding: str, cases: int, levels: int | None) -> dict[str, float]:
+def probe(fitted: list[Cells], unseen: list[Cells]) -> dict[str, float]:
     """A linear discriminant of cells that hold a finding from those that none touches."""
-    fitted = [cells_of(tokenizer, FIRST_SEED + 10_000 + n, finding, levels) for n in range(cases)]
-    unseen = [cells_of(tokenizer, FIRST_SEED + n, finding, levels) for n in range(cases // 2)]
     vectors = np.concatenate([case.vectors for case in fitted]).astype(np.float64)
     holds, near = (np.concatenate([getattr(case, name) for case in fitted]) for name in ("holds", "near"))
     spread = np.cov(vectors[~near].T) + 1e-4 * vectors.var() * np.eye(vectors.shape[1])
@@ -152,7 +153,7 @@ def main() -> None:
     parser.add_argument("tokenizer", help="checkpoint or output folder")
     parser.add_argument("--cases", type=int, default=24)
     parser.add_argument("--levels", type=int)
-    parser.add_argument("--probe", type=int, help="phantoms that a linear probe is fitted on")
+    parser.add_argument("--probe", type=int, default=0, help="phantoms that a linear probe is fitted on")
     given = parser.parse_args()
     torch.manual_seed(0)
     tokenizer = CTTokenizer.from_pretrained(given.tokenizer)
@@ -175,11 +176,12 @@ def main() -> None:
                 f"| {name} | {len(rows)} | {mean['size_mm']:.0f} | {mean['truth']:.0f} | {mean['made']:.0f} "
                 f"| {kept:.2f} | {control:.2f} |"
             )
+    fitted = [cells_of(tokenizer, FIRST_SEED + 10_000 + n, given.levels) for n in range(given.probe)]
+    unseen = [cells_of(tokenizer, FIRST_SEED + n, given.levels) for n in range(given.probe // 2)]
     probed = {}
     for finding in ORGANS if given.probe else ():
-        probed[finding] = {
-            name: round(v, 3) for name, v in probe(tokenizer, finding, given.probe, given.levels).items()
-        }
+        told = probe([case[finding] for case in fitted], [case[finding] for case in unseen])
+        probed[finding] = {name: round(value, 3) for name, value in told.items()}
         print(f"linear probe, {finding}: {probed[finding]}")
     result = {"cases": given.cases, "findings": table, "probe": probed}
     print(json.dumps({"benchmark": "findings", **machine("cpu"), **result}))
