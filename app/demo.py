@@ -26,7 +26,7 @@ class Sizes(NamedTuple):
     num_train: int = 30
     num_val: int = 6
     num_unseen: int = 20  # phantoms that judge the tokenizer: as many as a verdict takes
-    steps: Mapping[str, int] = {"vae": 800, "vq_stage1": 300, "vq_stage2": 150}
+    steps: Mapping[str, int] = {"vae": 700, "vq_stage1": 100, "vq_stage2": 150}
     tokenizer: Mapping[str, Any] = {}  # further keys of the three stages
     codebook: Mapping[str, Any] = {}  # of stages 1 and 2
     align: Mapping[str, Any] = {}  # further keys of align

@@ -55,6 +55,7 @@ class Preset:
     pool: str = "mean"  # how cells are halved: children side by side; mean, as older checkpoints; legacy, as published
     prepared: tuple[int, float] | None = None  # side and mm of the grid its training data lay on, if they lay on one
     resampler: str = ""  # name and version of what brought its training data onto the grid; older ones do not say
+    pca: bool = False  # whether latents begin as principal components of cells, around which the network learns
     norm: str = "sample"  # over what the encoder normalises: each voxel, or all of a sample, as in older checkpoints
 
     def __post_init__(self):
@@ -97,7 +98,7 @@ class Preset:
         Token files and projectors know a tokenizer by a hash over these bytes too: what older weights do not say is
         left out where it is as they have it.
         """
-        older = {"norm": "sample", "prepared": None, "resampler": ""}
+        older = {"norm": "sample", "prepared": None, "resampler": "", "pca": False}
         values = {name: v for name, v in dataclasses.asdict(self).items() if name not in older or v != older[name]}
         return torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
 
@@ -147,11 +148,11 @@ BASE = Preset(
 )
 PRESETS = {
     "tiny": Preset(
-        resolution=48,
-        spacing=8.0,
+        resolution=80,
+        spacing=5.0,
         widths=(16, 16, 32),
         model_channels=64,
-        latent_channels=16,
+        latent_channels=64,
         num_embeddings=256,
         num_blocks=2,
         num_heads=4,

@@ -51,7 +51,7 @@ def encode_whole(
         return network.encode(x, levels=levels)
     if x.batch_size != 1 or max_points < 8:
         raise ValueError(f"parts need one volume and 8 voxels, got {x.batch_size} volumes and max_points {max_points}")
-    latents, _ = network.encoder.from_half(_first_half(network, x, max_points))
+    latents, _ = network.encoder.from_half(_first_half(network, x, max_points), network.encoder.linear_part(x))
     return network.tokens_of(latents, levels=levels)
 
 
@@ -127,7 +127,7 @@ def decode_whole(
     if tokens.batch_size != 1:
         raise ValueError(f"decoding in tiles needs one volume, got a batch of {tokens.batch_size}")
     latents = network.latents_of(tokens)
-    x = network.decoder.attend(network.decoder.input_layer(latents))
+    x = network.decoder.at_latents(latents)
     stored = None if support is None else _StoredSupport(x.level, support)
     feats, coords, forced, computed = [], [], 0, 0
     tiles = _tiles(x, max_points)

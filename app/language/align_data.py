@@ -173,7 +173,7 @@ def split_volumes(feats: Tensor, coords: Tensor, *, reduce: Reducer) -> list[Tok
 
 def encode_inputs_3d(network, inputs: dict, *, reduce: Reducer) -> list[TokenSequence]:
     """Form B: values on voxels of the tokenizer's own grid, a sequence for each sample."""
-    tokens = network.encode(sparse_inputs(inputs, network), levels=1)
+    tokens = network.encode(sparse_inputs(inputs, network), levels=reduce.levels)
     codes, coords = tokens.codes.cpu(), tokens.coords.cpu()
     parts = [coords[:, 0] == sample for sample in range(tokens.batch_size)]
     return [reduce.rows(reduce.lookup(codes[part]), coords[part, 1:]) for part in parts]

@@ -41,7 +41,8 @@ LORA_SIZES = ("lora_r", "lora_alpha")
 RESUMED_WITH = {  # what a run cannot change on its way, and the code of its refusal
     "tokenizer": "OTHER_TOKENIZER",
     "base_model": "OTHER_MODEL",
-    **dict.fromkeys(("use_lora", *LORA_SIZES, "trained_language", "projector_layers", "use_3d_pos"), "OTHER_SETTINGS"),
+    **dict.fromkeys(("use_lora", *LORA_SIZES, "trained_language"), "OTHER_SETTINGS"),
+    **dict.fromkeys(("projector_layers", "use_3d_pos", "levels"), "OTHER_SETTINGS"),
 }
 
 
@@ -88,9 +89,18 @@ class FrozenTokenizer:
     Args:
         path: checkpoint, output folder, bundle or name; None takes the newest output of one's own scans, else the one
             that ships; on the demo the newest output of all, and a missing one is trained.
+        levels: so many codes a cell are read, the first of the tokenizer's levels; None: all.
     """
 
-    def __init__(self, path: str | None, *, demo: bool, device: torch.device, config: str | None = None):
+    def __init__(
+        self,
+        path: str | None,
+        *,
+        demo: bool,
+        device: torch.device,
+        config: str | None = None,
+        levels: int | None = 1,
+    ):
         if config is not None:
             log.info("vae_config is not needed: the checkpoint carries its sizes")
         if path is None and not any(map(checkpoints.complete_steps, checkpoints.NEWEST_TOKENIZERS)):
@@ -103,6 +113,10 @@ class FrozenTokenizer:
         self.ct = CTTokenizer.from_pretrained(self.file, device=device)
         self.network: SparseVQVAE = self.ct.network.requires_grad_(False)
         self.hash = self.ct.digest
+        try:
+            self.levels = self.network.check_levels(levels)
+        except ValueError as error:
+            raise Refused("TOO_FEW_LEVELS", str(error), "leave --levels out, or give another tokenizer") from None
         self.lookup_on_cpu = copy.deepcopy(self.network.vq).cpu()  # samples are made on the CPU, also in workers
 
     def vectors(self) -> torch.Tensor:
@@ -110,8 +124,8 @@ class FrozenTokenizer:
         return self.lookup_on_cpu.lookup(torch.arange(self.lookup_on_cpu.num_embeddings)).detach().float()
 
     def reducer(self, *, max_tokens: int, method: str) -> Reducer:
-        lookup = self.lookup_on_cpu.lookup
-        return Reducer(lookup, width=self.network.sizes.latent_channels, max_tokens=max_tokens, method=method)
+        lookup, width = self.lookup_on_cpu.lookup, self.network.sizes.latent_channels
+        return Reducer(lookup, width=width, max_tokens=max_tokens, method=method, levels=self.levels)
 
     def source(self, cache_dir: str | Path) -> TokenSource:
         return TokenSource(self.ct, cache_dir=cache_dir)

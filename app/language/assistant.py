@@ -82,7 +82,8 @@ class CTAssistant:
         """
         path, device = aligned_folder(path), device or choose_device()
         settings = read_settings(path)
-        frozen = FrozenTokenizer(tokenizer or tokenizer_of(path, settings), demo=False, device=device)
+        where = tokenizer or tokenizer_of(path, settings)
+        frozen = FrozenTokenizer(where, demo=False, device=device, levels=settings["levels"])
         if frozen.hash != settings["tokenizer"]:
             what = f"{path} was aligned to tokenizer {settings['tokenizer'][:12]}, {frozen.file} is {frozen.hash[:12]}"
             raise Refused("OTHER_TOKENIZER", what, "give that tokenizer with --tokenizer, or align again", status=2)
@@ -221,13 +222,13 @@ class CTAssistant:
         }
 
 
-SETTINGS_TOLD = ("max_3d_tokens", "token_reduction", "use_3d_pos", "position", "fusion", "use_lora")
+SETTINGS_TOLD = ("max_3d_tokens", "token_reduction", "levels", "use_3d_pos", "position", "fusion", "use_lora")
 
 
 MAX_NUMBER = 1 << 24  # beyond is damage, and more than memory holds
-KEYS = ("projector_layers", "amp", "max_text_tokens", "max_3d_tokens", "token_reduction", "use_3d_pos", "position")
+KEYS = ("projector_layers", "amp", "max_text_tokens", "max_3d_tokens", "token_reduction", "levels", "use_3d_pos")
 SETTINGS = {  # of train_args.json, what is used: whoever wrote it
-    **{name: RULES[name] for name in (*KEYS, "fusion", "use_lora")},
+    **{name: RULES[name] for name in (*KEYS, "position", "fusion", "use_lora")},
     **dict.fromkeys(("tokenizer", "tokenizer_path"), Rule(str, "a text")),
     "in_features": Rule(int, f"a whole number from 1 to {1 << 16}", minimum=1, holds=lambda width: width <= 1 << 16),
     "position_scale": Rule((int, float), "a number above 0", holds=lambda scale: 0 < scale < math.inf),
@@ -272,6 +273,8 @@ def read_settings(path: Path) -> dict[str, Any]:
         settings = json.loads(file.read_text())
     except (ValueError, RecursionError):
         settings = None
+    if isinstance(settings, dict):
+        settings = {"levels": 1, **settings}  # 1 where it was not recorded
     if not isinstance(settings, dict) or not set(settings) >= set(SETTINGS):
         raise Refused("NO_ALIGNMENT", f"{file} is damaged", "align again")
     for name, rule in SETTINGS.items():

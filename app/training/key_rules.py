@@ -160,6 +160,7 @@ RULES = {
     "num_blocks": _count(0, optional=True),
     "norm": _choice(*NORMS, optional=True),
     "pool": _choice(*POOLS, optional=True),
+    "pca": Rule(bool, "True or False", optional=True),
     "pretrained_vae_path": Rule(str, "auto, null or a path", optional=True),
     "init_from": Rule(str, "a path"),
     "device": Rule(str, "cpu, or a CUDA device of this machine such as cuda:0", holds=_is_device),
