@@ -24,11 +24,17 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def forward(
-    feats: Float[Tensor, "N C"], weight: Float[Tensor, "27 C F"], bias: Float[Tensor, " F"] | None, level: Level
+    feats: Float[Tensor, "N C"],
+    weight: Float[Tensor, "27 C F"],
+    bias: Float[Tensor, " F"] | None,
+    level: Level,
+    *,
+    added: Float[Tensor, "N F"] | None = None,
 ) -> Float[Tensor, "N F"]:
+    """Also adds rows that run around the convolution, in the same pass."""
     tile = product_tile(weight.shape[1], weight.shape[2], feats.dtype, thin=level.is_thin)
     tile = fitted(tile, feats.dtype, shared_memory(feats.device))
-    return gather_product(feats, weight, bias, level, mirrored=False, tile=tile)
+    return gather_product(feats, weight, bias, level, mirrored=False, tile=tile, added=added)
 
 
 def input_grad(grad: Float[Tensor, "N F"], weight: Float[Tensor, "27 C F"], level: Level) -> Float[Tensor, "N C"]:
@@ -63,8 +69,9 @@ def gather_product(
     *,
     mirrored: bool,
     tile: Tile,
+    added: Float[Tensor, "N F"] | None = None,
 ) -> Float[Tensor, "N F"]:
-    """out[p] = bias + sum over k of feats[neighbours[k, p]] @ weight[26 - k if mirrored else k]."""
+    """out[p] = added[p] + bias + sum over k of feats[neighbours[k, p]] @ weight[26 - k if mirrored else k]."""
     (num_rows, channels), columns = feats.shape, weight.shape[2]
     out = feats.new_empty((num_rows, columns))
     if num_rows == 0 or columns == 0:
@@ -75,6 +82,7 @@ def gather_product(
         feats.contiguous(),
         weight,
         bias,
+        added,
         plan.neighbours,
         plan.rows,
         plan.offsets,
@@ -85,6 +93,7 @@ def gather_product(
         CHANNELS=channels,
         COLUMNS=columns,
         HAS_BIAS=bias is not None,
+        ADDED=added is not None,
         ORDERED=plan.rows is not None,
         MIRRORED=mirrored,
         PRECISION=_precision(feats.dtype),
@@ -104,6 +113,7 @@ def _gather_product(  # noqa: PLR0913
     feats,
     weight,
     bias,
+    added,
     neighbours,
     order,
     offsets,
@@ -116,6 +126,7 @@ def _gather_product(  # noqa: PLR0913
     CHANNELS: tl.constexpr,
     COLUMNS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ADDED: tl.constexpr,
     ORDERED: tl.constexpr,
     MIRRORED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -158,8 +169,11 @@ def _gather_product(  # noqa: PLR0913
         rows = tl.load(order + places, mask=inside, other=0)  # (TILE_ROWS,) of (N,)
     else:
         rows = places
-    target = out + rows.to(tl.int64)[:, None] * COLUMNS + columns[None, :]
-    tl.store(target, sums.to(out.dtype.element_ty), mask=inside[:, None] & (columns < COLUMNS)[None, :])
+    at = rows.to(tl.int64)[:, None] * COLUMNS + columns[None, :]
+    keep = inside[:, None] & (columns < COLUMNS)[None, :]
+    if ADDED:
+        sums += tl.load(added + at, mask=keep, other=0.0).to(tl.float32)  # (TILE_ROWS, TILE_COLUMNS) of (N, F)
+    tl.store(out + at, sums.to(out.dtype.element_ty), mask=keep)
 
 
 def row_product(

@@ -55,7 +55,7 @@ def test_a_step_leaves_no_maps_behind():
     gc.disable()
     try:
         x = SparseTensor(torch.rand(4096, 4), coords, (16, 16, 16), 1)
-        levels = [weakref.ref(level) for level in (x.level, x.level.coarsening.coarse, x.level.prepare(3))]
+        levels = [weakref.ref(level) for level in (x.level, x.level.coarsening.coarse, x.level.prepare(*(True,) * 4))]
         TokenizerLoss()(network(x), x)["loss"].backward()
         del x
         assert [level() for level in levels] == [None, None, None]
