@@ -1,4 +1,4 @@
-"""Linear maps between cells and their eight children in Triton: gathered and mapped in one pass, so is the way back. CUDA.
+"""Linear maps between cells and their eight children in Triton: gathered and mapped in one pass, and back. CUDA.
 
 A cell's children lie side by side, WIDTH numbers each: their channels and, where `marked`, a one that says that the
 child is there; an absent child is zeros. What ops.py does in plain torch with the rows laid out in memory. Sums are

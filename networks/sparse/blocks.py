@@ -152,7 +152,7 @@ def halving(x: SparseTensor, layer: Affine, shortcut: Float[Tensor, "F _"], *, m
 
 class _Halving(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, feats, weight, bias, shortcut, children, dtype, marked, kernels):
+    def forward(ctx, feats, weight, bias, shortcut, children, dtype, marked, kernels):  # noqa: PLR0913
         weight = torch.add(weight, shortcut, out=torch.empty_like(weight, dtype=dtype))
         ctx.save_for_backward(feats, weight, children)
         ctx.marked, ctx.kernels = marked, kernels
