@@ -170,8 +170,12 @@ class _Torso(nn.Module):
         )
 
     def attend(self, x: SparseTensor) -> SparseTensor:
-        position = position_encoding(x.coords[:, 1:] * self._factor(x), x.feats.shape[1])
-        x = x.replace(x.feats + position.to(x.feats.dtype))
+        factor, channels, dtype = self._factor(x), x.feats.shape[1], x.feats.dtype
+        position = x.level.kept(  # the same for encoder and decoder
+            ("position", factor, channels, dtype),
+            lambda: position_encoding(x.coords[:, 1:] * factor, channels).to(dtype),
+        )
+        x = x.replace(x.feats + position)
         for block in self.blocks:
             x = self.run(block, x)
         return x

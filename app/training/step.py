@@ -115,7 +115,7 @@ class TrainStep:
             if terms["loss"].requires_grad:
                 self.scaler.scale(terms["loss"] * share).backward()
             names = list(terms)
-            sums = sums + torch.stack([term.detach().double() for term in terms.values()]) * share
+            sums = sums + torch.stack([term.detach().float() for term in terms.values()]).double() * share
             sizes.update(self.size(part))
         totals = mean_of_ranks(dict(zip(names, sums.tolist(), strict=True)))  # waits for the device, once
         engine.state.output = totals

@@ -211,29 +211,36 @@ def _kernels_of_children(x: SparseTensor, layer: Affine) -> tuple[ModuleType | N
 
 @cache
 def _defect_of_children(kernels: ModuleType, device: torch.device) -> str | None:
-    """What is wrong with the kernels of children on a device, shown by a small map and its gradients; said once."""
-    children = torch.tensor([[0, 3], [1, 4], [5, 4], [5, 5], [2, 5], [5, 5], [5, 5], [5, 5]], device=device)
-    children[2, 1] = 5
-    fine, grad = (torch.linspace(-1, 1, 5 * width, device=device).view(-1, width).half() for width in (4, 20))
-    weight, grad = torch.linspace(-1, 1, 50 * 40, device=device).view(50, 40).half(), grad[:2].repeat(1, 3)[:, :50]
-    laid = torch.cat([fine, fine.new_zeros(1, 4)])[children.T].float()
-    laid = torch.cat([laid, (children.T < 5)[:, :, None]], 2).flatten(1)
+    """What is wrong with the kernels of children on a device; said once."""
     try:
-        got = (
-            kernels.gather_product(fine, children, weight, None, marked=True),
-            kernels.gathered_grads(fine, children, grad, marked=True)[0],
-            kernels.scatter_product(grad, weight.T, None, children, num_fine=5, channels=4),
-        )
-        spread = (grad.float() @ weight.float()).view(2, 8, 5)
-        back = torch.stack([spread[cell, octant, :4] for cell, octant in ((0, 0), (0, 1), (0, 4), (1, 0), (1, 1))])
-        truth = laid @ weight.float().T, grad.float().T @ laid, back
-        worst = max(float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(got, truth, strict=True))
+        with torch.no_grad(), ops.without_autocast(device.type):
+            worst = _error_of_children(kernels, device)
         reason = None if worst < ops.PROOF_TOLERANCE else f"relative error {worst:.2g}"
     except Exception as error:  # a Triton that cannot compile here may raise anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
     if reason:
         log.warning("cells are halved and doubled in plain torch: the triton kernels do not work here (%s)", reason)
     return reason
+
+
+def _error_of_children(kernels: ModuleType, device: torch.device) -> float:
+    """Relative, of a small map with five children in two cells, and of its gradients."""
+    children = torch.tensor([[0, 3], [1, 4], [5, 5], [5, 5], [2, 5], [5, 5], [5, 5], [5, 5]], device=device)
+    fine, weight, grad = (
+        torch.linspace(-1, 1, rows * width, device=device).view(rows, width).half()
+        for rows, width in ((5, 4), (50, 40), (2, 50))
+    )
+    laid = torch.cat([fine, fine.new_zeros(1, 4)])[children.T].float()
+    laid = torch.cat([laid, (children.T < 5)[:, :, None]], 2).flatten(1)
+    got = (
+        kernels.gather_product(fine, children, weight, None, marked=True),
+        kernels.gathered_grads(fine, children, grad, marked=True)[0],
+        kernels.scatter_product(grad, weight.T, None, children, num_fine=5, channels=4),
+    )
+    spread = (grad.float() @ weight.float()).view(2, 8, 5)
+    back = torch.stack([spread[cell, octant, :4] for cell, octant in ((0, 0), (0, 1), (0, 4), (1, 0), (1, 1))])
+    truth = laid @ weight.float().T, grad.float().T @ laid, back
+    return max(float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(got, truth, strict=True))
 
 
 def _rounded(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

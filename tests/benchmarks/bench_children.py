@@ -7,6 +7,7 @@ Both are timed from features to features, forward alone and with their gradients
 
 import argparse
 from collections.abc import Callable
+from itertools import pairwise
 from unittest import mock
 
 import torch
@@ -23,9 +24,10 @@ def work_of(layer: torch.nn.Module, x: SparseTensor, more: tuple, *, plain: bool
 
     def work() -> torch.Tensor:
         given = x.replace(x.feats.detach().requires_grad_(backward and x.feats.dtype != torch.float32))
-        with mock.patch.object(blocks, name, lambda *_, **__: None) if plain else mock.MagicMock():
-            with torch.set_grad_enabled(backward), torch.autocast("cuda", torch.bfloat16):
-                out = layer(given, *more).feats
+        whole = (lambda *_, **__: None) if plain else getattr(blocks, name)
+        served = mock.patch.object(blocks, name, whole)
+        with served, torch.set_grad_enabled(backward), torch.autocast("cuda", torch.bfloat16):
+            out = layer(given, *more).feats
         if backward:
             layer.zero_grad(set_to_none=True)
             out.backward(torch.ones_like(out))
@@ -39,7 +41,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=256)
     given = parser.parse_args()
     level, rows = level_of(body(given.side), given.side, "cuda"), []
-    for i, (width, wider) in enumerate(zip(WIDTHS, WIDTHS[1:], strict=False)):
+    for i, (width, wider) in enumerate(pairwise(WIDTHS)):
         cells = level.coarsening
         fine = torch.randn(len(level), width, device="cuda")
         fine = SparseTensor.on(level, fine if i == 0 else fine.bfloat16())

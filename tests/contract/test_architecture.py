@@ -39,7 +39,18 @@ OWNERS = {  # optional or heavy libraries, each behind one door
     "cumm": {"networks/sparse/spconv_backend.py"},
     "triton": {
         f"networks/kernels/{part}.py"
-        for part in ("attention", "children", "code_search", "convolution", "launch", "linear", "maps", "norm", "rows")
+        for part in (
+            "attention",
+            "children",
+            "code_search",
+            "convolution",
+            "errors",
+            "launch",
+            "linear",
+            "maps",
+            "norm",
+            "rows",
+        )
     },
 }
 SPARSE_LAYERS = (

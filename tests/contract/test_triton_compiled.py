@@ -6,7 +6,7 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-from networks.kernels import attention, children, code_search, convolution, linear, maps, norm, tiles  # noqa: E402
+from networks.kernels import attention, children, code_search, convolution, errors, linear, maps, norm, tiles  # noqa: E402
 from networks.kernels import rows as row_kernels  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted")
@@ -239,6 +239,12 @@ def test_row_operations_and_maps_compile():
     compiled(maps._take_columns, "i32", TILE=512)
     compiled(maps._list_pairs, "i32", TILE=512)
     compiled(maps._take_rows, "fp32", types={"rows": "*i64"}, CHANNELS=4, TILE=1024, WIDTH=4)
+    shape = {"CHANNELS": 4, "WIDTH": 4, "TILE": 2048, "LINEAR": 0.5, "SQUARE": 0.5}
+    compiled(errors._row_error, "fp32", **shape)
+    compiled(errors._row_error_grad, types={"target": "*fp32", "upstream": "*fp32"}, **shape)
+    bytes_of = {"exists": "*u8", "shares": "constexpr", "stride_cell": "i32", "stride_octant": "i32"}
+    compiled(errors._children_error, types=bytes_of, TILE=1024, shares=None)
+    compiled(errors._children_error_grad, types=bytes_of | {"upstream": "*fp32"}, TILE=1024, shares=None)
     codes = {"ordered": "*i16", "halvings": "i32", "share": "fp32", "rate": "fp32", "least": "fp32", "unused": "*i1"}
     compiled(code_search._segment_sums, "fp32", types=codes, WIDTH=32, DEPTH=32, ROWS=64)
     compiled(code_search._advance, "fp32", types=codes, WIDTH=32, DEPTH=32, TILE=32)

@@ -17,7 +17,8 @@ from networks.sparse.topology import Level
 from tests import oracle
 
 triton = pytest.importorskip("triton")
-from networks.kernels import attention, children, code_search, convolution, linear, maps, norm  # noqa: E402
+from networks import losses  # noqa: E402
+from networks.kernels import attention, children, code_search, convolution, errors, linear, maps, norm  # noqa: E402
 from networks.kernels import rows as row_kernels  # noqa: E402
 from networks.quantizer import VectorQuantizer  # noqa: E402
 
@@ -358,3 +359,31 @@ def test_interpreted_blocks_equal_their_layers_one_by_one(kind, learned, generat
         assert (mine is None) == (other is None)
         if mine is not None:  # several roundings to float16, one after another
             assert_close(mine, other, dtype=torch.bfloat16)
+
+
+@in_interpreter
+@pytest.mark.parametrize("sizes", [(1,), (700,), (300, 41), (5, 0, 600)])
+@pytest.mark.parametrize("loss_type", ["l1", "l2", "l1_l2"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_interpreted_errors_of_rows_and_children(sizes, loss_type, weighted, generator, assert_close, monkeypatch):
+    monkeypatch.setattr(errors, "NUMBERS_PER_PROGRAM", 512)
+    levels = [scattered((9, 10, 11), size, generator).coords for size in sizes]
+    coords = torch.cat([at + torch.tensor([i, 0, 0, 0], dtype=torch.int32) for i, at in enumerate(levels)])
+    level = Level.from_coords(coords, (9, 10, 11), len(sizes))[0]
+    values, truth = torch.randn(2, len(level), 3, generator=generator)
+    weights = torch.tensor([1.0, 0.0, 2.5]) if weighted else None
+    logits = 4 * torch.randn(len(level.coarsening.coarse), 8, generator=generator)
+
+    def run(values, logits):
+        values, logits = values.detach(), logits.detach()
+        recon = SparseTensor.on(level, values.requires_grad_())
+        given = {"loss_type": loss_type, "channel_weights": weights}
+        row = losses.reconstruction(recon, SparseTensor.on(level, truth.to(values)), **given)
+        cells = losses.subdivision(logits.requires_grad_(), level.coarsening.occupied, level.coarsening.coarse)
+        (3 * row + 5 * cells).backward()
+        return [row, cells, values.grad, logits.grad]
+
+    monkeypatch.setattr(ops, "fused", lambda name, feats: errors if feats.dtype == torch.float32 else None)
+    got, exact = (run(values.to(kind).clone(), logits.to(kind).clone()) for kind in (torch.float32, torch.float64))
+    for mine, other in zip(got, exact, strict=True):
+        assert_close(mine, other, dtype=torch.float32)
