@@ -82,6 +82,7 @@ MEANINGS = {
     "warmup_lr_steps": "steps over which the rate rises; null: 2 % of the run",
     "grad_clip": "largest norm of the gradient; null does not clip",
     "loss_type": "reconstruction error: `l1`, `l2` (`mse`), or `l1_l2`, half of each",
+    "lambda_l2": "weight of the squared error that is added to the one of loss_type",
     "window_weights": "how much each window counts in the reconstruction error; null: equally",
     "lambda_vq": "weight of the term that pulls codes to the encoder (`codebook gradient` alone)",
     "lambda_commitment": "weight of the term that pulls the encoder to its codes",

@@ -78,12 +78,14 @@ def reconstruction(
     target: SparseTensor,
     *,
     loss_type: str = "l1",
+    lambda_l2: float = 0.0,
     channel_weights: Float[Tensor, " C"] | None = None,
     row_weights: Float[Tensor, " N"] | None = None,
 ) -> Float[Tensor, ""]:
     """Error on the target's voxels, matched by key. Voxels decoded beyond the target are not judged here.
 
-    Channels and rows count equally, or as their weights say; of those of channels only the ratios matter.
+    Channels and rows count equally, or as their weights say; of those of channels only the ratios matter. To the error
+    of `loss_type` that of squares is added, `lambda_l2` times.
     """
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
@@ -105,6 +107,8 @@ def reconstruction(
         return _RowError.apply(values, target.feats, weights, shares, LINEAR_AND_SQUARE[loss_type], kernels)
     diff = values.float() - target.feats.float()
     per_voxel = LOSS_TYPES[loss_type](diff)
+    if lambda_l2:
+        per_voxel = per_voxel + lambda_l2 * diff.square()
     if row_weights is not None:
         per_voxel = per_voxel * row_weights[:, None]
     if channel_weights is None:
@@ -131,13 +135,15 @@ class TokenizerLoss:
     """Weighted sum of what a forward pass of the sparse VQ-VAE gives, and its terms by name.
 
     `vq` enters only where the codebook learns by gradient, `kl` only where nothing was quantised. `window_weights` says
-    how much each window counts in the reconstruction; None: equally.
+    how much each window counts in the reconstruction; None: equally. A larger `lambda_l2` asks for edges and small
+    bright structures, which a few large errors are, at some cost of flat tissue.
     """
 
     def __init__(
         self,
         *,
         loss_type: str = "l1",
+        lambda_l2: float = 0.0,
         lambda_vq: float = 1.0,
         lambda_commitment: float = 0.25,
         lambda_kl: float = 1e-6,
@@ -148,7 +154,7 @@ class TokenizerLoss:
             raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
         if window_weights is not None and not (min(window_weights) >= 0 and sum(window_weights) > 0):
             raise ValueError(f"window_weights must be numbers from 0, not all 0, got {window_weights}")
-        self.loss_type = loss_type
+        self.loss_type, self.lambda_l2 = loss_type, lambda_l2
         self.window_weights = None if window_weights is None else torch.tensor(window_weights, dtype=torch.float32)
         self.weights = {
             "recon": 1.0,
@@ -162,7 +168,7 @@ class TokenizerLoss:
         self, recon: SparseTensor, target: SparseTensor, row_weights: Float[Tensor, " N"] | None = None
     ) -> Float[Tensor, ""]:
         weights = {"channel_weights": self.window_weights, "row_weights": row_weights}
-        return reconstruction(recon, target, loss_type=self.loss_type, **weights)
+        return reconstruction(recon, target, loss_type=self.loss_type, lambda_l2=self.lambda_l2, **weights)
 
     def __call__(
         self, output, target: SparseTensor, *, row_weights: Float[Tensor, " N"] | None = None

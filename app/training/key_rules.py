@@ -199,6 +199,7 @@ RULES = {
     "lambda_commitment": _number(0),
     "lambda_kl": _number(0),
     "lambda_subdivision": _number(0),
+    "lambda_l2": _number(0),
     "ema_rate": Rule((int, float), "a number from 0 to 1", minimum=0, holds=lambda rate: rate <= 1),
     "i_print": _count(1),
     "i_log": _count(1),

@@ -108,6 +108,16 @@ def test_the_sum_weighs_what_has_a_gradient(generator):
     assert terms["vq"] == 2.0  # reported all the same
 
 
+@pytest.mark.parametrize("loss_type", ["l1", "l1_l2"])
+def test_squares_are_added_as_often_as_said(loss_type, generator):
+    x = batch((20,), generator)
+    made = x.replace(torch.randn(20, 2, generator=generator))
+    plain, squares = (reconstruction(made, x, loss_type=name).item() for name in (loss_type, "l2"))
+    for times in (0.0, 8.0):
+        loss = TokenizerLoss(loss_type=loss_type, lambda_l2=times)
+        assert loss.reconstruction(made, x).item() == pytest.approx(plain + times * squares, rel=1e-5)
+
+
 @pytest.mark.parametrize("split", [(1, 3), (2, 2), (1, 1, 1, 1), (3, 1)])
 def test_the_loss_of_a_batch_is_that_of_any_split(split, generator, assert_close):
     x = batch((50, 3, 90, 17), generator)
