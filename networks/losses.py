@@ -103,8 +103,9 @@ def reconstruction(
     if kernels and len(target):
         weights = None if channel_weights is None else channel_weights.to(values.device)
         weights = None if weights is None else weights / weights.sum()
-        shares = shares_of_rows(target.level)
-        return _RowError.apply(values, target.feats, weights, shares, LINEAR_AND_SQUARE[loss_type], kernels)
+        linear, square = LINEAR_AND_SQUARE[loss_type]
+        kind = (linear, square + lambda_l2)
+        return _RowError.apply(values, target.feats, weights, shares_of_rows(target.level), kind, kernels)
     diff = values.float() - target.feats.float()
     per_voxel = LOSS_TYPES[loss_type](diff)
     if lambda_l2:

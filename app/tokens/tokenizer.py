@@ -2,13 +2,15 @@
 
 import dataclasses
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 
 from app.shared.devices import choose_device
 from app.shared.refusals import Refused, fail
@@ -41,6 +43,17 @@ class Seen(NamedTuple):
     """Voxels for a network, the affine of their grid, and what share of all denser than air lies beyond that grid."""
 
     x: SparseTensor
+    affine: Float[np.ndarray, "4 4"]
+    beyond: float
+
+
+class Looked(NamedTuple):
+    """A scan without its values, and its rows as the network is to see them, on the CPU."""
+
+    scan: Scan | None
+    feats: Float[torch.Tensor, "N C"]
+    coords: Int32[torch.Tensor, "N 4"]
+    spatial_shape: tuple[int, int, int]
     affine: Float[np.ndarray, "4 4"]
     beyond: float
 
@@ -105,11 +118,11 @@ class CTTokenizer:
         tokenizer with several quantiser levels the first `levels` alone are kept, fewer bits for a coarser volume.
         """
         self.network.check_levels(levels)
-        scan = self.open(scan)
-        if isinstance(scan, CTTokens):
-            self.check(scan)
-            return dataclasses.replace(scan, codes=scan.first_levels(levels))
-        x, affine, beyond = self.features(scan.volume)
+        looked = scan if isinstance(scan, Looked) else self.look(scan)
+        if isinstance(looked, CTTokens):
+            self.check(looked)
+            return dataclasses.replace(looked, codes=looked.first_levels(levels))
+        scan, (x, affine, beyond) = looked.scan, self._on_device(looked)
         findings = [code for code in scan.codes if code != "OK"]
         if beyond >= CUT_OFF:
             side = self.sizes.resolution * self.sizes.spacing
@@ -117,7 +130,8 @@ class CTTokenizer:
                 "%s: %.1f %% of what is denser than air lies beyond the %g mm grid", scan.name, 100 * beyond, side
             )
             findings.append("FOV_CROPPED")
-        tokens = encode_whole(self.network, x, max_points=self.max_points, levels=levels)
+        with self.computing():
+            tokens = encode_whole(self.network, x, max_points=self.max_points, levels=levels)
         return CTTokens(
             codes=tokens.codes.cpu().numpy(),
             coords=tokens.coords[:, 1:].cpu().numpy(),
@@ -136,8 +150,31 @@ class CTTokenizer:
             voxels=len(x),
         )
 
+    def look(self, scan: Any) -> Looked | CTTokens:
+        """What encoding does before the network, on the CPU: opens a scan, brings it onto the grid, takes its rows."""
+        opened = self.open(scan)
+        if isinstance(opened, CTTokens):
+            return opened
+        return Looked(opened._replace(volume=None), *self._rows(opened.volume))
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Without records for gradients; on a card with bf16 in the type that training had there, sums in float32."""
+        kind = self.device.type
+        half = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=half):
+            yield
+
     def features(self, volume: Volume) -> Seen:
         """What the network sees of a RAS volume."""
+        return self._on_device(Looked(None, *self._rows(volume)))
+
+    def _on_device(self, looked: Looked) -> Seen:
+        parts = [part.to(self.device) for part in (looked.feats, looked.coords)]
+        return Seen(SparseTensor(*parts, looked.spatial_shape, 1), looked.affine, looked.beyond)
+
+    def _rows(self, volume: Volume) -> tuple:
+        """The last fields of a `Looked`."""
         sizes = self.sizes
         if sizes.features != "window":
             raise Refused(
@@ -154,8 +191,7 @@ class CTTokenizer:
             raise Refused("EMPTY", what, "is it empty?")
         coords = torch.from_numpy(np.pad(item["coords"].astype(np.int32), ((0, 0), (1, 0))))
         feats = torch.from_numpy(np.ascontiguousarray(item["feats"], np.float32))
-        x = SparseTensor(feats.to(self.device), coords.to(self.device), tuple(item["spatial_shape"]), 1)
-        return Seen(x, np.asarray(item["affine"], np.float64), item["beyond"])
+        return feats, coords, tuple(item["spatial_shape"]), np.asarray(item["affine"], np.float64), item["beyond"]
 
     def decode(self, tokens: CTTokens | str | Path, *, levels: int | None = None) -> Volume:
         """HU on the tokenizer's grid, from the first `levels` codes of each cell or from all that there are.
@@ -174,7 +210,8 @@ class CTTokenizer:
         if use_support and tokens.support is not None:
             support = [torch.from_numpy(part).to(self.device) for part in tokens.support]
         given = Tokens(codes, rows, tokens.latent_shape, 1)
-        return decode_whole(self.network, given, support=support, max_points=self.max_points)
+        with self.computing():
+            return decode_whole(self.network, given, support=support, max_points=self.max_points)
 
     def read(self, path: str | Path) -> CTTokens:
         """The tokens in a file of this tokenizer, packed or plain."""

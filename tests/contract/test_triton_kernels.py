@@ -377,7 +377,7 @@ def test_interpreted_errors_of_rows_and_children(sizes, loss_type, weighted, gen
     def run(values, logits):
         values, logits = values.detach(), logits.detach()
         recon = SparseTensor.on(level, values.requires_grad_())
-        given = {"loss_type": loss_type, "channel_weights": weights}
+        given = {"loss_type": loss_type, "lambda_l2": 0.7 * weighted, "channel_weights": weights}
         row = losses.reconstruction(recon, SparseTensor.on(level, truth.to(values)), **given)
         cells = losses.subdivision(logits.requires_grad_(), level.coarsening.occupied, level.coarsening.coarse)
         (3 * row + 5 * cells).backward()
