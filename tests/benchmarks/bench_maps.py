@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.bench_maps
 
-Ours: keys, sort, neighbours, tiles, parents and children of four levels. spconv: index pairs of one submanifold layer
-and of the strided layers between levels, where it is installed. First our neighbours are compared with a search among the
-keys. Launches are ours a level: kernels, copies and fills that the host starts.
+Ours: keys, sort, neighbours, tiles, parents, children of four levels. spconv: index pairs of one submanifold layer
+and of the strided layers between levels, where it is installed. First our neighbours are compared with a search
+among the keys. Launches are ours a level: kernels, copies and fills that the host starts.
 """
 
 import importlib.util
