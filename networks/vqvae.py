@@ -338,9 +338,7 @@ class SparseVQVAE(nn.Module):
         `seeds`, one a sample, make a sample's noise its own, however the batch is split over micro-batches or ranks.
         `level_dropout`: share of samples that are decoded from fewer quantiser levels than there are, by their seeds.
         """
-        coarsest = x.level.prepare(*self.sizes.convolved)
-        for block in self.encoder.blocks:
-            coarsest.windows(block.attn.window, block.attn.shift)
+        self.prepare_maps(x.level)
         latents, log_var = self.encoder(x)
         zero = latents.feats.new_zeros(())
         codes, vq, commitment, kl = None, zero, zero, zero
@@ -356,6 +354,12 @@ class SparseVQVAE(nn.Module):
                 values = values + (0.5 * log_var).exp() * noise_like(log_var, latents.level, seeds)
         recon, subdivision = self.decode_on(latents.replace(values), x.level)
         return Reconstruction(recon, codes, latents, vq, commitment, kl, subdivision)
+
+    def prepare_maps(self, level: Level) -> None:
+        """Builds what a forward pass would have to wait for the device for; a level keeps its maps."""
+        coarsest = level.prepare(*self.sizes.convolved)
+        for block in self.encoder.blocks:
+            coarsest.windows(block.attn.window, block.attn.shift)
 
     def _quantized(self, latents: SparseTensor, seeds: list[int] | None, dropout: float) -> Quantized:
         if not dropout or not isinstance(self.vq, ResidualQuantizer):

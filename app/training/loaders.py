@@ -166,16 +166,32 @@ def _count_points(dataset: CTDataset, numbers: Sequence[int], *, num_workers: in
 
 
 class CaseLoader(DataLoader):
-    """A DataLoader that raises a worker's refusal as what it is. Signals that end the run do not end its workers."""
+    """A DataLoader that raises a worker's refusal as what it is. Signals that end the run do not end its workers.
+
+    For a card it holds one batch more, `following`, so that work on it can begin while the card is at the last one.
+    """
 
     def __init__(self, dataset: Dataset, **options: Any) -> None:
         super().__init__(dataset, worker_init_fn=serve_to_the_end, **options)
+        self.following: Any = None
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in super().__iter__():
+        batches = super().__iter__()
+        if self.pin_memory:
+            batches = self._one_ahead(batches)
+        for batch in batches:
             if isinstance(batch, Refusal):
                 raise batch.error
             yield batch
+
+    def _one_ahead(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """A refusal waits for its turn, as the batches before it are good."""
+        batch = next(batches, None)
+        while batch is not None:
+            coming = next(batches, None)
+            self.following = None if isinstance(coming, Refusal) else coming
+            yield batch
+            batch = coming
 
     def close(self) -> None:
         """Lets the workers go while the interpreter is whole: left to its exit, each can take seconds to give up."""
