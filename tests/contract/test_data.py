@@ -9,7 +9,7 @@ import torch
 
 from app.dataset import prepared, writer
 from app.shared.refusals import Refused
-from app.training.data import CTDataset, make_dataset, preprocessing
+from app.training.data import CTDataset, Refusal, make_dataset, preprocessing
 from app.training.loaders import StepSampler, collate, make_train_loader, make_val_loader
 from app.training.step import SparseBatch
 from transforms import RandCropToBudgetd, RandJitterd, RandTranslated, Resampled, Sparsifyd, Windowsd, grid
@@ -167,6 +167,25 @@ def test_a_run_that_starts_later_sees_the_rest_of_the_batches(dataset_dir, worke
     whole, rest = batches(dataset_dir, workers=0), batches(dataset_dir, workers=workers, start=4)
     assert len(rest) == 3
     assert all(same(a, b) for a, b in zip(whole[4:], rest, strict=True))
+
+
+def test_for_a_card_the_loader_holds_the_batch_that_follows(dataset_dir):
+    plain = make_train_loader(make(dataset_dir), batch_size=2, max_steps=7)
+    batches = iter(plain)
+    held = []
+    for batch in plain._one_ahead(batches):
+        assert not held or held[-1] is batch
+        held.append(plain.following)
+    assert len(held) == 7 and held[-1] is None
+
+
+def test_a_refusal_ahead_waits_for_its_turn(dataset_dir):
+    loader = make_train_loader(make(dataset_dir), batch_size=1, max_steps=1)
+    refusal = Refusal(ValueError("damaged"))
+    assert [(batch, loader.following) for batch in loader._one_ahead(iter(["good", refusal]))] == [
+        ("good", None),
+        (refusal, None),
+    ]
 
 
 def test_the_start_can_be_set_on_a_loader_that_exists(dataset_dir):
