@@ -24,14 +24,19 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def forward(
+    feats: Float[Tensor, "N C"], weight: Float[Tensor, "27 C F"], bias: Float[Tensor, " F"] | None, level: Level
+) -> Float[Tensor, "N F"]:
+    return forward_beside(feats, weight, bias, None, level)
+
+
+def forward_beside(
     feats: Float[Tensor, "N C"],
     weight: Float[Tensor, "27 C F"],
     bias: Float[Tensor, " F"] | None,
+    added: Float[Tensor, "N F"] | None,
     level: Level,
-    *,
-    added: Float[Tensor, "N F"] | None = None,
 ) -> Float[Tensor, "N F"]:
-    """Also adds rows that run around the convolution, in the same pass."""
+    """`forward`, and rows that run beside the convolution are added in the same pass."""
     tile = product_tile(weight.shape[1], weight.shape[2], feats.dtype, thin=level.is_thin)
     tile = fitted(tile, feats.dtype, shared_memory(feats.device))
     return gather_product(feats, weight, bias, level, mirrored=False, tile=tile, added=added)

@@ -57,7 +57,7 @@ class _ResidualBlock(torch.autograd.Function):
         inner2 = norm.voxel_norm(middle, gain2, lift2, eps=NORM_EPS, silu=True)
         ctx.save_for_backward(feats, inner1, middle, inner2, weight1, weight2, gain1, lift1, gain2, lift2)
         ctx.level, ctx.conv, ctx.norm = level, conv, norm
-        return conv.forward(inner2, weight2, bias2, level, added=feats)
+        return conv.forward_beside(inner2, weight2, bias2, feats, level)
 
     @staticmethod
     def backward(ctx, grad):
