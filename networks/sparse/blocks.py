@@ -64,15 +64,13 @@ class _ResidualBlock(torch.autograd.Function):
         ops.refuse_second_derivative()
         feats, inner1, middle, inner2, weight1, weight2, gain1, lift1, gain2, lift2 = ctx.saved_tensors
         conv, norm, level, grad = ctx.conv, ctx.norm, ctx.level, grad.contiguous()
-        learns = any(ctx.needs_input_grad[4:])
-        of_weight2 = conv.weight_grad(inner2, grad, level) if learns else None
-        second = norm.voxel_norm_grads_in_block(
-            middle, conv.input_grad(grad, weight2, level), (gain2, lift2), eps=NORM_EPS, silu=True
-        )
-        of_weight1 = conv.weight_grad(inner1, second.input, level) if learns else None
-        first = norm.voxel_norm_grads_in_block(
-            feats, conv.input_grad(second.input, weight1, level), (gain1, lift1), eps=NORM_EPS, silu=True, around=grad
-        )
+        act = {"eps": NORM_EPS, "silu": True}
+        second = norm.voxel_norm_grads_in_block(middle, conv.input_grad(grad, weight2, level), (gain2, lift2), **act)
+        of_inner1 = conv.input_grad(second.input, weight1, level)
+        first = norm.voxel_norm_grads_in_block(feats, of_inner1, (gain1, lift1), around=grad, **act)
+        of_weight1 = of_weight2 = None
+        if any(ctx.needs_input_grad[4:]):
+            of_weight1, of_weight2 = conv.weight_grads([(inner1, second.input), (inner2, grad)], level)
         of_conv1, of_conv2 = (of_weight1, second.beside), (of_weight2, first.beside)
         return first.input, *(None,) * 3, first.weight, first.bias, *of_conv1, second.weight, second.bias, *of_conv2
 
