@@ -122,7 +122,7 @@ def prepare(
             overwrite=overwrite,
         )
         names = tuple(name.strip() for name in windows.split(",") if name.strip())
-        settings = cohort.Settings(size, spacing, names, file_format, allow_gaps, assume_hu, keep_names)
+        settings = cohort.PrepareSettings(size, spacing, names, file_format, allow_gaps, assume_hu, keep_names)
         report = cohort.prepare(raw, out, settings, request)
         answer.give(report.as_json(), reports.lines(report, keep_names), status=report.exit_status)
 
@@ -161,12 +161,12 @@ def sdf(
 @app.command(epilog="Example: python -m app check prepared/ --keep body")
 def check(
     data: Annotated[str, typer.Argument(metavar="DATA", help="A prepared dataset, a manifest, or scans with .txt.")],
-    keep: Annotated[str, typer.Option(help="Sparsification: body, nonzero, band or informative.")] = "body",
+    keep: Annotated[str, typer.Option(help="Sparsification by name, as training will be told.")] = "body",
     windows: Annotated[str, typer.Option(help="Windows by name, comma separated.")] = "lung,bone,soft_tissue,brain",
     spacing: Annotated[
         float | None, typer.Option(help="Millimetres at which points are counted; else the preset's.")
     ] = None,
-    preset: Annotated[str, typer.Option(help="Sizes that will train: tiny, base, large or direct3d_s2.")] = "base",
+    preset: Annotated[str, typer.Option(help="Sizes that will train, by the name of their preset.")] = "base",
     min_points: Annotated[int, typer.Option(help="Cases with fewer points are told.")] = 100,
     image_root: Annotated[str | None, typer.Option(help="Folder that a manifest's images are in.")] = None,
     as_json: Json = False,
@@ -236,7 +236,7 @@ def tokenize(
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder for token files, or one .npz for one scan.")],
     tokenizer: Annotated[str | None, typer.Option(help="Checkpoint, output folder, bundle or name (ct_base).")] = None,
     support: Annotated[bool, typer.Option("--support", help="Also store which voxels there were.")] = False,
-    levels: Annotated[int | None, typer.Option(min=1, help="Codes a cell, the first of a tokenizer's levels.")] = None,
+    levels: Annotated[float | None, typer.Option(min=1, help="Codes a cell; 1.5: on average, where they pay.")] = None,
     pack: Annotated[bool, typer.Option("--pack", help="Entropy-coded: fewer bytes, read alike.")] = False,
     series: Annotated[str | None, typer.Option(help="Take this DICOM series alone.", metavar="UID")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Make every file again.")] = False,

@@ -73,13 +73,12 @@ def check(
     """
     path = Path(data)
     if not path.exists():
-        raise Refused(
-            "NO_SOURCE",
-            f"{path.name!r} does not exist",
-            "give the OUT of `python -m app prepare RAW OUT` or a manifest",
-        )
+        what = f"{path.name!r} does not exist"
+        raise Refused("NO_SOURCE", what, "give the OUT of `python -m app prepare RAW OUT` or a manifest")
     if path.is_file() or (not prepared.find_datasets(path) and any(path.rglob("*.txt"))):
-        return check_manifest(path, image_root=image_root)
+        summary = check_rows(read_rows(path, image_root=image_root))
+        problems = tuple(Problem(code, line) for code, line in summary.pop("problems").items())
+        return Checked("manifest", (), summary, problems)
     onto = (presets.preset(preset).resolution, spacing or presets.preset(preset).spacing)
     return check_prepared(path, keep=keep, windows=windows, onto=onto, min_points=min_points)
 
@@ -232,16 +231,6 @@ def _one_side(splits: Sequence[str]) -> list[Problem]:
     if not splits or {"train", "val"} <= sides:
         return []
     return [Problem("NO_VALIDATION" if "val" not in sides else "NO_TRAINING", f"every case is in {', '.join(sides)}")]
-
-
-# ---- manifests
-
-
-def check_manifest(path: Path, *, image_root: str | None = None) -> Checked:
-    """Rows matched to scans, missing, repeated, empty; patients in two splits; labels."""
-    told = check_rows(read_rows(path, image_root=image_root))
-    problems = tuple(Problem(code, line) for code, line in told.pop("problems").items())
-    return Checked("manifest", (), told, problems)
 
 
 def lines(checked: Checked) -> Iterable[str]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TextIO
 
 from app.shared.atomic_files import write_text
 from app.shared.output_folder import check_folder
-from app.shared.refusals import Refused, fail, refuse_empty
+from app.shared.refusals import Refused, refuse_empty
 from app.shared.terminal import StageTable, clock
 from app.shared.version import VERSION
 
@@ -269,7 +269,7 @@ def run_stage(demo: Demo, stage: Stage) -> dict[str, Any]:
             raise
         what = "ended by Ctrl-C" if isinstance(error, KeyboardInterrupt) else error.what
         status = 130 if isinstance(error, KeyboardInterrupt) else error.status
-        fail("STOPPED", what, "to go on, run the same command again", status=status)
+        raise Refused("STOPPED", what, "to go on, run the same command again", status=status) from error
 
 
 def open_record(demo: Demo) -> dict[str, Any]:
@@ -279,7 +279,7 @@ def open_record(demo: Demo) -> dict[str, Any]:
     file = demo.out / RECORD
     if not file.exists():
         if demo.out.exists() and any(demo.out.iterdir()):
-            fail("NO_OUTPUT", f"{demo.out} holds something that is no demo", "give another OUT")
+            raise Refused("NO_OUTPUT", f"{demo.out} holds something that is no demo", "give another OUT")
         demo.out.mkdir(parents=True, exist_ok=True)
         record = {**settings, "stages": {}}
         write_record(demo, record)
@@ -291,10 +291,10 @@ def open_record(demo: Demo) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         whole = False
     if not whole:
-        fail("NO_OUTPUT", f"{file} is damaged", "remove the folder, or give another OUT")
+        raise Refused("NO_OUTPUT", f"{file} is damaged", "remove the folder, or give another OUT")
     if known != settings:
         was = " and ".join(f"{name} {value}" for name, value in known.items())
-        fail("NO_OUTPUT", f"{demo.out} holds a demo of {was}", "give another OUT")
+        raise Refused("NO_OUTPUT", f"{demo.out} holds a demo of {was}", "give another OUT")
     return record
 
 

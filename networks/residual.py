@@ -14,6 +14,8 @@ from networks.fsq import FiniteScalarQuantizer
 from networks.presets import Preset
 from networks.quantizer import Quantized, VectorQuantizer, nearest_codes, rotated, straight_through
 
+NO_CODE = -1  # of a level that a row does without
+
 
 class ResidualQuantizer(nn.Module):
     """Several `VectorQuantizer`s one after another; same methods, codes (N, levels).
@@ -46,12 +48,15 @@ class ResidualQuantizer(nn.Module):
             )
 
     def lookup(self, codes: Int[Tensor, "N ..."]) -> Float[Tensor, "N D"]:
-        """Sum of the codebook rows of the levels there are codes of: all, or the first few; (N,) is the first alone."""
+        """Sum of the codebook rows of the levels there are codes of: all, or the first few; (N,) is the first alone.
+
+        A row may do without its last levels: `NO_CODE` adds nothing.
+        """
         columns = codes[:, None] if codes.ndim == 1 else codes
         if columns.ndim != 2 or not 1 <= columns.shape[1] <= len(self.levels):
             raise ValueError(f"codes must be (N, 1 to {len(self.levels)}), one a level, got {tuple(codes.shape)}")
         given = zip(self.levels, columns.T, strict=False)
-        return torch.stack([level.lookup(part) for level, part in given]).sum(0)
+        return torch.stack([_values(level, part, first=level is self.levels[0]) for level, part in given]).sum(0)
 
     @torch.no_grad()
     def start_from(self, rows: Float[Tensor, "N D"], *, generator: torch.Generator) -> None:
@@ -63,6 +68,14 @@ class ResidualQuantizer(nn.Module):
 
     def update(self, *, generator: torch.Generator) -> int:
         return sum(level.update(generator=generator) for level in self.levels)
+
+
+def _values(level: VectorQuantizer, codes: Int[Tensor, " N"], *, first: bool) -> Float[Tensor, "N D"]:
+    """Codebook rows, zero where a row has no code, which of the first level every row has."""
+    if first:
+        return level.lookup(codes)
+    lacking = codes == NO_CODE
+    return level.lookup(codes.masked_fill(lacking, 0)).masked_fill(lacking[:, None], 0)
 
 
 def drawn_levels(num_levels: int, seeds: list[int], sample_sizes: list[int], *, dropout: float) -> Int[Tensor, " N"]:

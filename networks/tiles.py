@@ -15,10 +15,12 @@ from einops import rearrange
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from networks.blocks import HalvingBlock
 from networks.sparse import SparseTensor
 from networks.sparse.modules import Norm
 from networks.sparse.topology import Coarsening, Level, find_rows, morton_keys
-from networks.vqvae import HalvingBlock, SparseVQVAE, Support, Tokens, children_of
+from networks.support import Support, children_of
+from networks.vqvae import BatchTokens, SparseVQVAE
 
 # Cells around a tile that each level of the decoder still needs: at a quarter and half of the resolution convolutions
 # reach 4 and 2 cells, so before them 5 and 2 are left, and 3 latents. With `pool` mean and legacy it is 3, 3 and 2.
@@ -36,7 +38,7 @@ class Decoded(NamedTuple):
 @torch.no_grad()
 def encode_whole(
     network: SparseVQVAE, x: SparseTensor, *, max_points: int | None = None, levels: int | None = None
-) -> Tokens:
+) -> BatchTokens:
     """`network.encode` of one volume with at most `max_points` rows of the finest level in work at a time."""
     if max_points is None or len(x) <= max_points or network.vq is None:
         return network.encode(x, levels=levels)
@@ -110,7 +112,7 @@ def _parts(level: Level, max_points: int) -> Iterator[tuple[slice, Level]]:
 
 @torch.no_grad()
 def decode_whole(
-    network: SparseVQVAE, tokens: Tokens, *, support: Support | None = None, max_points: int | None = None
+    network: SparseVQVAE, tokens: BatchTokens, *, support: Support | None = None, max_points: int | None = None
 ) -> Decoded:
     """`network.decode` of one volume in tiles that need at most about `max_points` voxels each."""
     if tokens.batch_size != 1:

@@ -9,42 +9,34 @@ head per level when only tokens are given.
 
 import dataclasses
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int, Int32, UInt8
+from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from networks import losses
+from networks.blocks import DoublingBlock, DownBlock, HalvingBlock, UpBlock
 from networks.fsq import FiniteScalarQuantizer
 from networks.presets import NUM_RESIDUAL, Preset, preset
 from networks.quantizer import Quantized, VectorQuantizer
 from networks.residual import ResidualQuantizer, build_quantizer, drawn_levels
-from networks.sparse.modules import (
-    Doubling,
-    Downsample,
-    Halving,
-    Linear,
-    Norm,
-    ResidualBlock,
-    RowLinear,
-    SiLU,
-    SubmanifoldConv3d,
-    TransformerBlock,
-    Upsample,
-    layer_norm,
-    position_encoding,
-)
+from networks.sparse.modules import Linear, RowLinear, TransformerBlock, layer_norm, position_encoding
 from networks.sparse.tensor import SparseTensor
 from networks.sparse.topology import Coarsening, Level
+from networks.support import Support, children_of, plan_of
+
+# From which logit on a child is decoded, by features. Where a voxel of a body lacks, air stands for it, 1000 HU off;
+# one too many shows what lies beside the body. So one chance in twenty is enough; the band of a distance stays thin.
+LEAST_LOGIT = MappingProxyType({"window": -3.0, "sdf": 0.0})
 
 # What the decoder asks at each level: the index (0 is the coarsest) and its features there.
 ChooseCells = Callable[[int, SparseTensor], Coarsening]
-Support = list[UInt8[Tensor, " _"]]
 
 
-class Tokens(NamedTuple):
+class BatchTokens(NamedTuple):
     """What a batch became: a code for each occupied latent, or one a quantiser level (M, levels), in Morton order."""
 
     codes: Int[Tensor, "M ..."]
@@ -63,93 +55,6 @@ class Reconstruction(NamedTuple):
     commitment: Float[Tensor, ""]
     kl: Float[Tensor, ""]
     subdivision: Float[Tensor, ""]
-
-
-def support_of(level: Level) -> Support:
-    """Which voxels a decoder is to compute: per level of a tokenizer, coarsest first, one byte of children a cell."""
-    octants = torch.arange(8, device=level.device)
-    return [(part.occupied.int() << octants).sum(1).to(torch.uint8) for part in plan_of(level)]
-
-
-def plan_of(level: Level) -> list[Coarsening]:
-    """The three halvings of a level, coarsest first, as a decoder takes them back."""
-    plan = [level.coarsening]
-    for _ in range(2):
-        plan.insert(0, plan[0].coarse.coarsening)
-    return plan
-
-
-def children_of(support: UInt8[Tensor, " M"]) -> Bool[Tensor, "M 8"]:
-    """The bits of `support_of`."""
-    return ((support[:, None].int() >> torch.arange(8, device=support.device)) & 1).bool()
-
-
-class HalvingBlock(nn.Module):
-    """Halve, then residual pairs of convolutions."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, *, norm: str, num_residual: int, occupancy: bool, backend: str
-    ):
-        super().__init__()
-        self.down = Halving(in_channels, out_channels, occupancy=occupancy)
-        self.residual = nn.Sequential(
-            *(ResidualBlock(out_channels, norm=norm, backend=backend) for _ in range(num_residual))
-        )
-
-    def forward(self, x: SparseTensor) -> SparseTensor:
-        return self.residual(self.down(x))
-
-
-class DoublingBlock(nn.Module):
-    """Residual pairs of convolutions, then double. Norms are over each voxel: tiles decode as the whole does."""
-
-    def __init__(self, in_channels: int, out_channels: int, *, num_residual: int, backend: str):
-        super().__init__()
-        self.residual = nn.Sequential(
-            *(ResidualBlock(in_channels, norm="voxel", backend=backend) for _ in range(num_residual))
-        )
-        self.up = Doubling(in_channels, out_channels)
-
-    def forward(self, x: SparseTensor, cells: Coarsening) -> SparseTensor:
-        return self.up(self.residual(x), cells)
-
-
-class DownBlock(nn.Module):
-    """Norm, mean over children, then two convolutions beside a linear skip."""
-
-    def __init__(self, in_channels: int, out_channels: int, *, norm: str, pool: str, backend: str):
-        super().__init__()
-        self.act_layers = nn.Sequential(Norm(in_channels, over=norm))
-        self.down = Downsample(pool=pool)
-        self.out_layers = nn.Sequential(
-            SubmanifoldConv3d(in_channels, out_channels, backend=backend),
-            Norm(out_channels, over=norm),
-            nn.Identity(),  # the activation's place: published names count layers
-            SubmanifoldConv3d(out_channels, out_channels, backend=backend),
-        )
-        self.skip_connection = Linear(in_channels, out_channels)
-
-    def forward(self, x: SparseTensor) -> SparseTensor:
-        inner, _ = self.down(self.act_layers(x))
-        outer, _ = self.down(x)
-        return self.mix(inner, outer)
-
-    def mix(self, inner: SparseTensor, outer: SparseTensor) -> SparseTensor:
-        """The part after halving: activated and plain features."""
-        return inner.replace(self.out_layers(inner).feats + self.skip_connection(outer).feats)
-
-
-class UpBlock(nn.Module):
-    """Convolve, copy to the wanted children, convolve."""
-
-    def __init__(self, in_channels: int, out_channels: int, *, backend: str):
-        super().__init__()
-        self.act_layers = nn.Sequential(SubmanifoldConv3d(in_channels, out_channels, backend=backend), SiLU())
-        self.up = Upsample()
-        self.out_layers = nn.Sequential(SubmanifoldConv3d(out_channels, out_channels, backend=backend), SiLU())
-
-    def forward(self, x: SparseTensor, cells: Coarsening) -> SparseTensor:
-        return self.out_layers(self.up(self.act_layers(x), cells))
 
 
 class _Torso(nn.Module):
@@ -285,13 +190,13 @@ class SubdivisionHeads(nn.ModuleList):
     def choose(
         self, i: int, x: SparseTensor, *, fine_shape: tuple[int, int, int]
     ) -> tuple[Coarsening, Bool[Tensor, " M"]]:
-        """Children with positive logits inside the grid, else the likeliest one; also where that was needed."""
+        """Children inside the grid that are likely enough, else the likeliest one; also where that was needed."""
         logits = self[i](x.feats.float())
         octants = torch.arange(8, device=logits.device)
         children = 2 * x.coords[:, None, 1:] + torch.stack([octants >> 2, (octants >> 1) & 1, octants & 1], 1)
         inside = (children < torch.tensor(fine_shape, device=logits.device)).all(2)
         logits = logits.masked_fill(~inside, -torch.inf)
-        occupied = logits > 0
+        occupied = logits > LEAST_LOGIT[self.sizes.features]
         barren = ~occupied.any(1)
         occupied[barren, logits[barren].argmax(1)] = True
         return x.level.subdivide(occupied, fine_shape), barren
@@ -380,35 +285,37 @@ class SparseVQVAE(nn.Module):
         return recon, torch.stack(errors).mean()
 
     @torch.no_grad()
-    def encode(self, x: SparseTensor, *, levels: int | None = None) -> Tokens:
+    def encode(self, x: SparseTensor, *, levels: int | None = None) -> BatchTokens:
         """Codes of the first `levels` of the quantiser's levels, or of all; (M,) where that is one."""
         if self.vq is None:
             raise ValueError("a continuous autoencoder has no codes: train stage 1 on it first")
         return self.tokens_of(self.encoder(x)[0], levels=levels)
 
     @torch.no_grad()
-    def tokens_of(self, latents: SparseTensor, *, levels: int | None = None) -> Tokens:
+    def tokens_of(self, latents: SparseTensor, *, levels: int | None = None) -> BatchTokens:
         """Codes of what the encoder gave."""
         levels = self.check_levels(levels)
         codes = self.vq(latents.feats).codes
         if codes.ndim == 2:
             codes = codes[:, 0] if levels == 1 else codes[:, :levels]
-        return Tokens(codes.int(), latents.coords, latents.spatial_shape, latents.batch_size)
+        return BatchTokens(codes.int(), latents.coords, latents.spatial_shape, latents.batch_size)
 
-    def check_levels(self, levels: int | None) -> int:
+    def check_levels(self, levels: float | None) -> int:
         """How many levels are meant; None means all there are."""
         most = self.sizes.quantizer_levels
         if levels is not None and not 1 <= levels <= most:
             raise ValueError(f"levels must lie in 1..{most}, the levels of this tokenizer, got {levels}")
-        return most if levels is None else levels
+        if levels is not None and levels != int(levels):
+            raise ValueError(f"levels must be a whole number here, got {levels}")
+        return most if levels is None else int(levels)
 
-    def latents_of(self, tokens: Tokens) -> SparseTensor:
+    def latents_of(self, tokens: BatchTokens) -> SparseTensor:
         """Codebook rows on the latent grid."""
         values = self.vq.lookup(tokens.codes)
         return SparseTensor(values, tokens.coords, tokens.latent_shape, tokens.batch_size)
 
     @torch.no_grad()
-    def decode(self, tokens: Tokens, *, support: Support | None = None) -> SparseTensor:
+    def decode(self, tokens: BatchTokens, *, support: Support | None = None) -> SparseTensor:
         """Values on stored support (`support_of`) or on predicted voxels."""
 
         def choose(i: int, features: SparseTensor) -> Coarsening:

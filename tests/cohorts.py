@@ -5,7 +5,7 @@ from pathlib import Path
 from app.prepare import cohort
 from tests import scans
 
-SMALL = cohort.Settings(size=24, spacing=6.0)
+SMALL = cohort.PrepareSettings(size=24, spacing=6.0)
 AFFINE = scans.centred((3.0, 3.0, 4.0), (36, 32, 28))
 
 

@@ -24,7 +24,7 @@ import torch
 
 from app.dataset import writer
 from app.phantoms import phantoms
-from app.training import checkpoints
+from app.training import checkpoints, seals
 from transforms.windows import DEFAULT_WINDOWS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -224,7 +224,7 @@ def assert_same_story(first, second):
 def weights_of(folder, step, name="vqvae"):
     """Without the hash of its tensors, which differs wherever one of them does."""
     state = checkpoints.read_tensors(checkpoints.step_file(folder, name, step))
-    return {**state, "_extra_state": checkpoints.unsealed(state["_extra_state"])}
+    return {**state, "_extra_state": seals.unsealed(state["_extra_state"])}
 
 
 def assert_same_weights(first, second):

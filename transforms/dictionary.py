@@ -135,29 +135,22 @@ class RandCropToBudgetd(RandomizableTransform, MapTransform):
 
 
 class RandTranslated(RandomizableTransform, MapTransform):
-    """`translate` by up to `max_shift` voxels an axis, or that share of the grid's side where it is below 1.
+    """`translate` by up to `max_shift` of the grid's side along each axis.
 
     Left stays left: there is no flip in this project.
     """
 
-    SHIFTS = "a whole number of voxels, or a share of the grid's side below 1"
-
-    def __init__(self, keys: str | Sequence[str] = "coords", *, max_shift: Number = 4, prob: Number = 1.0) -> None:
-        if not self.is_shift(max_shift):
-            raise ValueError(f"max_shift must be {self.SHIFTS}, got {max_shift!r}")
+    def __init__(self, keys: str | Sequence[str] = "coords", *, max_shift: Number = 0.25, prob: Number = 1.0) -> None:
+        if not isinstance(max_shift, int | float) or not 0 <= max_shift < 1:
+            raise ValueError(f"max_shift must be a share of the grid's side, from 0 to below 1, got {max_shift!r}")
         MapTransform.__init__(self, keys)
         RandomizableTransform.__init__(self, prob)
         self.max_shift = max_shift
 
-    @staticmethod
-    def is_shift(value: Any) -> bool:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return is_number and 0 <= value < 2**15 and (value < 1 or value == int(value))
-
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)
         self.randomize(None)
-        reach = int(self.max_shift * max(item["spatial_shape"]) if 0 < self.max_shift < 1 else self.max_shift)
+        reach = int(self.max_shift * max(item["spatial_shape"]))
         shift = self.R.randint(-reach, reach + 1, 3)
         if self._do_transform:
             for key in self.key_iterator(item):

@@ -9,7 +9,7 @@ import hashlib
 import json
 import platform
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
@@ -100,21 +100,12 @@ class PreparedCase:
             name = f"ct_normalized_{max(self.sidecar['shape']) if 'shape' in self.sidecar else '*'}.npy"
             raise Refused("DAMAGED_CASE", f"{self.path.name}/{name} is missing", _AGAIN)
         if "affine" not in self.sidecar:
-            raise Refused(
-                "NOT_HU", f"case {self.case_id} has no case.json: its volume cannot be taken for HU", "use its windows"
-            )
+            what = f"case {self.case_id} has no case.json: its volume cannot be taken for HU"
+            raise Refused("NOT_HU", what, "use its windows")
         volume = _load(file)
         if volume.dtype.kind not in "iu":
             raise Refused("DAMAGED_CASE", f"{self.path.name}/{file.name} holds {volume.dtype}, HU are int16", _AGAIN)
         return volume
-
-    def hu_crop(self, start: Sequence[int], shape: Sequence[int]) -> Int[np.ndarray, "X Y Z"]:
-        """A box of the volume; only the part of the file that holds it is read."""
-        box = tuple(slice(low, low + length) for low, length in zip(start, shape, strict=True))
-        file = self._volume_file()
-        if file is not None and file.suffix == ".zarr" and "affine" in self.sidecar:
-            return _open_zarr(file)[box]
-        return np.array(self.hu()[box])
 
     def window_names(self) -> tuple[str, ...]:
         """Every window the case can give: all that are known where HU are, else those that lie there as files."""
@@ -129,11 +120,8 @@ class PreparedCase:
         if self.is_hu:
             return window_bytes(self.hu(), name)
         has = ", ".join(self._window_files()) or "none"
-        raise Refused(
-            "OTHER_WINDOWS",
-            f"case {self.case_id} lacks window {name!r}, it has {has}",
-            "choose among those or prepare it again",
-        )
+        what = f"case {self.case_id} lacks window {name!r}, it has {has}"
+        raise Refused("OTHER_WINDOWS", what, "choose among those or prepare it again")
 
     def organ_names(self) -> tuple[str, ...]:
         return tuple(sorted(file.stem for file in (self.path / "organs").glob("*.npz")))
@@ -151,11 +139,9 @@ class PreparedCase:
         return mask
 
     def _volume_file(self) -> Path | None:
-        files = [
-            f
-            for pattern in ("ct_normalized_*.np[yz]", "ct_normalized_*.zarr", "ct_original_*.np[yz]")
-            for f in sorted(self.path.glob(pattern))
-        ]
+        files: list[Path] = []
+        for pattern in ("ct_normalized_*.np[yz]", "ct_normalized_*.zarr", "ct_original_*.np[yz]"):
+            files += sorted(self.path.glob(pattern))
         return files[-1] if files else None
 
     def _window_files(self) -> dict[str, Path]:
@@ -198,17 +184,16 @@ def _is_mask(array: np.ndarray) -> bool:
 
 
 def _unit(array: np.ndarray) -> np.ndarray:
-    return (
-        array.astype(np.float32) / 255
-        if array.dtype == np.uint8 and array.max(initial=0) > 1
-        else array.astype(np.float32)
-    )
+    in_bytes = array.dtype == np.uint8 and array.max(initial=0) > 1
+    return array.astype(np.float32) / (255 if in_bytes else 1)
 
 
 def _load(file: Path) -> np.ndarray:
     try:
         if file.suffix == ".zarr":
-            array = _open_zarr(file)[:]
+            import zarr
+
+            array = zarr.open(str(file), mode="r")[:]
         elif file.suffix == ".npz":
             with np.load(file, allow_pickle=False) as stored:
                 array = stored[stored.files[0]]
@@ -221,12 +206,6 @@ def _load(file: Path) -> np.ndarray:
         what = f"{file.parent.name}/{file.name} has shape {array.shape}, three axes are needed"
         raise Refused("DAMAGED_CASE", what, _AGAIN)
     return array
-
-
-def _open_zarr(file: Path):
-    import zarr
-
-    return zarr.open(str(file), mode="r")
 
 
 # ---- finding cases
@@ -251,9 +230,8 @@ def find_datasets(dataset_dir: str | Path) -> list[Path]:
     """The datasets under a folder that is one dataset, or holds several."""
     root = Path(dataset_dir)
     if not root.is_dir():
-        raise Refused(
-            "NO_DATA", f"dataset_dir {str(root)!r} is no folder", "give the OUT of `python -m app prepare RAW OUT`"
-        )
+        what = f"dataset_dir {str(root)!r} is no folder"
+        raise Refused("NO_DATA", what, "give the OUT of `python -m app prepare RAW OUT`")
     if (root / "processed").is_dir():
         return [root]
     for depth in ("*", "*/*", "*/*/*"):  # older trees nest deeper; a case's own folders are never searched
@@ -350,32 +328,22 @@ def _is_affine(stored: Any) -> bool:
     return matrix.shape == (4, 4) and bool(np.isfinite(matrix).all() and abs(np.linalg.det(matrix)) > 1e-12)
 
 
-def _is_shape(stored: Any) -> bool:
-    return isinstance(stored, list) and len(stored) == 3 and all(type(side) is int and side >= 1 for side in stored)
+def _are(*kinds: type, count: int | None = None) -> Callable[[Any], bool]:
+    """Whether what is stored is a list of these kinds, numbers above 0."""
 
+    def holds(stored: Any) -> bool:
+        right = isinstance(stored, list) and count in (None, len(stored))
+        return right and all(type(part) in kinds and (kinds == (str,) or part > 0) for part in stored)
 
-def _is_spacing(stored: Any) -> bool:
-    return isinstance(stored, list) and len(stored) == 3 and all(type(mm) in (int, float) and mm > 0 for mm in stored)
-
-
-def _is_text(stored: Any) -> bool:
-    return isinstance(stored, str)
-
-
-def _are_codes(stored: Any) -> bool:
-    return isinstance(stored, list) and all(isinstance(code, str) for code in stored)
+    return holds
 
 
 _FIELDS = {  # what is read of a sidecar; older trees and other hands may leave any of them out
-    "affine": ("an invertible matrix", _is_affine),
-    "source_affine": ("an invertible matrix", _is_affine),
-    "shape": ("three whole numbers from 1 up", _is_shape),
-    "source_shape": ("three whole numbers from 1 up", _is_shape),
-    "spacing": ("three numbers above 0", _is_spacing),
-    "codes": ("a list of texts", _are_codes),
-    "source_hash": ("a text", _is_text),
-    "resampler": ("a text", _is_text),
-    "hu_hash": ("a text", _is_text),
+    **dict.fromkeys(("affine", "source_affine"), ("an invertible matrix", _is_affine)),
+    **dict.fromkeys(("shape", "source_shape"), ("three whole numbers from 1 up", _are(int, count=3))),
+    "spacing": ("three numbers above 0", _are(int, float, count=3)),
+    "codes": ("a list of texts", _are(str)),
+    **dict.fromkeys(("source_hash", "resampler", "hu_hash"), ("a text", lambda stored: isinstance(stored, str))),
 }
 
 

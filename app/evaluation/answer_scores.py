@@ -18,7 +18,6 @@ import numpy as np
 from app.evaluation import answer_pages
 from app.evaluation.answer_pages import COLUMNS
 from app.language.assistant import NOTICE, CTAssistant
-from app.language.volume_tokens import VolumeTokens
 from app.measures.controls import (
     CONTROLS,
     constant_answers,
@@ -53,6 +52,7 @@ from app.shared.atomic_files import write_text
 from app.shared.refusals import Refused
 from app.shared.terminal import progress
 from app.text.rows import TextRow
+from app.tokens.token_files import CTTokens
 from networks.tokens import TokenSequence
 
 log = logging.getLogger(__name__)
@@ -65,10 +65,10 @@ REPORT_GAPS = ("bleu4", "rougeL", "meteor", "cider")
 def evaluate_language(
     assistant: CTAssistant,
     rows: Sequence[TextRow],
-    volumes: dict[str, VolumeTokens],
+    volumes: dict[str, CTTokens],
     *,
     out: str | Path,
-    mirrored: dict[str, VolumeTokens] | None = None,
+    mirrored: dict[str, CTTokens] | None = None,
     batch_size: int = 16,
     max_new_tokens: int = 256,
     seed: int = 0,

@@ -15,12 +15,13 @@ from app.evaluation.answer_pictures import Asked, picture_answer
 from app.evaluation.answer_scores import evaluate_language, given_answers
 from app.language import align_data
 from app.language.assistant import CTAssistant
-from app.language.volume_tokens import TokenSource, VolumeTokens
+from app.language.volume_tokens import TokenSource
 from app.phantoms.sentences import balance
-from app.shared.refusals import Refused, fail, refuse_empty
+from app.shared.refusals import Refused, refuse_empty
 from app.text.manifests import read_rows
 from app.text.rows import TextRow
 from app.tokens.open_scan import Scan, as_it_lies, case_key, is_case
+from app.tokens.token_files import CTTokens
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def evaluate(
     options = {"seed": 0, "batch_size": 16, "max_new_tokens": 160, "num_phantoms": 60, "split": None} | (options or {})
     assistant = CTAssistant.from_pretrained(align, tokenizer=tokenizer)
     source = assistant.tokenizer.source(align_data.tokens_folder(align))
-    mirrored: dict[str, VolumeTokens] = {}
+    mirrored: dict[str, CTTokens] = {}
     if data is None:
         fresh = {"count": options["num_phantoms"], "seed": options["seed"], "split": "val"}
         fresh["about"] = assistant.settings.get("about")
@@ -127,16 +128,15 @@ def held_out(data: str, *, image_root: str | None, split: str | None) -> list[Te
             log.info("evaluating %d rows of split %s", len(kept), wanted)
             return kept
     if split:
-        fail("NO_CASES", f"{data} has no row with split {split}", f"it has {sorted({row.split for row in rows})}")
+        what = f"{data} has no row with split {split}"
+        raise Refused("NO_CASES", what, f"it has {sorted({row.split for row in rows})}", status=2)
     log.warning("no split test or val in %s: evaluating all rows, also those of training", data)
     return rows
 
 
-def mirrored_cases(
-    rows: list[TextRow], volumes: dict[str, VolumeTokens], source: TokenSource
-) -> dict[str, VolumeTokens]:
+def mirrored_cases(rows: list[TextRow], volumes: dict[str, CTTokens], source: TokenSource) -> dict[str, CTTokens]:
     """Mirrored tokens of prepared cases, whose HU lie on a RAS grid; other images take no part in the mirror test."""
-    found: dict[str, VolumeTokens] = {}
+    found: dict[str, CTTokens] = {}
     for row in rows:
         if row.image in volumes and row.image not in found and row.path and is_case(row.path):
             case = prepared.open_case(row.path)

@@ -21,13 +21,13 @@ from app.measures.tokenizer_metrics import count_codes, perplexity
 from app.shapes.mesh_files import Mesh
 from app.shapes.shape_files import read_shape
 from app.shared.atomic_files import write_text
-from app.shared.refusals import Refused, fail
+from app.shared.refusals import Refused
 from app.tokens.shape_tokens import band_mesh, shape_tensor
 from app.tokens.tokenizer import CTTokenizer
 from app.training.shape_data import make_shape_dataset
 from networks.sparse import SparseTensor
+from networks.support import support_of
 from networks.tiles import decode_whole
-from networks.vqvae import support_of
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,13 @@ MEASURES = ("distance", "distance_95", "distance_max", "normals", "dice", "dista
 
 
 def evaluate_shapes(
-    made: CTTokenizer, dataset_dir: str | None, folder: Path, *, split: str | None, max_cases: int | None, file: Path
+    tokenizer: CTTokenizer,
+    dataset_dir: str | None,
+    folder: Path,
+    *,
+    split: str | None,
+    max_cases: int | None,
+    file: Path,
 ) -> dict[str, Any]:
     """Judges and writes the card, as JSON and Markdown."""
     begun = time.perf_counter()
@@ -44,24 +50,25 @@ def evaluate_shapes(
     cases = [
         case
         for side in sides
-        for case in make_shape_dataset(dataset_dir, split=side, resolution=made.sizes.resolution).cases
+        for case in make_shape_dataset(dataset_dir, split=side, resolution=tokenizer.sizes.resolution).cases
     ]
     if max_cases is not None and max_cases < len(cases):
         cases = [cases[i] for i in np.linspace(0, len(cases) - 1, max_cases).round().astype(int)]
     rows, counts, refused = [], 0, {}
     for case in cases:
         try:
-            row, codes = judge_shape(made, case.files[0])
+            row, codes = evaluate_shape(tokenizer, case.files[0])
         except ValueError as error:
             refused[case.case_id] = str(error)
             log.warning("%s is not judged: %s", case.case_id, error)
             continue
         rows.append({"case": case.case_id, **row})
-        counts = counts + count_codes(codes, made.sizes.num_embeddings)
+        counts = counts + count_codes(codes, tokenizer.sizes.num_embeddings)
         log.info("%s: %.3g mm from codes alone", case.case_id, row["ways"][WAYS[2]].get("distance", float("nan")))
     if not rows:
         name, reason = next(iter(refused.items()))
-        fail("NO_CASES", f"none of {len(cases)} shapes can be judged; {name}: {reason}", "check the files")
+        what = f"none of {len(cases)} shapes can be judged; {name}: {reason}"
+        raise Refused("NO_CASES", what, "check the files", status=2)
     result = {
         "ways": {way: {name: _mean([row["ways"][way].get(name) for row in rows]) for name in MEASURES} for way in WAYS},
         "codes": {
@@ -70,7 +77,7 @@ def evaluate_shapes(
             "per_case": _mean([row["tokens"] for row in rows]),
         },
         "per_case": rows,
-        "tokenizer": {"file": file.name, "sha256": made.digest},
+        "tokenizer": {"file": file.name, "sha256": tokenizer.digest},
         "data": {"split": split or "all", "cases": len(rows), "not_judged": refused},
         "seconds": round(time.perf_counter() - begun, 1),
     }
@@ -82,10 +89,10 @@ def evaluate_shapes(
 
 
 @torch.no_grad()
-def judge_shape(made: CTTokenizer, file: Path) -> tuple[dict[str, Any], torch.Tensor]:
+def evaluate_shape(tokenizer: CTTokenizer, file: Path) -> tuple[dict[str, Any], torch.Tensor]:
     """Measurements of one file, and its codes."""
     shape = read_shape(file)
-    x, network = shape_tensor(made, shape), made.network
+    x, network = shape_tensor(tokenizer, shape), tokenizer.network
     truth = _surface(x, shape.affine)
     if truth is None:
         raise Refused("NO_SURFACE", f"{file.name} has no surface")
@@ -93,8 +100,8 @@ def judge_shape(made: CTTokenizer, file: Path) -> tuple[dict[str, Any], torch.Te
     tokens = network.tokens_of(latents)
     decoded = {
         WAYS[0]: network.decode_on(latents, x.level)[0],
-        WAYS[1]: decode_whole(network, tokens, support=support_of(x.level), max_points=made.max_points).values,
-        WAYS[2]: decode_whole(network, tokens, max_points=made.max_points).values,
+        WAYS[1]: decode_whole(network, tokens, support=support_of(x.level), max_points=tokenizer.max_points).values,
+        WAYS[2]: decode_whole(network, tokens, max_points=tokenizer.max_points).values,
     }
     step = float(np.linalg.norm(shape.affine[:3, 0]))
     ways = {}

@@ -25,7 +25,7 @@ from app.measures import hu_errors as measure
 from app.measures.tokenizer_metrics import count_codes, perplexity
 from app.phantoms.phantoms import ensure_cohort
 from app.shared.output_folder import check_folder
-from app.shared.refusals import fail
+from app.shared.refusals import Refused
 from app.tokens.code_tables import CodeTables
 from app.tokens.open_scan import Scan
 from app.tokens.token_files import CTTokens, rate_of
@@ -52,7 +52,7 @@ class Truth(NamedTuple):
     beyond: float  # share of all denser than air that lies beyond the grid
 
 
-class Judged(NamedTuple):
+class EvaluatedCase(NamedTuple):
     """One case: numbers for the card, and a slice for its picture. Volumes are not kept: there may be thousands."""
 
     row: dict[str, Any]
@@ -70,7 +70,7 @@ class TokenizerEvaluation:
         split: train, val, or None for all cases.
         max_cases: at most this many, evenly spread over the split; None takes all.
         max_points: voxels in work at a time; None leaves it to the preset.
-        levels: so many codes a cell, the first of the tokenizer's levels; None: all.
+        levels: so many codes a cell, the first of the tokenizer's levels, a fraction as a mean; None: all.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class TokenizerEvaluation:
         split: str | None = "val",
         max_cases: int | None = None,
         max_points: int | None = None,
-        levels: int | None = None,
+        levels: float | None = None,
         seed: int = 0,
     ):
         self.dataset_dir, self.tokenizer, self.output_dir = dataset_dir, tokenizer, output_dir
@@ -96,52 +96,56 @@ class TokenizerEvaluation:
         data = self.dataset_dir or str(_phantoms(self.split))
         cases = prepared.find_cases(data, split=self.split)
         if not cases:
-            fail("NO_CASES", f"{data} has no case with split {self.split}", "pass --split train, or '$None' for all")
+            what = f"{data} has no case with split {self.split}"
+            raise Refused("NO_CASES", what, "pass --split train, or '$None' for all", status=2)
         if self.max_cases is not None and self.max_cases < len(cases):
             cases = [cases[i] for i in np.linspace(0, len(cases) - 1, self.max_cases).round().astype(int)]
         file = self._tokenizer_file()
         folder = Path(self.output_dir) if self.output_dir else _beside(file)
         check_folder(folder, name="output_dir")
         folder.mkdir(parents=True, exist_ok=True)
-        made = CTTokenizer.from_pretrained(file, max_points=self.max_points)
+        tokenizer = CTTokenizer.from_pretrained(file, max_points=self.max_points)
         try:
-            made.network.check_levels(self.levels)
+            tokenizer.check_levels(self.levels)
         except ValueError as error:
-            fail("BAD_VALUE", str(error), "leave --levels out for all of them")
-        judged, refused = [], {}
+            raise Refused("BAD_VALUE", str(error), "leave --levels out for all of them") from error
+        evaluated, refused = [], {}
         for case in cases:
             try:
-                judged.append(judge(made, case, levels=self.levels, beside=len(judged) < CODEC_CASES))
+                evaluated.append(
+                    evaluate_case(tokenizer, case, levels=self.levels, beside=len(evaluated) < CODEC_CASES)
+                )
             except ValueError as error:
                 refused[case.case_id] = str(error)
                 log.warning("%s is not judged: %s", case.case_id, error)
                 continue
-            whole = judged[-1].row["errors"]["codes alone"]["tissues"]["foreground"]["mae"]
+            whole = evaluated[-1].row["errors"]["codes alone"]["tissues"]["foreground"]["mae"]
             log.info("%s: MAE %.1f HU from codes alone", case.case_id, whole)
-        if not judged:
+        if not evaluated:
             name, reason = next(iter(refused.items()))
-            fail("NO_CASES", f"none of {len(cases)} cases can be judged; {name}: {reason}", "check the dataset")
-        result = summarize(judged, made, seed=self.seed)
-        result["tokenizer"] = {"file": file.name, "sha256": made.digest, "sizes": asdict(made.sizes)}
+            what = f"none of {len(cases)} cases can be judged; {name}: {reason}"
+            raise Refused("NO_CASES", what, "check the dataset", status=2)
+        result = summarize(evaluated, tokenizer, seed=self.seed)
+        result["tokenizer"] = {"file": file.name, "sha256": tokenizer.digest, "sizes": asdict(tokenizer.sizes)}
         result["data"] = {
             "dataset": "built-in phantoms" if self.dataset_dir is None else Path(data).name,
             "split": self.split or "all",
-            "cases": len(judged),
+            "cases": len(evaluated),
             "patients": len({case.patient for case in cases if case.case_id not in refused}),
             "not_judged": refused,
         }
         result["software"] = prepared.versions() | {"torch": torch.__version__}
         result["seconds"] = round(time.perf_counter() - started, 1)
-        card.write(folder, result, judged)
+        card.write(folder, result, evaluated)
         log.info("card in %s", folder / "tokenizer_card.md")
         return result
 
     def _run_on_shapes(self, file: Path) -> dict[str, Any]:
         folder = Path(self.output_dir) if self.output_dir else _beside(file)
         check_folder(folder, name="output_dir")
-        made = CTTokenizer.from_pretrained(file, max_points=self.max_points)
+        tokenizer = CTTokenizer.from_pretrained(file, max_points=self.max_points)
         options = {"split": self.split, "max_cases": self.max_cases, "file": file}
-        return evaluate_shapes(made, self.dataset_dir, folder, **options)
+        return evaluate_shapes(tokenizer, self.dataset_dir, folder, **options)
 
     def _tokenizer_file(self) -> Path:
         missing = self.tokenizer is None and not any(
@@ -176,19 +180,21 @@ def truth_of(scan: Scan, sizes: Preset) -> Truth:
     return Truth(on_grid["image"], masks, on_grid["beyond"])
 
 
-def judge(made: CTTokenizer, case: prepared.PreparedCase, *, levels: int | None = None, beside: bool = True) -> Judged:
+def evaluate_case(
+    tokenizer: CTTokenizer, case: prepared.PreparedCase, *, levels: float | None = None, beside: bool = True
+) -> EvaluatedCase:
     """All measurements of one case, of its first `levels` codes; with `beside` also of other codecs at its bits."""
-    sizes = made.sizes
-    scan = made.open(case)
+    sizes = tokenizer.sizes
+    scan = tokenizer.open(case)
     source = truth_of(scan, sizes)
     truth, masks = source.hu, source.masks
     started = time.perf_counter()
-    tokens = made.encode(scan, support=True, levels=levels)
+    tokens = tokenizer.encode(scan, support=True, levels=levels)
     encoded = time.perf_counter()
     decoded = {
-        "codes alone": made.decode_sparse(tokens, use_support=False),
-        "stored support": made.decode_sparse(tokens),
-        "shuffled codes": made.decode_sparse(replace(tokens, codes=shuffled(tokens.codes))),
+        "codes alone": tokenizer.decode_sparse(tokens, use_support=False),
+        "stored support": tokenizer.decode_sparse(tokens),
+        "shuffled codes": tokenizer.decode_sparse(replace(tokens, codes=shuffled(tokens.codes))),
     }
     seconds = {"encode": encoded - started, "three decodings": time.perf_counter() - encoded}
     volumes = {way: dense_hu(part.values, sizes) for way, part in decoded.items()}
@@ -208,11 +214,11 @@ def judge(made: CTTokenizer, case: prepared.PreparedCase, *, levels: int | None 
         "clipped_share": measure.clipped_share(truth, masks["foreground"], windows=sizes.windows),
         "beyond": source.beyond,
         "tokens": len(tokens.codes),
-        "rate": rate_of_case(tokens, made.tables, foreground=int(masks["foreground"].sum())),
+        "rate": rate_of_case(tokens, tokenizer.tables, foreground=int(masks["foreground"].sum())),
         "support": {
             "foreground_kept": measure.kept_share(kept, masks["foreground"]),
             "foreground_decoded": measure.kept_share(predicted, masks["foreground"]),
-            "dice": measure.dice(predicted, kept),
+            "dice": measure.dice_of_masks(predicted, kept),
             "forced_children": alone.forced,
             "computed_of_full_expansion": alone.computed / (512 * len(tokens.codes)),
         },
@@ -221,7 +227,7 @@ def judge(made: CTTokenizer, case: prepared.PreparedCase, *, levels: int | None 
     }
     row["codecs"] = codecs_at(row["rate"]["bits"], source, windows=sizes.windows) if beside else {}
     counts = count_codes(torch.from_numpy(tokens.codes), sizes.num_embeddings)
-    return Judged(row, counts, card.slice_of(truth, volumes, _code_map(tokens)))
+    return EvaluatedCase(row, counts, card.slice_of(truth, volumes, _code_map(tokens)))
 
 
 def _labels_kept(
@@ -288,10 +294,12 @@ def _code_map(tokens: CTTokens) -> np.ndarray:
 # ---- over cases
 
 
-def summarize(judged: Sequence[Judged], made: CTTokenizer, *, seed: int) -> dict[str, Any]:
+def summarize(evaluated: Sequence[EvaluatedCase], tokenizer: CTTokenizer, *, seed: int) -> dict[str, Any]:
     """Means over cases, with 95 % bootstrap intervals where there are at least three."""
-    rows = [one.row for one in judged]
-    counts = torch.stack([one.code_counts for one in judged]).sum(0)
+    rows = [one.row for one in evaluated]
+    most = max(len(one.code_counts) for one in evaluated)  # fewer where a case spends few
+    padded = [torch.nn.functional.pad(one.code_counts, (0, 0, 0, most - len(one.code_counts))) for one in evaluated]
+    counts = torch.stack(padded).sum(0)
     ways = {way: _mean_of([row["errors"][way] for row in rows], seed) for way in WAYS}
     true, mixed = (ways[way]["tissues"]["foreground"]["mae"]["mean"] for way in ("stored support", "shuffled codes"))
     return {
@@ -301,7 +309,7 @@ def summarize(judged: Sequence[Judged], made: CTTokenizer, *, seed: int) -> dict
         "clipped_share": _mean_of([row["clipped_share"] for row in rows], seed),
         "beyond": _mean_of([row["beyond"] for row in rows], seed),
         "codes": {
-            "num_embeddings": made.sizes.num_embeddings,
+            "num_embeddings": tokenizer.sizes.num_embeddings,
             "levels": len(counts),
             "used": [int((level > 0).sum()) for level in counts],
             "perplexity": [perplexity(level) for level in counts],

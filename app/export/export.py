@@ -27,7 +27,7 @@ from app.language.assistant import aligned_files, aligned_folder, read_settings
 from app.phantoms.phantoms import make_phantom
 from app.shared.output_folder import check_folder
 from app.shared.places import bundles_folder, root_folder
-from app.shared.refusals import fail, refuse_empty
+from app.shared.refusals import Refused, refuse_empty
 from app.shared.version import VERSION
 from app.tokens.commands import onto_grid, write_nifti
 from app.tokens.open_scan import Volume
@@ -52,19 +52,19 @@ def export(
     out = Path(out)
     name = _good_name(name or out.resolve().name)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        fail("EXISTS", f"{out} is there already", "give another OUT, or remove it first")
+        raise Refused("EXISTS", f"{out} is there already", "give another OUT, or remove it first", status=2)
     archive = out.with_name(out.name + ".zip")
     if zipped and archive.exists():
-        fail("EXISTS", f"{archive} is there already", "give another OUT, or remove it first")
+        raise Refused("EXISTS", f"{archive} is there already", "give another OUT, or remove it first", status=2)
     check_folder(out.resolve().parent)
     if not bundles_folder().is_dir():
-        fail("NO_TEMPLATES", "a bundle's own code exports no bundle", "use a checkout or an installation")
+        raise Refused("NO_TEMPLATES", "a bundle's own code exports no bundle")
     folder = None if align is None else aligned_folder(align)
     settings = None if folder is None else read_settings(folder)
     made = CTTokenizer.from_pretrained(tokenizer or (settings and str(folder / settings["tokenizer_path"])))
     if settings is not None and settings["tokenizer"] != made.digest:
         what = f"{align} was aligned to tokenizer {settings['tokenizer'][:12]}, this one is {made.digest[:12]}"
-        fail("OTHER_TOKENIZER", what, "give that tokenizer, or align again")
+        raise Refused("OTHER_TOKENIZER", what, "give that tokenizer, or align again", status=2)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
         bundle = Path(beside, out.name)
@@ -85,7 +85,8 @@ def export(
 
 def _good_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", name, re.ASCII):
-        fail("BAD_VALUE", f"name must be letters, digits, . _ - (at most 64), got {name!r}", "pass another --name")
+        what = f"name must be letters, digits, . _ - (at most 64), got {name!r}"
+        raise Refused("BAD_VALUE", what, "pass another --name")
     return name
 
 
@@ -147,7 +148,7 @@ def _copy_aligned(align: Path, out: Path, record: Json) -> None:
     if language is not None:
         shutil.copytree(language, out / "language_final")
     elif record["base_model"]["name"] is None:
-        fail("NOT_FINISHED", f"the alignment in {align} did not reach its end", "go on with --resume latest")
+        raise Refused("NOT_FINISHED", f"the alignment in {align} did not reach its end")
     for config in out.glob("lora_final/adapter_config.json"):
         _write_json(config, {**_read_json(config), "base_model_name_or_path": record["base_model"]["name"]})
     _write_json(out / "train_args.json", record)
@@ -236,7 +237,7 @@ def _run_elsewhere(bundle: Path, package: str, scan: Path, out: Path) -> None:
 
 def _demand(holds: bool, what: str) -> None:
     if not holds:
-        fail("NOT_PROVEN", f"the bundle was not written: {what}", "report it with this line", status=1)
+        raise Refused("NOT_PROVEN", f"the bundle was not written: {what}", "report it with this line", status=1)
 
 
 def lines(done: Json) -> list[str]:

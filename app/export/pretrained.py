@@ -21,10 +21,10 @@ from safetensors.torch import save
 from app.evaluation.tokenizer_evaluation import TokenizerEvaluation
 from app.export.metadata import NOTICE
 from app.shared.hashes import hash_path
-from app.shared.refusals import fail
+from app.shared.refusals import Refused
 from app.shared.version import VERSION
 from app.tokens.tokenizer import CTTokenizer, find_tokenizer
-from app.training import checkpoints
+from app.training import checkpoints, seals
 from app.training.shipped import RECORD, SUMS, WEIGHTS, with_sums
 
 MAX_BYTES = 28_000_000
@@ -38,7 +38,7 @@ def write_pretrained(
     """The folder, and its record."""
     out, file = Path(out), find_tokenizer(tokenizer)
     if out.exists():
-        fail("EXISTS", f"{out} is there already", "give another place, or remove it first")
+        raise Refused("EXISTS", f"{out} is there already", "give another place, or remove it first", status=2)
     state, sizes = checkpoints.read_weights(file)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
@@ -47,7 +47,8 @@ def write_pretrained(
         (folder / WEIGHTS).write_bytes(save(in_halves(state)))  # save_file's could be read by its owner alone
         size = (folder / WEIGHTS).stat().st_size
         if size > MAX_BYTES:
-            fail("BAD_VALUE", f"the weights take {size:,} bytes, {MAX_BYTES:,} may ship", "train a smaller network")
+            what = f"the weights take {size:,} bytes, {MAX_BYTES:,} may ship"
+            raise Refused("BAD_VALUE", what, "train a smaller network")
         record = {
             "name": out.name,
             "version": VERSION,
@@ -71,9 +72,9 @@ def in_halves(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     rounded = {name: value.half().float() if _is_halved(name, value) else value for name, value in state.items()}
     for name, value in rounded.items():
         if not value.isfinite().all():
-            fail("BAD_CHECKPOINT", f"{name} holds values beyond float16", "train with a lower learning rate")
+            raise Refused("BAD_CHECKPOINT", f"{name} holds values beyond float16", "train with a lower learning rate")
     stored = {name: value for name, value in rounded.items() if not name.endswith(SUMS)}
-    sealed = checkpoints.sealed(with_sums(stored))
+    sealed = seals.sealed(with_sums(stored))
     return {
         name: (value.half() if _is_halved(name, value) else value).contiguous()
         for name, value in sealed.items()

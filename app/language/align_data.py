@@ -22,16 +22,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from app.language import chat
-from app.language.volume_tokens import Reducer, TokenSource, VolumeTokens, encode_sparse, sparse_inputs
+from app.language.volume_tokens import Reducer, TokenSource, sparse_inputs
 from app.phantoms.phantoms import ANATOMY_VERSION, make_phantom
 from app.phantoms.sentences import balance, mirrored, phantom_rows
 from app.shared.atomic_files import write_text
-from app.shared.refusals import Refused, fail, refusal_of
+from app.shared.refusals import Refused, refusal_of
 from app.shared.terminal import progress
 from app.text.rows import TextRow
 from app.tokens.open_scan import as_it_lies
+from app.tokens.token_files import CTTokens
 from app.training.loaders import CaseLoader, StepSampler
-from networks.tokens import TokenSequence, reduce_tokens
+from networks.tokens import TokenSequence
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class TextDataset(Dataset):
         self,
         rows: Sequence[TextRow],
         *,
-        volumes: dict[str, VolumeTokens],
+        volumes: dict[str, CTTokens],
         reduce: Reducer,
         tokenizer,
         fusion: str = "placeholder",
@@ -85,7 +86,7 @@ class TextDataset(Dataset):
             self.encoded.append(encoded)
         if not self.rows:
             what = f"no row can be learned from: {dict(self.dropped)} of {len(rows)}"
-            fail("NO_CASES", what, "check answers and max_text_tokens")
+            raise Refused("NO_CASES", what, "check answers and max_text_tokens", status=2)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -135,7 +136,8 @@ class OwnDataset(Dataset):
                     what = f"item {number} of the dataset cannot be used ({type(error).__name__}: {reason})"
                     raise Refused("BAD_DATASET", what, "repair it, or pass --skip_bad True") from None
                 log.warning("left out item %d of the dataset: %s", number, reason)
-        fail("NO_CASES", f"no item of the dataset can be used, of {len(self)}", "the lines above say why")
+        what = f"no item of the dataset can be used, of {len(self)}"
+        raise Refused("NO_CASES", what, "the lines above say why", status=2)
 
 
 def as_sample(item: dict, *, reduce: Reducer, network=None, vocabulary: int | None = None) -> dict:
@@ -153,7 +155,7 @@ def as_sample(item: dict, *, reduce: Reducer, network=None, vocabulary: int | No
     elif "inputs_3d" in item:
         if network is None:
             raise ValueError("items bring inputs_3d, which a tokenizer has to encode: give vae_ckpt")
-        volumes = [reduce(tokens) for tokens in encode_inputs_3d(network, item["inputs_3d"])]
+        volumes = encode_inputs_3d(network, item["inputs_3d"], reduce=reduce)
     else:
         raise ValueError(f"an item must hold feats_3d and coords_3d, or inputs_3d, got {', '.join(sorted(item))}")
     return {"input_ids": ids, "labels": labels, "volumes": volumes, "case_id": str(item.get("case_id", ""))}
@@ -165,14 +167,16 @@ def split_volumes(feats: Tensor, coords: Tensor, *, reduce: Reducer) -> list[Tok
         raise ValueError(f"feats_3d must be (N, {reduce.width}) as the tokenizer's codes, got {tuple(feats.shape)}")
     if len(feats) == 0:
         raise ValueError("feats_3d has no rows: an item needs a volume")
-    options = {"max_tokens": reduce.max_tokens, "method": reduce.method}
-    numbers = coords[:, 0].unique().tolist()
-    return [reduce_tokens(feats[coords[:, 0] == n].float(), coords[coords[:, 0] == n, 1:], **options) for n in numbers]
+    parts = [coords[:, 0] == number for number in coords[:, 0].unique().tolist()]
+    return [reduce.rows(feats[part], coords[part, 1:]) for part in parts]
 
 
-def encode_inputs_3d(network, inputs: dict) -> list[VolumeTokens]:
-    """Form B: values on voxels of the tokenizer's own grid."""
-    return encode_sparse(network, sparse_inputs(inputs, network))
+def encode_inputs_3d(network, inputs: dict, *, reduce: Reducer) -> list[TokenSequence]:
+    """Form B: values on voxels of the tokenizer's own grid, a sequence for each sample."""
+    tokens = network.encode(sparse_inputs(inputs, network), levels=1)
+    codes, coords = tokens.codes.cpu(), tokens.coords.cpu()
+    parts = [coords[:, 0] == sample for sample in range(tokens.batch_size)]
+    return [reduce.rows(reduce.lookup(codes[part]), coords[part, 1:]) for part in parts]
 
 
 def load_own_dataset(name: str) -> Dataset:
@@ -182,26 +186,27 @@ def load_own_dataset(name: str) -> Dataset:
         made = getattr(importlib.import_module(module), kind)()
     except Exception as error:  # the user's code, which may raise anything
         reason = f"{type(error).__name__}: {error}"
-        fail("BAD_DATASET", f"{name} cannot be loaded ({reason})", "give package.module.Class of a torch Dataset")
+        raise Refused("BAD_DATASET", f"{name} cannot be loaded ({reason})") from error
     if not (hasattr(made, "__len__") and hasattr(made, "__getitem__")):
-        fail("BAD_DATASET", f"{name} has no __len__ or __getitem__", "give a torch Dataset")
+        raise Refused("BAD_DATASET", f"{name} has no __len__ or __getitem__", "give a torch Dataset")
     return made
 
 
 def encode_rows(
     rows: Iterable[TextRow], source: TokenSource, *, skip_bad: bool = False
-) -> tuple[dict[str, VolumeTokens], list[str]]:
+) -> tuple[dict[str, CTTokens], list[str]]:
     """Tokens of every image once, before training; what cannot be read is named, and ends the run unless skipped."""
     wanted: dict[str, TextRow] = {}
     for row in rows:
         if wanted.setdefault(row.image, row).path != row.path:
-            fail("BAD_MANIFEST", f"{row.image} names two scans: {wanted[row.image].path}, {row.path}", "rename one")
+            what = f"{row.image} names two scans: {wanted[row.image].path}, {row.path}"
+            raise Refused("BAD_MANIFEST", what, "rename one")
     volumes, bad = {}, []
 
     def encode(image: str) -> None:
         try:
             if wanted[image].path is None:
-                fail("SCANS_MISSING", wanted[image].missing, "give image_root")
+                raise Refused("SCANS_MISSING", wanted[image].missing, "give image_root", status=2)
             volumes[image] = source(wanted[image].path)
         except (ValueError, OSError, KeyError, EOFError) as error:
             bad.append(image)
@@ -209,13 +214,14 @@ def encode_rows(
             reason = str(error).splitlines()[0] if refused is None else f"{refused.code}: {refused.what}"
             if not skip_bad:
                 leave = "repair it, or leave it out with --skip_bad True (of python -m app: --skip-bad)"
-                fail("BAD_SCAN", f"{image} cannot be used: {reason}", leave)
+                raise Refused("BAD_SCAN", f"{image} cannot be used: {reason}", leave) from error
             log.warning("left out %s: %s", image, reason)
 
     visit_in_shares(list(wanted), encode, says="encoding scans")
     bad = [image for image in wanted if image in set(bad)]  # each once, though visited twice
     if not volumes:
-        fail("NO_CASES", f"none of {len(wanted)} scans can be used", "run `python -m app check` on the data")
+        what = f"none of {len(wanted)} scans can be used"
+        raise Refused("NO_CASES", what, "run `python -m app check` on the data", status=2)
     return volumes, bad
 
 
@@ -238,7 +244,7 @@ def with_progress(items: Sequence, says: str) -> Iterable:
 
 def phantom_volumes(
     source: TokenSource, *, count: int, seed: int, split: str, mirror: bool = False, about: Sequence[str] | None = None
-) -> tuple[list[TextRow], dict[str, VolumeTokens]]:
+) -> tuple[list[TextRow], dict[str, CTTokens]]:
     """The built-in text: `count` phantoms on the tokenizer's grid with report and questions, not yet balanced.
 
     Those of different splits never meet (see FIRST_PHANTOMS). With `mirror` each is
@@ -258,9 +264,7 @@ def phantom_volumes(
     return [row for name in sorted(rows) for row in rows[name]], volumes
 
 
-def phantom_case(
-    source: TokenSource, name: str, *, number: int
-) -> tuple[list[dict], tuple[VolumeTokens, VolumeTokens]]:
+def phantom_case(source: TokenSource, name: str, *, number: int) -> tuple[list[dict], tuple[CTTokens, CTTokens]]:
     """Findings of one phantom, its tokens and those of its mirror image; made once, then read."""
     sizes = source.tokenizer.sizes
     made = lru_cache(1)(lambda: make_phantom(number, size=sizes.resolution, spacing=sizes.spacing))
@@ -280,7 +284,7 @@ def phantom_case(
 
 def builtin(
     source: TokenSource, *, count: int, seed: int, split: str, about: Sequence[str] | None = None
-) -> tuple[list[TextRow], dict[str, VolumeTokens]]:
+) -> tuple[list[TextRow], dict[str, CTTokens]]:
     """Phantoms as they are and, for training, also mirrored; answers balanced."""
     settings = {"count": count, "seed": seed, "split": split, "about": about}
     rows, volumes = phantom_volumes(source, **settings)

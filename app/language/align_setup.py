@@ -18,12 +18,12 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from app.language import align_data, chat
-from app.language.volume_tokens import Reducer, TokenSource, VolumeTokens
-from app.shared.atomic_files import write_text
+from app.language.volume_tokens import Reducer, TokenSource
 from app.shared.hashes import hash_path
-from app.shared.refusals import Refused, fail
+from app.shared.refusals import Refused
 from app.text.manifests import check_rows, read_rows
 from app.text.rows import TextRow
+from app.tokens.token_files import CTTokens
 from app.tokens.tokenizer import CTTokenizer, find_tokenizer
 from app.training import checkpoints, shipped
 from app.training.initial_weights import STAGE1_COMMAND, train_demo_stage1
@@ -63,7 +63,8 @@ def check_choices(
     That is before scans are encoded for hours.
     """
     if data is not None and not Path(data).exists():
-        fail("NO_DATA", f"{data} does not exist", "give a manifest, a prepared dataset with text.jsonl, or a folder")
+        what = f"{data} does not exist"
+        raise Refused("NO_DATA", what, "give a manifest, a prepared dataset with text.jsonl, or a folder")
     text = f"text of {data or dataset}" if data or dataset else "text of built-in phantoms"
     log.info("scale %s: %s", "demo" if demo else "full", text)
     tiny = is_tiny(vl_model)
@@ -73,12 +74,12 @@ def check_choices(
         if not tiny:
             qwen.family_of(vl_model)
     except ValueError as error:
-        fail("BAD_MODEL", str(error), "give a hub name or the folder of a Qwen2-VL or Qwen3-VL")
+        raise Refused("BAD_MODEL", str(error)) from error
     try:
         if use_lora:
             qwen.import_peft()
     except ValueError as error:
-        fail("NO_PEFT", str(error), "pip install peft, or leave out --use_lora")
+        raise Refused("NO_PEFT", str(error)) from error
 
 
 class FrozenTokenizer:
@@ -94,7 +95,8 @@ class FrozenTokenizer:
             log.info("vae_config is not needed: the checkpoint carries its sizes")
         if path is None and not any(map(checkpoints.complete_steps, checkpoints.NEWEST_TOKENIZERS)):
             if not demo and not shipped.names():
-                fail("NO_TOKENIZER", "there is no tokenizer yet", f"first run {STAGE1_COMMAND}, or pass --vae_ckpt")
+                what = "there is no tokenizer yet"
+                raise Refused("NO_TOKENIZER", what, f"first run {STAGE1_COMMAND}, or pass --vae_ckpt")
             if demo:
                 train_demo_stage1("NO_TOKENIZER")
         self.file = find_tokenizer(path)
@@ -140,7 +142,7 @@ class AlignmentText:
         self.phantoms = {"count": 800, "seed": 0, "about": None} | (phantoms or {})
 
     @cached_property
-    def rows_and_volumes(self) -> tuple[list[TextRow], dict[str, VolumeTokens]]:
+    def rows_and_volumes(self) -> tuple[list[TextRow], dict[str, CTTokens]]:
         source = self.tokenizer.source(self.cache)
         if self.data is None:
             rows, volumes = align_data.builtin(source, split=self.split, **self.phantoms)
@@ -171,7 +173,8 @@ def rows_of_split(data: str, split: str, *, image_root: str | None) -> list[Text
             "%d rows of %d images to train on, %d rows held out", len(kept), found["images"], len(rows) - len(kept)
         )
     if not kept:
-        fail("NO_CASES", f"{data} has no row with split {split}", "add a column split, or more patients")
+        what = f"{data} has no row with split {split}"
+        raise Refused("NO_CASES", what, "add a column split, or more patients", status=2)
     return kept
 
 
@@ -195,7 +198,8 @@ class Language:
         seed: int = 0,
     ):
         if train_language and lora is not None and lora["use"]:
-            fail("BAD_VALUE", "use_lora and train_language are both on", "turn one of them off: --train_language False")
+            what = "use_lora and train_language are both on"
+            raise Refused("BAD_VALUE", what, "turn one of them off: --train_language False")
         self.trained = train_language
         half = amp == "bf16" and torch.cuda.is_available() and not train_language
         if is_tiny(vl_model):
@@ -211,7 +215,7 @@ class Language:
                     vl_model, dtype=torch.bfloat16 if half else torch.float32
                 )
             except ValueError as error:
-                fail("BAD_MODEL", str(error), "give a hub name or the folder of a Qwen2-VL or Qwen3-VL")
+                raise Refused("BAD_MODEL", str(error)) from error
             self.identity = identify(vl_model, self.model)
         qwen.freeze(self.model)
         self.adapter = None
@@ -245,7 +249,9 @@ class Language:
 def make_collate(model: nn.Module, tokenizer, *, side: str = "right"):
     volume_id = tokenizer.convert_tokens_to_ids(chat.VOLUME_PAD)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return partial(chat.collate, pad_id=pad_id, volume_id=volume_id, side=side, context=qwen.context_length(model))
+    return partial(
+        chat.collate_chats, pad_id=pad_id, volume_id=volume_id, side=side, context=qwen.context_length(model)
+    )
 
 
 def identify(name: str, model: nn.Module) -> dict:
@@ -305,7 +311,7 @@ def make_held_out(*, dataset: str | None = None, **settings: Any) -> Dataset:
     """The same of rows that are held out; none, and that is said, where there are none that can be used."""
     try:
         if dataset is not None:
-            fail("NO_CASES", "a Dataset of your own brings no rows that are held out", "give data")
+            raise Refused("NO_CASES", "a Dataset of your own brings no rows that are held out", "give data", status=2)
         return make_text_dataset(**settings)
     except Refused as refused:
         if refused.code != "NO_CASES":
@@ -324,11 +330,12 @@ def check_resumed(folder: Path, args: dict) -> None:
     for name in changed:
         if name in RESUMED_WITH:
             what = f"the run in {folder} began with {name} {began.get(name)}, this one has {args[name]}"
-            fail(RESUMED_WITH[name], what, "resume with the same settings, or start afresh in another --output_dir")
+            raise Refused(
+                RESUMED_WITH[name],
+                what,
+                "resume with the same settings, or start afresh in another --output_dir",
+                status=2,
+            )
     told = ", ".join(f"{name} {args[name]} (was {began.get(name)})" for name in changed if name != "tokenizer_path")
     if told:
         log.warning("this run goes on with other settings than it began with: %s", told)
-
-
-def write_train_args(folder: Path, args: dict) -> None:
-    write_text(folder / "train_args.json", json.dumps(args, indent=2, default=str) + "\n")

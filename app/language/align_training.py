@@ -4,6 +4,7 @@ Only what requires a gradient is trained and kept in checkpoints: the projector,
 of our own. The tokenizer is not in the network at all.
 """
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from app.language.align_data import TextDataset
-from app.language.align_setup import FrozenTokenizer, Language, check_resumed, write_train_args
+from app.language.align_setup import FrozenTokenizer, Language, check_resumed
+from app.shared.atomic_files import write_text
 from app.training import checkpoints
 from app.training.checkpoints import unwrapped
+from app.training.handlers import OnEvent
 from app.training.state import TrainingState
 from app.training.step import AMP_TYPES, TrainStep
 from app.training.training_state import check_parameters
@@ -73,7 +76,7 @@ class LearnedState(TrainingState):
         learned = {name: p.detach() for name, p in self.network.named_parameters() if p.requires_grad}
         return {self.folder.name: learned}
 
-    def check(self, stored: dict[str, dict], step: int) -> None:
+    def check_stored(self, stored: dict[str, dict], step: int) -> None:
         (own,), (state,) = self.weights().values(), stored.values()
         check_parameters(state, own, path=checkpoints.step_file(self.folder.path, self.folder.name, step))
 
@@ -104,7 +107,8 @@ class AlignRecord:
 
     def _write(self, _engine: Engine) -> None:
         if idist.get_rank() == 0:
-            write_train_args(Path(self.folder.path), self.content())
+            text = json.dumps(self.content(), indent=2, default=str)
+            write_text(Path(self.folder.path) / "train_args.json", text + "\n")
 
     def content(self) -> dict[str, Any]:
         return {
@@ -120,7 +124,7 @@ class AlignRecord:
         }
 
 
-class SampleAnswers:
+class SampleAnswers(OnEvent):
     """A few questions of the validation rows with the model's answers beside the true ones."""
 
     def __init__(
@@ -140,10 +144,7 @@ class SampleAnswers:
         step = max(1, len(dataset) // num_samples)
         self.numbers, self.max_new_tokens = range(0, len(dataset), step)[:num_samples], max_new_tokens
 
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(self.on, self._write)
-
-    def _write(self, engine: SupervisedTrainer) -> None:
+    def __call__(self, engine: SupervisedTrainer) -> None:
         if idist.get_rank() != 0 or not self.numbers:
             return
         self.network.eval()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from app.language.assistant import NOTICE, CTAssistant, TokenizedScan
-from app.shared.refusals import fail, refuse_empty
+from app.shared.refusals import Refused, refuse_empty
 
 log = logging.getLogger(__name__)
 
@@ -33,19 +33,22 @@ def ask(
         refuse_empty(out)
     path = Path(source)
     if not path.exists():
-        fail("NO_SOURCE", f"{source} does not exist", "give a scan, a prepared case or dataset, or token files")
+        what = f"{source} does not exist"
+        raise Refused("NO_SOURCE", what, "give a scan, a prepared case or dataset, or token files")
     if stream and (len(questions) > 1 or out is not None):
-        fail("BAD_CALL", "--stream shows one answer as it is written", "ask one question, without --out")
+        raise Refused("BAD_CALL", "--stream shows one answer as it is written", "ask one question, without --out")
     if not all(question.strip() for question in questions):
-        fail("BAD_CALL", "a question is empty", "ask something, or leave the question out for a report")
+        raise Refused("BAD_CALL", "a question is empty", "ask something, or leave the question out for a report")
     if out is not None and Path(out).is_dir():
-        fail("BAD_CALL", f"{out} is a folder", "give a file for --out, such as answers.jsonl")
+        raise Refused("BAD_CALL", f"{out} is a folder", "give a file for --out, such as answers.jsonl")
     if out is not None and (Path(out).parent / "metadata.csv").exists():
-        fail("BAD_CALL", f"{Path(out).parent} is a prepared dataset with a failures.csv", "give --out another folder")
+        what = f"{Path(out).parent} is a prepared dataset with a failures.csv"
+        raise Refused("BAD_CALL", what, "give --out another folder")
     assistant = CTAssistant.from_pretrained(align, tokenizer=tokenizer, language_model=language_model)
     found = assistant.open_all(path)
     if (first := next(found, None)) is None:
-        fail("NO_CASES", f"{source} holds no scan", "give a scan, a prepared case or dataset, or token files", status=3)
+        what = f"{source} holds no scan"
+        raise Refused("NO_CASES", what, "give a scan, a prepared case or dataset, or token files", status=3)
     answers, failures = [], []
     with written(None if out is None else Path(out)) as keep:
         for opened in chain([first], found):

@@ -20,18 +20,18 @@ import torch
 from app.language import chat
 from app.language.align_setup import FrozenTokenizer, identify, make_collate
 from app.language.align_training import to_device
-from app.language.volume_tokens import VolumeTokens, as_tensors
 from app.shared.devices import choose_device
 from app.shared.hashes import hash_path
 from app.shared.notice import NOTICE
-from app.shared.refusals import fail
+from app.shared.refusals import Refused
 from app.text.rows import REPORT_QUESTION
 from app.tokens.open_scan import ScanSource, scan_source, scan_sources
 from app.tokens.token_files import CTTokens
 from app.training import checkpoints
+from app.training.key_rules import RULES, Rule
 from networks import qwen
 from networks.projector import Projector
-from networks.tokens import REDUCTIONS, TokenSequence
+from networks.tokens import TokenSequence
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class TokenizedScan:
     """Something to ask about: its tokens and where they came from."""
 
     name: str
-    tokens: VolumeTokens
+    tokens: CTTokens
     origin: dict[str, Any]  # hash of the scan and geometry of its series; no header text
     source: str = ""  # where it was found, below what was asked about
 
@@ -91,11 +91,8 @@ class CTAssistant:
         settings = read_settings(path)
         frozen = FrozenTokenizer(tokenizer or str(path / settings["tokenizer_path"]), demo=False, device=device)
         if frozen.hash != settings["tokenizer"]:
-            fail(
-                "OTHER_TOKENIZER",
-                f"{path} was aligned to tokenizer {settings['tokenizer'][:12]}, {frozen.file} is {frozen.hash[:12]}",
-                "give that tokenizer with --tokenizer, or align again",
-            )
+            what = f"{path} was aligned to tokenizer {settings['tokenizer'][:12]}, {frozen.file} is {frozen.hash[:12]}"
+            raise Refused("OTHER_TOKENIZER", what, "give that tokenizer with --tokenizer, or align again", status=2)
         files = aligned_files(path, settings)
         language, text_tokenizer = load_base(path, settings, device, own=files.language, now_at=language_model)
         projector = Projector(
@@ -111,14 +108,15 @@ class CTAssistant:
         try:
             projector.load_state_dict(weights)
         except (RuntimeError, TypeError, AttributeError):
-            fail("BAD_PROJECTOR", f"{file} is not the projector that {path} describes", "align again")
+            raise Refused("BAD_PROJECTOR", f"{file} is not the projector that {path} describes") from None
         if not all(weight.isfinite().all() for weight in projector.parameters()):
-            fail("BAD_PROJECTOR", f"{file} holds values that are no numbers", "align again, or take an older epoch")
+            what = f"{file} holds values that are no numbers"
+            raise Refused("BAD_PROJECTOR", what, "align again, or take an older epoch")
         if adapter is not None:
             try:
                 qwen.load_lora(language, adapter)
             except ValueError as error:
-                fail("BAD_ADAPTER", str(error), "install peft, copy the folder again, or align again")
+                raise Refused("BAD_ADAPTER", str(error)) from error
         model = qwen.VolumeQwen(language, projector, position=settings["position"]).to(device).eval()
         settings = {**settings, "projector_sha256": hash_path(file)}
         if files.language is not None:
@@ -201,7 +199,7 @@ class CTAssistant:
         if isinstance(source, ScanSource):
             name, place = source.name, source.place if source is scan else Path(scan).name
             origin |= {"tokens_sha256": source.key} if source.kind == "tokens" else {}
-        return TokenizedScan(name, as_tensors(tokens), {**origin, **_series(tokens)}, place)
+        return TokenizedScan(name, tokens, {**origin, **_series(tokens)}, place)
 
     def open_all(self, path: Path) -> Iterator[TokenizedScan | ValueError]:
         """Everything at a path, by the one door for scans; what is refused comes as its refusal."""
@@ -228,39 +226,18 @@ class CTAssistant:
 SETTINGS_TOLD = ("max_3d_tokens", "token_reduction", "use_3d_pos", "position", "fusion", "use_lora")
 
 
-def _whole(low: int, high: int) -> tuple[str, Callable[[Any], bool]]:
-    return f"a whole number from {low} to {high}", lambda value: type(value) is int and low <= value <= high
-
-
-def _one_of(*names: str) -> tuple[str, Callable[[Any], bool]]:
-    return f"one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names
-
-
-def _is_base(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("name", 0), str | None)
-
-
-def _is_scale(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
-
-
-TEXT = ("a text", lambda value: isinstance(value, str))
-YES_OR_NO = ("true or false", lambda value: isinstance(value, bool))
+MAX_NUMBER = 1 << 24  # beyond is damage, and more than memory holds
+KEYS = ("projector_layers", "amp", "max_text_tokens", "max_3d_tokens", "token_reduction", "use_3d_pos", "position")
 SETTINGS = {  # of train_args.json, what is used: whoever wrote it
-    "tokenizer": TEXT,
-    "tokenizer_path": TEXT,
-    "in_features": _whole(1, 1 << 16),
-    "projector_layers": _whole(1, 64),
-    "position_scale": ("a number above 0", _is_scale),
-    "base_model": ("a model with its name, or null where it was built", _is_base),
-    "amp": _one_of("off", "bf16", "fp16"),
-    "max_text_tokens": _whole(1, 1 << 24),
-    "max_3d_tokens": _whole(1, 1 << 24),
-    "token_reduction": _one_of(*REDUCTIONS),
-    "use_3d_pos": YES_OR_NO,
-    "position": _one_of("1d", "mrope3d"),
-    "fusion": _one_of("placeholder", "prefix"),
-    "use_lora": YES_OR_NO,
+    **{name: RULES[name] for name in (*KEYS, "fusion", "use_lora")},
+    **dict.fromkeys(("tokenizer", "tokenizer_path"), Rule(str, "a text")),
+    "in_features": Rule(int, f"a whole number from 1 to {1 << 16}", minimum=1, holds=lambda width: width <= 1 << 16),
+    "position_scale": Rule((int, float), "a number above 0", holds=lambda scale: 0 < scale < math.inf),
+    "base_model": Rule(
+        dict,
+        "a model with its name, or null where it was built",
+        holds=lambda base: isinstance(base.get("name", 0), str | None),
+    ),
 }
 
 
@@ -288,7 +265,7 @@ def aligned_folder(path: str | Path) -> Path:
 def read_settings(path: Path) -> dict[str, Any]:
     file = path / "train_args.json"
     if not file.is_file():
-        fail(
+        raise Refused(
             "NO_ALIGNMENT",
             f"{path} holds no aligned model",
             "first run python -m monai.bundle run training --config_file bundles/align.json, or pass --align",
@@ -298,11 +275,12 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict) or not set(settings) >= set(SETTINGS):
-        fail("NO_ALIGNMENT", f"{file} is damaged", "align again")
-    for name, (rule, holds) in SETTINGS.items():
-        if not holds(settings[name]):
-            what = f"{file} must have {rule} as its {name}, it has {str(settings[name])[:40]}"
-            fail("NO_ALIGNMENT", what, "copy the folder again, or align again")
+        raise Refused("NO_ALIGNMENT", f"{file} is damaged", "align again")
+    for name, rule in SETTINGS.items():
+        value = settings[name]
+        if not rule.allows(value) or (isinstance(value, int) and value > MAX_NUMBER):
+            what = f"{file} must have {rule.says} as its {name}, it has {str(value)[:40]}"
+            raise Refused("NO_ALIGNMENT", what, "copy the folder again, or align again")
     return settings
 
 
@@ -313,15 +291,16 @@ def load_base(
     base = settings["base_model"]
     name = now_at or base["name"] if own is None else str(own)
     if name is None:
-        fail("NOT_FINISHED", f"the alignment in {path} did not reach its end", "go on with --resume latest")
+        raise Refused("NOT_FINISHED", f"the alignment in {path} did not reach its end")
     half = settings["amp"] == "bf16" and device.type == "cuda" and own is None
     try:
         language, text_tokenizer = qwen.load_language(name, dtype=torch.bfloat16 if half else torch.float32)
     except ValueError as error:
-        fail("BAD_MODEL", str(error), "the base model is kept by name: it must be there or on the hub")
+        what = str(error)
+        raise Refused("BAD_MODEL", what, "the base model is kept by name: it must be there or on the hub") from error
     found = identify(name, language) if own is None else base
     if {**found, "name": None} != {**base, "name": None}:
-        fail("OTHER_MODEL", f"{path} was aligned to {base}, {name} is now {found}", "restore that model or align again")
+        raise Refused("OTHER_MODEL", f"{path} was aligned to {base}, {name} is now {found}")
     return language, text_tokenizer
 
 
@@ -338,7 +317,7 @@ def aligned_files(path: Path, settings: dict[str, Any]) -> AlignedFiles:
     if file is None:
         epochs = sorted(path.glob("projector_epoch*.pt"), key=lambda p: int(p.stem.removeprefix("projector_epoch")))
         if not epochs:
-            fail("NO_ALIGNMENT", f"{path} has no projector yet", "let an epoch finish")
+            raise Refused("NO_ALIGNMENT", f"{path} has no projector yet", "let an epoch finish")
         file = epochs[-1]
         log.info("the run did not end: taking %s", file.name)
     adapter = path / file.stem.replace("projector", "lora") if settings["use_lora"] else None

@@ -1,7 +1,7 @@
 """Conversations as token ids with a place for each volume, and batches of them.
 
 Uses the model's own chat template; text that people wrote (questions, reports, choices) is data and can never become a
-control token. One volume pad a volume in the ids; `collate` expands it to the volume's tokens and marks them in
+control token. One volume pad a volume in the ids; `collate_chats` expands it to the volume's tokens and marks them in
 `mask_3d`, so that neither a pad nor an image is ever taken for a token. Knows no files and no models.
 """
 
@@ -94,7 +94,7 @@ def expand(
     return out_ids, out_labels, mask
 
 
-def collate(samples: Sequence[dict], *, pad_id: int, volume_id: int, side: str = "right", context: int) -> dict:
+def collate_chats(samples: Sequence[dict], *, pad_id: int, volume_id: int, side: str = "right", context: int) -> dict:
     """Pads samples of {`input_ids`, `labels`, `volumes`: TokenSequences} to one batch; left for generation."""
     rows = []
     for sample in samples:

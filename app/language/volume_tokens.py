@@ -7,7 +7,7 @@ and kept under the tokenizer's hash. Turns codes into codebook vectors; knows no
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Int32
@@ -24,19 +24,6 @@ from transforms import Windowsd
 from transforms.grid import RESAMPLER
 
 log = logging.getLogger(__name__)
-
-
-class VolumeTokens(NamedTuple):
-    codes: Int32[Tensor, " M"]  # of several quantiser levels the first
-    coords: Int32[Tensor, "M 3"]
-    latent_shape: tuple[int, int, int]
-
-
-def encode_sparse(network: SparseVQVAE, x: SparseTensor) -> list[VolumeTokens]:
-    """Tokens of each sample of a batch."""
-    tokens = network.encode(x, levels=1)
-    parts = [tokens.coords[:, 0] == sample for sample in range(tokens.batch_size)]
-    return [VolumeTokens(tokens.codes[p].cpu(), tokens.coords[p, 1:].cpu(), tokens.latent_shape) for p in parts]
 
 
 def sparse_inputs(inputs: dict, vqvae: SparseVQVAE, device: torch.device | str | None = None) -> SparseTensor:
@@ -68,15 +55,19 @@ def extract_3d_latent_and_indices(
 class Reducer:
     """From codes to the sequence that the language model reads: code vectors, ordered and within the budget.
 
-    `lookup` gives the vector of each code; `width` is theirs.
+    `lookup` gives the vector of each code; `width` is theirs. Of several codes a cell the first is read.
     """
 
     def __init__(self, lookup: Callable[[Tensor], Tensor], *, width: int, max_tokens: int = 2048, method: str = "pool"):
         self.lookup, self.width, self.max_tokens, self.method = lookup, width, max_tokens, method
 
-    def __call__(self, tokens: VolumeTokens) -> TokenSequence:
-        feats = self.lookup(tokens.codes).float()
-        return reduce_tokens(feats, tokens.coords, max_tokens=self.max_tokens, method=self.method)
+    def __call__(self, tokens: CTTokens) -> TokenSequence:
+        codes = torch.from_numpy(tokens.first_levels(1))
+        return self.rows(self.lookup(codes), torch.from_numpy(tokens.coords))
+
+    def rows(self, feats: Float[Tensor, "M D"], coords: Int[Tensor, "M 3"]) -> TokenSequence:
+        """The same of vectors."""
+        return reduce_tokens(feats.float(), coords, max_tokens=self.max_tokens, method=self.method)
 
 
 class TokenSource:
@@ -86,29 +77,21 @@ class TokenSource:
         self.tokenizer = tokenizer
         self.cache_dir = Path(cache_dir) / f"{tokenizer.digest[:16]}.{RESAMPLER.replace(' ', '_')}"
 
-    def __call__(self, path: Path) -> VolumeTokens:
+    def __call__(self, path: Path) -> CTTokens:
         """Tokens of whatever lies there, by the one door for scans; a token file is read where it is."""
         source = scan_source(path)
         if source.kind == "tokens" or not source.key:  # the latter is refused
-            return as_tensors(self.tokenizer.encode(source))
+            return self.tokenizer.encode(source)
         return self.cached(source.key, lambda: source)
 
-    def cached(self, key: str, scan: Callable[[], Any]) -> VolumeTokens:
+    def cached(self, key: str, scan: Callable[[], Any]) -> CTTokens:
         """Tokens kept under this key; else those of `scan()`, encoded now and kept."""
         file = self.cache_dir / f"{key}.npz"
         if file.is_file():
             try:
-                return self.read(file)
+                return self.tokenizer.read(file)
             except ValueError:
                 log.warning("cached tokens %s are damaged and are made again", file.name)
         tokens = self.tokenizer.encode(scan(), levels=1)
         write_tokens(file, tokens)
-        return as_tensors(tokens)
-
-    def read(self, file: Path) -> VolumeTokens:
-        return as_tensors(self.tokenizer.read(file))
-
-
-def as_tensors(tokens: CTTokens) -> VolumeTokens:
-    """What a language model reads: of several codes a cell the first."""
-    return VolumeTokens(torch.from_numpy(tokens.first_levels(1)), torch.from_numpy(tokens.coords), tokens.latent_shape)
+        return tokens

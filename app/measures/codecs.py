@@ -6,6 +6,7 @@ OpenJPEG. Both see the box of the body, air around it, HU clipped to what the wi
 are those of the whole stream.
 """
 
+import hashlib
 import importlib.util
 import math
 from collections.abc import Callable
@@ -35,7 +36,7 @@ class Coded(NamedTuple):
     hu: Float[np.ndarray, "X Y Z"]
 
 
-class Point(NamedTuple):
+class RatePoint(NamedTuple):
     """Between two settings of a codec, or at the coarser end of what it can do."""
 
     settings: tuple[float, ...]
@@ -64,16 +65,22 @@ class Codec:
         inside = np.where(body, truth, DROPPED)[self.box]
         scaled = (np.clip(inside, self.low, self.high) - self.low) / (self.high - self.low) * HIGHEST
         self.frames: UInt16[np.ndarray, "S H W"] = np.ascontiguousarray(np.rint(scaled).astype(np.uint16).T)
-        self._errors: dict[float, tuple[int, dict[str, float]]] = {}
+        self.points: dict[float, tuple[int, dict[str, float]]] = {}  # settings that are known
 
     def at(self, setting: float) -> tuple[int, dict[str, float]]:
         """Bits and errors at a setting."""
-        if setting not in self._errors:
+        if setting not in self.points:
             stream, frames = self._through(setting)
             hu = np.full(self.shape, DROPPED, np.float32)
             hu[self.box] = frames.T / HIGHEST * (self.high - self.low) + self.low
-            self._errors[setting] = 8 * stream, self.judge(hu)
-        return self._errors[setting]
+            self.points[setting] = 8 * stream, self.judge(hu)
+        return self.points[setting]
+
+    @property
+    def digest(self) -> str:
+        """Of all that its points follow from."""
+        about = f"{type(self).__name__} {X265_PRESET} {X265} {self.low} {self.high} {self.box} {self.frames.shape}"
+        return hashlib.sha256(about.encode() + self.frames.tobytes()).hexdigest()
 
     def _through(self, setting: float) -> tuple[int, np.ndarray]:
         raise NotImplementedError
@@ -82,16 +89,16 @@ class Codec:
         """The setting just under so many bits and the one just over; one alone at an end of the range."""
         raise NotImplementedError
 
-    def at_bits(self, bits: float) -> Point:
+    def at_bits(self, bits: float) -> RatePoint:
         """Errors at so many bits: between two settings straight over the logarithm of bits."""
         settings = self.settings_around(bits)
         found = [self.at(setting) for setting in settings]
         sizes = tuple(size for size, _ in found)
         if len(found) == 1 or sizes[0] == sizes[1]:
-            return Point(settings, sizes, found[0][1])
+            return RatePoint(settings, sizes, found[0][1])
         share = (math.log(bits) - math.log(sizes[0])) / (math.log(sizes[1]) - math.log(sizes[0]))
         under, over = (errors for _, errors in found)
-        return Point(settings, sizes, {name: under[name] + share * (over[name] - under[name]) for name in under})
+        return RatePoint(settings, sizes, {name: under[name] + share * (over[name] - under[name]) for name in under})
 
 
 class Hevc(Codec):
@@ -118,16 +125,14 @@ class Hevc(Codec):
         return math.exp(math.log(fewer) + share * (math.log(more) - math.log(fewer)))
 
     def _search(self, is_enough: Callable[[int], bool]) -> tuple[float, ...]:
-        """By bisection: the smallest quantiser for which it holds and the one below it."""
-        low, high = QPS
-        if not is_enough(high):
-            return (high,)
-        if is_enough(low):
-            return (low,)
+        """By bisection, from what is known: the smallest quantiser for which it holds and the one below it."""
+        known = {qp: is_enough(qp) for qp in sorted(self.points)}
+        low = max((qp for qp, enough in known.items() if not enough), default=QPS[0] - 1)
+        high = min((qp for qp, enough in known.items() if enough and qp > low), default=QPS[1] + 1)
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if is_enough(middle) else (middle, high)
-        return (high, low)
+        return tuple(qp for qp in (high, low) if QPS[0] <= qp <= QPS[1])
 
 
 class Jpeg2000(Codec):
@@ -145,15 +150,17 @@ class Jpeg2000(Codec):
         return len(stream), _apart(decoded, across, self.frames.shape)
 
     def settings_around(self, bits: float) -> tuple[float, ...]:
-        """By tenths, from the ratio that so many bits are."""
+        """By tenths, from the ratio that so many bits are; ratios are powers of one, so that other bits share them."""
         ratio = max(12 * _side_by_side(self.frames)[0].size / bits, 1.0)
-        coarse = ratio
-        while self.at(coarse)[0] > bits and coarse < FAR * ratio:
-            coarse *= TENTH
+        power, far = math.ceil(math.log(ratio) / math.log(TENTH)), math.ceil(math.log(FAR) / math.log(TENTH))
+        coarse = power
+        while self.at(TENTH**coarse)[0] > bits and coarse < power + far:
+            coarse += 1
         finer = coarse
-        while self.at(finer)[0] <= bits and finer > max(ratio / FAR, 1.0):
-            finer = max(finer / TENTH, 1.0)
-        return (coarse, finer) if self.at(coarse)[0] <= bits < self.at(finer)[0] else (coarse,)
+        while self.at(TENTH**finer)[0] <= bits and finer > max(power - far, 0):
+            finer -= 1
+        around = (TENTH**coarse, TENTH**finer)
+        return around if self.at(around[0])[0] <= bits < self.at(around[1])[0] else around[:1]
 
 
 def _x265(frames: UInt16[np.ndarray, "S H W"], qp: int) -> tuple[int, UInt16[np.ndarray, "S H W"]]:

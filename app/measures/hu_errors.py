@@ -100,7 +100,7 @@ def label_share(
     return float(kept[tuple(index[inside].T)].sum() / len(places))
 
 
-def dice(one: Bool[np.ndarray, "X Y Z"], other: Bool[np.ndarray, "X Y Z"]) -> float:
+def dice_of_masks(one: Bool[np.ndarray, "X Y Z"], other: Bool[np.ndarray, "X Y Z"]) -> float:
     return 2 * float((one & other).sum()) / max(float(one.sum() + other.sum()), 1.0)
 
 

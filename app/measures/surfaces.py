@@ -33,7 +33,7 @@ def compare(
         "distance_95": float(max(np.percentile(there[0], 95), np.percentile(back[0], 95))),
         "distance_max": float(max(there[0].max(), back[0].max())),
         "normals": float(there[1].mean() + back[1].mean()) / 2,
-        "dice": dice(truth, other),
+        "dice": dice_of_meshes(truth, other),
     }
 
 
@@ -67,7 +67,7 @@ def _normals(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.nd
     return normals / np.maximum(areas, 1e-300)[:, None], areas
 
 
-def dice(truth, other) -> float:
+def dice_of_meshes(truth, other) -> float:
     """Twice the shared volume over the sum of both, counted on a grid about them."""
     ends = np.concatenate([mesh[0][mesh[1]].reshape(-1, 3) for mesh in (truth, other)])
     low, high = ends.min(0), ends.max(0)

@@ -51,12 +51,15 @@ def text_scores(outputs: Sequence[str], references: Sequence[str]) -> dict[str, 
     chinese = are_chinese(references)
     tokenizer = Characters() if chinese else None
     scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False, tokenizer=tokenizer)
-    bleu = {order: sentence_metric(order, "zh" if chinese else "13a") for order in (1, 4)}
+    smooth = {"effective_order": True, "smooth_method": "exp", "tokenize": "zh" if chinese else "13a"}
+    bleu = {}
+    for order in (1, 4):
+        metric = BLEU(max_ngram_order=order, lowercase=True, **smooth)
+        scores = [metric.sentence_score(output, [reference]).score / 100 for output, reference in pairs]
+        bleu[f"bleu{order}"] = np.array(scores)
     rouge = [scorer.score(reference, output) for output, reference in pairs]
     return {
-        **{
-            f"bleu{order}": np.array([sentence_bleu(metric, *pair) for pair in pairs]) for order, metric in bleu.items()
-        },
+        **bleu,
         **{name: np.array([row[name].fmeasure for row in rouge]) for name in ("rouge1", "rouge2", "rougeL")},
         "meteor": np.array([meteor(output, reference) for output, reference in pairs]),
         "cider": cider(outputs, references),
@@ -74,15 +77,6 @@ def corpus_bleu(outputs: Sequence[str], references: Sequence[str]) -> dict[str, 
         scores[f"corpus_bleu{order}"] = metric.corpus_score(list(outputs), [list(references)]).score / 100
     scores["bleu_signature"] = str(metric.get_signature())
     return scores
-
-
-@cache
-def sentence_metric(order: int, tokenize: str) -> BLEU:
-    return BLEU(max_ngram_order=order, lowercase=True, effective_order=True, smooth_method="exp", tokenize=tokenize)
-
-
-def sentence_bleu(metric: BLEU, output: str, reference: str) -> float:
-    return metric.sentence_score(output, [reference]).score / 100
 
 
 class NoSynonyms:

@@ -22,9 +22,9 @@ def is_collapsed(counts: Float[torch.Tensor, " K"]) -> bool:
 
 
 def count_codes(codes: Int[torch.Tensor, "M ..."], num_codes: int) -> Float[torch.Tensor, "L K"]:
-    """How often each code of each quantiser level occurs."""
+    """How often each code of each quantiser level occurs; below 0 there is none."""
     levels = codes.cpu().long().reshape(len(codes), -1).T
-    return torch.stack([torch.bincount(level, minlength=num_codes) for level in levels]).double()
+    return torch.stack([torch.bincount(level[level >= 0], minlength=num_codes) for level in levels]).double()
 
 
 class MeanTerms(Metric):

@@ -223,7 +223,7 @@ def _fill(folder: Path, settings: dict[str, int]) -> None:
         findings[name] = phantom.findings
     key = folder.with_name("key")
     key.write_text("phantoms have no secrets")
-    sizes = cohort.Settings(phantom.hu.shape[0], phantom.spacing[0], keep_names=True)
+    sizes = cohort.PrepareSettings(phantom.hu.shape[0], phantom.spacing[0], keep_names=True)
     request = cohort.Request(split=split, key_file=str(key), workers=1)
     report = cohort.prepare(raw, folder.with_name("out"), sizes, request)
     refused = [(o.source, *o.codes, o.message) for o in report.outcomes if o.status != "ok"]

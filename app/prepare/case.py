@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from app.dataset import writer
 from app.prepare import preview
 from app.prepare.files import hash_of
-from app.prepare.findings import bare, finding_of
+from app.prepare.findings import codes_of, finding_of
 from app.prepare.gate import Rules
 from app.prepare.geometry import hash_of_voxels, normalise
 from app.prepare.labels import organ_coords
@@ -26,7 +26,7 @@ from transforms.grid import RESAMPLER, Grid, spacing_of
 from transforms.windows import DEFAULT_WINDOWS
 
 
-class Settings(NamedTuple):
+class PrepareSettings(NamedTuple):
     """What makes the bytes of a dataset; in dataset_config.json."""
 
     size: int = 512
@@ -38,7 +38,7 @@ class Settings(NamedTuple):
     keep_names: bool = False
 
 
-class Job(NamedTuple):
+class CaseJob(NamedTuple):
     """One scan, and all that shapes its case."""
 
     item: Item
@@ -46,7 +46,7 @@ class Job(NamedTuple):
     case: str
     patient: str
     split: str
-    settings: Settings
+    settings: PrepareSettings
     rules: Rules
     mapping: tuple[tuple[str, str], ...]
     preview: bool
@@ -70,7 +70,7 @@ class Outcome(NamedTuple):
         return {key: list(value) if isinstance(value, tuple) else value for key, value in self._asdict().items()}
 
 
-def prepare_case(job: Job) -> Outcome:
+def prepare_case(job: CaseJob) -> Outcome:
     """Makes one case, or finds it made from the same bytes; never raises for what its input does."""
     outcome = Outcome(job.case, Path(job.folder).name, job.item.source, "ok", ())
     try:
@@ -97,13 +97,13 @@ def prepare_case(job: Job) -> Outcome:
     )
 
 
-def failed(job: Job) -> Outcome:
+def failed(job: CaseJob) -> Outcome:
     """What is said of a case whose worker died with it."""
     source, dataset = job.item.source, Path(job.folder).name
     return Outcome(job.case, dataset, source, "failed", (), "the worker died, most likely for want of memory")
 
 
-def settings_json(settings: Settings) -> dict[str, Any]:
+def settings_json(settings: PrepareSettings) -> dict[str, Any]:
     """With the resampler, which shapes the bytes as much as they do: other code makes a dataset again, whole."""
     return {**settings._asdict(), "windows": list(settings.windows), "resampler": RESAMPLER}
 
@@ -113,13 +113,13 @@ def _place_of(error: Exception) -> str:
     return f"{type(error).__name__} at {os.path.basename(last.filename)}:{last.lineno}"
 
 
-def _recipe(job: Job, inputs: str) -> str:
+def _recipe(job: CaseJob, inputs: str) -> str:
     """Identity of a case's bytes: all inputs and every setting that shapes them."""
     parts = [inputs, settings_json(job.settings), job.mapping, job.split, job.patient]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _finished(job: Job, recipe: str) -> dict[str, Any] | None:
+def _finished(job: CaseJob, recipe: str) -> dict[str, Any] | None:
     file = Path(job.folder) / "processed" / job.case / "case.json"
     if job.overwrite or not file.is_file():
         return None
@@ -132,7 +132,7 @@ def _finished(job: Job, recipe: str) -> dict[str, Any] | None:
     return None
 
 
-def _make(job: Job, recipe: str) -> dict[str, Any]:
+def _make(job: CaseJob, recipe: str) -> dict[str, Any]:
     settings = job.settings
     volume = read_item(job.item, job.rules)
     on_grid = normalise(volume, settings.size, settings.spacing)
@@ -141,7 +141,7 @@ def _make(job: Job, recipe: str) -> dict[str, Any]:
     mapping = dict(job.mapping)
     organs = organ_coords(job.item.labels, grid, mapping=mapping, keep_names=settings.keep_names)
     sidecar = {
-        "codes": bare(findings),
+        "codes": codes_of(findings),
         "notes": [f"{f.code}: {f.message}" for f in findings if f.message],
         "patient": job.patient,
         "split": job.split,

@@ -17,15 +17,29 @@ from typing import NamedTuple
 
 from app.dataset import writer
 from app.prepare import names, preview, splits
-from app.prepare.case import Job, Outcome, Settings, failed, prepare_case, settings_json
+from app.prepare.case import CaseJob, Outcome, PrepareSettings, failed, prepare_case, settings_json
 from app.prepare.gate import Rules, Stack
 from app.prepare.report import Report, write_tables
 from app.prepare.survey import Item, survey
 from app.prepare.text import join_text, patients_of
 from app.prepare.workers import busy, only_run, run_jobs, worker_count
-from app.shared.refusals import fail, refuse_empty
+from app.shared.refusals import Refused, refuse_empty
 from app.text.manifests import read_rows
 from transforms.windows import window_bounds
+
+
+class Named(NamedTuple):
+    """An item with the public names of its dataset and of itself."""
+
+    item: Item
+    dataset: str
+    case: str
+    folder: str  # of its dataset in RAW; "." where RAW is one dataset
+
+    @property
+    def place(self) -> str:
+        """Its path below its dataset's folder."""
+        return names.path_in_dataset(self.item, self.folder)
 
 
 class Request(NamedTuple):
@@ -42,11 +56,13 @@ class Request(NamedTuple):
     overwrite: bool = False
 
 
-DEFAULTS = Settings()
+DEFAULTS = PrepareSettings()
 NOTHING_MORE = Request()
 
 
-def prepare(raw: str | Path, out: str | Path, settings: Settings = DEFAULTS, request: Request = NOTHING_MORE) -> Report:
+def prepare(
+    raw: str | Path, out: str | Path, settings: PrepareSettings = DEFAULTS, request: Request = NOTHING_MORE
+) -> Report:
     """Prepares everything below RAW into OUT; refuses a call that cannot be meant."""
     start = time.perf_counter()
     refuse_empty(raw, name="RAW")
@@ -57,25 +73,29 @@ def prepare(raw: str | Path, out: str | Path, settings: Settings = DEFAULTS, req
         return _prepare(root, out, settings, request, start)
 
 
-def _prepare(root: str, out: Path, settings: Settings, request: Request, start: float) -> Report:
+def _prepare(root: str, out: Path, settings: PrepareSettings, request: Request, start: float) -> Report:
     text = read_rows(request.text) if request.text is not None else []  # what is wrong with it is said before the work
     key = names.read_key(out, request.key_file)
     rules = Rules(settings.allow_gaps, settings.assume_hu, request.series)
     with busy("looking at what is there"):
         items = survey(root, rules)
     named = _name(items, root, key, settings.keep_names)
+    planned = [one for one in named if one.item.plan is not None]
     _check_settings(out, named, settings, overwrite=request.overwrite)
-    names.write_sources(out, [(dataset, case, item.source) for item, dataset, case in named])
-    folders = {out / dataset for _, dataset, _ in named}
+    names.write_sources(out, [(one.dataset, one.case, one.item.source) for one in named])
+    folders = {out / one.dataset for one in named}
     _clear_leftovers(folders)
-    sources = {(dataset, case): item.source for item, dataset, case in named if item.plan is not None}
-    stated = patients_of(text, sources, root=_folder_of(root))
-    who = _patients(named, root, key, stated)
-    members = [
-        splits.member_of(item, case, who[dataset, case]) for item, dataset, case in named if item.plan is not None
-    ]
-    jobs = _jobs(named, root, out, who, splits.sides_of(members, request.split), settings, rules, request)
-    outcomes = [_not_planned(*entry) for entry in named if entry[0].plan is None]
+    sources = {(one.dataset, one.case): one.item.source for one in planned}
+    patients = _patients(planned, key, patients_of(text, sources, root=_folder_of(root)))
+    members = [splits.member_of(one.item, one.case, who) for one, who in zip(planned, patients, strict=True)]
+    sides = splits.sides_of(members, request.split)
+    jobs = []
+    for one, who, side in zip(planned, patients, sides, strict=True):
+        raw_name = os.path.basename(root) if one.folder == "." else one.folder
+        mapping = {**request.organs.get("*", {}), **request.organs.get(raw_name, {})}
+        rest = (tuple(sorted(mapping.items())), request.preview, request.overwrite)
+        jobs.append(CaseJob(one.item, str(out / one.dataset), one.case, who, side, settings, rules, *rest))
+    outcomes = [_not_planned(one) for one in named if one.item.plan is None]
     workers = 0 if request.cluster else worker_count(request.workers, _bytes_for(jobs, settings), len(jobs))
     if jobs:
         sys.stderr.write(_needs(jobs, settings, out, workers=workers) + "\n")
@@ -99,12 +119,12 @@ def _folder_of(root: str) -> str:
     return root if os.path.isdir(root) else os.path.dirname(root)
 
 
-def _check_call(root: str, out: Path, settings: Settings) -> None:
+def _check_call(root: str, out: Path, settings: PrepareSettings) -> None:
     if not os.path.exists(root):
-        fail("NO_SOURCE", "RAW does not exist", "give a folder, a zip or a file of scans")
+        raise Refused("NO_SOURCE", "RAW does not exist", "give a folder, a zip or a file of scans")
     inside = os.path.commonpath([os.path.realpath(root), os.path.realpath(out)])
     if inside in (os.path.realpath(root), os.path.realpath(out)):
-        fail("NO_OUTPUT", "RAW and OUT must not lie in one another", "choose another OUT")
+        raise Refused("NO_OUTPUT", "RAW and OUT must not lie in one another", "choose another OUT")
     if not 8 <= settings.size <= 2048 or not 0.05 <= settings.spacing <= 50:
         raise ValueError(f"size must be 8 to 2048 and spacing 0.05 to 50 mm, got {settings.size}, {settings.spacing:g}")
     if settings.file_format not in ("npy", "zarr"):
@@ -113,9 +133,9 @@ def _check_call(root: str, out: Path, settings: Settings) -> None:
         window_bounds(window)
 
 
-def _check_settings(out: Path, named: Sequence[tuple[Item, str, str]], settings: Settings, *, overwrite: bool) -> None:
+def _check_settings(out: Path, named: Sequence[Named], settings: PrepareSettings, *, overwrite: bool) -> None:
     """A dataset holds cases of one kind: other settings want another OUT, or --overwrite of all that it holds."""
-    for dataset in {dataset for _, dataset, _ in named}:
+    for dataset in {one.dataset for one in named}:
         file = out / dataset / "dataset_config.json"
         if not file.is_file():
             continue
@@ -126,18 +146,15 @@ def _check_settings(out: Path, named: Sequence[tuple[Item, str, str]], settings:
             continue
         what = f"OUT was prepared with another {', '.join(changed)}"
         if not overwrite:
-            fail("NO_OUTPUT", what, "use another OUT or --overwrite")
-        made = {case for item, home, case in named if home == dataset and item.plan is not None}
+            raise Refused("NO_OUTPUT", what, "use another OUT or --overwrite")
+        made = {one.case for one in named if one.dataset == dataset and one.item.plan is not None}
         left = sorted(path.parent.name for path in file.parent.glob("processed/*/case.json"))
         if left := [case for case in left if case not in made]:
-            fail(
-                "NO_OUTPUT",
-                f"{what}, and RAW does not give {len(left)} of its cases ({left[0]}, ...)",
-                "use another OUT",
-            )
+            what = f"{what}, and RAW does not give {len(left)} of its cases ({left[0]}, ...)"
+            raise Refused("NO_OUTPUT", what, "use another OUT")
 
 
-def _name(items: Sequence[Item], root: str, key: bytes, keep_names: bool) -> list[tuple[Item, str, str]]:
+def _name(items: Sequence[Item], root: str, key: bytes, keep_names: bool) -> list[Named]:
     """Each item with its dataset's and its own public name; equal names are numbered."""
     whole = names.one_dataset(items, root)
     out, taken, stacks = [], Counter(), Counter()
@@ -148,73 +165,28 @@ def _name(items: Sequence[Item], root: str, key: bytes, keep_names: bool) -> lis
         else:
             dataset = names.hashed(key, "dataset", dataset)
         place = (item.source, item.series)
-        case = names.case_name(item, names.inside(item, folder), stacks[place], key, keep_names=keep_names)
+        case = names.case_name(item, names.path_in_dataset(item, folder), stacks[place], key, keep_names=keep_names)
         stacks[place] += 1
         taken[dataset, case] += 1
         again = taken[dataset, case]
-        out.append((item, dataset, case if again == 1 else f"{case}_{again}"))
+        out.append(Named(item, dataset, case if again == 1 else f"{case}_{again}", folder))
     return out
 
 
-def _patients(
-    named: Sequence[tuple[Item, str, str]], root: str, key: bytes, stated: Mapping[tuple[str, str], str]
-) -> dict[tuple[str, str], str]:
-    """Hash of who each planned case is of: whom the manifest names, else what the scan and its place say."""
-    planned = [entry for entry in named if entry[0].plan is not None]
-    whole = names.one_dataset([item for item, _, _ in named], root)
-    places = {
-        (dataset, case): names.inside(item, names.dataset_of(item, root, whole=whole))
-        for item, dataset, case in planned
-    }
+def _patients(planned: Sequence[Named], key: bytes, stated: Mapping[tuple[str, str], str]) -> list[str]:
+    """Hash of who each case is of: whom the manifest names, else what the scan and its place say."""
     folders = defaultdict(set)
-    for (dataset, _), place in places.items():
-        folders[dataset].add(place.rpartition(os.sep)[0].split(os.sep)[0])
-    patients = {}
-    for item, dataset, case in planned:
-        several, home = len(folders[dataset]) > 1, (dataset, case)
-        patients[home] = (
-            names.hashed(key, "patient", stated[home])
-            if home in stated
-            else names.patient_of(item, places[home], key, several_folders=several)
-        )
+    for one in planned:
+        folders[one.dataset].add(one.place.rpartition(os.sep)[0].split(os.sep)[0])
+    patients = []
+    for one in planned:
+        who, several = stated.get((one.dataset, one.case)), len(folders[one.dataset]) > 1
+        by_place = names.patient_of(one.item, one.place, key, several_folders=several)
+        patients.append(by_place if who is None else names.hashed(key, "patient", who))
     return patients
 
 
-def _jobs(
-    named: Sequence[tuple[Item, str, str]],
-    root: str,
-    out: Path,
-    patients: Mapping[tuple[str, str], str],
-    sides: Sequence[str],
-    settings: Settings,
-    rules: Rules,
-    request: Request,
-) -> list[Job]:
-    planned = [entry for entry in named if entry[0].plan is not None]
-    whole = names.one_dataset([item for item, _, _ in named], root)
-    jobs = []
-    for (item, dataset, case), side in zip(planned, sides, strict=True):
-        folder = names.dataset_of(item, root, whole=whole)
-        raw_name = os.path.basename(root) if folder == "." else folder
-        mapping = {**request.organs.get("*", {}), **request.organs.get(raw_name, {})}
-        jobs.append(
-            Job(
-                item,
-                str(out / dataset),
-                case,
-                patients[dataset, case],
-                side,
-                settings,
-                rules,
-                tuple(sorted(mapping.items())),
-                request.preview,
-                request.overwrite,
-            )
-        )
-    return jobs
-
-
-def _bytes_for(jobs: Sequence[Job], settings: Settings) -> int:
+def _bytes_for(jobs: Sequence[CaseJob], settings: PrepareSettings) -> int:
     """Memory the largest case takes: its own voxels a few times, the grid, one window, the imports."""
     largest = 0
     for job in jobs:
@@ -224,7 +196,7 @@ def _bytes_for(jobs: Sequence[Job], settings: Settings) -> int:
     return largest * 12 + settings.size**3 * 4 + (600 << 20)
 
 
-def _needs(jobs: Sequence[Job], settings: Settings, out: Path, *, workers: int) -> str:
+def _needs(jobs: Sequence[CaseJob], settings: PrepareSettings, out: Path, *, workers: int) -> str:
     """What the work takes, in a line that is said before it begins."""
     windows = len(settings.windows) if settings.file_format == "npy" else 0  # zarr makes them when they are read
     each = settings.size**3 * (2 + windows)
@@ -234,9 +206,9 @@ def _needs(jobs: Sequence[Job], settings: Settings, out: Path, *, workers: int) 
     return f"{len(jobs)} cases: {disk}; {memory}"
 
 
-def _not_planned(item: Item, dataset: str, case: str) -> Outcome:
-    finding = item.finding
-    return Outcome(case, dataset, item.source, finding.kind, (finding.code,), finding.message)
+def _not_planned(one: Named) -> Outcome:
+    finding = one.item.finding
+    return Outcome(one.case, one.dataset, one.item.source, finding.kind, (finding.code,), finding.message)
 
 
 def _clear_leftovers(folders: Iterable[Path]) -> None:

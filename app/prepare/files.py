@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+from app.shared.hashes import hash_path
 from app.shared.refusals import Refused
 
 MAX_MEMBERS = 100_000
@@ -22,6 +23,9 @@ MAX_MEMBER_BYTES = 4 << 30
 MAX_ARCHIVE_BYTES = 64 << 30
 MAX_RATIO = 1000  # a constant DICOM slice deflates about 1000 times; bombs go far beyond, or past the sizes above
 SNIFF = 512
+FIRST_TAGS = (  # of a DICOM file in implicit VR without a preamble, as old scanners wrote
+    *(b"\x08\x00\x05\x00", b"\x08\x00\x08\x00", b"\x08\x00\x16\x00", b"\x08\x00\x00\x00", b"\x02\x00\x00\x00"),
+)
 NIFTI_SIZES = (b"\x5c\x01\x00\x00", b"\x00\x00\x01\x5c")  # of the header, in either order
 
 
@@ -40,7 +44,7 @@ class Ref(NamedTuple):
         return os.path.join(self.path, os.path.dirname(self.member)) if self.member else os.path.dirname(self.path)
 
 
-def files_below(root: str | Path) -> Iterator[Ref | tuple[Ref, Refused]]:
+def files_below(root: str | Path) -> Iterator[tuple[Ref, Refused | None]]:
     """Every regular file below a path, in order, zips opened; what cannot be opened comes with its refusal."""
     root = os.path.abspath(root)
     if not os.path.isdir(root):
@@ -70,10 +74,10 @@ def _is_regular(path: str) -> bool:
         return False
 
 
-def _members_or_file(path: str) -> Iterator[Ref | tuple[Ref, Refused]]:
+def _members_or_file(path: str) -> Iterator[tuple[Ref, Refused | None]]:
     ref = Ref(path)
     if not path.lower().endswith(".zip"):
-        yield ref
+        yield ref, None
         return
     try:
         with zipfile.ZipFile(path) as archive:
@@ -86,7 +90,8 @@ def _members_or_file(path: str) -> Iterator[Ref | tuple[Ref, Refused]]:
     else:
         hidden = ("__MACOSX", ".")
         names = sorted({info.filename for info in members})
-        yield from (Ref(path, name) for name in names if not any(part.startswith(hidden) for part in name.split("/")))
+        shown = (name for name in names if not any(part.startswith(hidden) for part in name.split("/")))
+        yield from ((Ref(path, name), None) for name in shown)
 
 
 def _check_members(members: list[zipfile.ZipInfo]) -> None:
@@ -136,10 +141,7 @@ def _archive(path: str, _changed: int, _size: int) -> zipfile.ZipFile:
 
 
 def read_bytes(ref: Ref) -> bytes:
-    if ref.member:
-        return _read_member(ref)
-    with open(ref.path, "rb") as stream:
-        return stream.read()
+    return _read_member(ref) if ref.member else Path(ref.path).read_bytes()
 
 
 def hash_of(refs: list[Ref] | tuple[Ref, ...]) -> str:
@@ -149,13 +151,7 @@ def hash_of(refs: list[Ref] | tuple[Ref, ...]) -> str:
 
 
 def _file_hash(ref: Ref) -> bytes:
-    if ref.member:
-        return hashlib.sha256(_read_member(ref)).digest()
-    digest = hashlib.sha256()
-    with open(ref.path, "rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.digest()
+    return hashlib.sha256(_read_member(ref)).digest() if ref.member else bytes.fromhex(hash_path(ref.path))
 
 
 def sniff(ref: Ref) -> str:
@@ -171,12 +167,8 @@ def sniff(ref: Ref) -> str:
         return packed[0] if packed else "other"
     if head[128:132] == b"DICM" or head[:6] in (b"\x08\x00\x05\x00CS", b"\x08\x00\x08\x00CS", b"\x08\x00\x16\x00UI"):
         return "dicom"
-    if (
-        head[:4]
-        in (b"\x08\x00\x05\x00", b"\x08\x00\x08\x00", b"\x08\x00\x16\x00", b"\x08\x00\x00\x00", b"\x02\x00\x00\x00")
-        and len(head) > 64
-    ):
-        return "dicom"  # implicit VR without a preamble, as old scanners wrote
+    if head[:4] in FIRST_TAGS and len(head) > 64:
+        return "dicom"
     begun = [kind for kind, it in FORMATS.items() if it.begins(head)]
     if name.endswith(".hdr") and head[:4] in NIFTI_SIZES:
         return "nifti"  # Analyze 7.5, to be told so

@@ -15,7 +15,7 @@ class Finding(NamedTuple):
     message: str = ""
 
 
-def found(code: str, message: str = "") -> Finding:
+def finding(code: str, message: str = "") -> Finding:
     """A finding of a code that has one kind."""
     (kind,) = CODES[code].kinds
     return Finding(code, kind, message)
@@ -25,6 +25,6 @@ def finding_of(refused: Refused) -> Finding:
     return Finding(refused.code, "skipped" if refused.skipped else "refused", refused.what)
 
 
-def bare(findings: Sequence[Finding]) -> list[str]:
+def codes_of(findings: Sequence[Finding]) -> list[str]:
     """Codes in order of appearance, each once; OK where there is none."""
     return list(dict.fromkeys(finding.code for finding in findings)) or ["OK"]

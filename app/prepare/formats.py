@@ -1,10 +1,9 @@
-"""NIfTI, NRRD and MetaImage: header to shape and RAS affine, then voxels, both bounded by what the file really holds.
+"""Headers of NIfTI, NRRD and MetaImage: shape, RAS affine, and where the voxels lie.
 
-Small readers of our own on purpose: the header is judged before a byte of data is read, nothing is allocated that the
-file cannot fill, and data files that a header names must lie beside it. Slope and intercept are honoured once.
+Small readers of our own on purpose: the header is judged before a byte of data is read, and data files that a header
+names must lie beside it. Voxels are read by `volume_file`.
 """
 
-import bz2
 import math
 import os
 import re
@@ -12,20 +11,19 @@ import struct
 import zlib
 from collections.abc import Iterable
 from types import MappingProxyType
-from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
 from jaxtyping import Float
 
-from app.prepare.files import Ref, open_ref, read_bytes
-from app.prepare.findings import Finding, found
-from app.prepare.gate import LPS_TO_RAS, MAX_VOXELS, MIN_SLICES, SPACING_LIMITS
+from app.prepare.files import Ref, open_ref
+from app.prepare.findings import Finding, finding
+from app.prepare.gate import LPS_TO_RAS
+from app.prepare.volume_file import VolumeFile, three_axes
 from app.prepare.volume_rules import check_mha, check_nrrd, numbers_of, value_of
 from app.shared.refusals import Refused
 
 MAGICS = (b"n+1\0", b"n+2\0", b"ni1\0", b"ni2\0")
-MAX_PACKED = 900  # what gzip may save on more than 256 MiB: labels save a lot, a bomb a thousand times
 HEADER_BYTES = 1 << 16
 NRRD_TYPES = {
     **dict.fromkeys(("signed char", "int8", "int8_t"), "i1"),
@@ -38,6 +36,12 @@ NRRD_TYPES = {
     **dict.fromkeys(("ulonglong", "unsigned long long", "uint64", "uint64_t"), "u8"),
     "float": "f4",
     "double": "f8",
+}
+NRRD_ENCODINGS = {
+    "raw": "raw",
+    **dict.fromkeys(("gzip", "gz"), "gzip"),
+    **dict.fromkeys(("bzip2", "bz2"), "bzip2"),
+    **dict.fromkeys(("ascii", "text", "txt"), "ascii"),
 }
 META_TYPES = {
     "MET_CHAR": "i1",
@@ -55,25 +59,6 @@ META_TYPES = {
 }
 
 
-class VolumeFile(NamedTuple):
-    """A volume as its header describes it; the voxels wait in `data`."""
-
-    ref: Ref
-    data: Ref
-    shape: tuple[int, ...]
-    affine: Float[np.ndarray, "4 4"]  # index to RAS mm
-    dtype: str
-    offset: int
-    encoding: str  # raw, gzip (the data alone), gzipped (the whole file), bzip2, ascii
-    slope: float = 1.0
-    intercept: float = 0.0
-    findings: tuple[Finding, ...] = ()
-    packed_length: int = 0  # bytes of the packed voxels, where the header tells them
-
-    def __repr__(self) -> str:
-        return f"VolumeFile({self.shape}, {self.dtype})"
-
-
 def read_header(ref: Ref, kind: str) -> VolumeFile:
     """Judges a file's header; raises Refused with the rule it breaks."""
     try:
@@ -82,102 +67,6 @@ def read_header(ref: Ref, kind: str) -> VolumeFile:
         raise
     except (ValueError, KeyError, IndexError, OverflowError, TypeError, OSError, EOFError, zlib.error) as error:
         raise Refused("CORRUPT_FILE", f"the {kind} header cannot be read") from error
-
-
-def read_voxels(file: VolumeFile) -> np.ndarray:
-    """Voxels indexed [x, y, z], slope applied; raises Refused where the file holds fewer than its header says, or a
-    slice more: then header and voxels are not of one scan."""
-    dtype = np.dtype(file.dtype)
-    count = math.prod(file.shape)
-    length, plane = count * dtype.itemsize, file.shape[0] * file.shape[1] * dtype.itemsize
-    try:
-        data = _data(file, length, spare=plane)
-    except Refused:
-        raise
-    except (zlib.error, OSError, EOFError, ValueError) as error:
-        raise Refused("CORRUPT_FILE", "the voxels cannot be read") from error
-    if file.encoding == "ascii":
-        values = _ascii(data, count, dtype)
-    else:
-        if not length <= len(data) < length + plane:
-            raise Refused("CORRUPT_FILE", f"{len(data)} bytes of voxels, the header wants {length}")
-        values = np.frombuffer(data, dtype, count)
-    values = values.reshape(file.shape, order="F")
-    if values.dtype.byteorder == ">":
-        values = values.astype(values.dtype.newbyteorder("="))
-    if (file.slope, file.intercept) != (1.0, 0.0):
-        values = values.astype(np.float64) * file.slope + file.intercept
-        values = values.astype(np.float32)
-    return values
-
-
-def _data(file: VolumeFile, length: int, *, spare: int) -> bytes | memoryview:
-    """The bytes of the voxels, and up to `spare` more where there are."""
-    raw = read_bytes(file.data)
-    if file.encoding in ("gzip", "gzipped", "bzip2") and length > max(256 << 20, MAX_PACKED * len(raw)):
-        raise Refused("CORRUPT_FILE", f"{len(raw)} bytes that claim to hold {length}")
-    if file.encoding == "gzipped":
-        return memoryview(gunzip(raw, file.offset + length + spare))[file.offset :]
-    raw = memoryview(raw)[file.offset if file.offset >= 0 else max(0, len(raw) - length) :]
-    if file.packed_length > len(raw):
-        raise Refused("CORRUPT_FILE", f"{len(raw)} bytes of packed voxels, the header wants {file.packed_length}")
-    if file.encoding == "gzip":
-        return gunzip(raw[: file.packed_length or None], length + spare)
-    if file.encoding == "bzip2":
-        return bz2.BZ2Decompressor().decompress(bytes(raw), length + spare)
-    return raw
-
-
-def gunzip(data: bytes | memoryview, limit: int) -> bytes:
-    """At most `limit` bytes out of gzip or zlib members one after the other: a bomb ends where the header ends."""
-    parts, size = [], 0
-    while len(data) and size < limit:
-        stream = zlib.decompressobj(47)
-        part = stream.decompress(data, limit - size)
-        parts.append(part)
-        size += len(part)
-        if not stream.eof:
-            break
-        data = stream.unused_data.lstrip(b"\0")
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _ascii(data: bytes | memoryview, count: int, dtype: np.dtype) -> np.ndarray:
-    reach = 32 * (count + 1)  # far more than numbers take
-    words = bytes(data[:reach]).split()
-    if len(words) != count or bytes(data[reach:]).strip():
-        raise Refused("CORRUPT_FILE", f"{len(words)} numbers, the header wants {count}")
-    try:
-        return np.array([float(word) for word in words[:count]]).astype(dtype)
-    except ValueError as error:
-        raise Refused("CORRUPT_FILE", "a voxel is no number") from error
-
-
-def _three(shape: list[int], affine: np.ndarray) -> tuple[int, int, int]:
-    """A shape of three axes that a scan can have, with a usable affine."""
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    if len(shape) > 3:
-        raise Refused("FOUR_D", f"{len(shape)} axes, {shape[3]} volumes")
-    if len(shape) < 3 or min(shape) == 1:
-        raise Refused("TOO_FEW_SLICES", f"a shape of {' x '.join(map(str, shape))}")
-    if min(shape) < 1 or math.prod(shape) > MAX_VOXELS:
-        raise Refused("EMPTY" if min(shape) == 0 else "CORRUPT_FILE", f"a shape of {' x '.join(map(str, shape))}")
-    if min(shape) < MIN_SLICES:
-        raise Refused("TOO_FEW_SLICES", f"{min(shape)} slices, at least {MIN_SLICES} are needed")
-    check_affine(affine)
-    return shape[0], shape[1], shape[2]
-
-
-def check_affine(affine: np.ndarray) -> None:
-    if not np.isfinite(affine).all() or np.abs(affine[:3, 3]).max() > 1e5:
-        raise Refused("NO_SPACING", "a geometry that is not finite")
-    steps = np.linalg.norm(affine[:3, :3], axis=0)
-    low, high = SPACING_LIMITS
-    if not ((steps >= low) & (steps <= high)).all():
-        raise Refused("NO_SPACING", f"voxels of {' x '.join(f'{s:.4g}' for s in steps)} mm")
-    if abs(np.linalg.det(affine[:3, :3] / steps)) < 0.2:
-        raise Refused("NO_SPACING", "axes that do not span a volume")
 
 
 # ---- NIfTI
@@ -205,7 +94,7 @@ def _nifti(ref: Ref) -> VolumeFile:
     dtype = _nifti_dtype(header)
     with np.errstate(all="ignore"):
         affine, findings = _nifti_affine(header)
-    shape = _three(dims[1 : dims[0] + 1], affine)
+    shape = three_axes(dims[1 : dims[0] + 1], affine)
     data, offset = ref, int(header["vox_offset"])
     if magic.startswith(b"ni"):
         data = _beside(ref, re.sub(r"\.hdr(\.gz)?$", lambda m: ".img" + (m[1] or ""), ref.name, flags=re.I))
@@ -256,19 +145,19 @@ def _nifti_affine(header: nib.Nifti1Header) -> tuple[np.ndarray, list[Finding]]:
     except (ValueError, nib.spatialimages.HeaderDataError) as error:
         if not sform:
             raise Refused("NO_SPACING", "the qform is no rotation") from error
-        return nifti_units(header) @ by_s, [found("SFORM_QFORM_DIFFER", "the qform is no rotation")]
+        return nifti_units(header) @ by_s, [finding("SFORM_QFORM_DIFFER", "the qform is no rotation")]
     affine = nifti_units(header) @ np.asarray(by_q if by_s is None else by_s, np.float64)
     if by_s is None:
-        return affine, [found("ORIENTATION_FROM_QFORM")]
+        return affine, [finding("ORIENTATION_FROM_QFORM")]
     shape = [max(int(n), 1) for n in header["dim"][1:4]]
     steps, told = np.linalg.norm(by_s[:3, :3], axis=0), np.abs(header["pixdim"][1:4].astype(np.float64))
     if by_q is not None:
         corners = np.array([[x, y, z, 1] for x in (0, shape[0]) for y in (0, shape[1]) for z in (0, shape[2])])
         apart = np.abs(corners @ (by_s - by_q).T).max()
         if not apart <= 0.5 * steps.min():
-            return affine, [found("SFORM_QFORM_DIFFER", f"by up to {apart:.2f} mm")]
+            return affine, [finding("SFORM_QFORM_DIFFER", f"by up to {apart:.2f} mm")]
     elif not (np.abs(steps - told) * shape).max() <= 0.5 * steps.min():  # ITK takes this spacing
-        return affine, [found("SFORM_QFORM_DIFFER", f"pixdim says {' x '.join(f'{n:.4g}' for n in told)} mm")]
+        return affine, [finding("SFORM_QFORM_DIFFER", f"pixdim says {' x '.join(f'{n:.4g}' for n in told)} mm")]
     return affine, []
 
 
@@ -303,8 +192,9 @@ def _nrrd(ref: Ref) -> VolumeFile:
     magic, *lines = text.splitlines()
     if re.fullmatch(r"NRRD000[1-5]", magic.strip()) is None:
         raise Refused("CORRUPT_FILE", "no NRRD magic")
-    fields = _fields((line for line in lines if not line.startswith("#") and ":=" not in line), ":")
-    data_file = fields.get("data file", fields.get("datafile"))
+    written = (line for line in lines if not line.startswith("#") and ":=" not in line)
+    fields = _fields(written, ":", blanks=False)  # of names with a blank in them both forms are in use
+    data_file = fields.get("datafile")
     if match is None and data_file is None:
         raise Refused("CORRUPT_FILE", "the NRRD header has no end")
     if fields["type"].lower() == "block" or fields["type"].lower() not in NRRD_TYPES:
@@ -315,24 +205,22 @@ def _nrrd(ref: Ref) -> VolumeFile:
     _no_colours(fields, sizes)
     check_nrrd(fields)
     affine = _nrrd_affine(fields)
-    shape = _three(sizes, affine)
-    encoding = {"raw": "raw", "gzip": "gzip", "gz": "gzip", "bzip2": "bzip2", "bz2": "bzip2"}
-    encoding |= dict.fromkeys(("ascii", "text", "txt"), "ascii")
-    if fields["encoding"].lower() not in encoding:
+    shape = three_axes(sizes, affine)
+    encoding = NRRD_ENCODINGS.get(fields["encoding"].lower())
+    if encoding is None:
         raise Refused("CORRUPT_FILE", "an unknown encoding")
-    offset = int(fields.get("byte skip", fields.get("byteskip", "0")))
-    if offset < -1 or int(fields.get("line skip", fields.get("lineskip", "0"))):
+    offset = int(fields.get("byteskip", "0"))
+    if offset < -1 or int(fields.get("lineskip", "0")):
         raise Refused("CORRUPT_FILE", "skipped lines are not read")
     data = ref if data_file is None else _beside(ref, data_file)
     offset = offset + match.end() if data is ref and offset >= 0 else offset
     kind = NRRD_TYPES[fields["type"].lower()]
     order = {"little": "<", "big": ">"}.get(fields.get("endian", "").lower())
-    if order is None and (kind.endswith("1") or fields["encoding"].lower() in ("ascii", "text", "txt")):
+    if order is None and (kind.endswith("1") or encoding == "ascii"):
         order = "<"  # a byte has no order
     if order is None:
         raise Refused("CORRUPT_FILE", "the byte order is missing or unknown")
-    dtype = order + kind
-    return VolumeFile(ref, data, shape, affine, dtype, offset, encoding[fields["encoding"].lower()])
+    return VolumeFile(ref, data, shape, affine, order + kind, offset, encoding)
 
 
 def _no_colours(fields: dict[str, str], sizes: list[int]) -> None:
@@ -344,10 +232,10 @@ def _no_colours(fields: dict[str, str], sizes: list[int]) -> None:
 
 
 def _nrrd_affine(fields: dict[str, str]) -> np.ndarray:
-    if "space directions" not in fields:
+    if "spacedirections" not in fields:
         raise Refused("NO_SPACING", "no space directions: orientation unknown")
-    vectors = _vectors(fields["space directions"], count=int(fields["dimension"]))
-    (origin,) = _vectors(fields.get("space origin", "(0,0,0)"))
+    vectors = _vectors(fields["spacedirections"], count=int(fields["dimension"]))
+    (origin,) = _vectors(fields.get("spaceorigin", "(0,0,0)"))
     space = fields.get("space", "").lower()
     letters = {"lps": "lps", "ras": "ras", "las": "las", "right-anterior-superior": "ras"}
     letters |= {"left-posterior-superior": "lps", "left-anterior-superior": "las"}
@@ -369,12 +257,12 @@ def _vectors(text: str, *, count: int = 1) -> list[list[float]]:
     return [[float(part) for part in vector.split(",")] for vector in re.findall(r"\(([^()]*)\)", text)]
 
 
-def _fields(lines: Iterable[str], mark: str) -> dict[str, str]:
+def _fields(lines: Iterable[str], mark: str, *, blanks: bool = True) -> dict[str, str]:
     """Lines `name: value` with lower-case names; a line without the mark, or a name that comes twice, is damage."""
     fields: dict[str, str] = {}
     for line in lines:
         name, found_mark, value = line.partition(mark)
-        name = name.strip().lower()
+        name = name.strip().lower() if blanks else name.replace(" ", "").lower()
         if re.search(r"[\x00-\x08\x0e-\x1f]", line):
             raise Refused("CORRUPT_FILE", "a header line that is no text")
         if not found_mark or name in fields:
@@ -400,7 +288,7 @@ def _mha(ref: Ref) -> VolumeFile:
         raise Refused("RGB", "several values a voxel")
     check_mha(fields)
     affine = _mha_affine(fields, len(sizes))
-    shape = _three(sizes, affine)
+    shape = three_axes(sizes, affine)
     if fields["elementtype"] not in META_TYPES:
         raise Refused("CORRUPT_FILE", "an unknown voxel type")
     if not _yes(fields, "binarydata", default=True):

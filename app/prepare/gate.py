@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from app.prepare.findings import Finding, finding_of, found
+from app.prepare.findings import Finding, finding, finding_of
 from app.prepare.headers import SliceHeader
 from app.prepare.slice_rules import NO_RULES, SPACING_LIMITS, Rules, kinds_of, reason_against, reason_of_pixels
 from app.shared.refusals import Refused
@@ -105,8 +105,8 @@ def _verdicts_on_series(group: list[SliceHeader], rules: Rules) -> list[Verdict]
                 refused = Refused("MIXED_GEOMETRY", f"{len(members)} of {len(good)} slices do not fit the others")
             verdicts.append(_refuse(members, refused))
             continue
-        extra = [found("SERIES_SPLIT", f"{len(split)} stacks")] if len(split) > 1 else []
-        extra += [] if good[0].series else [found("NO_SERIES_UID")]
+        extra = [finding("SERIES_SPLIT", f"{len(split)} stacks")] if len(split) > 1 else []
+        extra += [] if good[0].series else [finding("NO_SERIES_UID")]
         verdicts.append(Verdict(tuple(members), stack._replace(findings=(*stack.findings, *extra))))
     return verdicts
 
@@ -202,7 +202,7 @@ def build_stack(members: Sequence[SliceHeader], rules: Rules) -> Stack:
     members, duplicates = _drop_duplicates(members)
     if len(members) < MIN_SLICES:
         raise Refused("TOO_FEW_SLICES", f"{len(members)} slices, at least {MIN_SLICES} are needed")
-    findings = [found("DUPLICATES_DROPPED", f"{len(duplicates)} slices")] if duplicates else []
+    findings = [finding("DUPLICATES_DROPPED", f"{len(duplicates)} slices")] if duplicates else []
     along = _along(members)
     step, places, spacing_findings = _spacing(along, rules)
     shear, tilt_findings = _shear(members, along)
@@ -263,7 +263,7 @@ def _spacing(along: np.ndarray, rules: Rules) -> tuple[float, np.ndarray, list[F
         raise Refused("MISSING_SLICES", f"{missing} slices missing in {int(gaps.sum())} places")
     if ratios.max() > MAX_GAP:
         raise Refused("MISSING_SLICES", f"a gap of {ratios.max():.0f} steps")
-    findings = [found("GAPS_INTERPOLATED", f"{missing} slices in {int(gaps.sum())} places")] if gaps.any() else []
+    findings = [finding("GAPS_INTERPOLATED", f"{missing} slices in {int(gaps.sum())} places")] if gaps.any() else []
     tolerance = EVEN * max(usual, 1.0)
     places = np.concatenate([[0.0], np.cumsum(np.where(gaps, multiples, 1.0))])
     fit = np.polyfit(places, along - along[0], 1)
@@ -271,7 +271,7 @@ def _spacing(along: np.ndarray, rules: Rules) -> tuple[float, np.ndarray, list[F
         return float((along[-1] - along[0]) / places[-1]), places, findings
     step = max(float(steps.min()), float(along[-1] - along[0]) / (4 * len(along)))
     step = float(along[-1] - along[0]) / round((along[-1] - along[0]) / step)
-    findings.append(found("UNEVEN_SPACING_RESAMPLED", f"steps from {steps.min():.3f} to {steps.max():.3f} mm"))
+    findings.append(finding("UNEVEN_SPACING_RESAMPLED", f"steps from {steps.min():.3f} to {steps.max():.3f} mm"))
     return step, (along - along[0]) / step, findings
 
 
@@ -296,19 +296,19 @@ def _shear(members: Sequence[SliceHeader], along: np.ndarray) -> tuple[np.ndarra
     angle = np.degrees(np.arctan(np.linalg.norm(shear)))
     if angle > 60:
         raise Refused("MIXED_GEOMETRY", f"slices run {angle:.0f} degrees off their normal")
-    return shear, [found("TILT_CORRECTED", f"{angle:.2f} degrees")]
+    return shear, [finding("TILT_CORRECTED", f"{angle:.2f} degrees")]
 
 
 def _warnings(members: Sequence[SliceHeader], step: float, rules: Rules) -> list[Finding]:
     first, findings = members[0], []
     if first.thickness and first.thickness > step * 1.01:
-        findings.append(found("OVERLAPPING_SLICES", f"{first.thickness:g} mm thick, {step:g} mm apart"))
+        findings.append(finding("OVERLAPPING_SLICES", f"{first.thickness:g} mm thick, {step:g} mm apart"))
     if any(header.lossy or header.syntax in LOSSY for header in members):
-        findings.append(found("LOSSY_COMPRESSION"))
+        findings.append(finding("LOSSY_COMPRESSION"))
     rewritten = set().union(*map(kinds_of, members)) & REWRITTEN
     if rewritten:
-        findings.append(found("DERIVED_SERIES", f"the image type says {' and '.join(sorted(rewritten))}"))
+        findings.append(finding("DERIVED_SERIES", f"the image type says {' and '.join(sorted(rewritten))}"))
     odd = [h for h in members if reason_of_pixels(h, rules._replace(assume_hu=False))]
     if rules.assume_hu and odd:
-        findings.append(found("ASSUMED_HU", "the header says otherwise"))
+        findings.append(finding("ASSUMED_HU", "the header says otherwise"))
     return findings

@@ -10,7 +10,7 @@ import nibabel
 import numpy as np
 from jaxtyping import Float, Int, Num
 
-from app.prepare.findings import Finding, found
+from app.prepare.findings import Finding, finding
 from transforms.grid import CUT_OFF, Grid, centred_grid, millimetres_beyond, resample, share_beyond, spacing_of
 from transforms.windows import AIR
 
@@ -48,8 +48,8 @@ def _findings(hu: np.ndarray, affine: np.ndarray, grid: Grid) -> tuple[Finding, 
     if share >= CUT_OFF:
         over = millimetres_beyond(hu.shape, affine, grid)
         what = f"{100 * share:.1f} % of what is denser than air lies beyond the grid, up to {over:.0f} mm on a side"
-        findings.append(found("FOV_CROPPED", what))
+        findings.append(finding("FOV_CROPPED", what))
     if spacing_of(affine).max() > LOW_RESOLUTION_STEPS * grid.spacing:
         voxel = " x ".join(f"{s:.3g}" for s in spacing_of(affine))
-        findings.append(found("LOW_RESOLUTION", f"{voxel} mm onto {grid.spacing:g} mm"))
+        findings.append(finding("LOW_RESOLUTION", f"{voxel} mm onto {grid.spacing:g} mm"))
     return tuple(findings)

@@ -13,9 +13,9 @@ import pydicom
 from jaxtyping import Int
 
 from app.prepare.files import Ref, open_ref
-from app.prepare.formats import VolumeFile, check_affine, read_voxels
 from app.prepare.gate import LPS_TO_RAS
 from app.prepare.headers import quiet
+from app.prepare.volume_file import VolumeFile, check_affine, read_voxels
 from app.shared.refusals import Refused
 from transforms.grid import Grid, resample_labels
 

@@ -23,7 +23,7 @@ def read_key(out: Path, key_file: str | None) -> bytes:
     """The user's key, else the one beside OUT, made once."""
     if key_file is not None:
         return Path(key_file).read_bytes().strip()
-    path = beside(out, "key")
+    path = file_beside(out, "key")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
@@ -37,7 +37,7 @@ def read_key(out: Path, key_file: str | None) -> bytes:
     return path.read_bytes().strip()
 
 
-def beside(out: Path, what: str) -> Path:
+def file_beside(out: Path, what: str) -> Path:
     return out.with_name(f"{out.name}.{what}")
 
 
@@ -49,7 +49,7 @@ def _write_private(path: Path, text: str) -> None:
 
 def write_sources(out: Path, rows: Iterable[tuple[str, str, str]]) -> Path:
     """The table (dataset, case, source); what an earlier run wrote of other cases stays."""
-    path = beside(out, "sources.csv")
+    path = file_beside(out, "sources.csv")
     table = {}
     if path.exists():
         with open(path, newline="", encoding="utf-8", errors="surrogateescape") as stream:
@@ -83,7 +83,7 @@ def one_dataset(items: Iterable[Item], root: str) -> bool:
     return root in homes or os.path.isfile(root)
 
 
-def inside(item: Item, dataset: str) -> str:
+def path_in_dataset(item: Item, dataset: str) -> str:
     """An item's source below its dataset's folder; a series that is the folder keeps its name."""
     return item.source.removeprefix(dataset + os.sep)
 

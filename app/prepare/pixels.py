@@ -11,7 +11,7 @@ from pydicom.dataset import Dataset
 
 from app.prepare.encoding import NATIVE, RLE, items, open_dicom, rle_length, stream_heads
 from app.prepare.files import Ref
-from app.prepare.findings import Finding, found
+from app.prepare.findings import Finding, finding
 from app.prepare.gate import Stack
 from app.prepare.headers import SliceHeader, quiet
 from app.shared.refusals import Refused
@@ -30,7 +30,7 @@ def read_frames(stack: Stack) -> tuple[np.ndarray, list[Finding]]:
         _into(other, header, reader)
         if not np.array_equal(other, frames[index]):
             raise Refused("DUPLICATE_SLICES", f"{len(stack.duplicates)} slices lie where another, different one lies")
-    return frames, [found("PADDING_MAPPED", f"{padded} voxels")] if padded else []
+    return frames, [finding("PADDING_MAPPED", f"{padded} voxels")] if padded else []
 
 
 def _is_plain(header: SliceHeader) -> bool:

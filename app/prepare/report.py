@@ -1,13 +1,13 @@
 """What a run of `prepare` leaves to read: the tables of each dataset, and the lines that are printed."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from app.dataset import prepared, writer
 from app.prepare import splits
-from app.prepare.case import Outcome, Settings, settings_json
+from app.prepare.case import Outcome, PrepareSettings, settings_json
 from app.shared.codes import CODES
 from transforms.windows import WINDOWS
 
@@ -37,7 +37,7 @@ class Report(NamedTuple):
 
 
 def write_tables(
-    out: Path, outcomes: Sequence[Outcome], settings: Settings, *, organs: Mapping[str, Mapping[str, str]]
+    out: Path, outcomes: Sequence[Outcome], settings: PrepareSettings, *, organs: Mapping[str, Mapping[str, str]]
 ) -> None:
     """metadata.csv, failures.csv and dataset_config.json of each dataset."""
     by_dataset: dict[str, list[Outcome]] = defaultdict(list)
@@ -48,7 +48,8 @@ def write_tables(
         folder = out / dataset
         mapping = {name: dict(sorted(values.items())) for name, values in sorted(organs.items())}
         mapping = mapping if settings.keep_names else {"*": mapping.get("*", {})} if mapping else {}
-        config = {"size": settings.size, "spacing": settings.spacing, "windows": _window_table(settings.windows)}
+        windows = {name: list(WINDOWS[name]) for name in settings.windows}
+        config = {"size": settings.size, "spacing": settings.spacing, "windows": windows}
         config |= {"settings": settings_json(settings), "organ_mapping": mapping}
         writer.write_dataset_config(folder, config)
         failures = [o for o in members if o.status in ("refused", "failed")]
@@ -56,11 +57,7 @@ def write_tables(
         writer.write_failures(folder, [_failure(o, settings.keep_names) for o in failures])
 
 
-def _window_table(windows: Iterable[str]) -> dict[str, list[int]]:
-    return {name: list(WINDOWS[name]) for name in windows}
-
-
-def _rows(folder: Path, settings: Settings, stale: set[str]) -> Iterator[dict[str, str]]:
+def _rows(folder: Path, settings: PrepareSettings, stale: set[str]) -> Iterator[dict[str, str]]:
     """Of every case that lies there; `stale` are those whose source gives no case any more."""
     processed = folder / "processed"
     for path in sorted(processed.iterdir()) if processed.is_dir() else ():
@@ -101,4 +98,4 @@ def lines(report: Report, keep_names: bool) -> Iterator[str]:
     yield from report.notes
     yield f"{counts} in {report.seconds:.1f} s"
     if report.count("ok"):
-        yield splits.line(report.splits)
+        yield splits.counts_line(report.splits)

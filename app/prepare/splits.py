@@ -58,6 +58,6 @@ def counts(cases: Iterable[tuple[str, str]]) -> dict[str, dict[str, int]]:
     return {side: {"cases": sides[side], "patients": len(patients[side])} for side in ("train", "val")}
 
 
-def line(told: Mapping[str, Mapping[str, int]]) -> str:
-    parts = (f"{side} {n['cases']} cases of {n['patients']} patients" for side, n in told.items())
+def counts_line(counts_by_side: Mapping[str, Mapping[str, int]]) -> str:
+    parts = (f"{side} {n['cases']} cases of {n['patients']} patients" for side, n in counts_by_side.items())
     return f"split: {', '.join(parts)}"

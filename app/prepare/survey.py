@@ -14,10 +14,11 @@ import numpy as np
 
 from app.prepare.files import FORMATS, Ref, files_below, sniff
 from app.prepare.findings import Finding, finding_of
-from app.prepare.formats import VolumeFile, read_header
+from app.prepare.formats import read_header
 from app.prepare.gate import NO_RULES, Rules, Stack, Verdict, verdicts_on
 from app.prepare.headers import SEGMENTATION, SliceHeader, read_headers
 from app.prepare.labels import LabelFile, is_label_name, label_for, looks_like_labels, scan_stem
+from app.prepare.volume_file import VolumeFile
 from app.shared.refusals import Refused
 
 
@@ -40,8 +41,7 @@ def survey(root: str | Path, rules: Rules = NO_RULES) -> list[Item]:
     slices: dict[str, list[SliceHeader]] = defaultdict(list)
     volumes: list[tuple[Ref, VolumeFile]] = []
     segmentations: list[SliceHeader] = []
-    for found_ref in files_below(root):
-        ref, refused = found_ref if isinstance(found_ref[1], Refused) else (found_ref, None)
+    for ref, refused in files_below(root):
         try:
             if refused is not None:
                 raise refused

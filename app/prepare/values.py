@@ -6,7 +6,7 @@ Each rule needs evidence that holds for real CT and for plain synthetic volumes;
 import numpy as np
 from jaxtyping import Num
 
-from app.prepare.findings import Finding, found
+from app.prepare.findings import Finding, finding
 from app.shared.refusals import Refused
 from transforms.windows import AIR
 
@@ -26,7 +26,7 @@ def map_padding(values: np.ndarray) -> tuple[np.ndarray, list[Finding]]:
         low = values < NO_MEASUREMENT
         count += int(np.count_nonzero(low))
         values = np.where(low, values.dtype.type(AIR), values)
-    return values, [found("PADDING_MAPPED", f"{count} voxels")] if count else []
+    return values, [finding("PADDING_MAPPED", f"{count} voxels")] if count else []
 
 
 def refuse_constant(values: np.ndarray) -> None:

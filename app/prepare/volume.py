@@ -13,13 +13,13 @@ import numpy as np
 from jaxtyping import Float, Num
 
 from app.prepare.files import hash_of
-from app.prepare.findings import Finding, bare, found
-from app.prepare.formats import read_voxels
+from app.prepare.findings import Finding, codes_of, finding
 from app.prepare.gate import NO_RULES, Rules, Stack
 from app.prepare.labels import LabelFile
 from app.prepare.pixels import at_even_steps, read_frames
 from app.prepare.survey import Item, survey
 from app.prepare.values import map_padding, refuse_constant, why_not_hu
+from app.prepare.volume_file import read_voxels
 from app.shared.refusals import Refused
 
 
@@ -36,7 +36,7 @@ class RawScan(NamedTuple):
 
     @property
     def codes(self) -> list[str]:
-        return bare(self.findings)
+        return codes_of(self.findings)
 
 
 @dataclass(frozen=True)
@@ -132,4 +132,4 @@ def _vet(values: np.ndarray, rules: Rules, findings: list[Finding]) -> list[Find
         return []
     if not rules.assume_hu:
         raise Refused("NOT_HU", reason)
-    return [] if any(f.code == "ASSUMED_HU" for f in findings) else [found("ASSUMED_HU", reason)]
+    return [] if any(f.code == "ASSUMED_HU" for f in findings) else [finding("ASSUMED_HU", reason)]

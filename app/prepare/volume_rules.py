@@ -24,7 +24,8 @@ OTHER_MODALITIES = {"MET_MOD_MR", "MET_MOD_NM", "MET_MOD_US", "MET_MOD_PET"}
 
 
 def check_nrrd(fields: Mapping[str, str]) -> None:
-    if not {name.replace(" ", "") for name in fields} <= NRRD_FIELDS:
+    """Names of fields come without their blanks."""
+    if not set(fields) <= NRRD_FIELDS:
         raise Refused("CORRUPT_FILE", "a header line that the NRRD format does not know")
     kinds = fields.get("kinds", "").lower().split()
     if "time" in kinds:
@@ -33,12 +34,11 @@ def check_nrrd(fields: Mapping[str, str]) -> None:
         raise Refused("CORRUPT_FILE", "three axes, one of a kind that is none of space")
     if not {part.lower() for part in fields.get("spacings", "").split()} <= {"nan"}:
         raise Refused("CORRUPT_FILE", "spacings beside space directions, which say the same")
-    for name in ("space units", "units"):
+    for name in ("spaceunits", "units"):
         _check_units([part.strip() for part in fields.get(name, "").split('"')])
-    if "old min" in fields or "old max" in fields or "oldmin" in fields or "oldmax" in fields:
+    if "oldmin" in fields or "oldmax" in fields:
         raise Refused("NOT_HU", "old min and old max say that the values were quantised")
-    skip = fields.get("byte skip", fields.get("byteskip", "0"))
-    if int(skip) and fields.get("encoding", "").lower() != "raw":
+    if int(fields.get("byteskip", "0")) and fields.get("encoding", "").lower() != "raw":
         raise Refused("CORRUPT_FILE", "skipped bytes in front of packed voxels are not read")
 
 

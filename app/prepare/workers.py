@@ -12,12 +12,12 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from multiprocessing import active_children, get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from app.shared.refusals import Refused
+from app.shared.terminal import steps_shown
 
 J = TypeVar("J")
 R = TypeVar("R")
@@ -56,7 +56,12 @@ def run_jobs(
     cluster: str | None = None,
 ) -> list[R]:
     """The result of every job, in no order; `failed` speaks for a job whose worker died with it each time."""
-    with _progress(len(jobs)) as step:
+    with steps_shown(len(jobs), "cases") as shown:
+
+        def step(result: R) -> R:
+            shown()
+            return result
+
         if cluster is not None:
             return _on_cluster(work, jobs, failed=failed, address=cluster, step=step)
         if workers == 1 or len(jobs) < 2:
@@ -186,29 +191,3 @@ def busy(what: str) -> AbstractContextManager:
     """A spinner on a terminal, nothing elsewhere."""
     console = Console(stderr=True)
     return console.status(what) if console.is_terminal else nullcontext()
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[Any], Any]]:
-    """A bar with rate and time left on a terminal; nothing elsewhere."""
-    console = Console(stderr=True)
-    if not console.is_terminal or total == 0:
-        yield lambda result: result
-        return
-    columns = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]} a minute"),
-        TimeRemainingColumn(),
-    ]
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("cases", total=total, rate="-")
-
-        def step(result: Any) -> Any:
-            bar.advance(task)
-            speed = bar.tasks[0].speed
-            bar.update(task, rate=f"{60 * speed:.0f}" if speed else "-")
-            return result
-
-        yield step

@@ -119,7 +119,7 @@ class Served:
             "tokens": len(tokens.codes),
             "levels": tokens.levels,
             "latent_shape": list(tokens.latent_shape),
-            "codes_used": len(np.unique(tokens.codes)),
+            "codes_used": len(np.unique(tokens.codes[tokens.codes >= 0])),
             "findings": list(tokens.findings or ("OK",)),
             "provenance": {
                 "scan_sha256": tokens.source_hash,

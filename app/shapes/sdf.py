@@ -20,7 +20,7 @@ from app.shapes.shape_files import MAX_SIDE, Made, read_made, write_shape
 from app.shapes.sources import Found, Source, Wanted, find_sources, source_hash, surfaces_of
 from app.shared.atomic_files import write_text
 from app.shared.output_folder import check_folder
-from app.shared.refusals import Refused, as_refused, fail, refuse_empty
+from app.shared.refusals import Refused, as_refused, refuse_empty
 
 RESOLUTIONS = (64, 512, 1024)
 METADATA_COLUMNS = ("case_id", "patient", "split", "source_hash", "resolutions", "sign", "codes", "status")
@@ -51,7 +51,8 @@ def read_resolutions(text: str) -> tuple[int, ...]:
     try:
         return tuple(dict.fromkeys(int(word) for word in text.split(",")))
     except ValueError:
-        fail("BAD_VALUE", f"resolution must be whole numbers, comma separated, got {text!r}", "such as 64,512")
+        what = f"resolution must be whole numbers, comma separated, got {text!r}"
+        raise Refused("BAD_VALUE", what, "such as 64,512") from None
 
 
 def make_shapes(source: str | Path, out: str | Path, settings: Settings, *, workers: int = 8) -> dict[str, Any]:
@@ -63,9 +64,8 @@ def make_shapes(source: str | Path, out: str | Path, settings: Settings, *, work
     with only_run(out):
         found = find_sources(source, settings.wanted)
         if not found:
-            fail(
-                "NO_CASES", f"{source} holds neither a mesh nor a volume", "give STL, OBJ, PLY, VTP, NIfTI, NRRD or MHA"
-            )
+            what = f"{source} holds neither a mesh nor a volume"
+            raise Refused("NO_CASES", what, "give STL, OBJ, PLY, VTP, NIfTI, NRRD or MHA", status=2)
         jobs = [Job(one, str(out), settings) for one in found]
         largest = max(settings.resolutions)
         each = max(BYTES_AT_LEAST, BYTES_AT_1024 * largest * largest >> 20)
@@ -80,17 +80,19 @@ def make_shapes(source: str | Path, out: str | Path, settings: Settings, *, work
 
 def _check_call(source: Path, out: Path, settings: Settings) -> None:
     if not source.exists():
-        fail("NO_SOURCE", f"{source} does not exist", "give a mesh, a volume, a prepared dataset or a folder of them")
+        what = f"{source} does not exist"
+        raise Refused("NO_SOURCE", what, "give a mesh, a volume, a prepared dataset or a folder of them")
     for side in settings.resolutions:
         if side % 8 or not 8 <= side <= MAX_SIDE:
-            fail("BAD_VALUE", f"resolution must be a multiple of 8 up to {MAX_SIDE}, got {side}", "give another")
+            what = f"resolution must be a multiple of 8 up to {MAX_SIDE}, got {side}"
+            raise Refused("BAD_VALUE", what, "give another")
     if not 1 <= settings.band <= min(settings.resolutions) / 2:
         limit = min(settings.resolutions) // 2
-        fail("BAD_VALUE", f"band must be 1 to {limit} voxels, got {settings.band:g}", "pass another --band")
+        raise Refused("BAD_VALUE", f"band must be 1 to {limit} voxels, got {settings.band:g}", "pass another --band")
     if settings.wanted.label is not None and settings.wanted.hu is not None:
-        fail("BAD_CALL", "--label and --hu are both given", "give one of them")
+        raise Refused("BAD_CALL", "--label and --hu are both given", "give one of them")
     if out.suffix == ".npz" or out.is_file():
-        fail("NO_OUTPUT", f"{out} is a file, a file for each resolution is written", "give a folder as OUT")
+        raise Refused("NO_OUTPUT", f"{out} is a file, a file for each resolution is written", "give a folder as OUT")
     check_folder(out)
 
 

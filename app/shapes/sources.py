@@ -9,9 +9,10 @@ from jaxtyping import Float, Shaped
 
 from app.dataset import prepared
 from app.prepare.files import FORMATS, Ref, files_below, hash_of, sniff
-from app.prepare.formats import read_header, read_voxels
+from app.prepare.formats import read_header
 from app.prepare.labels import MAX_LABELS, looks_like_labels, safe_name
 from app.prepare.volume import RawSource, raw_sources
+from app.prepare.volume_file import read_voxels
 from app.shapes.bands import Surface, check_surface, mesh_affine, volume_affine
 from app.shapes.mesh_files import READERS, Mesh, read_mesh
 from app.shared.refusals import Refused
@@ -84,8 +85,7 @@ def _scans(source: Path) -> list[Source]:
 def _files(source: Path) -> list[Source]:
     found = []
     root = source.absolute() if source.is_dir() else source.absolute().parent
-    for entry in files_below(source):
-        ref, refused = entry if isinstance(entry[1], Refused) else (entry, None)
+    for ref, refused in files_below(source):
         place = str(Path(ref.path).relative_to(root)) + (f"/{ref.member}" if ref.member else "")
         stem = _stem(place)
         if refused is not None:
@@ -155,9 +155,8 @@ def _organs(source: Source, wanted: Wanted) -> Iterator[Found | tuple[str, Refus
     names = case.organ_names()
     if case.affine is None or not names:
         lacks = "no organs" if case.affine is not None else "no case.json, so no place in the world"
-        raise Refused(
-            "NO_SURFACE", f"case {case.case_id} has {lacks}", "prepare it with its labels, or give --hu LEVEL"
-        )
+        what = f"case {case.case_id} has {lacks}"
+        raise Refused("NO_SURFACE", what, "prepare it with its labels, or give --hu LEVEL")
     if wanted.label is not None and wanted.label not in names:
         raise Refused("NO_SURFACE", f"case {case.case_id} has no organ {wanted.label!r}, it has {', '.join(names)}")
     for organ in names if wanted.label is None else (wanted.label,):

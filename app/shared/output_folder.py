@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from app.shared.refusals import fail
+from app.shared.refusals import Refused
 
 
 def check_folder(path: Path, *, name: str = "OUT") -> None:
@@ -11,7 +11,8 @@ def check_folder(path: Path, *, name: str = "OUT") -> None:
     for part in (path, *path.parents):
         if part.exists():
             if not part.is_dir():
-                fail("NO_OUTPUT", f"{part} is a file, {name} needs a folder there", f"give another {name}")
+                raise Refused("NO_OUTPUT", f"{part} is a file, {name} needs a folder there", f"give another {name}")
             if not os.access(part, os.W_OK | os.X_OK):
-                fail("NO_OUTPUT", f"{part} may not be written", f"give another {name}, or mend its permissions")
+                what = f"{part} may not be written"
+                raise Refused("NO_OUTPUT", what, f"give another {name}, or mend its permissions")
             return

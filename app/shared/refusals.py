@@ -11,7 +11,7 @@ import re
 import sys
 import traceback
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from app.shared.codes import CODES
 
@@ -54,15 +54,11 @@ def _again(code: str, what: str, remedy: str, status: int, skipped: bool) -> Ref
     return Refused(code, what, remedy, status=status, skipped=skipped)
 
 
-def fail(code: str, what: object, remedy: str, *, status: int = 2) -> NoReturn:
-    """Refuses a call or a config."""
-    raise Refused(code, what, remedy, status=status)
-
-
 def refuse_empty(path: str | Path, *, name: str = "OUT") -> None:
     """An empty path, as an unset variable leaves it, would mean the current folder."""
     if not str(path).strip():
-        fail("BAD_VALUE", f"{name} is empty (a variable that is not set?)", "give a path, the current folder is .")
+        what = f"{name} is empty (a variable that is not set?)"
+        raise Refused("BAD_VALUE", what, "give a path, the current folder is .")
 
 
 def as_refused(error: Exception) -> Refused:

@@ -2,20 +2,39 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 
-def progress(items: Sequence[Any], what: str) -> Iterable[Any]:
-    """The items, with a bar on standard error where that is a terminal."""
+@contextmanager
+def steps_shown(total: int, what: str) -> Iterator[Callable[[], None]]:
+    """What to call at each step: a bar on standard error with rate and time left, where that is a terminal."""
     console = Console(stderr=True)
-    return track(items, what, console=console, transient=True, disable=not console.is_terminal or len(items) < 2)
+    rate = TextColumn("{task.fields[rate]} a minute")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal or total < 2) as bar:
+        task = bar.add_task(what, total=total, rate="-")
+
+        def step() -> None:
+            bar.advance(task)
+            speed = bar.tasks[0].speed
+            bar.update(task, rate=f"{60 * speed:.0f}" if speed else "-")
+
+        yield step
+
+
+def progress(items: Sequence[Any], what: str) -> Iterator[Any]:
+    """The items, with such a bar."""
+    with steps_shown(len(items), what) as step:
+        for item in items:
+            yield item
+            step()
 
 
 class StageTable:

@@ -45,9 +45,8 @@ def read_rows(source: str | Path, *, image_root: str | Path | None = None) -> li
     """Rows of a manifest file or folder, each with the path of its image where one was found."""
     source = Path(source)
     if not source.exists():
-        raise Refused(
-            "NO_DATA", f"{source} does not exist", "give a csv, json or jsonl manifest, or a folder with text"
-        )
+        what = f"{source} does not exist"
+        raise Refused("NO_DATA", what, "give a csv, json or jsonl manifest, or a folder with text")
     if source.is_dir():
         rows, base = read_folder(source), source
     else:
@@ -63,9 +62,8 @@ def read_rows(source: str | Path, *, image_root: str | Path | None = None) -> li
         if rows is None:
             rows = [row for record in records for row in general_rows(record, source.name)]
         if not rows:
-            raise Refused(
-                "BAD_MANIFEST", f"{source} holds no rows: no conversation in it has a question with an answer"
-            )
+            what = f"{source} holds no rows: no conversation in it has a question with an answer"
+            raise Refused("BAD_MANIFEST", what)
     find = ImageFinder(base, Path(image_root) if image_root else None)
     rows = without_guesses([row if row.path else find.put_path(row) for row in rows])
     return with_split([complete(row, find) for row in rows])
@@ -154,9 +152,8 @@ def read_records(file: Path) -> Iterator[dict]:
         raise Refused("BAD_MANIFEST", f"{file.name} is not valid csv ({error})", "is a quotation mark open?") from None
     named_lists = content if isinstance(content, dict) else {None: content}
     if not all(isinstance(records, list) for records in named_lists.values()):
-        raise Refused(
-            "BAD_MANIFEST", f"{file.name} must be a list of rows, or named lists of them", "a row a line is jsonl"
-        )
+        what = f"{file.name} must be a list of rows, or named lists of them"
+        raise Refused("BAD_MANIFEST", what, "a row a line is jsonl")
     for name, records in named_lists.items():
         yield from ({"split": name, **r} if name and isinstance(r, dict) else r for r in records)
 
@@ -215,14 +212,12 @@ def read_folder(folder: Path) -> list[TextRow]:
             try:
                 answer = clean(text.read_text(encoding="utf-8-sig"))
             except UnicodeDecodeError as error:
-                raise Refused(
-                    "BAD_MANIFEST", f"{text.name} is not UTF-8 (byte {error.start})", "save it as UTF-8"
-                ) from None
+                what = f"{text.name} is not UTF-8 (byte {error.start})"
+                raise Refused("BAD_MANIFEST", what, "save it as UTF-8") from None
             rows.append(TextRow(str(scan.relative_to(folder)), REPORT_QUESTION, answer, path=scan))
     if not rows:
-        raise Refused(
-            "NO_DATA", f"{folder} holds no text", "give text.jsonl of a prepared dataset, or a .txt beside a scan"
-        )
+        what = f"{folder} holds no text"
+        raise Refused("NO_DATA", what, "give text.jsonl of a prepared dataset, or a .txt beside a scan")
     return rows
 
 

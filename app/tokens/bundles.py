@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from app.shared.refusals import fail
+from app.shared.refusals import Refused
 from networks.presets import Preset
 from transforms.windows import windows_range
 
@@ -42,10 +42,10 @@ def check_description(weights: Path, sizes: Preset, digest: str) -> None:
     try:
         told = json.loads(file.read_text(encoding="utf-8"))["tokenizer"]
     except (OSError, ValueError, KeyError, TypeError):
-        fail("BAD_BUNDLE", f"{file} does not describe a tokenizer", again)
+        raise Refused("BAD_BUNDLE", f"{file} does not describe a tokenizer", again) from None
     own = description(sizes, digest)
     other = [name for name in own if not isinstance(told, dict) or told.get(name) != own[name]]
     if other:
         name = other[0]
         value = told.get(name) if isinstance(told, dict) else told
-        fail("BAD_BUNDLE", f"{file} says {name} {value}, the weights beside it have {own[name]}", again)
+        raise Refused("BAD_BUNDLE", f"{file} says {name} {value}, the weights beside it have {own[name]}", again)

@@ -15,9 +15,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int, Int64, Integer
 
+from app.tokens.cell_levels import NUM_KINDS, code_levels
 from app.tokens.entropy import TOTAL, AdaptiveBits, Reader, Writer, uniform_table
-from app.tokens.occupancy import Shape, row_map
-from networks.residual import ResidualQuantizer
+from app.tokens.occupancy import Shape, reading, row_map, writing
+from networks.residual import NO_CODE, ResidualQuantizer
 from networks.vqvae import SparseVQVAE
 
 COUNT_UNIT = 1 << 8  # of a mean count
@@ -127,7 +128,7 @@ def put_codes(
     shape: Shape,
     tables: CodeTables,
 ) -> None:
-    """Level by level."""
+    """Level by level; after the first, where some cells have fewer codes than others, how many each has."""
 
     def put_bits(model: AdaptiveBits, contexts: np.ndarray, bits: np.ndarray) -> np.ndarray:
         model.put(writer, bits, contexts)
@@ -137,30 +138,57 @@ def put_codes(
         writer.put_ranges(_reached(level, leaves, places), _reached(level, leaves, places + 1))
         return places
 
-    passes = list(_passes(coords, shape))
-    for column, level in zip(codes.T, tables.levels, strict=False):
+    codes, passes = codes.astype(np.int64), list(_passes(coords, shape))
+    for number, level in enumerate(tables.levels[: codes.shape[1]]):
+        there = codes[:, number] != NO_CODE
+        if number == 1 and (codes == NO_CODE).any():
+            kinds = _kinds(tables.levels[0], codes[:, 0])
+            code_levels(writing(writer), passes, kinds, codes.shape[1], (codes != NO_CODE).sum(1))
+        column = codes[there, number]
         if level is None:
-            _put_digits(writer, column.astype(np.int64), tables.num_codes)
+            _put_digits(writer, column, tables.num_codes)
         else:
-            _coded(_Coding(put_bits, put_places), level, passes, len(coords), column.astype(np.int64))
+            near = passes if there.all() else list(_passes(coords[there], shape))
+            _coded(_Coding(put_bits, put_places), level, near, len(column), column)
 
 
 def take_codes(
-    reader: Reader, levels: int, coords: Int[np.ndarray, "M 3"], shape: Shape, tables: CodeTables
+    reader: Reader,
+    levels: int,
+    coords: Int[np.ndarray, "M 3"],
+    shape: Shape,
+    tables: CodeTables,
+    *,
+    unlike: bool = False,
 ) -> Int64[np.ndarray, "M L"]:
+    """Codes of so many levels; of `unlike` cells some have fewer, with NO_CODE beyond."""
+
     def take_places(level: LevelTable, leaves: np.ndarray, _: None) -> np.ndarray:
         if (level.firsts[leaves] == level.firsts[leaves + 1]).any():
             raise ValueError("it names codes that its tokenizer does not have")
         return reader.take_found(len(leaves), lambda slots, rows: _found(level, leaves[rows], slots))
 
     coding = _Coding(lambda model, contexts, _: model.take(reader, contexts), take_places)
-    passes, columns = list(_passes(coords, shape)), []
-    for level in tables.levels[:levels]:
+    passes, codes = list(_passes(coords, shape)), np.full((len(coords), levels), NO_CODE)
+    have = np.full(len(coords), levels)
+    for number, level in enumerate(tables.levels[:levels]):
+        if number == 1 and unlike:
+            have = code_levels(reading(reader), passes, _kinds(tables.levels[0], codes[:, 0]), levels)
+        there = have > number
         if level is None:
-            columns.append(_take_digits(reader, len(coords), tables.num_codes))
+            codes[there, number] = _take_digits(reader, int(there.sum()), tables.num_codes)
         else:
-            columns.append(_coded(coding, level, passes, len(coords), None))
-    return np.stack(columns, 1)
+            near = passes if there.all() else list(_passes(coords[there], shape))
+            codes[there, number] = _coded(coding, level, near, int(there.sum()), None)
+    return codes
+
+
+def _kinds(level: LevelTable | None, codes: Int64[np.ndarray, " M"]) -> Int64[np.ndarray, " M"]:
+    """Which part of its codebook each code lies in, after the first few splits."""
+    if level is None:
+        return np.zeros(len(codes), np.int64)
+    splits = min(level.sides.shape[1], NUM_KINDS.bit_length() - 1)
+    return level.sides[codes, :splits] @ (1 << np.arange(splits))
 
 
 def _coded(

@@ -20,7 +20,7 @@ from scipy import ndimage
 from app.shapes.mesh_files import WRITERS, write_mesh
 from app.shared.atomic_files import written_whole
 from app.shared.output_folder import check_folder
-from app.shared.refusals import Refused, as_refused, fail, refuse_empty
+from app.shared.refusals import Refused, as_refused, refuse_empty
 from app.shared.terminal import progress
 from app.tokens import open_scan, shape_tokens
 from app.tokens.open_scan import ScanSource, Volume
@@ -37,7 +37,7 @@ def tokenize(
     *,
     tokenizer: str | Path | None = None,
     support: bool = False,
-    levels: int | None = None,
+    levels: float | None = None,
     pack: bool = False,
     series: str | None = None,
     overwrite: bool = False,
@@ -45,7 +45,8 @@ def tokenize(
     """Token files of a scan, a prepared case, or every case of a prepared dataset.
 
     OUT is a file where it ends in .npz and there is one scan, else a folder. Gives an entry a case; one that cannot be
-    used is listed as refused, the rest is done. `levels`: so many codes a cell, the first of the tokenizer's levels.
+    used is listed as refused, the rest is done. `levels`: so many codes a cell, the first of the tokenizer's levels; a
+    fraction is their mean over the cells, each keeps as many as pay.
     `pack`: entropy-coded, in about as many bytes as each entry's `bits` tell.
     """
     refuse_empty(source, name="SOURCE")
@@ -53,9 +54,9 @@ def tokenize(
     source, out = Path(source), Path(out)
     made = CTTokenizer.from_pretrained(tokenizer)
     try:
-        wanted = made.network.check_levels(levels)
+        wanted = made.check_levels(levels)
     except ValueError as error:
-        fail("BAD_VALUE", str(error), "leave --levels out for all of them")
+        raise Refused("BAD_VALUE", str(error), "leave --levels out for all of them") from error
     if made.sizes.features == "sdf":
         sources = list(shape_tokens.shapes_in(source, made.sizes.resolution))
     else:
@@ -84,9 +85,9 @@ def tokenize(
             if kept is not None:
                 tokens = kept
             elif is_shape:
-                tokens = shape_tokens.encode_shape(made, scan, support=support, levels=levels)
+                tokens = shape_tokens.encode_shape(made, scan, support=support, levels=wanted)
             else:
-                tokens = made.encode(ready(), support=support, levels=levels)
+                tokens = made.encode(ready(), support=support, levels=wanted)
             bits = rate_of(tokens, made.tables) if kept else write_tokens(path, tokens, tables=made.tables, pack=pack)
         except ValueError as error:
             entries.append(_refused(scan.name, error))
@@ -132,14 +133,14 @@ def _one_good(sources: Sequence[ScanSource], source: Path, out: Path) -> list[Sc
             scan = scan._replace(source_hash="")
         tried.append(scan)
         if good > 1:
-            fail("MANY_SCANS", f"{source} holds more than one scan, {out} is one file", "give a folder as OUT")
+            raise Refused("MANY_SCANS", f"{source} holds more than one scan, {out} is one file")
     return tried
 
 
 def _check_kind(source: Path, out: Path, *, single: bool, kinds: str) -> None:
     """One file in and a file of another kind out is a slip, not a folder's name."""
     if source.is_file() and out.suffix and not single and not out.is_dir():
-        fail("NO_OUTPUT", f"what is written ends in {kinds}, OUT is {out}", "give such a file, or a folder")
+        raise Refused("NO_OUTPUT", f"what is written ends in {kinds}, OUT is {out}", "give such a file, or a folder")
 
 
 def _there_already(path: Path, made: CTTokenizer, source_hash: str) -> CTTokens | None:
@@ -159,9 +160,11 @@ def _there_already(path: Path, made: CTTokenizer, source_hash: str) -> CTTokens 
     return tokens
 
 
-def _is_as_asked(path: Path, tokens: CTTokens, support: bool, levels: int, pack: bool) -> bool:
+def _is_as_asked(path: Path, tokens: CTTokens, support: bool, levels: float, pack: bool) -> bool:
     """Without the support, of other levels or otherwise packed than is asked for now, a file is made again."""
-    return tokens.levels == levels and (tokens.support is not None or not support) and is_packed(path) == pack
+    short = (levels - tokens.mean_levels) * len(tokens.codes)  # codes: the last step of a cell may be of several levels
+    alike = short == 0 if float(levels).is_integer() else -1 < short < tokens.levels
+    return alike and (tokens.support is not None or not support) and is_packed(path) == pack
 
 
 def _codes_of(tokens: CTTokens) -> list[str]:
@@ -193,10 +196,10 @@ def reconstruct(
     source, out = Path(tokens), Path(out)
     files = sorted(source.rglob("*.npz")) if source.is_dir() else [source]
     if not files or not source.exists():
-        fail("NO_TOKENS", f"{source} holds no token file", "make one with `python -m app tokenize SOURCE OUT`")
+        raise Refused("NO_TOKENS", f"{source} holds no token file", status=2)
     single = out.name.lower().endswith((".nii", ".nii.gz", *WRITERS))
     if single and len(files) > 1:
-        fail("MANY_SCANS", f"{source} holds {len(files)} token files, {out} is one file", "give a folder as OUT")
+        raise Refused("MANY_SCANS", f"{source} holds {len(files)} token files, {out} is one file")
     _check_kind(source, out, single=single, kinds=f".nii, .nii.gz, or of a shape {', '.join(WRITERS)}")
     check_folder(out.parent if single else out)
     made = CTTokenizer.from_pretrained(tokenizer)
@@ -206,10 +209,11 @@ def reconstruct(
         raise Refused("BAD_LIKE", f"{like}: {as_refused(error).what}") from error
     is_shape = made.sizes.features == "sdf"
     if is_shape and grid is not None:
-        fail("BAD_CALL", "a shape becomes a mesh, --like asks for a volume", "leave --like out")
+        raise Refused("BAD_CALL", "a shape becomes a mesh, --like asks for a volume", "leave --like out")
     if single and is_shape == out.name.lower().endswith((".nii", ".nii.gz")):
         kinds = ", ".join(WRITERS) if is_shape else ".nii or .nii.gz"
-        fail("NO_OUTPUT", f"this tokenizer's output ends in {kinds}, OUT is {out}", "give such a file, or a folder")
+        what = f"this tokenizer's output ends in {kinds}, OUT is {out}"
+        raise Refused("NO_OUTPUT", what, "give such a file, or a folder")
     entries = []
     for file in progress(files, "reconstruct"):
         name = file.relative_to(source).with_suffix("").as_posix() if source.is_dir() else file.stem

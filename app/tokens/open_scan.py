@@ -17,7 +17,7 @@ from jaxtyping import Float, Num
 
 from app.dataset import prepared
 from app.prepare import cohort, normalise
-from app.prepare.findings import bare
+from app.prepare.findings import codes_of
 from app.prepare.formats import nifti_units
 from app.prepare.slice_rules import Rules
 from app.prepare.volume import RawScan, RawSource, raw_sources
@@ -266,14 +266,14 @@ def _of_case(case: prepared.PreparedCase, windows: Sequence[str]) -> Scan:
 def of_raw(raw: RawScan, grid: Cube | None) -> Scan:
     """A raw scan on the grid that `prepare` would put it on, named by its content."""
     on_grid = _on_prepared_grid(raw, grid)
-    affine, codes = np.asarray(raw.affine, np.float64), bare((*raw.findings, *on_grid.findings))
+    affine, codes = np.asarray(raw.affine, np.float64), codes_of((*raw.findings, *on_grid.findings))
     volume = Volume(on_grid.hu, on_grid.affine)
     return Scan(raw.source_hash[:16], volume, _sizes(raw.hu.shape), affine, raw.source_hash, tuple(codes))
 
 
 def _on_prepared_grid(volume: Any, grid: Cube | None) -> Any:
     """On a grid as `prepare` would make it, with what it found; None is its default."""
-    return normalise(volume, *(grid or (cohort.Settings().size, cohort.Settings().spacing)))
+    return normalise(volume, *(grid or (cohort.PrepareSettings().size, cohort.PrepareSettings().spacing)))
 
 
 def as_it_lies(hu: Num[np.ndarray, "X Y Z"], affine: Float[np.ndarray, "4 4"]) -> Scan:
@@ -290,7 +290,7 @@ def _placed(volume: Volume, grid: Cube | None) -> tuple[Volume, tuple[str, ...]]
     if upright and there:
         return volume, ()
     on_grid = _on_prepared_grid(volume, grid)
-    return Volume(on_grid.hu, on_grid.affine), tuple(bare(on_grid.findings))
+    return Volume(on_grid.hu, on_grid.affine), tuple(codes_of(on_grid.findings))
 
 
 def grid_of(path: Path, *, tables: CodeTables | None = None) -> Place:

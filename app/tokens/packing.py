@@ -16,8 +16,10 @@ from app.shared.refusals import Refused
 from app.tokens.code_tables import CodeTables, put_codes, take_codes
 from app.tokens.entropy import Reader, Writer
 from app.tokens.occupancy import put_cells, put_support, take_cells, take_support
+from networks.residual import NO_CODE
 
 MAGIC = b"VXT1"
+MAGIC_OF_LEVELS = b"VXT2"  # cells of unlike numbers of codes
 HEAD = struct.Struct("<4s4I")  # magic; bytes of header, cells, codes and support
 MAX_HEADER = 1 << 16
 MAX_TOKENS = 1 << 24
@@ -40,13 +42,14 @@ FIELDS = {  # of the header: how each becomes an array again
 class Parts(NamedTuple):
     """Packed tokens, part by part."""
 
+    magic: bytes
     header: bytes
     cells: bytes
     codes: bytes
     support: bytes
 
     def joined(self) -> bytes:
-        return HEAD.pack(MAGIC, *map(len, self)) + b"".join(self)
+        return HEAD.pack(self.magic, *map(len, self[1:])) + b"".join(self[1:])
 
 
 def packed(arrays: dict[str, np.ndarray], tables: CodeTables) -> Parts:
@@ -54,6 +57,8 @@ def packed(arrays: dict[str, np.ndarray], tables: CodeTables) -> Parts:
     check_tables(str(arrays["tokenizer"]), tables)
     codes, coords = arrays["codes"], arrays["coords"]
     columns = codes.reshape(len(codes), -1)
+    if "levels" in arrays:
+        columns = np.where(np.arange(columns.shape[1]) < arrays["levels"][:, None], columns.astype(np.int32), NO_CODE)
     shape = tuple(int(n) for n in arrays["latent_shape"])
     told = {name: arrays[name].tolist() for name in FIELDS if name in arrays}
     told |= {"count": len(codes), "levels": None if codes.ndim == 1 else columns.shape[1]}
@@ -64,7 +69,8 @@ def packed(arrays: dict[str, np.ndarray], tables: CodeTables) -> Parts:
     if support:
         put_support(below, model, coords, shape, support)
     header = zlib.compress(json.dumps(told, separators=(",", ":")).encode(), 9)
-    return Parts(header, cells.finish(), coded.finish(), below.finish() if support else b"")
+    magic = MAGIC_OF_LEVELS if "levels" in arrays else MAGIC
+    return Parts(magic, header, cells.finish(), coded.finish(), below.finish() if support else b"")
 
 
 def unpacked(content: bytes, tables: CodeTables | None, *, support_levels: int) -> dict[str, np.ndarray]:
@@ -86,8 +92,11 @@ def unpacked(content: bytes, tables: CodeTables | None, *, support_levels: int) 
     coords, model = take_cells(reader, count, shape)
     reader.finish()
     reader = Reader(parts.codes)
-    codes = take_codes(reader, levels or 1, coords, shape, tables)
+    codes = take_codes(reader, levels or 1, coords, shape, tables, unlike=parts.magic == MAGIC_OF_LEVELS)
     reader.finish()
+    if parts.magic == MAGIC_OF_LEVELS:
+        arrays["levels"] = (codes != NO_CODE).sum(1).astype(np.uint8)
+        codes = np.maximum(codes, 0)
     arrays |= {"coords": coords.astype(np.int32), "codes": (codes[:, 0] if levels is None else codes).astype(np.int32)}
     if parts.support:
         reader = Reader(parts.support)
@@ -108,13 +117,14 @@ def check_tables(tokenizer: str, tables: CodeTables | None) -> None:
 
 
 def _split(content: bytes) -> Parts:
-    if len(content) < HEAD.size or content[:4] != MAGIC:
+    if len(content) < HEAD.size or content[:4] not in (MAGIC, MAGIC_OF_LEVELS):
         raise ValueError("its packed part does not begin as one")
     lengths = HEAD.unpack_from(content)[1:]
     if sum(lengths) != len(content) - HEAD.size:
         raise ValueError(f"its packed part should hold {sum(lengths)} bytes, it has {len(content) - HEAD.size}")
     stops = [HEAD.size + sum(lengths[: i + 1]) for i in range(4)]
-    return Parts(*(content[stop - length : stop] for stop, length in zip(stops, lengths, strict=True)))
+    streams = [content[stop - length : stop] for stop, length in zip(stops, lengths, strict=True)]
+    return Parts(content[:4], *streams)
 
 
 def _header(stored: bytes) -> dict[str, Any]:

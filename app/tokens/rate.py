@@ -50,5 +50,8 @@ def rate(parts: Parts, arrays: dict[str, np.ndarray], *, num_codes: int, file_by
     header = 8 * file_bytes - sum(streams)
     shape = tuple(int(n) for n in arrays["latent_shape"])
     support = 8 * sum(len(part) for name, part in arrays.items() if name.startswith("support_"))
-    codes = math.ceil(arrays["codes"].size * math.log2(num_codes))
+    number, told = arrays["codes"].size, 0.0
+    if "levels" in arrays:
+        number, told = int(arrays["levels"].sum()), len(arrays["levels"]) * math.log2(int(arrays["levels"].max()))
+    codes = math.ceil(number * math.log2(num_codes) + told)
     return Rate(Bits(8 * octree_bytes(arrays["coords"], shape), codes, support, header), Bits(*streams, header))

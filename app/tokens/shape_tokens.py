@@ -15,13 +15,13 @@ from app.shapes.bands import Shape, check_surface, mesh_affine, shape_of
 from app.shapes.mesh_files import READERS, Mesh, read_mesh
 from app.shapes.shape_files import read_shape
 from app.shared.hashes import hash_path
-from app.shared.refusals import Refused, fail
+from app.shared.refusals import Refused
 from app.tokens.open_scan import ScanSource, Wanted
 from app.tokens.token_files import CTTokens, latent_to_voxel
 from app.tokens.tokenizer import CTTokenizer
 from networks.sparse import SparseTensor
+from networks.support import support_of
 from networks.tiles import Decoded, encode_whole
-from networks.vqvae import support_of
 from transforms.isosurface import surface_of_band
 
 KEEP = "band"
@@ -40,7 +40,7 @@ def encode_shape(
     opened = source.open(Wanted()) if isinstance(source, ScanSource) else source
     shape = opened.shape
     x = shape_tensor(tokenizer, shape)
-    with tokenizer.computing():
+    with torch.inference_mode():
         made = encode_whole(tokenizer.network, x, max_points=tokenizer.max_points, levels=levels)
     return CTTokens(
         codes=made.codes.cpu().numpy(),
@@ -90,7 +90,8 @@ def band_mesh(values: SparseTensor, affine: np.ndarray) -> Mesh:
 def shapes_in(source: Path, resolution: int) -> Iterator[ScanSource]:
     """Files of signed distance and meshes at a path; of several resolutions of a shape the tokenizer's own."""
     if not source.exists():
-        fail("NO_SOURCE", f"{source} does not exist", "give a mesh, a file of signed distance, or a folder of them")
+        what = f"{source} does not exist"
+        raise Refused("NO_SOURCE", what, "give a mesh, a file of signed distance, or a folder of them")
     if source.is_dir():
         files = [file for file in sorted(source.rglob("*")) if file.suffix.lower() in READERS]
         files += sorted(source.rglob(f"*_r{resolution}.npz"))

@@ -1,6 +1,7 @@
 """Token files: the one reader and the one writer of `.npz` files with a volume's codes and all that decoding needs.
 
-Codes and coordinates lie in Morton order of the latent grid. A file from outside is hostile: nothing in it is executed,
+Codes and coordinates lie in Morton order of the latent grid; where cells have unlike numbers of codes, `levels` says
+how many each has, and `codes` holds 0 beyond them. A file from outside is hostile: nothing in it is executed,
 every array is checked against its own header before memory is taken, and contents that contradict each other are
 refused. A packed file holds the same in fewer bytes (packing.py) and takes the code tables of its tokenizer to be read.
 Knows no network.
@@ -9,12 +10,12 @@ Knows no network.
 import io
 import math
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int32, UInt8
+from jaxtyping import Float, Int32, Int64, UInt8
 from numpy.lib import format as npy
 
 from app.shared.array_files import UNREADABLE, read_arrays
@@ -23,9 +24,11 @@ from app.shared.refusals import Refused
 from app.tokens import packing
 from app.tokens.code_tables import CodeTables
 from app.tokens.rate import Rate, rate
+from networks.residual import NO_CODE
 from networks.sparse.topology import bits_for, morton_keys
 
 VERSION = 2
+VERSION_OF_LEVELS = 3  # cells of unlike numbers of codes: older software would take what is not there for codes
 PACKED = "packed"  # the one array of a packed file
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the same tokens give the same bytes
 SUPPORT_LEVELS = 3  # support_0: children of each latent; support_1, support_2: of each cell of the two levels below
@@ -40,7 +43,7 @@ class CTTokens:
     way here; files of older software do not say.
     """
 
-    codes: Int32[np.ndarray, "M ..."]  # (M,), or (M, levels)
+    codes: Int32[np.ndarray, "M ..."]  # (M,), or (M, levels), NO_CODE where a cell has fewer
     coords: Int32[np.ndarray, "M 3"]
     latent_shape: tuple[int, int, int]
     affine: Float[np.ndarray, "4 4"]
@@ -58,17 +61,27 @@ class CTTokens:
 
     @property
     def levels(self) -> int:
-        """Codes a latent."""
+        """Codes a latent, at most."""
         return 1 if self.codes.ndim == 1 else self.codes.shape[1]
 
+    @property
+    def mean_levels(self) -> float:
+        return float((self.codes != NO_CODE).sum() / len(self.codes))
+
     def first_levels(self, levels: int | None) -> Int32[np.ndarray, "M ..."]:
-        """The codes of the first quantiser levels; None: of all there are."""
+        """The codes of the first quantiser levels, of a cell with fewer all; None: of all there are."""
         if levels is None or levels == self.levels:
             return self.codes
         if not 1 <= levels <= self.levels:
             what = f"levels must lie in 1..{self.levels}, the levels of these tokens, got {levels}"
             raise Refused("TOO_FEW_LEVELS", what)
         return np.ascontiguousarray(self.codes[:, 0] if levels == 1 else self.codes[:, :levels])
+
+    def with_levels(self, levels: Int64[np.ndarray, " M"]) -> "CTTokens":
+        """With so many codes of each cell, of its first ones."""
+        codes = np.where(np.arange(self.levels) < levels[:, None], self.codes, np.int32(NO_CODE))
+        kept = replace(self, codes=codes)
+        return replace(kept, codes=kept.first_levels(int(levels.max())))
 
     @property
     def grid_shape(self) -> tuple[int, int, int]:
@@ -128,8 +141,9 @@ def is_packed(path: Path) -> bool:
 
 
 def _arrays_of(tokens: CTTokens) -> dict[str, np.ndarray]:
+    there = tokens.codes != NO_CODE
     arrays = {
-        "codes": tokens.codes.astype(np.min_scalar_type(int(tokens.codes.max()))),
+        "codes": np.where(there, tokens.codes, 0).astype(np.min_scalar_type(int(tokens.codes.max()))),
         "coords": tokens.coords.astype(np.int32),
         "latent_shape": np.array(tokens.latent_shape, np.int32),
         "affine": np.asarray(tokens.affine, np.float64),
@@ -141,8 +155,10 @@ def _arrays_of(tokens: CTTokens) -> dict[str, np.ndarray]:
         "spacing": np.array(tokens.spacing, np.float64),
         "keep": np.array(tokens.keep),
         "tokenizer": np.array(tokens.tokenizer),
-        "version": np.array(VERSION, np.int32),
+        "version": np.array(VERSION if there.all() else VERSION_OF_LEVELS, np.int32),
     }
+    if not there.all():
+        arrays["levels"] = there.sum(1).astype(np.uint8)
     if tokens.findings is not None:
         arrays["findings"] = np.array(tokens.findings, np.str_)
     if tokens.voxels is not None:
@@ -174,13 +190,10 @@ def read_tokens(path: str | Path, *, tables: CodeTables | None = None) -> CTToke
 
 
 def _tokens_of(arrays: dict[str, np.ndarray]) -> CTTokens:
-    if (version := int(arrays["version"])) > VERSION:
-        raise ValueError(f"it is of version {version}, this software reads up to {VERSION}")
-    codes, coords = arrays["codes"], arrays["coords"]
+    if (version := int(arrays["version"])) > VERSION_OF_LEVELS:
+        raise ValueError(f"it is of version {version}, this software reads up to {VERSION_OF_LEVELS}")
+    codes, coords = _codes(arrays), arrays["coords"]
     shape = _triple(arrays["latent_shape"], "latent_shape")
-    whole = codes.dtype.kind in "iu" and codes.ndim in (1, 2) and codes.size > 0
-    if not whole or codes.min() < 0 or codes.max() >= 1 << 31:
-        raise ValueError(f"codes must be integers from 0 up, (M,) or (M, levels), got {codes.dtype} {codes.shape}")
     if coords.dtype.kind != "i" or coords.shape != (len(codes), 3):
         raise ValueError(f"coords must be integers ({len(codes)}, 3), got {coords.dtype} {coords.shape}")
     if coords.min() < 0 or (coords >= np.array(shape)).any():
@@ -196,7 +209,7 @@ def _tokens_of(arrays: dict[str, np.ndarray]) -> CTTokens:
     if bool((keys[1:] <= keys[:-1]).any()):
         raise ValueError("coords are not in Morton order, or not unique")
     return CTTokens(
-        codes=codes.astype(np.int32),
+        codes=codes,
         coords=coords.astype(np.int32),
         latent_shape=shape,
         affine=affine,
@@ -212,6 +225,27 @@ def _tokens_of(arrays: dict[str, np.ndarray]) -> CTTokens:
         support=_support(arrays, len(codes)),
         voxels=_count(arrays["voxels"], "voxels") if "voxels" in arrays else None,
     )
+
+
+def _codes(arrays: dict[str, np.ndarray]) -> Int32[np.ndarray, "M ..."]:
+    """The codes of each cell; where `levels` says that it has fewer than others, NO_CODE beyond them."""
+    codes = arrays["codes"]
+    whole = codes.dtype.kind in "iu" and codes.ndim in (1, 2) and codes.size > 0
+    if not whole or codes.min() < 0 or codes.max() >= 1 << 31:
+        raise ValueError(f"codes must be integers from 0 up, (M,) or (M, levels), got {codes.dtype} {codes.shape}")
+    codes = codes.astype(np.int32)
+    if "levels" not in arrays:
+        return codes
+    levels, most = arrays["levels"], 1 if codes.ndim == 1 else codes.shape[1]
+    if levels.dtype.kind != "u" or levels.shape != (len(codes),):
+        raise ValueError(f"levels must be unsigned integers ({len(codes)},), got {levels.dtype} {levels.shape}")
+    if most == 1 or levels.min() < 1 or levels.max() != most:
+        told = f"{levels.min()} to {levels.max()}"
+        raise ValueError(f"levels and codes contradict each other: {told} codes a cell, and codes {codes.shape}")
+    lacking = np.arange(most) >= levels[:, None]
+    if codes[lacking].any():
+        raise ValueError(f"levels and codes contradict each other: {int((codes[lacking] > 0).sum())} codes too many")
+    return np.where(lacking, np.int32(NO_CODE), codes)
 
 
 def _support(arrays: dict[str, np.ndarray], num_tokens: int) -> tuple[np.ndarray, ...] | None:

@@ -2,8 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,18 +12,20 @@ import torch
 from jaxtyping import Float, Int32
 
 from app.shared.devices import choose_device
-from app.shared.refusals import Refused, fail
+from app.shared.refusals import Refused
 from app.tokens import open_scan
+from app.tokens.allocation import spread_levels, squared_errors
 from app.tokens.bundles import check_description
 from app.tokens.code_tables import CodeTables, tables_of
 from app.tokens.open_scan import Scan, Volume
 from app.tokens.token_files import CTTokens, latent_to_voxel, read_tokens
-from app.training import checkpoints, data, shipped
+from app.training import checkpoints, data, seals, shipped
 from app.training.checkpoints import NEWEST_TOKENIZERS, averaged_file, complete_steps, step_file
 from networks.presets import Preset
 from networks.sparse import SparseTensor
+from networks.support import support_of
 from networks.tiles import Decoded, decode_whole, encode_whole
-from networks.vqvae import SparseVQVAE, Tokens, support_of
+from networks.vqvae import BatchTokens, SparseVQVAE
 from transforms import Windowsd
 from transforms.grid import CUT_OFF, RESAMPLER
 from transforms.sparse import densify, fill_for
@@ -70,7 +71,8 @@ class CTTokenizer:
 
     def __init__(self, network: SparseVQVAE, *, digest: str, source: str = "", max_points: int | None = None):
         if network.vq is None:
-            fail("NO_CODEBOOK", "a continuous autoencoder makes no tokens", "give the output folder of stage 1 or 2")
+            what = "a continuous autoencoder makes no tokens"
+            raise Refused("NO_CODEBOOK", what, "give the output folder of stage 1 or 2")
         self.network, self.digest, self.source = network.eval(), digest, source
         self.max_points = max_points or network.sizes.max_points
 
@@ -87,7 +89,7 @@ class CTTokenizer:
         log.info("tokenizer %s", file)
         if checkpoints.is_resampled_otherwise(network.sizes):
             log.warning("%s", OTHER_RESAMPLER.format(file=file.name, now=RESAMPLER))
-        digest = checkpoints.weights_hash(network.state_dict())
+        digest = seals.weights_hash(network.state_dict())
         check_description(file, network.sizes, digest)
         made = cls(network, digest=digest, source=str(file), max_points=max_points)
         made.network.to(choose_device() if device is None else device)
@@ -110,18 +112,29 @@ class CTTokenizer:
         """What `app.tokens.open_scan` calls a scan; a raw one on the grid that the training data were prepared on."""
         return open_scan.open_scan(scan, self.sizes.windows, grid=self.sizes.prepared, tables=self.tables)
 
-    def encode(self, scan: Any, *, support: bool = False, levels: int | None = None) -> CTTokens:
+    def check_levels(self, levels: float | None) -> float:
+        """How many levels are meant, a fraction of them on average over the cells; None means all there are."""
+        fraction = levels is not None and not float(levels).is_integer()
+        if fraction and 1 < levels < self.sizes.quantizer_levels and self.sizes.features == "window":
+            return levels
+        return self.network.check_levels(levels)
+
+    def encode(self, scan: Any, *, support: bool = False, levels: float | None = None) -> CTTokens:
         """Tokens of a scan: a path (case or raw), a PreparedCase, a nibabel image, a MetaTensor, (array, affine).
 
         A token file gives what it holds, if it is of this tokenizer.
         With `support` the tokens also carry which voxels there were, so that decoding need not predict them. Of a
-        tokenizer with several quantiser levels the first `levels` alone are kept, fewer bits for a coarser volume.
+        tokenizer with several quantiser levels the first `levels` alone are kept, fewer bits for a coarser volume. A
+        fraction is their mean: each cell keeps as many as pay, found by decoding each prefix once.
         """
-        self.network.check_levels(levels)
+        wanted = self.check_levels(levels)
+        whole = float(wanted).is_integer()
         looked = scan if isinstance(scan, Looked) else self.look(scan)
         if isinstance(looked, CTTokens):
-            self.check(looked)
-            return dataclasses.replace(looked, codes=looked.first_levels(levels))
+            self.check_tokens(looked)
+            if not whole:
+                raise Refused("BAD_VALUE", f"levels must be a whole number for tokens, got {wanted}", "give the scan")
+            return dataclasses.replace(looked, codes=looked.first_levels(None if levels is None else int(levels)))
         scan, (x, affine, beyond) = looked.scan, self._on_device(looked)
         findings = [code for code in scan.codes if code != "OK"]
         if beyond >= CUT_OFF:
@@ -130,9 +143,11 @@ class CTTokenizer:
                 "%s: %.1f %% of what is denser than air lies beyond the %g mm grid", scan.name, 100 * beyond, side
             )
             findings.append("FOV_CROPPED")
-        with self.computing():
-            tokens = encode_whole(self.network, x, max_points=self.max_points, levels=levels)
-        return CTTokens(
+        with torch.inference_mode():
+            tokens = encode_whole(
+                self.network, x, max_points=self.max_points, levels=int(wanted) if whole else None
+            )
+        made = CTTokens(
             codes=tokens.codes.cpu().numpy(),
             coords=tokens.coords[:, 1:].cpu().numpy(),
             latent_shape=tokens.latent_shape,
@@ -149,6 +164,19 @@ class CTTokenizer:
             support=tuple(part.cpu().numpy() for part in support_of(x.level)) if support else None,
             voxels=len(x),
         )
+        if whole:
+            return made
+        prefixes = (self.decode_sparse(made, levels=number).values for number in range(1, made.levels + 1))
+        volumes = (dense_hu(values, self.sizes) for values in prefixes)
+        return made.with_levels(spread_levels(self.errors_by_level(x, volumes), wanted))
+
+    def errors_by_level(
+        self, x: SparseTensor, volumes: Iterable[Float[np.ndarray, "X Y Z"]]
+    ) -> Float[np.ndarray, "M L"]:
+        """Squared errors in HU, summed over the voxels of each cell, of `volumes` from one code a cell, two, and on."""
+        hu, coords = hu_from_windows(x.feats.float().cpu().numpy(), self.sizes.windows), x.coords[:, 1:].cpu().numpy()
+        owner = torch.unique_consecutive(x.level.keys >> 9, return_inverse=True)[1].cpu().numpy()  # of eight a side
+        return np.stack([squared_errors(hu, volume, coords, owner) for volume in volumes], 1)
 
     def look(self, scan: Any) -> Looked | CTTokens:
         """What encoding does before the network, on the CPU: opens a scan, brings it onto the grid, takes its rows."""
@@ -156,14 +184,6 @@ class CTTokenizer:
         if isinstance(opened, CTTokens):
             return opened
         return Looked(opened._replace(volume=None), *self._rows(opened.volume))
-
-    @contextmanager
-    def computing(self) -> Iterator[None]:
-        """Without records for gradients; on a card with bf16 in the type that training had there, sums in float32."""
-        kind = self.device.type
-        half = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=half):
-            yield
 
     def features(self, volume: Volume) -> Seen:
         """What the network sees of a RAS volume."""
@@ -177,9 +197,8 @@ class CTTokenizer:
         """The last fields of a `Looked`."""
         sizes = self.sizes
         if sizes.features != "window":
-            raise Refused(
-                "BAD_TOKENIZER", f"this tokenizer was trained on features {sizes.features}, a scan gives windows"
-            )
+            what = f"this tokenizer was trained on features {sizes.features}, a scan gives windows"
+            raise Refused("BAD_TOKENIZER", what)
         steps = data.preprocessing(
             resolution=sizes.resolution, spacing=sizes.spacing, keep=sizes.keep, windows=sizes.windows
         )
@@ -203,23 +222,23 @@ class CTTokenizer:
 
     def decode_sparse(self, tokens: CTTokens, *, use_support: bool = True, levels: int | None = None) -> Decoded:
         """Window values on the stored support where the tokens carry one, else on predicted voxels."""
-        self.check(tokens)
+        self.check_tokens(tokens)
         rows = torch.nn.functional.pad(torch.from_numpy(tokens.coords), (1, 0)).to(self.device)
         codes = torch.from_numpy(tokens.first_levels(levels)).to(self.device)
         support = None
         if use_support and tokens.support is not None:
             support = [torch.from_numpy(part).to(self.device) for part in tokens.support]
-        given = Tokens(codes, rows, tokens.latent_shape, 1)
-        with self.computing():
+        given = BatchTokens(codes, rows, tokens.latent_shape, 1)
+        with torch.inference_mode():
             return decode_whole(self.network, given, support=support, max_points=self.max_points)
 
     def read(self, path: str | Path) -> CTTokens:
         """The tokens in a file of this tokenizer, packed or plain."""
         tokens = read_tokens(path, tables=self.tables)
-        self.check(tokens)
+        self.check_tokens(tokens)
         return tokens
 
-    def check(self, tokens: CTTokens) -> None:
+    def check_tokens(self, tokens: CTTokens) -> None:
         """Raises unless this very tokenizer made the tokens."""
         sizes = self.sizes
         if tokens.tokenizer != self.digest:
@@ -258,7 +277,7 @@ def find_tokenizer(path: str | Path | None) -> Path:
         newest = [step_file(stage, "misc", complete_steps(stage)[-1]).stat().st_mtime for stage in stages]
         path = stages[newest.index(max(newest))] if stages else shipped.DEFAULT if shipped.names() else None
     if path is None:
-        fail(
+        raise Refused(
             "NO_TOKENIZER",
             f"there is no tokenizer in {' or '.join(NEWEST_TOKENIZERS)}",
             "train one (python -m monai.bundle run training --config_file bundles/vq_stage1.json), "
@@ -267,6 +286,6 @@ def find_tokenizer(path: str | Path | None) -> Path:
     path = shipped.weights_of(path)
     if not path.exists():
         known = f"give a checkpoint, an output folder, an exported bundle, or a name: {shipped.names_in_words()}"
-        fail("NO_TOKENIZER", f"{path} does not exist", known)
+        raise Refused("NO_TOKENIZER", f"{path} does not exist", known)
     bundled = path / "models" / "model.pt"
     return bundled if bundled.is_file() else averaged_file(path)

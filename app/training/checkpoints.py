@@ -6,7 +6,6 @@ code and carry the sizes of their network (`networks.presets.Preset`).
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -19,18 +18,18 @@ import torch
 from torch import nn
 
 from app.shared.atomic_files import write_text
-from app.shared.refusals import Refused, fail
+from app.shared.refusals import Refused
 from app.training import shipped
 from app.training.key_rules import RULES
+from app.training.seals import content_hash, sealed, tensors_hash
 from networks import pretrained
 from networks.presets import CHECKSUM, Preset
 from networks.vqvae import SparseVQVAE, build_vqvae
 from transforms.grid import RESAMPLER
 
 log = logging.getLogger(__name__)
-
 NEWEST_TOKENIZERS = ("outputs/vq_stage2", "outputs/vq_stage1")
-OURS = re.compile(
+SET_FILE = re.compile(
     r"(?:misc|(?:vae|vqvae|align)(?:_ema[\d.e+-]+)?)_step(\d{7,})\.pt(\.part)?"
 )  # no other name is removed
 CODEBOOK_FIELDS = {"codebook", "num_embeddings", "rotation_trick", "normalize_codes", "quantizer_levels"}
@@ -44,10 +43,7 @@ def step_file(output_dir: Path, name: str, step: int) -> Path:
 
 def complete_steps(output_dir: str | Path) -> list[int]:
     """Steps whose set is whole, oldest first."""
-    found = (
-        re.fullmatch(r"misc_step(\d{7,})\.pt", path.name) for path in Path(output_dir, "ckpts").glob("misc_step*.pt")
-    )
-    return sorted(int(match[1]) for match in found if match)
+    return sorted(_files_of(output_dir, "misc"))
 
 
 def step_to_resume(output_dir: str | Path, resume: str | int | None) -> int | None:
@@ -58,11 +54,11 @@ def step_to_resume(output_dir: str | Path, resume: str | int | None) -> int | No
     if resume == "latest":
         return steps[-1] if steps else None
     if not isinstance(resume, int) or isinstance(resume, bool):
-        fail("BAD_RESUME", f"resume must be latest or a step, got {resume!r}", "pass --resume latest")
+        raise Refused("BAD_RESUME", f"resume must be latest or a step, got {resume!r}")
     if resume not in steps:
         kept = ", ".join(map(str, steps)) or "none"
         remedy = "pass one of these" if steps else "train without --resume"
-        fail("NO_CHECKPOINT", f"{output_dir} has no complete step {resume}; it has {kept}", remedy)
+        raise Refused("NO_CHECKPOINT", f"{output_dir} has no complete step {resume}; it has {kept}", remedy)
     return resume
 
 
@@ -70,7 +66,7 @@ def warm_up_step(output_dir: str | Path, resume: str | int | None) -> int | None
     """The step of a warm-up that `resume: latest` goes on with: one that no complete set has followed."""
     if resume != "latest" or complete_steps(output_dir):
         return None
-    return max((step for _, step in _warm_ups(output_dir)), default=None)
+    return max(_files_of(output_dir, "warmup"), default=None)
 
 
 def save_warm_up(output_dir: Path, step: int, content: dict) -> None:
@@ -80,14 +76,15 @@ def save_warm_up(output_dir: Path, step: int, content: dict) -> None:
 
 
 def drop_warm_ups(output_dir: Path, *, keep: int | None = None) -> None:
-    for path, step in _warm_ups(output_dir):
+    for step, path in _files_of(output_dir, "warmup").items():
         if step != keep:
             path.unlink()
 
 
-def _warm_ups(output_dir: str | Path) -> list[tuple[Path, int]]:
-    paths = list(Path(output_dir, "ckpts").glob("warmup_step*.pt"))
-    return [(path, int(match[1])) for path in paths if (match := re.fullmatch(r"warmup_step(\d{7,})\.pt", path.name))]
+def _files_of(output_dir: str | Path, name: str) -> dict[int, Path]:
+    """The files of one name by their step."""
+    paths = list(Path(output_dir, "ckpts").glob(f"{name}_step*.pt"))
+    return {int(match[1]): path for path in paths if (match := re.fullmatch(rf"{name}_step(\d{{7,}})\.pt", path.name))}
 
 
 def write_atomically(content: dict, path: Path) -> None:
@@ -103,7 +100,7 @@ def write_atomically(content: dict, path: Path) -> None:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         if isinstance(error, RuntimeError) and "unexpected pos" in reason:  # a write that came out short
             reason = "No space left on device"
-        fail("SAVE_FAILED", f"could not write {path} ({reason}); {last}", "free disk space, then --resume latest")
+        raise Refused("SAVE_FAILED", f"could not write {path} ({reason}); {last}") from error
 
 
 def save_set(output_dir: Path, step: int, weights: dict[str, dict], misc: dict) -> None:
@@ -127,7 +124,7 @@ def prune(output_dir: Path, keep_last: int) -> None:
 def _files_of_sets(output_dir: Path) -> list[tuple[Path, int, bool]]:
     """Files that runs of ours write to ckpts/, commit marks first: path, step and whether it is half written."""
     paths = sorted(Path(output_dir, "ckpts").glob("*_step*"), key=lambda path: not path.name.startswith("misc"))
-    matches = ((path, OURS.fullmatch(path.name)) for path in paths)
+    matches = ((path, SET_FILE.fullmatch(path.name)) for path in paths)
     return [(path, int(match[1]), match[2] is not None) for path, match in matches if match]
 
 
@@ -166,7 +163,8 @@ def best_score(output_dir: str | Path) -> dict[int, float]:
     stored = stored if isinstance(stored, dict) else {}
     step, score = stored.get("step"), stored.get("val_recon", stored.get("val_loss"))
     if type(step) is not int or step < 0 or type(score) not in (int, float) or not math.isfinite(score):
-        fail("BAD_RUN", f"{path} does not name a step and its score", "remove it: the newest step is taken then")
+        what = f"{path} does not name a step and its score"
+        raise Refused("BAD_RUN", what, "remove it: the newest step is taken then")
     return {step: score}
 
 
@@ -181,14 +179,14 @@ def read_tensors(path: str | Path) -> object:
             return shipped.read(Path(path))
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        fail("NO_CHECKPOINT", f"{path} does not exist", "train it first, or name another file or output folder")
+        raise Refused("NO_CHECKPOINT", f"{path} does not exist") from None
     except Refused:
         raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         if not zipfile.is_zipfile(path):  # what torch says then is about pickles, or a page long
             reason = "it is no checkpoint, or not a whole one"
-        fail("BAD_CHECKPOINT", f"{path} cannot be read ({reason})", "if it was cut short, use an older step")
+        raise Refused("BAD_CHECKPOINT", f"{path} cannot be read ({reason})") from error
 
 
 def averaged_file(path: str | Path) -> Path:
@@ -200,14 +198,14 @@ def averaged_file(path: str | Path) -> Path:
         return path
     steps = complete_steps(path)
     if not steps:
-        fail("NO_CHECKPOINT", f"{path} has no complete checkpoint", "train it first, or name another folder")
+        raise Refused("NO_CHECKPOINT", f"{path} has no complete checkpoint", "train it first, or name another folder")
     best = read_best(path)
     step = best if best in steps else steps[-1]
     averaged = (file for file, number, half in _files_of_sets(path) if number == step and not half)
     file = next((file for file in averaged if "_ema" in file.name), None)
     if file is None:
         what = f"{path} has no averaged weights of step {step}, so it is no tokenizer"
-        fail("NO_CHECKPOINT", what, "name the output folder of stage 0, 1 or 2")
+        raise Refused("NO_CHECKPOINT", what, "name the output folder of stage 0, 1 or 2")
     return file
 
 
@@ -222,13 +220,13 @@ def check_weights(state: object, path: str | Path) -> Preset:
     """The sizes of a state dict whose values are tensors, finite, and as they were written."""
     if pretrained.is_published(state):
         what = f"{path} holds the published autoencoder, which has no codebook"
-        fail(
+        raise Refused(
             "NO_CODEBOOK",
             what,
             "train one on it: bundles/vq_stage1.json with --pretrained_vae_path (docs/pretrained.md)",
         )
     if not isinstance(state, dict) or "_extra_state" not in state:
-        fail("FOREIGN_CHECKPOINT", f"{path} does not say what it was made for", "use a checkpoint of this project")
+        raise Refused("FOREIGN_CHECKPOINT", f"{path} does not say what it was made for")
     _check_tensors(state, path)
     try:
         stored = state["_extra_state"]
@@ -237,71 +235,18 @@ def check_weights(state: object, path: str | Path) -> Preset:
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         remedy = "update this software if a later one made it, else it is damaged: use another step"
-        fail("BAD_CHECKPOINT", f"the sizes in {path} cannot be read ({reason})", remedy)
+        raise Refused("BAD_CHECKPOINT", f"the sizes in {path} cannot be read ({reason})", remedy) from error
     if told is not None and told != tensors_hash(state):  # older files do not say
-        fail("BAD_CHECKPOINT", f"the weights in {path} are not those that were saved", "use another step or copy")
+        raise Refused("BAD_CHECKPOINT", f"the weights in {path} are not those that were saved")
     return sizes
 
 
 def _check_tensors(state: dict, path: str | Path) -> None:
     for name, value in state.items():
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
-            fail("BAD_CHECKPOINT", f"{path} holds no plain tensor as {name!r:.60}", "it is damaged: use another step")
+            raise Refused("BAD_CHECKPOINT", f"{path} holds no plain tensor as {name!r:.60}")
         if not value.isfinite().all():
-            fail("BAD_CHECKPOINT", f"{path} holds values that are no numbers, in {name}", "use an older step")
-
-
-def sealed(state: dict) -> dict:
-    """A state dict that carries the hash of its tensors beside its sizes, where it has any. Neither sizes nor identity
-    (`weights_hash` of the network's own state) know of it.
-    """
-    if "_extra_state" not in state:
-        return state
-    sizes = json.loads(bytes(state["_extra_state"].tolist())) | {CHECKSUM: tensors_hash(state)}
-    return {**state, "_extra_state": as_bytes(sizes)}
-
-
-def unsealed(stored: torch.Tensor) -> torch.Tensor:
-    sizes = json.loads(bytes(stored.tolist()))
-    return as_bytes({name: value for name, value in sizes.items() if name != CHECKSUM}) if CHECKSUM in sizes else stored
-
-
-def as_bytes(sizes: dict) -> torch.Tensor:
-    return torch.tensor(list(json.dumps(sizes).encode()), dtype=torch.uint8)
-
-
-def tensors_hash(state: dict) -> str:
-    return weights_hash({name: tensor for name, tensor in state.items() if name != "_extra_state"})
-
-
-def weights_hash(state: dict) -> str:
-    """sha256 over names and values, so the same for the same weights saved again elsewhere, sealed or not."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name] if name != "_extra_state" else unsealed(state[name])
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def content_hash(content: dict) -> str:
-    """sha256 over named values, lists and tensors in their order, without the hash that a dict tells of itself."""
-    digest = hashlib.sha256()
-
-    def add(value: object) -> None:
-        if isinstance(value, torch.Tensor):
-            digest.update(weights_hash({"": value}).encode())
-        elif isinstance(value, dict | list | tuple):
-            parts = value.items() if isinstance(value, dict) else value
-            digest.update(f"{type(value).__name__} {len(value)}\n".encode())
-            for part in parts:
-                add(part)
-        else:
-            digest.update(f"{value!r}\n".encode())
-
-    add({name: value for name, value in content.items() if name != CHECKSUM})
-    return digest.hexdigest()
+            raise Refused("BAD_CHECKPOINT", f"{path} holds values that are no numbers, in {name}")
 
 
 def load_tokenizer(path: str | Path) -> SparseVQVAE:
@@ -318,7 +263,8 @@ def load_weights(network: nn.Module, state: dict, path: str | Path) -> None:
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        fail("BAD_CHECKPOINT", f"{path} does not fit ({_first_misfit(error)})", "it may be damaged: use another step")
+        first = " ".join(str(error).split("\n\t")[1:2]).strip().rstrip(".")  # of what torch complains about
+        raise Refused("BAD_CHECKPOINT", f"{path} does not fit ({first or 'tensors of other sizes'})") from error
 
 
 def check_extent(sizes: Preset, state: dict, path: str | Path) -> None:
@@ -328,12 +274,7 @@ def check_extent(sizes: Preset, state: dict, path: str | Path) -> None:
     stored = sum(tensor.numel() for tensor in state.values())
     if wanted > 4 * stored + 1_000_000:
         what = f"{path} holds {stored:,} numbers, its sizes say {wanted:,}"
-        fail("BAD_CHECKPOINT", what, "it is damaged: use another step")
-
-
-def _first_misfit(error: RuntimeError) -> str:
-    """The first of what `load_state_dict` complains about."""
-    return (" ".join(str(error).split("\n\t")[1:2]) or "its tensors do not fit its sizes").strip().rstrip(".")
+        raise Refused("BAD_CHECKPOINT", what)
 
 
 def start_from(network: SparseVQVAE, path: str | Path, *, codebook: bool) -> Path:
@@ -345,24 +286,15 @@ def start_from(network: SparseVQVAE, path: str | Path, *, codebook: bool) -> Pat
         return file
     sizes = check_weights(state, file)
     if codebook and sizes.codebook == "none":
-        fail("NO_CODEBOOK", f"{file} is a continuous autoencoder without codes", "give the output folder of stage 1")
+        raise Refused("NO_CODEBOOK", f"{file} is a continuous autoencoder without codes")
     skip = {"rotation_trick"} if codebook else CODEBOOK_FIELDS  # how gradients pass is no part of the weights
     check_same(sizes, network.sizes, source=file, skip=skip)
     if is_resampled_otherwise(sizes):
         log.warning("%s learned from data resampled by an older rule, this run's are by %s", file.name, RESAMPLER)
-    own = {name: tensor for name, tensor in state.items() if name != "_extra_state" and not name.startswith("vq.")}
-    if codebook:
-        own |= {name: tensor for name, tensor in state.items() if name.startswith("vq.")}
-    try:
-        left = network.load_state_dict(own, strict=False)
-    except RuntimeError as error:
-        fail("BAD_CHECKPOINT", f"{file} does not fit ({_first_misfit(error)})", "it may be damaged: use another step")
-    missing = [n for n in left.missing_keys if n != "_extra_state" and (codebook or not n.startswith("vq."))]
-    if missing or left.unexpected_keys:
-        what = (
-            f"it lacks {', '.join(missing) or 'nothing'}, it has besides {', '.join(left.unexpected_keys) or 'nothing'}"
-        )
-        fail("BAD_CHECKPOINT", f"{file} does not fit ({what})", "it may be damaged: use another step")
+    own = () if codebook else ("vq.",)  # what of the network stays as it is, beside its sizes
+    taken = {name: tensor for name, tensor in state.items() if not name.startswith(("_extra_state", *own))}
+    kept = {name: part for name, part in network.state_dict().items() if name.startswith(("_extra_state", *own))}
+    load_weights(network, taken | kept, file)
     return file
 
 
@@ -372,13 +304,12 @@ def _start_from_published(network: SparseVQVAE, state: dict, file: Path) -> None
     wanted = "--preset direct3d_s2 and one feature a voxel (--features sdf, or a --window_type)"
     if network.sizes.pool != "legacy":
         what = f"{file} holds the published autoencoder, this run's network has pool {network.sizes.pool}"
-        fail("OTHER_TOKENIZER", what, f"pass {wanted}")
+        raise Refused("OTHER_TOKENIZER", what, f"pass {wanted}", status=2)
     try:
         own = pretrained.converted(state, network)
     except ValueError as error:
-        fail(
-            "WEIGHTS_MISFIT", f"{file} is not the published autoencoder of this run's sizes ({error})", f"pass {wanted}"
-        )
+        what = f"{file} is not the published autoencoder of this run's sizes ({error})"
+        raise Refused("WEIGHTS_MISFIT", what, f"pass {wanted}") from error
     network.load_state_dict(own, strict=False)  # strict already: what is not among them is heads and codebook
     log.info("published weights: %d tensors; heads and codebook are new", len(own))
 
@@ -395,11 +326,8 @@ def check_same(
         to_give = ", ".join(filter(None, (to_copy, *(flag for flag in flags if not flag.startswith("--")))))
         old, new = _plain(getattr(stored, name)), _plain(getattr(wanted, name))
         what = "data made with" if name in DATA_FIELDS else "a network with"
-        fail(
-            "OTHER_TOKENIZER",
-            f"{source} is for {what} {name} {old}, this run has {name} {new}",
-            f"pass {to_give}, or {otherwise}",
-        )
+        what = f"{source} is for {what} {name} {old}, this run has {name} {new}"
+        raise Refused("OTHER_TOKENIZER", what, f"pass {to_give}, or {otherwise}", status=2)
 
 
 def is_resampled_otherwise(sizes: Preset) -> bool:
@@ -413,7 +341,9 @@ def check_resampler(sizes: Preset, *, source: Path) -> None:
     if is_resampled_otherwise(sizes):
         before = sizes.resampler or "the resampler before it was recorded"
         what = f"{source} began on data resampled by {before}, this software resamples by {RESAMPLER}"
-        fail("OTHER_RESAMPLER", what, "begin in another --output_dir, from these weights with --init_from")
+        raise Refused(
+            "OTHER_RESAMPLER", what, "begin in another --output_dir, from these weights with --init_from", status=2
+        )
 
 
 def _plain(value: object) -> str:

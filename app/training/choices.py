@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 
-from app.shared.refusals import fail
+from app.shared.refusals import Refused
 from networks.sparse.ops import BACKENDS
 from transforms.windows import WINDOWS
 
@@ -26,15 +26,15 @@ def is_demo(
     A tokenizer learns from a `dataset_dir`; an alignment from text (`data`) or from a `dataset` by its dotted path.
     """
     if scale not in SCALES:
-        fail("BAD_VALUE", f"scale must be auto, demo or full, got {scale!r}", "leave --scale out for auto")
+        raise Refused("BAD_VALUE", f"scale must be auto, demo or full, got {scale!r}", "leave --scale out for auto")
     given = {"data": data is not None, "dataset": dataset is not None, "dummy_data": dummy_data}
     if sum(given.values()) > 1:
         both = " and ".join(name for name, is_given in given.items() if is_given)
-        fail("BAD_VALUE", f"{both} are both given", "give one of them")
+        raise Refused("BAD_VALUE", f"{both} are both given", "give one of them")
     own = dataset_dir is not None or given["data"] or given["dataset"]
     if scale == "full" and not own:
         remedy = "pass --dataset_dir (an alignment: --data), or leave --scale out for the demo"
-        fail("NO_DATA", "scale full needs data", remedy)
+        raise Refused("NO_DATA", "scale full needs data", remedy)
     return scale == "demo" or (scale == "auto" and not own)
 
 
@@ -56,11 +56,12 @@ def window_names(
                 remedy = (
                     "choose among the windows there are, or add one under a name of its own to transforms/windows.py"
                 )
-                fail("BAD_VALUE", f"window {name} must be {width}/{level} (width/level in HU), got {given}", remedy)
+                what = f"window {name} must be {width}/{level} (width/level in HU), got {given}"
+                raise Refused("BAD_VALUE", what, remedy)
     return list(windows)
 
 
-def choose_backend(wanted: str | None = None) -> str:
+def backend_of_run(wanted: str | None = None) -> str:
     """The config's choice, else what SPARSE_BACKEND says, else auto. Backends of other projects mean auto."""
     for name in ("ATTN_BACKEND", "SPCONV_ALGO"):
         if os.environ.get(name):
@@ -69,10 +70,7 @@ def choose_backend(wanted: str | None = None) -> str:
     if named in ("auto", *BACKENDS):
         return named
     if wanted:
-        fail(
-            "BAD_VALUE",
-            f"sparse_backend must be auto or one of {', '.join(BACKENDS)}, got {wanted!r}",
-            "pass one of these",
-        )
+        what = f"sparse_backend must be auto or one of {', '.join(BACKENDS)}, got {wanted!r}"
+        raise Refused("BAD_VALUE", what, "pass one of these")
     log.info("SPARSE_BACKEND=%s is not among auto, %s: taking auto", named, ", ".join(BACKENDS))
     return "auto"

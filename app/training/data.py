@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +52,7 @@ class CTDataset(Dataset):
 
     def __init__(
         self,
-        cases: Sequence[PreparedCase],
+        cases: Sequence[Any],  # PreparedCases, or what a subclass reads
         *,
         preprocessing: Sequence[Transform],
         sampling: Sequence[Transform] = (),
@@ -73,7 +73,7 @@ class CTDataset(Dataset):
         self._settings = _settings_of(preprocessing)
         self._skipped: set[str] = set()
         self._told_cut = False
-        self._memory: dict[int, dict[str, Any]] = {}
+        self._memory: dict[Hashable, dict[str, Any]] = {}
         self._memory_left = cache_bytes  # in each process: what does not fit is read from the disk again
         for case in self.cases:
             missing = [name for name in self.windows if name not in case.window_names()]
@@ -109,11 +109,9 @@ class CTDataset(Dataset):
 
     def _draw(self, number: int, step: int) -> dict[str, Any]:
         case = self.cases[number]
-        self.sampling.set_random_state(seed=self._seed_of(case.case_id, step))
-        kept = self.kept(number)
-        item: dict[str, Any] = {key: v.numpy() if isinstance(v, torch.Tensor) else v for key, v in kept.items()}
-        for transform in self.sampling.transforms:  # not Compose's call: it hides a refusal behind a RuntimeError
-            item = transform(item)
+        kept = self.kept_voxels(number)
+        arrays = {key: v.numpy() if isinstance(v, torch.Tensor) else v for key, v in kept.items()}
+        item = self._sampled(arrays, case.case_id, step)
         if max(item["spatial_shape"]) > MAX_INT16_SIDE:
             raise ValueError(
                 f"sides of a grid must be at most {MAX_INT16_SIDE} voxels, got {tuple(item['spatial_shape'])}"
@@ -133,6 +131,14 @@ class CTDataset(Dataset):
             "affine": torch.from_numpy(item["affine"]),
         }
 
+    def _sampled(self, item: dict[str, Any], case_id: str, step: int) -> dict[str, Any]:
+        """With what is drawn for a case at a step."""
+        mix = np.random.SeedSequence([self.seed, step, zlib.crc32(case_id.encode())])
+        self.sampling.set_random_state(seed=int(mix.generate_state(1)[0]))
+        for transform in self.sampling.transforms:  # not Compose's call: it hides a refusal behind a RuntimeError
+            item = transform(item)
+        return item
+
     def _is_constant(self, rows: np.ndarray) -> bool:
         """Whether all rows have the same features; nearly always the first few tell that they have not."""
         for part in (rows[:1000], rows):
@@ -141,12 +147,7 @@ class CTDataset(Dataset):
                 return False
         return True
 
-    def _seed_of(self, case_id: str, step: int) -> int:
-        """Of what is drawn for a case at a step."""
-        mix = np.random.SeedSequence([self.seed, step, zlib.crc32(case_id.encode())])
-        return int(mix.generate_state(1)[0])
-
-    def kept(self, number: int) -> dict[str, Any]:
+    def kept_voxels(self, number: int) -> dict[str, Any]:
         """The cached part of a case: coords int16 (N, 3), values int16 HU (N,) or float (N, C), shape and affine."""
         if number in self._memory:
             return self._memory[number]
@@ -158,11 +159,15 @@ class CTDataset(Dataset):
             if file is not None:
                 self._write_cache(file, item)
         self._tell_cut(case, item)
-        size = sum(value.nbytes for value in item.values() if isinstance(value, torch.Tensor))
-        if size <= self._memory_left:
-            self._memory[number] = item
-            self._memory_left -= size
+        self._remember(number, item)
         return item
+
+    def _remember(self, key: Hashable, item: dict[str, Any]) -> None:
+        """Keeps an item at hand while there is room."""
+        size = item["coords"].nbytes + item["values"].nbytes
+        if size <= self._memory_left:
+            self._memory[key] = item
+            self._memory_left -= size
 
     def _tell_cut(self, case: PreparedCase, item: dict[str, Any]) -> None:
         """Once, for the first case that is larger than the grid: a cohort may have thousands."""

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from app.measures.tokenizer_metrics import count_codes, is_collapsed, perplexity
-from app.shared.refusals import fail
+from app.shared.refusals import Refused
 from app.training import checkpoints, pictures
 from app.training.checkpoints import unwrapped
 from app.training.forecast import advice_for, seconds_a_step
@@ -36,6 +36,15 @@ NEXT = {  # by the name of a stage's files: what to run on what it left
 MAX_PICTURED = 4
 
 
+class OnEvent:
+    """A handler that is called on one event of the trainer."""
+
+    on: CallableEventWithFilter | Events = Events.ITERATION_COMPLETED
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(self.on, self)
+
+
 class Due:
     """Event filter: every so many steps (or numbers of steps) and at the last; with `first` at the first too."""
 
@@ -46,16 +55,15 @@ class Due:
         return any(step % n == 0 for n in self.every) or step == engine.state.epoch_length or (self.first and step == 1)
 
 
-class BeginOrResume:
+class BeginOrResume(OnEvent):
     """Before the first step: a first validation, or the weights, optimizer and step of the run that is resumed."""
+
+    on = Events.STARTED
 
     def __init__(self, *, state: TrainingState, evaluator: SupervisedEvaluator, save: Callable[[Engine], None]):
         self.state, self.folder, self.evaluator, self.save = state, state.folder, evaluator, save
 
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.STARTED, self._start)
-
-    def _start(self, engine: SupervisedTrainer) -> None:
+    def __call__(self, engine: SupervisedTrainer) -> None:
         step = engine.last_saved_step = self.folder.start_step
         self.folder.step = step or 0
         if step is None:
@@ -76,13 +84,12 @@ class BeginOrResume:
         log.info("resumed at step %d", step)
 
 
-class StopAtNonFiniteLoss:
+class StopAtNonFiniteLoss(OnEvent):
     """Ends a run whose loss is no number, before anything of that step changes weights."""
 
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self._look)
+    on = IterationEvents.BACKWARD_COMPLETED
 
-    def _look(self, engine: Engine) -> None:
+    def __call__(self, engine: Engine) -> None:
         loss = engine.state.output["loss"]
         if math.isfinite(loss):
             return
@@ -93,24 +100,17 @@ class StopAtNonFiniteLoss:
         again = "start again with a lower learning_rate"
         if last is not None:
             again = "resume from it with a lower learning_rate (from an earlier step, if this comes again)"
-        fail(
-            "NOT_FINITE",
-            f"loss is {loss} at step {engine.state.iteration} on cases {cases}; {kept}",
-            f"{again}, or check these cases with `python -m app check`",
-            status=1,
-        )
+        what = f"loss is {loss} at step {engine.state.iteration} on cases {cases}; {kept}"
+        raise Refused("NOT_FINITE", what, f"{again}, or check these cases with `python -m app check`", status=1)
 
 
-class Average:
+class Average(OnEvent):
     """The averaged model follows the network after each step."""
 
     def __init__(self, *, averaged: AveragedModel, network: nn.Module):
         self.averaged, self.network = averaged, unwrapped(network)
 
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._follow)
-
-    def _follow(self, _engine: Engine) -> None:
+    def __call__(self, _engine: Engine) -> None:
         self.averaged.update_parameters(self.network)
 
 
@@ -173,7 +173,7 @@ class Console:
         )
 
 
-class MetricsRows:
+class MetricsRows(OnEvent):
     """A row of metrics.jsonl, and the same for TensorBoard, where due.
 
     Not MONAI's TensorBoardStatsHandler: the folder that its writer holds is moved by a run's first step.
@@ -182,25 +182,19 @@ class MetricsRows:
     def __init__(self, *, folder, optimizer: Optimizer, on: CallableEventWithFilter):
         self.folder, self.optimizer, self.on = folder, optimizer, on
 
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(self.on, self._write)
-
-    def _write(self, engine: Engine) -> None:
+    def __call__(self, engine: Engine) -> None:
         rate = self.optimizer.param_groups[0]["lr"]
         self.folder.record_step({"step": engine.state.iteration, **engine.state.output, "lr": rate})
 
 
-class CodebookWatch:
+class CodebookWatch(OnEvent):
     """Says when the codes of a step come to be nearly all the same, and when they no longer are."""
 
     def __init__(self, *, network: nn.Module, optimizer: Optimizer, on: CallableEventWithFilter):
         self.network, self.optimizer, self.on = unwrapped(network), optimizer, on
         self.collapsed = False
 
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(self.on, self._watch_codes)
-
-    def _watch_codes(self, engine: SupervisedTrainer) -> None:
+    def __call__(self, engine: SupervisedTrainer) -> None:
         codes = engine._process_function.codes
         if not codes:
             return
@@ -221,16 +215,13 @@ class CodebookWatch:
             log.info("the codebook is in use again at step %d: %d codes", step, int((level > 0).sum()))
 
 
-class LastValidation:
+class LastValidation(OnEvent):
     """Validates at the last step too, wherever a ValidationHandler's interval ends."""
 
     def __init__(self, *, folder, evaluator: SupervisedEvaluator):
         self.folder, self.evaluator = folder, evaluator
 
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._validate)
-
-    def _validate(self, engine: Engine) -> None:
+    def __call__(self, engine: Engine) -> None:
         if engine.state.iteration == engine.state.epoch_length and not self.folder.is_validated:
             self.evaluator.run()
 
@@ -259,14 +250,11 @@ class Pictures:
             self.folder.record_picture(partial(pictures.montage, self.samples))
 
 
-class Checkpoints:
+class Checkpoints(OnEvent):
     """A complete set of files where due: weights, and what resuming needs."""
 
     def __init__(self, *, state: TrainingState, keep_last: int, on: CallableEventWithFilter):
         self.state, self.keep_last, self.on = state, keep_last, on
-
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(self.on, self)
 
     def __call__(self, engine: SupervisedTrainer) -> None:
         engine.last_saved_step = step = engine.state.iteration  # every rank has to be able to tell it
@@ -278,16 +266,15 @@ class Checkpoints:
         checkpoints.prune(self.state.folder.path, self.keep_last)
 
 
-class EndOfRun:
+class EndOfRun(OnEvent):
     """Lets loader workers go, and says what the run left and what comes next."""
+
+    on = Events.COMPLETED
 
     def __init__(self, *, folder, evaluator: SupervisedEvaluator):
         self.folder, self.evaluator = folder, evaluator
 
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.COMPLETED, self._close)
-
-    def _close(self, engine: SupervisedTrainer) -> None:
+    def __call__(self, engine: SupervisedTrainer) -> None:
         engine.data_loader.close()
         self.evaluator.data_loader.close()
         if idist.get_rank() == 0 and engine.last_saved_step == engine.state.iteration:

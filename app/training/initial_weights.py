@@ -19,7 +19,7 @@ from monai.engines import SupervisedTrainer
 from torch.utils.data import DataLoader
 
 from app.shared.places import bundles_folder
-from app.shared.refusals import fail
+from app.shared.refusals import Refused
 from app.training import checkpoints, shipped
 from app.training.state import TrainingState
 from app.training.step import SparseBatch, distribute, let_learn
@@ -140,7 +140,7 @@ class CodebookStart:
                 break
         rows = torch.cat(rows)
         if not rows.std(0).mean() > 1e-3:
-            fail(
+            raise Refused(
                 "CONSTANT_ENCODER",
                 f"the encoder gives the same output everywhere (spread {rows.std(0).mean():.2g})",
                 "give trained weights with --pretrained_vae_path, or null to train the autoencoder first",
@@ -148,11 +148,8 @@ class CodebookStart:
         try:
             vq.start_from(rows, generator=torch.Generator().manual_seed(self.warmup["seed"]))
         except ValueError as error:
-            fail(
-                "TOO_LITTLE_DATA",
-                str(error).split(":")[0],
-                "give more cases, larger crops (--max_points) or fewer codes (--num_embeddings)",
-            )
+            what = str(error).split(":")[0]
+            raise Refused("TOO_LITTLE_DATA", what) from error
         log.info("codebook of %d codes laid over %d encoder outputs", vq.num_embeddings, rows.shape[0])
 
 
@@ -186,7 +183,7 @@ class Stage2Start:
         if not path.is_file() and not checkpoints.complete_steps(path):
             if not self.demo or path != Path("outputs/vq_stage1"):
                 remedy = f"first run {STAGE1_COMMAND} with your dataset_dir"
-                fail("NO_STAGE1", f"{path} has no checkpoint of stage 1", remedy)
+                raise Refused("NO_STAGE1", f"{path} has no checkpoint of stage 1", remedy)
             train_demo_stage1("NO_STAGE1")
         log.info("weights from %s", checkpoints.start_from(self.network, path, codebook=True))
 
@@ -200,5 +197,5 @@ def train_demo_stage1(code: str) -> None:
         call = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", str(config)]
         alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         if status := subprocess.run(call, env=alone).returncode:
-            fail(code, f"stage 1 ended with status {status}", "see its output above", status=1)
+            raise Refused(code, f"stage 1 ended with status {status}", "see its output above", status=1)
     idist.barrier()

@@ -8,7 +8,6 @@ from app.phantoms.sentences import PLACES
 from networks.losses import LOSS_TYPES
 from networks.presets import CODEBOOKS, NORMS, POOLS, PRESETS
 from networks.tokens import REDUCTIONS
-from transforms import RandTranslated
 from transforms.sparse import KEEPS
 from transforms.windows import WINDOWS
 
@@ -149,7 +148,9 @@ RULES = {
     "keep": _choice(*KEEPS),
     "min_points": _count(1),
     "max_points": _count(1, optional=True),
-    "max_shift": Rule((int, float), RandTranslated.SHIFTS, holds=RandTranslated.is_shift),
+    "max_shift": Rule(
+        (int, float), "a share of the grid's side, from 0 to below 1", minimum=0, holds=lambda share: share < 1
+    ),
     "sharpness": Rule((int, float), "a number from 0 to 1", minimum=0, holds=lambda share: share <= 1),
     "slice_blur": Rule((int, float), "a number from 0 to 1", minimum=0, holds=lambda share: share <= 1),
     "grain": _number(0),
@@ -225,7 +226,7 @@ RULES = {
     "use_3d_pos": _switch(),
     "position": _choice("1d", "mrope3d"),
     "fusion": _choice("placeholder", "prefix"),
-    "projector_layers": _count(1),
+    "projector_layers": Rule(int, "a whole number from 1 to 64", minimum=1, holds=lambda layers: layers <= 64),
     "with_volumes": _switch(),
     "train_language": _switch(),
     "use_lora": _switch(),

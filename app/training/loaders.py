@@ -157,7 +157,7 @@ class _Points(Dataset):
         self.dataset = dataset
 
     def __getitem__(self, number: int) -> Any:
-        return or_refusal(lambda: len(self.dataset.kept(number)["coords"]))
+        return or_refusal(lambda: len(self.dataset.kept_voxels(number)["coords"]))
 
 
 def _count_points(dataset: CTDataset, numbers: Sequence[int], *, num_workers: int) -> list[int]:
@@ -166,32 +166,16 @@ def _count_points(dataset: CTDataset, numbers: Sequence[int], *, num_workers: in
 
 
 class CaseLoader(DataLoader):
-    """A DataLoader that raises a worker's refusal as what it is. Signals that end the run do not end its workers.
-
-    For a card it holds one batch more, `following`, so that work on it can begin while the card is at the last one.
-    """
+    """A DataLoader that raises a worker's refusal as what it is. Signals that end the run do not end its workers."""
 
     def __init__(self, dataset: Dataset, **options: Any) -> None:
         super().__init__(dataset, worker_init_fn=serve_to_the_end, **options)
-        self.following: Any = None
 
     def __iter__(self) -> Iterator[Any]:
-        batches = super().__iter__()
-        if self.pin_memory:
-            batches = self._one_ahead(batches)
-        for batch in batches:
+        for batch in super().__iter__():
             if isinstance(batch, Refusal):
                 raise batch.error
             yield batch
-
-    def _one_ahead(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """A refusal waits for its turn, as the batches before it are good."""
-        batch = next(batches, None)
-        while batch is not None:
-            coming = next(batches, None)
-            self.following = None if isinstance(coming, Refusal) else coming
-            yield batch
-            batch = coming
 
     def close(self) -> None:
         """Lets the workers go while the interpreter is whole: left to its exit, each can take seconds to give up."""

@@ -1,8 +1,8 @@
 """Everything checked before anything is trained: the call, the config, and that a refusal ends it in one line.
 
-MONAI accepts a mistyped flag, drops `--x None` and skips a plain-text step, all in silence. `check`, the first step of
-every bundle, refuses these. It is given the call by `train.py`; under MONAI's own command line it reads that again, and
-lays the hook that turns MONAI's forty-line chain into the refusal behind it.
+MONAI accepts a mistyped flag, drops `--x None` and skips a plain-text step, all in silence. `check_run`, the first step
+of every bundle, refuses these. It is given the call by `train.py`; under MONAI's own command line it reads that again,
+and lays the hook that turns MONAI's forty-line chain into the refusal behind it.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,7 +25,7 @@ from fire.parser import DefaultParseValue
 from monai.bundle import ConfigParser
 from monai.bundle.config_item import ComponentLocator
 
-from app.shared.refusals import Refused, fail, refusal_of, say
+from app.shared.refusals import Refused, refusal_of, say
 from app.training.key_rules import OTHER_NAMES, RULES
 
 log = logging.getLogger(__name__)
@@ -95,14 +95,14 @@ def load_config(files: str | Sequence[str]) -> dict[str, Any]:
     files = [files] if isinstance(files, str) else list(files)
     for file in files:
         if not Path(file).is_file():
-            fail("NO_CONFIG", f"config file {file} does not exist", "check the path")
+            raise Refused("NO_CONFIG", f"config file {file} does not exist")
     try:
         return ConfigParser.load_config_files(files)
     except Exception as error:  # what parsers of JSON and YAML raise, and what is no object inside
         raise Refused("BAD_CONFIG", f"{', '.join(files)} cannot be read ({str(error).splitlines()[0]})") from error
 
 
-def check(call: CommandLine | None = None) -> None:
+def check_run(call: CommandLine | None = None) -> None:
     """The first step of every bundle. Without a call it reads MONAI's command line. Says what open keys come to."""
     if call is None:
         one_line_errors()
@@ -118,11 +118,10 @@ def check_call(call: CommandLine) -> None:
     """Refuses what is wrong with a call or its config."""
     if call.run_id not in call.config:
         steps = [name for name in STEP_LISTS if name in call.config]
-        near = difflib.get_close_matches(call.run_id, steps, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(steps)}"
-        fail("UNKNOWN_RUN", f"this config has no {call.run_id} to run", hint)
+        hint = nearest(call.run_id, steps, otherwise=f"it has {', '.join(steps)}")
+        raise Refused("UNKNOWN_RUN", f"this config has no {call.run_id} to run", hint)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "process_group" not in call.config:
-        fail(
+        raise Refused(
             "NO_OVERLAY",
             f"torchrun started {os.environ['WORLD_SIZE']} processes, this config is for one: each would do it all",
             "lay bundles/multi_gpu.json over it: --config_file \"['bundles/….json','bundles/multi_gpu.json']\"",
@@ -135,7 +134,7 @@ def check_call(call: CommandLine) -> None:
     for name, value in call.overrides.items():
         _check_override(name, value, call)
     if call.overrides.get("windows") is not None and call.overrides.get("window_type") is not None:
-        fail("BAD_VALUE", "windows and window_type are both given", "give one of them")
+        raise Refused("BAD_VALUE", "windows and window_type are both given", "give one of them")
 
 
 def _check_override(name: str, value: Any, call: CommandLine) -> None:
@@ -144,13 +143,10 @@ def _check_override(name: str, value: Any, call: CommandLine) -> None:
     if path[0] not in call.config or is_part:
         known = [ours for ours in OTHER_NAMES.get(path[0], ()) if ours.split()[0] in {*call.config, "torchrun"}]
         if known:
-            fail("UNKNOWN_KEY", f"this run has no key {path[0]}", f"here it is {known[0]}")
+            raise Refused("UNKNOWN_KEY", f"this run has no key {path[0]}", f"here it is {known[0]}")
         if is_part and name not in RULES:
-            fail(
-                "UNKNOWN_KEY",
-                f"{name} is a part of this config, not a setting",
-                "override it with a dict, or by # keys",
-            )
+            what = f"{name} is a part of this config, not a setting"
+            raise Refused("UNKNOWN_KEY", what, "override it with a dict, or by # keys")
         if not is_part:
             _unknown(path[0], call.config)
     node: Any = call.config
@@ -164,12 +160,12 @@ def _check_override(name: str, value: Any, call: CommandLine) -> None:
             return
         rule = RULES.get(name)
         if rule is not None and not rule.optional:
-            fail(
-                "BAD_VALUE", f"{name} cannot be null, it must be {rule.says}", f"pass another --{name} or leave it out"
-            )
+            what = f"{name} cannot be null, it must be {rule.says}"
+            raise Refused("BAD_VALUE", what, f"pass another --{name} or leave it out")
         if call.raw[name] == "$None":
             return
-        fail("NULL_IGNORED", f"MONAI ignores --{name} None and keeps {node!r}", f"write --{name} '$None' to set null")
+        what = f"MONAI ignores --{name} None and keeps {node!r}"
+        raise Refused("NULL_IGNORED", what, f"write --{name} '$None' to set null")
     if len(path) == 1 and name in RULES:
         _check_value(name, value)
 
@@ -182,13 +178,20 @@ def _check_value(name: str, value: Any) -> None:
     if is_made or (value is None and rule.optional):
         return
     if not rule.allows(value):
-        fail("BAD_VALUE", f"{name} must be {rule.says}, got {value!r}", f"pass another --{name}")
+        raise Refused("BAD_VALUE", f"{name} must be {rule.says}, got {value!r}", f"pass another --{name}")
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str, *, cutoff: float = 0.6) -> str:
+    """What to do about a name that is not known."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f"did you mean {near[0]}?" if near else otherwise
 
 
 def _unknown(name: str, known: dict, *, under: str = "") -> NoReturn:
-    near = difflib.get_close_matches(name, [*known, *(() if under else ("config_file",))], n=1, cutoff=0.5)
     where = f"{under} has no key {name}" if under else f"this run has no key {name}"
-    fail("UNKNOWN_KEY", where, f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(map(str, known)))}")
+    has = f"it has {', '.join(sorted(map(str, known)))}"
+    hint = nearest(name, [*known, *(() if under else ("config_file",))], has, cutoff=0.5)
+    raise Refused("UNKNOWN_KEY", where, hint)
 
 
 def _check_structure(config: dict[str, Any]) -> None:
@@ -197,12 +200,12 @@ def _check_structure(config: dict[str, Any]) -> None:
         steps = config.get(name, config.get("+" + name, []))
         for i, step in enumerate(steps if isinstance(steps, list) else [steps]):
             if isinstance(step, str) and not re.match(rf"[$%]|@{REFERENCE}$", step):
-                fail("PLAIN_STEP", f"{name}#{i} is plain text and would do nothing: {step!r}", "begin it with $")
+                raise Refused("PLAIN_STEP", f"{name}#{i} is plain text and would do nothing: {step!r}")
     for path, key, value in walk(config):
         if isinstance(key, str) and key not in SPECIAL_KEYS:
             meant = difflib.get_close_matches(key.lower(), SPECIAL_KEYS, n=1, cutoff=0.8)
             if meant and (key.startswith("_") or key.endswith("_")):
-                fail("BAD_TARGET_KEY", f"{path} holds {key}, which MONAI would pass over", f"write {meant[0]}")
+                raise Refused("BAD_TARGET_KEY", f"{path} holds {key}, which MONAI would pass over", f"write {meant[0]}")
         if isinstance(value, dict) and "_target_" in value:
             _check_component(path, value)
         if not isinstance(value, str) or value[:1] not in "$@":
@@ -212,9 +215,8 @@ def _check_structure(config: dict[str, Any]) -> None:
             for part in re.split(r"::|#", reference):
                 inside = isinstance(node, list) and part.isdigit() and int(part) < len(node)
                 if not inside and not (isinstance(node, dict) and part in node):
-                    near = difflib.get_close_matches(part, list(node) if isinstance(node, dict) else [], n=1)
-                    hint = f"did you mean {near[0]}?" if near else "define it, or remove the reference"
-                    fail("MISSING_REFERENCE", f"{path} refers to @{reference}, which does not exist", hint)
+                    hint = nearest(part, node if isinstance(node, dict) else (), "define it, or remove the reference")
+                    raise Refused("MISSING_REFERENCE", f"{path} refers to @{reference}, which does not exist", hint)
                 node = node[int(part)] if isinstance(node, list) else node[part]
 
 
@@ -229,12 +231,13 @@ def _check_component(path: str, node: dict[str, Any]) -> None:
     try:
         made = pydoc.locate(name)
     except pydoc.ErrorDuringImport as error:
-        fail("BAD_TARGET", f"{path} names {name}, which cannot be imported ({error.value})", "install what it needs")
+        what = f"{path} names {name}, which cannot be imported ({error.value})"
+        raise Refused("BAD_TARGET", what, "install what it needs") from error
     if made is None:
         module, _, last = name.rpartition(".")
-        near = difflib.get_close_matches(last, dir(pydoc.locate(module)) if pydoc.locate(module) else [], n=1)
-        hint = f"did you mean {module}.{near[0]}?" if near else "give the dotted path of a class or function"
-        fail("BAD_TARGET", f"{path} names {name}, which does not exist", hint)
+        there = pydoc.locate(module)
+        hint = nearest(last, dir(there) if there else (), "").replace("mean ", f"mean {module}.")
+        raise Refused("BAD_TARGET", f"{path} names {name}, which does not exist", hint)
     try:
         # an instance's own call: Python 3.12 gives members of an Enum the signature of their class
         takes = inspect.signature(
@@ -245,23 +248,22 @@ def _check_component(path: str, node: dict[str, Any]) -> None:
     named = [p for p in takes.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     lacking = [p.name for p in named if p.default is p.empty and p.name not in node]
     if lacking and node.get("_mode_", "default") == "default" and not node.get("_disabled_"):
-        fail("MISSING_ARGUMENT", f"{path} makes {name} without {', '.join(lacking)}", f"add {lacking[0]} to {path}")
+        what = f"{path} makes {name} without {', '.join(lacking)}"
+        raise Refused("MISSING_ARGUMENT", what, f"add {lacking[0]} to {path}")
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
         return
     for key in node:
         if not key.startswith("_") and key not in takes:
-            near = difflib.get_close_matches(key, list(takes), n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(takes)}"
-            fail("UNKNOWN_ARGUMENT", f"{path} gives {key}, which {name} does not take", hint)
+            hint = nearest(key, takes, otherwise=f"it takes {', '.join(takes)}")
+            raise Refused("UNKNOWN_ARGUMENT", f"{path} gives {key}, which {name} does not take", hint)
 
 
 def _check_word(path: str, name: str) -> None:
     """That MONAI has a component of this name."""
     table = ComponentLocator()
     if table.get_component_module_name(name) is None:
-        near = difflib.get_close_matches(name, list(table._components_table), n=1)
-        hint = f"did you mean {near[0]}?" if near else "give the dotted path of a class or function"
-        fail("BAD_TARGET", f"{path} names {name}, which MONAI does not have", hint)
+        hint = nearest(name, table._components_table, "")
+        raise Refused("BAD_TARGET", f"{path} names {name}, which MONAI does not have", hint)
 
 
 def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from app.shared.atomic_files import write_text
-from app.shared.refusals import fail
+from app.shared.refusals import Refused
 from app.training import checkpoints, preflight
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,8 @@ class RunFolder:
             for name in ("ckpts", "samples", "tb_logs"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            fail("NO_OUTPUT", f"cannot write to {self.path} ({error.strerror})", "pass another --output_dir")
+            what = f"cannot write to {self.path} ({error.strerror})"
+            raise Refused("NO_OUTPUT", what, "pass another --output_dir") from error
         file = logging.FileHandler(self.path / "log.txt")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         file.handleError = lambda record: None  # a full disk is said once, by what fails to be saved
@@ -133,7 +134,7 @@ class RunFolder:
         place = self.output_dir.resolve()
         if place.is_mount() or not os.access(place.parent, os.W_OK):
             what = f"{self.output_dir} holds an earlier run, which cannot be moved aside from there"
-            fail("NO_OUTPUT", what, "pass another --output_dir, or --resume latest to go on with it")
+            raise Refused("NO_OUTPUT", what, "pass another --output_dir, or --resume latest to go on with it")
         self.path = self.output_dir / STARTING
         _lock(self.path)  # it stays locked under its later name
 
@@ -266,7 +267,7 @@ def _row_of(line: str, path: Path) -> dict:
     score = (row.get("val_recon") or row.get("val_loss")) if isinstance(row, dict) else None
     known = isinstance(row, dict) and isinstance(row.get("phase"), str) and type(row.get("step")) is int
     if not known or not (score is None or type(score) in (int, float)):
-        fail("BAD_RUN", f"{path} has a line that is no row of a run: {line[:60]}", "remove the line")
+        raise Refused("BAD_RUN", f"{path} has a line that is no row of a run: {line[:60]}", "remove the line")
     return row
 
 
@@ -282,7 +283,8 @@ def _lock(folder: Path) -> None:
         fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):  # else the disk knows no locks
-            fail("IN_USE", f"another run is writing to {folder}", "wait for it, or pass another --output_dir")
+            what = f"another run is writing to {folder}"
+            raise Refused("IN_USE", what, "wait for it, or pass another --output_dir") from error
 
 
 def differences(before: object, now: object, path: str = "") -> Iterator[tuple[str, object, object]]:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from monai.transforms import Compose
 
 from app.dataset.prepared import read_metadata, split_patients
 from app.phantoms.phantoms import ensure_cohort
@@ -54,13 +53,10 @@ class ShapeDataset(CTDataset):
         sharp_weight: float = 0.0,
         cache_bytes: int = 1 << 30,
     ) -> None:
-        self.cases, self.windows, self.windowing = list(cases), (), Windowsd()  # which leaves distances as they are
+        no_windows = Windowsd(windows=())  # which leaves distances as they are
+        options = {"sampling": sampling, "windowing": no_windows, "min_points": min_points, "seed": seed}
+        super().__init__(cases, preprocessing=(), **options, cache_bytes=cache_bytes)
         self.resolution, self.factors, self.sharp_weight = resolution, tuple(factors), sharp_weight
-        self.sampling = Compose(list(sampling))
-        self.min_points, self.seed = min_points, seed
-        self._skipped: set[str] = set()
-        self._memory: dict[tuple[int, int], dict[str, Any]] = {}
-        self._memory_left = cache_bytes
 
     @property
     def grid(self) -> None:
@@ -73,16 +69,13 @@ class ShapeDataset(CTDataset):
             return 0
         return int(np.random.SeedSequence([self.seed, step]).generate_state(1)[0] % len(self.factors))
 
-    def kept(self, number: int, step: int | None = None) -> dict[str, Any]:
+    def kept_voxels(self, number: int, step: int | None = None) -> dict[str, Any]:
         """A file: coords int16 (N, 3), values float32 (N, 1 or with weights 2); without a step at the resolution."""
         which = 0 if step is None else self.factor_at(step)
         if (number, which) in self._memory:
             return self._memory[number, which]
         item = self._read(self.cases[number].files[which], self.resolution // self.factors[which])
-        size = item["coords"].nbytes + item["values"].nbytes
-        if size <= self._memory_left:
-            self._memory[number, which] = item
-            self._memory_left -= size
+        self._remember((number, which), item)
         return item
 
     def _read(self, file: Path, resolution: int) -> dict[str, Any]:
@@ -91,28 +84,19 @@ class ShapeDataset(CTDataset):
             what = f"{file.name} has resolution {shape.resolution}, its name says {resolution}"
             raise Refused("DAMAGED_SHAPE", what)
         if shape.sign == "none":
-            raise Refused(
-                "BAD_VALUE", f"{file.name} is unsigned", "make it again from a closed mesh, without --unsigned"
-            )
+            what = f"{file.name} is unsigned"
+            raise Refused("BAD_VALUE", what, "make it again from a closed mesh, without --unsigned")
         values = shape.values[:, None]
         if self.sharp_weight > 0:
             if shape.sharp is None:
                 raise Refused("BAD_VALUE", f"{file.name} marks no sharp edges", "make it again with sdf --sharp 30")
             values = np.concatenate([values, 1 + self.sharp_weight * shape.sharp[:, None].astype(np.float32)], 1)
         coords = np.asfortranarray(shape.coords.astype(np.int16))
-        return {
-            "coords": coords,
-            "values": values,
-            "spatial_shape": (resolution,) * 3,
-            "affine": shape.affine,
-        }
+        return {"coords": coords, "values": values, "spatial_shape": (resolution,) * 3, "affine": shape.affine}
 
     def _draw(self, number: int, step: int) -> dict[str, Any]:
         case = self.cases[number]
-        self.sampling.set_random_state(seed=self._seed_of(case.case_id, step))
-        item = dict(self.kept(number, step))
-        for transform in self.sampling.transforms:
-            item = transform(item)
+        item = self._sampled(dict(self.kept_voxels(number, step)), case.case_id, step)
         values = np.ascontiguousarray(item["values"], np.float32)
         if len(values) >= self.min_points and (values[:, 0] == values[0, 0]).all():
             raise ValueError(f"shape {case.case_id} has the same distance everywhere: nothing can be learned from it")
@@ -164,7 +148,10 @@ def make_shape_dataset(
     for factor in factors:
         if resolution % (8 * factor):
             raise ValueError(f"resolution / factor must be a multiple of 8, got {resolution} / {factor}")
-    root = _demo_shapes(resolution, factors) if dataset_dir is None else Path(dataset_dir)
+    root = Path(DEMO_SHAPES if dataset_dir is None else dataset_dir)
+    if dataset_dir is None:
+        sides = tuple(dict.fromkeys(resolution // factor for factor in factors))
+        make_shapes(ensure_cohort(PHANTOMS), root, Settings(resolutions=sides, wanted=Wanted(hu=DEMO_LEVEL)), workers=1)
     cases = find_shapes(root, resolution=resolution, factors=factors)
     rows = read_metadata(root / "metadata.csv")
     given = {case.patient: rows.get(case.case_id, {}).get("split") or "" for case in cases}
@@ -176,10 +163,3 @@ def make_shape_dataset(
     options = {"sampling": sampling, "min_points": min_points, "seed": seed, "sharp_weight": sharp_weight}
     factors = factors if split == "train" else factors[:1]
     return ShapeDataset(cases, resolution=resolution, factors=factors, **options)
-
-
-def _demo_shapes(resolution: int, factors: Sequence[int]) -> Path:
-    cohort = ensure_cohort(PHANTOMS)
-    sides = tuple(dict.fromkeys(resolution // factor for factor in factors))
-    make_shapes(cohort, DEMO_SHAPES, Settings(resolutions=sides, wanted=Wanted(hu=DEMO_LEVEL)), workers=1)
-    return Path(DEMO_SHAPES)

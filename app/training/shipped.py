@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from app.shared.hashes import hash_path
 from app.shared.places import pretrained_folder
-from app.shared.refusals import fail
+from app.shared.refusals import Refused
 
 DEFAULT = "ct_base"
 WEIGHTS, RECORD = "model.safetensors", "pretrained.json"
@@ -50,10 +50,11 @@ def read(file: Path) -> dict[str, torch.Tensor]:
         try:
             told = json.loads(record.read_text(encoding="utf-8"))["file_sha256"]
         except (OSError, ValueError, KeyError, TypeError):
-            fail("BAD_CHECKPOINT", f"{record} does not tell of the weights beside it", "install or copy it again")
+            what = f"{record} does not tell of the weights beside it"
+            raise Refused("BAD_CHECKPOINT", what, "install or copy it again") from None
         if hash_path(file) != told:
             what = f"{file} is not the file that {RECORD} beside it tells of"
-            fail("BAD_CHECKPOINT", what, "install or copy the folder again, whole")
+            raise Refused("BAD_CHECKPOINT", what, "install or copy the folder again, whole")
     state = load_file(file)
     return with_sums({name: value.float() if value.dtype == torch.float16 else value for name, value in state.items()})
 

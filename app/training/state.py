@@ -47,7 +47,7 @@ class TrainingState:
     def load(self, engine: SupervisedTrainer, step: int) -> None:
         place, counts = self.folder.path, () if self.averaged is None else ("num_averaged",)
         stored = {name: checkpoints.read_tensors(checkpoints.step_file(place, name, step)) for name in self.weights()}
-        self.check(stored, step)
+        self.check_stored(stored, step)
         misc_file = checkpoints.step_file(place, "misc", step)
         misc = read_state(misc_file, step=step, optimizer=self.optimizer, counts=counts)
         self.load_weights(stored, step)
@@ -60,7 +60,7 @@ class TrainingState:
         live, mean = self.folder.names
         return {live: self.network.state_dict(), mean: self.averaged.module.state_dict()}
 
-    def check(self, stored: dict[str, dict], step: int) -> None:
+    def check_stored(self, stored: dict[str, dict], step: int) -> None:
         """Refuses weights that are no network's of these sizes; first, for all else of another network differs too."""
         for name, state in stored.items():
             self.check_sizes(checkpoints.check_weights(state, checkpoints.step_file(self.folder.path, name, step)))

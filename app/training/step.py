@@ -27,12 +27,11 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.swa_utils import AveragedModel
 
 from app.shared.devices import choose_device
-from app.shared.refusals import fail
+from app.shared.refusals import Refused
 from app.training.checkpoints import unwrapped
 from app.training.preflight import one_line_errors
 from networks.losses import TokenizerLoss
 from networks.sparse import SparseTensor
-from networks.sparse.topology import Level
 from networks.vqvae import SparseVQVAE
 from transforms.grid import RESAMPLER
 
@@ -50,34 +49,8 @@ class SparseBatch:
 
     def __init__(self, windowing: Callable[[dict[str, Any]], dict[str, Any]]):
         self.windowing = windowing
-        self.ahead: tuple[dict, SparseTensor, torch.cuda.Event] | None = None
-        self.stream: torch.cuda.Stream | None = None
-        self.begun: torch.cuda.Event | None = None
 
     def __call__(self, batch: dict, device: torch.device, non_blocking: bool = True) -> SparseTensor:
-        if device.type == "cuda":
-            self.begun = torch.cuda.current_stream().record_event()
-        ahead, self.ahead = self.ahead, None
-        if ahead is None or ahead[0] is not batch:
-            return self._made(batch, device, non_blocking)
-        torch.cuda.current_stream().wait_event(ahead[2])
-        return ahead[1]
-
-    def look_ahead(self, batch: dict, device: torch.device, build: Callable[[Level], None]) -> None:
-        """Makes what the next call will ask for, and its maps, beside what the card is at; called before a step ends.
-
-        What waits for the card waits for this stream alone. It takes over memory only of batches that were done with
-        when the step began: the step's own batch must be held until this returns.
-        """
-        if self.stream is None:
-            self.stream = torch.cuda.Stream(device, priority=-1)  # small kernels, between those of the step
-        self.stream.wait_event(self.begun)
-        with torch.cuda.stream(self.stream):
-            made = self._made(batch, device, True)
-            build(made.level)
-            self.ahead = batch, made, self.stream.record_event()
-
-    def _made(self, batch: dict, device: torch.device, non_blocking: bool) -> SparseTensor:
         names = ("coords", "feats") if "feats" in batch else ("coords", "values")
         moved = {key: batch[key].to(device, non_blocking=non_blocking) for key in names}
         feats = moved["feats"] if "feats" in moved else self.windowing(moved)["feats"]
@@ -144,15 +117,11 @@ class TrainStep:
             names = list(terms)
             sums = sums + torch.stack([term.detach().float() for term in terms.values()]).double() * share
             sizes.update(self.size(part))
-        self.look_ahead(engine)
         totals = mean_of_ranks(dict(zip(names, sums.tolist(), strict=True)))  # waits for the device, once
         engine.state.output = totals
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
         self.optimize(engine)
         return {**totals, **sizes, "seconds": time.perf_counter() - started}
-
-    def look_ahead(self, engine: SupervisedTrainer) -> None:
-        """Begins with the next batch while the card is still at this one."""
 
     def optimize(self, engine: SupervisedTrainer) -> None:
         step_optimizer(engine.optimizer, scaler=self.scaler, grad_clip=self.grad_clip)
@@ -196,12 +165,6 @@ class TokenizerStep(TrainStep):
         weights = row_weights(part, inputs)  # a loss of one's own need not know of them
         return engine.loss_function(output, inputs, **({} if weights is None else {"row_weights": weights}))
 
-    def look_ahead(self, engine: SupervisedTrainer) -> None:
-        following = getattr(engine.state.dataloader, "following", None)
-        if following is not None and isinstance(engine.prepare_batch, SparseBatch):
-            part = following[0] if isinstance(following, list) else following
-            engine.prepare_batch.look_ahead(part, engine.state.device, unwrapped(engine.network).prepare_maps)
-
     def optimize(self, engine: SupervisedTrainer) -> None:
         network = unwrapped(engine.network)
         if engine.state.iteration <= self.hold_encoder_steps:
@@ -237,11 +200,8 @@ class ProcessGroup:
 
     def join(self) -> None:
         if "RANK" not in os.environ:
-            fail(
-                "NO_TORCHRUN",
-                "bundles/multi_gpu.json runs under torchrun",
-                "start it with torchrun --nproc_per_node=N -m monai.bundle …",
-            )
+            what = "bundles/multi_gpu.json runs under torchrun"
+            raise Refused("NO_TORCHRUN", what, "start it with torchrun --nproc_per_node=N -m monai.bundle …")
         if not dist.is_initialized():
             choose_device()
             store, rank, world = next(rendezvous("env://"))

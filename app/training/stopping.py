@@ -12,7 +12,7 @@ import ignite.distributed as idist
 import torch.distributed as dist
 from ignite.engine import Engine, Events
 
-from app.shared.refusals import fail
+from app.shared.refusals import Refused
 
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
@@ -59,7 +59,7 @@ class StopWhenAsked:
             dist.barrier()  # a rank that is gone would end the one that still writes
         where = f"{self.folder.step_name} {engine.state.iteration}, saved whole in {self.folder.output_dir}"
         what = f"ended by {NAMES[received]} at {where}"
-        fail("STOPPED", what, "to go on, run the same command with --resume latest", status=128 + received)
+        raise Refused("STOPPED", what, "to go on, run the same command with --resume latest", status=128 + received)
 
 
 def serve_to_the_end(_worker: int) -> None:

@@ -4,7 +4,6 @@ As `python -m monai.bundle run training --config_file bundles/STAGE.json`, with 
 such a run lays into a process (exception hook, signal handlers, logging) does not stay behind; a refusal is raised.
 """
 
-import difflib
 import json
 import logging
 import os
@@ -19,11 +18,11 @@ from typing import Any, NamedTuple
 from monai.bundle import ConfigWorkflow
 
 from app.shared.places import bundles_folder
-from app.shared.refusals import fail
+from app.shared.refusals import Refused
 from app.training import checkpoints, preflight
 
 OVERLAY_OF_RANKS = "multi_gpu.json"
-TAKE_THE_CALL = ("app.training.preflight.check", "app.training.run_folder.RunFolder")
+TAKE_THE_CALL = ("app.training.preflight.check_run", "app.training.run_folder.RunFolder")
 LOGGERS = ("", "ignite")  # that bundles/logging.conf sets
 
 
@@ -92,9 +91,9 @@ def _parts_of(words: Sequence[str]) -> tuple[str, dict[str, str]]:
     stage, *rest = words or [""]
     raw, strays = preflight.read_words(rest)
     if not stage or stage.startswith("--"):
-        fail("NO_STAGE", "no stage is named", f"give one of {', '.join(stages())} behind train")
+        raise Refused("NO_STAGE", "no stage is named", f"give one of {', '.join(stages())} behind train")
     if strays:
-        fail("BAD_CALL", f"{strays[0]} belongs to no key", "give settings as --key value")
+        raise Refused("BAD_CALL", f"{strays[0]} belongs to no key", "give settings as --key value")
     return stage, raw
 
 
@@ -102,9 +101,8 @@ def _file_of(stage: str) -> Path:
     if Path(stage).suffix in (".json", ".yaml", ".yml"):
         return Path(stage)
     if stage not in stages():
-        near = difflib.get_close_matches(stage, stages(), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(stages())}"
-        fail("UNKNOWN_STAGE", f"there is no stage {stage}", hint)
+        hint = preflight.nearest(stage, stages(), otherwise=f"it is one of {', '.join(stages())}")
+        raise Refused("UNKNOWN_STAGE", f"there is no stage {stage}", hint)
     return bundles_folder() / f"{stage}.json"
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch.optim import Adam, Optimizer
 
-from app.shared.refusals import fail
-from app.training import checkpoints
+from app.shared.refusals import Refused
+from app.training import checkpoints, seals
 from networks.presets import CHECKSUM
 
 ADAM = {"step", "exp_avg", "exp_avg_sq"}
@@ -22,10 +22,10 @@ def read_state(path: Path, *, step: int, optimizer: Optimizer, counts: Sequence[
     """A file's content. `counts` names whole numbers in it that are no more than the step."""
     stored = checkpoints.read_tensors(path)
     why = _why_not(stored, step, optimizer, counts)
-    if why is None and stored.get(CHECKSUM) not in (None, checkpoints.content_hash(stored)):
+    if why is None and stored.get(CHECKSUM) not in (None, seals.content_hash(stored)):
         why = "its content is not what was saved"
     if why is not None:
-        fail("BAD_CHECKPOINT", f"{path} cannot be gone on with ({why})", "use an older step, or begin again")
+        raise Refused("BAD_CHECKPOINT", f"{path} cannot be gone on with ({why})", "use an older step, or begin again")
     return stored
 
 
@@ -90,7 +90,7 @@ def check_parameters(stored: object, own: Mapping[str, torch.Tensor], *, path: s
         wrong = [name for name, value in own.items() if not _is_like(stored[name], value)]
     if wrong:
         what = f"{path} is not of the parameters that are trained here ({len(wrong)} differ, first {wrong[0]:.80})"
-        fail("BAD_CHECKPOINT", what, "use an older step, or begin again")
+        raise Refused("BAD_CHECKPOINT", what, "use an older step, or begin again")
 
 
 def _is_like(value: object, own: torch.Tensor) -> bool:

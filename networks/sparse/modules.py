@@ -8,7 +8,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from networks.sparse import blocks, ops
+from networks.sparse import ops, whole_blocks
 from networks.sparse.tensor import SparseTensor
 from networks.sparse.topology import Coarsening
 
@@ -119,8 +119,8 @@ class Halving(nn.Module):
         self.register_buffer("shortcut", rearrange(means, "out child c -> out (child c)"), persistent=False)
 
     def forward(self, x: SparseTensor) -> SparseTensor:
-        layer = blocks.Affine(self.linear.weight, self.linear.bias)
-        if (halved := blocks.halving(x, layer, self.shortcut, marked=self.occupancy)) is not None:
+        layer = whole_blocks.Affine(self.linear.weight, self.linear.bias)
+        if (halved := whole_blocks.halving(x, layer, self.shortcut, marked=self.occupancy)) is not None:
             return halved
         x = x.replace(F.pad(x.feats, (0, 1), value=1.0)) if self.occupancy else x
         gathered, _ = ops.gather_children(x)
@@ -140,8 +140,8 @@ class Doubling(nn.Module):
         self.register_buffer("shortcut", copies.contiguous(), persistent=False)
 
     def forward(self, x: SparseTensor, cells: Coarsening) -> SparseTensor:
-        layer = blocks.Affine(self.linear.weight, self.linear.bias)
-        if (doubled := blocks.doubling(x, cells, layer, self.shortcut)) is not None:
+        layer = whole_blocks.Affine(self.linear.weight, self.linear.bias)
+        if (doubled := whole_blocks.doubling(x, cells, layer, self.shortcut)) is not None:
             return doubled
         parts = x.replace(ops.linear(x.feats, self.linear.weight + self.shortcut, self.linear.bias))
         return ops.scatter_children(parts, cells)
@@ -168,8 +168,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         if self.layers[0].over == "voxel":
-            layers = tuple(blocks.Affine(layer.weight, layer.bias) for layer in self.layers)
-            if (out := blocks.residual_block(x, layers, backend=self.layers[1].backend)) is not None:
+            layers = tuple(whole_blocks.Affine(layer.weight, layer.bias) for layer in self.layers)
+            if (out := whole_blocks.residual_block(x, layers, backend=self.layers[1].backend)) is not None:
                 return out
         return x.replace(x.feats + self.layers(x).feats)
 
@@ -221,9 +221,9 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         attn, (widen, _, narrow) = self.attn, self.mlp.mlp
-        layers = tuple(blocks.Affine(one.weight, one.bias) for one in (attn.to_qkv, attn.to_out, widen, narrow))
+        layers = tuple(whole_blocks.Affine(one.weight, one.bias) for one in (attn.to_qkv, attn.to_out, widen, narrow))
         sizes = {"num_heads": attn.num_heads, "window": attn.window, "shift": attn.shift}
-        if (out := blocks.transformer_block(x, layers, **sizes)) is not None:
+        if (out := whole_blocks.transformer_block(x, layers, **sizes)) is not None:
             return out
         x = x.replace(x.feats + self.attn(layer_norm(x)).feats)
         return x.replace(x.feats + self.mlp(layer_norm(x)).feats)

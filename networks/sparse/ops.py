@@ -261,7 +261,7 @@ def pool(x: SparseTensor, *, legacy: bool = False) -> tuple[SparseTensor, Coarse
     """Mean over the children of each 2x2x2 cell; `legacy` divides by one more, as published weights expect."""
     cells = x.level.coarsening
     wide = torch.promote_types(x.feats.dtype, torch.float32)
-    share = x.level.kept(("share", legacy, wide), lambda: 1 / (cells.occupied.sum(1) + int(legacy)).to(wide))
+    share = x.level.cached(("share", legacy, wide), lambda: 1 / (cells.occupied.sum(1) + int(legacy)).to(wide))
     return SparseTensor.on(cells.coarse, _SumChildren.apply(x.feats, cells, share)), cells
 
 
@@ -409,7 +409,7 @@ def window_attention(
     kernels = fused("attention", qkv)
     if kernels and qkv.shape[3] <= kernels.MAX_HEAD_WIDTH:
         return _FusedAttention.apply(qkv, plan)
-    rows, slot = level.kept(("slots", window, shift), plan.padded)
+    rows, slot = level.cached(("slots", window, shift), plan.padded)
     slots = _Rearrange.apply(qkv, rows.flatten(), slot)
     q, k, v = rearrange(slots, "(w l) three h d -> three w h l d", three=3, w=rows.shape[0])
     empty = rearrange(rows == len(level), "w l -> w 1 1 l")

@@ -119,7 +119,7 @@ def _product(feats: Float[Tensor, "N C"], weight: Float[Tensor, "27 C F"], level
 
 
 def _pairs(level: Level) -> Pairs:
-    return level.kept("spconv", lambda: _build_pairs(level))
+    return level.cached("spconv", lambda: _build_pairs(level))
 
 
 def _build_pairs(level: Level) -> Pairs:

@@ -163,7 +163,7 @@ class Level:
             return self
         return Level(self.keys.to(device), spatial_shape=self.spatial_shape, batch_size=self.batch_size, bits=self.bits)
 
-    def kept(self, key: Hashable, make: Callable[[], Any]) -> Any:
+    def cached(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` gave when this key was first asked for: maps live as long as their level."""
         if key not in self._kept:
             self._kept[key] = make()
@@ -200,7 +200,7 @@ class Level:
     @property
     def mean_neighbours(self) -> float:
         """Occupied cells among the 27, averaged: about 25 in volumes, 10 to 15 in shells."""
-        return self.kept("mean neighbours", lambda: self._neighbourhood[2].item() / max(len(self), 1))
+        return self.cached("mean neighbours", lambda: self._neighbourhood[2].item() / max(len(self), 1))
 
     @cached_property
     def _neighbourhood(self) -> tuple[Int32[Tensor, "27 N"], Int32[Tensor, " N"] | None, Int64[Tensor, ""]]:
@@ -249,7 +249,7 @@ class Level:
 
     def tiles(self, size: int) -> Tiles:
         """Tiles of `size` rows; rows with like neighbourhoods together where neighbours are few."""
-        return self.kept(("tiles", size), lambda: self._cut_tiles(size))
+        return self.cached(("tiles", size), lambda: self._cut_tiles(size))
 
     def _cut_tiles(self, size: int) -> Tiles:
         order, table, alive = None, self.neighbours, self._alive
@@ -309,7 +309,7 @@ class Level:
 
     def windows(self, size: int, shift: int) -> Windows:
         """Rows grouped by cubic windows of `size` voxels on the absolute grid, moved by `shift`."""
-        return self.kept(("windows", size, shift), lambda: self._group_windows(size, shift))
+        return self.cached(("windows", size, shift), lambda: self._group_windows(size, shift))
 
     def _group_windows(self, size: int, shift: int) -> Windows:
         cell = torch.cat([self.coords[:, :1], (self.coords[:, 1:] + shift) // size], 1)

@@ -41,7 +41,7 @@ class Attack(NamedTuple):
 def prepare_attack(folder: Path) -> Attack:
     raw, key = raw_cohort(folder / "raw", 6), folder / "key"
     key.write_text("k")
-    settings = cohort.Settings(size=64, spacing=3.0)
+    settings = cohort.PrepareSettings(size=64, spacing=3.0)
 
     def run(place: Path) -> None:
         request = cohort.Request(key_file=str(key), workers=1 + int(place.name) % 2, preview=True)

@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 
-from networks.sparse import SparseTensor, blocks, modules
+from networks.sparse import SparseTensor, modules, whole_blocks
 from tests.benchmarks.shapes import body, level_of
 from tests.benchmarks.timing import finish, interleaved, peak_gib
 
@@ -24,8 +24,8 @@ def work_of(layer: torch.nn.Module, x: SparseTensor, more: tuple, *, plain: bool
 
     def work() -> torch.Tensor:
         given = x.replace(x.feats.detach().requires_grad_(backward and x.feats.dtype != torch.float32))
-        whole = (lambda *_, **__: None) if plain else getattr(blocks, name)
-        served = mock.patch.object(blocks, name, whole)
+        whole = (lambda *_, **__: None) if plain else getattr(whole_blocks, name)
+        served = mock.patch.object(whole_blocks, name, whole)
         with served, torch.set_grad_enabled(backward), torch.autocast("cuda", torch.bfloat16):
             out = layer(given, *more).feats
         if backward:

@@ -1,19 +1,21 @@
 """Errors against all bits that a decoder needs: a tokenizer's levels beside x265 and JPEG 2000 on the same voxels.
 
-    python -m tests.benchmarks.bench_codecs --tokenizer ct_base --dataset DATA --levels 1 2 4 --out rows.json
+    python -m tests.benchmarks.bench_codecs --tokenizer ct_base --dataset DATA --levels 1 1.5 2 4 --out rows.json
 
 x265 runs where PyAV is installed (`pip install av`): its wheel holds GPL parts, so it is in no requirement of this
 project. Bits of a volume are those of its packed token file, header and all (app/tokens/rate.py), over the voxels of
 the body; the codecs get the same body, cut to its box, and are read off between the two settings on either side of the
 same bits (app/measures/codecs.py). Each row also says at what share of our bits x265 is as good: under 1 it wins, over
 1 it needs more. Errors are over the body, and by tissue for ours. A case that is done stays in the file: a second call
-goes on where the first ended.
+goes on where the first ended. `--known FOLDER` keeps what codecs gave at each setting, which does not depend on the
+tokenizer: with other weights ours alone is computed again. A fraction of levels is a mean over the cells.
 """
 
 import argparse
 import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from app.evaluation.tokenizer_evaluation import Truth, truth_of
 from app.measures import codecs
 from app.measures import hu_errors as measure
 from app.shared.atomic_files import write_text
+from app.tokens.allocation import spread_levels
+from app.tokens.open_scan import Scan
 from app.tokens.token_files import CTTokens, rate_of
 from app.tokens.tokenizer import CTTokenizer, dense_hu
 from tests.benchmarks.timing import machine
@@ -46,22 +50,64 @@ def rows_of(made: CTTokenizer, case: prepared.PreparedCase, given: argparse.Name
     peers: dict[str, codecs.Codec] = {"jpeg2000": codecs.Jpeg2000(truth.hu, truth.masks["foreground"], **about)}
     if codecs.has_x265():
         peers["x265"] = codecs.Hevc(truth.hu, truth.masks["foreground"], **about)
+    for peer in peers.values():
+        peer.points |= known_points(given.known, peer)
     rows = []
-    whole = made.encode(scan, support=True)
-    for levels in given.levels:
-        if levels > made.sizes.quantizer_levels:
-            continue
-        stored = replace(whole, codes=whole.first_levels(levels))
-        ways = {"codes alone": replace(stored, support=None)} | ({"stored support": stored} if given.support else {})
-        for way, tokens in ways.items():
+    try:
+        for levels, way, tokens, hu in volumes_of(made, scan, given):
             row = {"case": case.case_id, "dataset": case.dataset, "levels": levels, "way": way}
-            row |= _ours(made, tokens, truth)
+            row |= _ours(made, tokens, truth, hu)
             rows.append(row | {name: _beside(peer, row) for name, peer in peers.items()})
+    finally:
+        for peer in peers.values():
+            keep_points(given.known, peer)
     return rows
 
 
-def _ours(made: CTTokenizer, tokens: CTTokens, truth: Truth) -> dict[str, Any]:
-    hu = dense_hu(made.decode_sparse(tokens).values, made.sizes)
+def volumes_of(
+    made: CTTokenizer, scan: Scan, given: argparse.Namespace
+) -> Iterator[tuple[float, str, CTTokens, np.ndarray]]:
+    """Tokens of each number of levels, with and without stored support, and the volume that comes back."""
+    whole, most = made.encode(scan, support=True), made.sizes.quantizer_levels
+    fractions = any(not levels.is_integer() for levels in given.levels)
+    for way in ("codes alone", *(["stored support"] if given.support else [])):
+        stored = whole if way == "stored support" else replace(whole, support=None)
+        prefixes = {
+            number: dense_hu(made.decode_sparse(stored, levels=number).values, made.sizes)
+            for number in range(1, most + 1)
+            if fractions or number in given.levels
+        }
+        if fractions:
+            errors = made.errors_by_level(made.features(scan.volume).x, prefixes.values())
+        for levels in given.levels:
+            if levels in prefixes:
+                tokens = replace(stored, codes=whole.first_levels(int(levels)))
+                yield levels, way, tokens, prefixes[levels]
+            elif levels < most:
+                tokens = stored.with_levels(spread_levels(errors, levels))
+                yield levels, way, tokens, dense_hu(made.decode_sparse(tokens).values, made.sizes)
+
+
+def _known_file(folder: Path, peer: codecs.Codec) -> Path:
+    return folder / f"{type(peer).__name__}_{peer.digest[:24]}.json"
+
+
+def known_points(folder: Path | None, peer: codecs.Codec) -> dict[float, tuple[int, dict[str, float]]]:
+    """What a codec gave for this volume in earlier calls, by setting."""
+    if folder is None or not _known_file(folder, peer).is_file():
+        return {}
+    return {
+        float(setting): tuple(point) for setting, point in json.loads(_known_file(folder, peer).read_text()).items()
+    }
+
+
+def keep_points(folder: Path | None, peer: codecs.Codec) -> None:
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(_known_file(folder, peer), json.dumps(peer.points))
+
+
+def _ours(made: CTTokenizer, tokens: CTTokens, truth: Truth, hu: np.ndarray) -> dict[str, Any]:
     errors = measure.errors_in_hu(truth.hu, hu, truth.masks, windows=made.sizes.windows)
     bits, body = rate_of(tokens, made.tables), int(truth.masks["foreground"].sum())
     return {
@@ -102,11 +148,11 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _cells(name: str, levels: int, way: str, rows: list[dict[str, Any]]) -> list[str]:
+def _cells(name: str, levels: float, way: str, rows: list[dict[str, Any]]) -> list[str]:
     mean = {
         key: float(np.mean([row[key] for row in rows])) for key in ("bits_per_body_voxel", "bits_per_token", *MEASURES)
     }
-    cells = [name, str(levels), way, f"{mean['bits_per_body_voxel']:.4f}", f"{mean['bits_per_token']:.2f}"]
+    cells = [name, f"{levels:g}", way, f"{mean['bits_per_body_voxel']:.4f}", f"{mean['bits_per_token']:.2f}"]
     cells += [f"{mean[key]:.1f}" for key in MEASURES]
     theirs = {peer: [row[peer] for row in rows if peer in row] for peer in ("x265", "jpeg2000")}
     if theirs["x265"]:
@@ -130,16 +176,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True, help="checkpoint, output folder, bundle or name")
     parser.add_argument("--dataset", required=True, help="a prepared dataset")
-    parser.add_argument("--split", default="val")
-    parser.add_argument("--levels", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--split", default="val", help="train, val or all")
+    parser.add_argument("--levels", type=float, nargs="+", default=[1.0, 2.0, 4.0])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--known", type=Path, help="folder of what codecs gave, read and added to")
     parser.add_argument("--support", action="store_true", help="also with the support stored, its bits counted")
     parser.add_argument("--max-cases", type=int, help="of each dataset the first so many")
+    parser.add_argument("--cases", nargs="+", help="these alone")
     given = parser.parse_args()
     made = CTTokenizer.from_pretrained(given.tokenizer)
     settings = {"tokenizer": made.digest, "split": given.split, "levels": given.levels, "support": given.support}
     rows = _done(given.out, settings)
-    for case in _chosen(prepared.find_cases(given.dataset, split=given.split), given.max_cases):
+    for case in _chosen(
+        prepared.find_cases(given.dataset, split=None if given.split == "all" else given.split), given.max_cases
+    ):
+        if given.cases and case.case_id not in given.cases:
+            continue
         if any((row["dataset"], row["case"]) == (case.dataset, case.case_id) for row in rows):
             continue
         started = time.perf_counter()

@@ -45,7 +45,7 @@ def main() -> None:
         (root / "key").write_text("k")
         for workers in (1, 2):
             out = root / f"out{workers}"
-            settings, request = cohort.Settings(options.size, 2.0), cohort.Request(key_file=str(root / "key"))
+            settings, request = cohort.PrepareSettings(options.size, 2.0), cohort.Request(key_file=str(root / "key"))
             report = cohort.prepare(root / "raw", out, settings, request._replace(workers=workers))
             assert report.count("ok") == options.cases, report.outcomes[0]
             digests.add(digest(out))

@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -145,14 +146,15 @@ def recall(seen: list[Seen]) -> tuple[float, float, int]:
     return (float((true > threshold).mean()) if len(true) else float("nan")), threshold, len(true)
 
 
-def volumes_of(made: CTTokenizer, hu: np.ndarray, affine: np.ndarray, levels: list[int]) -> dict[str, np.ndarray]:
-    """The source and what comes back, codes alone."""
-    tokens = made.encode(Volume(hu, affine))
-    volumes = {"source": hu}
+def volumes_of(made: CTTokenizer, hu: np.ndarray, affine: np.ndarray, levels: list[float]) -> dict[str, np.ndarray]:
+    """The source and what comes back, codes alone; a fraction of levels is a mean over the cells."""
+    scan = Volume(hu, affine)
+    whole, volumes = made.encode(scan), {"source": hu}
     for number in levels:
         if number <= made.sizes.quantizer_levels:
-            decoded = made.decode_sparse(tokens, levels=number)
-            volumes[f"{number} level{'s' * (number > 1)}"] = dense_hu(decoded.values, made.sizes)
+            tokens = replace(whole, codes=whole.first_levels(int(number))) if number.is_integer() else None
+            decoded = made.decode_sparse(tokens or made.encode(scan, levels=number))
+            volumes[f"{number:g} level{'s' * (number > 1)}"] = dense_hu(decoded.values, made.sizes)
     return volumes
 
 
@@ -161,7 +163,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--split", default="val")
-    parser.add_argument("--levels", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--levels", type=float, nargs="+", default=[1.0, 2.0, 4.0])
     parser.add_argument("--places", type=int, default=6, help="of each kind and size, in a scan, at most")
     parser.add_argument("--max-cases", type=int)
     parser.add_argument("--out", type=Path)

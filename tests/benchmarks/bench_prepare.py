@@ -64,7 +64,7 @@ def full(path: str, spacing: float, out: str):
     volume = read_scan(path)[0]
     size = int(np.ceil((np.array(volume.hu.shape) * spacing_of(volume.affine)).max() / spacing)) + 1
     start = time.process_time()
-    cohort.prepare(path, Path(out).parent / "dataset", cohort.Settings(size, spacing), cohort.Request(workers=1))
+    cohort.prepare(path, Path(out).parent / "dataset", cohort.PrepareSettings(size, spacing), cohort.Request(workers=1))
     return time.process_time() - start, np.eye(4)
 
 

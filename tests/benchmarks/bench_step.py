@@ -16,7 +16,6 @@ from collections.abc import Callable
 
 import torch
 
-from app.training.step import SparseBatch
 from networks.losses import TokenizerLoss
 from networks.sparse import SparseTensor
 from networks.sparse.topology import align_rows
@@ -33,10 +32,7 @@ def features(coords: torch.Tensor) -> torch.Tensor:
     return torch.sin(coords[:, 1:].float().sum(1, keepdim=True) * scale) * 0.9
 
 
-def sparse_step(
-    side: int, *, backend: str, preset: str, dtype: torch.dtype, ahead: bool = False
-) -> tuple[Callable[[], None], SparseVQVAE]:
-    """With `ahead` the maps of the next batch are built while the card is at this one, as in training."""
+def sparse_step(side: int, *, backend: str, preset: str, dtype: torch.dtype) -> tuple[Callable[[], None], SparseVQVAE]:
     torch.manual_seed(0)
     network = make_vqvae(preset, backend=backend).cuda().train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
@@ -44,19 +40,12 @@ def sparse_step(
     coords = body(side).cuda().int()
     feats = features(coords)
 
-    prepare, device = SparseBatch(dict), torch.device("cuda", torch.cuda.current_device())
-    given = {"feats": feats, "coords": coords, "spatial_shape": (side,) * 3, "batch_size": 1}
-    batches = [given, dict(given)]
-
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        x = prepare(batches[0], device)
+        x = SparseTensor(feats, coords, (side, side, side), 1)
         with torch.autocast("cuda", dtype):
             loss = loss_function(network(x), x)["loss"]
         loss.backward()
-        batches.reverse()
-        if ahead:
-            prepare.look_ahead(batches[0], device, network.prepare_maps)
         optimizer.step()
         network.vq.update(generator=generator)
 
@@ -159,13 +148,8 @@ def main() -> None:
     alone = given.only or given.equal
     for backend in ("triton",) if alone else ("triton", "spconv", "torch"):
         dtype = torch.float16 if backend == "spconv" else torch.bfloat16  # spconv has no bfloat16
-        name = "triton, maps in line" if backend == "triton" else backend
-        works[name], network = sparse_step(given.side, backend=backend, preset=given.preset, dtype=dtype)
-        sizes[name] = sum(p.numel() for p in network.parameters()) / 1e6
-    sizes["triton"] = sizes["triton, maps in line"]
-    works["triton"], network = sparse_step(
-        given.side, backend="triton", preset=given.preset, dtype=torch.bfloat16, ahead=True
-    )
+        works[backend], network = sparse_step(given.side, backend=backend, preset=given.preset, dtype=dtype)
+        sizes[backend] = sum(p.numel() for p in network.parameters()) / 1e6
     dictionary = None
     for name, widths in {"MONAI equal": (44, 88, 176), "MONAI 64/128/256": (64, 128, 256)}.items():
         if not alone or (given.equal and name == "MONAI equal"):
@@ -187,7 +171,7 @@ def main() -> None:
     for processes in [count for count in given.beside if count]:
         with busy_host(processes):
             loaded[processes] = interleaved(works, device="cuda", rounds=5, budget_ms=4000, turn_ms=500)
-    costs = {name: step_cost(work) for name, work in works.items() if name.startswith("triton")}
+    cost = step_cost(works["triton"])
     if dictionary is not None:
         times["original, dictionary"] = times["original, sorted keys"] + 1e3 * dictionary()
     if given.profile:
@@ -201,7 +185,7 @@ def main() -> None:
             "peak GiB": memory.get(name),
             "triton is faster by": value / times["triton"],
             **{f"ms beside {count}": found.get(name) for count, found in loaded.items()},
-            **({**costs[name]._asdict(), "card busy": costs[name].card_ms / value} if name in costs else {}),
+            **({**cost._asdict(), "card busy": cost.card_ms / value} if name == "triton" else {}),
         }
         for name, value in times.items()
     ]

@@ -19,7 +19,8 @@ from app.evaluation import answer_pages, answer_scores
 from app.measures.findings import FINDING_SCORES, FindingScore
 from app.prepare import read_scan
 from app.prepare.files import FORMATS, Format, Ref, sniff
-from app.prepare.formats import READERS, VolumeFile
+from app.prepare.formats import READERS
+from app.prepare.volume_file import VolumeFile
 from app.shared.refusals import Refused
 from app.text.rows import TextRow
 from app.training import checkpoints, key_rules, pictures, preflight, train

@@ -10,11 +10,11 @@ import pytest
 from app.language.align_setup import RESUMED_WITH
 from app.shared import codes
 from app.shared.codes import CODES
-from app.shared.refusals import Refused, as_refused, fail, refusal_of
+from app.shared.refusals import Refused, as_refused, refusal_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(path for room in ("app", "transforms", "networks") for path in (ROOT / room).rglob("*.py"))
-TELL = {"fail", "Refused", "Finding", "found", "Problem"}  # what takes a code first
+TELL = {"Refused", "Finding", "finding", "Problem"}  # what takes a code first
 SPOKEN = re.compile(r"^([A-Z]{2,}(?:_[A-Z0-9]+)+): ")  # a line that begins with a code
 
 
@@ -52,7 +52,7 @@ def test_every_code_of_the_table_is_used():
 
 
 def test_the_rule_sees_codes_however_they_are_given():
-    source = 'fail("A_B", "x", "y")\nRefused("C_D" if x else "E_F", "z")\nlog.warning("GG_HH: %s", x)\nfound("OK")'
+    source = 'Refused("A_B", "x", "y")\nRefused("C_D" if x else "E_F", "z")\nlog.warning("GG_HH: %s", x)\nfinding("OK")'
     assert codes_in(source) == {"A_B", "C_D", "E_F", "GG_HH", "OK"}
 
 
@@ -84,7 +84,7 @@ def test_a_refusal_survives_a_process():
 
 def test_in_python_a_refusal_is_an_exception_like_any_other():
     with pytest.raises(ValueError, match=r"^BAD_VALUE: x\. Do that\.$") as end:
-        fail("BAD_VALUE", "x", "do that")
+        raise Refused("BAD_VALUE", "x", "do that")
     assert refusal_of(end.value) is end.value and end.value.status == 2
 
 

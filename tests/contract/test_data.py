@@ -12,58 +12,15 @@ from app.shared.refusals import Refused
 from app.training.data import CTDataset, Refusal, make_dataset, preprocessing
 from app.training.loaders import StepSampler, collate, make_train_loader, make_val_loader
 from app.training.step import SparseBatch
-from transforms import RandCropToBudgetd, RandJitterd, RandTranslated, Resampled, Sparsifyd, Windowsd, grid
+from tests.sample_data import NAMES, SETTINGS, blob, drawn, make, same
+from transforms import Resampled, Sparsifyd, Windowsd, grid
 from transforms.body import body_mask
 from transforms.sparse import sparsify
-from transforms.windows import DEFAULT_WINDOWS, WINDOWS, window, window_file_name, window_values
-
-SETTINGS = {"resolution": 16, "spacing": 8.0}
-NAMES = DEFAULT_WINDOWS
-
-
-def blob(rng: np.random.Generator, radius: float) -> np.ndarray:
-    """A ball of textured tissue in air."""
-    distance = np.linalg.norm(np.indices((24, 24, 24)) - 11.5, axis=0)
-    return np.where(distance < radius, rng.integers(-80, 200, (24, 24, 24)), -1000).astype(np.int16)
-
-
-@pytest.fixture
-def dataset_dir(tmp_path, rng):
-    """Five training and two validation cases of different size, 24 voxels of 4 mm."""
-    root, rows = tmp_path / "set", []
-    affine = np.diag([4.0, 4.0, 4.0, 1.0])
-    for number in range(7):
-        case = writer.write_case(root, f"case{number}", blob(rng, 7 + number / 2), affine=affine, windows=["lung"])
-        row = writer.metadata_row(case, windows=["lung"])
-        rows.append({**row, "split": "val" if number >= 5 else "train"})
-    writer.write_metadata(root, rows)
-    return root
-
-
-def make(root, *, split: str = "train", seed: int = 0, min_points: int = 100, windows=NAMES, **crop) -> CTDataset:
-    return make_dataset(
-        root,
-        split=split,
-        preprocessing=preprocessing(**SETTINGS),
-        sampling=drawn(**crop) if split == "train" else [],
-        windowing=Windowsd(windows=windows),
-        seed=seed,
-        min_points=min_points,
-    )
-
-
-def drawn(*, max_points: int | None = None) -> list:
-    """As the stage files draw a sample."""
-    return [RandTranslated(max_shift=4), RandCropToBudgetd(max_points=max_points), RandJitterd()]
+from transforms.windows import WINDOWS, window, window_file_name, window_values
 
 
 def on_device(batch: dict, windows=NAMES):
     return SparseBatch(Windowsd(windows=windows))(batch, torch.device("cpu"))
-
-
-def same(one: dict, other: dict) -> bool:
-    tensors = all(torch.equal(one[key], other[key]) for key in ("coords", "values", "affine"))
-    return tensors and one["case_id"] == other["case_id"]
 
 
 def test_a_sample_is_resampling_and_sparsification_of_the_case_in_hu(dataset_dir):
@@ -169,23 +126,10 @@ def test_a_run_that_starts_later_sees_the_rest_of_the_batches(dataset_dir, worke
     assert all(same(a, b) for a, b in zip(whole[4:], rest, strict=True))
 
 
-def test_for_a_card_the_loader_holds_the_batch_that_follows(dataset_dir):
-    plain = make_train_loader(make(dataset_dir), batch_size=2, max_steps=7)
-    batches = iter(plain)
-    held = []
-    for batch in plain._one_ahead(batches):
-        assert not held or held[-1] is batch
-        held.append(plain.following)
-    assert len(held) == 7 and held[-1] is None
 
 
-def test_a_refusal_ahead_waits_for_its_turn(dataset_dir):
-    loader = make_train_loader(make(dataset_dir), batch_size=1, max_steps=1)
-    refusal = Refusal(ValueError("damaged"))
-    assert [(batch, loader.following) for batch in loader._one_ahead(iter(["good", refusal]))] == [
-        ("good", None),
-        (refusal, None),
-    ]
+
+
 
 
 def test_the_start_can_be_set_on_a_loader_that_exists(dataset_dir):
@@ -225,132 +169,23 @@ def test_validation_is_whole_in_order_and_always_the_same(dataset_dir):
     assert [b["case_id"] for b in first] == [["case5"], ["case6"]]
     assert all(same(a, b) for a, b in zip(first, second, strict=True))
     dataset = make(dataset_dir, split="val")
-    assert [len(b["coords"]) for b in first] == [len(dataset.kept(n)["coords"]) for n in range(2)]
+    assert [len(b["coords"]) for b in first] == [len(dataset.kept_voxels(n)["coords"]) for n in range(2)]
 
 
 def test_training_crops_fit_their_budget_and_validation_does_not_crop(dataset_dir):
     fine = [Resampled(spacing=4.0, grid=24), Sparsifyd()]
     train = make_dataset(dataset_dir, split="train", preprocessing=fine, sampling=drawn(max_points=600))
     sizes = [len(train[(step, 4)]["coords"]) for step in range(6)]
-    assert max(sizes) <= 600 < len(train.kept(4)["coords"]) and min(sizes) >= 100
+    assert max(sizes) <= 600 < len(train.kept_voxels(4)["coords"]) and min(sizes) >= 100
     val = make_dataset(dataset_dir, split="val", preprocessing=fine)
-    assert len(next(iter(make_val_loader(val)))["coords"]) == len(val.kept(0)["coords"]) > 600
-
-
-# ---- the cache
-
-
-def cache_files(root) -> list[str]:
-    return sorted(f.name for f in (root / ".cache").glob("*.pt"))
-
-
-def test_the_cache_survives_and_gives_the_same_sample(dataset_dir, monkeypatch):
-    first = make(dataset_dir)[(0, 1)]
-    monkeypatch.setattr(CTDataset, "_prepare", lambda self, case: pytest.fail("prepared again"))
-    assert same(first, make(dataset_dir)[(0, 1)])
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        [Resampled(spacing=8.0, grid=24), Sparsifyd()],
-        [Resampled(spacing=6.0, grid=16), Sparsifyd()],
-        [Resampled(spacing=8.0, grid=16), Sparsifyd(keep="band")],
-        [Resampled(spacing=8.0, grid=16), Sparsifyd(keep="informative", windows=["brain"])],
-    ],
-)
-def test_a_changed_setting_never_reuses_what_was_cached(dataset_dir, changed):
-    plain = make(dataset_dir)[(0, 1)]
-    dataset = make_dataset(dataset_dir, split="train", preprocessing=changed)
-    assert not torch.equal(dataset[(0, 1)]["coords"], plain["coords"])
-    assert len(cache_files(dataset_dir)) == 2
-
-
-def test_windows_of_the_features_alone_do_not_spoil_the_cache(dataset_dir, monkeypatch):
-    make(dataset_dir)[1]
-    monkeypatch.setattr(CTDataset, "_prepare", lambda self, case: pytest.fail("prepared again"))
-    assert make(dataset_dir, windows=["lung"]).windows == ("lung",)
-    assert len(make(dataset_dir, windows=["lung"])[1]["coords"]) > 100
-
-
-def test_a_case_that_changed_is_not_read_from_the_cache(dataset_dir, rng):
-    before = make(dataset_dir)[1]
-    affine = np.diag([4.0, 4.0, 4.0, 1.0])
-    writer.write_case(dataset_dir, "case1", blob(rng, 9), affine=affine, windows=["lung"])
-    assert len(make(dataset_dir)[1]["coords"]) > len(before["coords"])
-
-
-def test_a_scan_prepared_onto_another_grid_is_not_read_from_the_cache(dataset_dir, rng):
-    hu, scan, counts = blob(rng, 6), {"source_hash": "of one scan"}, []
-    for step in (4.0, 6.0):  # the second in the place of the first
-        affine = np.diag([step, step, step, 1.0])
-        writer.write_case(dataset_dir, "case1", hu, affine=affine, windows=["lung"], sidecar=scan)
-        counts.append(len(make(dataset_dir)[1]["coords"]))
-    assert counts[1] > 2 * counts[0]
-
-
-def test_without_room_in_memory_the_samples_are_the_same(dataset_dir):
-    whole = make(dataset_dir)
-    tight = make(dataset_dir)
-    tight._memory_left = len(whole.kept(0)["coords"]) * 8 + 200  # room for the smallest case alone
-    assert all(same(whole[(1, n)], tight[(1, n)]) for n in range(5))
-    assert list(tight._memory) == [0]
-
-
-def test_loaders_leave_the_generator_of_the_run_alone(dataset_dir):
-    before = torch.get_rng_state()
-    list(make_train_loader(make(dataset_dir), batch_size=2, max_steps=2))
-    list(make_val_loader(make(dataset_dir, split="val")))
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_a_case_larger_than_the_grid_is_told_once(dataset_dir, caplog):
-    """Balls of 28 to 40 voxels of 4 mm on a grid of 64 mm; the second pass reads the cache."""
-    for _ in range(2):
-        caplog.clear()
-        small = make_dataset(dataset_dir, split="train", preprocessing=preprocessing(resolution=16, spacing=2.0))
-        for number in range(len(small)):
-            small[number]
-        assert caplog.text.count("FOV_CROPPED") == 1 and "% of what is denser than air in case0" in caplog.text
-    caplog.clear()
-    whole = make(dataset_dir)
-    for number in range(len(whole)):
-        whole[number]
-    assert "FOV_CROPPED" not in caplog.text
-
-
-def test_a_damaged_cache_file_is_made_again(dataset_dir, caplog):
-    first = make(dataset_dir)[1]
-    (file,) = (dataset_dir / ".cache").glob("*.pt")
-    whole = file.read_bytes()
-    for damage in (whole[:100], b"", b"not a checkpoint"):
-        file.write_bytes(damage)
-        with caplog.at_level(logging.WARNING):
-            assert same(first, make(dataset_dir)[1])
-        assert "damaged" in caplog.text
-        assert torch.load(file, weights_only=True)["coords"].dtype == torch.int16
-
-
-def test_a_cache_that_cannot_be_written_is_done_without(dataset_dir, monkeypatch, caplog):
-    def full(*_args, **_kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with caplog.at_level(logging.WARNING):
-        assert len(make(dataset_dir)[1]["coords"]) > 100
-    assert "going on without it" in caplog.text and cache_files(dataset_dir) == []
-
-
-def test_a_transform_that_cannot_say_its_settings_is_refused(dataset_dir):
-    with pytest.raises(ValueError, match="has no `settings`"):
-        make_dataset(dataset_dir, split="train", preprocessing=[lambda item: item])
+    assert len(next(iter(make_val_loader(val)))["coords"]) == len(val.kept_voxels(0)["coords"]) > 600
 
 
 # ---- bad input
 
 
 def test_small_cases_are_skipped_counted_and_said_once(dataset_dir, caplog):
-    sizes = [len(make(dataset_dir).kept(number)["coords"]) for number in range(5)]
+    sizes = [len(make(dataset_dir).kept_voxels(number)["coords"]) for number in range(5)]
     dataset = make(dataset_dir, min_points=int(np.median(sizes)))
     with caplog.at_level(logging.WARNING):
         item = [dataset[(0, 0)] for _ in range(3)][-1]

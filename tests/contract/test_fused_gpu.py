@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from networks.quantizer import VectorQuantizer
-from networks.sparse import SparseTensor, blocks, modules, ops, torch_maps
+from networks.sparse import SparseTensor, modules, ops, torch_maps, whole_blocks
 from networks.sparse.maps import maps_for
 from networks.sparse.topology import Level, morton_keys
 
@@ -174,7 +174,7 @@ def test_the_fused_quantiser_learns_as_the_plain_one(num_codes, assert_close):
             assert_close(mine, other)
 
 
-BLOCKS = {  # name -> how it is made, channels in; the function of `blocks` that serves it
+BLOCKS = {  # name -> how it is made, channels in; the function of `whole_blocks` that serves it
     "residual": (lambda: modules.ResidualBlock(64, norm="voxel", backend="auto"), 64, "residual_block"),
     "transformer": (lambda: modules.TransformerBlock(128, num_heads=4, window=8, shift=4), 128, "transformer_block"),
     "halving": (lambda: modules.Halving(64, 128), 64, "halving"),
@@ -197,9 +197,9 @@ def test_a_block_equals_its_layers_one_by_one(kind, dtype, assert_close, monkeyp
 
     def run(plain):
         with monkeypatch.context() as patch:
-            whole = getattr(blocks, served_by)
+            whole = getattr(whole_blocks, served_by)
             answer = (lambda *_, **__: None) if plain else lambda *a, **k: served.append(whole(*a, **k)) or served[-1]
-            patch.setattr(blocks, served_by, answer)
+            patch.setattr(whole_blocks, served_by, answer)
             block.zero_grad()
             feats = given.clone().requires_grad_()
             with torch.autocast("cuda", dtype):
@@ -230,7 +230,7 @@ def test_a_network_of_blocks_learns_as_its_layers_do(monkeypatch):
         with monkeypatch.context() as patch:
             if plain:
                 for _, _, name in BLOCKS.values():
-                    patch.setattr(blocks, name, lambda *_, **__: None)
+                    patch.setattr(whole_blocks, name, lambda *_, **__: None)
             network.zero_grad()
             x = SparseTensor(feats, coords, (64, 64, 64), 1)
             with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):

@@ -1,71 +1,26 @@
 """3D tokens in tiny Qwen2-VL and Qwen3-VL of true architecture: equal to the stock models wherever they should be."""
 
 import itertools
-import json
-from pathlib import Path
 
 import pytest
 import torch
 import torch._dynamo.testing
-from safetensors import safe_open
 from torch import distributed
 from torch.nn import functional as F
 
-from app.language.chat import collate, encode_chat
+from app.language.chat import collate_chats, encode_chat
 from networks.projector import Projector
 from networks.qwen import (
     VolumeQwen,
     add_lora,
     compile_layers,
-    embedding_spread,
     freeze,
     load_language,
-    load_lora,
-    save_language,
     use_checkpointing,
 )
 from networks.tiny_qwen import build_tiny
 from networks.tokens import TokenSequence
-
-TEXTS = ["Is there a nodule in the left lung?", "Yes, two nodules of 8 mm.", "No effusion is seen."] * 20
-FAMILIES = ("qwen2_vl", "qwen3_vl")
-WIDTH = 6
-ATOL = 2e-5
-
-
-def volume(num_tokens: int, seed: int) -> TokenSequence:
-    generator = torch.Generator().manual_seed(seed)
-    cells = torch.randperm(512, generator=generator)[:num_tokens].sort().values
-    coords = torch.stack([cells // 64, cells // 8 % 8, cells % 8], 1).int()
-    return TokenSequence(torch.randn(num_tokens, WIDTH, generator=generator), coords, torch.ones(num_tokens).long())
-
-
-def make_model(family: str, *, position: str = "1d", width: int = WIDTH) -> tuple[VolumeQwen, object]:
-    language, tokenizer = build_tiny(TEXTS, family=family, width=32)
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        projector = Projector(width, 32, use_3d_pos=False)
-        projector.match_scale(torch.randn(64, width), embedding_spread(language))
-    return VolumeQwen(language, projector, position=position).eval(), tokenizer
-
-
-def make_batch(
-    tokenizer, samples: list[tuple[str, str | None, list[TokenSequence]]], *, fusion="placeholder", side="right"
-):
-    encoded = [
-        {"volumes": volumes}
-        | encode_chat(tokenizer, question, answer=answer, num_volumes=len(volumes), fusion=fusion)._asdict()
-        for question, answer, volumes in samples
-    ]
-    pads = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|video_pad|>"])
-    return collate(encoded, pad_id=pads[0], volume_id=pads[1], side=side, context=4096)
-
-
-THREE = [
-    ("Is there a nodule?", "Yes, two.", [volume(9, 0)]),
-    ("Where?", "No effusion is seen in the left lung.", [volume(20, 1), volume(5, 2)]),
-    ("Is there a nodule in the left lung?", "No.", [volume(3, 3)]),
-]
+from tests.qwen_models import ATOL, FAMILIES, TEXTS, THREE, WIDTH, make_batch, make_model
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -95,7 +50,7 @@ def test_prefix_and_placeholder_agree_when_the_tokens_stand_at_the_same_place(ma
     batch = make_batch(tokenizer, [THREE[0]], fusion="prefix")
     pads = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|video_pad|>"])
     bare = encode_chat(tokenizer, THREE[0][0], answer=THREE[0][1], num_volumes=0)._asdict() | {"volumes": THREE[0][2]}
-    front = collate([bare], pad_id=pads[0], volume_id=pads[1], context=4096)
+    front = collate_chats([bare], pad_id=pads[0], volume_id=pads[1], context=4096)
     torch.testing.assert_close(model.hidden_states(batch), model.hidden_states(front), atol=0, rtol=0)
     placed = make_batch(tokenizer, [THREE[0]])
     assert not torch.allclose(model(batch).loss, model(placed).loss)
@@ -211,7 +166,7 @@ def test_images_beside_volumes_equal_the_stock_model(family):
     image = {"pixel_values": torch.randn(32, 3 * 2 * 4 * 4), "image_grid_thw": grid}
     encoded = encode_chat(tokenizer, "Where?", image_tokens=[8])._asdict() | {"volumes": [text_as_volume(model, words)]}
     pads = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|video_pad|>"])
-    batch = collate([encoded], pad_id=pads[0], volume_id=pads[1], context=4096) | image
+    batch = collate_chats([encoded], pad_id=pads[0], volume_id=pads[1], context=4096) | image
     plain = batch["input_ids"].masked_scatter(batch["mask_3d"], words)
     kinds = (plain == config.image_token_id).int()
     expected = build_tiny(TEXTS, family=family, width=32)[0](input_ids=plain, mm_token_type_ids=kinds, **image).logits
@@ -306,102 +261,6 @@ def test_ranks_do_not_cut_compiled_layers(tmp_path, monkeypatch):
     finally:
         distributed.destroy_process_group()
     assert 1 <= counted.frame_count <= 2, "as without ranks"
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_adapter_round_trip_and_merge(family, tmp_path):
-    model, tokenizer = make_model(family)
-    model.end_tokens = lambda: [0]
-    freeze(model.language)
-    adapter = add_lora(model.language, r=4)
-    changed = [name for name, p in model.language.named_parameters() if p.requires_grad]
-    assert changed and all("language_model" in name and "visual" not in name for name in changed)
-    generator = torch.Generator().manual_seed(0)
-    for p in model.language.parameters():
-        if p.requires_grad:
-            p.data += 0.1 * torch.randn(p.shape, generator=generator)
-    asked = make_batch(tokenizer, [(q, None, v) for q, _, v in THREE], side="left")
-    model.eval()
-    said, loss = model.generate(asked, max_new_tokens=8), model(make_batch(tokenizer, THREE)).loss
-    adapter.save_pretrained(tmp_path)
-    again, _ = make_model(family)
-    again.end_tokens = lambda: [0]
-    assert again.generate(asked, max_new_tokens=8) != said
-    reloaded = load_lora(again.language, tmp_path)
-    again.eval()
-    assert again.generate(asked, max_new_tokens=8) == said
-    assert torch.equal(again(make_batch(tokenizer, THREE)).loss, loss)
-    reloaded.merge_and_unload()
-    torch.testing.assert_close(again(make_batch(tokenizer, THREE)).loss, loss, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_saved_models_load_with_the_stock_classes(family, tmp_path):
-    model, tokenizer = make_model(family)
-    save_language(model.language, tokenizer, tmp_path)
-    language, reloaded = load_language(tmp_path)
-    for name, value in model.language.state_dict().items():
-        assert torch.equal(language.state_dict()[name], value), name
-    chat = [{"role": "user", "content": "Is it 8 mm²?"}]
-    text = reloaded.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    assert text.endswith("<|im_start|>user\nIs it 8 mm²?<|im_end|>\n<|im_start|>assistant\n")
-    assert text.startswith("<|im_start|>system\n") == (family == "qwen2_vl")
-    assert reloaded(text).input_ids == tokenizer(text).input_ids
-
-
-def as_published(folder: Path) -> None:
-    """Rewrites a saved Qwen2-VL's config in the form in which the published models carry it: flat, `rope_scaling`."""
-    file = folder / "config.json"
-    config = json.loads(file.read_text())
-    text = config.pop("text_config")
-    rope = text.pop("rope_parameters")
-    scaling = {"type": "mrope", "mrope_section": rope["mrope_section"]}
-    text |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
-    vision = config["vision_config"]
-    vision |= {"in_chans": vision.pop("in_channels"), "spatial_patch_size": vision["patch_size"]}
-    for name in ("model_type", "rope_parameters"):
-        del vision[name]
-    del text["model_type"], text["layer_types"]
-    file.write_text(json.dumps({**text, **config, "torch_dtype": "bfloat16", "transformers_version": "4.41.2"}))
-
-
-def test_the_published_form_of_a_qwen2_vl_loads(tmp_path):
-    """Flat config, keys without `language_model`, no lm_head beside tied embeddings: as on the hub."""
-    model, tokenizer = make_model("qwen2_vl")
-    for parameter in model.language.parameters():
-        parameter.data = parameter.data.bfloat16().float()
-    save_language(model.language, tokenizer, tmp_path)
-    as_published(tmp_path)
-    with safe_open(tmp_path / "model.safetensors", "pt") as stored:
-        names = set(stored.keys())
-    assert {"model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.bias", "visual.merger.ln_q.weight"} <= names
-    assert "lm_head.weight" not in names
-    language, _ = load_language(tmp_path)
-    again = VolumeQwen(language, model.projector, position="mrope3d").eval()
-    ours = VolumeQwen(model.language, model.projector, position="mrope3d").eval()
-    batch = make_batch(tokenizer, THREE)
-    assert torch.equal(again.hidden_states(batch), ours.hidden_states(batch))
-    assert again.end_tokens() == tokenizer.convert_tokens_to_ids(["<|im_end|>"])
-
-
-def test_folders_that_lack_a_part_are_named(tmp_path):
-    """A copy of the weights alone would get an empty tokenizer, and learn from nothing."""
-    model, tokenizer = make_model("qwen2_vl")
-    save_language(model.language, tokenizer, tmp_path)
-    freeze(model.language)
-    add_lora(model.language, r=4).save_pretrained(tmp_path / "lora")
-    (tmp_path / "lora/adapter_model.safetensors").write_bytes(b"cut short")
-    with pytest.raises(ValueError, match=r"low-rank layers of .*lora could not be loaded"):
-        load_lora(make_model("qwen2_vl")[0].language, tmp_path / "lora")
-    for files, message in (
-        (["chat_template.jinja"], "no chat template"),
-        (["tokenizer.json", "tokenizer_config.json"], "tokenizer of .* is missing or another model's"),
-        (["model.safetensors"], "could not be loaded"),
-    ):
-        for file in files:
-            (tmp_path / file).write_bytes(b"cut short") if file == "model.safetensors" else (tmp_path / file).unlink()
-        with pytest.raises(ValueError, match=message):
-            load_language(tmp_path)
 
 
 def test_a_question_without_a_volume_is_the_stock_model(made):

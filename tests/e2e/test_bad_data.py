@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from app.training import checkpoints
+from app.training import checkpoints, seals
 from tests.runs import STEPS, assert_refused, make_cohort, run_in, snapshot
 
 
@@ -138,6 +138,6 @@ def test_an_encoder_that_gives_the_same_everywhere(earlier, place, cohort):
     file = checkpoints.averaged_file(earlier)
     state = torch.load(file, weights_only=True)
     state["encoder.out_layer.weight"].zero_()
-    torch.save(checkpoints.sealed(state), place / "flat.pt")
+    torch.save(seals.sealed(state), place / "flat.pt")
     end = run_in(place, dataset_dir=cohort, output_dir="next", pretrained_vae_path="flat.pt", **STEPS)
     assert_refused(end, code="CONSTANT_ENCODER", naming=["pretrained_vae_path"])

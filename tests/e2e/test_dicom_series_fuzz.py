@@ -17,7 +17,7 @@ from pydicom.dataset import Dataset
 from app.prepare.volume import read_scan
 from app.shared.refusals import Refused
 from tests import scans
-from tests.e2e.test_volume_fuzz import Read, _cleaned, apart
+from tests.volume_mutants import Read, apart, cleaned
 
 HEIGHTS = np.arange(-4, 5)
 
@@ -148,7 +148,7 @@ def by_sitk(folder: Path) -> Read | None:
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
     affine[:3, 3] = image.GetOrigin()
-    return _cleaned(scans.LPS @ affine, sitk.GetArrayFromImage(image).astype(np.float64).transpose())
+    return cleaned(scans.LPS @ affine, sitk.GetArrayFromImage(image).astype(np.float64).transpose())
 
 
 def at_places(read: Read, other: Read) -> Read:
@@ -179,7 +179,7 @@ def why_wrong(volume, made: list[Dataset], folder: Path) -> str:
     by_itself = {"TILT_CORRECTED", "UNEVEN_SPACING_RESAMPLED", "SERIES_SPLIT"}.isdisjoint(volume.codes)
     if by_itself and made[0].PhotometricInterpretation != "MONOCHROME1":  # which GDCM turns over, as for a screen
         read = by_sitk(folder)
-        own = _cleaned(affine, hu)
+        own = cleaned(affine, hu)
         if read is not None and (why := apart(own, at_places(read, own), 0.05)):
             return f"SimpleITK: {why}"
     truth = truth_of(made)

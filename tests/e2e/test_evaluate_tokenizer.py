@@ -13,7 +13,7 @@ from app.phantoms.phantoms import make_phantom
 from app.shared.refusals import Refused
 from app.tokens.open_scan import open_scan
 from app.tokens.tokenizer import CTTokenizer
-from app.training import checkpoints
+from app.training import checkpoints, seals
 from networks import make_vqvae
 from tests.runs import TINY, assert_refused, run_in
 
@@ -48,7 +48,7 @@ def test_card_as_json(card, cohort, output_dir):
     assert found["data"] == {"dataset": "data", "split": "val", "cases": 2, "patients": 2, "not_judged": {}}
     assert found["tokenizer"]["sizes"]["quantizer_levels"] == found["codes"]["levels"] == 2
     state = checkpoints.read_tensors(checkpoints.averaged_file(output_dir))
-    assert found["tokenizer"]["sha256"] == checkpoints.weights_hash(state)
+    assert found["tokenizer"]["sha256"] == seals.weights_hash(state)
     assert set(found["errors"]) == {"codes alone", "stored support", "shuffled codes"}
     assert found["beyond"]["mean"] == 0, "phantoms lie on the very grid"
     for row in found["per_case"]:

@@ -31,7 +31,7 @@ def kill_and_resume(tmp_path, *, kills: int) -> int:
     """Kills a cohort run at random instants, resuming it after most; how many of the kills met a half-done OUT."""
     raw, key = raw_cohort(tmp_path / "raw", 12), tmp_path / "key"
     key.write_text("k")
-    settings, request = cohort.Settings(size=64, spacing=3.0), cohort.Request(key_file=str(key), workers=1)
+    settings, request = cohort.PrepareSettings(size=64, spacing=3.0), cohort.Request(key_file=str(key), workers=1)
     cohort.prepare(raw, tmp_path / "whole", settings, request)
     whole, rng, met, out = tree(tmp_path / "whole"), np.random.default_rng(3), 0, tmp_path / "out"
     for _ in range(kills):

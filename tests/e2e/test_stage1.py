@@ -140,7 +140,7 @@ def test_the_saved_tokenizer_encodes_and_decodes(straight):
     [
         ("augmentation#0#max_shift", -2, ["max_shift", "-2"]),
         ("max_shift", "$-3", ["max_shift", "-3"]),
-        ("max_shift", "$1.5", ["max_shift", "1.5"]),
+        ("max_shift", "$4", ["max_shift", "4"]),
         ("network#grid", "[100000,1.0]", ["prepared", "100000"]),
     ],
 )

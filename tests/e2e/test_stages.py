@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from app.training import checkpoints
+from app.training import checkpoints, seals
 from app.training.step import TrainStep
 from tests.runs import make_place, rows_of, run_in, timeless, weights_of
 
@@ -235,7 +235,7 @@ def spoilt(state, how):
 @pytest.mark.parametrize("how", ["lacks", "shape", "sizes"])
 def test_a_checkpoint_with_something_wrong_inside_is_refused(earlier, place, cohort, how):
     state = checkpoints.read_tensors(checkpoints.averaged_file(earlier / "vq_stage1"))
-    state["_extra_state"] = checkpoints.unsealed(state["_extra_state"])  # as older files: without the hash of the rest
+    state["_extra_state"] = seals.unsealed(state["_extra_state"])  # as older files: without the hash of the rest
     torch.save(spoilt(state, how), place / "spoilt.pt")
     line = refusal(run(place, "vq_stage2", cohort, output_dir="new", init_from="spoilt.pt"))
     assert line.startswith("BAD_CHECKPOINT") and "spoilt.pt" in line

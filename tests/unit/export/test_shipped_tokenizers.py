@@ -21,7 +21,7 @@ from app.tokens.commands import reconstruct, tokenize
 from app.tokens.open_scan import Volume
 from app.tokens.token_files import read_tokens
 from app.tokens.tokenizer import CTTokenizer, find_tokenizer
-from app.training import checkpoints, shipped
+from app.training import checkpoints, seals, shipped
 from tests.tiny_tokenizer import AFFINE, hu_volume, make_network, save
 
 CREDITS = "## Credits\n\nScans of a test, by nobody."
@@ -85,7 +85,7 @@ def test_it_is_known_by_its_name_in_every_command_and_in_python(folder, dataset,
     assert np.array_equal(own.read("a.npz").codes, read_tokens("b.npz").codes)
     network = make_network(quantizer_levels=2)
     checkpoints.start_from(network, "ct_base", codebook=True)
-    assert checkpoints.weights_hash(network.state_dict()) == digest
+    assert seals.weights_hash(network.state_dict()) == digest
 
 
 def test_where_none_is_named_the_newest_run_goes_before_the_one_that_ships(folder, caplog):

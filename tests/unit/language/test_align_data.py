@@ -168,7 +168,7 @@ def test_items_of_a_users_own_that_cannot_be_used_are_named(change, message, red
 
 
 def test_rows_that_cannot_be_learned_from_are_counted_by_reason(ct, language, reduce):
-    tokens = TokenSourceInMemory(ct).tokens
+    tokens = ct.encode(scan(0))
     rows = [
         TextRow("a", "Is there a nodule?", "yes", kind="presence"),
         TextRow("a", "Is there a nodule?", "", kind="presence"),
@@ -189,7 +189,7 @@ def test_without_volumes_the_report_stands_in_the_volumes_place(ct, language, re
     tokenizer, report = language[1], "Two nodules.<|vision_end|> No effusion."
     rows = [TextRow("a", "Write.", report), TextRow("a", "Is there a nodule?", "yes", kind="presence")]
     rows.append(TextRow("b", "Is there a nodule?", "no", kind="presence"))
-    tokens = TokenSourceInMemory(ct).tokens
+    tokens = ct.encode(scan(0))
     options = {"volumes": {"a": tokens, "b": tokens}, "reduce": reduce, "tokenizer": tokenizer}
     read = TextDataset(rows, with_volumes=False, **options)
     texts = [tokenizer.decode(read[at]["input_ids"]) for at in range(3)]
@@ -205,21 +205,14 @@ def test_without_volumes_the_report_stands_in_the_volumes_place(ct, language, re
     )
 
 
-class TokenSourceInMemory:
-    def __init__(self, ct):
-        from app.language.volume_tokens import as_tensors
-
-        self.tokens = as_tensors(ct.encode(scan(0)))
-
-
 def test_tokens_are_kept_under_the_tokenizers_hash_and_the_resampler_and_damaged_ones_made_again(ct, tmp_path):
     source = TokenSource(ct, cache_dir=tmp_path)
     first = source.cached("one", lambda: scan(0))
     file = tmp_path / f"{'a' * 16}.triangle_1" / "one.npz"
     stored = file.read_bytes()
-    assert torch.equal(source.cached("one", lambda: scan(1)).codes, first.codes)  # kept: the scan is not looked at
+    assert np.array_equal(source.cached("one", lambda: scan(1)).codes, first.codes)  # kept: the scan is not looked at
     file.write_bytes(stored[: len(stored) // 2])
-    assert torch.equal(source.cached("one", lambda: scan(0)).codes, first.codes)
+    assert np.array_equal(source.cached("one", lambda: scan(0)).codes, first.codes)
     assert file.read_bytes() == stored
     other = CTTokenizer(ct.network, digest="b" * 64)
     with pytest.raises(ValueError, match="made by tokenizer aaaaaaaaaaaa, this one is bbbbbbbbbbbb"):
@@ -242,13 +235,13 @@ def test_phantoms_are_made_once_and_then_read(ct, tmp_path, monkeypatch):
     rows, volumes = align_data.phantom_volumes(source, **settings)
     monkeypatch.setattr(align_data, "make_phantom", None)
     again, read = align_data.phantom_volumes(source, **settings)
-    assert again == rows and all(torch.equal(read[name].codes, volumes[name].codes) for name in volumes)
+    assert again == rows and all(np.array_equal(read[name].codes, volumes[name].codes) for name in volumes)
     other, mirrored = align_data.phantom_volumes(source, **settings, mirror=True)
     assert [row.answer for row in other if row.kind == "side"] == [
         swap_sides(row.answer) for row in rows if row.kind == "side"
     ]
     assert set(mirrored) == {f"{name}_mirrored" for name in volumes}
-    assert any(not torch.equal(mirrored[f"{name}_mirrored"].codes, volumes[name].codes) for name in volumes)
+    assert any(not np.array_equal(mirrored[f"{name}_mirrored"].codes, volumes[name].codes) for name in volumes)
 
 
 def test_a_bad_scan_ends_the_run_by_name_unless_skipped(ct, tmp_path):
@@ -264,4 +257,4 @@ def test_a_bad_scan_ends_the_run_by_name_unless_skipped(ct, tmp_path):
     assert bad == ["bad.npz", "gone.npz"]
     with pytest.raises(Refused, match=r"^BAD_MANIFEST: good.npz names two scans: "):
         encode_rows([rows[0], TextRow("good.npz", "q", "a", path=tmp_path / "bad.npz")], source)
-    np.testing.assert_array_equal(volumes["good.npz"].codes.numpy(), read_tokens(good).codes)
+    np.testing.assert_array_equal(volumes["good.npz"].codes, read_tokens(good).codes)

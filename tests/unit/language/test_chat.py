@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from app.language.chat import VOLUME_PAD, collate, encode_chat, expand, neutralise
+from app.language.chat import VOLUME_PAD, collate_chats, encode_chat, expand, neutralise
 from networks.tiny_qwen import SPECIAL_TOKENS, train_tokenizer
 from networks.tokens import TokenSequence
 
@@ -80,13 +80,13 @@ def test_collate_numbers_volumes_through_the_batch_and_never_takes_a_pad_for_a_t
         {"input_ids": [9, 6, 9], "labels": [-100, 6, -100], "volumes": [sequence(1), sequence(2)]},
         {"input_ids": [7], "labels": [7], "volumes": []},
     ]
-    batch = collate(samples, pad_id=0, volume_id=9, context=16)
+    batch = collate_chats(samples, pad_id=0, volume_id=9, context=16)
     assert batch["input_ids"].tolist() == [[9, 9, 9, 5], [9, 6, 9, 9], [7, 0, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1] * 4, [1] * 4, [1, 0, 0, 0]]
     assert batch["mask_3d"].int().tolist() == [[1, 1, 1, 0], [1, 0, 1, 1], [0] * 4]
     assert batch["coords_3d"][:, 0].tolist() == [0, 0, 0, 1, 2, 2]
     assert batch["feats_3d"][:, 0].tolist() == [3, 3, 3, 1, 2, 2]
-    left = collate(samples, pad_id=0, volume_id=9, context=16, side="left")
+    left = collate_chats(samples, pad_id=0, volume_id=9, context=16, side="left")
     assert left["input_ids"][2].tolist() == [0, 0, 0, 7] and left["labels"][2].tolist() == [-100] * 3 + [7]
     with pytest.raises(ValueError, match="4 tokens are more than the context of 3"):
-        collate(samples, pad_id=0, volume_id=9, context=3)
+        collate_chats(samples, pad_id=0, volume_id=9, context=3)

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from networks import make_vqvae
 from networks.sparse import SparseTensor
+from networks.support import children_of, support_of
 from networks.tiles import HALOS, decode_whole, encode_whole
-from networks.vqvae import children_of, support_of
 
 SIDE = 96
 

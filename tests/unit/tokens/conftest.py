@@ -6,7 +6,7 @@ import torch
 
 from app.tokens.token_files import CTTokens, latent_to_voxel
 from networks.sparse.topology import Level
-from networks.vqvae import support_of
+from networks.support import support_of
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from app.__main__ import app
-from app.language.volume_tokens import as_tensors, extract_3d_latent_and_indices
+from app.language.volume_tokens import Reducer, extract_3d_latent_and_indices
 from app.shared.refusals import Refused
 from app.tokens.commands import reconstruct, tokenize
 from app.tokens.open_scan import Volume
@@ -124,7 +124,8 @@ def test_more_codes_than_the_tokenizer_has_levels_are_refused(tokenizer):
 
 def test_language_models_read_the_first_level(tokenizer):
     scan = Volume(hu_volume(), AFFINE)
-    assert torch.equal(as_tensors(tokenizer.encode(scan)).codes, as_tensors(tokenizer.encode(scan, levels=1)).codes)
+    reduce = Reducer(tokenizer.network.vq.lookup, width=tokenizer.sizes.latent_channels)
+    assert torch.equal(reduce(tokenizer.encode(scan)).feats, reduce(tokenizer.encode(scan, levels=1)).feats)
     seen = tokenizer.features(scan).x
     batch = {"coords": seen.coords, "feats": seen.feats, "spatial_shape": seen.spatial_shape, "batch_size": 1}
     feats, _, codes = extract_3d_latent_and_indices(batch, tokenizer.network)

@@ -21,7 +21,7 @@ from app.tokens.token_files import is_packed, rate_of, read_tokens, write_tokens
 from app.tokens.tokenizer import CTTokenizer
 from networks import make_vqvae
 from networks.sparse.topology import Level
-from networks.vqvae import support_of
+from networks.support import support_of
 from tests.tiny_tokenizer import AFFINE, hu_volume, make_network
 from tests.unit.tokens.test_token_files import same
 

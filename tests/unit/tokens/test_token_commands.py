@@ -123,9 +123,9 @@ def test_like_puts_it_on_that_scans_own_grid(output_dir, dataset, tmp_path):
     ("grid", "codes"), [(None, ["OK"]), ((64, 6.0), ["OK"]), ((32, 6.0), ["FOV_CROPPED"])], ids=str
 )
 def test_a_raw_scan_gives_the_tokens_of_its_prepared_case(grid, codes, tmp_path, monkeypatch):
-    small = cohort.Settings(*(grid or (64, 6.0)))
+    small = cohort.PrepareSettings(*(grid or (64, 6.0)))
     if grid is None:  # a tokenizer that does not know: the default, which is large for a test
-        monkeypatch.setattr(cohort, "Settings", lambda: small)
+        monkeypatch.setattr(cohort, "PrepareSettings", lambda: small)
     output_dir = save(make_network(prepared=grid), tmp_path / "run")
     flipped = np.diag([-6.0, -6.0, 8.0, 1.0])
     nibabel.save(nibabel.Nifti1Image(hu_volume(), flipped), tmp_path / "scan.nii.gz")
@@ -156,7 +156,7 @@ def test_a_refused_raw_scan(output_dir, tmp_path):
 
 
 def test_what_is_refused_beside_a_good_raw_scan_is_listed(output_dir, tmp_path, monkeypatch, rng):
-    monkeypatch.setattr(cohort, "Settings", lambda: SimpleNamespace(size=64, spacing=6.0))
+    monkeypatch.setattr(cohort, "PrepareSettings", lambda: SimpleNamespace(size=64, spacing=6.0))
     (tmp_path / "raw").mkdir()
     nibabel.save(nibabel.Nifti1Image(hu_volume(), AFFINE), tmp_path / "raw" / "ct.nii.gz")
     mr = np.abs(rng.normal(300, 200, (20, 20, 20))).astype(np.int16)

@@ -19,8 +19,8 @@ from app.tokens import open_scan
 from app.tokens.commands import onto_grid, write_nifti
 from app.tokens.open_scan import Volume
 from app.tokens.tokenizer import CTTokenizer, find_tokenizer
-from app.training import checkpoints, data, loaders
-from networks.vqvae import Tokens
+from app.training import checkpoints, data, loaders, seals
+from networks.vqvae import BatchTokens
 from tests.tiny_tokenizer import AFFINE, hu_volume, make_network, save
 
 
@@ -97,9 +97,9 @@ def test_tokens_know_their_scan_and_their_tokenizer(tokenizer, dataset, output_d
     assert tokens.source_shape == (60, 60, 60) and tokens.source_affine[0, 0] == -2
     assert (tokens.windows, tokens.keep, tokens.spacing) == (tokenizer.sizes.windows, "body", 8.0)
     state = checkpoints.read_tensors(checkpoints.averaged_file(output_dir))
-    assert tokens.tokenizer == checkpoints.weights_hash(state) and len(tokens.tokenizer) == 64
+    assert tokens.tokenizer == seals.weights_hash(state) and len(tokens.tokenizer) == 64
     changed = {name: tensor + 1 if name == "vq.embeddings.weight" else tensor for name, tensor in state.items()}
-    assert checkpoints.weights_hash(changed) != tokens.tokenizer
+    assert seals.weights_hash(changed) != tokens.tokenizer
 
 
 def test_latents_lie_where_the_body_is(tokenizer):
@@ -117,7 +117,7 @@ def test_decoding_covers_the_grid_in_hu(tokenizer):
     kept = np.zeros(volume.hu.shape, bool)
     kept[tuple(x.coords[:, 1:].numpy().T)] = True
     assert np.array_equal(volume.hu > -1024, kept)
-    sparse = tokenizer.network.decode(Tokens(torch.from_numpy(tokens.codes), rows(tokens), tokens.latent_shape, 1))
+    sparse = tokenizer.network.decode(BatchTokens(torch.from_numpy(tokens.codes), rows(tokens), tokens.latent_shape, 1))
     assert len(tokenizer.decode_sparse(tokens, use_support=False).values) == len(sparse)
 
 
@@ -147,7 +147,7 @@ def test_the_mirror_image_of_a_case_lies_where_the_case_does(dataset):
 
 
 def test_arrays_on_other_axes_are_turned(tokenizer, monkeypatch):
-    monkeypatch.setattr(cohort, "Settings", lambda: SimpleNamespace(size=64, spacing=6.0))
+    monkeypatch.setattr(cohort, "PrepareSettings", lambda: SimpleNamespace(size=64, spacing=6.0))
     upright = tokenizer.encode(SimpleNamespace(hu=hu_volume(), affine=AFFINE))
     turned = np.ascontiguousarray(hu_volume().transpose(2, 0, 1)[:, ::-1])  # S L A
     swap = np.array([[0.0, -1, 0, 49], [0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
@@ -157,7 +157,7 @@ def test_arrays_on_other_axes_are_turned(tokenizer, monkeypatch):
 
 
 def test_raw_scans_are_read_one_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(cohort, "Settings", lambda: SimpleNamespace(size=64, spacing=6.0))
+    monkeypatch.setattr(cohort, "PrepareSettings", lambda: SimpleNamespace(size=64, spacing=6.0))
     for name in "abc":
         nibabel.save(nibabel.Nifti1Image(hu_volume() + ord(name) % 3, AFFINE), tmp_path / f"{name}.nii.gz")
     read, whole = [], volume.read_item

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from app.shared.refusals import Refused
-from app.training import checkpoints
+from app.training import checkpoints, seals
 from app.training.checkpoints import step_file
 from networks import make_vqvae
 
@@ -266,7 +266,7 @@ def test_a_point_budget_is_no_other_tokenizer(out):
 
 def weights_in(tmp_path, change=lambda state: state, sizes=None):
     """A checkpoint of a small network, with what a stranger's file may hold instead."""
-    state = checkpoints.sealed(make_vqvae("tiny", **SIZES).state_dict())
+    state = seals.sealed(make_vqvae("tiny", **SIZES).state_dict())
     if sizes is not None:
         told = json.loads(bytes(state["_extra_state"].tolist()))
         content = sizes(told) if callable(sizes) else {**told, **sizes}
@@ -306,12 +306,12 @@ def test_what_stands_where_a_tensor_belongs_is_one_line(tmp_path, refused, forei
 
 def test_weights_that_changed_since_they_were_saved_are_refused_and_older_files_load(tmp_path, refused):
     network = make_vqvae("tiny", **SIZES)
-    whole, state = checkpoints.sealed(network.state_dict()), network.state_dict()
+    whole, state = seals.sealed(network.state_dict()), network.state_dict()
     torch.save(whole, tmp_path / "w.pt")
     loaded = checkpoints.load_tokenizer(tmp_path / "w.pt")
     assert loaded.sizes == network.sizes
     # neither sizes nor identity know of the checksum
-    marks = {checkpoints.weights_hash(part) for part in (whole, state, loaded.state_dict())}
+    marks = {seals.weights_hash(part) for part in (whole, state, loaded.state_dict())}
     assert len(marks) == 1 and b"sha256" not in bytes(loaded.state_dict()["_extra_state"].tolist())
     name = next(name for name, tensor in state.items() if tensor.dtype.is_floating_point)
     other = whole[name].clone()
@@ -326,7 +326,7 @@ def test_a_set_is_saved_with_its_checksum(out):
     network = make_vqvae("tiny", **SIZES)
     checkpoints.save_set(out, 3, {"vqvae": network.state_dict()}, {"step": 3})
     stored = checkpoints.read_tensors(step_file(out, "vqvae", 3))["_extra_state"]
-    assert json.loads(bytes(stored.tolist()))["sha256"] == checkpoints.tensors_hash(network.state_dict())
+    assert json.loads(bytes(stored.tolist()))["sha256"] == seals.tensors_hash(network.state_dict())
 
 
 @pytest.mark.parametrize("content", ["[", "[3]", '{"step": "3"}', '{"step": 3, "val_recon": NaN}', '{"step": -1}'])

@@ -12,7 +12,7 @@ from monai.bundle import ConfigParser
 
 from app.shared.refusals import Refused
 from app.training import choices, preflight
-from app.training.choices import choose_backend, is_demo, window_names
+from app.training.choices import backend_of_run, is_demo, window_names
 from networks import make_vqvae
 from networks.presets import PRESETS, describe
 from transforms.windows import DEFAULT_WINDOWS, WINDOWS
@@ -41,7 +41,7 @@ def test_without_data_it_is_the_demo(monkeypatch, stage, steps, rate, loss):
     config = resolved(monkeypatch, stage)
     assert config["demo"] is True and config["preset"] == "tiny" and config["dataset_dir"] is None
     assert (config["max_steps"], config["learning_rate"], config["loss_type"]) == (steps, rate, loss)
-    assert (config["max_shift"], config["norm"], config["num_workers"]) == (4, "sample", 0)
+    assert (config["max_shift"], config["norm"], config["num_workers"]) == (0.084, "sample", 0)
     assert (config["resolution"], config["spacing"], config["max_points"]) == (48, 8.0, None)
     assert (config["i_print"], config["i_save"], config["val_interval"]) == (25, 150, 150)
     assert config["lr_scheduler"] == "one_cycle" and config["batch_size_per_gpu"] == 1
@@ -78,7 +78,7 @@ def test_every_flat_key_of_every_stage_can_be_given_on_the_line(monkeypatch):
     """What stands in the file is only what a key is where nobody says otherwise."""
     given = {
         "max_steps": 10, "resolution": 64, "spacing": 2.0, "learning_rate": 0.5, "num_blocks": 1, "max_points": 77,
-        "norm": "voxel", "pool": "mean", "amp": "off", "num_workers": 3, "i_save": 9, "max_shift": 2, "ema_rate": 0.5,
+        "norm": "voxel", "pool": "mean", "amp": "off", "num_workers": 3, "i_save": 9, "max_shift": 0.5, "ema_rate": 0.5,
         "batch_size_per_gpu": 5, "lr_scheduler": "constant", "loss_type": "l2", "model_channels": 32, "preset": "base",
     }  # fmt: skip
     for stage in STAGES:
@@ -150,11 +150,11 @@ def expressions(node):
         return 1
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, "align"])
 def test_a_stage_file_shows_values_and_little_python(stage):
     """Beside two bundles of MONAI's model zoo: spleen 49 numbers and 20 expressions, vista3d 38 and 38."""
     config = raw(stage)
-    without = {**config, "sizes": {k: v for k, v in config["sizes"].items() if k != "_desc_"}}
+    without = {**config, "sizes": {k: v for k, v in config.get("sizes", {}).items() if k != "_desc_"}}
     assert numerals(config) >= 40 and numerals(without) >= 40, (numerals(config), numerals(without))
     assert expressions(config) <= 20, expressions(config)
     text = json.dumps(config)
@@ -240,7 +240,7 @@ def test_the_key_wins_over_the_environment_and_foreign_backends_mean_auto(
     if environment:
         monkeypatch.setenv("SPARSE_BACKEND", environment)
     with caplog.at_level("INFO", logger=choices.__name__):
-        assert choose_backend(key) == chosen
+        assert backend_of_run(key) == chosen
     assert ("SPARSE_BACKEND=torchsparse is not among" in caplog.text) == (environment == "torchsparse")
 
 

@@ -62,7 +62,7 @@ def test_a_coarser_grid_is_told_apart_by_positions_of_the_same_range():
 
 
 def test_sharp_edges_count_as_much_more_as_is_said(folder):
-    sampling = [RandTranslated("coords", max_shift=2), RandCropToBudgetd(max_points=4000)]
+    sampling = [RandTranslated("coords", max_shift=1 / 16), RandCropToBudgetd(max_points=4000)]
     made = make_shape_dataset(folder, split="train", resolution=32, sampling=sampling, sharp_weight=3.0)
     batch = collate([made[0, 0], made[0, 1]])
     x = SparseBatch(Windowsd())(batch, torch.device("cpu"))

@@ -290,7 +290,7 @@ def test_a_loss_that_is_no_number_says_where_to_go_on(last, says):
     engine.last_saved_step = last
     engine.state.output, engine.state.batch = {"loss": float("nan")}, {"case_id": ["case_a"]}
     with pytest.raises(Refused, match=says) as end:
-        handlers.StopAtNonFiniteLoss()._look(engine)
+        handlers.StopAtNonFiniteLoss()(engine)
     assert end.value.status == 1
 
 

@@ -1,0 +1,6 @@
+"""Files that tests of pre-flight run with."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGE1, ALIGN, EVALUATE = (str(ROOT / f"bundles/{name}.json") for name in ("vq_stage1", "align", "evaluate_language"))
