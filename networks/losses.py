@@ -42,7 +42,7 @@ def shares_of_rows(level: Level) -> Float[Tensor, " N"] | None:
     def make() -> Float[Tensor, " N"]:
         return torch.cat([torch.full((size,), 1 / (size * len(sizes)), device=level.device) for size in sizes])
 
-    return level.kept("shares of rows", make)
+    return level.cached("shares of rows", make)
 
 
 class _RowError(torch.autograd.Function):

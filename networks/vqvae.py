@@ -76,7 +76,7 @@ class _Torso(nn.Module):
 
     def attend(self, x: SparseTensor) -> SparseTensor:
         factor, channels, dtype = self._factor(x), x.feats.shape[1], x.feats.dtype
-        position = x.level.kept(  # the same for encoder and decoder
+        position = x.level.cached(  # the same for encoder and decoder
             ("position", factor, channels, dtype),
             lambda: position_encoding(x.coords[:, 1:] * factor, channels).to(dtype),
         )
@@ -243,7 +243,9 @@ class SparseVQVAE(nn.Module):
         `seeds`, one a sample, make a sample's noise its own, however the batch is split over micro-batches or ranks.
         `level_dropout`: share of samples that are decoded from fewer quantiser levels than there are, by their seeds.
         """
-        self.prepare_maps(x.level)
+        coarsest = x.level.prepare(*self.sizes.convolved)
+        for block in self.encoder.blocks:
+            coarsest.windows(block.attn.window, block.attn.shift)
         latents, log_var = self.encoder(x)
         zero = latents.feats.new_zeros(())
         codes, vq, commitment, kl = None, zero, zero, zero
@@ -259,12 +261,6 @@ class SparseVQVAE(nn.Module):
                 values = values + (0.5 * log_var).exp() * noise_like(log_var, latents.level, seeds)
         recon, subdivision = self.decode_on(latents.replace(values), x.level)
         return Reconstruction(recon, codes, latents, vq, commitment, kl, subdivision)
-
-    def prepare_maps(self, level: Level) -> None:
-        """Builds what a forward pass would have to wait for the device for; a level keeps its maps."""
-        coarsest = level.prepare(*self.sizes.convolved)
-        for block in self.encoder.blocks:
-            coarsest.windows(block.attn.window, block.attn.shift)
 
     def _quantized(self, latents: SparseTensor, seeds: list[int] | None, dropout: float) -> Quantized:
         if not dropout or not isinstance(self.vq, ResidualQuantizer):

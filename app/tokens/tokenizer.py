@@ -144,9 +144,7 @@ class CTTokenizer:
             )
             findings.append("FOV_CROPPED")
         with torch.inference_mode():
-            tokens = encode_whole(
-                self.network, x, max_points=self.max_points, levels=int(wanted) if whole else None
-            )
+            tokens = encode_whole(self.network, x, max_points=self.max_points, levels=int(wanted) if whole else None)
         made = CTTokens(
             codes=tokens.codes.cpu().numpy(),
             coords=tokens.coords[:, 1:].cpu().numpy(),

@@ -9,7 +9,7 @@ import torch
 
 from app.dataset import prepared, writer
 from app.shared.refusals import Refused
-from app.training.data import CTDataset, Refusal, make_dataset, preprocessing
+from app.training.data import CTDataset, make_dataset, preprocessing
 from app.training.loaders import StepSampler, collate, make_train_loader, make_val_loader
 from app.training.step import SparseBatch
 from tests.sample_data import NAMES, SETTINGS, blob, drawn, make, same
@@ -124,12 +124,6 @@ def test_a_run_that_starts_later_sees_the_rest_of_the_batches(dataset_dir, worke
     whole, rest = batches(dataset_dir, workers=0), batches(dataset_dir, workers=workers, start=4)
     assert len(rest) == 3
     assert all(same(a, b) for a, b in zip(whole[4:], rest, strict=True))
-
-
-
-
-
-
 
 
 def test_the_start_can_be_set_on_a_loader_that_exists(dataset_dir):
