@@ -26,7 +26,7 @@ BY_MACHINE = {  # defaults that depend on where it runs
     "amp": "`bf16` on CUDA, else `off`",
     "compile_layers": "`true` on CUDA with a stock model",
     "device": "CUDA where there is one, else `cpu`",
-    "num_workers": "`0` / cores less one, at most `8`",
+    "num_workers": "`0` / cores a GPU less one, at most `8`",
 }
 MEANINGS = {
     "scan": "the scan: a file or folder, DICOM, NIfTI, NRRD or MHA",

@@ -37,7 +37,18 @@ OWNERS = {  # optional or heavy libraries, each behind one door
     "cumm": {"networks/sparse/spconv_backend.py"},
     "triton": {
         f"networks/kernels/{part}.py"
-        for part in ("attention", "code_search", "convolution", "launch", "linear", "maps", "norm", "rows")
+        for part in (
+            "attention",
+            "children",
+            "code_search",
+            "convolution",
+            "errors",
+            "launch",
+            "linear",
+            "maps",
+            "norm",
+            "rows",
+        )
     },
 }
 SPARSE_LAYERS = (
@@ -47,6 +58,7 @@ SPARSE_LAYERS = (
     "tensor",
     "backend",
     "ops",
+    "whole_blocks",
     "modules",
 )  # each may import those before it
 ASK_KERNELS = {"networks/sparse/maps.py", "networks/sparse/ops.py", "networks/quantizer.py"}
