@@ -6,9 +6,8 @@ Contrast is the mean HU inside a finding (a sphere of 0.7 of its radius, of 0.6 
 around it, both on the tokenizer's grid: what a blurred or absent finding has lost is missing from it. The truth is on
 the same grid, so what the spacing alone takes is not counted. Beside it the same with codes shuffled within the case.
 
-With `--probe` a linear discriminant of token vectors, fitted on so many phantoms and judged on half as many others,
-says of each cell whether the centre of a finding lies in it, and by the cell that looks most like one whether a side
-has any: area under the curve, .5 is chance; of sides also balanced accuracy at the threshold that was best in fitting.
+With `--probe` a linear discriminant of token vectors, fitted on so many phantoms and judged on half as many, says
+of each cell and of each side whether it holds a finding: area under the curve, and for sides balanced accuracy too.
 """
 
 import argparse
