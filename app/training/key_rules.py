@@ -104,9 +104,9 @@ def _is_device(name: str) -> bool:
     return device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count())
 
 
-def _are_of(names: list | dict, table: Container[str]) -> bool:
+def _are_of(table: Container[str]) -> Callable[[list | dict], bool]:
     """Whether some names are given, all of them the table's."""
-    return bool(names) and all(name in table for name in names)
+    return lambda names: bool(names) and all(name in table for name in names)
 
 
 def _are_weights(values: list) -> bool:
@@ -130,11 +130,7 @@ RULES = {
     "seed": _count(0),
     "scale": _choice("auto", "demo", "full"),
     "preset": _choice(*PRESETS),
-    "windows": Rule(
-        (list, dict),
-        f"a list like ['lung','bone'] of {', '.join(WINDOWS)}",
-        holds=lambda names: _are_of(names, WINDOWS),
-    ),
+    "windows": Rule((list, dict), f"a list like ['lung','bone'] of {', '.join(WINDOWS)}", holds=_are_of(WINDOWS)),
     "window_type": _choice(*WINDOWS, optional=True),
     "training_stage": Rule(int, "0, 1 or 2, as the file has it", choices=(0, 1, 2)),
     "features": _choice("window", "sdf"),
@@ -237,12 +233,7 @@ RULES = {
     "num_phantoms": _count(2),
     "val_phantoms": _count(2),
     "val_rows": _count(1),
-    "about": Rule(
-        list,
-        f"a list like ['nodule'] of {', '.join(PLACES)}",
-        optional=True,
-        holds=lambda names: _are_of(names, PLACES),
-    ),
+    "about": Rule(list, f"a list like ['nodule'] of {', '.join(PLACES)}", optional=True, holds=_are_of(PLACES)),
     "tiny": Rule(dict, "like {'width': 64, 'num_layers': 2}, width a multiple of 32", optional=True, holds=_are_sizes),
     "epochs": _count(1),
     "batch_size": _count(1),
