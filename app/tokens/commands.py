@@ -107,7 +107,7 @@ def tokenize(
 
 
 def _ahead(
-    sources: Sequence[ScanSource], look: Callable[[ScanSource], Any] | None, device: torch.device
+    sources: Sequence[Any], look: Callable[[Any], Any] | None, device: torch.device
 ) -> Iterator[Callable[[], Any]]:
     """For each source a call that gives `look` of it. Beside a card the next ones are looked at while it computes."""
     if look is None or device.type != "cuda":
