@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from networks import losses
 from networks.blocks import DoublingBlock, DownBlock, HalvingBlock, UpBlock
+from networks.components import CELL, FixedLinear, before_tanh, cells_of, children
 from networks.fsq import FiniteScalarQuantizer
 from networks.presets import NUM_RESIDUAL, Preset, preset
 from networks.quantizer import Quantized, VectorQuantizer
@@ -131,17 +132,29 @@ class Encoder(_Torso):
         self.downsample = nn.ModuleList(blocks)
         self.input_layer = Linear(widths[3], widths[3])
         self.out_layer = Linear(widths[3], 2 * sizes.latent_channels)
+        if sizes.pca:
+            self.components = FixedLinear(CELL * sizes.in_channels, sizes.latent_channels)
+            with torch.no_grad():  # the network begins as a small part beside the components, and with little noise
+                self.out_layer.weight.mul_(0.1)
+                self.out_layer.bias[sizes.latent_channels :] = -6
 
     def forward(self, x: SparseTensor) -> tuple[SparseTensor, Float[Tensor, "M D"]]:
         """Mean on the latent grid, and the log variance that only the continuous autoencoder uses."""
-        return self.from_half(self.run(self.downsample[0], self.input_layer1(x)))
+        return self.from_half(self.run(self.downsample[0], self.input_layer1(x)), self.linear_part(x))
 
-    def from_half(self, x: SparseTensor) -> tuple[SparseTensor, Float[Tensor, "M D"]]:
-        """The rest, after the first halving."""
+    def linear_part(self, x: SparseTensor) -> Float[Tensor, "M D"] | None:
+        """Of each cell its principal components, where the tokenizer has them."""
+        return self.components(cells_of(x).feats) if self.sizes.pca else None
+
+    def from_half(
+        self, x: SparseTensor, linear: Float[Tensor, "M D"] | None = None
+    ) -> tuple[SparseTensor, Float[Tensor, "M D"]]:
+        """The rest, after the first halving; `linear` is that part of the mean."""
         for block in self.downsample[1:]:
             x = self.run(block, x)
         x = self.out_layer(layer_norm(self.attend(self.input_layer(x)), eps=1e-5))
         mean, log_var = x.feats.float().chunk(2, 1)
+        mean = mean if linear is None else mean + linear
         return x.replace(mean), log_var.clamp(-30, 20)
 
 
@@ -159,24 +172,38 @@ class Decoder(_Torso):
             self.out_layer = nn.Identity()  # children take their values from the last doubling
             with torch.no_grad():  # which copies nothing and starts small, away from the flat ends of tanh
                 self.upsample[2].up.shortcut.zero_()
-                self.upsample[2].up.linear.weight.mul_(0.3)
+                self.upsample[2].up.linear.weight.mul_(0.05 if sizes.pca else 0.3)
         else:
             self.upsample = nn.ModuleList(UpBlock(widths[i], widths[i + 1], backend=backend) for i in range(3))
             self.out_layer = Linear(widths[3], sizes.in_channels)
+        if sizes.pca:
+            self.components = FixedLinear(sizes.latent_channels, CELL * sizes.in_channels)
 
     def forward(self, latents: SparseTensor, choose: ChooseCells) -> SparseTensor:
         """Values in [-1, 1] on the voxels that `choose` names level by level."""
-        return self.expand(self.attend(self.input_layer(latents)), choose)
+        return self.expand(self.at_latents(latents), choose)
+
+    def at_latents(self, latents: SparseTensor) -> SparseTensor:
+        """What `expand` takes: features after the transformer, beside them the latents where they are components."""
+        x = self.attend(self.input_layer(latents))
+        return x.replace(torch.cat([x.feats, latents.feats.to(x.feats)], 1)) if self.sizes.pca else x
 
     def expand(
         self, x: SparseTensor, choose: ChooseCells, *, crop: Callable[[int, SparseTensor], SparseTensor] | None = None
     ) -> SparseTensor:
         """The rest, after the transformer: convolutions alone, so local. `crop` may drop voxels before a level."""
+        linear = None
+        if self.sizes.pca:
+            inner, latents = x.feats.split([self.sizes.model_channels, self.sizes.latent_channels], 1)
+            x, linear = x.replace(inner), x.replace(self.components(latents))
         for i, block in enumerate(self.upsample):
-            x = x if crop is None else crop(i, x)
-            x = self.run(block, x, choose(i, x))
+            if crop is not None:
+                x, linear = crop(i, x), linear if linear is None else crop(i, linear)
+            cells = choose(i, x)
+            x, linear = self.run(block, x, cells), linear if linear is None else children(linear, cells)
         x = self.out_layer(x)
-        return x.replace(torch.tanh(x.feats.float()))
+        values = x.feats.float() if linear is None else x.feats.float() + before_tanh(linear.feats)
+        return x.replace(torch.tanh(values))
 
 
 class SubdivisionHeads(nn.ModuleList):

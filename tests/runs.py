@@ -36,6 +36,7 @@ TINY = {  # a network and a run that take seconds; any of them can be given othe
     "spacing": SPACING,
     "num_embeddings": 16,
     "model_channels": 16,
+    "latent_channels": 16,
     "num_blocks": 1,
     "batch_size_per_gpu": 1,
     "i_print": 1,

@@ -1,6 +1,7 @@
 """A trained tokenizer behind two methods: a whole scan to tokens, tokens back to HU. Crops are for training."""
 
 import dataclasses
+import json
 import logging
 from collections.abc import Iterable
 from functools import cached_property
@@ -82,7 +83,7 @@ class CTTokenizer:
     ) -> "CTTokenizer":
         """From a checkpoint, an output folder, an exported bundle, or the name of one that ships (`ct_base`).
 
-        By default the newest stage under outputs/, else the one that ships.
+        By default the newest stage under outputs/ that learned from one's own scans, else the one that ships.
         """
         file = find_tokenizer(path)
         network = checkpoints.load_tokenizer(file)
@@ -189,7 +190,10 @@ class CTTokenizer:
 
     def _on_device(self, looked: Looked) -> Seen:
         parts = [part.to(self.device) for part in (looked.feats, looked.coords)]
-        return Seen(SparseTensor(*parts, looked.spatial_shape, 1), looked.affine, looked.beyond)
+        x = SparseTensor(*parts, looked.spatial_shape, 1)
+        if self.max_points is not None and len(x) > self.max_points:
+            x = x.to("cpu")  # sorted where that is fast; parts of it go back one by one
+        return Seen(x, looked.affine, looked.beyond)
 
     def _rows(self, volume: Volume) -> tuple:
         """The last fields of a `Looked`."""
@@ -265,25 +269,41 @@ def dense_hu(values: SparseTensor, sizes: Preset) -> Float[np.ndarray, "X Y Z"]:
     return densify(hu, values.coords[:, 1:].cpu().numpy(), values.spatial_shape, fill=fill_for(sizes.keep))
 
 
-def find_tokenizer(path: str | Path | None) -> Path:
+def find_tokenizer(path: str | Path | None, *, for_phantoms: bool = False) -> Path:
     """The weights of a tokenizer: a file, an output folder, an exported bundle, or the name of one that ships.
 
-    None takes the newest stage here, else the one that ships.
+    None takes the newest stage here, else the one that ships. A stage that learned from built-in phantoms is taken
+    `for_phantoms`, and else only where nothing ships: whoever tried the demo first has scans of patients now.
     """
-    if path is None:
-        stages = [Path(stage) for stage in NEWEST_TOKENIZERS if complete_steps(stage)]
-        newest = [step_file(stage, "misc", complete_steps(stage)[-1]).stat().st_mtime for stage in stages]
-        path = stages[newest.index(max(newest))] if stages else shipped.DEFAULT if shipped.names() else None
-    if path is None:
-        raise Refused(
-            "NO_TOKENIZER",
-            f"there is no tokenizer in {' or '.join(NEWEST_TOKENIZERS)}",
-            "train one (python -m monai.bundle run training --config_file bundles/vq_stage1.json), "
-            "or name one with --tokenizer",
-        )
+    path = _default_tokenizer(for_phantoms) if path is None else path
     path = shipped.weights_of(path)
     if not path.exists():
         known = f"give a checkpoint, an output folder, an exported bundle, or a name: {shipped.names_in_words()}"
         raise Refused("NO_TOKENIZER", f"{path} does not exist", known)
     bundled = path / "models" / "model.pt"
     return bundled if bundled.is_file() else averaged_file(path)
+
+
+def _default_tokenizer(for_phantoms: bool) -> str | Path:
+    stages = [Path(stage) for stage in NEWEST_TOKENIZERS if complete_steps(stage)]
+    ships = shipped.DEFAULT in shipped.names()
+    passed = [stage for stage in stages if not for_phantoms and ships and _learned_from_phantoms(stage)]
+    own = [stage for stage in stages if stage not in passed]
+    if own:
+        return max(own, key=lambda stage: step_file(stage, "misc", complete_steps(stage)[-1]).stat().st_mtime)
+    for stage in passed:
+        log.warning("%s learned from built-in phantoms: taking %s (name %s to take it)", stage, shipped.DEFAULT, stage)
+    if ships:
+        return shipped.DEFAULT
+    what = f"there is no tokenizer in {' or '.join(NEWEST_TOKENIZERS)}"
+    train_one = "train one (python -m monai.bundle run training --config_file bundles/vq_stage1.json)"
+    raise Refused("NO_TOKENIZER", what, f"{train_one}, or name one with --tokenizer")
+
+
+def _learned_from_phantoms(stage: Path) -> bool:
+    """Whether a run was given no data of its own."""
+    try:
+        config = json.loads((stage / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and config.get("dataset_dir", "") is None
