@@ -4,8 +4,8 @@
 
 Contrast is the mean HU inside a finding (a sphere of 0.7 of its radius, of 0.6 voxels at least) minus that of the organ
 around it, of what is decoded over that of the truth on the tokenizer's grid; beside it with codes shuffled in the case.
-`--probe`: a linear discriminant of token vectors, fitted on so many phantoms, judged on half as many: whether the centre
-of a finding lies in a cell, and by its likeliest cell whether a side has any; areas under the curve, .5 is chance.
+`--probe`: a linear discriminant of token vectors, fitted on so many phantoms, judged on half as many: whether a cell
+holds the centre of a finding, and by its likeliest cell whether a side has any; areas under the curve, .5 is chance.
 """
 
 import argparse
