@@ -26,7 +26,7 @@ BY_MACHINE = {  # defaults that depend on where it runs
     "amp": "`bf16` on CUDA, else `off`",
     "compile_layers": "`true` on CUDA with a stock model",
     "device": "CUDA where there is one, else `cpu`",
-    "num_workers": "`0` / cores less one, at most `8`",
+    "num_workers": "`0` / cores a GPU less one, at most `8`",
 }
 MEANINGS = {
     "scan": "the scan: a file or folder, DICOM, NIfTI, NRRD or MHA",
@@ -96,7 +96,7 @@ MEANINGS = {
     "i_save": "steps between checkpoints",
     "val_interval": "steps between validations",
     "keep_last": "checkpoints kept, besides the best",
-    "tokenizer": "path or name; null: newest in `outputs/`, else `ct_base` (language: the one aligned to)",
+    "tokenizer": "path or name; null: newest of your scans in `outputs/`, else `ct_base` (language: its own)",
     "split": "which cases or rows; language, null: test, else val",
     "levels": "codes of each cell, the first so many, a fraction on average; null: all",
     "max_cases": "at most this many cases; null: all",
@@ -105,7 +105,7 @@ MEANINGS = {
     "image_root": "folder that a manifest's image names are in",
     "align_dir": "output folder of the alignment run to judge",
     "vl_model": "a Qwen2-VL or Qwen3-VL by hub name or path, or `tiny_qwen2_vl`, `tiny_qwen3_vl`",
-    "vae_ckpt": "tokenizer by path or name; null: newest in `outputs/`, else `ct_base` (demo: trains one)",
+    "vae_ckpt": "by path or name; null: newest of your scans in `outputs/`, else `ct_base` (demo: newest of all)",
     "vae_config": "a config of the original scripts beside an old checkpoint; ours carry their sizes",
     "dummy_data": "phantoms instead of data, to try the chain",
     "dummy_samples": "how many of them",

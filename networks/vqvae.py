@@ -21,7 +21,7 @@ from networks import losses
 from networks.blocks import DoublingBlock, DownBlock, HalvingBlock, UpBlock
 from networks.components import CELL, FixedLinear, before_tanh, cells_of, children
 from networks.fsq import FiniteScalarQuantizer
-from networks.presets import Preset, preset
+from networks.presets import NUM_RESIDUAL, Preset, preset
 from networks.quantizer import Quantized, VectorQuantizer
 from networks.residual import ResidualQuantizer, build_quantizer, drawn_levels
 from networks.sparse.modules import Linear, RowLinear, TransformerBlock, layer_norm, position_encoding
@@ -35,10 +35,6 @@ LEAST_LOGIT = MappingProxyType({"window": -3.0, "sdf": 0.0})
 
 # What the decoder asks at each level: the index (0 is the coarsest) and its features there.
 ChooseCells = Callable[[int, SparseTensor], Coarsening]
-
-# Pairs of convolutions at half, quarter and an eighth of the resolution, with `pool children`. At an eighth, where they
-# would hold half of all weights, the transformer does their work: without them errors on unseen scans rose by 1 %.
-NUM_RESIDUAL = (1, 2, 0)
 
 
 class BatchTokens(NamedTuple):
@@ -80,8 +76,12 @@ class _Torso(nn.Module):
         )
 
     def attend(self, x: SparseTensor) -> SparseTensor:
-        position = position_encoding(x.coords[:, 1:] * self._factor(x), x.feats.shape[1])
-        x = x.replace(x.feats + position.to(x.feats.dtype))
+        factor, channels, dtype = self._factor(x), x.feats.shape[1], x.feats.dtype
+        position = x.level.cached(  # the same for encoder and decoder
+            ("position", factor, channels, dtype),
+            lambda: position_encoding(x.coords[:, 1:] * factor, channels).to(dtype),
+        )
+        x = x.replace(x.feats + position)
         for block in self.blocks:
             x = self.run(block, x)
         return x
@@ -270,7 +270,7 @@ class SparseVQVAE(nn.Module):
         `seeds`, one a sample, make a sample's noise its own, however the batch is split over micro-batches or ranks.
         `level_dropout`: share of samples that are decoded from fewer quantiser levels than there are, by their seeds.
         """
-        coarsest = x.level.prepare(halvings=3)
+        coarsest = x.level.prepare(*self.sizes.convolved)
         for block in self.encoder.blocks:
             coarsest.windows(block.attn.window, block.attn.shift)
         latents, log_var = self.encoder(x)

@@ -20,6 +20,8 @@ SOURCES = {  # the bundle's config, and the one it is made of
     "multi_gpu_train.json": "multi_gpu.json",
     "ask.json": "ask.json",
 }
+SOURCES_OF_SHAPES = {**SOURCES, "train.json": "sdf_vqvae.json", "inference.json": "inference_shapes.json"}
+OVER_TRAIN_OF_SHAPES = "sdf_stage2.json"
 BUNDLE_ROOT = (
     "$str(next(f.frame.f_locals['self'].config_root_path for f in __import__('inspect').stack(0)"
     " if 'config_root_path' in getattr(f.frame.f_locals.get('self'), '__dict__', ())).resolve().parent)"
@@ -33,10 +35,14 @@ LEFT_OPEN = {"max_points", "prepared"}  # how much fits differs by machine; the 
 def make_configs(templates: Path, sizes: Preset, *, package: str, aligned: bool) -> dict[str, dict[str, Any]]:
     """Each config of the bundle by its file name."""
     made = {}
-    for name, source in SOURCES.items():
+    of_shapes = sizes.features == "sdf"
+    for name, source in (SOURCES_OF_SHAPES if of_shapes else SOURCES).items():
         if name == "ask.json" and not aligned:
             continue
         config = json.loads((templates / source).read_text(encoding="utf-8"))
+        if name == "train.json" and of_shapes:
+            config |= json.loads((templates / OVER_TRAIN_OF_SHAPES).read_text(encoding="utf-8"))
+            config = {key: value for key, value in config.items() if key not in ("pretrained_vae_path", "warmup_steps")}
         if name != "multi_gpu_train.json":
             config = _at_home(config)
         made[name] = _renamed(_CHANGES.get(name, lambda config, sizes: config)(config, sizes), package)

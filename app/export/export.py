@@ -20,21 +20,32 @@ import torch
 from safetensors.torch import save
 
 from app.evaluation.card import NAME as CARD
+from app.evaluation.shape_evaluation import WAYS
 from app.export import code, configs
 from app.export.metadata import NOTICE, SCHEMA, make_metadata, requirements
 from app.export.model_card import model_card
-from app.language.assistant import aligned_files, aligned_folder, read_settings
+from app.language.assistant import aligned_files, aligned_folder, read_settings, tokenizer_of
+from app.measures.surfaces import compare
 from app.phantoms.phantoms import make_phantom
+from app.shapes.bands import BAND
+from app.shapes.sdf import Settings, make_shapes
+from app.shapes.sources import Wanted
 from app.shared.output_folder import check_folder
 from app.shared.places import bundles_folder, root_folder
 from app.shared.refusals import Refused, refuse_empty
 from app.shared.version import VERSION
 from app.tokens.commands import onto_grid, write_nifti
 from app.tokens.open_scan import Volume
+from app.tokens.shape_tokens import encode_shape, mesh_of, open_shape
+from app.tokens.token_files import CTTokens
 from app.tokens.tokenizer import CTTokenizer
+from app.training.shipped import RECORD
 
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the same input gives the same bytes whenever it is packed
 PROOF_SIDE, PROOF_MM = 64, 6.0  # the scan that a bundle is proven on: a phantom's whole trunk
+CREDIT = "CREDIT.md"  # of a bundle's docs
+PROOF_LEVEL = 200.0  # HU: what of it is bone, for a tokenizer of shapes
+CODES_ALONE = WAYS[2]  # of a card of shapes
 PRIVATE = ("data", "vl_model", "tokenizer_path")  # of an alignment's record: where its maker kept things
 Json = dict[str, Any]
 
@@ -61,7 +72,7 @@ def export(
         raise Refused("NO_TEMPLATES", "a bundle's own code exports no bundle")
     folder = None if align is None else aligned_folder(align)
     settings = None if folder is None else read_settings(folder)
-    made = CTTokenizer.from_pretrained(tokenizer or (settings and str(folder / settings["tokenizer_path"])))
+    made = CTTokenizer.from_pretrained(tokenizer or (settings and tokenizer_of(folder, settings)))
     if settings is not None and settings["tokenizer"] != made.digest:
         what = f"{align} was aligned to tokenizer {settings['tokenizer'][:12]}, this one is {made.digest[:12]}"
         raise Refused("OTHER_TOKENIZER", what, "give that tokenizer, or align again", status=2)
@@ -104,7 +115,7 @@ def write_bundle(bundle: Path, made: CTTokenizer, *, name: str, align: Path | No
     told = make_metadata(base, made.sizes, name=name, package=package, digest=made.digest)
     card = _card_beside(made)
     if card is not None and card["tokenizer"]["sha256"] == made.digest:
-        told["eval_metrics"] = {"mae_hu": card["errors"]["codes alone"]["tissues"]["foreground"]["mae"]["mean"]}
+        told["eval_metrics"] = _eval_metrics(card)
     made_configs = configs.make_configs(templates, made.sizes, package=package, aligned=align is not None)
     for file, config in {**made_configs, "metadata.json": told}.items():
         _write_json(bundle / "configs" / file, config)
@@ -114,11 +125,21 @@ def write_bundle(bundle: Path, made: CTTokenizer, *, name: str, align: Path | No
     if record is not None:
         _copy_aligned(align, bundle / "models" / "align", record)
     base_model = None if record is None else record["base_model"]
-    (bundle / "docs").mkdir()
-    (bundle / "docs" / "README.md").write_text(model_card(told, card=card, base_model=base_model), encoding="utf-8")
+    docs, credit = bundle / "docs", _credit_beside(made)
+    docs.mkdir()
+    text = model_card(told, card=card, base_model=base_model, credit=None if credit is None else CREDIT)
+    (docs / "README.md").write_text(text, encoding="utf-8")
+    if credit is not None:
+        shutil.copyfile(credit, docs / CREDIT)
     (bundle / "LICENSE").write_text(_licence(), encoding="utf-8")
     (bundle / "requirements.txt").write_text("\n".join(requirements()) + "\n")
     return told
+
+
+def _eval_metrics(card: Json) -> Json:
+    if "ways" in card:
+        return {"surface_distance_mm": card["ways"][CODES_ALONE]["distance"]}
+    return {"mae_hu": card["errors"]["codes alone"]["tissues"]["foreground"]["mae"]["mean"]}
 
 
 def _write_weights(models: Path, made: CTTokenizer) -> None:
@@ -161,6 +182,13 @@ def _card_beside(made: CTTokenizer) -> Json | None:
     return _read_json(file) if file.is_file() else None
 
 
+def _credit_beside(made: CTTokenizer) -> Path | None:
+    """What has to go along with weights that were made from others' scans: of one that ships, or of a bundle of it."""
+    folder = Path(made.source).parent
+    file = folder / "README.md" if (folder / RECORD).is_file() else folder.parent / "docs" / CREDIT
+    return file if file.is_file() else None
+
+
 def _licence() -> str:
     """Of a checkout, else of the installed package."""
     file = root_folder() / "LICENSE"
@@ -192,13 +220,16 @@ def write_zip(bundle: Path, archive: Path) -> None:
 
 
 def prove(bundle: Path, made: CTTokenizer, *, package: str) -> Json:
-    """Tokens and reconstruction of a phantom, by the bundle in a new process elsewhere, against those made here."""
-    phantom = make_phantom(0, size=PROOF_SIDE, spacing=PROOF_MM)
+    """Tokens and reconstruction of a phantom, or of its bones, by the bundle in a new process elsewhere, against those
+    made here.
+    """
+    phantom, of_shapes = make_phantom(0, size=PROOF_SIDE, spacing=PROOF_MM), made.sizes.features == "sdf"
     with tempfile.TemporaryDirectory() as elsewhere:
         scan, out = Path(elsewhere, "scan.nii.gz"), Path(elsewhere, "proof.npz")
         write_nifti(scan, Volume(phantom.hu, phantom.affine))
-        tokens = made.encode(scan)
-        back = onto_grid(made.decode(tokens), tokens.source_shape, tokens.source_affine)
+        if of_shapes:
+            scan = _bones_of(scan, made.sizes.resolution)
+        tokens = encode_shape(made, open_shape(scan, made.sizes.resolution)) if of_shapes else made.encode(scan)
         _run_elsewhere(bundle, package, scan, out)
         with np.load(out) as found:
             proof = {name: found[name] for name in found.files}
@@ -206,9 +237,8 @@ def prove(bundle: Path, made: CTTokenizer, *, package: str) -> Json:
     for way in ways:
         _demand(_equal_share(tokens, proof, way) == 1.0, f"tokens after it was {way} differ from those made here")
     _demand(bool(proof["same_tensors"]), "model.pt and model.safetensors differ")
-    hu = np.rint(back.hu)
-    near = np.abs(hu - proof["hu"]).max() <= 1 and np.allclose(proof["affine"], tokens.source_affine, atol=1e-3)
-    _demand(bool(near), "its inference.json gives another reconstruction than is made here")
+    near = (_is_near_mesh if of_shapes else _is_near_volume)(made, tokens, proof)
+    _demand(near, "its inference.json gives another reconstruction than is made here")
     elsewhere_share = {"cpu": _equal_share(tokens, proof, "cpu")} if "cpu_codes" in proof else {}
     return {
         "tokens": len(tokens.codes),
@@ -216,6 +246,28 @@ def prove(bundle: Path, made: CTTokenizer, *, package: str) -> Json:
         "device": str(proof["device"]),
         "seconds": round(float(proof["seconds"]), 1),
     }
+
+
+def _bones_of(scan: Path, resolution: int) -> Path:
+    """Their signed distance, on the largest grid up to 64 that the tokenizer takes: any larger proves no more."""
+    side = max(side for side in range(8, PROOF_SIDE + 1, 8) if resolution % side == 0)
+    settings = Settings((side,), min(BAND, side / 2), wanted=Wanted(hu=PROOF_LEVEL))
+    make_shapes(scan, scan.parent / "shapes", settings, workers=1)
+    (file,) = (scan.parent / "shapes").glob("*.npz")
+    return file
+
+
+def _is_near_volume(made: CTTokenizer, tokens: CTTokens, proof: Json) -> bool:
+    """Within 1 HU, in the same place."""
+    back = onto_grid(made.decode(tokens), tokens.source_shape, tokens.source_affine)
+    is_placed = np.allclose(proof["affine"], tokens.source_affine, atol=1e-3)
+    return bool(np.abs(np.rint(back.hu) - proof["hu"]).max() <= 1 and is_placed)
+
+
+def _is_near_mesh(made: CTTokenizer, tokens: CTTokens, proof: Json) -> bool:
+    """Within a tenth of a voxel, nearly everywhere."""
+    here = mesh_of(made.decode_sparse(tokens), tokens)
+    return compare(here, (proof["vertices"], proof["faces"]))["distance_95"] <= 0.1 * tokens.spacing
 
 
 def _equal_share(tokens: Any, proof: Json, way: str) -> float:

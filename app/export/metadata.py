@@ -17,6 +17,10 @@ from transforms.windows import windows_range
 
 SCHEMA = "meta_schema_20240725.json"
 STATED_APART = ("torch", "monai", "numpy")  # the schema has a field for each
+OF_SHAPES = {
+    "task": "shape tokenizer",
+    "description": "Sparse VQ-VAE that turns a surface, as sparse signed distance, into discrete 3D tokens and back.",
+}
 
 
 def requirements() -> list[str]:
@@ -29,8 +33,8 @@ def _versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in names if name not in STATED_APART}
 
 
-def make_metadata(base: dict[str, Any], sizes: Preset, *, name: str, package: str, digest: str) -> dict[str, Any]:
-    """`base` is the project's own; versions are those that the bundle was proven with."""
+def _image(sizes: Preset) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A dense scan, in and out."""
     low, high = windows_range(sizes.windows)
     image = {
         "type": "image",
@@ -42,13 +46,26 @@ def make_metadata(base: dict[str, Any], sizes: Preset, *, name: str, package: st
         "value_range": [low, high],
         "is_patch_data": False,
     }
+    return {"image": {**image, "channel_def": {"0": "image"}}}, {**image, "channel_def": {"0": "reconstruction"}}
+
+
+def _shape(_sizes: Preset) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Voxels beside a surface, in and out: distance over the band, negative inside."""
+    band = {"type": "tuples", "format": "signed distance", "num_channels": 1, "spatial_shape": ["*"]}
+    band |= {"dtype": "float32", "value_range": [-1, 1], "is_patch_data": False, "channel_def": {"0": "distance"}}
+    return {"shape": band}, band
+
+
+def make_metadata(base: dict[str, Any], sizes: Preset, *, name: str, package: str, digest: str) -> dict[str, Any]:
+    """`base` is the project's own; versions are those that the bundle was proven with."""
     codes = {"type": "tuples", "format": "indices", "spatial_shape": ["*"], "dtype": "int32"}
     codes |= {"num_channels": sizes.quantizer_levels, "value_range": [0, sizes.num_embeddings - 1]}
     cells = {"type": "tuples", "format": "points", "num_channels": 3, "spatial_shape": ["*"], "dtype": "int32"}
     cells["value_range"] = [0, sizes.resolution // 8 - 1]
-    scan = {**image, "channel_def": {"0": "image"}}
+    source, back = (_shape if sizes.features == "sdf" else _image)(sizes)
     return {
         **base,
+        **(OF_SHAPES if sizes.features == "sdf" else {}),
         "name": name,
         "version": VERSION,
         "changelog": {VERSION: "exported by Voxelingo"},
@@ -57,11 +74,8 @@ def make_metadata(base: dict[str, Any], sizes: Preset, *, name: str, package: st
         "numpy_version": np.__version__,
         "required_packages_version": _versions(),
         "intended_use": NOTICE,
-        "network_data_format": {
-            "inputs": {"image": scan},
-            "outputs": {"pred": {**image, "channel_def": {"0": "reconstruction"}}},
-        },
-        "tokens_data_format": {"inputs": {"image": scan}, "outputs": {"codes": codes, "coords": cells}},
+        "network_data_format": {"inputs": source, "outputs": {"pred": back}},
+        "tokens_data_format": {"inputs": source, "outputs": {"codes": codes, "coords": cells}},
         "tokenizer": description(sizes, digest),
         "code": {"package": package, "packages": list(PACKAGES)},
     }

@@ -15,36 +15,47 @@ torchrun --nproc_per_node=4 -m monai.bundle run training \\
 {ask}python -m monai.bundle verify_metadata --meta_file {root}/configs/metadata.json --filepath {root}/configs/{schema}
 cd {root} && python -m {package}.app prepare RAW PREPARED        # also tokenize, reconstruct, check, doctor: see --help
 ```"""
+COMMANDS_OF_SHAPES = """\
+```bash
+pip install -r {root}/requirements.txt
+python -m monai.bundle run --config_file {root}/configs/inference.json --shape MESH --output_dir OUT  # mesh in mm
+cd {root} && python -m {package}.app sdf MESHES SHAPES --resolution {resolution}  # also tokenize, reconstruct
+python -m monai.bundle run --config_file {root}/configs/evaluate.json --dataset_dir SHAPES  # a card of your shapes
+python -m monai.bundle run training --config_file {root}/configs/train.json --dataset_dir SHAPES  # go on with it
+torchrun --nproc_per_node=4 -m monai.bundle run training \\
+  --config_file "['{root}/configs/train.json','{root}/configs/multi_gpu_train.json']" --dataset_dir SHAPES
+python -m monai.bundle verify_metadata --meta_file {root}/configs/metadata.json --filepath {root}/configs/{schema}
+```"""
 ASK = (
     'python -m monai.bundle run --config_file {root}/configs/ask.json --scan SCAN --question "Is there an effusion?"\n'
 )
 
 
-def model_card(metadata: dict[str, Any], *, card: dict[str, Any] | None, base_model: dict[str, Any] | None) -> str:
-    """Markdown. `card` is the tokenizer's own evaluation where there is one; `base_model` that of an aligned bundle."""
+def model_card(
+    metadata: dict[str, Any],
+    *,
+    card: dict[str, Any] | None,
+    base_model: dict[str, Any] | None,
+    credit: str | None = None,
+) -> str:
+    """Markdown. `card` is the tokenizer's own evaluation where there is one; `base_model` that of an aligned bundle;
+    `credit` the file beside it that has to go along with the weights.
+    """
     told = metadata["tokenizer"]
     package, root = metadata["code"]["package"], "BUNDLE"
     ask = "" if base_model is None else ASK.format(root=root)
-    prepared = told["prepared"]
+    of_shapes = told["features"] == "sdf"
+    commands = COMMANDS_OF_SHAPES if of_shapes else COMMANDS
+    filled = {"root": root, "ask": ask, "package": package, "schema": SCHEMA, "resolution": told["resolution"]}
     sections = [
         f"# {metadata['name']} {metadata['version']}",
         metadata["description"],
         f"**{NOTICE}**",
         "## What goes in",
-        _table(
-            ("scan", "CT in HU: DICOM series, NIfTI, NRRD, MHA; anything else is refused with a code"),
-            ("axes", f"any; brought to {told['orientation']}"),
-            ("grid", f"{told['resolution']} voxels a side, {told['spacing']:g} mm; what lies beyond is cut and told"),
-            ("prepared on", f"{prepared[0]} voxels a side, {prepared[1]:g} mm" if prepared else "not recorded"),
-            ("windows", ", ".join(told["windows"])),
-            ("HU told apart", f"{told['hu_range'][0]:g} to {told['hu_range'][1]:g}; beyond is clipped"),
-            ("voxels kept", told["keep"]),
-            ("codes", f"{told['num_embeddings']}, {told['quantizer_levels']} a token"),
-            ("weights, sha256", f"`{told['sha256']}`"),
-        ),
+        _table(*(_shape_in(told) if of_shapes else _scan_in(told)), ("weights, sha256", f"`{told['sha256']}`")),
         "## Use",
         f"`{root}` is this folder; every command works from any directory.",
-        COMMANDS.format(root=root, ask=ask, package=package, schema=SCHEMA),
+        commands.format(**filled),
         "Configs are code: run those of a bundle only where you trust who made it. `--tokenizer BUNDLE` of Voxelingo "
         "reads metadata and tensors alone and evaluates none of them.",
         "## How good",
@@ -57,10 +68,38 @@ def model_card(metadata: dict[str, Any], *, card: dict[str, Any] | None, base_mo
         "differs from scan to scan, where the first sends one dense random tensor, and TorchScript, which the second "
         "makes, cannot hold its sparse operations.",
         "## Licence",
-        "Code: Apache-2.0 (LICENSE). Weights: what the data they learned from allow; who exported this bundle knows. "
+        f"Code: Apache-2.0 (LICENSE). Weights: {_weights_licence(credit)} "
         "A base language model has a licence of its own and is not in this bundle.",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _weights_licence(credit: str | None) -> str:
+    if credit is None:
+        return "what the data they learned from allow; who exported this bundle knows."
+    return f"[{credit}]({credit}) names the data they learned from, licences and credit; pass it on with them."
+
+
+def _scan_in(told: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    prepared = told["prepared"]
+    return (
+        ("scan", "CT in HU: DICOM series, NIfTI, NRRD, MHA; anything else is refused with a code"),
+        ("axes", f"any; brought to {told['orientation']}"),
+        ("grid", f"{told['resolution']} voxels a side, {told['spacing']:g} mm; what lies beyond is cut and told"),
+        ("prepared on", f"{prepared[0]} voxels a side, {prepared[1]:g} mm" if prepared else "not recorded"),
+        ("windows", ", ".join(told["windows"])),
+        ("HU told apart", f"{told['hu_range'][0]:g} to {told['hu_range'][1]:g}; beyond is clipped"),
+        ("voxels kept", told["keep"]),
+        ("codes", f"{told['num_embeddings']}, {told['quantizer_levels']} a token"),
+    )
+
+
+def _shape_in(told: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    return (
+        ("shape", "a closed mesh in mm (STL, OBJ, PLY, VTP), or a file of signed distance that `sdf` writes"),
+        ("grid", f"{told['resolution']} voxels a side of a cube about the shape, or a whole part of that"),
+        ("codes", f"{told['num_embeddings']}, {told['quantizer_levels']} a token"),
+    )
 
 
 def _table(*rows: tuple[str, str]) -> str:
@@ -70,9 +109,14 @@ def _table(*rows: tuple[str, str]) -> str:
 def _measured(card: dict[str, Any] | None, digest: str) -> str:
     if card is None or card["tokenizer"]["sha256"] != digest:
         return "Not measured when it was exported: `configs/evaluate.json` writes a card on your data."
+    data = card["data"]
+    if "ways" in card:
+        rows = [
+            (way, f"{told['distance']:.3g} mm") for way, told in card["ways"].items() if told["distance"] is not None
+        ]
+        return f"Mean surface distance, {data['cases']} shapes of split {data['split']}:\n\n{_table(*rows)}"
     errors = card["errors"]["codes alone"]["tissues"]
     rows = [(name, f"{part['mae']['mean']:.1f} HU") for name, part in errors.items() if part["mae"]["mean"] is not None]
-    data = card["data"]
     head = f"Mean absolute error from codes alone, {data['cases']} cases of {data['dataset']}, split {data['split']}:"
     return f"{head}\n\n{_table(*rows)}"
 

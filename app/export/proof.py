@@ -24,7 +24,9 @@ class _Blocked(MetaPathFinder):
 
 
 def main(root: str, package: str, scan: str, out: str) -> None:
-    """Writes tokens and reconstruction of a NIfTI to `out`, made in each way that a bundle is used."""
+    """Writes tokens and reconstruction of a NIfTI, or of a file of signed distance, to `out`, made in each way that a
+    bundle is used.
+    """
     sys.meta_path.insert(0, _Blocked())
     started = time.perf_counter()
     from monai.bundle import load, run
@@ -32,21 +34,24 @@ def main(root: str, package: str, scan: str, out: str) -> None:
     result: dict[str, Any] = {}
     loaded = load(Path(root).name, bundle_dir=Path(root).parent, device="cpu")  # puts the bundle on the path itself
     tokenizer = importlib.import_module(f"{package}.app.tokens.tokenizer")
-    result |= _tokens("loaded", tokenizer.CTTokenizer(loaded, digest="").encode(Path(scan)))
+    shapes = importlib.import_module(f"{package}.app.tokens.shape_tokens")
+
+    def encode(made: Any) -> Any:
+        if made.sizes.features != "sdf":
+            return made.encode(Path(scan))
+        return shapes.encode_shape(made, shapes.open_shape(Path(scan), made.sizes.resolution))
+
+    result |= _tokens("loaded", encode(tokenizer.CTTokenizer(loaded, digest="")))
     read = tokenizer.CTTokenizer.from_pretrained(root)
-    result |= _tokens("read", read.encode(Path(scan)))
+    result |= _tokens("read", encode(read))
     other = "cuda" if str(read.device) == "cpu" else "cpu"
     result["device"] = np.array(str(read.device.type))
     if other == "cpu":
-        elsewhere = tokenizer.CTTokenizer.from_pretrained(root, device="cpu").encode(Path(scan))
-        result |= _tokens("cpu", elsewhere)
+        result |= _tokens("cpu", encode(tokenizer.CTTokenizer.from_pretrained(root, device="cpu")))
     folder = Path(out).parent / "reconstructed"
-    run(config_file=str(Path(root, "configs", "inference.json")), scan=scan, output_dir=str(folder))
-    import nibabel
-
-    (image,) = folder.glob("*.nii.gz")
-    volume = nibabel.load(image)
-    result |= {"hu": np.asarray(volume.dataobj), "affine": volume.affine}
+    given = {"shape" if read.sizes.features == "sdf" else "scan": scan}
+    run(config_file=str(Path(root, "configs", "inference.json")), **given, output_dir=str(folder))
+    result |= _mesh_in(folder, package) if "shape" in given else _volume_in(folder)
     result["same_tensors"] = np.array(_same_tensors(Path(root, "models")))
     result["seconds"] = np.array(time.perf_counter() - started)
     np.savez(out, **result)
@@ -54,6 +59,21 @@ def main(root: str, package: str, scan: str, out: str) -> None:
 
 def _tokens(name: str, tokens: Any) -> dict[str, np.ndarray]:
     return {f"{name}_codes": tokens.codes, f"{name}_coords": tokens.coords}
+
+
+def _volume_in(folder: Path) -> dict[str, np.ndarray]:
+    import nibabel
+
+    (image,) = folder.glob("*.nii.gz")
+    volume = nibabel.load(image)
+    return {"hu": np.asarray(volume.dataobj), "affine": volume.affine}
+
+
+def _mesh_in(folder: Path, package: str) -> dict[str, np.ndarray]:
+    files = importlib.import_module(f"{package}.app.shapes.mesh_files")
+    (file,) = folder.glob("*.ply")
+    mesh = files.read_mesh(file)
+    return {"vertices": mesh.vertices, "faces": mesh.faces}
 
 
 def _same_tensors(models: Path) -> bool:

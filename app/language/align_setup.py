@@ -87,8 +87,8 @@ class FrozenTokenizer:
     """The tokenizer as it is given: never trained, always in evaluation mode, known by its hash.
 
     Args:
-        path: checkpoint, output folder or bundle; None takes the newest output, else the one that
-            ships. On the demo a missing one is trained.
+        path: checkpoint, output folder, bundle or name; None takes the newest output of one's own scans, else the one
+            that ships; on the demo the newest output of all, and a missing one is trained.
         levels: so many codes a cell are read, the first of the tokenizer's levels; None: all.
     """
 
@@ -109,7 +109,7 @@ class FrozenTokenizer:
                 raise Refused("NO_TOKENIZER", what, f"first run {STAGE1_COMMAND}, or pass --vae_ckpt")
             if demo:
                 train_demo_stage1("NO_TOKENIZER")
-        self.file = find_tokenizer(path)
+        self.file = find_tokenizer(path, for_phantoms=demo)
         self.ct = CTTokenizer.from_pretrained(self.file, device=device)
         self.network: SparseVQVAE = self.ct.network.requires_grad_(False)
         self.hash = self.ct.digest
@@ -312,13 +312,13 @@ def make_text_dataset(
         words = language.model.get_input_embeddings().num_embeddings
         return align_data.OwnDataset(own, reduce=reduce, network=tokenizer.network, skip_bad=skip_bad, vocabulary=words)
     rows, volumes = text.rows_and_volumes
-    made = align_data.TextDataset(
+    examples = align_data.TextDataset(
         rows, volumes=volumes, reduce=reduce, tokenizer=language.tokenizer, **(chat_options or {})
     )
-    left_out = {reason: count for reason, count in made.dropped.items() if count}
-    told = f"; left out or cut: {left_out}" if left_out else ""
-    log.info("%d examples to %s on%s", len(made), "train" if text.split == "train" else "validate", told)
-    return made
+    left_out = {reason: count for reason, count in examples.dropped.items() if count}
+    note = f"; left out or cut: {left_out}" if left_out else ""
+    log.info("%d examples to %s on%s", len(examples), "train" if text.split == "train" else "validate", note)
+    return examples
 
 
 def make_held_out(*, dataset: str | None = None, **settings: Any) -> Dataset:
@@ -350,6 +350,8 @@ def check_resumed(folder: Path, args: dict) -> None:
                 "resume with the same settings, or start afresh in another --output_dir",
                 status=2,
             )
-    told = ", ".join(f"{name} {args[name]} (was {began.get(name)})" for name in changed if name != "tokenizer_path")
-    if told:
-        log.warning("this run goes on with other settings than it began with: %s", told)
+    differences = ", ".join(
+        f"{name} {args[name]} (was {began.get(name)})" for name in changed if name != "tokenizer_path"
+    )
+    if differences:
+        log.warning("this run goes on with other settings than it began with: %s", differences)

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from app.shared.refusals import Refused
 from app.text.rows import REPORT_QUESTION
 from app.tokens.open_scan import ScanSource, scan_source, scan_sources
 from app.tokens.token_files import CTTokens
-from app.training import checkpoints
+from app.training import checkpoints, shipped
 from app.training.key_rules import RULES, Rule
 from networks import qwen
 from networks.projector import Projector
@@ -56,14 +56,7 @@ class Answer:
     notice: str = NOTICE
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            "scan": self.scan,
-            "source": self.source,
-            "question": self.question,
-            "answer": self.answer,
-            "notice": self.notice,
-            "provenance": self.provenance,
-        }
+        return asdict(self)
 
 
 class CTAssistant:
@@ -89,7 +82,7 @@ class CTAssistant:
         """
         path, device = aligned_folder(path), device or choose_device()
         settings = read_settings(path)
-        where = tokenizer or str(path / settings["tokenizer_path"])
+        where = tokenizer or tokenizer_of(path, settings)
         frozen = FrozenTokenizer(where, demo=False, device=device, levels=settings["levels"])
         if frozen.hash != settings["tokenizer"]:
             what = f"{path} was aligned to tokenizer {settings['tokenizer'][:12]}, {frozen.file} is {frozen.hash[:12]}"
@@ -156,8 +149,8 @@ class CTAssistant:
             [(q, self.reduce(opened.tokens)) for q in questions], max_new_tokens=max_new_tokens, streamer=streamer
         )
         about = {"scan": opened.name, "source": opened.source, "provenance": self.provenance(opened)}
-        made = [Answer(question=q, answer=text, **about) for q, text in zip(questions, texts, strict=True)]
-        return made[0] if question is None or isinstance(question, str) else made
+        answers = [Answer(question=q, answer=text, **about) for q, text in zip(questions, texts, strict=True)]
+        return answers[0] if question is None or isinstance(question, str) else answers
 
     def answer_many(
         self, asked: Sequence[tuple[str, TokenSequence | None]], *, max_new_tokens: int = 256, streamer=None
@@ -201,6 +194,11 @@ class CTAssistant:
             name, place = source.name, source.place if source is scan else Path(scan).name
             origin |= {"tokens_sha256": source.key} if source.kind == "tokens" else {}
         return TokenizedScan(name, tokens, {**origin, **_series(tokens)}, place)
+
+    def of_tokens(self, tokens: CTTokens) -> TokenizedScan:
+        """What was tokenized already."""
+        origin = {"scan_sha256": tokens.source_hash} if tokens.source_hash else {}
+        return TokenizedScan("tokens", tokens, {**origin, **_series(tokens)})
 
     def open_all(self, path: Path) -> Iterator[TokenizedScan | ValueError]:
         """Everything at a path, by the one door for scans; what is refused comes as its refusal."""
@@ -287,6 +285,12 @@ def read_settings(path: Path) -> dict[str, Any]:
             what = f"{file} must have {rule.says} as its {name}, it has {str(value)[:40]}"
             raise Refused("NO_ALIGNMENT", what, "copy the folder again, or align again")
     return settings
+
+
+def tokenizer_of(path: Path, settings: dict[str, Any]) -> str:
+    """Where the tokenizer of an alignment is: where it was, else what ships with the hash that was recorded."""
+    place, name = path / settings["tokenizer_path"], shipped.name_of(settings["tokenizer"])
+    return str(place if place.exists() or name is None else shipped.pretrained_folder() / name)
 
 
 def load_base(

@@ -36,8 +36,8 @@ class Settings(NamedTuple):
     overwrite: bool = False
 
     def mark(self) -> str:
-        """What of them shapes the numbers in a file."""
-        return json.dumps([self.band, self.sharp_degrees, *self.wanted])
+        """What of them shapes the numbers in a file; which label it is of, its name says."""
+        return json.dumps([self.band, self.sharp_degrees, *self.wanted._replace(label=None)])
 
 
 class Job(NamedTuple):
@@ -105,10 +105,7 @@ def make_one(job: Job) -> list[dict[str, Any]]:
             raise source.error
         made_of = source_hash(source)
         for found in surfaces_of(source, settings.wanted):
-            if isinstance(found, tuple) and not isinstance(found, Found):
-                entries.append(_refused(source, *found))
-            else:
-                entries.append(_write(job, found, made_of))
+            entries.append(_entry(job, found, made_of))
     except MemoryError:
         entries.append(
             _refused(source, source.name, Refused("OUT_OF_MEMORY", "the memory of this machine is not enough"))
@@ -116,6 +113,16 @@ def make_one(job: Job) -> list[dict[str, Any]]:
     except ValueError as error:
         entries.append(_refused(source, source.name, as_refused(error)))
     return entries
+
+
+def _entry(job: Job, found: Found | tuple[str, Refused], made_of: str) -> dict[str, Any]:
+    """Of one surface: what is wrong with it says nothing of the others."""
+    if not isinstance(found, Found):
+        return _refused(job.source, *found)
+    try:
+        return _write(job, found, made_of)
+    except ValueError as error:
+        return _refused(job.source, found.name, as_refused(error))
 
 
 def _write(job: Job, found: Found, made_of: str) -> dict[str, Any]:

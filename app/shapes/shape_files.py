@@ -12,6 +12,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from app.shapes.bands import BAND, Shape
+from app.shapes.mesh_files import READERS
 from app.shared.array_files import UNREADABLE, read_arrays
 from app.shared.atomic_files import written_whole
 from app.shared.refusals import Refused
@@ -61,6 +62,19 @@ def read_shape(path: str | Path) -> Shape:
         return _shape_of(arrays)
     except UNREADABLE as error:
         raise _damaged(Path(path), error) from error
+
+
+def holds_shape(path: Path) -> bool:
+    """Whether a file is a mesh by its ending, or an npz with a signed distance; it may be damaged all the same."""
+    if path.suffix.lower() in READERS:
+        return path.is_file()
+    if path.suffix != ".npz" or not path.is_file():
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "sparse_sdf.npy" in archive.namelist()
+    except UNREADABLE:
+        return False
 
 
 def read_made(path: Path) -> Made:

@@ -1,6 +1,6 @@
 """What `sdf` finds at a path, and the surfaces in it: meshes, label volumes, organs of prepared cases, levels in HU."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,8 @@ from app.shapes.bands import Surface, check_surface, mesh_affine, volume_affine
 from app.shapes.mesh_files import READERS, Mesh, read_mesh
 from app.shared.refusals import Refused
 from transforms.isosurface import surface_at
+
+MOST_NAMED = 12  # labels or organs in a line
 
 
 class Source(NamedTuple):
@@ -158,7 +160,7 @@ def _organs(source: Source, wanted: Wanted) -> Iterator[Found | tuple[str, Refus
         what = f"case {case.case_id} has {lacks}"
         raise Refused("NO_SURFACE", what, "prepare it with its labels, or give --hu LEVEL")
     if wanted.label is not None and wanted.label not in names:
-        raise Refused("NO_SURFACE", f"case {case.case_id} has no organ {wanted.label!r}, it has {', '.join(names)}")
+        raise Refused("NO_SURFACE", f"case {case.case_id} has no organ {wanted.label!r}, it has {_few(names)}")
     for organ in names if wanted.label is None else (wanted.label,):
         full = f"{source.name}_{organ}"
         try:
@@ -201,8 +203,11 @@ def _number(label: str) -> float:
 
 
 def _some(present: np.ndarray) -> str:
-    names = [f"{value:g}" for value in present[:12].tolist()]
-    return ", ".join(names) + (" …" if len(present) > 12 else "") if names else "none"
+    return _few([f"{value:g}" for value in present.tolist()])
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:MOST_NAMED]) + (" …" if len(names) > MOST_NAMED else "")
 
 
 def _found(

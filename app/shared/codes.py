@@ -227,7 +227,9 @@ CODES = MappingProxyType(
         ),
         "UNSIGNED": _warned("distances have no sign, as --unsigned asked", "do not train on them beside signed ones"),
         "NO_SURFACE": _refused("a volume has no surface there", "name a label or a level that it has"),
-        "DAMAGED_SHAPE": _refused("a file of signed distance is damaged, or is none", "make it again with --overwrite"),
+        "DAMAGED_SHAPE": _refused(
+            "a file of signed distance is damaged, or is none", "make it again with `python -m app sdf`, --overwrite"
+        ),
         # the call
         "BAD_VALUE": _call("a value that cannot be used", "the line says the rule; pass another"),
         "BAD_CALL": _call("options that do not go together", "see --help"),
@@ -271,7 +273,7 @@ CODES = MappingProxyType(
         "BAD_RESUME": _call("--resume takes latest or a step", "pass --resume latest"),
         "NO_CHECKPOINT": _call("no complete checkpoint is there", "train first, or name another file or output folder"),
         "BAD_RUN": _call("a file of an output folder is no longer what a run wrote", "the line says what to remove"),
-        "BAD_CHECKPOINT": _call("a checkpoint is damaged or does not fit", "it may be damaged: use another step"),
+        "BAD_CHECKPOINT": _call("a checkpoint is damaged or does not fit", "it may be damaged: use an older step"),
         "FOREIGN_CHECKPOINT": _call(
             "a file that does not say what it was made for", "use a checkpoint of this project"
         ),

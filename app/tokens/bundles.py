@@ -23,7 +23,7 @@ def description(sizes: Preset, digest: str) -> dict[str, Any]:
         "sha256": digest,
         "orientation": ORIENTATION,
         **json.loads(json.dumps(told)),
-        "hu_range": list(windows_range(sizes.windows)),
+        "hu_range": list(windows_range(sizes.windows)) if sizes.windows else None,
     }
 
 

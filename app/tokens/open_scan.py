@@ -21,6 +21,7 @@ from app.prepare.findings import codes_of
 from app.prepare.formats import nifti_units
 from app.prepare.slice_rules import Rules
 from app.prepare.volume import RawScan, RawSource, raw_sources
+from app.shapes.shape_files import holds_shape
 from app.shared.hashes import hash_path
 from app.shared.refusals import Refused
 from app.tokens.code_tables import CodeTables
@@ -41,7 +42,7 @@ class Scan(NamedTuple):
     """A volume on RAS axes, with the grid of the scan it came from."""
 
     name: str
-    volume: Volume
+    volume: Volume | None  # None where its rows were taken and its values let go
     source_shape: tuple[int, int, int]
     source_affine: Float[np.ndarray, "4 4"]
     source_hash: str = ""  # of the scan's content; an array in memory has none
@@ -122,7 +123,10 @@ def scan_sources(path: str | Path, *, series: str | None = None, token_files: bo
     if files and token_files and not case:
         yield from map(_token_source, files)
     elif not case and not (path.is_dir() and prepared.find_datasets(path)):
-        yield from map(_raw_source, raw_sources(path, Rules(series=series)))
+        try:
+            yield from map(_raw_source, raw_sources(path, Rules(series=series)))
+        except Refused as refused:
+            raise _if_shape(path, refused) from refused
     elif series is not None:
         raise Refused("BAD_VALUE", f"{path} is prepared, so --series names nothing", "leave it out", status=2)
     elif case:
@@ -197,6 +201,17 @@ def case_key(case: prepared.PreparedCase) -> str:
     """
     mark = hash_path(case.path / "case.json") if case.sidecar.get("source_hash") else case.content_hash
     return f"{case.path.name}.{mark[:16]}"
+
+
+def _if_shape(path: Path, refused: Refused) -> Refused:
+    """Where no file is a CT volume but one is a shape, what that takes."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    shape = next((file for file in files if holds_shape(file)), None) if refused.code == "NO_CASES" else None
+    if shape is None:
+        return refused
+    what = f"{shape.name} is a shape, which a tokenizer of CT does not read"
+    remedy = "name one of shapes with --tokenizer (bundles/sdf_vqvae.json trains one), or give a CT volume"
+    return Refused("OTHER_TOKENIZER", what, remedy, status=2)
 
 
 def _raw_source(raw: RawSource) -> ScanSource:

@@ -13,7 +13,7 @@ import torch
 
 from app.shapes.bands import Shape, check_surface, mesh_affine, shape_of
 from app.shapes.mesh_files import READERS, Mesh, read_mesh
-from app.shapes.shape_files import read_shape
+from app.shapes.shape_files import holds_shape, read_shape
 from app.shared.hashes import hash_path
 from app.shared.refusals import Refused
 from app.tokens.open_scan import ScanSource, Wanted
@@ -40,7 +40,8 @@ def encode_shape(
     opened = source.open(Wanted()) if isinstance(source, ScanSource) else source
     shape = opened.shape
     x = shape_tensor(tokenizer, shape)
-    made = encode_whole(tokenizer.network, x, max_points=tokenizer.max_points, levels=levels)
+    with torch.inference_mode():
+        made = encode_whole(tokenizer.network, x, max_points=tokenizer.max_points, levels=levels)
     return CTTokens(
         codes=made.codes.cpu().numpy(),
         coords=made.coords[:, 1:].cpu().numpy(),
@@ -94,15 +95,23 @@ def shapes_in(source: Path, resolution: int) -> Iterator[ScanSource]:
     if source.is_dir():
         files = [file for file in sorted(source.rglob("*")) if file.suffix.lower() in READERS]
         files += sorted(source.rglob(f"*_r{resolution}.npz"))
+        what = f"{source} holds no mesh and no file {f'*_r{resolution}.npz'}"
     else:
-        files = [source]
+        files = [source] if source.suffix == ".npz" or holds_shape(source) else []
+        what = f"{source.name} is neither a mesh nor a file of signed distance, which this tokenizer reads"
     if not files:
-        raise Refused("NO_CASES", f"{source} holds no mesh and no file {f'*_r{resolution}.npz'}", status=2)
-    for file in files:
-        name = file.relative_to(source).with_suffix("").as_posix() if source.is_dir() else file.stem
+        remedy = f"of a volume or a case make one first: python -m app sdf {source} OUT --resolution {resolution}"
+        raise Refused("NO_CASES", what, remedy, status=2)
+    names = [_name(file, source) for file in files]
+    for file, name in zip(files, names, strict=True):
         digest = hash_path(file)
         opened = partial(_open, file, resolution, digest)
-        yield ScanSource("raw", name, file.name, digest, digest, opened, opened)
+        apart = f"{name}_{file.suffix.lstrip('.').lower()}" if names.count(name) > 1 else name  # a.stl beside a.ply
+        yield ScanSource("raw", apart, file.name, digest, digest, opened, opened)
+
+
+def _name(file: Path, source: Path) -> str:
+    return file.relative_to(source).with_suffix("").as_posix() if source.is_dir() else file.stem
 
 
 def _open(file: Path, resolution: int, digest: str, *_: object) -> Opened:

@@ -267,15 +267,15 @@ class Checkpoints(OnEvent):
 
 
 class EndOfRun(OnEvent):
-    """Lets loader workers go, and says what the run left and what comes next."""
+    """Lets loader workers go, and says what the run left and what comes next: `then`, else by the stage's name."""
 
     on = Events.COMPLETED
 
-    def __init__(self, *, folder, evaluator: SupervisedEvaluator):
-        self.folder, self.evaluator = folder, evaluator
+    def __init__(self, *, folder, evaluator: SupervisedEvaluator, then: str | None = None):
+        self.folder, self.evaluator, self.then = folder, evaluator, then
 
     def __call__(self, engine: SupervisedTrainer) -> None:
         engine.data_loader.close()
         self.evaluator.data_loader.close()
         if idist.get_rank() == 0 and engine.last_saved_step == engine.state.iteration:
-            self.folder.record_end(then=NEXT[self.folder.name])
+            self.folder.record_end(then=self.then or NEXT[self.folder.name])

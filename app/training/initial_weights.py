@@ -224,8 +224,9 @@ class WarmUpState(TrainingState):
 class Stage2Start:
     """Weights of stage 1. On the demo a missing stage 1 is trained first; with the user's data it is refused."""
 
-    def __init__(self, *, network: SparseVQVAE, folder, init_from: str, demo: bool):
+    def __init__(self, *, network: SparseVQVAE, folder, init_from: str, demo: bool, stage1: str = "vq_stage1.json"):
         self.network, self.folder, self.init_from, self.demo = network, folder, init_from, demo
+        self.stage1 = stage1
 
     def run(self) -> None:
         if self.folder.start_step is not None:
@@ -233,7 +234,8 @@ class Stage2Start:
         path = shipped.weights_of(self.init_from)
         if not path.is_file() and not checkpoints.complete_steps(path):
             if not self.demo or path != Path("outputs/vq_stage1"):
-                remedy = f"first run {STAGE1_COMMAND} with your dataset_dir"
+                command = STAGE1_COMMAND.replace("vq_stage1.json", self.stage1)
+                remedy = f"first run {command} with your dataset_dir"
                 raise Refused("NO_STAGE1", f"{path} has no checkpoint of stage 1", remedy)
             train_demo_stage1("NO_STAGE1")
         log.info("weights from %s", checkpoints.start_from(self.network, path, codebook=True))

@@ -4,11 +4,15 @@ import json
 
 import numpy as np
 import pytest
+from monai.bundle import verify_metadata
 from typer.testing import CliRunner
 
 from app.__main__ import app
+from app.export.export import export
 from app.shapes.mesh_files import Mesh, read_mesh, write_mesh
-from tests.runs import ROOT, run_in
+from app.tokens.tokenizer import CTTokenizer
+from tests.e2e.test_export import COMMAND, alone
+from tests.runs import ROOT, rows_of, run_in
 from tests.solids import sphere
 
 CONFIG = str(ROOT / "bundles/sdf_vqvae.json")
@@ -86,3 +90,65 @@ def test_what_does_not_go_together_is_one_line(trained):
         "tokenize", trained / "fine/s0_r64.npz", trained / "b.npz", "--tokenizer", trained / "out"
     )
     assert status == 3 and done["cases"][0]["codes"] == ["OTHER_TOKENIZER"]
+
+
+def test_all_of_it_learns_on_from_its_weights(trained):
+    """Stage 2, which lies over the same file; without those weights it names the file that makes them."""
+    both = f"['{CONFIG}','{ROOT / 'bundles/sdf_stage2.json'}']"
+    given = {"dataset_dir": trained / "sdf", "resolution": 32, "max_steps": 4, "i_save": 4, "val_interval": 4}
+    given |= {"spacing": None, "learning_rate": 0.001}
+    missing = run_in(trained, both, **given, init_from=trained / "none", output_dir=trained / "no")
+    assert missing.status == 2 and "bundles/sdf_vqvae.json" in missing.error, missing.err
+    ended = run_in(trained, both, **given, init_from=trained / "out", output_dir=trained / "stage2")
+    assert ended.status == 0 and [row["step"] for row in rows_of(trained / "stage2")][-1] == 4, ended.err
+    before, after = (CTTokenizer.from_pretrained(trained / name).network.state_dict() for name in ("out", "stage2"))
+    for part in ("encoder.", "decoder.", "vq.", "subdivision."):
+        names = [name for name in before if name.startswith(part) and before[name].is_floating_point()]
+        assert any((before[name] != after[name]).any() for name in names), part
+
+
+@pytest.fixture(scope="module")
+def exported(trained):
+    out = trained / "bundle"
+    return out, export(out, tokenizer=trained / "out")
+
+
+def test_an_exported_tokenizer_of_shapes_is_proven_and_described(exported):
+    out, told = exported
+    assert told["proof"]["equal"] == {"read": 1.0, "loaded": 1.0} and told["proof"]["tokens"] > 3
+    configs = out / "configs"
+    verify_metadata(meta_file=str(configs / "metadata.json"), filepath=str(configs / "meta_schema_20240725.json"))
+    described = json.loads((configs / "metadata.json").read_text())
+    assert described["task"] == "shape tokenizer" and described["tokenizer"]["features"] == "sdf"
+    assert "hounsfield" not in json.dumps(described)
+    card = (out / "docs/README.md").read_text()
+    assert "--shape MESH" in card and "HU" not in card and "--resolution 32" in card
+
+
+def test_its_bundle_takes_a_mesh_to_tokens_and_back_wherever_it_lies(exported, trained, tmp_path):
+    config = exported[0] / "configs" / "inference.json"
+    words = ["--shape", trained / "meshes/s1.stl", "--output_dir", tmp_path / "out"]
+    alone(COMMAND, tmp_path / "else", "run", "--config_file", config, *words)
+    status, done, _ = command(
+        "tokenize", trained / "meshes/s1.stl", tmp_path / "s1.npz", "--tokenizer", trained / "out"
+    )
+    assert status == 0
+    status, done, _ = command("reconstruct", tmp_path / "s1.npz", tmp_path / "s1.ply", "--tokenizer", trained / "out")
+    assert status == 0, done
+    here, there = (read_mesh(file) for file in (tmp_path / "s1.ply", tmp_path / "out/s1.ply"))
+    assert np.array_equal(here.faces, there.faces) and np.abs(here.vertices - there.vertices).max() < 1e-4
+    ours = CTTokenizer.from_pretrained(exported[0])
+    assert np.array_equal(ours.read(tmp_path / "out/s1.npz").codes, ours.read(tmp_path / "s1.npz").codes)
+
+
+def test_its_bundle_trains_on_and_judges_the_owners_shapes(exported, trained, tmp_path):
+    shapes = ["--dataset_dir", trained / "sdf"]
+    words = ["--output_dir", tmp_path / "out", "--max_steps", "2", "--i_save", "2", "--val_interval", "2"]
+    words += ["--i_log", "1", "--num_workers", "0"]
+    config = exported[0] / "configs"
+    alone(COMMAND, tmp_path / "else", "run", "training", "--config_file", config / "train.json", *shapes, *words)
+    assert [row["step"] for row in rows_of(tmp_path / "out")][-1] == 2
+    words = ["--output_dir", tmp_path / "card"]
+    alone(COMMAND, tmp_path / "else", "run", "--config_file", config / "evaluate.json", *shapes, *words)
+    card = json.loads((tmp_path / "card/tokenizer_card.json").read_text())
+    assert card["tokenizer"]["sha256"] == exported[1]["tokenizer"]

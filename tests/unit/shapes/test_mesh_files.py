@@ -1,4 +1,4 @@
-"""Mesh files in and out: every format says the same, and what is damaged is refused in one line."""
+"""Mesh files in and out: every format says the same, and what is damaged is named."""
 
 import base64
 import struct
@@ -144,41 +144,3 @@ def test_what_is_wrong_is_named(tmp_path):
     start = bomb.index(b'format="binary">') + 16
     bomb = bomb[:start] + base64.b64encode(sizes) + b"AAAAAAAAAAAAAA==" + bomb[bomb.index(b"</DataArray>") :]
     assert "10 bytes that claim to hold 2147483648" in written(tmp_path, "c.vtp", bomb)
-
-
-def mutated(content, rng):
-    """Cut, changed, doubled, or with large numbers in it."""
-    kind = rng.integers(5)
-    at = int(rng.integers(1, len(content)))
-    if kind == 0:
-        return content[:at]
-    if kind == 1:
-        changed = bytearray(content)
-        for place in rng.integers(0, len(content), rng.integers(1, 40)):
-            changed[place] = rng.integers(256)
-        return bytes(changed)
-    if kind == 2:
-        return content[:at] + content[max(0, at - 30) :]
-    if kind == 3:
-        return (
-            content[:at] + rng.choice([b"nan", b"99999999999", b"-1 ", b"\xff\xff\xff\x7f", b"1e400 "]) + content[at:]
-        )
-    return content[at:] + content[:at]
-
-
-def test_no_damage_is_more_than_a_refusal(tmp_path, rng):
-    whole, refused = 0, 0
-    contents = {name: make() for name, make in FILES.items()}
-    write_mesh(tmp_path / "binary.stl", Mesh(VERTICES, FACES))
-    contents["binary.stl"] = (tmp_path / "binary.stl").read_bytes()
-    for number in range(1000):
-        name = list(contents)[number % len(contents)]
-        file = tmp_path / name
-        file.write_bytes(mutated(contents[name], rng))
-        try:
-            read_mesh(file)
-            whole += 1
-        except Refused as error:
-            assert error.code == "BAD_MESH" and str(error).startswith(f"BAD_MESH: {name} is damaged or no mesh: ")
-            refused += 1
-    assert whole + refused == 1000 and refused > 300

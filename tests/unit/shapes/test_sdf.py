@@ -143,6 +143,35 @@ def test_each_label_becomes_a_shape_of_its_own(tmp_path):
     assert status == 3 and "has no label 5, it has 3, 7" in done["cases"][0]["message"]
 
 
+def test_one_organ_made_before_is_that_of_all_organs(tmp_path):
+    organs = {name: np.zeros((24, 24, 24), bool) for name in ("kidney", "liver", "spleen")}
+    for start, organ in enumerate(organs.values()):
+        organ[4 + 4 * start : 8 + 4 * start, 5:12, 6:14] = True
+    affine = np.diag([3.0, 3.0, 3.0, 1.0])
+    hu = np.full((24, 24, 24), 40, np.int16)
+    writer.write_case(tmp_path / "data/set", "case_a", hu, affine=affine, windows=("lung",), organs=organs)
+    assert sdf(tmp_path / "data", tmp_path / "out", "--resolution", "24", "--label", "liver")[0] == 0
+    status, done, said = sdf(tmp_path / "data", tmp_path / "out", "--resolution", "24")
+    assert status == 0 and done["ok"] == 3, said
+    assert {e["case"]: e["files"][0]["made"] for e in done["cases"]} == {
+        "case_a_kidney": True, "case_a_liver": False, "case_a_spleen": True,
+    }  # fmt: skip
+
+
+def test_what_is_refused_of_one_organ_costs_no_other(tmp_path):
+    labels = np.zeros((20, 20, 20), np.uint8)
+    for number in (1, 2, 3):
+        labels[5 * number - 2 : 5 * number + 1, 5:12, 6:14] = number
+    nibabel.save(nibabel.Nifti1Image(labels, np.eye(4)), tmp_path / "organs.nii.gz")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/organs_label1_r24.npz").write_bytes(b"mine")
+    status, done, _ = sdf(tmp_path / "organs.nii.gz", tmp_path / "out", "--resolution", "24")
+    assert status == 3 and {e["case"]: e["codes"] for e in done["cases"]} == {
+        "organs_label1": ["DAMAGED_SHAPE"], "organs_label2": ["OK"], "organs_label3": ["OK"],
+    }  # fmt: skip
+    assert (tmp_path / "out/organs_label1_r24.npz").read_bytes() == b"mine"
+
+
 def test_organs_of_a_prepared_case_keep_its_world(tmp_path):
     affine = np.diag([3.0, 3.0, 3.0, 1.0])
     affine[:3, 3] = [-60, -70, -80]
