@@ -69,12 +69,15 @@ class ComponentsStart:
         rows, seen = [], 0
         for batch in loader_over(self.loader, MAX_PASSES * one_pass):
             for part in batch if isinstance(batch, list) else [batch]:
-                cells = cells_of(self.prepare_batch(part, device)).feats
-                rows.append(cells[:: math.ceil(len(cells) / MAX_CELLS)])
-                seen += idist.all_reduce(len(rows[-1]))
+                cells = cells_of(self.prepare_batch(part, device))
+                samples = [one for one in cells.feats.split(cells.level.sample_sizes) if len(one)]
+                thinned = [one[:: math.ceil(len(one) / MAX_CELLS)] for one in samples]
+                rows += thinned
+                seen += idist.all_reduce(sum(map(len, thinned)))
             if seen >= wanted:
                 break
         rows = gather_rows(torch.cat(rows))
+        rows = rows[rows.double().sum(1).argsort()]  # in one order on any number of ranks: sums round alike
         maps = network.encoder.components, network.decoder.components
         share = lay_components(*maps, rows, channel_weights=getattr(self.loss_function, "window_weights", None))
         for buffer in (buffer for one in maps for buffer in one.buffers()):
