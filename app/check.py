@@ -220,10 +220,10 @@ def _failures(path: Path) -> list[Problem]:
         with open(file, newline="", encoding="utf-8") as stream:
             rows += read_table(stream, name=f"{file.parent.name}/{file.name}")
     codes = Counter(row.get("codes") or row.get("status", "") for row in rows)
-    told = ", ".join(f"{code} {count}" for code, count in sorted(codes.items()))
+    counted = ", ".join(f"{code} {count}" for code, count in sorted(codes.items()))
     if not rows:
         return []
-    return [Problem("INPUTS_REFUSED", f"{len(rows)} inputs never became cases ({told}): see failures.csv")]
+    return [Problem("INPUTS_REFUSED", f"{len(rows)} inputs never became cases ({counted}): see failures.csv")]
 
 
 def _one_side(splits: Sequence[str]) -> list[Problem]:

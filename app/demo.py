@@ -26,7 +26,7 @@ class Sizes(NamedTuple):
     num_train: int = 30
     num_val: int = 6
     num_unseen: int = 20  # phantoms that judge the tokenizer: as many as a verdict takes
-    steps: Mapping[str, int] = {"vae": 800, "vq_stage1": 300, "vq_stage2": 150}
+    steps: Mapping[str, int] = {"vae": 700, "vq_stage1": 100, "vq_stage2": 150}
     tokenizer: Mapping[str, Any] = {}  # further keys of the three stages
     codebook: Mapping[str, Any] = {}  # of stages 1 and 2
     align: Mapping[str, Any] = {}  # further keys of align
@@ -236,7 +236,7 @@ def demo(out: str = "demo", *, seed: int = 0, sizes: Sizes = Sizes()) -> dict[st
     for name, part in kept.items():
         table.skip(name, part["seconds"])
     # one log for the whole chain, and libraries loaded within it: they keep the stream that they find
-    with table.shown(), open(given.out / LOG, "a", encoding="utf-8") as log:
+    with table.shown(), open(given.out / LOG, "a", encoding="utf-8") as log, one_thread(log):
         for name, stage in STAGES.items():
             if name in kept:
                 continue
@@ -313,6 +313,16 @@ def share_of(demo: Demo, name: str) -> Callable[[], float | None]:
             return None
 
     return share
+
+
+@contextlib.contextmanager
+def one_thread(log: TextIO) -> Iterator[None]:
+    """As its stages choose by themselves, and for what is between them."""
+    with to_log(log):
+        from app.shared.devices import choose_device, threads_kept
+    with threads_kept():
+        choose_device(one_thread=True)
+        yield
 
 
 @contextlib.contextmanager

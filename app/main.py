@@ -7,6 +7,7 @@ Label's form. --conf takes tokenizer, align and max_upload_mb.
 import atexit
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -21,7 +22,9 @@ from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
+from monailabel.utils.sessions import SessionInfo, Sessions
 
+from app.serving.answers_page import AnswersPage
 from app.serving.guard import Guard
 from app.serving.refused import refusal
 from app.serving.served import DESCRIPTIONS, Served
@@ -30,6 +33,8 @@ from app.shared.version import VERSION
 
 CONF = {"tokenizer": None, "align": None, "max_upload_mb": "2048"}
 OF_THE_SERVER = ("server_mode",)
+SESSION = re.compile(r"[0-9a-f-]{36}")  # MONAI Label takes any text for a folder's name
+SEGMENTATIONS = ("show_answer",)  # the one kind of models that viewers list
 LOOPBACK, EVERYWHERE = "127.0.0.1", "0.0.0.0"
 MORE_SCANS = ("*.zip", "*.mha", "*.dcm")  # than MONAI Label lists by itself; a zip may hold a DICOM series
 
@@ -39,7 +44,8 @@ class Task(InferTask):
 
     def __init__(self, name: str, served: Served) -> None:
         self.name, self.served = name, served
-        super().__init__(InferType.OTHERS, [], 3, DESCRIPTIONS[name], served.options(name))
+        kind = InferType.SEGMENTATION if name in SEGMENTATIONS else InferType.OTHERS
+        super().__init__(kind, [], 3, DESCRIPTIONS[name], served.options(name))
 
     def is_valid(self) -> bool:
         return True
@@ -50,6 +56,26 @@ class Task(InferTask):
         except Exception as error:
             raise HTTPException(*refusal(error)) from None
         return None if file is None else str(file), told
+
+
+class PrivateSessions(Sessions):
+    """Volumes that viewers send: under a neutral name, known by an id that is no path, never unpacked."""
+
+    def get_session(self, session_id: str, *args: Any, **given: Any) -> SessionInfo | None:
+        return super().get_session(session_id, *args, **given) if SESSION.fullmatch(session_id) else None
+
+    def remove_session(self, session_id: str) -> None:
+        if SESSION.fullmatch(session_id):
+            super().remove_session(session_id)
+
+    def add_session(self, data_file: str, expiry: int = 0, uncompress: bool = False) -> tuple[str, SessionInfo]:
+        if uncompress:
+            told = "archives are not unpacked into a session"
+            raise HTTPException(422, {"code": "BAD_CALL", "message": told, "remedy": "send a zip of a series as it is"})
+        file = Path(data_file)
+        if file.is_file():
+            file = file.rename(file.with_name("scan" + (".nii.gz" if file.name.endswith(".nii.gz") else file.suffix)))
+        return super().add_session(str(file), expiry)
 
 
 class Voxelingo(MONAILabelApp):
@@ -97,6 +123,11 @@ class Voxelingo(MONAILabelApp):
             read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,
         )
 
+    def _load_sessions(self, load: bool = False) -> Sessions | None:
+        """In a folder of this process, which goes with it: MONAI Label keeps them in the user's own."""
+        place = settings.MONAI_LABEL_SESSION_PATH or str(self.uploads / "sessions")
+        return PrivateSessions(place, settings.MONAI_LABEL_SESSION_EXPIRY) if load else None
+
     def _download_dcmqi_tools(self) -> None:
         """For segmentations, which are not served: nothing is downloaded."""
 
@@ -136,7 +167,7 @@ class Voxelingo(MONAILabelApp):
 
 
 def guard_server(*, max_bytes: int) -> None:
-    """Puts the guard around the server that loads this app, and binds it to this machine where no --host was given."""
+    """Lays guard and page around the server that loads this app; without --host it is bound to this machine."""
     config = _running_server()
     if config is None:  # a task of its own, which nobody can ask
         return
@@ -144,7 +175,7 @@ def guard_server(*, max_bytes: int) -> None:
     if config.host == EVERYWHERE and not named:
         config.host = LOOPBACK  # it is bound only after the app has loaded
     local = config.host in (LOOPBACK, "localhost", "::1") or not named
-    config.loaded_app = Guard(config.loaded_app, max_bytes=max_bytes, local_only=local)
+    config.loaded_app = Guard(AnswersPage(config.loaded_app), max_bytes=max_bytes, local_only=local)
 
 
 def _private_folder() -> Path:

@@ -10,9 +10,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from networks.sparse import ops
 from networks.sparse.tensor import SparseTensor
 from networks.sparse.topology import Level, align_rows
 
+LINEAR_AND_SQUARE = MappingProxyType(  # of the types below: how much of |d| and of d^2 they are, for the kernel
+    {"l1": (1.0, 0.0), "l2": (0.0, 1.0), "mse": (0.0, 1.0), "l1_l2": (0.5, 0.5)}
+)
 LOSS_TYPES = MappingProxyType(  # name -> error of each value, of reconstruction minus truth
     {
         "l1": lambda diff: diff.abs(),
@@ -27,6 +31,46 @@ def mean_of_samples(values: Float[Tensor, " N"], level: Level) -> Float[Tensor, 
     """Mean within each sample that has rows, then over those samples."""
     parts = [part.mean() for part in values.split(level.sample_sizes) if part.shape[0]]
     return torch.stack(parts).mean() if parts else values.sum()
+
+
+def shares_of_rows(level: Level) -> Float[Tensor, " N"] | None:
+    """How much each row counts in `mean_of_samples`; None where all count alike."""
+    sizes = [size for size in level.sample_sizes if size]
+    if len(sizes) < 2:
+        return None
+
+    def make() -> Float[Tensor, " N"]:
+        return torch.cat([torch.full((size,), 1 / (size * len(sizes)), device=level.device) for size in sizes])
+
+    return level.cached("shares of rows", make)
+
+
+class _RowError(torch.autograd.Function):
+    """`reconstruction` without what it makes in between: two passes over the rows in all."""
+
+    @staticmethod
+    def forward(ctx, recon, target, channels, shares, kind, kernels):
+        ctx.save_for_backward(recon, target, channels, shares)
+        ctx.kind, ctx.kernels = kind, kernels
+        return kernels.row_error(recon, target, channels, shares, kind=kind)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return ctx.kernels.row_error_grad(upstream, *ctx.saved_tensors, kind=ctx.kind), *(None,) * 5
+
+
+class _ChildrenError(torch.autograd.Function):
+    """`subdivision` in one pass, its gradient in another."""
+
+    @staticmethod
+    def forward(ctx, logits, exists, shares, kernels):
+        ctx.save_for_backward(logits, exists, shares)
+        ctx.kernels = kernels
+        return kernels.children_error(logits, exists, shares)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return ctx.kernels.children_error_grad(upstream, *ctx.saved_tensors), None, None, None
 
 
 def reconstruction(
@@ -51,6 +95,17 @@ def reconstruction(
         if missing := int((rows == len(recon)).sum()):
             raise ValueError(f"{missing} of {len(target)} target voxels were not decoded")
         values = values[rows]
+    if channel_weights is not None and channel_weights.shape != values.shape[1:]:
+        raise ValueError(
+            f"channel_weights must be {values.shape[1]} numbers, one a channel, got {len(channel_weights)}"
+        )
+    kernels = ops.fused("errors", values) if row_weights is None and loss_type in LINEAR_AND_SQUARE else None
+    if kernels and len(target):
+        weights = None if channel_weights is None else channel_weights.to(values.device)
+        weights = None if weights is None else weights / weights.sum()
+        linear, square = LINEAR_AND_SQUARE[loss_type]
+        kind = (linear, square + lambda_l2)
+        return _RowError.apply(values, target.feats, weights, shares_of_rows(target.level), kind, kernels)
     diff = values.float() - target.feats.float()
     per_voxel = LOSS_TYPES[loss_type](diff)
     if lambda_l2:
@@ -60,8 +115,6 @@ def reconstruction(
     if channel_weights is None:
         return mean_of_samples(per_voxel.mean(1), target.level)
     weights = channel_weights.to(per_voxel)
-    if weights.shape != per_voxel.shape[1:]:
-        raise ValueError(f"channel_weights must be {per_voxel.shape[1]} numbers, one a channel, got {len(weights)}")
     return mean_of_samples(per_voxel @ (weights / weights.sum()), target.level)
 
 
@@ -73,6 +126,8 @@ def kl_divergence(mean: Float[Tensor, "M D"], log_var: Float[Tensor, "M D"], lev
 
 def subdivision(logits: Float[Tensor, "M 8"], occupied: Bool[Tensor, "M 8"], level: Level) -> Float[Tensor, ""]:
     """Binary cross-entropy over the eight children of every voxel of a level."""
+    if (kernels := ops.fused("errors", logits)) and len(level):
+        return _ChildrenError.apply(logits, occupied, shares_of_rows(level), kernels)
     per_cell = F.binary_cross_entropy_with_logits(logits.float(), occupied.float(), reduction="none").mean(1)
     return mean_of_samples(per_cell, level)
 

@@ -295,9 +295,14 @@ def add_lora(language: nn.Module, *, r: int = 8, alpha: int = 32, dropout: float
     return peft.get_peft_model(language, config)
 
 
+ADAPTER = "adapter_model.safetensors"
+
+
 def load_lora(language: nn.Module, folder: str | Path) -> nn.Module:
-    """Puts saved low-rank layers back, in place."""
+    """Puts saved low-rank layers back, in place. From safetensors alone."""
     peft = import_peft()
+    if not Path(folder, ADAPTER).is_file():  # peft would read a pickle instead, or ask the hub
+        raise ValueError(f"low-rank layers of {folder} could not be loaded: there is no {ADAPTER}")
     try:
         return peft.PeftModel.from_pretrained(language, str(folder))
     except (OSError, ValueError, SafetensorError) as error:

@@ -4,6 +4,9 @@ Exact but for the rounding of sums. At full resolution the encoder has no convol
 once before that where they meet a norm over the sample (`pool` mean and legacy), for its statistics. The decoder has no
 norm but over single voxels and, after the transformer, nothing but convolutions: tiles with a halo, cut thinner level
 by level, give what the whole gives. The transformer sees all latents, an eighth of the resolution, at once.
+
+What is as large as a whole volume at full resolution stands in the host's memory where there are several parts: the
+voxels that are encoded may lie there already, those of each tile go there, and there they are joined.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,6 +30,7 @@ from networks.vqvae import BatchTokens, SparseVQVAE
 HALOS = (3, 5, 2)
 MIN_SIDE = 4  # latents of a tile: below it there would be little but halo
 VOXELS_PER_LATENT = 512
+HOST = "cpu"
 
 
 class Decoded(NamedTuple):
@@ -39,12 +43,15 @@ class Decoded(NamedTuple):
 def encode_whole(
     network: SparseVQVAE, x: SparseTensor, *, max_points: int | None = None, levels: int | None = None
 ) -> BatchTokens:
-    """`network.encode` of one volume with at most `max_points` rows of the finest level in work at a time."""
+    """`network.encode` of one volume with at most `max_points` rows of the finest level in work at a time.
+
+    Then `x` may lie in the host's memory: parts go to where the network is.
+    """
     if max_points is None or len(x) <= max_points or network.vq is None:
         return network.encode(x, levels=levels)
     if x.batch_size != 1 or max_points < 8:
         raise ValueError(f"parts need one volume and 8 voxels, got {x.batch_size} volumes and max_points {max_points}")
-    latents, _ = network.encoder.from_half(_first_half(network, x, max_points))
+    latents, _ = network.encoder.from_half(_first_half(network, x, max_points), network.encoder.linear_part(x))
     return network.tokens_of(latents, levels=levels)
 
 
@@ -52,25 +59,25 @@ def _first_half(network: SparseVQVAE, x: SparseTensor, max_points: int) -> Spars
     """Input layer and first halving, part by part."""
     widen, block = network.encoder.input_layer1, network.encoder.downsample[0]
     if isinstance(block, HalvingBlock):
-        halved = [block.down(SparseTensor.on(level, x.feats[rows])) for rows, level in _parts(x.level, max_points)]
-        coarse = _joined([part.level for part in halved])
-        return block.residual(SparseTensor.on(coarse, torch.cat([part.feats for part in halved])))
+        return block.residual(_joined([block.down(part) for part in _parts(network, x, max_points)]))
     activate = _first_norm(network, x, max_points)
-    levels, inner, outer = [], [], []
-    for rows, level in _parts(x.level, max_points):
-        part = widen(SparseTensor.on(level, x.feats[rows]))
-        pooled, cells = block.down(activate(part))
-        levels.append(cells.coarse)
-        inner.append(pooled.feats)
-        outer.append(block.down(part)[0].feats)
-    coarse = _joined(levels)
-    return block.mix(SparseTensor.on(coarse, torch.cat(inner)), SparseTensor.on(coarse, torch.cat(outer)))
+    inner, outer = [], []
+    for part in _parts(network, x, max_points):
+        part = widen(part)
+        pooled, _ = block.down(activate(part))
+        inner.append(pooled)
+        outer.append(pooled.replace(block.down(part)[0].feats))
+    return block.mix(_joined(inner), _joined(outer))
 
 
-def _joined(levels: list[Level]) -> Level:
-    """One level of consecutive parts."""
-    sizes = {"spatial_shape": levels[0].spatial_shape, "batch_size": 1, "bits": levels[0].bits}
-    return Level(torch.cat([level.keys for level in levels]), **sizes)
+def _joined(parts: list[SparseTensor]) -> SparseTensor:
+    """Consecutive parts as one, which are gone then: beside the whole they would take as much again."""
+    first = parts[0].level
+    sizes = {"spatial_shape": first.spatial_shape, "batch_size": 1, "bits": first.bits}
+    level = Level(torch.cat([part.level.keys for part in parts]), **sizes)
+    feats = torch.cat([part.feats for part in parts])
+    parts.clear()
+    return SparseTensor.on(level, feats)
 
 
 def _first_norm(
@@ -85,10 +92,8 @@ def _first_norm(
     if norm.over == "voxel":
         return norm
     total, squares = 0.0, 0.0
-    for rows, level in _parts(x.level, max_points):
-        part = rearrange(
-            widen(SparseTensor.on(level, x.feats[rows])).feats.double(), "n (g c) -> g n c", g=norm.num_groups
-        )
+    for part in _parts(network, x, max_points):
+        part = rearrange(widen(part).feats.double(), "n (g c) -> g n c", g=norm.num_groups)
         total, squares = total + part.sum((1, 2)), squares + part.square().sum((1, 2))
     channels = norm.weight.shape[0] // norm.num_groups
     mean = total / (len(x) * channels)
@@ -98,15 +103,16 @@ def _first_norm(
     return lambda part: part.replace(F.silu(part.feats * scale.float() + shift.float()))
 
 
-def _parts(level: Level, max_points: int) -> Iterator[tuple[slice, Level]]:
-    """Consecutive rows, cut only between 2x2x2 cells."""
-    start = 0
+def _parts(network: SparseVQVAE, x: SparseTensor, max_points: int) -> Iterator[SparseTensor]:
+    """Consecutive rows where the network is, cut only between 2x2x2 cells."""
+    level, start = x.level, 0
+    device = next(network.parameters()).device
     while start < len(level):
         stop = min(start + max_points, len(level))
         if stop < len(level):
             stop = int(torch.searchsorted(level.keys, (level.keys[stop] >> 3) << 3))
-        rows = slice(start, stop)
-        yield rows, Level(level.keys[rows], spatial_shape=level.spatial_shape, batch_size=1, bits=level.bits)
+        sizes = {"spatial_shape": level.spatial_shape, "batch_size": 1, "bits": level.bits}
+        yield SparseTensor.on(Level(level.keys[start:stop], **sizes), x.feats[start:stop]).to(device)
         start = stop
 
 
@@ -114,14 +120,19 @@ def _parts(level: Level, max_points: int) -> Iterator[tuple[slice, Level]]:
 def decode_whole(
     network: SparseVQVAE, tokens: BatchTokens, *, support: Support | None = None, max_points: int | None = None
 ) -> Decoded:
-    """`network.decode` of one volume in tiles that need at most about `max_points` voxels each."""
+    """`network.decode` of one volume in tiles that need at most about `max_points` voxels each.
+
+    Values of several tiles lie in the host's memory.
+    """
     if tokens.batch_size != 1:
         raise ValueError(f"decoding in tiles needs one volume, got a batch of {tokens.batch_size}")
     latents = network.latents_of(tokens)
-    x = network.decoder.attend(network.decoder.input_layer(latents))
+    x = network.decoder.at_latents(latents)
     stored = None if support is None else _StoredSupport(x.level, support)
     feats, coords, forced, computed = [], [], 0, 0
-    for tile in _tiles(x, max_points):
+    tiles = _tiles(x, max_points)
+    place = HOST if len(tiles) > 1 else x.feats.device
+    for tile in tiles:
         rows = tile.rows(x.coords[:, 1:], halo=HALOS[0])
         low = (tile.start - HALOS[0]).clamp(min=0)
         near = x.coords[rows] - F.pad(low, (1, 0))
@@ -130,8 +141,8 @@ def decode_whole(
         values = network.decoder.expand(SparseTensor(x.feats[rows], near, shape, 1), path.choose, crop=path.crop)
         absolute = values.coords[:, 1:] + 8 * low
         core = tile.rows(absolute, scale=8)
-        feats.append(values.feats[core])
-        coords.append(F.pad(absolute[core], (1, 0)))
+        feats.append(values.feats[core].to(place))
+        coords.append(F.pad(absolute[core], (1, 0)).to(place))
         forced += path.forced
         computed += len(values)
     fine_shape = tuple(8 * n for n in tokens.latent_shape)

@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from networks import losses
 from networks.blocks import DoublingBlock, DownBlock, HalvingBlock, UpBlock
+from networks.components import CELL, FixedLinear, before_tanh, cells_of, children
 from networks.fsq import FiniteScalarQuantizer
-from networks.presets import Preset, preset
+from networks.presets import NUM_RESIDUAL, Preset, preset
 from networks.quantizer import Quantized, VectorQuantizer
 from networks.residual import ResidualQuantizer, build_quantizer, drawn_levels
 from networks.sparse.modules import Linear, RowLinear, TransformerBlock, layer_norm, position_encoding
@@ -34,10 +35,6 @@ LEAST_LOGIT = MappingProxyType({"window": -3.0, "sdf": 0.0})
 
 # What the decoder asks at each level: the index (0 is the coarsest) and its features there.
 ChooseCells = Callable[[int, SparseTensor], Coarsening]
-
-# Pairs of convolutions at half, quarter and an eighth of the resolution, with `pool children`. At an eighth, where they
-# would hold half of all weights, the transformer does their work: without them errors on unseen scans rose by 1 %.
-NUM_RESIDUAL = (1, 2, 0)
 
 
 class BatchTokens(NamedTuple):
@@ -79,8 +76,12 @@ class _Torso(nn.Module):
         )
 
     def attend(self, x: SparseTensor) -> SparseTensor:
-        position = position_encoding(x.coords[:, 1:] * self._factor(x), x.feats.shape[1])
-        x = x.replace(x.feats + position.to(x.feats.dtype))
+        factor, channels, dtype = self._factor(x), x.feats.shape[1], x.feats.dtype
+        position = x.level.cached(  # the same for encoder and decoder
+            ("position", factor, channels, dtype),
+            lambda: position_encoding(x.coords[:, 1:] * factor, channels).to(dtype),
+        )
+        x = x.replace(x.feats + position)
         for block in self.blocks:
             x = self.run(block, x)
         return x
@@ -131,17 +132,29 @@ class Encoder(_Torso):
         self.downsample = nn.ModuleList(blocks)
         self.input_layer = Linear(widths[3], widths[3])
         self.out_layer = Linear(widths[3], 2 * sizes.latent_channels)
+        if sizes.pca:
+            self.components = FixedLinear(CELL * sizes.in_channels, sizes.latent_channels)
+            with torch.no_grad():  # the network begins as a small part beside the components, and with little noise
+                self.out_layer.weight.mul_(0.1)
+                self.out_layer.bias[sizes.latent_channels :] = -6
 
     def forward(self, x: SparseTensor) -> tuple[SparseTensor, Float[Tensor, "M D"]]:
         """Mean on the latent grid, and the log variance that only the continuous autoencoder uses."""
-        return self.from_half(self.run(self.downsample[0], self.input_layer1(x)))
+        return self.from_half(self.run(self.downsample[0], self.input_layer1(x)), self.linear_part(x))
 
-    def from_half(self, x: SparseTensor) -> tuple[SparseTensor, Float[Tensor, "M D"]]:
-        """The rest, after the first halving."""
+    def linear_part(self, x: SparseTensor) -> Float[Tensor, "M D"] | None:
+        """Of each cell its principal components, where the tokenizer has them."""
+        return self.components(cells_of(x).feats) if self.sizes.pca else None
+
+    def from_half(
+        self, x: SparseTensor, linear: Float[Tensor, "M D"] | None = None
+    ) -> tuple[SparseTensor, Float[Tensor, "M D"]]:
+        """The rest, after the first halving; `linear` is that part of the mean."""
         for block in self.downsample[1:]:
             x = self.run(block, x)
         x = self.out_layer(layer_norm(self.attend(self.input_layer(x)), eps=1e-5))
         mean, log_var = x.feats.float().chunk(2, 1)
+        mean = mean if linear is None else mean + linear
         return x.replace(mean), log_var.clamp(-30, 20)
 
 
@@ -159,24 +172,38 @@ class Decoder(_Torso):
             self.out_layer = nn.Identity()  # children take their values from the last doubling
             with torch.no_grad():  # which copies nothing and starts small, away from the flat ends of tanh
                 self.upsample[2].up.shortcut.zero_()
-                self.upsample[2].up.linear.weight.mul_(0.3)
+                self.upsample[2].up.linear.weight.mul_(0.05 if sizes.pca else 0.3)
         else:
             self.upsample = nn.ModuleList(UpBlock(widths[i], widths[i + 1], backend=backend) for i in range(3))
             self.out_layer = Linear(widths[3], sizes.in_channels)
+        if sizes.pca:
+            self.components = FixedLinear(sizes.latent_channels, CELL * sizes.in_channels)
 
     def forward(self, latents: SparseTensor, choose: ChooseCells) -> SparseTensor:
         """Values in [-1, 1] on the voxels that `choose` names level by level."""
-        return self.expand(self.attend(self.input_layer(latents)), choose)
+        return self.expand(self.at_latents(latents), choose)
+
+    def at_latents(self, latents: SparseTensor) -> SparseTensor:
+        """What `expand` takes: features after the transformer, beside them the latents where they are components."""
+        x = self.attend(self.input_layer(latents))
+        return x.replace(torch.cat([x.feats, latents.feats.to(x.feats)], 1)) if self.sizes.pca else x
 
     def expand(
         self, x: SparseTensor, choose: ChooseCells, *, crop: Callable[[int, SparseTensor], SparseTensor] | None = None
     ) -> SparseTensor:
         """The rest, after the transformer: convolutions alone, so local. `crop` may drop voxels before a level."""
+        linear = None
+        if self.sizes.pca:
+            inner, latents = x.feats.split([self.sizes.model_channels, self.sizes.latent_channels], 1)
+            x, linear = x.replace(inner), x.replace(self.components(latents))
         for i, block in enumerate(self.upsample):
-            x = x if crop is None else crop(i, x)
-            x = self.run(block, x, choose(i, x))
+            if crop is not None:
+                x, linear = crop(i, x), linear if linear is None else crop(i, linear)
+            cells = choose(i, x)
+            x, linear = self.run(block, x, cells), linear if linear is None else children(linear, cells)
         x = self.out_layer(x)
-        return x.replace(torch.tanh(x.feats.float()))
+        values = x.feats.float() if linear is None else x.feats.float() + before_tanh(linear.feats)
+        return x.replace(torch.tanh(values))
 
 
 class SubdivisionHeads(nn.ModuleList):
@@ -243,7 +270,7 @@ class SparseVQVAE(nn.Module):
         `seeds`, one a sample, make a sample's noise its own, however the batch is split over micro-batches or ranks.
         `level_dropout`: share of samples that are decoded from fewer quantiser levels than there are, by their seeds.
         """
-        coarsest = x.level.prepare(halvings=3)
+        coarsest = x.level.prepare(*self.sizes.convolved)
         for block in self.encoder.blocks:
             coarsest.windows(block.attn.window, block.attn.shift)
         latents, log_var = self.encoder(x)

@@ -91,15 +91,16 @@ class Browser:
         elif method == "Runtime.exceptionThrown":
             self.complaints.append(params["exceptionDetails"]["text"])
 
-    def open(self, file: Path, *, width: int, scheme: str = "light", media: str = "") -> None:
-        """Shows a file as a screen of this width in a light or dark scheme would; `media` print: as on paper."""
+    def open(self, page: Path | str, *, width: int, scheme: str = "light", media: str = "") -> None:
+        """Shows a file or an address as a screen of this width in a light or dark scheme; `media` print: on paper."""
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.call("Emulation.setEmulatedMedia", features=features, media=media)
-        self.call("Page.navigate", url=file.resolve().as_uri())
+        address = page if isinstance(page, str) else page.resolve().as_uri()
+        self.call("Page.navigate", url=address)
         until = time.monotonic() + SECONDS
-        while self.ask("document.readyState + location.protocol") != "completefile:":
+        while self.ask("document.readyState + location.href") != f"complete{address}":
             assert time.monotonic() < until, "the page was not loaded"
             time.sleep(0.1)
 

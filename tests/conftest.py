@@ -56,10 +56,14 @@ def pytest_collection_modifyitems(items):
 
 
 MOST_PROCESSES = 4  # each takes up to 3 GiB
+MOST_PROCESSES_ON_A_CARD = 8  # kernels compile on the host's cores, which is what takes the time there
 
 
 def pytest_xdist_auto_num_workers(config) -> int:
-    """The whole fast set on several processes, files apart; one where files are named, or slow tests or a GPU's."""
+    """The whole fast set on several processes, files apart, and a GPU's tests, one by one; one for all else."""
+    if config.option.markexpr == "gpu":
+        config.option.dist = "load"
+        return min(os.cpu_count() or 1, MOST_PROCESSES_ON_A_CARD)
     whole = (
         not config.option.file_or_dir and "not slow" in config.option.markexpr and "not gpu" in config.option.markexpr
     )

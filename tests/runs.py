@@ -36,6 +36,7 @@ TINY = {  # a network and a run that take seconds; any of them can be given othe
     "spacing": SPACING,
     "num_embeddings": 16,
     "model_channels": 16,
+    "latent_channels": 16,
     "num_blocks": 1,
     "batch_size_per_gpu": 1,
     "i_print": 1,
@@ -172,10 +173,19 @@ def _heed_ctrl_c():
 
 def torchrun(*options):
     """Two processes that meet at a port nobody has."""
+    return ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", *options)
+
+
+def torchrun_of_nodes(count):
+    """As many launchers as nodes, each with one process, as a cluster starts them."""
+    meeting = ("--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_id=run")
+    return [("-m", "torch.distributed.run", f"--nnodes={count}", "--nproc_per_node=1", *meeting)] * count
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", *options)
+        return probe.getsockname()[1]
 
 
 def end_of(process: subprocess.Popen, *, seconds: float = 240) -> Ended:

@@ -30,7 +30,7 @@ def hu_volume():
 def make_network(**changes):
     torch.manual_seed(0)
     sizes = {"resolution": 48, "widths": (8, 8, 8), "model_channels": 16, "num_embeddings": 8, "num_blocks": 1}
-    sizes |= {"resampler": RESAMPLER}
+    sizes |= {"resampler": RESAMPLER, "spacing": 8.0, "latent_channels": 16}
     network = make_vqvae("tiny", **{**sizes, **changes}).eval()
     made = CTTokenizer(network, digest="")
     x = made.features(Volume(hu_volume(), AFFINE)).x

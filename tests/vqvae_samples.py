@@ -6,7 +6,14 @@ from networks import make_vqvae
 from networks.sparse import SparseTensor
 
 SIDE = 16
-SMALL = {"resolution": SIDE, "model_channels": 16, "num_blocks": 2, "num_embeddings": 32, "window": 2}
+SMALL = {
+    "resolution": SIDE,
+    "model_channels": 16,
+    "latent_channels": 16,
+    "num_blocks": 2,
+    "num_embeddings": 32,
+    "window": 2,
+}
 
 
 def network(**changes):

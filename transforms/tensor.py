@@ -1,7 +1,9 @@
 """The end of the chain on tensors: samples travel as HU and are given their windows on the device."""
 
 from collections.abc import Sequence
+from functools import cache
 
+import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 
@@ -12,10 +14,13 @@ def window_values(hu: Num[Tensor, "..."], names: Sequence[str]) -> Float[Tensor,
     """`windows.window_values`, bit for bit on every device."""
     if not names:
         raise ValueError("windows must name at least one window, got none")
-    hu = hu.float()
-    values = hu.new_empty((*hu.shape, len(names)))
-    for channel, name in enumerate(names):
-        low, high = window_bounds(name)
-        width = hu.new_full((), high - low)  # by a number CUDA would not divide, but multiply with its inverse
-        values[..., channel] = ((hu - low) / width).clamp_(0, 1) * 2 - 1
-    return values
+    low, width = _bounds(tuple(names), hu.device)
+    values = hu.float()[..., None] - low
+    return values.div_(width).clamp_(0, 1).mul_(2).sub_(1)  # in place: each pass is over the largest array of a batch
+
+
+@cache
+def _bounds(names: tuple[str, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Lower ends and widths. As tensors: by a number CUDA would not divide, but multiply with its inverse."""
+    ends = torch.tensor([window_bounds(name) for name in names], device=device)
+    return ends[:, 0].contiguous(), ends.diff(dim=1)[:, 0].contiguous()

@@ -59,8 +59,8 @@ def _reports(scores: dict[str, Any]) -> list[str]:
 
 
 def _about_findings(findings: dict[str, Any]) -> list[str]:
-    found = findings["scores"]
-    floors = ", ".join(f"{c.replace('_', '-')} {number(found[c]['crg'])}" for c in ("all_negative", "all_positive"))
+    scores = findings["scores"]
+    floors = ", ".join(f"{c.replace('_', '-')} {number(scores[c]['crg'])}" for c in ("all_negative", "all_positive"))
     lines = [f"CRG floors: {floors}. Findings are judged against {findings['truth']}. Random labels: as many a report."]
     if findings["matcher_error"]:
         wrong = findings["matcher_error"]["wrong_share"]
@@ -76,8 +76,8 @@ def _row(name: str, values: dict[str, float | None]) -> list[str]:
     return [name, *(number(values[column]) for column in WITH_RANDOM if column in values)]
 
 
-def gap_line(name: str, control: str, told: dict[str, Any]) -> str:
-    return f"- {name}, real minus {control.replace('_', ' ')}: {gap(told)}"
+def gap_line(name: str, control: str, measured: dict[str, Any]) -> str:
+    return f"- {name}, real minus {control.replace('_', ' ')}: {gap(measured)}"
 
 
 def draw_bars(result: dict[str, Any], file: Path) -> None:

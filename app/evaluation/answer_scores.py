@@ -235,8 +235,8 @@ def question_scores(rows: Sequence[TextRow], answers: dict[str, list[str]]) -> d
         kind: {c: interval_over_patients(partial(mean, hits[c][of]), patients[of].tolist()) for c in COLUMNS}
         for kind, of in chosen.items()
     }
-    told = {"accuracy": overall, "intervals": spans, "token_f1": f1, "by_kind": by_kind, "gaps": gaps}
-    return {"rows": len(asked), **told, **diversity([answers["real"][at] for at in asked])}
+    scores = {"accuracy": overall, "intervals": spans, "token_f1": f1, "by_kind": by_kind, "gaps": gaps}
+    return {"rows": len(asked), **scores, **diversity([answers["real"][at] for at in asked])}
 
 
 def report_scores(rows: Sequence[TextRow], answers: dict[str, list[str]]) -> dict[str, Any] | None:
@@ -256,8 +256,8 @@ def report_scores(rows: Sequence[TextRow], answers: dict[str, list[str]]) -> dic
     }
     tokens = CHARACTERS if are_chinese(texts["reference"]) else "words"
     result = {"rows": len(asked), "tokens": tokens, "meteor": METEOR_NOTE, "scores": table, "gaps": gaps}
-    found = report_findings([rows[at] for at in asked], texts, patients) if reads(texts["reference"]) else None
-    return {**result, **diversity(texts["real"]), "findings": found}
+    findings = report_findings([rows[at] for at in asked], texts, patients) if reads(texts["reference"]) else None
+    return {**result, **diversity(texts["real"]), "findings": findings}
 
 
 def report_findings(rows: Sequence[TextRow], texts: dict[str, list[str]], patients: Sequence[str]) -> dict[str, Any]:

@@ -49,13 +49,13 @@ def slice_of(
     return Slice(truth[box].copy(), {way: hu[box].copy() for way, hu in decoded.items()}, codes[latent].copy())
 
 
-def write(folder: Path, result: dict[str, Any], judged: Sequence[Any]) -> None:
+def write(folder: Path, result: dict[str, Any], evaluated: Sequence[Any]) -> None:
     """The three files. `judged` gives the case that is pictured: the one of median error."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / f"{NAME}.json", json.dumps(report.plain(result), indent=1) + "\n")
     write_text(folder / f"{NAME}.md", markdown(result))
-    error = [one.row["errors"]["codes alone"]["tissues"]["foreground"]["mae"] for one in judged]
-    picture(result, judged[int(np.argsort(error)[(len(error) - 1) // 2])], folder / f"{NAME}.png")
+    error = [one.row["errors"]["codes alone"]["tissues"]["foreground"]["mae"] for one in evaluated]
+    picture(result, evaluated[int(np.argsort(error)[(len(error) - 1) // 2])], folder / f"{NAME}.png")
 
 
 # ---- text

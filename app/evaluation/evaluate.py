@@ -107,13 +107,13 @@ def write_answers_page(
 
 def asked_of_one(assistant: CTAssistant, rows: list[TextRow], answers: dict[tuple[str, str], str]) -> list[Asked]:
     """The first scan that was asked a question: that question and where its answer looked, and the scan's report."""
-    told = [row for row in rows if row.path is not None and (row.image, row.prompt) in answers]
-    first = next((row for row in told if row.kind != "report"), None)
+    answered = [row for row in rows if row.path is not None and (row.image, row.prompt) in answers]
+    first = next((row for row in answered if row.kind != "report"), None)
     if first is None:
         return []
     said = answers[first.image, first.prompt]
     asked = [picture_answer(assistant, first.path, first.prompt, said, known=first.answer)]
-    report = next((row for row in told if row.image == first.image and row.kind == "report"), None)
+    report = next((row for row in answered if row.image == first.image and row.kind == "report"), None)
     if report is not None:
         asked.append(Asked(report.prompt, answers[report.image, report.prompt], report.answer))
     return asked
@@ -136,13 +136,13 @@ def held_out(data: str, *, image_root: str | None, split: str | None) -> list[Te
 
 def mirrored_cases(rows: list[TextRow], volumes: dict[str, CTTokens], source: TokenSource) -> dict[str, CTTokens]:
     """Mirrored tokens of prepared cases, whose HU lie on a RAS grid; other images take no part in the mirror test."""
-    found: dict[str, CTTokens] = {}
+    mirrored: dict[str, CTTokens] = {}
     for row in rows:
-        if row.image in volumes and row.image not in found and row.path and is_case(row.path):
+        if row.image in volumes and row.image not in mirrored and row.path and is_case(row.path):
             case = prepared.open_case(row.path)
             if case.is_hu:
-                found[row.image] = source.cached(f"{case_key(case)}.mirrored", partial(mirror_image, case))
-    return found
+                mirrored[row.image] = source.cached(f"{case_key(case)}.mirrored", partial(mirror_image, case))
+    return mirrored
 
 
 def mirror_image(case: prepared.PreparedCase) -> Scan:

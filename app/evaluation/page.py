@@ -245,7 +245,7 @@ main,header,footer{max-width:none;padding:0}
 """
 
 
-def _style() -> str:
+def style() -> str:
     light, dark = (";".join(f"--{name}:{pair[at]}" for name, pair in COLOURS.items()) for at in (0, 1))
     return f":root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}{STYLE.replace('LIGHT', light)}"
 
@@ -260,7 +260,7 @@ def _document(page: Page, body: str) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(page.title)}</title>
 <link rel="icon" href="data:,">
-<style>{_style()}</style>
+<style>{style()}</style>
 </head>
 <body>
 <header><h1>{escape(page.title)}</h1><p>{escape(page.lead)}</p><p class="notice">{escape(NOTICE)}</p></header>

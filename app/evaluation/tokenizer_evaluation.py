@@ -65,7 +65,7 @@ class TokenizerEvaluation:
 
     Args:
         dataset_dir: a prepared dataset; None takes the built-in phantoms, and a tokenizer trained on them.
-        tokenizer: checkpoint, output folder, bundle or name; None: the newest in outputs/, else the one that ships.
+        tokenizer: checkpoint, output folder, bundle or name; None: as find_tokenizer says.
         output_dir: where the card goes; None: beside the checkpoint, of a tokenizer that ships outputs/NAME.
         split: train, val, or None for all cases.
         max_cases: at most this many, evenly spread over the split; None takes all.
@@ -153,7 +153,7 @@ class TokenizerEvaluation:
         )
         if missing and self.dataset_dir is None:
             train_demo_stage1("NO_TOKENIZER")
-        return find_tokenizer(self.tokenizer)
+        return find_tokenizer(self.tokenizer, for_phantoms=self.dataset_dir is None)
 
 
 def _phantoms(split: str | None) -> Path:
@@ -234,11 +234,11 @@ def _labels_kept(
     case: prepared.PreparedCase, tokens: CTTokens, ways: dict[str, Bool[np.ndarray, "X Y Z"]]
 ) -> dict[str, dict[str, float]]:
     """Share of each organ's voxels that lie where voxels were kept."""
-    found = {}
+    shares = {}
     for name in case.organ_names():
         label, grids = case.organ(name), {"label_affine": case.affine, "affine": tokens.grid_affine}
-        found[name] = {way: measure.label_share(voxels, label, **grids) for way, voxels in ways.items()}
-    return found
+        shares[name] = {way: measure.label_share(voxels, label, **grids) for way, voxels in ways.items()}
+    return shares
 
 
 def rate_of_case(tokens: CTTokens, tables: CodeTables, *, foreground: int) -> dict[str, float]:
@@ -266,12 +266,12 @@ def codecs_at(bits: float, truth: Truth, *, windows: Sequence[str]) -> dict[str,
         return measure.errors_in_hu(truth.hu, hu, {"body": truth.masks["foreground"]}, windows=windows)["body"]
 
     kinds = {"x265": codecs.Hevc} if codecs.has_x265() else {}
-    found = {}
+    by_codec = {}
     for name, kind in {**kinds, "JPEG 2000": codecs.Jpeg2000}.items():
         codec = kind(truth.hu, truth.masks["foreground"], hu_range=windows_range(windows), judge=errors)
         point = codec.at_bits(bits)
-        found[name] = {**point.errors, "bits_of_ours": min(max(bits, min(point.bits)), max(point.bits)) / bits}
-    return found
+        by_codec[name] = {**point.errors, "bits_of_ours": min(max(bits, min(point.bits)), max(point.bits)) / bits}
+    return by_codec
 
 
 def shuffled(codes: np.ndarray) -> np.ndarray:
@@ -335,8 +335,8 @@ def _mean_of(parts: list[Any], seed: int) -> Any:
     values = np.array([part for part in parts if math.isfinite(part)], np.float64)
     if not len(values):
         return {"mean": None, "low": None, "high": None, "cases": 0}
-    found = {"mean": float(values.mean()), "low": None, "high": None, "cases": len(values)}
+    interval = {"mean": float(values.mean()), "low": None, "high": None, "cases": len(values)}
     if len(values) >= 3:
         picks = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
-        found["low"], found["high"] = (float(v) for v in np.percentile(values[picks].mean(1), (2.5, 97.5)))
-    return found
+        interval["low"], interval["high"] = (float(v) for v in np.percentile(values[picks].mean(1), (2.5, 97.5)))
+    return interval

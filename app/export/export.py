@@ -24,7 +24,7 @@ from app.evaluation.shape_evaluation import WAYS
 from app.export import code, configs
 from app.export.metadata import NOTICE, SCHEMA, make_metadata, requirements
 from app.export.model_card import model_card
-from app.language.assistant import aligned_files, aligned_folder, read_settings
+from app.language.assistant import aligned_files, aligned_folder, read_settings, tokenizer_of
 from app.measures.surfaces import compare
 from app.phantoms.phantoms import make_phantom
 from app.shapes.bands import BAND
@@ -39,9 +39,11 @@ from app.tokens.open_scan import Volume
 from app.tokens.shape_tokens import encode_shape, mesh_of, open_shape
 from app.tokens.token_files import CTTokens
 from app.tokens.tokenizer import CTTokenizer
+from app.training.shipped import RECORD
 
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the same input gives the same bytes whenever it is packed
 PROOF_SIDE, PROOF_MM = 64, 6.0  # the scan that a bundle is proven on: a phantom's whole trunk
+CREDIT = "CREDIT.md"  # of a bundle's docs
 PROOF_LEVEL = 200.0  # HU: what of it is bone, for a tokenizer of shapes
 CODES_ALONE = WAYS[2]  # of a card of shapes
 PRIVATE = ("data", "vl_model", "tokenizer_path")  # of an alignment's record: where its maker kept things
@@ -70,7 +72,7 @@ def export(
         raise Refused("NO_TEMPLATES", "a bundle's own code exports no bundle")
     folder = None if align is None else aligned_folder(align)
     settings = None if folder is None else read_settings(folder)
-    made = CTTokenizer.from_pretrained(tokenizer or (settings and str(folder / settings["tokenizer_path"])))
+    made = CTTokenizer.from_pretrained(tokenizer or (settings and tokenizer_of(folder, settings)))
     if settings is not None and settings["tokenizer"] != made.digest:
         what = f"{align} was aligned to tokenizer {settings['tokenizer'][:12]}, this one is {made.digest[:12]}"
         raise Refused("OTHER_TOKENIZER", what, "give that tokenizer, or align again", status=2)
@@ -123,8 +125,12 @@ def write_bundle(bundle: Path, made: CTTokenizer, *, name: str, align: Path | No
     if record is not None:
         _copy_aligned(align, bundle / "models" / "align", record)
     base_model = None if record is None else record["base_model"]
-    (bundle / "docs").mkdir()
-    (bundle / "docs" / "README.md").write_text(model_card(told, card=card, base_model=base_model), encoding="utf-8")
+    docs, credit = bundle / "docs", _credit_beside(made)
+    docs.mkdir()
+    text = model_card(told, card=card, base_model=base_model, credit=None if credit is None else CREDIT)
+    (docs / "README.md").write_text(text, encoding="utf-8")
+    if credit is not None:
+        shutil.copyfile(credit, docs / CREDIT)
     (bundle / "LICENSE").write_text(_licence(), encoding="utf-8")
     (bundle / "requirements.txt").write_text("\n".join(requirements()) + "\n")
     return told
@@ -174,6 +180,13 @@ def _card_beside(made: CTTokenizer) -> Json | None:
     folder = folder.parent if folder.name in ("ckpts", "models") else folder
     file = folder / f"{CARD}.json"
     return _read_json(file) if file.is_file() else None
+
+
+def _credit_beside(made: CTTokenizer) -> Path | None:
+    """What has to go along with weights that were made from others' scans: of one that ships, or of a bundle of it."""
+    folder = Path(made.source).parent
+    file = folder / "README.md" if (folder / RECORD).is_file() else folder.parent / "docs" / CREDIT
+    return file if file.is_file() else None
 
 
 def _licence() -> str:

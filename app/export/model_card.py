@@ -31,8 +31,16 @@ ASK = (
 )
 
 
-def model_card(metadata: dict[str, Any], *, card: dict[str, Any] | None, base_model: dict[str, Any] | None) -> str:
-    """Markdown. `card` is the tokenizer's own evaluation where there is one; `base_model` that of an aligned bundle."""
+def model_card(
+    metadata: dict[str, Any],
+    *,
+    card: dict[str, Any] | None,
+    base_model: dict[str, Any] | None,
+    credit: str | None = None,
+) -> str:
+    """Markdown. `card` is the tokenizer's own evaluation where there is one; `base_model` that of an aligned bundle;
+    `credit` the file beside it that has to go along with the weights.
+    """
     told = metadata["tokenizer"]
     package, root = metadata["code"]["package"], "BUNDLE"
     ask = "" if base_model is None else ASK.format(root=root)
@@ -60,10 +68,16 @@ def model_card(metadata: dict[str, Any], *, card: dict[str, Any] | None, base_mo
         "differs from scan to scan, where the first sends one dense random tensor, and TorchScript, which the second "
         "makes, cannot hold its sparse operations.",
         "## Licence",
-        "Code: Apache-2.0 (LICENSE). Weights: what the data they learned from allow; who exported this bundle knows. "
+        f"Code: Apache-2.0 (LICENSE). Weights: {_weights_licence(credit)} "
         "A base language model has a licence of its own and is not in this bundle.",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _weights_licence(credit: str | None) -> str:
+    if credit is None:
+        return "what the data they learned from allow; who exported this bundle knows."
+    return f"[{credit}]({credit}) names the data they learned from, licences and credit; pass it on with them."
 
 
 def _scan_in(told: dict[str, Any]) -> tuple[tuple[str, str], ...]:

@@ -173,7 +173,7 @@ def split_volumes(feats: Tensor, coords: Tensor, *, reduce: Reducer) -> list[Tok
 
 def encode_inputs_3d(network, inputs: dict, *, reduce: Reducer) -> list[TokenSequence]:
     """Form B: values on voxels of the tokenizer's own grid, a sequence for each sample."""
-    tokens = network.encode(sparse_inputs(inputs, network), levels=1)
+    tokens = network.encode(sparse_inputs(inputs, network), levels=reduce.levels)
     codes, coords = tokens.codes.cpu(), tokens.coords.cpu()
     parts = [coords[:, 0] == sample for sample in range(tokens.batch_size)]
     return [reduce.rows(reduce.lookup(codes[part]), coords[part, 1:]) for part in parts]
@@ -183,13 +183,13 @@ def load_own_dataset(name: str) -> Dataset:
     """`package.module.Class`, called without arguments."""
     module, _, kind = name.rpartition(".")
     try:
-        made = getattr(importlib.import_module(module), kind)()
+        dataset = getattr(importlib.import_module(module), kind)()
     except Exception as error:  # the user's code, which may raise anything
         reason = f"{type(error).__name__}: {error}"
         raise Refused("BAD_DATASET", f"{name} cannot be loaded ({reason})") from error
-    if not (hasattr(made, "__len__") and hasattr(made, "__getitem__")):
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise Refused("BAD_DATASET", f"{name} has no __len__ or __getitem__", "give a torch Dataset")
-    return made
+    return dataset
 
 
 def encode_rows(
@@ -267,17 +267,17 @@ def phantom_volumes(
 def phantom_case(source: TokenSource, name: str, *, number: int) -> tuple[list[dict], tuple[CTTokens, CTTokens]]:
     """Findings of one phantom, its tokens and those of its mirror image; made once, then read."""
     sizes = source.tokenizer.sizes
-    made = lru_cache(1)(lambda: make_phantom(number, size=sizes.resolution, spacing=sizes.spacing))
+    phantom = lru_cache(1)(lambda: make_phantom(number, size=sizes.resolution, spacing=sizes.spacing))
     file = source.cache_dir / f"{name}.json"
     tokens = (
-        source.cached(name, lambda: as_it_lies(made().hu, made().affine)),
+        source.cached(name, lambda: as_it_lies(phantom().hu, phantom().affine)),
         # the grid is centred, so that the affine of the mirror image is the same
-        source.cached(f"{name}_mirrored", lambda: as_it_lies(made().hu[::-1].copy(), made().affine)),
+        source.cached(f"{name}_mirrored", lambda: as_it_lies(phantom().hu[::-1].copy(), phantom().affine)),
     )
     try:
         findings = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):  # not there yet, or damaged
-        findings = made().findings
+        findings = phantom().findings
         write_text(file, json.dumps(findings) + "\n")
     return findings, tokens
 

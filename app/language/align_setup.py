@@ -41,7 +41,8 @@ LORA_SIZES = ("lora_r", "lora_alpha")
 RESUMED_WITH = {  # what a run cannot change on its way, and the code of its refusal
     "tokenizer": "OTHER_TOKENIZER",
     "base_model": "OTHER_MODEL",
-    **dict.fromkeys(("use_lora", *LORA_SIZES, "trained_language", "projector_layers", "use_3d_pos"), "OTHER_SETTINGS"),
+    **dict.fromkeys(("use_lora", *LORA_SIZES, "trained_language"), "OTHER_SETTINGS"),
+    **dict.fromkeys(("projector_layers", "use_3d_pos", "levels"), "OTHER_SETTINGS"),
 }
 
 
@@ -86,11 +87,20 @@ class FrozenTokenizer:
     """The tokenizer as it is given: never trained, always in evaluation mode, known by its hash.
 
     Args:
-        path: checkpoint, output folder or bundle; None takes the newest output, else the one that
-            ships. On the demo a missing one is trained.
+        path: checkpoint, output folder, bundle or name; None takes the newest output of one's own scans, else the one
+            that ships; on the demo the newest output of all, and a missing one is trained.
+        levels: so many codes a cell are read, the first of the tokenizer's levels; None: all.
     """
 
-    def __init__(self, path: str | None, *, demo: bool, device: torch.device, config: str | None = None):
+    def __init__(
+        self,
+        path: str | None,
+        *,
+        demo: bool,
+        device: torch.device,
+        config: str | None = None,
+        levels: int | None = 1,
+    ):
         if config is not None:
             log.info("vae_config is not needed: the checkpoint carries its sizes")
         if path is None and not any(map(checkpoints.complete_steps, checkpoints.NEWEST_TOKENIZERS)):
@@ -99,10 +109,14 @@ class FrozenTokenizer:
                 raise Refused("NO_TOKENIZER", what, f"first run {STAGE1_COMMAND}, or pass --vae_ckpt")
             if demo:
                 train_demo_stage1("NO_TOKENIZER")
-        self.file = find_tokenizer(path)
+        self.file = find_tokenizer(path, for_phantoms=demo)
         self.ct = CTTokenizer.from_pretrained(self.file, device=device)
         self.network: SparseVQVAE = self.ct.network.requires_grad_(False)
         self.hash = self.ct.digest
+        try:
+            self.levels = self.network.check_levels(levels)
+        except ValueError as error:
+            raise Refused("TOO_FEW_LEVELS", str(error), "leave --levels out, or give another tokenizer") from None
         self.lookup_on_cpu = copy.deepcopy(self.network.vq).cpu()  # samples are made on the CPU, also in workers
 
     def vectors(self) -> torch.Tensor:
@@ -110,8 +124,8 @@ class FrozenTokenizer:
         return self.lookup_on_cpu.lookup(torch.arange(self.lookup_on_cpu.num_embeddings)).detach().float()
 
     def reducer(self, *, max_tokens: int, method: str) -> Reducer:
-        lookup = self.lookup_on_cpu.lookup
-        return Reducer(lookup, width=self.network.sizes.latent_channels, max_tokens=max_tokens, method=method)
+        lookup, width = self.lookup_on_cpu.lookup, self.network.sizes.latent_channels
+        return Reducer(lookup, width=width, max_tokens=max_tokens, method=method, levels=self.levels)
 
     def source(self, cache_dir: str | Path) -> TokenSource:
         return TokenSource(self.ct, cache_dir=cache_dir)
@@ -298,13 +312,13 @@ def make_text_dataset(
         words = language.model.get_input_embeddings().num_embeddings
         return align_data.OwnDataset(own, reduce=reduce, network=tokenizer.network, skip_bad=skip_bad, vocabulary=words)
     rows, volumes = text.rows_and_volumes
-    made = align_data.TextDataset(
+    examples = align_data.TextDataset(
         rows, volumes=volumes, reduce=reduce, tokenizer=language.tokenizer, **(chat_options or {})
     )
-    left_out = {reason: count for reason, count in made.dropped.items() if count}
-    told = f"; left out or cut: {left_out}" if left_out else ""
-    log.info("%d examples to %s on%s", len(made), "train" if text.split == "train" else "validate", told)
-    return made
+    left_out = {reason: count for reason, count in examples.dropped.items() if count}
+    note = f"; left out or cut: {left_out}" if left_out else ""
+    log.info("%d examples to %s on%s", len(examples), "train" if text.split == "train" else "validate", note)
+    return examples
 
 
 def make_held_out(*, dataset: str | None = None, **settings: Any) -> Dataset:
@@ -336,6 +350,8 @@ def check_resumed(folder: Path, args: dict) -> None:
                 "resume with the same settings, or start afresh in another --output_dir",
                 status=2,
             )
-    told = ", ".join(f"{name} {args[name]} (was {began.get(name)})" for name in changed if name != "tokenizer_path")
-    if told:
-        log.warning("this run goes on with other settings than it began with: %s", told)
+    differences = ", ".join(
+        f"{name} {args[name]} (was {began.get(name)})" for name in changed if name != "tokenizer_path"
+    )
+    if differences:
+        log.warning("this run goes on with other settings than it began with: %s", differences)

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, Subset
 from app.language.align_data import TextDataset
 from app.language.align_setup import FrozenTokenizer, Language, check_resumed
 from app.shared.atomic_files import write_text
-from app.training import checkpoints
+from app.training import checkpoints, shipped
 from app.training.checkpoints import unwrapped
 from app.training.handlers import OnEvent
 from app.training.state import TrainingState
@@ -116,12 +116,17 @@ class AlignRecord:
             "base_model": self.language.identity,
             "trained_language": self.language.trained,
             "use_lora": self.language.adapter is not None,
-            "tokenizer_path": str(Path(self.tokenizer.file).resolve()),
+            "tokenizer_path": place_of(self.tokenizer),
             "tokenizer": self.tokenizer.hash,
             "in_features": self.projector.in_features,
             "position_scale": self.projector.position_scale,
             "position_grid": self.projector.position_grid,
         }
+
+
+def place_of(tokenizer: FrozenTokenizer) -> str:
+    """The name of one that ships, which another machine has too; else where it lies here."""
+    return shipped.name_of(tokenizer.hash) or str(Path(tokenizer.file).resolve())
 
 
 class SampleAnswers(OnEvent):
@@ -152,11 +157,11 @@ class SampleAnswers(OnEvent):
         ids = self.network.generate(to_device(batch, engine.state.device), max_new_tokens=self.max_new_tokens)
         answers = self.language.tokenizer.batch_decode(ids, skip_special_tokens=True)
         rows = [self.dataset.rows[number] for number in self.numbers]
-        told = [
+        asked = [
             f"{row.image}\nasked:  {row.prompt}\ntruth:  {row.answer}\nanswer: {answer.strip()}\n"
             for row, answer in zip(rows, answers, strict=True)
         ]
-        self.folder.record_text("\n".join(told))
+        self.folder.record_text("\n".join(asked))
 
 
 class WriteAligned:

@@ -45,6 +45,8 @@ def ask(
         what = f"{Path(out).parent} is a prepared dataset with a failures.csv"
         raise Refused("BAD_CALL", what, "give --out another folder")
     assistant = CTAssistant.from_pretrained(align, tokenizer=tokenizer, language_model=language_model)
+    if "built" in assistant.settings["base_model"]:
+        log.warning("the language model of %s is tiny, built to try the chain: it says nothing of patients", align)
     found = assistant.open_all(path)
     if (first := next(found, None)) is None:
         what = f"{source} holds no scan"

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from app.shared.refusals import Refused
 from app.text.rows import REPORT_QUESTION
 from app.tokens.open_scan import ScanSource, scan_source, scan_sources
 from app.tokens.token_files import CTTokens
-from app.training import checkpoints
+from app.training import checkpoints, shipped
 from app.training.key_rules import RULES, Rule
 from networks import qwen
 from networks.projector import Projector
@@ -56,14 +56,7 @@ class Answer:
     notice: str = NOTICE
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            "scan": self.scan,
-            "source": self.source,
-            "question": self.question,
-            "answer": self.answer,
-            "notice": self.notice,
-            "provenance": self.provenance,
-        }
+        return asdict(self)
 
 
 class CTAssistant:
@@ -89,7 +82,8 @@ class CTAssistant:
         """
         path, device = aligned_folder(path), device or choose_device()
         settings = read_settings(path)
-        frozen = FrozenTokenizer(tokenizer or str(path / settings["tokenizer_path"]), demo=False, device=device)
+        where = tokenizer or tokenizer_of(path, settings)
+        frozen = FrozenTokenizer(where, demo=False, device=device, levels=settings["levels"])
         if frozen.hash != settings["tokenizer"]:
             what = f"{path} was aligned to tokenizer {settings['tokenizer'][:12]}, {frozen.file} is {frozen.hash[:12]}"
             raise Refused("OTHER_TOKENIZER", what, "give that tokenizer with --tokenizer, or align again", status=2)
@@ -155,8 +149,8 @@ class CTAssistant:
             [(q, self.reduce(opened.tokens)) for q in questions], max_new_tokens=max_new_tokens, streamer=streamer
         )
         about = {"scan": opened.name, "source": opened.source, "provenance": self.provenance(opened)}
-        made = [Answer(question=q, answer=text, **about) for q, text in zip(questions, texts, strict=True)]
-        return made[0] if question is None or isinstance(question, str) else made
+        answers = [Answer(question=q, answer=text, **about) for q, text in zip(questions, texts, strict=True)]
+        return answers[0] if question is None or isinstance(question, str) else answers
 
     def answer_many(
         self, asked: Sequence[tuple[str, TokenSequence | None]], *, max_new_tokens: int = 256, streamer=None
@@ -201,6 +195,11 @@ class CTAssistant:
             origin |= {"tokens_sha256": source.key} if source.kind == "tokens" else {}
         return TokenizedScan(name, tokens, {**origin, **_series(tokens)}, place)
 
+    def of_tokens(self, tokens: CTTokens) -> TokenizedScan:
+        """What was tokenized already."""
+        origin = {"scan_sha256": tokens.source_hash} if tokens.source_hash else {}
+        return TokenizedScan("tokens", tokens, {**origin, **_series(tokens)})
+
     def open_all(self, path: Path) -> Iterator[TokenizedScan | ValueError]:
         """Everything at a path, by the one door for scans; what is refused comes as its refusal."""
         for source in scan_sources(path):
@@ -223,13 +222,13 @@ class CTAssistant:
         }
 
 
-SETTINGS_TOLD = ("max_3d_tokens", "token_reduction", "use_3d_pos", "position", "fusion", "use_lora")
+SETTINGS_TOLD = ("max_3d_tokens", "token_reduction", "levels", "use_3d_pos", "position", "fusion", "use_lora")
 
 
 MAX_NUMBER = 1 << 24  # beyond is damage, and more than memory holds
-KEYS = ("projector_layers", "amp", "max_text_tokens", "max_3d_tokens", "token_reduction", "use_3d_pos", "position")
+KEYS = ("projector_layers", "amp", "max_text_tokens", "max_3d_tokens", "token_reduction", "levels", "use_3d_pos")
 SETTINGS = {  # of train_args.json, what is used: whoever wrote it
-    **{name: RULES[name] for name in (*KEYS, "fusion", "use_lora")},
+    **{name: RULES[name] for name in (*KEYS, "position", "fusion", "use_lora")},
     **dict.fromkeys(("tokenizer", "tokenizer_path"), Rule(str, "a text")),
     "in_features": Rule(int, f"a whole number from 1 to {1 << 16}", minimum=1, holds=lambda width: width <= 1 << 16),
     "position_scale": Rule((int, float), "a number above 0", holds=lambda scale: 0 < scale < math.inf),
@@ -274,6 +273,8 @@ def read_settings(path: Path) -> dict[str, Any]:
         settings = json.loads(file.read_text())
     except (ValueError, RecursionError):
         settings = None
+    if isinstance(settings, dict):
+        settings = {"levels": 1, **settings}  # 1 where it was not recorded
     if not isinstance(settings, dict) or not set(settings) >= set(SETTINGS):
         raise Refused("NO_ALIGNMENT", f"{file} is damaged", "align again")
     for name, rule in SETTINGS.items():
@@ -282,6 +283,12 @@ def read_settings(path: Path) -> dict[str, Any]:
             what = f"{file} must have {rule.says} as its {name}, it has {str(value)[:40]}"
             raise Refused("NO_ALIGNMENT", what, "copy the folder again, or align again")
     return settings
+
+
+def tokenizer_of(path: Path, settings: dict[str, Any]) -> str:
+    """Where the tokenizer of an alignment is: where it was, else what ships with the hash that was recorded."""
+    place, name = path / settings["tokenizer_path"], shipped.name_of(settings["tokenizer"])
+    return str(place if place.exists() or name is None else shipped.pretrained_folder() / name)
 
 
 def load_base(

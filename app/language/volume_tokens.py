@@ -55,14 +55,23 @@ def extract_3d_latent_and_indices(
 class Reducer:
     """From codes to the sequence that the language model reads: code vectors, ordered and within the budget.
 
-    `lookup` gives the vector of each code; `width` is theirs. Of several codes a cell the first is read.
+    `lookup` gives the vector of each code; `width` is theirs. Of several quantiser levels the first `levels` are read:
+    a cell stays one token, its vector the sum of theirs.
     """
 
-    def __init__(self, lookup: Callable[[Tensor], Tensor], *, width: int, max_tokens: int = 2048, method: str = "pool"):
-        self.lookup, self.width, self.max_tokens, self.method = lookup, width, max_tokens, method
+    def __init__(
+        self,
+        lookup: Callable[[Tensor], Tensor],
+        *,
+        width: int,
+        max_tokens: int = 2048,
+        method: str = "pool",
+        levels: int = 1,
+    ):
+        self.lookup, self.width, self.max_tokens, self.method, self.levels = lookup, width, max_tokens, method, levels
 
     def __call__(self, tokens: CTTokens) -> TokenSequence:
-        codes = torch.from_numpy(tokens.first_levels(1))
+        codes = torch.from_numpy(tokens.first_levels(self.levels))
         return self.rows(self.lookup(codes), torch.from_numpy(tokens.coords))
 
     def rows(self, feats: Float[Tensor, "M D"], coords: Int[Tensor, "M 3"]) -> TokenSequence:
@@ -75,7 +84,7 @@ class TokenSource:
 
     def __init__(self, tokenizer: CTTokenizer, *, cache_dir: str | Path):
         self.tokenizer = tokenizer
-        self.cache_dir = Path(cache_dir) / f"{tokenizer.digest[:16]}.{RESAMPLER.replace(' ', '_')}"
+        self.cache_dir = Path(cache_dir) / f"{tokenizer.digest[:16]}.{RESAMPLER.replace(' ', '_')}.all_levels"
 
     def __call__(self, path: Path) -> CTTokens:
         """Tokens of whatever lies there, by the one door for scans; a token file is read where it is."""
@@ -92,6 +101,6 @@ class TokenSource:
                 return self.tokenizer.read(file)
             except ValueError:
                 log.warning("cached tokens %s are damaged and are made again", file.name)
-        tokens = self.tokenizer.encode(scan(), levels=1)
+        tokens = self.tokenizer.encode(scan())
         write_tokens(file, tokens)
         return tokens

@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Num, UInt16
+from jaxtyping import Bool, Num, UInt16
 from scipy import ndimage
 
 from transforms.sparse import DROPPED
@@ -26,14 +26,6 @@ X265_PRESET = "slow"
 TENTH, FAR = 1.1, 4.0  # of a ratio of compression: a step, and how far from what was asked it may end
 MIN_IMAGE = 32  # pixels a side: OpenJPEG halves an image five times, and refuses a smaller one
 MIN_SIDE = 32  # of a frame: x265 takes no smaller one
-
-
-class Coded(NamedTuple):
-    """A volume through a codec at one setting: what its stream takes, and what came back, on the whole grid."""
-
-    setting: float
-    bits: int
-    hu: Float[np.ndarray, "X Y Z"]
 
 
 class RatePoint(NamedTuple):
@@ -92,12 +84,12 @@ class Codec:
     def at_bits(self, bits: float) -> RatePoint:
         """Errors at so many bits: between two settings straight over the logarithm of bits."""
         settings = self.settings_around(bits)
-        found = [self.at(setting) for setting in settings]
-        sizes = tuple(size for size, _ in found)
-        if len(found) == 1 or sizes[0] == sizes[1]:
-            return RatePoint(settings, sizes, found[0][1])
+        points = [self.at(setting) for setting in settings]
+        sizes = tuple(size for size, _ in points)
+        if len(points) == 1 or sizes[0] == sizes[1]:
+            return RatePoint(settings, sizes, points[0][1])
         share = (math.log(bits) - math.log(sizes[0])) / (math.log(sizes[1]) - math.log(sizes[0]))
-        under, over = (errors for _, errors in found)
+        under, over = (errors for _, errors in points)
         return RatePoint(settings, sizes, {name: under[name] + share * (over[name] - under[name]) for name in under})
 
 

@@ -154,18 +154,18 @@ def paired_gaps(
         one, other = score(np.concatenate([real, control])), score(np.concatenate([control, real]))
         return np.array([one[name] - other[name] for name in names])
 
-    found = gap(none + 1, none)
+    measured = gap(none + 1, none)
     drawn = np.array([gap(draw[owner].astype(float), none) for draw in _resample(number, rng)])
-    outward = np.sign(found)
+    outward = np.sign(measured)
     as_far = []
     for signs in _signs(number, RESAMPLES, rng):
         for row in signs:
             kept = (row[owner] > 0).astype(float)
-            as_far.append(~(outward * gap(kept, 1 - kept) < np.abs(found) - 1e-9))  # what is not defined counts too
+            as_far.append(~(outward * gap(kept, 1 - kept) < np.abs(measured) - 1e-9))  # what is not defined counts too
     far = np.array(as_far)
     return {
-        name: Gap(float(found[at]), *_interval(drawn[:, at]), _as_far([far[:, at]]), number)
-        if np.isfinite(found[at])
+        name: Gap(float(measured[at]), *_interval(drawn[:, at]), _as_far([far[:, at]]), number)
+        if np.isfinite(measured[at])
         else Gap(np.nan, np.nan, np.nan, np.nan, number)
         for at, name in enumerate(names)
     }

@@ -169,5 +169,5 @@ def ratio(part: float, whole: float) -> float:
 
 def matcher_error(texts: Sequence[str], truth: np.ndarray, labels: Sequence[str]) -> dict[str, float]:
     """The matcher's own error on reference reports with known labels: the ceiling of what its scores can mean."""
-    found = finding_matrix(texts, labels)
-    return {**finding_scores(found, truth), "wrong_share": float((found != truth).mean())}
+    read = finding_matrix(texts, labels)
+    return {**finding_scores(read, truth), "wrong_share": float((read != truth).mean())}

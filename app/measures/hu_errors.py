@@ -59,18 +59,18 @@ def errors_by_window(
         slice(max(cut.start - MARGIN, 0), cut.stop + MARGIN) for cut in ndimage.find_objects(body.astype(np.uint8))[0]
     )
     truth, recon, body = truth[box], recon[box], body[box]
-    found = {}
+    scores_of = {}
     for name in windows:
         low, high = window_bounds(name)
-        seen, made = (np.clip(volume, low, high).astype(np.float32) for volume in (truth, recon))
-        scores = _mae_rmse(made[body].astype(np.float64) - seen[body])
+        seen, rebuilt = (np.clip(volume, low, high).astype(np.float32) for volume in (truth, recon))
+        scores = _mae_rmse(rebuilt[body].astype(np.float64) - seen[body])
         width = WINDOWS[name][0]
         scores["psnr"] = 20 * math.log10(width / max(scores["rmse"], 1e-6))
         if min(body.shape) >= SSIM_SIDE:
-            _, local = structural_similarity(seen, made, data_range=width, win_size=SSIM_SIDE, full=True)
+            _, local = structural_similarity(seen, rebuilt, data_range=width, win_size=SSIM_SIDE, full=True)
             scores["ssim"] = float(local[body].mean())
-        found[name] = scores | {"data_range": float(width)}
-    return found
+        scores_of[name] = scores | {"data_range": float(width)}
+    return scores_of
 
 
 def clipped_share(truth: Num[np.ndarray, "X Y Z"], body: Bool[np.ndarray, "X Y Z"], *, windows: Sequence[str]) -> float:

@@ -22,21 +22,8 @@ from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from scipy import ndimage
 
 from app.dataset import writer
-from app.phantoms.anatomy import (
-    SIGN_OF_X,
-    Build,
-    Canvas,
-    Number,
-    Point,
-    Torso,
-    draw_build,
-    kidney_center,
-    paint_abdomen,
-    paint_bones,
-    paint_chest,
-    paint_kidneys,
-    paint_torso,
-)
+from app.phantoms import anatomy
+from app.phantoms.anatomy import SIGN_OF_X, Build, Canvas, Number, Point, Torso
 from app.prepare import cohort
 from app.prepare.gate import LPS_TO_RAS
 from app.prepare.headers import CT
@@ -105,7 +92,7 @@ def paint_nodules(canvas: Canvas, build: Build, torso: Torso, side: str) -> dict
 
 def paint_stones(canvas: Canvas, build: Build, torso: Torso, side: str) -> dict[str, Any]:
     """One or two dense stones in a kidney's sinus."""
-    x, y, z = kidney_center(build, side)
+    x, y, z = anatomy.kidney_center(build, side)
     count = int(build.rng.integers(1, 3))
     offsets = [build.near(0, 12)] if count == 1 else [build.near(-17, 4), build.near(17, 4)]
     sizes = [build.rng.uniform(8, 15) for _ in offsets]
@@ -121,16 +108,16 @@ PAINTERS: tuple[Callable[..., dict[str, Any]], ...] = (paint_effusion, paint_nod
 def make_phantom(seed: int, *, size: int = 96, spacing: Number = 4.0) -> Phantom:
     """One patient on a RAS cube; the same seed gives the same patient, at any size and spacing the same anatomy."""
     rng = np.random.default_rng([seed, 7])
-    build = draw_build(rng)
+    build = anatomy.draw_build(rng)
     canvas = Canvas(size, spacing, rng)
     if rng.random() < 0.7:  # the table under the patient
         table = np.abs(canvas.axis[None, :, None] + build.depth + 16 - 0.0006 * canvas.axis[:, None, None] ** 2) - 3
         canvas.blend(np.broadcast_to(canvas.cover(table), canvas.hu.shape), -120)
-    torso = paint_torso(canvas, build)
-    paint_abdomen(canvas, build, torso)
-    paint_kidneys(canvas, build)
-    paint_chest(canvas, build, torso)
-    paint_bones(canvas, build, torso)
+    torso = anatomy.paint_torso(canvas, build)
+    anatomy.paint_abdomen(canvas, build, torso)
+    anatomy.paint_kidneys(canvas, build)
+    anatomy.paint_chest(canvas, build, torso)
+    anatomy.paint_bones(canvas, build, torso)
     findings = []
     for paint in PAINTERS:
         for side in SIGN_OF_X:
@@ -179,8 +166,8 @@ def _is_whole(out: Path, settings: dict[str, int]) -> bool:
     file = out / "dataset_config.json"
     if not file.is_file():
         return False
-    found = json.loads(file.read_text())
-    return all(found.get(key) == value for key, value in settings.items())
+    stored = json.loads(file.read_text())
+    return all(stored.get(key) == value for key, value in settings.items())
 
 
 def _is_ours(out: Path) -> bool:

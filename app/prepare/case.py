@@ -75,7 +75,8 @@ def prepare_case(job: CaseJob) -> Outcome:
     outcome = Outcome(job.case, Path(job.folder).name, job.item.source, "ok", ())
     try:
         refs = (*job.item.refs, *(ref for label in job.item.labels for ref in label.refs))
-        recipe = _recipe(job, hash_of(refs))
+        parts = [hash_of(refs), settings_json(job.settings), job.mapping, job.split, job.patient]
+        recipe = hashlib.sha256(json.dumps(parts).encode()).hexdigest()  # of all that shapes the case's bytes
         done = _finished(job, recipe)
         sidecar = _make(job, recipe) if done is None else done
     except Refused as refused:
@@ -111,12 +112,6 @@ def settings_json(settings: PrepareSettings) -> dict[str, Any]:
 def _place_of(error: Exception) -> str:
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__} at {os.path.basename(last.filename)}:{last.lineno}"
-
-
-def _recipe(job: CaseJob, inputs: str) -> str:
-    """Identity of a case's bytes: all inputs and every setting that shapes them."""
-    parts = [inputs, settings_json(job.settings), job.mapping, job.split, job.patient]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _finished(job: CaseJob, recipe: str) -> dict[str, Any] | None:

@@ -86,7 +86,8 @@ def _prepare(root: str, out: Path, settings: PrepareSettings, request: Request, 
     folders = {out / one.dataset for one in named}
     _clear_leftovers(folders)
     sources = {(one.dataset, one.case): one.item.source for one in planned}
-    patients = _patients(planned, key, patients_of(text, sources, root=_folder_of(root)))
+    home = root if os.path.isdir(root) else os.path.dirname(root)
+    patients = _patients(planned, key, patients_of(text, sources, root=home))
     members = [splits.member_of(one.item, one.case, who) for one, who in zip(planned, patients, strict=True)]
     sides = splits.sides_of(members, request.split)
     jobs = []
@@ -95,7 +96,10 @@ def _prepare(root: str, out: Path, settings: PrepareSettings, request: Request, 
         mapping = {**request.organs.get("*", {}), **request.organs.get(raw_name, {})}
         rest = (tuple(sorted(mapping.items())), request.preview, request.overwrite)
         jobs.append(CaseJob(one.item, str(out / one.dataset), one.case, who, side, settings, rules, *rest))
-    outcomes = [_not_planned(one) for one in named if one.item.plan is None]
+    outcomes = []
+    for one in named:
+        if (why := one.item.finding) is not None:
+            outcomes.append(Outcome(one.case, one.dataset, one.item.source, why.kind, (why.code,), why.message))
     workers = 0 if request.cluster else worker_count(request.workers, _bytes_for(jobs, settings), len(jobs))
     if jobs:
         sys.stderr.write(_needs(jobs, settings, out, workers=workers) + "\n")
@@ -108,15 +112,11 @@ def _prepare(root: str, out: Path, settings: PrepareSettings, request: Request, 
     if request.text is not None:
         cases = {(o.dataset, o.case): o.source for o in outcomes if o.status == "ok"}
         lost = {(o.dataset, o.case): o.source for o in outcomes if o.status in ("refused", "failed")}
-        join_text(text, out, cases, lost, root=_folder_of(root))
+        join_text(text, out, cases, lost, root=home)
     done = {(o.dataset, o.case) for o in outcomes if o.status == "ok"}
     counts = splits.counts((j.split, j.patient) for j in jobs if (Path(j.folder).name, j.case) in done)
     notes = splits.about_table(members, request.split)
     return Report(tuple(outcomes), time.perf_counter() - start, counts, tuple(notes))
-
-
-def _folder_of(root: str) -> str:
-    return root if os.path.isdir(root) else os.path.dirname(root)
 
 
 def _check_call(root: str, out: Path, settings: PrepareSettings) -> None:
@@ -147,19 +147,19 @@ def _check_settings(out: Path, named: Sequence[Named], settings: PrepareSettings
         what = f"OUT was prepared with another {', '.join(changed)}"
         if not overwrite:
             raise Refused("NO_OUTPUT", what, "use another OUT or --overwrite")
-        made = {one.case for one in named if one.dataset == dataset and one.item.plan is not None}
+        given_cases = {one.case for one in named if one.dataset == dataset and one.item.plan is not None}
         left = sorted(path.parent.name for path in file.parent.glob("processed/*/case.json"))
-        if left := [case for case in left if case not in made]:
+        if left := [case for case in left if case not in given_cases]:
             what = f"{what}, and RAW does not give {len(left)} of its cases ({left[0]}, ...)"
             raise Refused("NO_OUTPUT", what, "use another OUT")
 
 
 def _name(items: Sequence[Item], root: str, key: bytes, keep_names: bool) -> list[Named]:
     """Each item with its dataset's and its own public name; equal names are numbered."""
-    whole = names.one_dataset(items, root)
+    is_one_dataset = names.one_dataset(items, root)
     out, taken, stacks = [], Counter(), Counter()
     for item in items:
-        folder = dataset = names.dataset_of(item, root, whole=whole)
+        folder = dataset = names.dataset_of(item, root, is_one_dataset=is_one_dataset)
         if keep_names:
             dataset = names.safe_name(os.path.basename(root) if dataset == "." else dataset)
         else:
@@ -204,11 +204,6 @@ def _needs(jobs: Sequence[CaseJob], settings: PrepareSettings, out: Path, *, wor
     disk = f"at most {each * len(jobs) / 1e9:.2g} GB of disk ({each / 1e9:.2g} GB a case), {free / 1e9:.2g} GB are free"
     memory = f"about {_bytes_for(jobs, settings) * max(workers, 1) / 1e9:.2g} GB of memory"
     return f"{len(jobs)} cases: {disk}; {memory}"
-
-
-def _not_planned(one: Named) -> Outcome:
-    finding = one.item.finding
-    return Outcome(one.case, one.dataset, one.item.source, finding.kind, (finding.code,), finding.message)
 
 
 def _clear_leftovers(folders: Iterable[Path]) -> None:

@@ -148,7 +148,7 @@ def _split(good: list[SliceHeader]) -> list[list[SliceHeader]] | Refused:
             groups.append([header])
         else:
             home.append(header)
-    extents = [_extent(members) for members in groups]
+    extents = [(float(along.min()), float(along.max())) for along in map(_along, groups)]
     for number, (low, high) in enumerate(extents):
         for other, (other_low, other_high) in enumerate(extents[:number]):
             same_way = _same(groups[number][0].orientation, groups[other][0].orientation)
@@ -165,11 +165,6 @@ def _same_geometry(one: SliceHeader, other: SliceHeader) -> bool:
     """Rounded headers of one scan differ a little; two geometries differ more."""
     matrix = (one.rows, one.columns) == (other.rows, other.columns)
     return matrix and _same(one.orientation, other.orientation) and _same(one.spacing, other.spacing)
-
-
-def _extent(members: list[SliceHeader]) -> tuple[float, float]:
-    along = _along(members)
-    return float(along.min()), float(along.max())
 
 
 def _by_kernel(members: list[SliceHeader]) -> list[list[SliceHeader]]:

@@ -103,6 +103,11 @@ class SliceHeader(NamedTuple):
     syntax: str = ""
     pixels: PixelElement = PixelElement()
 
+    @property
+    def rescale(self) -> tuple[float, float]:
+        """Slope and intercept; what is missing changes nothing."""
+        return 1.0 if self.slope is None else self.slope, 0.0 if self.intercept is None else self.intercept
+
     def __repr__(self) -> str:
         return f"SliceHeader(frame {self.frame} of {self.frames})"
 

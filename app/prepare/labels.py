@@ -49,8 +49,7 @@ class LabelFile(NamedTuple):
 
     @property
     def refs(self) -> tuple[Ref, ...]:
-        """All that is read of it: a header may name a data file."""
-        return (self.ref,) if self.file is None else tuple(dict.fromkeys((self.ref, self.file.data)))
+        return (self.ref,) if self.file is None else self.file.refs
 
     def __repr__(self) -> str:
         return "LabelFile(...)"
@@ -69,10 +68,6 @@ def is_label_name(path: str) -> bool:
 def scan_stem(name: str) -> str:
     """A scan's or label file's stem without the words that tell them apart."""
     return LABEL_WORDS.sub("", re.sub(r"_0000$", "", _bare(name))).strip("_-. ").lower()
-
-
-def label_for(ref: Ref, file: VolumeFile) -> LabelFile:
-    return LabelFile(ref, file, scan_stem(ref.name))
 
 
 def looks_like_labels(file: VolumeFile) -> bool:

@@ -71,10 +71,10 @@ def hashed(key: bytes, *parts: str) -> str:
     return hmac.new(key, text, hashlib.sha256).hexdigest()[:16]
 
 
-def dataset_of(item: Item, root: str, *, whole: bool) -> str:
+def dataset_of(item: Item, root: str, *, is_one_dataset: bool) -> str:
     """The first folder below the surveyed one that holds the item; the surveyed one itself where it holds scans."""
     folder = os.path.relpath(os.path.dirname(item.refs[0].path), root)
-    return "." if whole or folder in (".", "..") else folder.split(os.sep)[0]
+    return "." if is_one_dataset or folder in (".", "..") else folder.split(os.sep)[0]
 
 
 def one_dataset(items: Iterable[Item], root: str) -> bool:

@@ -35,8 +35,7 @@ def read_frames(stack: Stack) -> tuple[np.ndarray, list[Finding]]:
 
 def _is_plain(header: SliceHeader) -> bool:
     """Whether HU are whole numbers that fit int16."""
-    slope, intercept = header.slope, header.intercept
-    slope, intercept = 1.0 if slope is None else slope, 0.0 if intercept is None else intercept
+    slope, intercept = header.rescale
     top = 2.0 ** (header.bits_stored - 1 if header.signed else header.bits_stored)
     low, high = (-top, top - 1) if header.signed else (0.0, top - 1)
     ends = sorted((low * slope + intercept, high * slope + intercept))
@@ -46,8 +45,7 @@ def _is_plain(header: SliceHeader) -> bool:
 def _into(out: np.ndarray, header: SliceHeader, reader: "_Frames") -> int:
     """HU of one slice, padding as air; the number of padded pixels."""
     stored = reader.read(header)
-    slope = 1.0 if header.slope is None else header.slope
-    intercept = 0.0 if header.intercept is None else header.intercept
+    slope, intercept = header.rescale
     if out.dtype == np.int16:
         out[...] = stored.astype(np.int32) * int(slope) + int(intercept)
     else:

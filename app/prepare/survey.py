@@ -17,7 +17,7 @@ from app.prepare.findings import Finding, finding_of
 from app.prepare.formats import read_header
 from app.prepare.gate import NO_RULES, Rules, Stack, Verdict, verdicts_on
 from app.prepare.headers import SEGMENTATION, SliceHeader, read_headers
-from app.prepare.labels import LabelFile, is_label_name, label_for, looks_like_labels, scan_stem
+from app.prepare.labels import LabelFile, is_label_name, looks_like_labels, scan_stem
 from app.prepare.volume_file import VolumeFile
 from app.shared.refusals import Refused
 
@@ -72,7 +72,7 @@ def survey(root: str | Path, rules: Rules = NO_RULES) -> list[Item]:
         verdicts += [(folder, verdict) for verdict in verdicts_on(members, rules)]
     items += [_dicom_item(verdict, folder, root) for folder, verdict in _settle_localizers(verdicts)]
     scans, labels = _part_labels(volumes, items, root)
-    items += [Item(_relative(ref, root), (ref, *_extra(file)), plan=file) for ref, file in scans]
+    items += [Item(_relative(ref, root), file.refs, plan=file) for ref, file in scans]
     items = _attach(items, labels, segmentations, root)
     return sorted(items, key=lambda item: (item.source, item.series, item.refs))
 
@@ -90,10 +90,6 @@ def _is_image_name(ref: Ref) -> bool:
 
 def _is_label(ref: Ref, root: str) -> bool:
     return is_label_name(_relative(ref, root))
-
-
-def _extra(file: VolumeFile) -> tuple[Ref, ...]:
-    return () if file.data == file.ref else (file.data,)
 
 
 def _join_folders(slices: dict[str, list[SliceHeader]]) -> dict[str, list[SliceHeader]]:
@@ -153,7 +149,7 @@ def _part_labels(
             named.append((ref, file))
         else:
             scans.append((ref, file))
-    return scans, [label_for(ref, file) for ref, file in named]
+    return scans, [LabelFile(ref, file, scan_stem(ref.name)) for ref, file in named]
 
 
 def _grid(plan: Stack | VolumeFile) -> tuple[tuple[int, ...], np.ndarray]:
@@ -192,7 +188,7 @@ def _attach(
         for number in homes:
             wanted[number].append(label)
         if not homes and finding.kind == "skipped" and not looks_like_labels(label.file):
-            lines.append(Item(_relative(label.ref, root), (label.ref, *_extra(label.file)), plan=label.file))
+            lines.append(Item(_relative(label.ref, root), label.refs, plan=label.file))
             continue  # only its name says labels
         lines.append(Item(_relative(label.ref, root), (label.ref,), finding=finding))
     for header in segmentations:

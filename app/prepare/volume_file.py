@@ -34,6 +34,11 @@ class VolumeFile(NamedTuple):
     findings: tuple[Finding, ...] = ()
     packed_length: int = 0  # bytes of the packed voxels, where the header tells them
 
+    @property
+    def refs(self) -> tuple[Ref, ...]:
+        """All that is read of it: a header may name a data file."""
+        return tuple(dict.fromkeys((self.ref, self.data)))
+
     def __repr__(self) -> str:
         return f"VolumeFile({self.shape}, {self.dtype})"
 

@@ -13,6 +13,11 @@ from transforms.windows import WINDOWS
 HU = "HU"
 MAX_NEW_TOKENS = 1024
 MAX_LETTERS = 2000  # of a question
+NIFTI = ".nii.gz"
+OTHER_PLACE = (  # OHIF asks for NRRD, whose voxels it lays over the scan in its own order
+    "where an answer rests is told as NIfTI alone: a viewer that reads voxels without their place in the world could "
+    "show it on the wrong side"
+)
 
 
 class Options(NamedTuple):
@@ -36,12 +41,14 @@ def shown(model: str, sizes: Preset, *, budget: int | None) -> dict[str, Any]:
         return {"window": [HU, *WINDOWS], **about_tokens}
     budgets = [budget >> halvings for halvings in range(4) if budget and budget >> halvings >= 8]
     text = {"max_3d_tokens": budgets, "max_new_tokens": Options().max_new_tokens}
-    return {"question": "", **text} if model == "ask" else text
+    return text if model == "report" else {"question": "", **text}
 
 
 def read(model: str, sent: Mapping[str, Any], offered: Mapping[str, Any]) -> Options:
     """What was sent for the options that the model offers, checked; what is missing is the default."""
     given = {name: _first(sent[name]) for name in offered if sent.get(name) not in (None, "", [])}
+    if model == "show_answer" and str(sent.get("result_extension") or NIFTI) != NIFTI:
+        raise Refused("BAD_VALUE", OTHER_PLACE, "ask on the server's page /answers")
     checked = {name: _CHECKS[name](name, value, _choices(offered[name])) for name, value in given.items()}
     if model == "ask" and not checked.get("question"):
         raise Refused("BAD_VALUE", "question is empty", "ask something, or take the model report")

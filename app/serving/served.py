@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from app.language.assistant import NOTICE, CTAssistant, aligned_folder, read_settings
-from app.serving import options
+from app.language.assistant import NOTICE, CTAssistant, TokenizedScan, aligned_folder, read_settings, tokenizer_of
+from app.language.where_looked import where_looked
+from app.serving import label_map, options
 from app.serving.options import Options
 from app.shared.refusals import Refused
 from app.tokens.commands import onto_grid, write_nifti
@@ -31,7 +32,9 @@ DESCRIPTIONS = {
     "reconstruct": "The scan as its tokens keep it, in HU on its own grid. The image may also be a token file.",
     "ask": f"An answer to a question about the scan (JSON). {NOTICE}",
     "report": f"A report of the scan (JSON). {NOTICE}",
+    "show_answer": f"An answer (a report, without a question) as a segment's name, and where it rests. {NOTICE}",
 }
+ANSWERS = ("ask", "report", "show_answer")
 Result = tuple[Path | None, dict[str, Any]]
 
 
@@ -40,8 +43,7 @@ class Served:
 
     def __init__(self, *, tokenizer: str | None = None, align: str | None = None) -> None:
         if align is not None and tokenizer is None:
-            folder = aligned_folder(align)
-            tokenizer = str(folder / read_settings(folder)["tokenizer_path"])
+            tokenizer = tokenizer_of(folder := aligned_folder(align), read_settings(folder))
         self.tokenizer = CTTokenizer.from_pretrained(tokenizer)
         if self.tokenizer.sizes.features == "sdf":
             what = "this tokenizer reads shapes, a viewer has images"
@@ -55,7 +57,7 @@ class Served:
 
     @property
     def models(self) -> tuple[str, ...]:
-        return tuple(DESCRIPTIONS) if self.budget is not None else ("tokenize", "reconstruct")
+        return tuple(model for model in DESCRIPTIONS if self.budget is not None or model not in ANSWERS)
 
     def options(self, model: str) -> dict[str, Any]:
         return options.shown(model, self.tokenizer.sizes, budget=self.budget)
@@ -104,19 +106,38 @@ class Served:
         write_nifti(file, volume)
         return file, {**self._about(tokens), "window": wanted.window or options.HU}
 
-    def _ask(self, image: Path, wanted: Options) -> Result:
+    def _assistant_for(self, wanted: Options) -> CTAssistant:
         assistant = self._assistant.result()
-        if wanted.max_3d_tokens is not None:
-            assistant = assistant.with_budget(wanted.max_3d_tokens)
-        scan = dataclasses.replace(assistant.open(image), source="")
+        return assistant if wanted.max_3d_tokens is None else assistant.with_budget(wanted.max_3d_tokens)
+
+    def _ask(self, image: Path, wanted: Options) -> Result:
+        assistant = self._assistant_for(wanted)
+        return None, self._told(assistant, assistant.open(image), wanted)
+
+    _report = _ask  # without a question
+
+    def _show_answer(self, image: Path, wanted: Options) -> Result:
+        """For viewers: the answer names the one segment of a label map of what it rests on."""
+        assistant, tokens = self._assistant_for(wanted), self._tokens_of(image, wanted)
+        opened = assistant.of_tokens(tokens)
+        told = self._told(assistant, opened, wanted)
+        looked = where_looked(assistant, told["question"], told["answer"], assistant.reduce(opened.tokens))
+        cells = label_map.cells_of(tokens, looked)
+        name = label_map.segment_name(told["answer"], somewhere=cells is not None)
+        with tempfile.NamedTemporaryFile(prefix="answer_", suffix=".nii.gz", delete=False) as made:
+            file = Path(made.name)
+        label_map.write_label_map(file, label_map.label_map(tokens, cells), tokens)
+        return file, {**told, "label_names": {name: 1}}
+
+    def _told(self, assistant: CTAssistant, scan: TokenizedScan, wanted: Options) -> dict[str, Any]:
+        """An answer without what names the scan or the folders of this machine."""
+        scan = dataclasses.replace(scan, source="")
         answer = assistant.ask(scan, wanted.question, max_new_tokens=wanted.max_new_tokens).as_json()
         base = answer["provenance"]["base_model"]
         name = base["name"] and (Path(base["name"]).name if Path(base["name"]).is_absolute() else base["name"])
         answer["provenance"]["base_model"] = {**base, "name": name}
         del answer["source"], answer["scan"]
-        return None, answer
-
-    _report = _ask  # without a question
+        return answer
 
     def _about(self, tokens: CTTokens) -> dict[str, Any]:
         return {

@@ -273,7 +273,7 @@ CODES = MappingProxyType(
         "BAD_RESUME": _call("--resume takes latest or a step", "pass --resume latest"),
         "NO_CHECKPOINT": _call("no complete checkpoint is there", "train first, or name another file or output folder"),
         "BAD_RUN": _call("a file of an output folder is no longer what a run wrote", "the line says what to remove"),
-        "BAD_CHECKPOINT": _call("a checkpoint is damaged or does not fit", "it may be damaged: use another step"),
+        "BAD_CHECKPOINT": _call("a checkpoint is damaged or does not fit", "it may be damaged: use an older step"),
         "FOREIGN_CHECKPOINT": _call(
             "a file that does not say what it was made for", "use a checkpoint of this project"
         ),

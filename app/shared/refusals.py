@@ -77,13 +77,13 @@ def refusal_of(error: BaseException) -> Refused | None:
         chain.append(chain[-1].__cause__)
     if isinstance(error, KeyboardInterrupt):
         return Refused("STOPPED", "ended by Ctrl-C")
-    if (told := next((part for part in chain if isinstance(part, Refused)), None)) is not None:
-        return told
+    if (refusal := next((part for part in chain if isinstance(part, Refused)), None)) is not None:
+        return refusal
     for part in reversed(chain):
-        made = _refused_value(part) or _from_worker(part) or _of_system(part)
-        if made is not None:
-            made.__cause__ = part
-            return made
+        translated = _refused_value(part) or _from_worker(part) or _of_system(part)
+        if translated is not None:
+            translated.__cause__ = part
+            return translated
     return None
 
 

@@ -63,14 +63,14 @@ def ct_rate_place(name: str) -> dict[str, str]:
 
 def ct_rate_labels(base: Path) -> dict[str, dict[str, bool]]:
     """Label columns by volume from every csv beside the reports that has VolumeName and no text."""
-    found: dict[str, dict[str, bool]] = {}
+    labels: dict[str, dict[str, bool]] = {}
     for file in sorted(base.glob("*.csv")):
         with open(file, newline="", encoding="utf-8-sig", errors="replace") as stream:  # any csv may lie there
             first = stream.readline()
             if {"VolumeName", "Medical material"} <= set(next(csv.reader([first]), ())):
                 rows = read_table(itertools.chain([first], stream), name=file.name)
-                found |= {row["VolumeName"]: label_columns(row) for row in rows}
-    return found
+                labels |= {row["VolumeName"]: label_columns(row) for row in rows}
+    return labels
 
 
 def read_radgenome(records: Sequence[Mapping], _base: Path) -> list[TextRow]:

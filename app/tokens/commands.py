@@ -4,13 +4,16 @@ Both give what they print. A mistake of the user ends them in one line; an input
 rest is done.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import nibabel
 import numpy as np
+import torch
 from jaxtyping import Float
 from scipy import ndimage
 
@@ -24,6 +27,8 @@ from app.tokens.open_scan import ScanSource, Volume
 from app.tokens.token_files import CTTokens, is_packed, rate_of, read_tokens, write_tokens
 from app.tokens.tokenizer import CTTokenizer
 from transforms.sparse import DROPPED
+
+READERS = 4  # scans that are opened at a time where a card computes; each takes up to a few GiB of memory
 
 
 def tokenize(
@@ -62,14 +67,27 @@ def tokenize(
     _check_kind(source, out, single=single, kinds=".npz")
     check_folder(out.parent if single else out)
     entries = []
-    for scan in progress(sources, "tokenize"):
-        path = out if single else out / f"{scan.name}.npz"
+
+    def place_of(scan: ScanSource) -> Path:
+        return out if single else out / f"{scan.name}.npz"
+
+    def look(scan: ScanSource) -> Any:
+        return scan if place_of(scan).exists() and not overwrite else made.look(scan)
+
+    is_shape = made.sizes.features == "sdf"
+    opened = _ahead(sources, None if is_shape else look, made.device)
+    for scan, ready in zip(progress(sources, "tokenize"), opened, strict=True):
+        path = place_of(scan)
         try:
             known = bool(scan.source_hash) and not overwrite
             there = _there_already(path, made, scan.source_hash) if known else None
             kept = there if there is not None and _is_as_asked(path, there, support, wanted, pack) else None
-            encode = made.encode if made.sizes.features == "window" else partial(shape_tokens.encode_shape, made)
-            tokens = encode(scan, support=support, levels=wanted) if kept is None else kept
+            if kept is not None:
+                tokens = kept
+            elif is_shape:
+                tokens = shape_tokens.encode_shape(made, scan, support=support, levels=wanted)
+            else:
+                tokens = made.encode(ready(), support=support, levels=wanted)
             bits = rate_of(tokens, made.tables) if kept else write_tokens(path, tokens, tables=made.tables, pack=pack)
         except ValueError as error:
             entries.append(_refused(scan.name, error))
@@ -86,6 +104,22 @@ def tokenize(
             }
         )
     return _summary(entries, made)
+
+
+def _ahead(
+    sources: Sequence[ScanSource], look: Callable[[ScanSource], Any] | None, device: torch.device
+) -> Iterator[Callable[[], Any]]:
+    """For each source a call that gives `look` of it. Beside a card the next ones are looked at while it computes."""
+    if look is None or device.type != "cuda":
+        yield from (partial(look or (lambda scan: scan), source) for source in sources)
+        return
+    with ThreadPoolExecutor(READERS) as readers:
+        waiting = deque()
+        for source in sources:
+            waiting.append(readers.submit(look, source).result)
+            if len(waiting) > READERS:
+                yield waiting.popleft()
+        yield from waiting
 
 
 def _one_good(sources: Sequence[ScanSource], source: Path, out: Path) -> list[ScanSource]:

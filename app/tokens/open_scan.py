@@ -42,7 +42,7 @@ class Scan(NamedTuple):
     """A volume on RAS axes, with the grid of the scan it came from."""
 
     name: str
-    volume: Volume
+    volume: Volume | None  # None where its rows were taken and its values let go
     source_shape: tuple[int, int, int]
     source_affine: Float[np.ndarray, "4 4"]
     source_hash: str = ""  # of the scan's content; an array in memory has none

@@ -40,7 +40,8 @@ def encode_shape(
     opened = source.open(Wanted()) if isinstance(source, ScanSource) else source
     shape = opened.shape
     x = shape_tensor(tokenizer, shape)
-    made = encode_whole(tokenizer.network, x, max_points=tokenizer.max_points, levels=levels)
+    with torch.inference_mode():
+        made = encode_whole(tokenizer.network, x, max_points=tokenizer.max_points, levels=levels)
     return CTTokens(
         codes=made.codes.cpu().numpy(),
         coords=made.coords[:, 1:].cpu().numpy(),

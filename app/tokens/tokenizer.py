@@ -1,6 +1,7 @@
 """A trained tokenizer behind two methods: a whole scan to tokens, tokens back to HU. Crops are for training."""
 
 import dataclasses
+import json
 import logging
 from collections.abc import Iterable
 from functools import cached_property
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 
 from app.shared.devices import choose_device
 from app.shared.refusals import Refused
@@ -48,6 +49,17 @@ class Seen(NamedTuple):
     beyond: float
 
 
+class Looked(NamedTuple):
+    """A scan without its values, and its rows as the network is to see them, on the CPU."""
+
+    scan: Scan | None
+    feats: Float[torch.Tensor, "N C"]
+    coords: Int32[torch.Tensor, "N 4"]
+    spatial_shape: tuple[int, int, int]
+    affine: Float[np.ndarray, "4 4"]
+    beyond: float
+
+
 class CTTokenizer:
     """Scans to tokens and back.
 
@@ -71,7 +83,7 @@ class CTTokenizer:
     ) -> "CTTokenizer":
         """From a checkpoint, an output folder, an exported bundle, or the name of one that ships (`ct_base`).
 
-        By default the newest stage under outputs/, else the one that ships.
+        By default the newest stage under outputs/ that learned from one's own scans, else the one that ships.
         """
         file = find_tokenizer(path)
         network = checkpoints.load_tokenizer(file)
@@ -118,13 +130,13 @@ class CTTokenizer:
         """
         wanted = self.check_levels(levels)
         whole = float(wanted).is_integer()
-        scan = self.open(scan)
-        if isinstance(scan, CTTokens):
-            self.check_tokens(scan)
+        looked = scan if isinstance(scan, Looked) else self.look(scan)
+        if isinstance(looked, CTTokens):
+            self.check_tokens(looked)
             if not whole:
                 raise Refused("BAD_VALUE", f"levels must be a whole number for tokens, got {wanted}", "give the scan")
-            return dataclasses.replace(scan, codes=scan.first_levels(None if levels is None else int(levels)))
-        x, affine, beyond = self.features(scan.volume)
+            return dataclasses.replace(looked, codes=looked.first_levels(None if levels is None else int(levels)))
+        scan, (x, affine, beyond) = looked.scan, self._on_device(looked)
         findings = [code for code in scan.codes if code != "OK"]
         if beyond >= CUT_OFF:
             side = self.sizes.resolution * self.sizes.spacing
@@ -132,7 +144,8 @@ class CTTokenizer:
                 "%s: %.1f %% of what is denser than air lies beyond the %g mm grid", scan.name, 100 * beyond, side
             )
             findings.append("FOV_CROPPED")
-        tokens = encode_whole(self.network, x, max_points=self.max_points, levels=int(wanted) if whole else None)
+        with torch.inference_mode():
+            tokens = encode_whole(self.network, x, max_points=self.max_points, levels=int(wanted) if whole else None)
         made = CTTokens(
             codes=tokens.codes.cpu().numpy(),
             coords=tokens.coords[:, 1:].cpu().numpy(),
@@ -164,8 +177,26 @@ class CTTokenizer:
         owner = torch.unique_consecutive(x.level.keys >> 9, return_inverse=True)[1].cpu().numpy()  # of eight a side
         return np.stack([squared_errors(hu, volume, coords, owner) for volume in volumes], 1)
 
+    def look(self, scan: Any) -> Looked | CTTokens:
+        """What encoding does before the network, on the CPU: opens a scan, brings it onto the grid, takes its rows."""
+        opened = self.open(scan)
+        if isinstance(opened, CTTokens):
+            return opened
+        return Looked(opened._replace(volume=None), *self._rows(opened.volume))
+
     def features(self, volume: Volume) -> Seen:
         """What the network sees of a RAS volume."""
+        return self._on_device(Looked(None, *self._rows(volume)))
+
+    def _on_device(self, looked: Looked) -> Seen:
+        parts = [part.to(self.device) for part in (looked.feats, looked.coords)]
+        x = SparseTensor(*parts, looked.spatial_shape, 1)
+        if self.max_points is not None and len(x) > self.max_points:
+            x = x.to("cpu")  # sorted where that is fast; parts of it go back one by one
+        return Seen(x, looked.affine, looked.beyond)
+
+    def _rows(self, volume: Volume) -> tuple:
+        """The last fields of a `Looked`."""
         sizes = self.sizes
         if sizes.features != "window":
             what = f"this tokenizer was trained on features {sizes.features}, a scan gives windows"
@@ -181,8 +212,7 @@ class CTTokenizer:
             raise Refused("EMPTY", what, "is it empty?")
         coords = torch.from_numpy(np.pad(item["coords"].astype(np.int32), ((0, 0), (1, 0))))
         feats = torch.from_numpy(np.ascontiguousarray(item["feats"], np.float32))
-        x = SparseTensor(feats.to(self.device), coords.to(self.device), tuple(item["spatial_shape"]), 1)
-        return Seen(x, np.asarray(item["affine"], np.float64), item["beyond"])
+        return feats, coords, tuple(item["spatial_shape"]), np.asarray(item["affine"], np.float64), item["beyond"]
 
     def decode(self, tokens: CTTokens | str | Path, *, levels: int | None = None) -> Volume:
         """HU on the tokenizer's grid, from the first `levels` codes of each cell or from all that there are.
@@ -201,7 +231,8 @@ class CTTokenizer:
         if use_support and tokens.support is not None:
             support = [torch.from_numpy(part).to(self.device) for part in tokens.support]
         given = BatchTokens(codes, rows, tokens.latent_shape, 1)
-        return decode_whole(self.network, given, support=support, max_points=self.max_points)
+        with torch.inference_mode():
+            return decode_whole(self.network, given, support=support, max_points=self.max_points)
 
     def read(self, path: str | Path) -> CTTokens:
         """The tokens in a file of this tokenizer, packed or plain."""
@@ -238,25 +269,41 @@ def dense_hu(values: SparseTensor, sizes: Preset) -> Float[np.ndarray, "X Y Z"]:
     return densify(hu, values.coords[:, 1:].cpu().numpy(), values.spatial_shape, fill=fill_for(sizes.keep))
 
 
-def find_tokenizer(path: str | Path | None) -> Path:
+def find_tokenizer(path: str | Path | None, *, for_phantoms: bool = False) -> Path:
     """The weights of a tokenizer: a file, an output folder, an exported bundle, or the name of one that ships.
 
-    None takes the newest stage here, else the one that ships.
+    None takes the newest stage here, else the one that ships. A stage that learned from built-in phantoms is taken
+    `for_phantoms`, and else only where nothing ships: whoever tried the demo first has scans of patients now.
     """
-    if path is None:
-        stages = [Path(stage) for stage in NEWEST_TOKENIZERS if complete_steps(stage)]
-        newest = [step_file(stage, "misc", complete_steps(stage)[-1]).stat().st_mtime for stage in stages]
-        path = stages[newest.index(max(newest))] if stages else shipped.DEFAULT if shipped.names() else None
-    if path is None:
-        raise Refused(
-            "NO_TOKENIZER",
-            f"there is no tokenizer in {' or '.join(NEWEST_TOKENIZERS)}",
-            "train one (python -m monai.bundle run training --config_file bundles/vq_stage1.json), "
-            "or name one with --tokenizer",
-        )
+    path = _default_tokenizer(for_phantoms) if path is None else path
     path = shipped.weights_of(path)
     if not path.exists():
         known = f"give a checkpoint, an output folder, an exported bundle, or a name: {shipped.names_in_words()}"
         raise Refused("NO_TOKENIZER", f"{path} does not exist", known)
     bundled = path / "models" / "model.pt"
     return bundled if bundled.is_file() else averaged_file(path)
+
+
+def _default_tokenizer(for_phantoms: bool) -> str | Path:
+    stages = [Path(stage) for stage in NEWEST_TOKENIZERS if complete_steps(stage)]
+    ships = shipped.DEFAULT in shipped.names()
+    passed = [stage for stage in stages if not for_phantoms and ships and _learned_from_phantoms(stage)]
+    own = [stage for stage in stages if stage not in passed]
+    if own:
+        return max(own, key=lambda stage: step_file(stage, "misc", complete_steps(stage)[-1]).stat().st_mtime)
+    for stage in passed:
+        log.warning("%s learned from built-in phantoms: taking %s (name %s to take it)", stage, shipped.DEFAULT, stage)
+    if ships:
+        return shipped.DEFAULT
+    what = f"there is no tokenizer in {' or '.join(NEWEST_TOKENIZERS)}"
+    train_one = "train one (python -m monai.bundle run training --config_file bundles/vq_stage1.json)"
+    raise Refused("NO_TOKENIZER", what, f"{train_one}, or name one with --tokenizer")
+
+
+def _learned_from_phantoms(stage: Path) -> bool:
+    """Whether a run was given no data of its own."""
+    try:
+        config = json.loads((stage / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and config.get("dataset_dir", "") is None

@@ -131,9 +131,9 @@ def _files_of_sets(output_dir: Path) -> list[tuple[Path, int, bool]]:
 def put_aside(output_dir: Path, *, after: int) -> None:
     """Moves sets later than a step to ckpts/aside, and removes what a killed run left half done."""
     aside = Path(output_dir, "ckpts", "aside")
-    whole = complete_steps(output_dir)
+    complete = complete_steps(output_dir)
     for path, step, half in _files_of_sets(output_dir):
-        if half or step not in whole:
+        if half or step not in complete:
             path.unlink()
         elif step > after:
             aside.mkdir(exist_ok=True)

@@ -19,7 +19,6 @@ from monai.transforms import Compose
 from torch.utils.data import Dataset, get_worker_info
 
 from app.dataset.prepared import PreparedCase, common_grid, find_cases, windows_are_masks, windows_as_hu
-from app.phantoms.phantoms import ensure_cohort
 from app.shared.atomic_files import written_whole
 from transforms import Resampled, Sparsifyd, Windowsd
 from transforms.grid import CUT_OFF
@@ -122,10 +121,10 @@ class CTDataset(Dataset):
                 f"case {case.case_id} has constant features in windows {list(self.windows)}: nothing can be learned "
                 "from them; choose other windows or another keep, and see `python -m app check`"
             )
-        whole = rows.dtype == np.int16  # HU as the case has them; float32 says the same of them, at twice the size
+        are_hu = rows.dtype == np.int16  # HU as the case has them; float32 says the same of them, at twice the size
         return {
             "coords": torch.from_numpy(item["coords"].astype(np.int16, copy=False)),
-            "values": torch.from_numpy(np.ascontiguousarray(rows, np.int16 if whole else np.float32)),
+            "values": torch.from_numpy(np.ascontiguousarray(rows, np.int16 if are_hu else np.float32)),
             "spatial_shape": tuple(item["spatial_shape"]),
             "case_id": case.case_id,
             "affine": torch.from_numpy(item["affine"]),
@@ -276,7 +275,10 @@ def make_dataset(
     seed: int = 0,
 ) -> CTDataset:
     """The cases of one side of a prepared dataset, cached beside it; without one, of the built-in phantoms."""
-    dataset_dir = ensure_cohort(PHANTOMS) if dataset_dir is None else dataset_dir
+    if dataset_dir is None:
+        from app.phantoms.phantoms import ensure_cohort  # brings all of `prepare`, which data of one's own need not
+
+        dataset_dir = ensure_cohort(PHANTOMS)
     cases = find_cases(dataset_dir, split=split)
     if not cases:
         raise ValueError(

@@ -33,7 +33,7 @@ NEXT = {  # by the name of a stage's files: what to run on what it left
     "vqvae": "Next: bundles/evaluate_tokenizer.json; after stage 1 bundles/vq_stage2.json with --init_from this folder",
     "align": "Next: python -m app evaluate, or ask, with this folder",
 }
-MAX_PICTURED = 4
+MAX_PICTURED = 6
 
 
 class OnEvent:

@@ -25,15 +25,71 @@ from app.training.state import TrainingState
 from app.training.step import SparseBatch, distribute, let_learn
 from app.training.stopping import StopWhenAsked
 from app.training.training_state import read_state
+from networks.components import CELL, cells_of, lay_components
 from networks.losses import TokenizerLoss
-from networks.quantizer import MIN_VECTORS_PER_CODE
+from networks.quantizer import MIN_VECTORS_PER_CODE, broadcast, gather_rows
 from networks.vqvae import SparseVQVAE
 
 log = logging.getLogger(__name__)
 
+CELLS_PER_VALUE = 5  # cells that principal components are fitted to, for each value of a cell
+MAX_CELLS = 1024  # of one sample
 MAX_PASSES = 16  # over the cases, each drawn anew, to fill a codebook at the start
 STAGE1_COMMAND = "python -m monai.bundle run training --config_file bundles/vq_stage1.json"
 WARM_UP_HANDLERS = ("StopAtNonFiniteLoss", "LrScheduleHandler", "Console", "MetricsRows")  # of stage 0
+
+
+class ComponentsStart:
+    """What stage 0 needs before its first step where the sizes say `pca`: principal components of cells.
+
+    Does nothing when the run resumes.
+    """
+
+    def __init__(
+        self,
+        *,
+        network: SparseVQVAE,
+        folder,
+        loader: DataLoader,
+        prepare_batch: SparseBatch,
+        loss_function: TokenizerLoss,
+    ):
+        self.network, self.folder = network, folder
+        self.loader, self.prepare_batch, self.loss_function = loader, prepare_batch, loss_function
+
+    def run(self) -> None:
+        if self.network.sizes.pca and self.folder.start_step is None:
+            self._lay()
+
+    @torch.no_grad()
+    def _lay(self) -> None:
+        network, device = self.network, next(self.network.parameters()).device
+        wanted = CELLS_PER_VALUE * CELL * network.sizes.in_channels
+        one_pass = math.ceil(len(self.loader.dataset) / (self.loader.batch_size * idist.get_world_size()))
+        rows, seen = [], 0
+        for batch in loader_over(self.loader, MAX_PASSES * one_pass):
+            for part in batch if isinstance(batch, list) else [batch]:
+                cells = cells_of(self.prepare_batch(part, device)).feats
+                rows.append(cells[:: math.ceil(len(cells) / MAX_CELLS)])
+                seen += idist.all_reduce(len(rows[-1]))
+            if seen >= wanted:
+                break
+        rows = gather_rows(torch.cat(rows))
+        maps = network.encoder.components, network.decoder.components
+        share = lay_components(*maps, rows, channel_weights=getattr(self.loss_function, "window_weights", None))
+        for buffer in (buffer for one in maps for buffer in one.buffers()):
+            broadcast(buffer)
+        width = network.sizes.latent_channels
+        log.info("%d principal components of %d cells keep %.1f %% of their variance", width, len(rows), 100 * share)
+
+
+def loader_over(loader: DataLoader, max_steps: int, *, start: int = 0) -> DataLoader:
+    """A training loader over other steps."""
+    sampler = copy.copy(loader.sampler)
+    sampler.start, sampler.max_steps = start, max_steps
+    same = ("dataset", "batch_size", "num_workers", "collate_fn", "pin_memory")
+    kept = {name: getattr(loader, name) for name in same}
+    return type(loader)(sampler=sampler, generator=torch.Generator(), **kept)
 
 
 class CodebookStart:
@@ -77,22 +133,17 @@ class CodebookStart:
             log.info("autoencoder weights from %s", file)
         self._lay_codebook()
 
-    def _loader(self, max_steps: int, *, start: int = 0) -> DataLoader:
-        """The training loader over other steps."""
-        sampler = copy.copy(self.loader.sampler)
-        sampler.start, sampler.max_steps = start, max_steps
-        same = ("dataset", "batch_size", "num_workers", "collate_fn", "pin_memory")
-        kept = {name: getattr(self.loader, name) for name in same}
-        return type(self.loader)(sampler=sampler, generator=torch.Generator(), **kept)
-
     def _train_autoencoder(self) -> None:
         steps, start = self.warmup["max_steps"], self.folder.warm_up_step or 0
         log.info("no autoencoder weights: training one for %d steps before the codebook", steps)
         learns = [parameter.requires_grad for parameter in self.network.parameters()]
-        stage0 = self._stage0(self._loader(steps, start=start))
+        stage0 = self._stage0(loader_over(self.loader, steps, start=start))
         trainer, schedule = (stage0.get_parsed_content(name) for name in ("train#trainer", "schedule"))
         state = WarmUpState(folder=self.folder, network=self.network, optimizer=trainer.optimizer, schedule=schedule)
         trainer.last_saved_step = start or None
+        if not start:
+            parts = {"network": self.network, "folder": self.folder, "loader": self.loader}
+            ComponentsStart(**parts, prepare_batch=self.prepare_batch, loss_function=self.loss_function).run()
         self.folder.phase, self.folder.warmed_up = "warmup", True
         if start:
             state.load(trainer, start)
@@ -130,7 +181,7 @@ class CodebookStart:
         one_pass = math.ceil(len(self.loader.dataset) / (self.loader.batch_size * world))
         rows, seen = [], 0
         self.network.eval()
-        for number, batch in enumerate(self._loader(MAX_PASSES * one_pass), start=1):
+        for number, batch in enumerate(loader_over(self.loader, MAX_PASSES * one_pass), start=1):
             for part in batch if isinstance(batch, list) else [batch]:
                 latents, _ = self.network.encoder(self.prepare_batch(part, device))
                 rows.append(latents.feats)

@@ -1,6 +1,6 @@
 """What each flat key of a bundle may be, and what other projects call it. preflight.py holds runs to it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,10 +85,6 @@ def _choice(*values: str, optional: bool = False) -> Rule:
     return Rule(str, f"one of {', '.join(values)}", choices=values, optional=optional)
 
 
-def _switch() -> Rule:
-    return Rule(bool, "True or False")
-
-
 def _is_scheduler(name: str) -> bool:
     from torch.optim import lr_scheduler
 
@@ -108,8 +104,9 @@ def _is_device(name: str) -> bool:
     return device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count())
 
 
-def _are_windows(names: list | dict) -> bool:
-    return bool(names) and all(name in WINDOWS for name in names)
+def _are_of(table: Container[str]) -> Callable[[list | dict], bool]:
+    """Whether some names are given, all of them the table's."""
+    return lambda names: bool(names) and all(name in table for name in names)
 
 
 def _are_weights(values: list) -> bool:
@@ -122,10 +119,8 @@ def _are_sizes(sizes: dict) -> bool:
     return counts and set(sizes) <= {"width", "num_layers"} and sizes.get("width", 32) % 32 == 0
 
 
-def _are_findings(names: list) -> bool:
-    return bool(names) and all(name in PLACES for name in names)
-
-
+SHARE = Rule((int, float), "a number from 0 to 1", minimum=0, holds=lambda share: share <= 1)
+SWITCH = Rule(bool, "True or False")
 RULES = {
     "dataset_dir": Rule(str, "a folder", optional=True),
     "output_dir": Rule(str, "a folder", holds=bool),
@@ -135,7 +130,7 @@ RULES = {
     "seed": _count(0),
     "scale": _choice("auto", "demo", "full"),
     "preset": _choice(*PRESETS),
-    "windows": Rule((list, dict), f"a list like ['lung','bone'] of {', '.join(WINDOWS)}", holds=_are_windows),
+    "windows": Rule((list, dict), f"a list like ['lung','bone'] of {', '.join(WINDOWS)}", holds=_are_of(WINDOWS)),
     "window_type": _choice(*WINDOWS, optional=True),
     "training_stage": Rule(int, "0, 1 or 2, as the file has it", choices=(0, 1, 2)),
     "features": _choice("window", "sdf"),
@@ -151,8 +146,8 @@ RULES = {
     "max_shift": Rule(
         (int, float), "a share of the grid's side, from 0 to below 1", minimum=0, holds=lambda share: share < 1
     ),
-    "sharpness": Rule((int, float), "a number from 0 to 1", minimum=0, holds=lambda share: share <= 1),
-    "slice_blur": Rule((int, float), "a number from 0 to 1", minimum=0, holds=lambda share: share <= 1),
+    "sharpness": SHARE,
+    "slice_blur": SHARE,
     "grain": _number(0),
     "num_workers": _count(0),
     "resolution": Rule(
@@ -165,6 +160,7 @@ RULES = {
     "num_blocks": _count(0, optional=True),
     "norm": _choice(*NORMS, optional=True),
     "pool": _choice(*POOLS, optional=True),
+    "pca": Rule(bool, "True or False", optional=True),
     "pretrained_vae_path": Rule(str, "auto, null or a path", optional=True),
     "init_from": Rule(str, "a path"),
     "device": Rule(str, "cpu, or a CUDA device of this machine such as cuda:0", holds=_is_device),
@@ -178,14 +174,14 @@ RULES = {
     "warmup_steps": _count(1),
     "decoder_steps": _count(0),
     "codebook": _choice(*(name for name in CODEBOOKS if name != "none")),
-    "rotation_trick": _switch(),
-    "normalize_codes": _switch(),
+    "rotation_trick": SWITCH,
+    "normalize_codes": SWITCH,
     "quantizer_levels": _count(1),
-    "level_dropout": Rule((int, float), "a number from 0 to 1", minimum=0, holds=lambda share: share <= 1),
+    "level_dropout": SHARE,
     "max_steps": _count(1),
     "batch_size_per_gpu": _count(1),
     "batch_split": _count(1),
-    "use_checkpoint": _switch(),
+    "use_checkpoint": SWITCH,
     "sparse_backend": Rule(str, "auto, torch, triton or spconv", optional=True),
     "amp": _choice("off", "bf16", "fp16"),
     "learning_rate": _number(0),
@@ -201,7 +197,7 @@ RULES = {
     "lambda_kl": _number(0),
     "lambda_subdivision": _number(0),
     "lambda_l2": _number(0),
-    "ema_rate": Rule((int, float), "a number from 0 to 1", minimum=0, holds=lambda rate: rate <= 1),
+    "ema_rate": SHARE,
     "i_print": _count(1),
     "i_log": _count(1),
     "i_sample": _count(1),
@@ -216,28 +212,28 @@ RULES = {
     "vl_model": Rule(str, "a Qwen2-VL or Qwen3-VL by hub name or path"),
     "vae_ckpt": Rule(str, "a tokenizer: a checkpoint, an output folder, a bundle or a name that ships", optional=True),
     "vae_config": Rule((str, dict), "a path", optional=True),
-    "dummy_data": _switch(),
+    "dummy_data": SWITCH,
     "dummy_samples": _count(1),
-    "skip_bad": _switch(),
+    "skip_bad": SWITCH,
     "max_3d_tokens": _count(1),
     "max_text_tokens": _count(1),
     "max_new_tokens": _count(1),
     "token_reduction": _choice(*REDUCTIONS),
-    "use_3d_pos": _switch(),
+    "use_3d_pos": SWITCH,
     "position": _choice("1d", "mrope3d"),
     "fusion": _choice("placeholder", "prefix"),
     "projector_layers": Rule(int, "a whole number from 1 to 64", minimum=1, holds=lambda layers: layers <= 64),
-    "with_volumes": _switch(),
-    "train_language": _switch(),
-    "use_lora": _switch(),
-    "compile_layers": _switch(),
+    "with_volumes": SWITCH,
+    "train_language": SWITCH,
+    "use_lora": SWITCH,
+    "compile_layers": SWITCH,
     "lora_r": _count(1),
     "lora_alpha": _count(1),
     "lora_dropout": Rule((int, float), "a number from 0 to below 1", minimum=0, holds=lambda v: v < 1),
     "num_phantoms": _count(2),
     "val_phantoms": _count(2),
     "val_rows": _count(1),
-    "about": Rule(list, f"a list like ['nodule'] of {', '.join(PLACES)}", optional=True, holds=_are_findings),
+    "about": Rule(list, f"a list like ['nodule'] of {', '.join(PLACES)}", optional=True, holds=_are_of(PLACES)),
     "tiny": Rule(dict, "like {'width': 64, 'num_layers': 2}, width a multiple of 32", optional=True, holds=_are_sizes),
     "epochs": _count(1),
     "batch_size": _count(1),

@@ -229,11 +229,11 @@ def _check_component(path: str, node: dict[str, Any]) -> None:
         _check_word(path, name)
         return
     try:
-        made = pydoc.locate(name)
+        component = pydoc.locate(name)
     except pydoc.ErrorDuringImport as error:
         what = f"{path} names {name}, which cannot be imported ({error.value})"
         raise Refused("BAD_TARGET", what, "install what it needs") from error
-    if made is None:
+    if component is None:
         module, _, last = name.rpartition(".")
         there = pydoc.locate(module)
         hint = nearest(last, dir(there) if there else (), "").replace("mean ", f"mean {module}.")
@@ -241,7 +241,7 @@ def _check_component(path: str, node: dict[str, Any]) -> None:
     try:
         # an instance's own call: Python 3.12 gives members of an Enum the signature of their class
         takes = inspect.signature(
-            made if inspect.isroutine(made) or isinstance(made, type) else made.__call__
+            component if inspect.isroutine(component) or isinstance(component, type) else component.__call__
         ).parameters
     except (TypeError, ValueError):  # written in C: it says nothing of its arguments
         return
@@ -294,12 +294,12 @@ def _fill_open_keys(config: dict[str, Any]) -> None:
     if "demo" not in config:
         return
     parser = ConfigParser(config)
-    made = {name: value for name, value in config.items() if name in RULES and str(value)[:1] in ("$", "@")}
-    found = {name: parser.get_parsed_content(name) for name in ("demo", *made)}
+    expressions = {name: value for name, value in config.items() if name in RULES and str(value)[:1] in ("$", "@")}
+    values = {name: parser.get_parsed_content(name) for name in ("demo", *expressions)}
     sizes = dataclasses.asdict(parser.get_parsed_content("sizes")) if "sizes" in config else {}
-    open_sizes = [name for name in sizes if name in config["sizes"] and {**config, **found}.get(name) is None]
-    found |= {name: sizes[name] for name in open_sizes if name in config}
-    config.update({name: list(value) if isinstance(value, tuple) else value for name, value in found.items()})
+    open_sizes = [name for name in sizes if name in config["sizes"] and {**config, **values}.get(name) is None]
+    values |= {name: sizes[name] for name in open_sizes if name in config}
+    config.update({name: list(value) if isinstance(value, tuple) else value for name, value in values.items()})
 
 
 def _say_choices(config: dict[str, Any]) -> None:
@@ -379,9 +379,9 @@ def _files_of(error: BaseException) -> list[str]:
 
 def _expression(error: BaseException | None) -> str:
     """The expression that MONAI says it could not evaluate, the innermost of several."""
-    found = "an expression"
+    innermost = "an expression"
     while error is not None:
         if match := re.match(r"Failed to evaluate \w+:\s*'?(.+?)'?$", str(error), re.DOTALL):
-            found = match[1]
+            innermost = match[1]
         error = error.__cause__
-    return found
+    return innermost

@@ -289,7 +289,8 @@ def _lock(folder: Path) -> None:
 
 def differences(before: object, now: object, path: str = "") -> Iterator[tuple[str, object, object]]:
     """Path, earlier value and present one of all that two configs have otherwise, by the parts that both have."""
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now) and _of_parts(now):
+    alike = isinstance(before, list) and isinstance(now, list) and len(before) == len(now)
+    if alike and any(isinstance(part, dict) for part in now):
         before, now = dict(enumerate(before)), dict(enumerate(now))
     if isinstance(before, dict) and isinstance(now, dict):
         for name in {**now, **before}:
@@ -300,10 +301,6 @@ def differences(before: object, now: object, path: str = "") -> Iterator[tuple[s
                 yield from differences(old, new, f"{path}#{name}" if path else name)
     elif before != now:
         yield path, before, now
-
-
-def _of_parts(values: list) -> bool:
-    return any(isinstance(value, dict) for value in values)
 
 
 def _short(value: object) -> str:

@@ -100,14 +100,14 @@ class ShapeDataset(CTDataset):
         values = np.ascontiguousarray(item["values"], np.float32)
         if len(values) >= self.min_points and (values[:, 0] == values[0, 0]).all():
             raise ValueError(f"shape {case.case_id} has the same distance everywhere: nothing can be learned from it")
-        made = {
+        sample = {
             "coords": torch.from_numpy(item["coords"]),
             "spatial_shape": item["spatial_shape"],
             "case_id": case.case_id,
             "affine": torch.from_numpy(np.asarray(item["affine"], np.float64)),
             "values": torch.from_numpy(values[:, :1].copy()),
         }
-        return made if values.shape[1] == 1 else {**made, "weights": torch.from_numpy(values[:, 1].copy())}
+        return sample if values.shape[1] == 1 else {**sample, "weights": torch.from_numpy(values[:, 1].copy())}
 
 
 def find_shapes(folder: str | Path, *, resolution: int, factors: Sequence[int] = (1,)) -> list[ShapeCase]:

@@ -42,6 +42,18 @@ def is_shipped(file: Path) -> bool:
     return file.resolve().is_relative_to(pretrained_folder().resolve())
 
 
+def name_of(digest: str) -> str | None:
+    """The name of what ships with this hash of its weights; None where nothing does."""
+    for name in names():
+        try:
+            told = json.loads((pretrained_folder() / name / RECORD).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(told, dict) and told.get("tokenizer_sha256") == digest:
+            return name
+    return None
+
+
 def read(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file, halves as float32. One that its record does not know is refused."""
     record = file.with_name(RECORD)

@@ -115,7 +115,7 @@ class TrainStep:
             if terms["loss"].requires_grad:
                 self.scaler.scale(terms["loss"] * share).backward()
             names = list(terms)
-            sums = sums + torch.stack([term.detach().double() for term in terms.values()]) * share
+            sums = sums + torch.stack([term.detach().float() for term in terms.values()]).double() * share
             sizes.update(self.size(part))
         totals = mean_of_ranks(dict(zip(names, sums.tolist(), strict=True)))  # waits for the device, once
         engine.state.output = totals
@@ -261,8 +261,23 @@ def average(network: nn.Module, *, ema_rate: float) -> AveragedModel:
         n = int(model.n_averaged)  # on the CPU; the copy that torch hands over would have to be waited for
         torch._foreach_lerp_(averaged, current, 1 - min(ema_rate, (1 + n) / (10 + n)))
 
-    model = AveragedModel(unwrapped(network), multi_avg_fn=blend)
+    model = _Average(unwrapped(network), multi_avg_fn=blend)
     return model
+
+
+class _Average(AveragedModel):
+    """torch's, which sorts parameters by device and copies buffers one by one at every step; here all lie together."""
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        averaged, current = ([*part.parameters()] for part in (self.module, model))
+        if int(self.n_averaged):
+            self.multi_avg_fn(averaged, current, self.n_averaged)
+        else:
+            torch._foreach_copy_(averaged, current)
+        if buffers := [*self.module.buffers()]:
+            torch._foreach_copy_(buffers, [*model.buffers()])
+        self.n_averaged += 1
 
 
 def make_scheduler(

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from monai.bundle import ConfigWorkflow
 
+from app.shared.devices import threads_kept
 from app.shared.places import bundles_folder
 from app.shared.refusals import Refused
 from app.training import checkpoints, preflight
@@ -62,7 +63,7 @@ def _train(stage: str, raw: dict[str, str], given: dict[str, Any]) -> Trained:
     call = preflight.CommandLine("training", config, given, typed, words)
     begun = time.perf_counter()
     preflight.check_call(call)  # before MONAI says a word
-    with _left_as_it_was():
+    with _left_as_it_was(), threads_kept():
         try:
             workflow = ConfigWorkflow(
                 config_file=files, run_id=call.run_id, **options, **given, **_where_it_is_taken(config, call)

@@ -26,9 +26,20 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def forward(
     feats: Float[Tensor, "N C"], weight: Float[Tensor, "27 C F"], bias: Float[Tensor, " F"] | None, level: Level
 ) -> Float[Tensor, "N F"]:
+    return forward_beside(feats, weight, bias, None, level)
+
+
+def forward_beside(
+    feats: Float[Tensor, "N C"],
+    weight: Float[Tensor, "27 C F"],
+    bias: Float[Tensor, " F"] | None,
+    added: Float[Tensor, "N F"] | None,
+    level: Level,
+) -> Float[Tensor, "N F"]:
+    """`forward`, and rows that run beside the convolution are added in the same pass."""
     tile = product_tile(weight.shape[1], weight.shape[2], feats.dtype, thin=level.is_thin)
     tile = fitted(tile, feats.dtype, shared_memory(feats.device))
-    return gather_product(feats, weight, bias, level, mirrored=False, tile=tile)
+    return gather_product(feats, weight, bias, level, mirrored=False, tile=tile, added=added)
 
 
 def input_grad(grad: Float[Tensor, "N F"], weight: Float[Tensor, "27 C F"], level: Level) -> Float[Tensor, "N C"]:
@@ -40,6 +51,15 @@ def input_grad(grad: Float[Tensor, "N F"], weight: Float[Tensor, "27 C F"], leve
 def weight_grad(feats: Float[Tensor, "N C"], grad: Float[Tensor, "N F"], level: Level) -> Float[Tensor, "27 C F"]:
     tile = grad_tile(feats.shape[1], grad.shape[1], feats.dtype)
     return row_product(feats, grad, level, tile=fitted(tile, feats.dtype, shared_memory(feats.device)))
+
+
+def weight_grads(
+    pairs: list[tuple[Float[Tensor, "N C"], Float[Tensor, "N F"]]], level: Level
+) -> list[Float[Tensor, "27 C F"]]:
+    """`weight_grad` of several convolutions of equal widths; their partial sums lie side by side, added at once."""
+    feats, grad = pairs[0]
+    tile = grad_tile(feats.shape[1], grad.shape[1], feats.dtype)
+    return row_products(pairs, level, tile=fitted(tile, feats.dtype, shared_memory(feats.device)))
 
 
 def refusal(feats: Float[Tensor, "N C"], columns: int) -> str | None:
@@ -63,8 +83,9 @@ def gather_product(
     *,
     mirrored: bool,
     tile: Tile,
+    added: Float[Tensor, "N F"] | None = None,
 ) -> Float[Tensor, "N F"]:
-    """out[p] = bias + sum over k of feats[neighbours[k, p]] @ weight[26 - k if mirrored else k]."""
+    """out[p] = added[p] + bias + sum over k of feats[neighbours[k, p]] @ weight[26 - k if mirrored else k]."""
     (num_rows, channels), columns = feats.shape, weight.shape[2]
     out = feats.new_empty((num_rows, columns))
     if num_rows == 0 or columns == 0:
@@ -75,6 +96,7 @@ def gather_product(
         feats.contiguous(),
         weight,
         bias,
+        added,
         plan.neighbours,
         plan.rows,
         plan.offsets,
@@ -85,6 +107,7 @@ def gather_product(
         CHANNELS=channels,
         COLUMNS=columns,
         HAS_BIAS=bias is not None,
+        ADDED=added is not None,
         ORDERED=plan.rows is not None,
         MIRRORED=mirrored,
         PRECISION=_precision(feats.dtype),
@@ -104,6 +127,7 @@ def _gather_product(  # noqa: PLR0913
     feats,
     weight,
     bias,
+    added,
     neighbours,
     order,
     offsets,
@@ -116,6 +140,7 @@ def _gather_product(  # noqa: PLR0913
     CHANNELS: tl.constexpr,
     COLUMNS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ADDED: tl.constexpr,
     ORDERED: tl.constexpr,
     MIRRORED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -158,47 +183,58 @@ def _gather_product(  # noqa: PLR0913
         rows = tl.load(order + places, mask=inside, other=0)  # (TILE_ROWS,) of (N,)
     else:
         rows = places
-    target = out + rows.to(tl.int64)[:, None] * COLUMNS + columns[None, :]
-    tl.store(target, sums.to(out.dtype.element_ty), mask=inside[:, None] & (columns < COLUMNS)[None, :])
+    at = rows.to(tl.int64)[:, None] * COLUMNS + columns[None, :]
+    keep = inside[:, None] & (columns < COLUMNS)[None, :]
+    if ADDED:
+        sums += tl.load(added + at, mask=keep, other=0.0).to(tl.float32)  # (TILE_ROWS, TILE_COLUMNS) of (N, F)
+    tl.store(out + at, sums.to(out.dtype.element_ty), mask=keep)
 
 
 def row_product(
     feats: Float[Tensor, "N C"], grad: Float[Tensor, "N F"], level: Level, *, tile: Tile
 ) -> Float[Tensor, "27 C F"]:
     """out[k] = sum over p of feats[neighbours[k, p]]^T grad[p], in float32."""
-    (num_rows, channels), columns = feats.shape, grad.shape[1]
+    return row_products([(feats, grad)], level, tile=tile)[0]
+
+
+def row_products(
+    pairs: list[tuple[Float[Tensor, "N C"], Float[Tensor, "N F"]]], level: Level, *, tile: Tile
+) -> list[Float[Tensor, "27 C F"]]:
+    (num_rows, channels), columns, device = pairs[0][0].shape, pairs[0][1].shape[1], pairs[0][0].device
     if num_rows == 0 or channels == 0 or columns == 0:
-        return feats.new_zeros((27, channels, columns), dtype=torch.float32)
-    feats = feats.contiguous()
-    if feats.data_ptr() % 16:  # the kernel copies 16 bytes at a time
-        feats = feats.clone()
+        return [feats.new_zeros((27, channels, columns), dtype=torch.float32) for feats, _ in pairs]
     listed = level.is_thin
     lists = level.neighbour_lists if listed else None
     block, offsets, programs = _parts(channels, columns, tile, listed)
-    splits, length = split(num_rows, programs, tile.depth, processors(feats.device))
-    parts = feats.new_empty((splits, 27, channels, columns), dtype=torch.float32)
-    _row_product[(programs, splits)](
-        feats,
-        grad.contiguous(),
-        lists.near if listed else level.neighbours,
-        lists.rows if listed else None,
-        lists.counts if listed else None,
-        parts,
-        num_rows,
-        length,
-        CHANNELS=channels,
-        COLUMNS=columns,
-        LISTED=listed,
-        PRECISION=_precision(feats.dtype),
-        OFFSETS=offsets,
-        BLOCK=block,
-        TILE_COLUMNS=tile.columns,
-        DEPTH=tile.depth,
-        ALIGNED=math.gcd(channels, 8),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
-    return parts.sum(0)
+    splits, length = split(num_rows, programs, tile.depth, processors(device))
+    parts = torch.empty((splits, len(pairs), 27, channels, columns), dtype=torch.float32, device=device)
+    for number, (feats, grad) in enumerate(pairs):
+        feats = feats.contiguous()
+        if feats.data_ptr() % 16:  # the kernel copies 16 bytes at a time
+            feats = feats.clone()
+        _row_product[(programs, splits)](
+            feats,
+            grad.contiguous(),
+            lists.near if listed else level.neighbours,
+            lists.rows if listed else None,
+            lists.counts if listed else None,
+            parts[:, number],
+            num_rows,
+            length,
+            parts.stride(0),
+            CHANNELS=channels,
+            COLUMNS=columns,
+            LISTED=listed,
+            PRECISION=_precision(feats.dtype),
+            OFFSETS=offsets,
+            BLOCK=block,
+            TILE_COLUMNS=tile.columns,
+            DEPTH=tile.depth,
+            ALIGNED=math.gcd(channels, 8),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    return list(parts.sum(0).unbind(0))
 
 
 @cache
@@ -243,7 +279,7 @@ def _pairs(  # noqa: PLR0913
 
 @no_type_check
 @quick
-@triton.jit(do_not_specialize=["num_rows", "length"])
+@triton.jit(do_not_specialize=["num_rows", "length", "pitch"])
 def _row_product(  # noqa: PLR0913
     feats,
     grad,
@@ -253,6 +289,7 @@ def _row_product(  # noqa: PLR0913
     out,
     num_rows,
     length,
+    pitch,
     CHANNELS: tl.constexpr,
     COLUMNS: tl.constexpr,
     LISTED: tl.constexpr,
@@ -299,6 +336,7 @@ def _row_product(  # noqa: PLR0913
     lines = tl.arange(0, OFFSETS * BLOCK)
     k = first + lines // BLOCK
     channel = block * BLOCK + lines % BLOCK
-    target = (tl.program_id(1).to(tl.int64) * 27 + k) * CHANNELS + channel
+    base = out + tl.program_id(1).to(tl.int64) * pitch
+    target = k * CHANNELS + channel
     keep = ((k < 27) & (channel < CHANNELS))[:, None] & (columns < COLUMNS)[None, :]
-    tl.store(out + target[:, None] * COLUMNS + columns[None, :], sums, mask=keep)
+    tl.store(base + target[:, None] * COLUMNS + columns[None, :], sums, mask=keep)

@@ -19,13 +19,52 @@ from networks.kernels.tiles import fitted, grad_tile, product_tile, split
 
 
 def rows_product(
-    rows: Float[Tensor, "N C"], weight: Float[Tensor, "F C"] | Float[Tensor, "C F"], bias: Float[Tensor, " F"] | None
+    rows: Float[Tensor, "N C"],
+    weight: Float[Tensor, "F C"] | Float[Tensor, "C F"],
+    bias: Float[Tensor, " F"] | None,
+    *,
+    added: Float[Tensor, "N F"] | None = None,
 ) -> Float[Tensor, "N F"]:
-    """rows @ weight.T + bias; with the layer's `weight.T` in place of its weight, the gradient of its input."""
-    (num_rows, channels), columns = rows.shape, weight.shape[0]
-    out = rows.new_empty((num_rows, columns))
+    """rows @ weight.T + bias + added; with `weight.T` in place of a layer's weight, the gradient of its input."""
+    out = rows.new_empty((rows.shape[0], weight.shape[0]))
+    _start_product(rows, weight, bias, added, out, ending=PLAIN)
+    return out
+
+
+def rows_product_gelu(
+    rows: Float[Tensor, "N C"], weight: Float[Tensor, "F C"], bias: Float[Tensor, " F"]
+) -> tuple[Float[Tensor, "N F"], Float[Tensor, "N F"]]:
+    """rows @ weight.T + bias, and GELU of it (by tanh)."""
+    before = rows.new_empty((rows.shape[0], weight.shape[0]))
+    out = torch.empty_like(before)
+    _start_product(rows, weight, bias, before, out, ending=GELU)
+    return before, out
+
+
+def rows_product_gelu_grad(
+    grad: Float[Tensor, "N F"], weight: Float[Tensor, "C F"], before: Float[Tensor, "N C"]
+) -> Float[Tensor, "N C"]:
+    """Gradient of `before`, whose GELU went into a layer: (grad @ weight.T) * GELU'(before)."""
+    out = torch.empty_like(before)
+    _start_product(grad, weight, None, before, out, ending=GELU_GRAD)
+    return out
+
+
+PLAIN, GELU, GELU_GRAD = range(3)  # what is done to a product before it is stored
+
+
+def _start_product(
+    rows: Float[Tensor, "N C"],
+    weight: Float[Tensor, "F C"],
+    bias: Float[Tensor, " F"] | None,
+    beside: Float[Tensor, "N F"] | None,
+    out: Float[Tensor, "N F"],
+    *,
+    ending: int,
+) -> None:
     if out.numel() == 0:
-        return out
+        return
+    (num_rows, channels), columns = rows.shape, weight.shape[0]
     tile = product_tile(channels, columns, rows.dtype, thin=False)
     tile = fitted(tile, rows.dtype, shared_memory(rows.device))
     grid = (ceil_div(num_rows, tile.rows) * ceil_div(columns, tile.columns),)
@@ -33,19 +72,35 @@ def rows_product(
         rows.contiguous(),
         weight,
         bias,
+        beside,
         out,
         num_rows,
         *weight.stride(),
         CHANNELS=channels,
         COLUMNS=columns,
         HAS_BIAS=bias is not None,
+        ADDED=beside is not None and ending == PLAIN,
+        ENDING=ending,
         TILE_ROWS=tile.rows,
         TILE_COLUMNS=tile.columns,
         DEPTH=tile.depth,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return out
+
+
+@no_type_check
+@triton.jit
+def _gelu_tanh(x):
+    """tanh of the approximation of GELU, x / 2 * (1 + tanh)."""
+    return 2 * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x)) - 1
+
+
+@no_type_check
+@triton.jit
+def _gelu_slope(x):
+    bent = _gelu_tanh(x)
+    return 0.5 * (1 + bent) + 0.5 * x * (1 - bent * bent) * 0.7978845608028654 * (1 + 0.134145 * x * x)
 
 
 @no_type_check
@@ -55,6 +110,7 @@ def _rows_product(  # noqa: PLR0913
     feats,
     weight,
     bias,
+    beside,
     out,
     num_rows,
     weight_f,
@@ -62,6 +118,8 @@ def _rows_product(  # noqa: PLR0913
     CHANNELS: tl.constexpr,
     COLUMNS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ADDED: tl.constexpr,
+    ENDING: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -84,37 +142,68 @@ def _rows_product(  # noqa: PLR0913
         sums = tl.dot(block, factors, sums)
     if HAS_BIAS:
         sums += tl.load(bias + columns, mask=columns < COLUMNS, other=0.0).to(tl.float32)[None, :]  # of (F,)
-    target = out + rows[:, None] * COLUMNS + columns[None, :]
-    tl.store(target, sums.to(out.dtype.element_ty), mask=(rows < num_rows)[:, None] & (columns < COLUMNS)[None, :])
+    at = rows[:, None] * COLUMNS + columns[None, :]
+    keep = (rows < num_rows)[:, None] & (columns < COLUMNS)[None, :]
+    if ADDED:
+        sums += tl.load(beside + at, mask=keep, other=0.0).to(tl.float32)  # (TILE_ROWS, TILE_COLUMNS) of (N, F)
+    if ENDING == 1:  # the activation of what is stored, as backward will see it
+        rounded = sums.to(out.dtype.element_ty)
+        tl.store(beside + at, rounded, mask=keep)
+        sums = rounded.to(tl.float32)
+        sums = 0.5 * sums * (1 + _gelu_tanh(sums))
+    if ENDING == 2:
+        before = tl.load(beside + at, mask=keep, other=0.0).to(tl.float32)  # (TILE_ROWS, TILE_COLUMNS) of (N, F)
+        sums *= _gelu_slope(before)
+    tl.store(out + at, sums.to(out.dtype.element_ty), mask=keep)
 
 
 def parameter_grads(
     feats: Float[Tensor, "N C"], grad: Float[Tensor, "N F"]
 ) -> tuple[Float32[Tensor, "F C"], Float32[Tensor, " F"]]:
     """grad.T @ feats and the sum of grad's rows."""
-    (num_rows, channels), columns = feats.shape, grad.shape[1]
-    if num_rows == 0:
-        zeros = feats.new_zeros((columns, channels + 1), dtype=torch.float32)
-        return zeros[:, :channels], zeros[:, channels]
-    tile, lines, programs = _parts(channels, columns, feats.dtype, shared_memory(feats.device))
-    splits, length = split(num_rows, 2 * programs, tile.depth, processors(feats.device))
-    parts = feats.new_empty((splits, columns * (channels + 1)), dtype=torch.float32)
-    _parameter_grads[(programs, splits)](
+    return several_parameter_grads([(feats, grad)])[0]
+
+
+def several_parameter_grads(
+    pairs: list[tuple[Float[Tensor, "N _"], Float[Tensor, "N _"]]],
+) -> list[tuple[Float32[Tensor, "F C"], Float32[Tensor, " F"]]]:
+    """`parameter_grads` of several maps of the same rows: their partial sums lie side by side and are added at once."""
+    feats, num_rows = pairs[0][0], pairs[0][0].shape[0]
+    sizes = [grad.shape[1] * (rows.shape[1] + 1) for rows, grad in pairs]
+    plans = [_parts(rows.shape[1], grad.shape[1], rows.dtype, shared_memory(feats.device)) for rows, grad in pairs]
+    most = max(programs for *_, programs in plans)
+    splits, length = split(num_rows, 2 * most, plans[0][0].depth, processors(feats.device)) if num_rows else (0, 0)
+    parts = feats.new_empty((splits, sum(sizes)), dtype=torch.float32)
+    grads, first = [], 0
+    for (rows, grad), size, plan in zip(pairs, sizes, plans, strict=True):
+        if num_rows:
+            _start_grads(rows, grad, parts, first, length, plan)
+        first += size
+    sums = parts.sum(0)
+    for (rows, grad), part in zip(pairs, sums.split(sizes), strict=True):
+        lines, channels = grad.shape[1], rows.shape[1]
+        grads.append((part[: lines * channels].view(lines, channels), part[lines * channels :]))
+    return grads
+
+
+def _start_grads(feats, grad, parts, first, length, plan) -> None:
+    """Partial sums into the columns of `parts` from `first` on."""
+    tile, lines, programs = plan
+    _parameter_grads[(programs, parts.shape[0])](
         feats.contiguous(),
         grad.contiguous(),
-        parts,
-        num_rows,
+        parts[:, first:],
+        feats.shape[0],
         length,
-        CHANNELS=channels,
-        COLUMNS=columns,
+        parts.shape[1],
+        CHANNELS=feats.shape[1],
+        COLUMNS=grad.shape[1],
         TILE_LINES=lines,
         TILE_CHANNELS=tile.columns,
         DEPTH=tile.depth,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    sums = parts.sum(0)
-    return sums[: columns * channels].view(columns, channels), sums[columns * channels :]
 
 
 @cache
@@ -127,13 +216,14 @@ def _parts(channels: int, columns: int, dtype: torch.dtype, room: int) -> tuple:
 
 @no_type_check
 @quick
-@triton.jit(do_not_specialize=["num_rows", "length"])
+@triton.jit(do_not_specialize=["num_rows", "length", "pitch"])
 def _parameter_grads(  # noqa: PLR0913
     feats,
     grad,
     parts,
     num_rows,
     length,
+    pitch,
     CHANNELS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TILE_LINES: tl.constexpr,
@@ -160,7 +250,7 @@ def _parameter_grads(  # noqa: PLR0913
         turned = tl.trans(upstream)
         sums = tl.dot(turned, block, sums)
         totals = tl.dot(turned, tl.full((DEPTH, 16), 1.0, dtype=feats.dtype.element_ty), totals)
-    base = parts + tl.program_id(1).to(tl.int64) * (COLUMNS * (CHANNELS + 1))
+    base = parts + tl.program_id(1).to(tl.int64) * pitch
     keep = (lines < COLUMNS)[:, None] & (channels < CHANNELS)[None, :]
     tl.store(base + lines[:, None] * CHANNELS + channels[None, :], sums, mask=keep)
     if tl.program_id(0) % channel_tiles == 0:

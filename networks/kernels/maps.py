@@ -326,8 +326,10 @@ def neighbour_lists(
     num_rows = found.shape[1]
     rows, near = torch.empty_like(found), torch.empty_like(found)
     blocks = torch.empty((27, ceil_div(num_rows, ROWS_PER_PROGRAM)), dtype=torch.int32, device=found.device)
-    counts = torch.zeros(27, dtype=torch.int32, device=found.device)
-    if num_rows:
+    counts = torch.empty(27, dtype=torch.int32, device=found.device)
+    if num_rows == 0:
+        counts.zero_()
+    else:
         grid = (blocks.shape[1], 27)
         _count_pairs[grid](found, blocks, num_rows, blocks.shape[1], ROWS_PER_PROGRAM)
         ends = blocks.cumsum(1, dtype=torch.int32)

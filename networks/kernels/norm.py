@@ -3,7 +3,7 @@
 A row is read once, forward and backward: nothing of it but the input is kept. What ops.py does in plain torch.
 """
 
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import torch
 import triton
@@ -18,11 +18,18 @@ PROGRAMS_PER_BATCH = 1024  # about: eight for each processor of a large card
 
 
 def voxel_norm(
-    x: Float[Tensor, "N C"], weight: Float[Tensor, " C"], bias: Float[Tensor, " C"], *, eps: float, silu: bool
+    x: Float[Tensor, "N C"],
+    weight: Float[Tensor, " C"] | None,
+    bias: Float[Tensor, " C"] | None,
+    *,
+    eps: float,
+    silu: bool,
 ) -> Float[Tensor, "N C"]:
+    """Without weight and bias they are ones and zeros."""
     out = torch.empty_like(x)
-    grid, shape = _parts(x)
-    _normalize[grid](x, weight, bias, out, x.shape[0], eps, SILU=silu, **shape)
+    if len(x):
+        grid, shape = _parts(x)
+        _normalize[grid](x, weight, bias, out, x.shape[0], eps, AFFINE=weight is not None, SILU=silu, **shape)
     return out
 
 
@@ -41,9 +48,49 @@ def voxel_norm_grads(
     out = torch.empty_like(x)
     grid, shape = _parts(x)
     sums = x.new_empty((*grid, 2, x.shape[1]), dtype=torch.float32)
-    _grads[grid](x, grad, weight, bias, out, sums, x.shape[0], eps, SILU=silu, **shape)
+    mode = {"AFFINE": True, "AROUND": False, "BESIDE": False, "SILU": silu}
+    _grads[grid](x, grad, weight, bias, None, out, sums, x.shape[0], eps, **mode, **shape)
     of_bias, of_weight = sums.sum(0)
     return out, of_weight, of_bias
+
+
+class BlockGrads(NamedTuple):
+    """Of a norm inside a block: of its input, its parameters, and the bias of the layer beside it."""
+
+    input: Float[Tensor, "N C"]
+    weight: Float32[Tensor, " C"] | None
+    bias: Float32[Tensor, " C"] | None
+    beside: Float32[Tensor, " C"] | None
+
+
+def voxel_norm_grads_in_block(
+    x: Float[Tensor, "N C"],
+    grad: Float[Tensor, "N C"],
+    parameters: tuple[Float[Tensor, " C"], Float[Tensor, " C"]] | None,
+    *,
+    eps: float,
+    silu: bool,
+    around: Float[Tensor, "N C"] | None = None,
+) -> BlockGrads:
+    """Gradients where features run `around` the norm: their gradient is added to the input's.
+
+    `beside` is the sum of the rows of `around`, or of the input's gradient where nothing runs around: what the bias of
+    the layer after the block, or before the norm, learns by.
+    """
+    out = torch.empty_like(x)
+    affine = parameters is not None
+    if not len(x):
+        nothing = x.new_zeros((3, x.shape[1]), dtype=torch.float32) if affine else (None,) * 3
+        return BlockGrads(out, *nothing)
+    grid, shape = _parts(x)
+    sums = x.new_empty((*grid, 3, x.shape[1]), dtype=torch.float32) if affine else None
+    weight, bias = parameters or (None, None)
+    mode = {"AFFINE": affine, "AROUND": around is not None, "BESIDE": True, "SILU": silu}
+    _grads[grid](x, grad, weight, bias, around, out, sums, x.shape[0], eps, **mode, **shape)
+    if not affine:
+        return BlockGrads(out, None, None, None)
+    of_bias, of_weight, beside = sums.sum(0)
+    return BlockGrads(out, of_weight, of_bias, beside)
 
 
 def _parts(x: Float[Tensor, "N C"]) -> tuple[tuple[int], dict[str, int]]:
@@ -86,16 +133,20 @@ def _normalize(  # noqa: PLR0913
     out,
     num_rows,
     eps,
+    AFFINE: tl.constexpr,
     SILU: tl.constexpr,
     CHANNELS: tl.constexpr,
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    gain, lift = _of_channels(weight, CHANNELS, WIDTH), _of_channels(bias, CHANNELS, WIDTH)
+    if AFFINE:
+        gain, lift = _of_channels(weight, CHANNELS, WIDTH), _of_channels(bias, CHANNELS, WIDTH)
     for step in range(STEPS):
         at, keep, away, rstd = _centred(x, tl.program_id(0) * STEPS + step, num_rows, eps, CHANNELS, TILE, WIDTH)
-        values = away * rstd * gain + lift
+        values = away * rstd
+        if AFFINE:
+            values = values * gain + lift
         if SILU:
             values *= tl.sigmoid(values)
         tl.store(out + at, values.to(out.dtype.element_ty), mask=keep)
@@ -109,18 +160,24 @@ def _grads(  # noqa: PLR0913
     grad,
     weight,
     bias,
+    around,
     out,
     sums,
     num_rows,
     eps,
+    AFFINE: tl.constexpr,
+    AROUND: tl.constexpr,
+    BESIDE: tl.constexpr,
     SILU: tl.constexpr,
     CHANNELS: tl.constexpr,
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    gain, lift = _of_channels(weight, CHANNELS, WIDTH), _of_channels(bias, CHANNELS, WIDTH)
+    if AFFINE:
+        gain, lift = _of_channels(weight, CHANNELS, WIDTH), _of_channels(bias, CHANNELS, WIDTH)
     total, along = tl.zeros((WIDTH,), dtype=tl.float32), tl.zeros((WIDTH,), dtype=tl.float32)
+    beside = tl.zeros((WIDTH,), dtype=tl.float32)
     for step in range(STEPS):
         at, keep, away, rstd = _centred(x, tl.program_id(0) * STEPS + step, num_rows, eps, CHANNELS, TILE, WIDTH)
         # (TILE, WIDTH) of (N, C)
@@ -129,13 +186,27 @@ def _grads(  # noqa: PLR0913
             before = z * gain + lift
             gate = tl.sigmoid(before)
             slope *= gate * (1 + before * (1 - gate))
-        total += tl.sum(slope, 0)
-        along += tl.sum(slope * z, 0)
-        slope *= gain
+        if AFFINE:
+            total += tl.sum(slope, 0)
+            along += tl.sum(slope * z, 0)
+            slope *= gain
         level, tilt = tl.sum(slope, 1) / CHANNELS, tl.sum(slope * z, 1) / CHANNELS
         values = rstd * (slope - level[:, None] - z * tilt[:, None])
-        tl.store(out + at, values.to(out.dtype.element_ty), mask=keep)
-    channels = tl.arange(0, WIDTH)
-    target = sums + tl.program_id(0).to(tl.int64) * 2 * CHANNELS + channels
-    tl.store(target, total, mask=channels < CHANNELS)
-    tl.store(target + CHANNELS, along, mask=channels < CHANNELS)
+        if AROUND:
+            skipped = tl.load(around + at, mask=keep, other=0.0).to(tl.float32)  # (TILE, WIDTH) of (N, C)
+            values += skipped
+        rounded = values.to(out.dtype.element_ty)
+        tl.store(out + at, rounded, mask=keep)
+        if BESIDE and AFFINE:
+            if AROUND:
+                beside += tl.sum(skipped, 0)
+            else:  # rows outside are not zero: z is, but not what the means leave
+                beside += tl.sum(tl.where(keep, rounded.to(tl.float32), 0.0), 0)
+    if AFFINE:
+        lines: tl.constexpr = 3 if BESIDE else 2
+        channels = tl.arange(0, WIDTH)
+        target = sums + tl.program_id(0).to(tl.int64) * lines * CHANNELS + channels
+        tl.store(target, total, mask=channels < CHANNELS)
+        tl.store(target + CHANNELS, along, mask=channels < CHANNELS)
+        if BESIDE:
+            tl.store(target + 2 * CHANNELS, beside, mask=channels < CHANNELS)

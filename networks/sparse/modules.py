@@ -8,7 +8,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from networks.sparse import ops
+from networks.sparse import ops, whole_blocks
 from networks.sparse.tensor import SparseTensor
 from networks.sparse.topology import Coarsening
 
@@ -119,6 +119,9 @@ class Halving(nn.Module):
         self.register_buffer("shortcut", rearrange(means, "out child c -> out (child c)"), persistent=False)
 
     def forward(self, x: SparseTensor) -> SparseTensor:
+        layer = whole_blocks.Affine(self.linear.weight, self.linear.bias)
+        if (halved := whole_blocks.halving(x, layer, self.shortcut, marked=self.occupancy)) is not None:
+            return halved
         x = x.replace(F.pad(x.feats, (0, 1), value=1.0)) if self.occupancy else x
         gathered, _ = ops.gather_children(x)
         return gathered.replace(ops.linear(gathered.feats, self.linear.weight + self.shortcut, self.linear.bias))
@@ -137,6 +140,9 @@ class Doubling(nn.Module):
         self.register_buffer("shortcut", copies.contiguous(), persistent=False)
 
     def forward(self, x: SparseTensor, cells: Coarsening) -> SparseTensor:
+        layer = whole_blocks.Affine(self.linear.weight, self.linear.bias)
+        if (doubled := whole_blocks.doubling(x, cells, layer, self.shortcut)) is not None:
+            return doubled
         parts = x.replace(ops.linear(x.feats, self.linear.weight + self.shortcut, self.linear.bias))
         return ops.scatter_children(parts, cells)
 
@@ -161,6 +167,10 @@ class ResidualBlock(nn.Module):
             self.layers[3].weight.mul_(0.3)
 
     def forward(self, x: SparseTensor) -> SparseTensor:
+        if self.layers[0].over == "voxel":
+            layers = tuple(whole_blocks.Affine(layer.weight, layer.bias) for layer in self.layers)
+            if (out := whole_blocks.residual_block(x, layers, backend=self.layers[1].backend)) is not None:
+                return out
         return x.replace(x.feats + self.layers(x).feats)
 
 
@@ -210,6 +220,11 @@ class TransformerBlock(nn.Module):
         self.mlp = Mlp(channels)
 
     def forward(self, x: SparseTensor) -> SparseTensor:
+        attn, (widen, _, narrow) = self.attn, self.mlp.mlp
+        layers = tuple(whole_blocks.Affine(one.weight, one.bias) for one in (attn.to_qkv, attn.to_out, widen, narrow))
+        sizes = {"num_heads": attn.num_heads, "window": attn.window, "shift": attn.shift}
+        if (out := whole_blocks.transformer_block(x, layers, **sizes)) is not None:
+            return out
         x = x.replace(x.feats + self.attn(layer_norm(x)).feats)
         return x.replace(x.feats + self.mlp(layer_norm(x)).feats)
 

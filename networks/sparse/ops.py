@@ -40,7 +40,7 @@ def choose_backend(name: str, feats: Float[Tensor, "N C"], columns: int) -> Modu
         reason = _reason_against(name, feats, columns)
         if reason:
             raise ValueError(f"backend {name} {reason}; choose another backend or auto")
-        return _module(name)
+        return backend_module(name)
     if feats.device.type != "cuda":
         return torch_backend
     reasons = []
@@ -48,13 +48,13 @@ def choose_backend(name: str, feats: Float[Tensor, "N C"], columns: int) -> Modu
         reason = _reason_against(candidate, feats, columns)
         if reason is None:
             _announce(candidate, feats.dtype, tuple(reasons))
-            return _module(candidate)
+            return backend_module(candidate)
         reasons.append(f"{candidate} {reason}")
     raise AssertionError("backend torch refuses nothing")
 
 
 @cache
-def _module(name: str) -> ModuleType:
+def backend_module(name: str) -> ModuleType:
     return importlib.import_module(BACKENDS[name])
 
 
@@ -64,14 +64,14 @@ def _reason_against(name: str, feats: Float[Tensor, "N C"], columns: int) -> str
         return None
     if feats.device.type != "cuda":
         return f"needs CUDA, got features on {feats.device}"
-    return defect(name, feats.device.index) or _module(name).refusal(feats, columns)
+    return defect(name, feats.device.index) or backend_module(name).refusal(feats, columns)
 
 
 @cache
 def defect(name: str, device_index: int) -> str | None:
     """What is wrong with a backend on a CUDA device, shown by a small convolution and its gradients; or None."""
     try:
-        module = _module(name)
+        module = backend_module(name)
     except Exception as error:  # a broken optional library may raise anything at import
         return f"cannot be imported ({type(error).__name__}: {error})"
     device = torch.device("cuda", device_index)
@@ -118,7 +118,7 @@ class _SubmanifoldConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        _refuse_second_derivative()
+        refuse_second_derivative()
         feats, weight = ctx.saved_tensors
         grad = grad.contiguous()
         need_feats, need_weight, need_bias, *_ = ctx.needs_input_grad
@@ -131,13 +131,13 @@ class _SubmanifoldConv(torch.autograd.Function):
         )
 
 
-def _refuse_second_derivative() -> None:
+def refuse_second_derivative() -> None:
     if torch.is_grad_enabled():  # as `once_differentiable` would, without its cost on every layer of every step
         raise RuntimeError("this layer has no second derivative: call backward without create_graph")
 
 
 def _column_sums(grad: Float[Tensor, "N F"]) -> Float[Tensor, " F"]:
-    kernels = _fused("rows", grad) if grad.numel() > MANY_NUMBERS else None
+    kernels = fused("rows", grad) if grad.numel() > MANY_NUMBERS else None
     return kernels.column_sums(grad) if kernels else grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
 
 
@@ -148,7 +148,7 @@ def submanifold_conv(
     feats = x.feats
     if feats.shape[1] != weight.shape[1]:
         raise ValueError(f"weight {tuple(weight.shape)} needs features of {weight.shape[1]}, got {feats.shape[1]}")
-    dtype = _autocast_dtype(feats)
+    dtype = autocast_dtype(feats)
     if dtype:
         feats = feats.to(dtype)
     if (feats.dtype != weight.dtype and not dtype) or feats.device != weight.device:
@@ -172,7 +172,7 @@ def without_autocast(kind: str) -> Iterator[None]:
         torch.set_autocast_enabled(kind, enabled)
 
 
-def _autocast_dtype(feats: Float[Tensor, "N C"]) -> torch.dtype | None:
+def autocast_dtype(feats: Float[Tensor, "N C"]) -> torch.dtype | None:
     kind = feats.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
@@ -189,7 +189,7 @@ class _MixedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        _refuse_second_derivative()
+        refuse_second_derivative()
         feats, weight = ctx.saved_tensors
         grad = grad.contiguous()
         need_feats, *need_parameters = ctx.needs_input_grad[:3]
@@ -203,12 +203,12 @@ def linear(
     """A linear map of every row."""
     if feats.shape[1] != weight.shape[1]:  # a kernel would read past the end of the weight's rows
         raise ValueError(f"weight {tuple(weight.shape)} needs features of {weight.shape[1]}, got {feats.shape[1]}")
-    dtype = _autocast_dtype(feats)
-    kernels = _fused("linear", feats) if dtype and weight.dtype == torch.float32 else None
+    dtype = autocast_dtype(feats)
+    kernels = fused("linear", feats) if dtype and weight.dtype == torch.float32 else None
     return _MixedLinear.apply(feats.to(dtype), weight, bias, kernels) if kernels else F.linear(feats, weight, bias)
 
 
-def _fused(name: str, feats: Float[Tensor, "N ..."]) -> ModuleType | None:
+def fused(name: str, feats: Float[Tensor, "N ..."]) -> ModuleType | None:
     """A module of `networks.kernels` where these features can use it."""
     if feats.device.type != "cuda" or feats.dtype == torch.float64 or defect("triton", feats.device.index):
         return None
@@ -226,7 +226,7 @@ class _SpreadToChildren(torch.autograd.Function):
     @staticmethod
     def forward(ctx, coarse, cells, scale):
         ctx.cells, ctx.scale = cells, scale
-        kernels = _fused("rows", coarse)
+        kernels = fused("rows", coarse)
         if kernels:
             return kernels.spread(coarse, cells.parent, scale)
         return (coarse if scale is None else coarse * scale[:, None].to(coarse.dtype)).index_select(0, cells.parent)
@@ -242,7 +242,7 @@ class _SumChildren(torch.autograd.Function):
     @staticmethod
     def forward(ctx, fine, cells, scale):
         ctx.cells, ctx.scale = cells, scale
-        kernels = _fused("rows", fine)
+        kernels = fused("rows", fine)
         if kernels:
             return kernels.sum_children(fine, cells.children, scale)
         wide = torch.promote_types(fine.dtype, torch.float32)
@@ -345,14 +345,14 @@ def group_norm(
 class _FusedVoxelNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, feats, weight, bias, eps, silu):
-        kernels, feats = _fused("norm", feats), feats.contiguous()
+        kernels, feats = fused("norm", feats), feats.contiguous()
         ctx.save_for_backward(feats, weight, bias)
         ctx.kernels, ctx.settings = kernels, {"eps": eps, "silu": silu}
         return kernels.voxel_norm(feats, weight, bias, **ctx.settings)
 
     @staticmethod
     def backward(ctx, grad):
-        _refuse_second_derivative()
+        refuse_second_derivative()
         feats, weight, bias = ctx.saved_tensors
         grads = ctx.kernels.voxel_norm_grads(feats, grad.contiguous(), weight, bias, **ctx.settings)
         return grads[0], grads[1].to(weight.dtype), grads[2].to(bias.dtype), None, None
@@ -362,7 +362,7 @@ def voxel_norm(
     x: SparseTensor, weight: Float[Tensor, " C"], bias: Float[Tensor, " C"], *, eps: float = 1e-5, silu: bool = False
 ) -> SparseTensor:
     """Normalisation over each voxel's own channels, in float32, then SiLU where asked for."""
-    if _fused("norm", x.feats) and len(x):
+    if fused("norm", x.feats) and len(x):
         return x.replace(_FusedVoxelNorm.apply(x.feats, weight, bias, eps, silu))
     wide = torch.promote_types(x.feats.dtype, torch.float32)
     with without_autocast(x.feats.device.type):
@@ -391,14 +391,14 @@ class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, plan):
         qkv = qkv.contiguous()
-        out, sums = _fused("attention", qkv).attend(qkv, *plan)
+        out, sums = fused("attention", qkv).attend(qkv, *plan)
         ctx.save_for_backward(qkv, out, sums)
         ctx.plan = plan
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        return _fused("attention", grad).attend_grad(grad.contiguous(), *ctx.saved_tensors, *ctx.plan), None
+        return fused("attention", grad).attend_grad(grad.contiguous(), *ctx.saved_tensors, *ctx.plan), None
 
 
 def window_attention(
@@ -406,7 +406,7 @@ def window_attention(
 ) -> Float[Tensor, "N H D"]:
     """Self-attention among the voxels of each cubic window of the absolute grid."""
     plan = level.windows(window, shift)
-    kernels = _fused("attention", qkv)
+    kernels = fused("attention", qkv)
     if kernels and qkv.shape[3] <= kernels.MAX_HEAD_WIDTH:
         return _FusedAttention.apply(qkv, plan)
     rows, slot = level.cached(("slots", window, shift), plan.padded)

@@ -286,14 +286,17 @@ class Level:
         coarse = Level(keys, spatial_shape=shape, batch_size=self.batch_size, bits=self.bits - 1)
         return coarse, parent, children
 
-    def prepare(self, halvings: int) -> "Level":
+    def prepare(self, *convolved: bool) -> "Level":
         """Builds what must wait for the device, for this level and those below it, and gives the coarsest.
 
-        Called before the first layer, it lets the host run ahead of the device through all of them.
+        `convolved` says of each level, this one first, whether convolutions run there: the neighbours of a level
+        without any are the largest map of all, and nobody's. Called before the first layer, it lets the host run ahead
+        of the device through all of them.
         """
-        waited_for = (self.is_thin, self.sample_sizes) if self.device.type == "cuda" else ()
-        del waited_for  # kept by the level
-        return self.coarsening.coarse.prepare(halvings - 1) if halvings else self
+        if self.device.type == "cuda":
+            waited_for = (self.sample_sizes, convolved[0] and self.is_thin)
+            del waited_for  # kept by the level
+        return self.coarsening.coarse.prepare(*convolved[1:]) if convolved[1:] else self
 
     def subdivide(self, occupied: Bool[Tensor, "M 8"], fine_shape: tuple[int, int, int]) -> Coarsening:
         """The finer level in which exactly the marked children exist; the inverse of `coarsening`."""

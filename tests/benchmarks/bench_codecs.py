@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,29 @@ def _share(parts: list[dict[str, Any]], key: str) -> str:
     return told if len(shares) == len(parts) else f"{told} ({len(shares)} of {len(parts)} cases)"
 
 
+def crossings(rows: list[dict[str, Any]]) -> list[str]:
+    """Where a case's error becomes that of x265 at the same bits: straight between two numbers of levels, over bits."""
+    lines = []
+    for case, way in dict.fromkeys((row["case"], row["way"]) for row in rows if "x265" in row):
+        mine = [row for row in rows if (row["case"], row["way"]) == (case, way)]
+        mine.sort(key=lambda row: row["bits_per_body_voxel"])
+        bits = [row["bits_per_body_voxel"] for row in mine]
+        for key in MEASURES:
+            ratios = [row[key] / row["x265"][key] for row in mine]
+            lines.append(
+                f"{case}, {way}, {key.upper()} as good as x265's at {_crossing(bits, ratios)} bits a body voxel"
+            )
+    return lines
+
+
+def _crossing(bits: list[float], ratios: list[float]) -> str:
+    for i, (under, over) in enumerate(pairwise(ratios)):
+        if (under - 1) * (over - 1) <= 0 and under != over:
+            share = (1 - under) / (over - under)
+            return f"{bits[i] ** (1 - share) * bits[i + 1] ** share:.3f}"
+    return f"{'more than' if ratios[-1] < 1 else 'less than'} {bits[-1] if ratios[-1] < 1 else bits[0]:.3f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True, help="checkpoint, output folder, bundle or name")
@@ -199,7 +223,7 @@ def main() -> None:
         told = {"benchmark": "codecs", "settings": settings, "x265": codecs.has_x265(), **machine(made.device.type)}
         write_text(given.out, json.dumps({**told, "rows": rows}, indent=1) + "\n")
         print(f"{case.dataset}/{case.case_id}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-    print("\n".join(table(rows)))
+    print("\n".join([*table(rows), "", *crossings(rows)]))
 
 
 def _done(out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:

@@ -109,12 +109,15 @@ def tokenize_row(preset: str, device: torch.device, *, max_points: int, side: in
     network = make_vqvae(preset, backend="triton" if device.type == "cuda" else "torch").to(device).eval()
     coords = body(side).int().to(device)
     x = SparseTensor(features(coords), coords, (side,) * 3, 1)
+    x = x.to("cpu") if len(coords) > max_points else x  # as CTTokenizer does
+    num_voxels = len(coords)
+    del coords
 
     def work() -> None:
         tokens = encode_whole(network, x, max_points=max_points)
         assert len(decode_whole(network, tokens, max_points=max_points).values) > 0
 
-    row = {"preset": preset, "what": f"tokens and back, parts of {max_points:,} voxels", "voxels": len(coords)}
+    row = {"preset": preset, "what": f"tokens and back, parts of {max_points:,} voxels", "voxels": num_voxels}
     with torch.no_grad():
         work()
         allocated, held = peaks(work, device)

@@ -236,7 +236,7 @@ def check(given: argparse.Namespace) -> None:
     boxes = dense_peer.boxes_of(x.feats, x.coords, 1)
     assert copied < 0.5, f"window values alone are {copied} HU off"
     assert torch.equal(dense_peer.rows_of(boxes.volume, boxes), x.feats), "boxes do not give back their rows"
-    latents = x.level.prepare(halvings=3)
+    latents = x.level.prepare(*sizes.convolved)
     assert len(boxes.cells[0]) == len(latents), (len(boxes.cells[0]), len(latents))
     say(f"checked: a perfect copy is {copied:.3f} HU off, {len(latents)} cells of {len(x)} voxels for both")
 

@@ -1,11 +1,12 @@
 """One training step of preset `base` on a whole 256^3 body phantom, in volumes a second, on a CUDA card.
 
-    python -m tests.benchmarks.bench_step [--profile]
+    python -m tests.benchmarks.bench_step [--profile] [--beside 0 14]
 
 Beside it: MONAI's dense VQVAE (equal parameters, equal compression, and its 64/128/256 widths), and the original
 design: 100k voxels thinned at random, every latent expanded to 512 voxels, rows matched through a dictionary
 (extrapolated from a tenth) or through sorted keys. Every step makes its maps anew, and steps follow one another, as in
-training.
+training. Of ours also: what the host starts and waits for, and how long the card works; `--beside` times all again
+with so many busy processes on the host.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from networks.sparse import SparseTensor
 from networks.sparse.topology import align_rows
 from networks.vqvae import SparseVQVAE, make_vqvae
 from tests.benchmarks.shapes import body
-from tests.benchmarks.timing import finish, interleaved, peak_gib
+from tests.benchmarks.timing import busy_host, finish, interleaved, peak_gib, step_cost
 
 THINNED = 100_000
 
@@ -139,18 +140,22 @@ def main() -> None:
     parser.add_argument("--preset", default="base")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--only", action="store_true", help="the sparse step alone")
+    parser.add_argument("--equal", action="store_true", help="that and MONAI's of equal parameters")
+    parser.add_argument("--beside", type=int, nargs="+", default=[0], help="busy processes on the host")
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
     works, sizes = {}, {}
-    for backend in ("triton",) if given.only else ("triton", "spconv", "torch"):
+    alone = given.only or given.equal
+    for backend in ("triton",) if alone else ("triton", "spconv", "torch"):
         dtype = torch.float16 if backend == "spconv" else torch.bfloat16  # spconv has no bfloat16
         works[backend], network = sparse_step(given.side, backend=backend, preset=given.preset, dtype=dtype)
         sizes[backend] = sum(p.numel() for p in network.parameters()) / 1e6
     dictionary = None
-    if not given.only:
-        for name, widths in {"MONAI equal": (44, 88, 176), "MONAI 64/128/256": (64, 128, 256)}.items():
+    for name, widths in {"MONAI equal": (44, 88, 176), "MONAI 64/128/256": (64, 128, 256)}.items():
+        if not alone or (given.equal and name == "MONAI equal"):
             works[name], network = dense_step(given.side, widths)
             sizes[name] = sum(p.numel() for p in network.parameters()) / 1e6
+    if not alone:
         works["original, sorted keys"], dictionary = original_step(given.side, backend="triton", preset=given.preset)
     memory, failed = {}, {}
     for name in list(works):
@@ -162,6 +167,11 @@ def main() -> None:
             del works[name]
         torch.cuda.empty_cache()
     times = interleaved(works, device="cuda", rounds=7, budget_ms=4000, turn_ms=500)
+    loaded = {}
+    for processes in [count for count in given.beside if count]:
+        with busy_host(processes):
+            loaded[processes] = interleaved(works, device="cuda", rounds=5, budget_ms=4000, turn_ms=500)
+    cost = step_cost(works["triton"])
     if dictionary is not None:
         times["original, dictionary"] = times["original, sorted keys"] + 1e3 * dictionary()
     if given.profile:
@@ -174,6 +184,8 @@ def main() -> None:
             "volumes/s": 1e3 / value,
             "peak GiB": memory.get(name),
             "triton is faster by": value / times["triton"],
+            **{f"ms beside {count}": found.get(name) for count, found in loaded.items()},
+            **({**cost._asdict(), "card busy": cost.card_ms / value} if name == "triton" else {}),
         }
         for name, value in times.items()
     ]

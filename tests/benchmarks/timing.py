@@ -3,10 +3,15 @@
 import json
 import platform
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
 
 import torch
 
@@ -62,6 +67,55 @@ def device_ms(work: Work, *, calls: int = 10) -> float:
             work()
         torch.cuda.synchronize()
     return sum(event.device_time for event in record.events() if event.device_type == DeviceType.CUDA) / calls / 1e3
+
+
+class StepCost(NamedTuple):
+    """What a step costs host and card."""
+
+    launches: float  # kernels, copies and fills that the host starts
+    waits: float  # times that the host waits for the card
+    card_ms: float  # that the card works
+    host_ms: float  # until the host has started everything, nothing before it in the queue
+
+
+def step_cost(work: Work, *, calls: int = 5) -> StepCost:
+    """By the profiler, and by a host clock without it."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    work()
+    torch.cuda.synchronize()
+    host = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        work()
+        host.append(1e3 * (time.perf_counter() - start))
+        torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
+        for _ in range(calls):
+            work()
+        torch.cuda.synchronize()
+    events = record.events()
+    card = sum(event.device_time for event in events if event.device_type == DeviceType.CUDA) / calls / 1e3
+    called = Counter(event.name for event in events if event.device_type == DeviceType.CPU)
+    started = sum(count for name, count in called.items() if name.lstrip("cu").startswith(LAUNCHES))
+    waits = sum(count for name, count in called.items() if "Synchronize" in name) - 1
+    return StepCost(started / calls, waits / calls, card, statistics.median(host))
+
+
+LAUNCHES = ("daLaunchKernel", "LaunchKernel", "daMemcpyAsync", "MemcpyAsync", "daMemsetAsync", "MemsetAsync")
+
+
+@contextmanager
+def busy_host(processes: int) -> Iterator[None]:
+    """So many processes beside that compute without end."""
+    beside = [subprocess.Popen([sys.executable, "-c", "while True: sum(range(10**6))"]) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for process in beside:
+            process.kill()
+            process.wait()
 
 
 def dense_rate() -> float:

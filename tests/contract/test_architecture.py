@@ -37,7 +37,18 @@ OWNERS = {  # optional or heavy libraries, each behind one door
     "cumm": {"networks/sparse/spconv_backend.py"},
     "triton": {
         f"networks/kernels/{part}.py"
-        for part in ("attention", "code_search", "convolution", "launch", "linear", "maps", "norm", "rows")
+        for part in (
+            "attention",
+            "children",
+            "code_search",
+            "convolution",
+            "errors",
+            "launch",
+            "linear",
+            "maps",
+            "norm",
+            "rows",
+        )
     },
 }
 SPARSE_LAYERS = (
@@ -47,6 +58,7 @@ SPARSE_LAYERS = (
     "tensor",
     "backend",
     "ops",
+    "whole_blocks",
     "modules",
 )  # each may import those before it
 ASK_KERNELS = {"networks/sparse/maps.py", "networks/sparse/ops.py", "networks/quantizer.py"}
@@ -114,14 +126,14 @@ def test_app_has_few_loose_files():
     assert len(loose) <= MAX_LOOSE_FILES, f"app/ has {sorted(loose)}"
 
 
-def test_a_stage_run_loads_nothing_of_language():
+def test_a_stage_run_on_data_of_ones_own_loads_nothing_of_language_or_of_raw_scans():
     configs = [json.loads((ROOT / "bundles" / name).read_text()) for name in STAGES]
     targets = {value for config in configs for _, key, value in walk(config) if key == "_target_"}
     modules = sorted({target.rpartition(".")[0] for target in targets if target.startswith("app.")})
     code = f"import importlib, sys; [importlib.import_module(m) for m in {modules}]; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     rooms = {name.split(".")[1] for name in loaded.split() if name.startswith("app.")}
-    assert modules and not rooms & {"language", "evaluation", "tokens", "export"}, sorted(rooms)
+    assert modules and not rooms & {"language", "evaluation", "tokens", "export", "prepare", "shapes"}, sorted(rooms)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=ids(SOURCES))

@@ -41,7 +41,7 @@ def truth(feats, weight, bias, grad, coords, shape, batch_size):
 def test_a_thousand_random_problems(backend, dtype, assert_close, record_property):
     if backend == "spconv":
         pytest.importorskip("spconv.pytorch")
-    module, worst = ops._module(backend), 0.0
+    module, worst = ops.backend_module(backend), 0.0
     for seed in range(1000):
         level, shape, batch_size = problem(seed)
         channels, columns = WIDTHS[seed // 4 % (2 if backend == "spconv" else len(WIDTHS))]
@@ -82,7 +82,7 @@ def test_a_hundred_repeats_are_equal_to_the_bit(backend):
     if backend == "spconv":
         pytest.importorskip("spconv.pytorch")
     level, feats, weight = large(dtype=torch.float16)
-    module, widest = ops._module(backend), 0.0
+    module, widest = ops.backend_module(backend), 0.0
     first = None
     for _ in range(100):
         results = (
@@ -107,7 +107,9 @@ def test_sums_are_wider_than_float16(backend):
     feats = (torch.rand(512, 512, generator=made, device="cuda") / 2 + 0.5).half()
     weight = (torch.rand(27, 512, 64, generator=made, device="cuda") / 2 + 0.5).half()
     exact = torch_backend.forward(feats.double(), weight.double(), None, level)
-    error = float(((ops._module(backend).forward(feats, weight, None, level).double() - exact) / exact).abs().max())
+    error = float(
+        ((ops.backend_module(backend).forward(feats, weight, None, level).double() - exact) / exact).abs().max()
+    )
     print(f"{backend}: relative error of long positive sums {error:.3g}")
     if backend == "triton":
         assert error < 2**-10
@@ -148,7 +150,7 @@ def test_spconv_and_triton_agree_on_the_axes(backend, generator, assert_close):
     for k in (0, 5, 13, 21):
         weight = torch.zeros(27, 8, 8, device="cuda")
         weight[k] = torch.eye(8, device="cuda")
-        got = ops._module(backend).forward(feats.half(), weight.half(), None, level)
+        got = ops.backend_module(backend).forward(feats.half(), weight.half(), None, level)
         dense = oracle.submanifold_conv(
             feats.half().double().cpu(), level.coords.cpu(), (5, 6, 7), 1, weight.double().cpu(), None
         )

@@ -130,6 +130,11 @@ def test_links_lead_somewhere(page):
         assert anchor in titles, f"{page.name}: {target}#{anchor}"
 
 
+def test_tests_that_the_page_of_hostile_inputs_names_are_there():
+    named = set(re.findall(r"`(test_\w+\.py)`", (ROOT / "docs/security.md").read_text(encoding="utf-8")))
+    assert len(named) > 20 and named <= {file.name for file in (ROOT / "tests").rglob("test_*.py")}
+
+
 def test_the_readme_is_short_and_has_the_lines_that_continuous_integration_reads():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) < 250

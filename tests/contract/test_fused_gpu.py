@@ -1,10 +1,10 @@
-"""Fused CUDA maps and row operations give what plain torch gives on the CPU."""
+"""Fused CUDA maps, row operations and blocks give what plain torch gives on the CPU, and layers one by one."""
 
 import pytest
 import torch
 
 from networks.quantizer import VectorQuantizer
-from networks.sparse import SparseTensor, modules, ops, torch_maps
+from networks.sparse import SparseTensor, modules, ops, torch_maps, whole_blocks
 from networks.sparse.maps import maps_for
 from networks.sparse.topology import Level, morton_keys
 
@@ -172,3 +172,77 @@ def test_the_fused_quantiser_learns_as_the_plain_one(num_codes, assert_close):
         assert torch.equal(sides[0][0].cpu(), sides[1][0])
         for mine, other in zip(sides[0][1:], sides[1][1:], strict=True):
             assert_close(mine, other)
+
+
+BLOCKS = {  # name -> how it is made, channels in; the function of `whole_blocks` that serves it
+    "residual": (lambda: modules.ResidualBlock(64, norm="voxel", backend="auto"), 64, "residual_block"),
+    "transformer": (lambda: modules.TransformerBlock(128, num_heads=4, window=8, shift=4), 128, "transformer_block"),
+    "halving": (lambda: modules.Halving(64, 128), 64, "halving"),
+    "halving marked": (lambda: modules.Halving(4, 64, occupancy=True), 4, "halving"),
+    "doubling": (lambda: modules.Doubling(64, 4), 64, "doubling"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_a_block_equals_its_layers_one_by_one(kind, dtype, assert_close, monkeypatch):
+    make, channels, served_by = BLOCKS[kind]
+    torch.manual_seed(0)
+    block, level = make().cuda(), levels(6, side=40)[1]
+    at = level.coarsening.coarse if kind == "doubling" else level
+    more = (level.coarsening,) if kind == "doubling" else ()
+    given = torch.randn(len(at), channels, device="cuda")
+    given = given if kind == "halving marked" else given.to(dtype)
+    served = []
+
+    def run(plain):
+        with monkeypatch.context() as patch:
+            whole = getattr(whole_blocks, served_by)
+            answer = (lambda *_, **__: None) if plain else lambda *a, **k: served.append(whole(*a, **k)) or served[-1]
+            patch.setattr(whole_blocks, served_by, answer)
+            block.zero_grad()
+            feats = given.clone().requires_grad_()
+            with torch.autocast("cuda", dtype):
+                out = block(SparseTensor.on(at, feats), *more).feats
+            out.backward(torch.cos(torch.arange(out.numel(), device="cuda").view(out.shape) * 0.37).to(out.dtype))
+        return [out, feats.grad, *(parameter.grad for parameter in block.parameters())]
+
+    got, again, layers = run(False), run(False), run(True)
+    assert len(served) == 2 and all(one is not None for one in served)
+    assert all(torch.equal(one, other) for one, other in zip(got, again, strict=True))
+    for mine, other in zip(got, layers, strict=True):  # each rounds to 16 bits several times, at other places
+        assert mine.dtype == other.dtype
+        assert_close(mine, other, dtype=torch.bfloat16)
+
+
+def test_a_network_of_blocks_learns_as_its_layers_do(monkeypatch):
+    """In bf16 the losses lie within each other's rounding, and gradients are as near float32's as the layers' are."""
+    from networks.losses import TokenizerLoss
+    from networks.vqvae import make_vqvae
+    from tests.benchmarks.shapes import body
+
+    coords = body(64).cuda()
+    feats = torch.sin(coords.float() * 0.3)
+    torch.manual_seed(0)
+    network = make_vqvae("base", num_embeddings=256).cuda().train()
+
+    def run(*, plain, dtype=torch.bfloat16):
+        with monkeypatch.context() as patch:
+            if plain:
+                for _, _, name in BLOCKS.values():
+                    patch.setattr(whole_blocks, name, lambda *_, **__: None)
+            network.zero_grad()
+            x = SparseTensor(feats, coords, (64, 64, 64), 1)
+            with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+                terms = TokenizerLoss()(network(x, quantize=False, seeds=[1]), x)
+            terms["loss"].backward()
+        grads = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+        return terms["loss"].item(), grads
+
+    (whole, grads), (layers, plain_grads) = run(plain=False), run(plain=True)
+    exact, exact_grads = run(plain=True, dtype=torch.float32)
+    assert abs(whole - layers) < 1e-2 * layers
+    ours, theirs = (float((one - exact_grads).norm() / exact_grads.norm()) for one in (grads, plain_grads))
+    print(f"loss {whole:.6f} in blocks, {layers:.6f} in layers, {exact:.6f} in float32")
+    print(f"gradients off by {ours:.3g} and {theirs:.3g}")
+    assert ours < max(2 * theirs, 1e-2)

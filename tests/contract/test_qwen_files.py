@@ -95,6 +95,35 @@ def test_the_published_form_of_a_qwen2_vl_loads(tmp_path):
     assert again.end_tokens() == tokenizer.convert_tokens_to_ids(["<|im_end|>"])
 
 
+class Evil:
+    def __reduce__(self):
+        return open, ("opened", "w")
+
+
+def test_an_adapter_or_a_language_model_with_code_in_it_is_refused_and_the_code_never_runs(tmp_path, monkeypatch):
+    """Pickles in place of safetensors, and a config that names classes of its folder."""
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = make_model("qwen2_vl")
+    save_language(model.language, tokenizer, tmp_path / "language")
+    freeze(model.language)
+    add_lora(model.language, r=4).save_pretrained(tmp_path / "lora")
+    for folder, safe, pickled in (("lora", "adapter_model.safetensors", "adapter_model.bin"),
+                                  ("language", "model.safetensors", "pytorch_model.bin")):  # fmt: skip
+        (tmp_path / folder / safe).unlink()
+        torch.save({"weight": Evil()}, tmp_path / folder / pickled)
+    with pytest.raises(ValueError, match=r"low-rank layers of .*lora could not be loaded"):
+        load_lora(make_model("qwen2_vl")[0].language, "lora")
+    with pytest.raises(ValueError, match="weights or tokenizer of language could not be loaded"):
+        load_language("language")
+    config = json.loads((tmp_path / "language/config.json").read_text())
+    config |= {"auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}, "model_type": "evil"}
+    (tmp_path / "language/config.json").write_text(json.dumps(config))
+    (tmp_path / "language/evil.py").write_text("open('opened', 'w')")
+    with pytest.raises(ValueError, match="language"):
+        load_language("language")
+    assert not (tmp_path / "opened").exists()
+
+
 def test_folders_that_lack_a_part_are_named(tmp_path):
     """A copy of the weights alone would get an empty tokenizer, and learn from nothing."""
     model, tokenizer = make_model("qwen2_vl")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-from networks.kernels import attention, code_search, convolution, linear, maps, norm, tiles  # noqa: E402
+from networks.kernels import attention, children, code_search, convolution, errors, linear, maps, norm, tiles  # noqa: E402
 from networks.kernels import rows as row_kernels  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted")
@@ -14,7 +14,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROOM = {90: 232448, 80: 166912, 89: 101376}  # bytes of shared memory on an H200, an A100, an RTX 4090
 FLOATS = ["scale", "parts", "sums", "dots", "bias", "halves"]
 LONGS = ["children", "parent", "order", "bounds", "keys"]
-COUNTS = ["num_rows", "num_fine", "num_coarse", "num_codes", "num_blocks", "num_cells", "length"]
+COUNTS = ["num_rows", "pitch", "num_fine", "num_coarse", "num_codes", "num_blocks", "num_cells", "length"]
 INTEGERS = [*COUNTS, "weight_k", "weight_c", "weight_f", "size_x", "size_y", "size_z"]
 
 
@@ -50,6 +50,7 @@ def forward(channels, columns, dtype, *, card=90, thin=False):
         CHANNELS=channels,
         COLUMNS=columns,
         HAS_BIAS=True,
+        ADDED=True,
         ORDERED=thin,
         MIRRORED=False,
         PRECISION="tf32x3" if dtype == "fp32" else "ieee",
@@ -113,11 +114,12 @@ def test_convolution_fits_the_card(make, channels, dtype, card):
     assert make(channels, channels, dtype, card=card).metadata.shared <= ROOM[card]
 
 
-def linear_map(channels, columns, card):
+def linear_map(channels, columns, card, *, ending=linear.PLAIN):
     tile = tiles.fitted(tiles.product_tile(channels, columns, torch.bfloat16, thin=False), torch.bfloat16, ROOM[card])
     sizes = {"CHANNELS": channels, "COLUMNS": columns, "TILE_ROWS": tile.rows, "TILE_COLUMNS": tile.columns}
     run = {"card": card, "warps": tile.warps, "stages": tile.stages}
-    return compiled(linear._rows_product, HAS_BIAS=True, DEPTH=tile.depth, weight_c=1, **sizes, **run)
+    kind = {"ADDED": ending == linear.PLAIN, "ENDING": ending}
+    return compiled(linear._rows_product, HAS_BIAS=True, DEPTH=tile.depth, weight_c=1, **kind, **sizes, **run)
 
 
 def linear_gradient(channels, columns, card):
@@ -138,6 +140,46 @@ def test_linear_map_fits_the_card_and_copies_ahead(make, channels, columns, card
         assert ("wgmma.mma_async" in ptx) == (card == 90)
     if channels == 256:  # fewer are one step: there is nothing to run ahead of
         assert "cp.async.cg.shared.global" in ptx
+
+
+@pytest.mark.parametrize("card", ROOM)
+@pytest.mark.parametrize("ending", [linear.GELU, linear.GELU_GRAD])
+def test_products_that_end_in_gelu_fit_the_card(ending, card):
+    assert linear_map(256, 1024, card, ending=ending).metadata.shared <= ROOM[card]
+
+
+def of_children(kernel, depth, columns, card, **sizes):
+    tile = tiles.fitted(tiles.product_tile(depth, columns, torch.bfloat16, thin=False), torch.bfloat16, ROOM[card])
+    tiling = {"TILE_ROWS": tile.rows, "TILE_COLUMNS": tile.columns, "DEPTH": tile.depth, "HAS_BIAS": True}
+    run = {"card": card, "warps": tile.warps, "stages": tile.stages}
+    return compiled(kernel, weight_c=1, **tiling, **run, **sizes)
+
+
+@pytest.mark.parametrize("card", ROOM)
+@pytest.mark.parametrize(("channels", "columns"), [(4, 64), (64, 128), (128, 256)])
+def test_maps_of_children_fit_the_card(channels, columns, card):
+    marked = channels == 4
+    width = channels + marked
+    made = [
+        of_children(
+            children._gather_product, 8 * width, columns, card, CHANNELS=channels, WIDTH=width, COLUMNS=columns
+        ),
+        of_children(
+            children._scatter_product, columns, 8 * channels, card, DEPTHS=columns, CHANNELS=channels, WIDTH=channels
+        ),
+    ]
+    for gathered_lines in (False, True):
+        sides = (columns, 8 * channels) if gathered_lines else (8 * width, columns)
+        tile, lines, _ = children._parts(*sides, torch.bfloat16, ROOM[card])
+        sizes = {"CHANNELS": channels, "WIDTH": channels if gathered_lines else width, "COLUMNS": columns}
+        tiling = {"TILE_LINES": lines, "TILE_PLACES": tile.columns, "DEPTH": tile.depth}
+        run = {"card": card, "warps": tile.warps, "stages": tile.stages, "GATHERED_LINES": gathered_lines}
+        made.append(compiled(children._gathered_grads, **run, **tiling, **sizes))
+    for one in made:
+        assert one.metadata.shared <= ROOM[card]
+    if channels >= 64:
+        assert all(("wgmma.mma_async" in one.asm["ptx"]) == (card == 90) for one in made)
+        assert all("cp.async.cg.shared.global" in one.asm["ptx"] for one in made)
 
 
 @pytest.mark.parametrize(("few", "width"), [(True, 32), (False, 16), (False, 64), (False, 128)])
@@ -182,7 +224,9 @@ def test_row_operations_and_maps_compile():
     for kernel in (norm._normalize, norm._grads):
         for width, card in ((32, 90), (128, 80), (512, 89)):
             shape = {"CHANNELS": width, "WIDTH": width, "TILE": max(4096 // width, 1), "STEPS": 4}
-            compiled(kernel, types={"weight": "*fp32", "eps": "fp32"}, card=card, SILU=True, **shape)
+            types = {"weight": "*fp32", "eps": "fp32"}
+            around = {} if kernel is norm._normalize else {"AROUND": True, "BESIDE": True}
+            compiled(kernel, types=types, card=card, AFFINE=True, SILU=True, **around, **shape)
     compiled(maps._encode_checked, "i32", types={"size_b": "i32"}, BITS=8, TILE=512)
     for kernel in (maps._encode, maps._decode):
         compiled(kernel, "i32", BITS=8, TILE=512)
@@ -195,6 +239,12 @@ def test_row_operations_and_maps_compile():
     compiled(maps._take_columns, "i32", TILE=512)
     compiled(maps._list_pairs, "i32", TILE=512)
     compiled(maps._take_rows, "fp32", types={"rows": "*i64"}, CHANNELS=4, TILE=1024, WIDTH=4)
+    shape = {"CHANNELS": 4, "WIDTH": 4, "TILE": 2048, "LINEAR": 0.5, "SQUARE": 0.5}
+    compiled(errors._row_error, "fp32", **shape)
+    compiled(errors._row_error_grad, types={"target": "*fp32", "upstream": "*fp32"}, **shape)
+    bytes_of = {"exists": "*u8", "shares": "constexpr", "stride_cell": "i32", "stride_octant": "i32"}
+    compiled(errors._children_error, types=bytes_of, TILE=1024, shares=None)
+    compiled(errors._children_error_grad, types=bytes_of | {"upstream": "*fp32"}, TILE=1024, shares=None)
     codes = {"ordered": "*i16", "halvings": "i32", "share": "fp32", "rate": "fp32", "least": "fp32", "unused": "*i1"}
     compiled(code_search._segment_sums, "fp32", types=codes, WIDTH=32, DEPTH=32, ROWS=64)
     compiled(code_search._advance, "fp32", types=codes, WIDTH=32, DEPTH=32, TILE=32)

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from networks.sparse import ops, torch_backend, torch_maps
+from networks.sparse import SparseTensor, modules, ops, torch_backend, torch_maps
 from networks.sparse.topology import Level
 from tests import oracle
 
 triton = pytest.importorskip("triton")
-from networks.kernels import attention, code_search, convolution, linear, maps, norm  # noqa: E402
+from networks import losses  # noqa: E402
+from networks.kernels import attention, children, code_search, convolution, errors, linear, maps, norm  # noqa: E402
 from networks.kernels import rows as row_kernels  # noqa: E402
 from networks.quantizer import VectorQuantizer  # noqa: E402
 
@@ -258,3 +259,131 @@ def test_interpreted_voxel_norm_and_its_gradients(channels, programs, silu, gene
     grads = norm.voxel_norm_grads(x, grad, weight, bias, eps=1e-5, silu=silu)
     for mine, reference in zip(grads, truth, strict=True):
         assert_close(mine, reference.grad)
+
+
+@in_interpreter
+@pytest.mark.parametrize("count", [0, 1, 200])
+def test_interpreted_products_end_in_sums_and_gelu(count, generator, assert_close):
+    feats, added = (torch.randn(count, width, generator=generator).half() for width in (24, 40))
+    weight, bias = (torch.randn(40, 24, generator=generator) / 4).half(), torch.randn(40, generator=generator)
+    plain = feats.double() @ weight.double().T + bias.double()
+    half = {"dtype": torch.float16}
+    assert_close(linear.rows_product(feats, weight, bias, added=added), plain + added.double(), **half)
+    before, out = linear.rows_product_gelu(feats, weight, bias)
+    assert_close(before, plain, **half)
+    truth = before.double().requires_grad_()
+    expected = torch.nn.functional.gelu(truth, approximate="tanh")
+    assert_close(out, expected, **half)
+    expected.backward(feats.double() @ weight.double().T)
+    assert_close(linear.rows_product_gelu_grad(feats, weight, before), truth.grad, **half)
+
+
+@in_interpreter
+@pytest.mark.parametrize(("channels", "columns"), [(4, 32), (6, 10), (16, 20), (64, 40)])
+@pytest.mark.parametrize("marked", [False, True])
+def test_interpreted_maps_of_children_equal_rows_laid_side_by_side(channels, columns, marked, generator, assert_close):
+    cells = scattered((9, 7, 8), 200, generator).coarsening
+    width, count, half = channels + marked, len(cells.coarse), {"dtype": torch.float16}
+    fine, grad = torch.randn(200, channels, generator=generator).half(), torch.randn(count, columns).half()
+    weight = (torch.randn(columns, 8 * width, generator=generator) / 8).half()
+    bias = torch.randn(columns, generator=generator)
+    rows = torch.cat([fine.double(), torch.ones(200, int(marked))], 1)
+    laid = torch.cat([rows, torch.zeros(1, width)])[cells.slots].view(count, 8 * width)
+    assert_close(
+        children.gather_product(fine, cells.children, weight, bias, marked=marked),
+        laid @ weight.double().T + bias.double(),
+        **half,
+    )
+    for_weight, for_bias = children.gathered_grads(fine, cells.children, grad, marked=marked)
+    assert_close(for_weight, grad.double().T @ laid, dtype=torch.float32)
+    assert_close(for_bias, grad.double().sum(0), dtype=torch.float32)
+    back = children.scatter_product(grad, weight.T, None, cells.children, num_fine=200, channels=channels)
+    spread = (grad.double() @ weight.double()).view(8 * count, width)[cells.places]
+    assert_close(back, spread[:, :channels], **half)
+    if not marked:
+        for_weight, for_bias = children.scattered_grads(grad, cells.children, fine)
+        assert_close(for_weight, laid.T @ grad.double(), dtype=torch.float32)
+        assert_close(for_bias, laid.sum(0), dtype=torch.float32)
+
+
+def _as_autocast(monkeypatch):
+    """Blocks meet the kernels, and float16 under autocast, on the CPU too."""
+    kernels = {"linear": linear, "norm": norm, "attention": attention, "children": children}
+    monkeypatch.setattr(ops, "fused", lambda name, feats: kernels[name])
+    monkeypatch.setattr(ops, "choose_backend", lambda name, feats, columns: convolution)
+    monkeypatch.setattr(ops, "autocast_dtype", lambda feats: torch.float16)
+
+
+BLOCKS = {
+    "residual": lambda: modules.ResidualBlock(24, norm="voxel", backend="auto"),
+    "transformer": lambda: modules.TransformerBlock(32, num_heads=2, window=4, shift=2),
+    "halving": lambda: modules.Halving(24, 40),
+    "halving marked": lambda: modules.Halving(24, 16, occupancy=True),
+    "doubling": lambda: modules.Doubling(24, 6),
+}
+
+
+@in_interpreter
+@pytest.mark.parametrize("learned", [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_interpreted_blocks_equal_their_layers_one_by_one(kind, learned, generator, assert_close, monkeypatch):
+    torch.manual_seed(0)
+    level = scattered((6, 7, 5), 90, generator)
+    level.__dict__["is_thin"] = False
+    fine = level.coarsening
+    block, exact = BLOCKS[kind](), BLOCKS[kind]().double()
+    for parameter in block.parameters():  # numbers that 16 bits hold, so that roundings of the weights do not count
+        parameter.data = (parameter.data + 0.1 * torch.randn(parameter.shape, generator=generator)).half().float()
+    exact.load_state_dict(block.state_dict())
+    for parameter in (*block.parameters(), *exact.parameters()):
+        parameter.requires_grad_(learned[1])
+    if kind.startswith("halving") or kind == "doubling":
+        block.shortcut.copy_(block.shortcut.half())
+        exact.shortcut.copy_(block.shortcut)
+    at = fine.coarse if kind == "doubling" else level
+    feats = torch.randn(len(at), 32 if kind == "transformer" else 24, generator=generator).half()
+
+    def run(block, feats):
+        x = SparseTensor.on(at, feats.requires_grad_(learned[0]))
+        out = (block(x, fine) if kind == "doubling" else block(x)).feats
+        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(torch.float16).to(out.dtype)
+        out.backward(grad)
+        return [out, x.feats.grad, *(parameter.grad for parameter in block.parameters())]
+
+    expected = run(exact, feats.double())
+    with monkeypatch.context() as patch:
+        _as_autocast(patch)
+        got = run(block, feats.clone())
+    assert got[0].dtype == torch.float16
+    for mine, other in zip(got, expected, strict=True):
+        assert (mine is None) == (other is None)
+        if mine is not None:  # several roundings to float16, one after another
+            assert_close(mine, other, dtype=torch.bfloat16)
+
+
+@in_interpreter
+@pytest.mark.parametrize("sizes", [(1,), (700,), (300, 41), (5, 0, 600)])
+@pytest.mark.parametrize("loss_type", ["l1", "l2", "l1_l2"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_interpreted_errors_of_rows_and_children(sizes, loss_type, weighted, generator, assert_close, monkeypatch):
+    monkeypatch.setattr(errors, "NUMBERS_PER_PROGRAM", 512)
+    levels = [scattered((9, 10, 11), size, generator).coords for size in sizes]
+    coords = torch.cat([at + torch.tensor([i, 0, 0, 0], dtype=torch.int32) for i, at in enumerate(levels)])
+    level = Level.from_coords(coords, (9, 10, 11), len(sizes))[0]
+    values, truth = torch.randn(2, len(level), 3, generator=generator)
+    weights = torch.tensor([1.0, 0.0, 2.5]) if weighted else None
+    logits = 4 * torch.randn(len(level.coarsening.coarse), 8, generator=generator)
+
+    def run(values, logits):
+        values, logits = values.detach(), logits.detach()
+        recon = SparseTensor.on(level, values.requires_grad_())
+        given = {"loss_type": loss_type, "lambda_l2": 0.7 * weighted, "channel_weights": weights}
+        row = losses.reconstruction(recon, SparseTensor.on(level, truth.to(values)), **given)
+        cells = losses.subdivision(logits.requires_grad_(), level.coarsening.occupied, level.coarsening.coarse)
+        (3 * row + 5 * cells).backward()
+        return [row, cells, values.grad, logits.grad]
+
+    monkeypatch.setattr(ops, "fused", lambda name, feats: errors if feats.dtype == torch.float32 else None)
+    got, exact = (run(values.to(kind).clone(), logits.to(kind).clone()) for kind in (torch.float32, torch.float64))
+    for mine, other in zip(got, exact, strict=True):
+        assert_close(mine, other, dtype=torch.float32)

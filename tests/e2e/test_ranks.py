@@ -7,7 +7,17 @@ import time
 import pytest
 
 from app.training import checkpoints
-from tests.runs import STAGE1, assert_same_story, end_of, make_cohort, make_place, run_in, told_by, torchrun
+from tests.runs import (
+    STAGE1,
+    assert_same_story,
+    end_of,
+    make_cohort,
+    make_place,
+    run_in,
+    told_by,
+    torchrun,
+    torchrun_of_nodes,
+)
 
 STEPS = {"warmup_steps": 4, "max_steps": 6, "i_save": 3, "val_interval": 3}
 BOTH = f"['{STAGE1}','bundles/multi_gpu.json']"
@@ -41,6 +51,17 @@ def test_two_processes_tell_the_story_of_one(data, alone, place, start_process):
     end = run_in(place, dataset_dir=data, output_dir="out", batch_size_per_gpu=2, resume="latest", **STEPS)
     assert end.status == 0 and "resumed at step 3" in end.out
     assert_same_story(told_by(out), told_by(alone))
+
+
+@pytest.mark.slow
+def test_two_nodes_tell_the_story_of_one_process(data, alone, place, start_process):
+    settings = {"dataset_dir": data, "output_dir": "out", **STEPS}
+    nodes = [start_process(BOTH, launcher=launcher, **settings) for launcher in torchrun_of_nodes(2)]
+    ends = [end_of(node) for node in nodes]
+    assert [end.status for end in ends] == [0, 0], ends[0].err + ends[1].err
+    assert_same_story(told_by(place / "out"), told_by(alone))
+    assert sum(end.out.count("Step 6: loss=") for end in ends) == 1, "one voice over all nodes"
+    assert checkpoints.complete_steps(place / "out") == [0, 3, 6]
 
 
 @pytest.mark.slow

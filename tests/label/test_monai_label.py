@@ -3,17 +3,15 @@
 import base64
 import concurrent.futures
 import contextlib
+import io
 import json
-import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
 import nibabel
 import numpy as np
@@ -21,105 +19,18 @@ import pydicom
 import pytest
 
 from app.export.export import write_bundle
-from app.tokens.commands import onto_grid, write_nifti
-from app.tokens.open_scan import Volume
-from app.tokens.token_files import read_tokens
+from app.tokens.commands import onto_grid
 from app.tokens.tokenizer import CTTokenizer
-from tests import alignments, scans
+from tests import scans
 from tests import tiny_tokenizer as tiny
+from tests.label_server import PATIENT, SECONDS_TO_START, end, start, tokens_of, wait_for
 from tests.runs import ROOT
 
 pytestmark = pytest.mark.label
 requests = pytest.importorskip("requests")
 pytest.importorskip("monailabel")
-PATIENT = "Doe_John_19700101"
-SECONDS_TO_START = 120
 WITH_A_GAP = "1.2.3.5"
 ORTHANC_DICOMWEB = "/usr/share/orthanc/plugins/libOrthancDicomWeb.so"  # as Debian has it
-
-
-class Server(NamedTuple):
-    url: str
-    log: Path
-    home: Path  # what the server calls the folder of temporary files
-
-    def ask(self, model, **given):
-        return requests.post(f"{self.url}/infer/{model}", timeout=120, **given)
-
-
-def start(app: Path, studies: Path, place: Path, *, conf: dict, options=()):
-    """The command of the docs, in a folder that holds nothing."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(app), "--studies", str(studies)]
-    command += ["--port", str(port), *options]
-    for name, value in conf.items():
-        command += ["--conf", name, str(value)]
-    place.mkdir()
-    kept = {**os.environ, "TMPDIR": str(place), "MONAI_LABEL_SESSION_PATH": str(place / "sessions")}
-    kept.pop("PYTHONPATH", None)
-    log = place / "server.log"
-    with open(log, "w") as out:
-        process = subprocess.Popen(command, cwd=place, env=kept, stdout=out, stderr=subprocess.STDOUT)
-    return process, Server(f"http://127.0.0.1:{port}", log, place)
-
-
-def wait_for(process, server):
-    for _ in range(SECONDS_TO_START):
-        try:
-            return requests.get(f"{server.url}/info/", timeout=5)
-        except requests.ConnectionError:
-            assert process.poll() is None, server.log.read_text()[-3000:]
-            time.sleep(1)
-    raise AssertionError(server.log.read_text()[-3000:])
-
-
-def end(process):
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait(timeout=20)
-    except subprocess.TimeoutExpired:
-        process.kill()
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """An aligned model with its tokenizer."""
-    folder = alignments.make_home(tmp_path_factory.mktemp("home"))
-    alignments.align(folder, folder / "aligned")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def studies(tmp_path_factory):
-    """A NIfTI and a DICOM series in a zip and in a folder, all named after a patient."""
-    folder = tmp_path_factory.mktemp("studies")
-    write_nifti(folder / f"{PATIENT}.nii.gz", Volume(tiny.hu_volume(), tiny.AFFINE))
-    series = scans.write_series(folder / "series", scans.series(PatientName=PATIENT))
-    with zipfile.ZipFile(folder / "dicom.zip", "w") as packed:
-        for file in sorted(series.rglob("*")):
-            packed.write(file, file.name)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(home, studies, tmp_path_factory):
-    conf = {"tokenizer": home / "tokenizer.pt", "align": home / "aligned", "max_upload_mb": 4}
-    process, started = start(ROOT / "app", studies, tmp_path_factory.mktemp("place") / "run", conf=conf)
-    try:
-        wait_for(process, started)
-        yield started
-    finally:
-        end(process)
-
-
-@pytest.fixture(scope="module")
-def expected(home, studies):
-    """Tokens and reconstruction as they are made without a server."""
-    ct = CTTokenizer.from_pretrained(home / "tokenizer.pt")
-    tokens = ct.encode(studies / f"{PATIENT}.nii.gz")
-    return tokens, onto_grid(ct.decode(tokens), tokens.source_shape, tokens.source_affine)
 
 
 @pytest.fixture(scope="module")
@@ -185,15 +96,9 @@ def test_a_series_of_a_dicomweb_server_gives_the_tokens_of_its_files(home, dicom
     assert not list((tmp_path / "run").rglob("*.dcm"))
 
 
-def tokens_of(answer, folder):
-    file = folder / "answer.npz"
-    file.write_bytes(base64.b64decode(answer.json()["npz"]))
-    return read_tokens(file)
-
-
 def test_info_shows_models_and_options(server):
     models = requests.get(f"{server.url}/info/", timeout=10).json()["models"]
-    assert list(models) == ["tokenize", "reconstruct", "ask", "report"]
+    assert list(models) == ["tokenize", "reconstruct", "ask", "report", "show_answer"]
     assert models["reconstruct"]["config"]["window"][:2] == ["HU", "lung"]
     assert models["ask"]["config"] == {"question": "", "max_3d_tokens": [40, 20, 10], "max_new_tokens": 256}
 
@@ -273,12 +178,23 @@ def test_two_at_once_get_their_own_answers(server, expected, tmp_path):
     assert "answer" in done[1].json() and done[2].json()["provenance"] != done[0].json()["provenance"]
 
 
+def packed(name, content):
+    """An archive with one member."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, content)
+    return stream.getvalue()
+
+
 @pytest.mark.parametrize(
     ("model", "given", "status", "code"),
     [
         ("tokenize", {"files": {"file": ("x.nii.gz", b"no scan")}}, 422, "CORRUPT_FILE"),
         ("tokenize", {"files": {"file": ("x.zip", b"PK\x03\x04")}}, 422, "CORRUPT_FILE"),
         ("tokenize", {"files": {"file": ("x.npz", b"no tokens")}}, 422, "DAMAGED_TOKENS"),
+        ("tokenize", {"files": {"file": ("x.zip", packed("../../x.dcm", b"1"))}}, 422, "UNSAFE_ARCHIVE"),
+        ("tokenize", {"files": {"file": ("x.zip", packed("x.dcm", bytes(50 << 20)))}}, 422, "UNSAFE_ARCHIVE"),
+        ("tokenize", {"files": {"file": ("../../x.nii.gz", b"no scan")}}, 422, "CORRUPT_FILE"),
         ("tokenize", {"files": {"file": ("x.txt", b"a letter about a patient")}}, 422, "NO_CASES"),
         ("tokenize", {"params": {"image": "/etc/passwd"}}, 404, "NO_SOURCE"),
         ("tokenize", {"params": {"image": "../../etc/passwd"}}, 404, "NO_SOURCE"),
@@ -340,11 +256,12 @@ def test_a_request_while_the_language_model_loads_waits_for_it(home):
     assert isinstance(told["answer"], str)
 
 
-def test_an_exported_bundle_serves_in_monai_labels_own_app(home, studies, expected, tmp_path):
-    """Dense HU through the inferer of its inference.json."""
+@pytest.mark.parametrize("tokenizer", ["tiny", "ct_base"])
+def test_an_exported_bundle_serves_in_monai_labels_own_app(tokenizer, home, studies, tmp_path):
+    """Dense HU through the inferer of its inference.json; of a tiny tokenizer, and of the one that ships."""
     app = tmp_path / "monaibundle"
     shutil.copytree(Path(sys.prefix, "monailabel", "sample-apps", "monaibundle"), app)
-    made = CTTokenizer.from_pretrained(home / "tokenizer.pt")
+    made = CTTokenizer.from_pretrained(home / "tokenizer.pt" if tokenizer == "tiny" else tokenizer)
     write_bundle(app / "model" / "ct_tokens", made, name="ct_tokens", align=None, settings=None)
     conf = {"models": "ct_tokens", "zoo_source": "ngc", "sam2": "false", "skip_trainers": "true"}
     process, server = start(app, studies, tmp_path / "run", conf=conf, options=("--host", "127.0.0.1"))
@@ -352,9 +269,11 @@ def test_an_exported_bundle_serves_in_monai_labels_own_app(home, studies, expect
         assert list(wait_for(process, server).json()["models"]) == ["ct_tokens"]
         answer = server.ask("ct_tokens", params={"image": PATIENT, "output": "image"})
         assert answer.status_code == 200, server.log.read_text()[-3000:]
-        (tmp_path / "back.nii.gz").write_bytes(answer.content)
-        image = nibabel.load(tmp_path / "back.nii.gz")
-        assert np.allclose(image.affine, expected[0].source_affine, atol=1e-3)
-        assert np.abs(np.asarray(image.dataobj) - np.rint(expected[1].hu)).max() <= 1
     finally:
         end(process)
+    (tmp_path / "back.nii.gz").write_bytes(answer.content)
+    image = nibabel.load(tmp_path / "back.nii.gz")
+    tokens = made.encode(studies / f"{PATIENT}.nii.gz")
+    expected = onto_grid(made.decode(tokens), tokens.source_shape, tokens.source_affine)
+    assert np.allclose(image.affine, tokens.source_affine, atol=1e-3)
+    assert np.abs(np.asarray(image.dataobj) - np.rint(expected.hu)).max() <= 1

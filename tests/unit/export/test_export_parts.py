@@ -86,7 +86,7 @@ def test_configs_name_the_bundles_code_alone_and_come_with_their_files():
         if name != "multi_gpu_train.json":
             assert config["initialize"][0] == configs.ON_PATH
     train = made["train.json"]
-    assert train["resolution"] == 48 and train["keep"] == "body" and train["init_from"] == configs.WEIGHTS
+    assert train["resolution"] == 80 and train["keep"] == "body" and train["init_from"] == configs.WEIGHTS
     assert "ask.json" not in configs.make_configs(bundles_folder(), preset("tiny"), package="p", aligned=False)
 
 
@@ -99,7 +99,7 @@ def test_metadata_obey_the_vendored_schema_and_state_what_a_scan_must_be():
     jsonschema.validate(made, json.loads((bundles_folder() / SCHEMA).read_text()))
     assert base["version"] == made["version"] == VERSION
     assert made["tokenizer"] == {
-        "sha256": "ab", "orientation": "RAS", "resolution": 48, "spacing": 8.0, "windows": ["lung", "bone"],
+        "sha256": "ab", "orientation": "RAS", "resolution": 80, "spacing": 5.0, "windows": ["lung", "bone"],
         "features": "window", "keep": "body", "num_embeddings": 256, "quantizer_levels": 1, "prepared": None,
         "hu_range": [-1350, 1050],
     }  # fmt: skip

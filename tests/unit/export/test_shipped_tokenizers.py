@@ -1,6 +1,7 @@
 """Tokenizers that ship: made from a run as float16, known by name everywhere, read only as they were made."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -13,7 +14,10 @@ from typer.testing import CliRunner
 from app.__main__ import app
 from app.evaluation.tokenizer_evaluation import TokenizerEvaluation
 from app.export import pretrained
+from app.export.export import write_bundle
 from app.language.align_setup import FrozenTokenizer
+from app.language.align_training import place_of
+from app.language.assistant import tokenizer_of
 from app.serving.served import Served
 from app.shared.places import bundles_folder
 from app.shared.refusals import Refused
@@ -94,6 +98,54 @@ def test_where_none_is_named_the_newest_run_goes_before_the_one_that_ships(folde
     save(make_network(), Path("outputs/vq_stage1"))
     assert find_tokenizer(None).parent == Path("outputs/vq_stage1/ckpts")
     assert Path(Served().tokenizer.source).parent == Path("outputs/vq_stage1/ckpts")
+
+
+def test_a_stage_that_learned_from_phantoms_is_not_taken_for_ones_own_scans(folder, caplog):
+    """Whoever tried the demo first has a tokenizer of phantoms in outputs/; it is passed over, and that is said."""
+    caplog.set_level("INFO")
+    phantoms, own = Path("outputs/vq_stage2"), Path("outputs/vq_stage1")
+    (save(make_network(), phantoms) / "config.json").write_text(json.dumps({"dataset_dir": None}))
+    assert find_tokenizer(None) == find_tokenizer("ct_base")
+    assert "outputs/vq_stage2 learned from built-in phantoms: taking ct_base" in caplog.text
+    assert FrozenTokenizer(None, demo=False, device=torch.device("cpu")).file == find_tokenizer("ct_base")
+    assert find_tokenizer(None, for_phantoms=True).parent == phantoms / "ckpts"  # the demo goes on with its own
+    assert FrozenTokenizer(None, demo=True, device=torch.device("cpu")).file.parent == phantoms / "ckpts"
+    (save(make_network(), own) / "config.json").write_text(json.dumps({"dataset_dir": "/scans"}))
+    newest = (phantoms / "ckpts/misc_step0000005.pt").stat().st_mtime + 100
+    os.utime(phantoms / "ckpts/misc_step0000005.pt", (newest, newest))
+    assert find_tokenizer(None).parent == own / "ckpts"
+
+
+def test_what_learned_from_phantoms_is_taken_where_nothing_ships(folder, monkeypatch):
+    (save(make_network(), Path("outputs/vq_stage2")) / "config.json").write_text('{"dataset_dir": null}')
+    monkeypatch.setattr("app.training.shipped.pretrained_folder", lambda: Path("none"))
+    assert find_tokenizer(None).parent == Path("outputs/vq_stage2/ckpts")
+
+
+def test_an_alignment_names_what_ships_and_so_finds_it_on_another_machine(folder, tmp_path):
+    frozen = FrozenTokenizer("ct_base", demo=False, device=torch.device("cpu"))
+    record = {"tokenizer_path": place_of(frozen), "tokenizer": frozen.hash}
+    assert record["tokenizer_path"] == "ct_base"
+    assert tokenizer_of(tmp_path / "carried", record) == str(folder / "ct_base")
+    elsewhere = {**record, "tokenizer_path": "/home/other/site-packages/bundles/pretrained/ct_base/model.safetensors"}
+    assert tokenizer_of(tmp_path, elsewhere) == str(folder / "ct_base")  # as it was recorded before
+    own = {"tokenizer_path": "/home/other/outputs/vq_stage2", "tokenizer": "0" * 64}
+    assert tokenizer_of(tmp_path, own) == "/home/other/outputs/vq_stage2"
+
+
+def test_credit_goes_along_with_weights_that_leave_and_with_those_of_a_bundle_of_them(folder, tmp_path):
+    """Of scans under CC BY: whoever passes the weights on has to name whose they were."""
+    first = tmp_path / "first"
+    write_bundle(first, CTTokenizer.from_pretrained("ct_base"), name="first", align=None, settings=None)
+    again = CTTokenizer.from_pretrained(first)
+    write_bundle(tmp_path / "second", again, name="second", align=None, settings=None)
+    for bundle in (first, tmp_path / "second"):
+        assert CREDITS in (bundle / "docs" / "CREDIT.md").read_text()
+        assert "[CREDIT.md](CREDIT.md) names the data" in (bundle / "docs" / "README.md").read_text()
+    own = CTTokenizer.from_pretrained(tmp_path / "runs" / "vq_stage2")
+    write_bundle(tmp_path / "own", own, name="own", align=None, settings=None)
+    assert not (tmp_path / "own" / "docs" / "CREDIT.md").exists()
+    assert "who exported this bundle knows" in (tmp_path / "own" / "docs" / "README.md").read_text()
 
 
 def test_a_card_of_what_ships_is_written_here_and_not_into_the_installation(folder, dataset, tmp_path):

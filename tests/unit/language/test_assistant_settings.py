@@ -11,13 +11,19 @@ GOOD = {
     "tokenizer": "ab" * 32, "tokenizer_path": "outputs/vq_stage1", "in_features": 8, "projector_layers": 1,
     "position_scale": 0.02, "base_model": {"name": None, "built": "qwen2_vl"}, "amp": "off", "max_text_tokens": 512,
     "max_3d_tokens": 2048, "token_reduction": "pool", "use_3d_pos": True, "position": "1d", "fusion": "placeholder",
-    "use_lora": False,
+    "use_lora": False, "levels": None,
 }  # fmt: skip
 
 
 def test_settings_as_a_run_writes_them_are_taken(tmp_path):
     (tmp_path / "train_args.json").write_text(json.dumps(GOOD))
     assert read_settings(tmp_path) == GOOD
+
+
+def test_where_levels_were_not_recorded_the_first_was_read(tmp_path):
+    older = {name: value for name, value in GOOD.items() if name != "levels"}
+    (tmp_path / "train_args.json").write_text(json.dumps(older))
+    assert read_settings(tmp_path) == {**GOOD, "levels": 1}
 
 
 @pytest.mark.parametrize(
@@ -39,6 +45,8 @@ def test_settings_as_a_run_writes_them_are_taken(tmp_path):
         ("tokenizer", None),
         ("tokenizer_path", 3),
         ("amp", {}),
+        ("levels", 0),
+        ("levels", "all"),
     ],
 )
 def test_a_wrong_value_is_one_line_that_names_it(tmp_path, name, value):

@@ -1,5 +1,7 @@
 """Whole volumes in parts and tiles give what they give at once."""
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -107,3 +109,37 @@ def test_more_than_one_volume_is_refused(generator):
         decode_whole(network, network.encode(pair))
     with pytest.raises(ValueError, match="got 2 volumes"):
         encode_whole(network, pair, max_points=1)
+
+
+@pytest.mark.parametrize("pool", ["children", "mean"])
+def test_parts_are_gone_before_the_next_layers_run(pool, generator):
+    """Beside the joined half they would stand in memory once more, where layers need most."""
+    network, x = tiny(generator, pool=pool, norm="voxel"), volume(generator)
+    block, seen = network.encoder.downsample[0], []
+
+    def count(_module, given):
+        rows = len(given[0])
+        tensors = [item for item in gc.get_objects() if isinstance(item, torch.Tensor) and item.ndim == 2]
+        wide = [item for item in tensors if item.shape[1] == given[0].feats.shape[1] and item.is_floating_point()]
+        parts = {item.data_ptr(): len(item) for item in wide if rows // 100 < len(item) < rows}
+        seen.append(sum(parts.values()) / rows)
+
+    next_layers = block.residual if pool == "children" else block.out_layers
+    with next_layers.register_forward_pre_hook(count):
+        encode_whole(network, x, max_points=5000)
+    assert len(seen) == 1 and seen[0] < 0.1  # the last one at most
+
+
+@pytest.mark.gpu
+def test_what_is_as_large_as_the_volume_stands_in_the_hosts_memory(generator):
+    network, x = tiny(generator, pool="children", norm="voxel"), volume(generator)
+    expected = network.encode(x)
+    whole = network.decode(expected)
+    network.to("cuda")
+    tokens = encode_whole(network, x, max_points=5000)  # x stays where it is
+    assert tokens.codes.is_cuda and float((tokens.codes.cpu() == expected.codes).float().mean()) > 0.99
+    on_card = expected._replace(codes=expected.codes.cuda(), coords=expected.coords.cuda())
+    tiled = decode_whole(network, on_card, max_points=512 * 100).values
+    assert not tiled.feats.is_cuda and not tiled.coords.is_cuda
+    assert tiled.level.same_as(whole.level) and (tiled.feats - whole.feats).abs().max() < 2e-2
+    assert decode_whole(network, on_card).values.feats.is_cuda  # one tile: nothing is moved

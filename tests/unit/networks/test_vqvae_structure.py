@@ -26,12 +26,24 @@ def test_a_step_leaves_no_maps_behind():
     gc.disable()
     try:
         x = SparseTensor(torch.rand(4096, 4), coords, (16, 16, 16), 1)
-        levels = [weakref.ref(level) for level in (x.level, x.level.coarsening.coarse, x.level.prepare(3))]
+        levels = [weakref.ref(level) for level in (x.level, x.level.coarsening.coarse, x.level.prepare(*(True,) * 4))]
         TokenizerLoss()(network(x), x)["loss"].backward()
         del x
         assert [level() for level in levels] == [None, None, None]
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("pool", ["children", "mean", "legacy"])
+def test_neighbours_are_looked_up_exactly_where_convolutions_are_said_to_run(pool):
+    network = make_vqvae("tiny", pool=pool)
+    coords = torch.nn.functional.pad(torch.ones(16, 16, 16).nonzero(), (1, 0))
+    x = SparseTensor(torch.rand(4096, 4), coords, (16, 16, 16), 1)
+    network(x)
+    levels = [x.level]
+    for _ in range(3):
+        levels.append(levels[-1].coarsening.coarse)
+    assert tuple("_neighbourhood" in level.__dict__ for level in levels) == network.sizes.convolved
 
 
 def test_the_published_structure_is_pinned():
@@ -70,7 +82,8 @@ def test_weights_older_than_the_choice_of_norms_keep_theirs():
         "large": "voxel",
         "direct3d_s2": "sample",
     }
-    older = [field.name for field in dataclasses.fields(Preset) if field.name not in ("norm", "prepared", "resampler")]
+    newer = ("norm", "prepared", "resampler", "pca")
+    older = [field.name for field in dataclasses.fields(Preset) if field.name not in newer]
     for sizes in (preset("tiny").changed(norm="sample"), preset("direct3d_s2")):
         stored = sizes.to_tensor()
         assert list(json.loads(bytes(stored.tolist()))) == older, "the hash of a tokenizer is over these bytes too"

@@ -130,6 +130,17 @@ def test_language_models_read_the_first_level(tokenizer):
     batch = {"coords": seen.coords, "feats": seen.feats, "spatial_shape": seen.spatial_shape, "batch_size": 1}
     feats, _, codes = extract_3d_latent_and_indices(batch, tokenizer.network)
     assert torch.equal(feats, tokenizer.network.vq.levels[0].codebook[codes.long()])
+    assert torch.equal(reduce(tokenizer.encode(scan)).feats, feats)
+
+
+def test_language_models_read_the_sum_of_as_many_levels_as_they_are_told(tokenizer):
+    scan, lookup = Volume(hu_volume(), AFFINE), tokenizer.network.vq.lookup
+    whole, width = tokenizer.encode(scan), tokenizer.sizes.latent_channels
+    for levels in (1, 2, 4):
+        feats = Reducer(lookup, width=width, levels=levels)(whole).feats
+        assert torch.equal(feats, lookup(torch.from_numpy(whole.first_levels(levels)).long()))
+    with pytest.raises(Refused, match=r"levels must lie in 1..2, the levels of these tokens, got 4"):
+        Reducer(lookup, width=width, levels=4)(tokenizer.encode(scan, levels=2))
 
 
 def test_the_commands_take_levels_and_name_those_that_are_not_there(network, dataset, tmp_path):

@@ -35,20 +35,24 @@ def resolved(monkeypatch, stage, *flags, overlay=None):
 
 @pytest.mark.parametrize(
     ("stage", "steps", "rate", "loss"),
-    [("vae", 800, 3e-3, "l1_l2"), ("vq_stage1", 300, 3e-3, "l1_l2"), ("vq_stage2", 150, 5e-4, "l1_l2")],
+    [("vae", 700, 3e-3, "l1_l2"), ("vq_stage1", 100, 3e-3, "l1_l2"), ("vq_stage2", 150, 5e-4, "l1_l2")],
 )
 def test_without_data_it_is_the_demo(monkeypatch, stage, steps, rate, loss):
     config = resolved(monkeypatch, stage)
     assert config["demo"] is True and config["preset"] == "tiny" and config["dataset_dir"] is None
     assert (config["max_steps"], config["learning_rate"], config["loss_type"]) == (steps, rate, loss)
-    assert (config["max_shift"], config["norm"], config["num_workers"]) == (0.084, "sample", 0)
-    assert (config["resolution"], config["spacing"], config["max_points"]) == (48, 8.0, None)
-    assert (config["i_print"], config["i_save"], config["val_interval"]) == (25, 150, 150)
+    assert (config["max_shift"], config["pca"], config["num_workers"]) == (0.05, True, 0)
+    assert (config["resolution"], config["spacing"], config["max_points"]) == (80, 5.0, 40_000)
+    interval = {"vae": 350, "vq_stage1": 100, "vq_stage2": 150}[stage]
+    assert (config["i_print"], config["i_save"], config["val_interval"]) == (25, interval, interval)
+    assert config["window_weights"] == [1, 1, 0.25, 0.05]
     assert config["lr_scheduler"] == "one_cycle" and config["batch_size_per_gpu"] == 1
     if stage == "vq_stage1":
-        assert config["warmup_steps"] == 800
+        assert config["warmup_steps"] == 700
+    if stage != "vq_stage2":
+        assert config["lambda_kl"] == 0.03
     if stage != "vae":
-        assert config["quantizer_levels"] == 2
+        assert config["quantizer_levels"] == 12
 
 
 @pytest.mark.parametrize(
@@ -167,7 +171,7 @@ def test_the_network_is_built_from_the_file_alone(stage, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     parser = ConfigParser(raw(stage))
     network = parser.get_parsed_content("network_def")
-    assert type(network).__name__ == "SparseVQVAE" and network.sizes.resolution == 48
+    assert type(network).__name__ == "SparseVQVAE" and network.sizes.resolution == 80
     assert (network.vq is None) == (stage == "vae") and not list(tmp_path.iterdir())
 
 
