@@ -231,12 +231,10 @@ def main() -> None:
     args = parser.parse_args()
     files = sorted(file for file in args.meshes.iterdir() if file.suffix.lower() in READERS)
     sides = [int(side) for side in args.sides.split(",")]
-    right = [] if args.skip_right else closed_forms()
-    right += (
-        []
-        if args.skip_right
-        else [against_others(file, side, args.peer_points) for file in files for side in sides if side <= 512]
-    )
+    right = []
+    if not args.skip_right:
+        right += closed_forms()
+        right += [against_others(file, side, args.peer_points) for file in files for side in sides if side <= 512]
     columns = {"what": "what", "side": "side", "voxels": "voxels", "largest error, voxels": "error"}
     sys.stdout.write(table(right, {**columns, "of it by facets": "facets", "wrong signs": "wrong"}) + "\n\n")
     assert not sum(row["wrong"] for row in right)
