@@ -15,7 +15,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from app.shared.hashes import hash_path
 from app.shared.refusals import Refused
 
 MAX_MEMBERS = 100_000
@@ -151,7 +150,10 @@ def hash_of(refs: list[Ref] | tuple[Ref, ...]) -> str:
 
 
 def _file_hash(ref: Ref) -> bytes:
-    return hashlib.sha256(_read_member(ref)).digest() if ref.member else bytes.fromhex(hash_path(ref.path))
+    if ref.member:
+        return hashlib.sha256(_read_member(ref)).digest()
+    with open(ref.path, "rb") as stream:  # a folder that cannot be looked into is one of these too, and is refused
+        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def sniff(ref: Ref) -> str:

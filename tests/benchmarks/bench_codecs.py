@@ -2,13 +2,11 @@
 
     python -m tests.benchmarks.bench_codecs --tokenizer ct_base --dataset DATA --levels 1 1.5 2 4 --out rows.json
 
-x265 runs where PyAV is installed (`pip install av`): its wheel holds GPL parts, so it is in no requirement of this
-project. Bits of a volume are those of its packed token file, header and all (app/tokens/rate.py), over the voxels of
-the body; the codecs get the same body, cut to its box, and are read off between the two settings on either side of the
-same bits (app/measures/codecs.py). Each row also says at what share of our bits x265 is as good: under 1 it wins, over
-1 it needs more. Errors are over the body, and by tissue for ours. A case that is done stays in the file: a second call
-goes on where the first ended. `--known FOLDER` keeps what codecs gave at each setting, which does not depend on the
-tokenizer: with other weights ours alone is computed again. A fraction of levels is a mean over the cells.
+x265 runs where PyAV is installed (`pip install av`); its wheel holds GPL parts, so no requirement of ours names it.
+Our bits are those of the packed token file, header and all (app/tokens/rate.py), over the voxels of the body; codecs
+get that body's box and are read off between the settings on either side of our bits (app/measures/codecs.py). What is
+done stays in the file: a second call goes on where the first ended. `--known FOLDER` keeps what codecs gave, which does
+not depend on the tokenizer. A fraction of levels is a mean over the cells.
 """
 
 import argparse
