@@ -29,7 +29,7 @@ class Sizes(NamedTuple):
     steps: Mapping[str, int] = {"vae": 700, "vq_stage1": 100, "vq_stage2": 150}
     tokenizer: Mapping[str, Any] = {}  # further keys of the three stages
     codebook: Mapping[str, Any] = {}  # of stages 1 and 2
-    align: Mapping[str, Any] = {}  # further keys of align
+    align: Mapping[str, Any] = {"num_phantoms": 600}  # further keys of align
     num_asked: int = 60  # phantoms that judge the answers
 
 

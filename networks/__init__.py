@@ -4,7 +4,8 @@ from networks.fsq import FiniteScalarQuantizer
 from networks.projector import Projector
 from networks.quantizer import VectorQuantizer
 from networks.residual import ResidualQuantizer, build_quantizer
-from networks.vqvae import Decoder, Encoder, SparseVQVAE, SubdivisionHeads, make_vqvae
+from networks.support import SubdivisionHeads
+from networks.vqvae import Decoder, Encoder, SparseVQVAE, make_vqvae
 
 __all__ = [
     "Decoder",

@@ -9,11 +9,10 @@ head per level when only tokens are given.
 
 import dataclasses
 from collections.abc import Callable
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int, Int32
+from jaxtyping import Float, Int, Int32
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,14 +23,10 @@ from networks.fsq import FiniteScalarQuantizer
 from networks.presets import NUM_RESIDUAL, Preset, preset
 from networks.quantizer import Quantized, VectorQuantizer
 from networks.residual import ResidualQuantizer, build_quantizer, drawn_levels
-from networks.sparse.modules import Linear, RowLinear, TransformerBlock, layer_norm, position_encoding
+from networks.sparse.modules import Linear, TransformerBlock, layer_norm, position_encoding
 from networks.sparse.tensor import SparseTensor
 from networks.sparse.topology import Coarsening, Level
-from networks.support import Support, children_of, plan_of
-
-# From which logit on a child is decoded, by features. Where a voxel of a body lacks, air stands for it, 1000 HU off;
-# one too many shows what lies beside the body. So one chance in twenty is enough; the band of a distance stays thin.
-LEAST_LOGIT = MappingProxyType({"window": -3.0, "sdf": 0.0})
+from networks.support import SubdivisionHeads, Support, children_of, plan_of
 
 # What the decoder asks at each level: the index (0 is the coarsest) and its features there.
 ChooseCells = Callable[[int, SparseTensor], Coarsening]
@@ -204,29 +199,6 @@ class Decoder(_Torso):
         x = self.out_layer(x)
         values = x.feats.float() if linear is None else x.feats.float() + before_tanh(linear.feats)
         return x.replace(torch.tanh(values))
-
-
-class SubdivisionHeads(nn.ModuleList):
-    """Per level eight logits a voxel: which of its children exist."""
-
-    def __init__(self, sizes: Preset):
-        channels = (sizes.model_channels, *sizes.widths[:0:-1])
-        super().__init__(RowLinear(width, 8) for width in channels)
-        self.sizes = sizes
-
-    def choose(
-        self, i: int, x: SparseTensor, *, fine_shape: tuple[int, int, int]
-    ) -> tuple[Coarsening, Bool[Tensor, " M"]]:
-        """Children inside the grid that are likely enough, else the likeliest one; also where that was needed."""
-        logits = self[i](x.feats.float())
-        octants = torch.arange(8, device=logits.device)
-        children = 2 * x.coords[:, None, 1:] + torch.stack([octants >> 2, (octants >> 1) & 1, octants & 1], 1)
-        inside = (children < torch.tensor(fine_shape, device=logits.device)).all(2)
-        logits = logits.masked_fill(~inside, -torch.inf)
-        occupied = logits > LEAST_LOGIT[self.sizes.features]
-        barren = ~occupied.any(1)
-        occupied[barren, logits[barren].argmax(1)] = True
-        return x.level.subdivide(occupied, fine_shape), barren
 
 
 class SparseVQVAE(nn.Module):

@@ -32,7 +32,9 @@ def make_volume(seed: int) -> Volume:
 def make_home(home: Path) -> Path:
     """A tokenizer, a Qwen3-VL on disk, and a manifest of token files with questions and reports."""
     torch.manual_seed(0)
-    network = make_vqvae("tiny", resolution=32, spacing=8.0, keep="nonzero", num_embeddings=16, num_blocks=1)
+    network = make_vqvae(
+        "tiny", resolution=32, spacing=8.0, latent_channels=16, keep="nonzero", num_embeddings=16, num_blocks=1
+    )
     torch.save(network.state_dict(), home / "tokenizer.pt")
     ct = CTTokenizer.from_pretrained(home / "tokenizer.pt")
     lines = []

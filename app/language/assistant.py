@@ -279,6 +279,8 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise Refused("NO_ALIGNMENT", f"{file} is damaged", "align again")
     for name, rule in SETTINGS.items():
         value = settings[name]
+        if value is None and rule.optional:
+            continue
         if not rule.allows(value) or (isinstance(value, int) and value > MAX_NUMBER):
             what = f"{file} must have {rule.says} as its {name}, it has {str(value)[:40]}"
             raise Refused("NO_ALIGNMENT", what, "copy the folder again, or align again")

@@ -92,22 +92,17 @@ def tokenize(
         except ValueError as error:
             entries.append(_refused(scan.name, error))
             continue
-        entries.append(
-            {
-                "case": scan.name,
-                "status": "ok",
-                "codes": _codes_of(tokens),
-                "tokens": str(path),
-                "count": len(tokens.codes),
-                "bits": bits.as_json(tokens=len(tokens.codes), voxels=tokens.voxels),
-                "message": "" if kept is None else "there already",
-            }
-        )
+        entries.append(_tokenized(path, scan.name, tokens, bits) | {"message": "" if kept is None else "there already"})
     return _summary(entries, made)
 
 
+def _tokenized(path: Path, name: str, tokens: CTTokens, bits: Any) -> dict[str, Any]:
+    told = {"case": name, "status": "ok", "codes": _codes_of(tokens), "tokens": str(path), "count": len(tokens.codes)}
+    return told | {"bits": bits.as_json(tokens=len(tokens.codes), voxels=tokens.voxels)}
+
+
 def _ahead(
-    sources: Sequence[ScanSource], look: Callable[[ScanSource], Any] | None, device: torch.device
+    sources: Sequence[Any], look: Callable[[Any], Any] | None, device: torch.device
 ) -> Iterator[Callable[[], Any]]:
     """For each source a call that gives `look` of it. Beside a card the next ones are looked at while it computes."""
     if look is None or device.type != "cuda":

@@ -34,9 +34,8 @@ def residual_block(
     x: SparseTensor, layers: tuple[Affine, Affine, Affine, Affine], *, backend: str
 ) -> SparseTensor | None:
     """x + conv(norm(conv(norm(x)))), norms over each voxel's own channels and SiLU after them."""
-    norm, weight = ops.fused("norm", x.feats), layers[1].weight
-    dtype = ops.autocast_dtype(x.feats)
-    if not norm or not len(x) or x.feats.dtype != (dtype or weight.dtype) or weight.dtype != torch.float32:
+    norm, weight, dtype = ops.fused("norm", x.feats), layers[1].weight, ops.autocast_dtype(x.feats)
+    if not norm or not len(x) or x.feats.dtype != dtype or weight.dtype != torch.float32:
         return None
     conv = ops.choose_backend(backend, x.feats, weight.shape[2])
     if conv is not ops.backend_module("triton"):
@@ -243,8 +242,6 @@ def _error_of_children(kernels: ModuleType, device: torch.device) -> float:
 
 def _rounded(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """The weights in the features' type, all in one go."""
-    if weights[0].dtype == dtype:
-        return list(weights)
     copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
     torch._foreach_copy_(copies, list(weights))
     return copies

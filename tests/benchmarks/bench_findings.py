@@ -3,12 +3,9 @@
     python -m tests.benchmarks.bench_findings outputs/vq_stage1 [--cases 24] [--levels N] [--probe 200]
 
 Contrast is the mean HU inside a finding (a sphere of 0.7 of its radius, of 0.6 voxels at least) minus that of the organ
-around it, both on the tokenizer's grid: what a blurred or absent finding has lost is missing from it. The truth is on
-the same grid, so what the spacing alone takes is not counted. Beside it the same with codes shuffled within the case.
-
-With `--probe` a linear discriminant of token vectors, fitted on so many phantoms and judged on half as many others,
-says of each cell whether the centre of a finding lies in it, and by the cell that looks most like one whether a side
-has any: area under the curve, .5 is chance; of sides also balanced accuracy at the threshold that was best in fitting.
+around it, of what is decoded over that of the truth on the tokenizer's grid; beside it with codes shuffled in the case.
+`--probe`: a linear discriminant of token vectors, fitted on so many phantoms, judged on half as many: whether a cell
+holds the centre of a finding, and by its likeliest cell whether a side has any; areas under the curve, .5 is chance.
 """
 
 import argparse

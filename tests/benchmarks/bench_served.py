@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("scan", type=Path)
     parser.add_argument("--tokenizer", help="none: as the server chooses")
     parser.add_argument("--align")
+    parser.add_argument("--models", default="tokenize,reconstruct,ask,show_answer")
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     conf = {name: getattr(given, name) for name in ("tokenizer", "align") if getattr(given, name)}
@@ -75,11 +76,11 @@ def main() -> None:
         try:
             models = wait_for(process, server).json()["models"]
             started, idle = time.perf_counter() - begun, of_process(process.pid)[1]
-            rows = [row(server, process.pid, "tokenize", "scan", given.rounds)]
-            Path(folder, "t.npz").write_bytes(base64.b64decode(asked(server, "tokenize", "scan")["npz"]))
-            for name in ("reconstruct", "ask", "show_answer"):
-                rows += [row(server, process.pid, name, "scan", given.rounds)] if name in models else []
+            rows = []
+            for name in [name for name in given.models.split(",") if name in models]:
+                rows.append(row(server, process.pid, name, "scan", given.rounds))
             peak = of_process(process.pid)[1]
+            Path(folder, "t.npz").write_bytes(base64.b64decode(asked(server, "tokenize", "scan")["npz"]))
         finally:
             end(process)
         served = read_tokens(Path(folder, "t.npz"))

@@ -55,7 +55,7 @@ def test_a_window_is_one_row(add_row):
     assert window_file_name("toy") == "toy_w100_l1000.npy"
     values = window_values(np.array([950, 1000, 1025]), ["toy"])
     assert values[:, 0].tolist() == [-1, 0, 0.5] and hu_from_windows(values, ["toy"])[1:].tolist() == [1000, 1025]
-    assert key_rules._are_windows(["toy"])
+    assert key_rules._are_of(WINDOWS)(["toy"])
     network = make_vqvae("tiny", windows=["toy", "lung"])
     assert network.sizes.in_channels == 2
 

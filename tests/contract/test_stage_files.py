@@ -46,6 +46,11 @@ def test_stages_answer_to_both_names_and_check_first(name):
     assert config["initialize"][0] == "$@preflight"
 
 
+def at_full_scale(value):
+    """A demo's stages take steps of their own, so they save and draw at steps of their own."""
+    return value.partition(" if @demo else ")[2] or value if isinstance(value, str) else value
+
+
 def test_stages_share_what_they_must():
     """A user who learned one stage knows the next: the same flat keys mean the same, the data are made the same way."""
     configs = {name: json.loads((ROOT / "bundles" / name).read_text()) for name in STAGES}
@@ -68,5 +73,5 @@ def test_stages_share_what_they_must():
             "loss_type",
         }
         flat = {k for k, v in first.items() if not isinstance(v, dict | list) and k in config} - free
-        differ = sorted(key for key in flat if config[key] != first[key])
+        differ = sorted(key for key in flat if at_full_scale(config[key]) != at_full_scale(first[key]))
         assert not differ, f"{name}: {differ} differ from vq_stage1.json"

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from networks.sparse import SparseTensor, modules, ops, torch_backend, torch_maps
 from networks.sparse.topology import Level
@@ -343,18 +344,29 @@ def test_interpreted_blocks_equal_their_layers_one_by_one(kind, learned, generat
     at = fine.coarse if kind == "doubling" else level
     feats = torch.randn(len(at), 32 if kind == "transformer" else 24, generator=generator).half()
 
-    def run(block, feats):
-        x = SparseTensor.on(at, feats.requires_grad_(learned[0]))
-        out = (block(x, fine) if kind == "doubling" else block(x)).feats
+    def run(block, feats, *, recomputed=False):
+        block.zero_grad()
+        feats.requires_grad_(learned[0])
+
+        def work(feats):
+            x = SparseTensor.on(at, feats)
+            return (block(x, fine) if kind == "doubling" else block(x)).feats
+
+        out = checkpoint(work, feats, use_reentrant=False) if recomputed else work(feats)
         grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(torch.float16).to(out.dtype)
         out.backward(grad)
-        return [out, x.feats.grad, *(parameter.grad for parameter in block.parameters())]
+        return [out, feats.grad, *(parameter.grad for parameter in block.parameters())]
 
     expected = run(exact, feats.double())
     with monkeypatch.context() as patch:
         _as_autocast(patch)
         got = run(block, feats.clone())
-    assert got[0].dtype == torch.float16
+        again = run(block, feats.clone(), recomputed=True)
+        with torch.inference_mode():
+            x = SparseTensor.on(at, feats)
+            looked = (block(x, fine) if kind == "doubling" else block(x)).feats
+    assert got[0].dtype == torch.float16 and torch.equal(looked, got[0])
+    assert all(one is other is None or torch.equal(one, other) for one, other in zip(got, again, strict=True))
     for mine, other in zip(got, expected, strict=True):
         assert (mine is None) == (other is None)
         if mine is not None:  # several roundings to float16, one after another

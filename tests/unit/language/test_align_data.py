@@ -22,7 +22,8 @@ from networks.tiny_qwen import build_tiny
 @pytest.fixture(scope="module")
 def ct():
     torch.manual_seed(0)
-    network = make_vqvae("tiny", resolution=32, spacing=8.0, keep="nonzero", num_embeddings=16, num_blocks=1)
+    sizes = {"resolution": 32, "spacing": 8.0, "latent_channels": 16, "num_embeddings": 16, "num_blocks": 1}
+    network = make_vqvae("tiny", keep="nonzero", **sizes)
     return CTTokenizer(network, digest="a" * 64)
 
 
@@ -208,7 +209,7 @@ def test_without_volumes_the_report_stands_in_the_volumes_place(ct, language, re
 def test_tokens_are_kept_under_the_tokenizers_hash_and_the_resampler_and_damaged_ones_made_again(ct, tmp_path):
     source = TokenSource(ct, cache_dir=tmp_path)
     first = source.cached("one", lambda: scan(0))
-    file = tmp_path / f"{'a' * 16}.triangle_1" / "one.npz"
+    file = tmp_path / f"{'a' * 16}.triangle_1.all_levels" / "one.npz"
     stored = file.read_bytes()
     assert np.array_equal(source.cached("one", lambda: scan(1)).codes, first.codes)  # kept: the scan is not looked at
     file.write_bytes(stored[: len(stored) // 2])

@@ -23,7 +23,8 @@ SHAPE = (36, 32, 28)
 @pytest.fixture(scope="module")
 def ct():
     torch.manual_seed(0)
-    network = make_vqvae("tiny", resolution=32, spacing=8.0, keep="nonzero", num_embeddings=16, num_blocks=1)
+    sizes = {"resolution": 32, "spacing": 8.0, "latent_channels": 16, "num_embeddings": 16, "num_blocks": 1}
+    network = make_vqvae("tiny", keep="nonzero", **sizes)
     return CTTokenizer(network, digest="a" * 64)
 
 

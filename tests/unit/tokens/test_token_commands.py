@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import nibabel
 import numpy as np
 import pytest
+import torch
 
 from app.dataset import prepared, writer
 from app.prepare import Refused, cohort, read_scan, volume
-from app.tokens import open_scan
+from app.tokens import commands, open_scan
 from app.tokens.commands import lines, onto_grid, reconstruct, tokenize
 from app.tokens.open_scan import Volume
 from app.tokens.token_files import read_tokens, write_tokens
@@ -171,6 +172,29 @@ def test_what_is_refused_beside_a_good_raw_scan_is_listed(output_dir, tmp_path, 
     assert len(list((tmp_path / "tokens").iterdir())) == 1
     tokens = CTTokenizer.from_pretrained(output_dir).encode(tmp_path / "raw")  # the good one alone
     assert np.array_equal(tokens.codes, read_tokens(tmp_path / "one.npz").codes)
+
+
+def test_scans_looked_at_ahead_come_in_order_each_with_its_own_refusal():
+    begun = []
+
+    def look(number):
+        begun.append(number)
+        if number == 3:
+            raise ValueError("damaged")
+        return 10 * number
+
+    calls, most = commands._ahead(list(range(12)), look, torch.device("cuda")), commands.READERS + 1
+    for number, call in enumerate(calls):
+        assert max(begun) <= number + most
+        if number == 3:
+            with pytest.raises(ValueError, match="damaged"):
+                call()
+        else:
+            assert call() == 10 * number
+    assert sorted(begun) == list(range(12))
+    begun.clear()
+    in_turn = commands._ahead(list(range(2)), look, torch.device("cpu"))
+    assert next(in_turn)() == 0 and begun == [0]
 
 
 def test_what_cannot_be_opened_is_listed_and_the_rest_done(tmp_path):

@@ -256,6 +256,7 @@ def test_an_alignment_speaks_of_what_the_demo_can_show_and_of_everything_in_data
     for key, numbers in {"learning_rate": (1e-3, 1e-4), "i_print": (25, 100), "i_save": (200, 1000)}.items():
         assert (demo[key], full[key]) == numbers
     assert demo["compile_layers"] is False and demo["num_workers"] == 0
+    assert [(part["levels"], part["max_3d_tokens"]) for part in (demo, full)] == [(None, 160), (1, 2048)]
     assert not resolved(monkeypatch, "align", "--use_lora", "True")["train_language"]
     some = resolved(monkeypatch, "align", "--dummy_data", "True", "--dummy_samples", "9")
     assert some["num_phantoms"] == 9 and some["demo"] is True
@@ -269,7 +270,7 @@ def test_parts_named_one_by_one_are_the_network_that_older_checkpoints_hold(stag
     torch.manual_seed(0)
     named = parser.get_parsed_content("network_def").state_dict()
     torch.manual_seed(0)
-    changes = {"codebook": "none"} if stage == "vae" else {"quantizer_levels": 2}
-    whole = make_vqvae("tiny", norm="sample", **changes).state_dict()
+    changes = {"codebook": "none"} if stage == "vae" else {"quantizer_levels": 12}
+    whole = make_vqvae("tiny", pca=True, **changes).state_dict()
     assert list(named) == list(whole)
     assert all(torch.equal(named[name], whole[name]) for name in whole)
