@@ -2,13 +2,10 @@
 
 python -m tests.benchmarks.bench_shapes MESHES ORGAN [--peer-points 20000] [--dense-side 512] [--sides 64,512,1024]
 
-MESHES is a folder of closed meshes, ORGAN a label volume. First correctness: closed forms, turned at random, triangles
-in any order; the meshes against trimesh (distance) and solid angles (sign) on points of the band. Then CPU seconds and
-peak memory, each in a process of its own: ours with all that opening the file takes; trimesh's signed distance on so
-many points of the very band, as for all of it (the share is told); and SciPy's dense transform of the voxels inside and
-outside, the mask given, on a grid of up to --dense-side (512 takes about 5 GiB), as for all voxels of a larger one (the
-share is told). Peers are read at points of the band: how far they are from ours is told. One that takes longer than
---peer-seconds is ended and said so. Needs trimesh and rtree.
+MESHES is a folder of closed meshes, ORGAN a label volume. First beside closed forms, trimesh (distance) and solid angles
+(sign); then CPU seconds and peak memory, each in a process of its own, beside trimesh's signed distance on some points
+of the very band and SciPy's dense transform on a grid of up to --dense-side: as for the whole, the share is told, and
+how far both are from ours. A peer that takes longer than --peer-seconds is ended. Needs trimesh and rtree.
 """
 
 import argparse
