@@ -2,7 +2,7 @@
 
 python -m tests.benchmarks.bench_shapes MESHES ORGAN [--peer-points 20000] [--dense-side 512] [--sides 64,512,1024]
 
-MESHES is a folder of closed meshes, ORGAN a label volume. First beside closed forms, trimesh (distance) and solid angles
+MESHES is a folder of closed meshes, ORGAN a label volume. First beside closed forms, trimesh (distance), solid angles
 (sign); then CPU seconds and peak memory, each in a process of its own, beside trimesh's signed distance on some points
 of the very band and SciPy's dense transform on a grid of up to --dense-side: as for the whole, the share is told, and
 how far both are from ours. A peer that takes longer than --peer-seconds is ended. Needs trimesh and rtree.
