@@ -1,13 +1,11 @@
 """Signed distance of meshes and organ masks: right to a millionth of a voxel? how long, how much memory, beside whom?
 
-python -m tests.benchmarks.bench_shapes MESHES ORGAN [--peer-points 20000] [--peer-seconds 400] [--sides 64,512,1024]
+python -m tests.benchmarks.bench_shapes MESHES ORGAN [--peer-points 20000] [--dense-side 512] [--sides 64,512,1024]
 
-MESHES is a folder of closed meshes, ORGAN a label volume. First correctness: closed forms, turned at random, triangles
-in any order; the meshes against trimesh (distance) and solid angles (sign) on points of the band. Then CPU seconds and
-peak memory, each in a process of its own: ours with all that opening the file takes; trimesh's signed distance on so
-many points of the very band, as for all of it (the share is told); and SciPy's dense transform of the voxels inside and
-outside, up to 512 (about 5 GiB), the mask given. Peers are read at points of the band: how far they are from ours is
-told. One that takes longer than --peer-seconds is ended and said so. Needs trimesh and rtree.
+MESHES is a folder of closed meshes, ORGAN a label volume. First beside closed forms, trimesh (distance), solid angles
+(sign); then CPU seconds and peak memory, each in a process of its own, beside trimesh's signed distance on some points
+of the very band and SciPy's dense transform on a grid of up to --dense-side: as for the whole, the share is told, and
+how far both are from ours. A peer that takes longer than --peer-seconds is ended. Needs trimesh and rtree.
 """
 
 import argparse
@@ -108,7 +106,7 @@ def against_others(path: Path, side: int, count: int) -> dict:
 # ---- time and memory, each in a process of its own
 
 
-def ours(path: str, side: int, _count: int) -> dict:
+def ours(path: str, side: int, _share: int) -> dict:
     begun = time.process_time()
     _, shape = opened_and_made(path, side)
     return {"seconds": time.process_time() - begun, "voxels": len(shape.coords), **peak()}
@@ -131,10 +129,13 @@ def by_trimesh(path: str, side: int, count: int) -> dict:
     return {"seconds": taken / share, "share": share, "measured": taken, "off": float(off), **peak()}
 
 
-def by_dense_transform(path: str, side: int, _count: int) -> dict:
-    """SciPy's Euclidean transform of the voxels inside and of those outside; the mask itself is given."""
+def by_dense_transform(path: str, wanted: int, largest: int) -> dict:
+    """SciPy's Euclidean transform of the voxels inside and of those outside; the mask itself is given. On a coarser
+    grid where the wanted one is larger than allowed, as for all its voxels.
+    """
     from scipy import ndimage
 
+    side = min(wanted, largest)
     found, shape = opened_and_made(path, side)
     mask = mask_of(found, side)
     begun = time.process_time()
@@ -143,7 +144,8 @@ def by_dense_transform(path: str, side: int, _count: int) -> dict:
     taken = time.process_time() - begun
     there = distance[tuple(shape.coords.T.astype(np.int64))]
     off = np.abs(np.clip(there, -shape.band, shape.band) - shape.values * shape.band).max()
-    return {"seconds": taken, "share": 1.0, "measured": taken, "off": float(off), **peak()}
+    share = (side / wanted) ** 3
+    return {"seconds": taken / share, "share": share, "measured": taken, "off": float(off), **peak()}
 
 
 def mask_of(found: Found, side: int) -> np.ndarray:
@@ -174,8 +176,8 @@ MEASURES = {"ours": ours, "trimesh": by_trimesh, "dense transform": by_dense_tra
 LARGEST = {"ours": 4096, "trimesh": 512, "dense transform": 512}  # a side at which it is run
 
 
-def measured(name: str, path: Path, side: int, count: int, seconds: float | None) -> dict:
-    words = [sys.executable, "-m", "tests.benchmarks.bench_shapes", "--one", name, str(path), str(side), str(count)]
+def measured(name: str, path: Path, side: int, share: int, seconds: float | None) -> dict:
+    words = [sys.executable, "-m", "tests.benchmarks.bench_shapes", "--one", name, str(path), str(side), str(share)]
     row = {"what": path.name, "side": side, "by": name}
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=seconds)
@@ -184,13 +186,13 @@ def measured(name: str, path: Path, side: int, count: int, seconds: float | None
     return {**row, **json.loads(done.stdout.splitlines()[-1])}
 
 
-def times(files: list[Path], sides: list[int], count: int, seconds: float) -> list[dict]:
+def times(files: list[Path], sides: list[int], shares: dict[str, int], seconds: float) -> list[dict]:
     rows = []
     for path in files:
         for side in sides:
             group = []
             for name in (name for name in MEASURES if side <= LARGEST[name]):
-                row = measured(name, path, side, count, None if name == "ours" else seconds)
+                row = measured(name, path, side, shares[name], None if name == "ours" else seconds)
                 group.append(row)
                 if "seconds" in row:
                     row["times_ours"] = row["seconds"] / group[0]["seconds"]
@@ -218,19 +220,24 @@ def main() -> None:
     parser.add_argument("meshes", type=Path)
     parser.add_argument("organ", type=Path)
     parser.add_argument("--peer-points", type=int, default=20_000)
+    parser.add_argument("--dense-side", type=int, default=512)
     parser.add_argument("--peer-seconds", type=float, default=400)
     parser.add_argument("--sides", default="64,512,1024")
     parser.add_argument("--skip-times", action="store_true")
+    parser.add_argument("--skip-right", action="store_true")
     args = parser.parse_args()
     files = sorted(file for file in args.meshes.iterdir() if file.suffix.lower() in READERS)
     sides = [int(side) for side in args.sides.split(",")]
-    right = closed_forms()
-    right += [against_others(file, side, args.peer_points) for file in files for side in sides if side <= 512]
+    right = []
+    if not args.skip_right:
+        right += closed_forms()
+        right += [against_others(file, side, args.peer_points) for file in files for side in sides if side <= 512]
     columns = {"what": "what", "side": "side", "voxels": "voxels", "largest error, voxels": "error"}
     sys.stdout.write(table(right, {**columns, "of it by facets": "facets", "wrong signs": "wrong"}) + "\n\n")
     assert not sum(row["wrong"] for row in right)
     assert all(row["error"] <= row.get("facets", 0) + 1e-3 for row in right)
-    rows = [] if args.skip_times else times([*files, args.organ], sides, args.peer_points, args.peer_seconds)
+    shares = {"ours": 0, "trimesh": args.peer_points, "dense transform": args.dense_side}
+    rows = [] if args.skip_times else times([*files, args.organ], sides, shares, args.peer_seconds)
     columns = {"what": "what", "side": "side", "by": "by", "CPU s": "seconds", "measured share": "share"}
     columns |= {"voxels": "voxels", "peak, MiB": "peak_mib", "times ours": "times_ours", "off, voxels": "off"}
     sys.stdout.write(table(rows, {**columns, "ended after, s": "over"}) + "\n")

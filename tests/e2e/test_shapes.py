@@ -12,7 +12,7 @@ from app.export.export import export
 from app.shapes.mesh_files import Mesh, read_mesh, write_mesh
 from app.tokens.tokenizer import CTTokenizer
 from tests.e2e.test_export import COMMAND, alone
-from tests.runs import ROOT, rows_of, run_in
+from tests.runs import ROOT, TINY, rows_of, run_in
 from tests.solids import sphere
 
 CONFIG = str(ROOT / "bundles/sdf_vqvae.json")
@@ -62,16 +62,8 @@ def test_a_tokenizer_of_shapes_gives_meshes_in_the_mm_of_the_source(trained):
 
 def test_its_card_tells_distances_before_and_after_quantising(trained):
     given = {"dataset_dir": trained / "sdf", "tokenizer": trained / "out", "output_dir": trained / "card"}
-    ended = run_in(
-        trained,
-        str(ROOT / "bundles/evaluate_tokenizer.json"),
-        run_id="run",
-        **given,
-        **dict.fromkeys(
-            ("scale", "resolution", "spacing", "num_embeddings", "model_channels", "num_blocks", "batch_size_per_gpu",
-             "i_print", "i_log")
-        ),
-    )  # fmt: skip
+    config = str(ROOT / "bundles/evaluate_tokenizer.json")
+    ended = run_in(trained, config, run_id="run", **dict.fromkeys(TINY), **given)
     assert ended.status == 0, ended.err
     card = json.loads((trained / "card/tokenizer_card.json").read_text())
     before, after = (card["ways"][way] for way in ("before quantising", "after, stored support"))
