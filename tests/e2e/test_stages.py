@@ -60,11 +60,12 @@ def test_stage_0_trains_all_but_has_no_codes(chain):
     out = chain[0] / "outputs/vae"
     assert changed(weights_of(out, 3, "vae"), weights_of(out, 6, "vae")) == {"encoder", "decoder", "subdivision"}
     assert not [name for name in weights_of(out, 6, "vae") if name.startswith("vq.")]
-    assert " False" not in (out / "vae_model_summary.txt").read_text()
+    fixed = [line for line in (out / "vae_model_summary.txt").read_text().splitlines() if line.endswith(" False")]
+    assert len(fixed) == 4 and all("coder.components." in line for line in fixed)
     rows = [row for row in story(out) if "loss" in row]
     assert all(row["kl"] > 0 and row["vq"] == 0 for row in rows)
     for row in rows:
-        assert row["loss"] == pytest.approx(row["recon"] + 1e-6 * row["kl"] + 0.1 * row["subdivision"], rel=1e-5)
+        assert row["loss"] == pytest.approx(row["recon"] + 0.03 * row["kl"] + 0.1 * row["subdivision"], rel=1e-5)
 
 
 def test_stage_1_trains_the_codebook_alone(chain):
@@ -209,6 +210,8 @@ def test_switches_run(earlier, place, cohort, settings):
     plain = [row for row in story(earlier / "vq_stage1") if "loss" in row]
     if "use_checkpoint" in settings or "device" in settings:
         assert rows == plain
+    elif settings.get("codebook") == "fsq":  # one code a cell beside the demo's twelve
+        assert rows[-1]["recon"] < rows[0]["recon"] < 0.5
     else:
         assert all(abs(a["loss"] - b["loss"]) < 0.3 for a, b in zip(rows, plain, strict=True))
 
