@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/training.md"
 MARKS = "<!-- keys: python docs/key_table.py -->", "<!-- end of keys -->"
 STAGES = ("vae", "vq_stage1", "vq_stage2")
-OTHERS = ("sdf_vqvae", "align", "evaluate_tokenizer", "evaluate_language", "inference", "ask")
-OVERLAYS = ("recipe_ct", "recipe_shapellm", "multi_gpu")
+OTHERS = ("sdf_vqvae", "align", "evaluate_tokenizer", "evaluate_language", "inference", "inference_shapes", "ask")
+OVERLAYS = ("sdf_stage2", "recipe_ct", "recipe_shapellm", "multi_gpu")
 WIRING = {"_desc_", "network", "demo", "sizes"}  # scalars of a file that are no settings of a user
 
 BY_MACHINE = {  # defaults that depend on where it runs
@@ -66,6 +66,8 @@ MEANINGS = {
     "quantizer_levels": "codes a cell, each of what those before left over",
     "level_dropout": "share of samples decoded from fewer levels, alike in all cells or of each its own",
     "pretrained_vae_path": "weights of encoder and decoder: `auto` takes `outputs/vae`; null trains them first",
+    "shape": "a mesh, a file of signed distance, or a folder of them",
+    "support": "whether tokens keep which voxels there were",
     "init_from": "output folder, or a tokenizer that ships, whose weights are taken over",
     "warmup_steps": "steps of the autoencoder where stage 1 trains it first (of the rate: `warmup_lr_steps`)",
     "decoder_steps": "first steps in which the decoder alone learns",

@@ -166,6 +166,8 @@ RULES = {
     "device": Rule(str, "cpu, or a CUDA device of this machine such as cuda:0", holds=_is_device),
     "tokenizer": Rule(str, "a checkpoint, an output folder, a bundle or a name that ships", optional=True),
     "scan": Rule(str, "a scan", optional=True),
+    "shape": Rule(str, "a mesh, a file of signed distance, or a folder of them", optional=True),
+    "support": SWITCH,
     "question": Rule(str, "text", optional=True),
     "language_model": Rule(str, "a hub name or a folder", optional=True),
     "split": Rule(str, "the name of a split such as train or val", optional=True),

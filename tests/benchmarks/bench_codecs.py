@@ -46,8 +46,10 @@ def rows_of(made: CTTokenizer, case: prepared.PreparedCase, given: argparse.Name
         return measure.errors_in_hu(truth.hu, hu, {"body": truth.masks["foreground"]}, windows=windows)["body"]
 
     about = {"hu_range": windows_range(windows), "judge": body_errors}
-    peers: dict[str, codecs.Codec] = {"jpeg2000": codecs.Jpeg2000(truth.hu, truth.masks["foreground"], **about)}
-    if codecs.has_x265():
+    peers: dict[str, codecs.Codec] = {}
+    if "jpeg2000" in given.peers:
+        peers["jpeg2000"] = codecs.Jpeg2000(truth.hu, truth.masks["foreground"], **about)
+    if "x265" in given.peers and codecs.has_x265():
         peers["x265"] = codecs.Hevc(truth.hu, truth.masks["foreground"], **about)
     for peer in peers.values():
         peer.points |= known_points(given.known, peer)
@@ -160,8 +162,8 @@ def _cells(name: str, levels: float, way: str, rows: list[dict[str, Any]]) -> li
         cells.append(", ".join(_share(theirs["x265"], key) for key in MEASURES))
     else:
         cells += ["-"] * 5
-    cells += [f"{np.mean([part[key] for part in theirs['jpeg2000']]):.1f}" for key in MEASURES]
-    return cells
+    jpeg = theirs["jpeg2000"]
+    return cells + [f"{np.mean([part[key] for part in jpeg]):.1f}" if jpeg else "-" for key in MEASURES]
 
 
 def _share(parts: list[dict[str, Any]], key: str) -> str:
@@ -204,6 +206,7 @@ def main() -> None:
     parser.add_argument("--known", type=Path, help="folder of what codecs gave, read and added to")
     parser.add_argument("--support", action="store_true", help="also with the support stored, its bits counted")
     parser.add_argument("--max-cases", type=int, help="of each dataset the first so many")
+    parser.add_argument("--peers", nargs="+", default=["x265", "jpeg2000"], help="JPEG 2000 takes longest")
     parser.add_argument("--cases", nargs="+", help="these alone")
     given = parser.parse_args()
     made = CTTokenizer.from_pretrained(given.tokenizer)

@@ -1,6 +1,6 @@
 """Signed distance of meshes and organ masks: right to a millionth of a voxel? how long, how much memory, beside whom?
 
-python -m tests.benchmarks.bench_shapes MESHES ORGAN [--peer-points 300] [--peer-seconds 400] [--sides 64,512,1024]
+python -m tests.benchmarks.bench_shapes MESHES ORGAN [--peer-points 20000] [--peer-seconds 400] [--sides 64,512,1024]
 
 MESHES is a folder of closed meshes, ORGAN a label volume. First correctness: closed forms, turned at random, triangles
 in any order; the meshes against trimesh (distance) and solid angles (sign) on points of the band. Then CPU seconds and
@@ -217,7 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("meshes", type=Path)
     parser.add_argument("organ", type=Path)
-    parser.add_argument("--peer-points", type=int, default=300)
+    parser.add_argument("--peer-points", type=int, default=20_000)
     parser.add_argument("--peer-seconds", type=float, default=400)
     parser.add_argument("--sides", default="64,512,1024")
     parser.add_argument("--skip-times", action="store_true")
