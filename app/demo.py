@@ -143,16 +143,16 @@ def scan_to_ask(demo: Demo) -> tuple[Path, list[tuple[str, str]]]:
 
 STAGES: Mapping[str, Stage] = {
     "prepare": Stage(
-        15,
+        19,
         "phantoms with known findings, as NIfTI and DICOM, through prepare",
         make_phantoms,
         "phantoms_unseen/metadata.csv",
     ),
     "vae": Stage(
-        105, "stage 0: a continuous autoencoder on sparse voxels", lambda demo: train_stage(demo, "vae"), "vae/ckpts"
+        84, "stage 0: a continuous autoencoder on sparse voxels", lambda demo: train_stage(demo, "vae"), "vae/ckpts"
     ),
     "vq_stage1": Stage(
-        25,
+        18,
         "stage 1: the codebook, encoder and decoder frozen",
         lambda demo: train_stage(demo, "vq_stage1"),
         "vq_stage1/ckpts",
@@ -163,14 +163,14 @@ STAGES: Mapping[str, Stage] = {
         lambda demo: train_stage(demo, "vq_stage2"),
         "vq_stage2/ckpts",
     ),
-    "align": Stage(270, "a tiny Qwen2-VL, built here, learns to read the tokens", align, "align/projector_final.pt"),
+    "align": Stage(433, "a tiny Qwen2-VL, built here, learns to read the tokens", align, "align/projector_final.pt"),
     "evaluate": Stage(
-        25,
+        52,
         "tokens and answers on phantoms that no stage has seen, beside controls",
         evaluate,
         "evaluation/language.json",
     ),
-    "ask": Stage(2, "questions about one unseen scan", ask, RECORD),
+    "ask": Stage(1, "questions about one unseen scan", ask, RECORD),
 }
 
 
