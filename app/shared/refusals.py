@@ -73,7 +73,7 @@ def refusal_of(error: BaseException) -> Refused | None:
     innermost is what happened.
     """
     chain = [error]
-    while chain[-1].__cause__ is not None:
+    while chain[-1].__cause__ is not None and chain[-1].__cause__ not in chain:
         chain.append(chain[-1].__cause__)
     if isinstance(error, KeyboardInterrupt):
         return Refused("STOPPED", "ended by Ctrl-C")

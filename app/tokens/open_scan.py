@@ -126,7 +126,9 @@ def scan_sources(path: str | Path, *, series: str | None = None, token_files: bo
         try:
             yield from map(_raw_source, raw_sources(path, Rules(series=series)))
         except Refused as refused:
-            raise _if_shape(path, refused) from refused
+            if refused.code == "NO_CASES":
+                _refuse_shape(path)
+            raise
     elif series is not None:
         raise Refused("BAD_VALUE", f"{path} is prepared, so --series names nothing", "leave it out", status=2)
     elif case:
@@ -203,15 +205,13 @@ def case_key(case: prepared.PreparedCase) -> str:
     return f"{case.path.name}.{mark[:16]}"
 
 
-def _if_shape(path: Path, refused: Refused) -> Refused:
-    """Where no file is a CT volume but one is a shape, what that takes."""
+def _refuse_shape(path: Path) -> None:
+    """Where no file is a CT volume but one is a shape, says what that takes."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    shape = next((file for file in files if holds_shape(file)), None) if refused.code == "NO_CASES" else None
-    if shape is None:
-        return refused
-    what = f"{shape.name} is a shape, which a tokenizer of CT does not read"
-    remedy = "name one of shapes with --tokenizer (bundles/sdf_vqvae.json trains one), or give a CT volume"
-    return Refused("OTHER_TOKENIZER", what, remedy, status=2)
+    if (shape := next((file for file in files if holds_shape(file)), None)) is not None:
+        what = f"{shape.name} is a shape, which a tokenizer of CT does not read"
+        remedy = "name one of shapes with --tokenizer (bundles/sdf_vqvae.json trains one), or give a CT volume"
+        raise Refused("OTHER_TOKENIZER", what, remedy, status=2)
 
 
 def _raw_source(raw: RawSource) -> ScanSource:

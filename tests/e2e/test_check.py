@@ -40,15 +40,15 @@ def test_check_tells_what_is_wrong(tmp_path):
 
 def test_check_counts_the_points_that_will_train_and_knows_its_windows(tmp_path):
     report(raw_cohort(tmp_path / "raw", 1), tmp_path / "out", SMALL._replace(keep_names=True))
-    chain = preprocessing(resolution=48, spacing=8.0)
+    chain = preprocessing(resolution=80, spacing=5.0)
     for case, row in zip(
         prepared.find_cases(tmp_path / "out"), check(tmp_path / "out", preset="tiny").rows, strict=True
     ):
         item = {"image": case.hu(), "affine": case.affine}
         for transform in chain:
             item = transform(item)
-        assert (row["points"], row["points_spacing"]) == (len(item["coords"]), 8.0)
-    assert check(tmp_path / "out", preset="tiny", spacing=4.0).rows[-1]["points"] > 4 * row["points"]
+        assert (row["points"], row["points_spacing"]) == (len(item["coords"]), 5.0)
+    assert check(tmp_path / "out", preset="tiny", spacing=2.5).rows[-1]["points"] > 4 * row["points"]
     with pytest.raises(ValueError, match="lnug"):
         check(tmp_path / "out", windows=("lnug", "bone"))
     with pytest.raises(ValueError, match="preset must be one of"):

@@ -135,7 +135,9 @@ def test_no_case_that_can_be_judged_is_one_plain_line(output_dir, tmp_path):
 
 
 def test_where_the_card_cannot_go_is_said_before_any_work(output_dir, cohort, tmp_path, monkeypatch):
-    monkeypatch.setattr("app.evaluation.tokenizer_evaluation.judge", lambda *given: pytest.fail("it was said too late"))
+    monkeypatch.setattr(
+        "app.evaluation.tokenizer_evaluation.evaluate_case", lambda *given: pytest.fail("it was said too late")
+    )
     (tmp_path / "mine").write_text("x")
     settings = {"dataset_dir": str(cohort), "tokenizer": str(output_dir), "output_dir": str(tmp_path / "mine" / "card")}
     with pytest.raises(Refused, match=f"^NO_OUTPUT: {tmp_path / 'mine'} is a file, output_dir"):

@@ -16,7 +16,7 @@ from monai.bundle import verify_metadata
 
 from app.export import code
 from app.export import export as exporting
-from app.language.assistant import CTAssistant
+from app.language.assistant import CTAssistant, read_settings
 from app.shared.refusals import Refused
 from app.tokens.commands import onto_grid, write_nifti
 from app.tokens.open_scan import Volume
@@ -176,7 +176,7 @@ print(json.dumps(found))
 
 def test_the_same_input_packs_to_the_same_bytes(exported, home, aligned, tmp_path):
     made = CTTokenizer.from_pretrained(home / "tokenizer.pt")
-    settings = json.loads((aligned / "train_args.json").read_text())
+    settings = read_settings(aligned)
     exporting.write_bundle(tmp_path / "ct", made, name="ct", align=aligned, settings=settings)
     exporting.write_zip(tmp_path / "ct", tmp_path / "again.zip")
     archive = exported[0].with_name("ct.zip")

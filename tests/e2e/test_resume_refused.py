@@ -111,7 +111,7 @@ def test_a_run_of_other_sizes_or_data_is_not_resumed(earlier, place, cohort, cha
 
 def test_a_resumed_run_says_what_it_did_not_begin_with(earlier, place, cohort):
     began = json.loads((earlier / "config.json").read_text())
-    assert began.pop("max_shift") == 0.084
+    assert began.pop("max_shift") == 0.05
     assert began.pop("prepare_batch")
     for part in ("optimizer", "averaged", "schedule", "network", "loss_function"):
         began[part]["_target_"] = "a.B"
@@ -120,7 +120,7 @@ def test_a_resumed_run_says_what_it_did_not_begin_with(earlier, place, cohort):
     end = run_in(place, dataset_dir=cohort, output_dir="out", resume="latest", **settings)
     assert end.status == 0, end.err
     (line,) = [line for line in (earlier / "log.txt").read_text().splitlines() if "goes on with other settings" in line]
-    assert "max_shift 0.084 (was not to be chosen)" in line and "learning_rate 0.0005 (was " in line
+    assert "max_shift 0.05 (was not to be chosen)" in line and "learning_rate 0.0005 (was " in line
     assert line.endswith(", 6 parts of a bundle that other software wrote") and "_target_" not in line
     assert "max_steps 21 (was 20)" in line and "seed" not in line and "resume" not in line.split("goes on")[1]
 

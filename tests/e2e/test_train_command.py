@@ -71,7 +71,7 @@ def test_both_routes_are_one_run_and_nothing_stays_behind(place, monkeypatch, ca
 def test_a_refusal_behind_monai_s_chain_is_raised_as_itself_and_nothing_stays_behind(place, monkeypatch):
     monkeypatch.chdir(place)
     before = hooks()
-    with pytest.raises(Refused, match=r"^CORRUPT|^NO_CHECKPOINT: nowhere does not exist\. Train it first") as end:
+    with pytest.raises(Refused, match=r"^CORRUPT|^NO_CHECKPOINT: nowhere does not exist\. Train first") as end:
         train("vq_stage1", **settings("refused"), pretrained_vae_path="nowhere")
     assert hooks() == before and end.value.status == 2
     with pytest.raises(Refused, match=r"^NO_DATA: dataset_dir 'gone' is no folder\. Give the OUT of"):
