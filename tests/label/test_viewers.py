@@ -132,7 +132,9 @@ def test_a_person_asks_on_the_servers_own_page(server, tmp_path):
         for width, scheme in ((1280, "light"), (380, "dark")):
             browser.open(f"{server.url}/answers?image={PATIENT}", width=width, scheme=scheme)
             wait_until(browser, "document.getElementsByName('question').length == 1")
-            assert browser.ask("[...document.getElementById('images').options].map(o => o.value)").count(PATIENT) == 1
+            listed = "[...document.getElementById('images').options].map(o => o.value)"
+            wait_until(browser, f"{listed}.length > 0")  # the list comes by a request of its own
+            assert browser.ask(listed).count(PATIENT) == 1
             browser.ask(f"document.getElementsByName('question')[0].value = {QUESTION!r}")
             browser.ask("document.getElementsByName('max_new_tokens')[0].value = 4")
             browser.ask("document.getElementById('send').click()")
