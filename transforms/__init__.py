@@ -8,6 +8,7 @@ __all__ = [
     "RandAcquisitiond",
     "RandCropToBudgetd",
     "RandJitterd",
+    "RandStructuresd",
     "RandTranslated",
     "Resampled",
     "Sparsifyd",

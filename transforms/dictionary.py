@@ -17,6 +17,7 @@ from transforms.acquisition import acquire, jitter
 from transforms.crops import crop_to_budget, pick_rows, translate
 from transforms.grid import RESAMPLER, centred_grid, resample, share_beyond
 from transforms.sparse import KEEPS, keep_mask, sparsify, sparsify_masks
+from transforms.structures import add_structures
 from transforms.windows import DEFAULT_WINDOWS, Number, window_bounds, window_values
 
 
@@ -188,6 +189,33 @@ class RandJitterd(RandomizableTransform, MapTransform):
                     noise = generator.standard_normal(len(item[key]), dtype=np.float32)
                     noise *= np.float32(level)
                     item[key] = jitter(item[key], scale=scale, offset=offset, noise=noise)
+        return item
+
+
+class RandStructuresd(RandomizableTransform, MapTransform):
+    """`add_structures`: up to `number` balls and tubes of a few millimetres in each sample; none with 0."""
+
+    def __init__(
+        self, keys: str | Sequence[str] = "values", *, number: int = 0, spacing: Number = 1.5, prob: Number = 1.0
+    ) -> None:
+        MapTransform.__init__(self, keys)
+        RandomizableTransform.__init__(self, prob)
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise ValueError(f"structures must be a whole number from 0 on, got {number!r}")
+        self.number, self.spacing = number, spacing
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        item = dict(data)
+        if not self.number or len(item["coords"]) == 0:
+            return item
+        self.randomize(None)
+        generator = np.random.default_rng(self.R.randint(2**32, dtype=np.uint32))
+        if self._do_transform:
+            for key in self.key_iterator(item):
+                if item[key].ndim == 1:  # HU; bands and distances are geometry
+                    item[key] = add_structures(
+                        item[key], item["coords"], number=self.number, spacing=self.spacing, generator=generator
+                    )
         return item
 
 

@@ -146,6 +146,7 @@ RULES = {
     "max_shift": Rule(
         (int, float), "a share of the grid's side, from 0 to below 1", minimum=0, holds=lambda share: share < 1
     ),
+    "structures": _count(0),
     "sharpness": SHARE,
     "slice_blur": SHARE,
     "grain": _number(0),

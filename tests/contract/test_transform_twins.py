@@ -14,6 +14,7 @@ from transforms import RandCropToBudgetd, RandJitterd, RandTranslated, Resampled
 from transforms.acquisition import acquire
 from transforms.crops import crop_to_budget, translate
 from transforms.sparse import KEEPS, keep_mask, sparsify, sparsify_masks
+from transforms.structures import add_structures
 from transforms.windows import WINDOWS, window_bounds, window_values
 
 
@@ -103,6 +104,24 @@ def test_acquisition_left_at_zero_leaves_values_alone(kept):
     assert transforms.RandAcquisitiond()(kept)["values"] is kept["values"]
     with pytest.raises(ValueError, match=r"sharpness and slice_blur must lie in 0..1 .*, got 1.5, 0.0 and 0.0"):
         transforms.RandAcquisitiond(sharpness=1.5)
+
+
+def test_structures_draw_from_their_seed_what_their_twin_does(kept):
+    change = transforms.RandStructuresd(number=20, spacing=2.0)
+    first, second = (change.set_random_state(seed=3)(kept)["values"] for _ in range(2))
+    other = change.set_random_state(seed=4)(kept)["values"]
+    assert np.array_equal(first, second) and not np.array_equal(first, other)
+    draw = np.random.RandomState(3)
+    draw.rand()  # whether to do it at all
+    generator = np.random.default_rng(draw.randint(2**32, dtype=np.uint32))
+    twin = add_structures(kept["values"], kept["coords"], number=20, spacing=2.0, generator=generator)
+    assert np.array_equal(first, twin) and not np.array_equal(first, kept["values"])
+
+
+def test_structures_left_at_zero_leave_values_alone(kept):
+    assert transforms.RandStructuresd()(kept)["values"] is kept["values"]
+    with pytest.raises(ValueError, match="structures must be a whole number from 0 on, got -1"):
+        transforms.RandStructuresd(number=-1)
 
 
 def test_windowsd(kept):
