@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from app.dataset import prepared
+from app.shared.codes import CODES
 from app.shared.refusals import Refused
 from app.shared.tables import read_table
 from app.text.manifests import check_rows, read_rows
@@ -19,16 +20,6 @@ from networks import presets
 from transforms import Resampled, Sparsifyd
 from transforms.sparse import KEEPS
 from transforms.windows import DEFAULT_WINDOWS, WINDOWS, window, window_bounds
-
-GRAVE = {
-    "UNREADABLE",
-    "WINDOW_MISSING",
-    "OUT_OF_RANGE",
-    "SPLIT_LEAKAGE",
-    "SAME_SCAN",
-    "SCANS_MISSING",
-    "STALE",
-}  # exit status 3
 
 
 class Problem(NamedTuple):
@@ -50,7 +41,7 @@ class Checked(NamedTuple):
 
     @property
     def exit_status(self) -> int:
-        return 3 if any(problem.code in GRAVE for problem in self.problems) else 0
+        return 3 if any(CODES[problem.code].status == 3 for problem in self.problems) else 0
 
     def as_json(self) -> dict[str, Any]:
         problems = [problem.as_json() for problem in self.problems]

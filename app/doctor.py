@@ -19,16 +19,8 @@ from app.prepare.pixels import can_decode
 from app.prepare.workers import free_memory
 
 SHOWN_VERSIONS = (
-    "torch",
-    "triton",
-    "spconv-cu126",
-    "numpy",
-    "monai",
-    "pytorch-ignite",
-    "nibabel",
-    "pydicom",
-    "transformers",
-    "peft",
+    *("torch", "triton", "spconv-cu126", "numpy", "monai"),
+    *("pytorch-ignite", "nibabel", "pydicom", "transformers", "peft"),
 )
 SYNTAXES = {
     "JPEG": "1.2.840.10008.1.2.4.50",

@@ -155,19 +155,17 @@ BASE = Preset(
     norm="voxel",
 )
 PRESETS = {
-    "tiny": Preset(
+    "tiny": dataclasses.replace(
+        BASE,
         resolution=80,
         spacing=5.0,
         widths=(16, 16, 32),
         model_channels=64,
-        latent_channels=64,
         num_embeddings=256,
         num_blocks=2,
         num_heads=4,
         window=4,
         max_points=None,
-        pool="children",
-        norm="voxel",
     ),
     "base": BASE,
     "large": dataclasses.replace(
