@@ -80,9 +80,7 @@ def _joined(parts: list[SparseTensor]) -> SparseTensor:
     return SparseTensor.on(level, feats)
 
 
-def _first_norm(
-    network: SparseVQVAE, x: SparseTensor, max_points: int, *, eps: float = 1e-5
-) -> Callable[[SparseTensor], SparseTensor]:
+def _first_norm(network: SparseVQVAE, x: SparseTensor, max_points: int) -> Callable[[SparseTensor], SparseTensor]:
     """The first norm and its activation for some of the rows.
 
     Over a sample it becomes a scale and a shift per channel, its statistics summed over all rows in float64.
@@ -97,7 +95,7 @@ def _first_norm(
         total, squares = total + part.sum((1, 2)), squares + part.square().sum((1, 2))
     channels = norm.weight.shape[0] // norm.num_groups
     mean = total / (len(x) * channels)
-    spread = (squares / (len(x) * channels) - mean.square() + eps).rsqrt()
+    spread = (squares / (len(x) * channels) - mean.square() + 1e-5).rsqrt()
     scale = norm.weight.double() * spread.repeat_interleave(channels)
     shift = norm.bias.double() - mean.repeat_interleave(channels) * scale
     return lambda part: part.replace(F.silu(part.feats * scale.float() + shift.float()))
