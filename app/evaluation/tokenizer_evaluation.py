@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,6 +60,7 @@ class EvaluatedCase(NamedTuple):
     slice: card.Slice
 
 
+@dataclass(eq=False, kw_only=True)
 class TokenizerEvaluation:
     """Evaluates and writes the card.
 
@@ -73,21 +74,14 @@ class TokenizerEvaluation:
         levels: so many codes a cell, the first of the tokenizer's levels, a fraction as a mean; None: all.
     """
 
-    def __init__(
-        self,
-        *,
-        dataset_dir: str | None = None,
-        tokenizer: str | None = None,
-        output_dir: str | None = None,
-        split: str | None = "val",
-        max_cases: int | None = None,
-        max_points: int | None = None,
-        levels: float | None = None,
-        seed: int = 0,
-    ):
-        self.dataset_dir, self.tokenizer, self.output_dir = dataset_dir, tokenizer, output_dir
-        self.split, self.max_cases, self.max_points, self.seed = split, max_cases, max_points, seed
-        self.levels = levels
+    dataset_dir: str | None = None
+    tokenizer: str | None = None
+    output_dir: str | None = None
+    split: str | None = "val"
+    max_cases: int | None = None
+    max_points: int | None = None
+    levels: float | None = None
+    seed: int = 0
 
     def run(self) -> dict[str, Any]:
         started = time.perf_counter()
