@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from networks.sparse import ops
 from networks.sparse.tensor import SparseTensor
-from networks.sparse.topology import Coarsening
 
 CELL = 512  # voxels of a latent
 SPARE, POWER_ITERATIONS = 16, 4  # of the search for the leading components
@@ -37,11 +36,6 @@ def cells_of(x: SparseTensor) -> SparseTensor:
     for _ in range(3):
         x = ops.gather_children(x)[0]
     return x
-
-
-def children(rows: SparseTensor, cells: Coarsening) -> SparseTensor:
-    """One step back: each child takes its part."""
-    return ops.scatter_children(rows, cells)
 
 
 def before_tanh(values: Float[Tensor, "N C"]) -> Float[Tensor, "N C"]:

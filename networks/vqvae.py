@@ -18,11 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 from networks import losses
 from networks.blocks import DoublingBlock, DownBlock, HalvingBlock, UpBlock
-from networks.components import CELL, FixedLinear, before_tanh, cells_of, children
+from networks.components import CELL, FixedLinear, before_tanh, cells_of
 from networks.fsq import FiniteScalarQuantizer
 from networks.presets import NUM_RESIDUAL, Preset, preset
 from networks.quantizer import Quantized, VectorQuantizer
 from networks.residual import ResidualQuantizer, build_quantizer, drawn_levels
+from networks.sparse import ops
 from networks.sparse.modules import Linear, TransformerBlock, layer_norm, position_encoding
 from networks.sparse.tensor import SparseTensor
 from networks.sparse.topology import Coarsening, Level
@@ -195,7 +196,7 @@ class Decoder(_Torso):
             if crop is not None:
                 x, linear = crop(i, x), linear if linear is None else crop(i, linear)
             cells = choose(i, x)
-            x, linear = self.run(block, x, cells), linear if linear is None else children(linear, cells)
+            x, linear = self.run(block, x, cells), linear if linear is None else ops.scatter_children(linear, cells)
         x = self.out_layer(x)
         values = x.feats.float() if linear is None else x.feats.float() + before_tanh(linear.feats)
         return x.replace(torch.tanh(values))
