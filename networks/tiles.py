@@ -19,6 +19,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from networks.blocks import HalvingBlock
+from networks.components import VOXELS_PER_LATENT
 from networks.sparse import SparseTensor
 from networks.sparse.modules import Norm
 from networks.sparse.topology import Coarsening, Level, find_rows, morton_keys
@@ -29,7 +30,6 @@ from networks.vqvae import BatchTokens, SparseVQVAE
 # reach 4 and 2 cells, so before them 5 and 2 are left, and 3 latents. With `pool` mean and legacy it is 3, 3 and 2.
 HALOS = (3, 5, 2)
 MIN_SIDE = 4  # latents of a tile: below it there would be little but halo
-VOXELS_PER_LATENT = 512
 HOST = "cpu"
 
 

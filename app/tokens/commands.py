@@ -28,7 +28,7 @@ from app.tokens.token_files import CTTokens, is_packed, rate_of, read_tokens, wr
 from app.tokens.tokenizer import CTTokenizer
 from transforms.sparse import DROPPED
 
-READERS = 4  # scans that are opened at a time where a card computes; each takes up to a few GiB of memory
+READING_THREADS = 4  # scans that are opened at a time where a card computes; each takes up to a few GiB of memory
 
 
 def tokenize(
@@ -108,11 +108,11 @@ def _ahead(
     if look is None or device.type != "cuda":
         yield from (partial(look or (lambda scan: scan), source) for source in sources)
         return
-    with ThreadPoolExecutor(READERS) as readers:
+    with ThreadPoolExecutor(READING_THREADS) as readers:
         waiting = deque()
         for source in sources:
             waiting.append(readers.submit(look, source).result)
-            if len(waiting) > READERS:
+            if len(waiting) > READING_THREADS:
                 yield waiting.popleft()
         yield from waiting
 
@@ -122,7 +122,7 @@ def _one_good(sources: Sequence[ScanSource], source: Path, out: Path) -> list[Sc
     good, tried = 0, []
     for scan in sources:
         try:
-            scan.own_grid(open_scan.Wanted())
+            scan.own_grid(open_scan.TokenizerNeeds())
             good += 1
         except ValueError:
             scan = scan._replace(source_hash="")

@@ -27,7 +27,7 @@ from app.tokens.rate import Rate, rate
 from networks.residual import NO_CODE
 from networks.sparse.topology import bits_for, morton_keys
 
-VERSION = 2
+FILE_VERSION = 2
 VERSION_OF_LEVELS = 3  # cells of unlike numbers of codes: older software would take what is not there for codes
 PACKED = "packed"  # the one array of a packed file
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the same tokens give the same bytes
@@ -155,7 +155,7 @@ def _arrays_of(tokens: CTTokens) -> dict[str, np.ndarray]:
         "spacing": np.array(tokens.spacing, np.float64),
         "keep": np.array(tokens.keep),
         "tokenizer": np.array(tokens.tokenizer),
-        "version": np.array(VERSION if there.all() else VERSION_OF_LEVELS, np.int32),
+        "version": np.array(FILE_VERSION if there.all() else VERSION_OF_LEVELS, np.int32),
     }
     if not there.all():
         arrays["levels"] = there.sum(1).astype(np.uint8)
@@ -176,7 +176,7 @@ def read_tokens(path: str | Path, *, tables: CodeTables | None = None) -> CTToke
                 raise ValueError("its packed part must be bytes, and all there is")
             content = arrays[PACKED].tobytes()
             arrays = packing.unpacked(content, tables, support_levels=SUPPORT_LEVELS)
-            arrays["version"] = np.array(VERSION, np.int32)
+            arrays["version"] = np.array(FILE_VERSION, np.int32)
         tokens = _tokens_of(arrays)
     except Refused:
         raise

@@ -49,7 +49,7 @@ class Seen(NamedTuple):
     beyond: float
 
 
-class Looked(NamedTuple):
+class ScanRows(NamedTuple):
     """A scan without its values, and its rows as the network is to see them, on the CPU."""
 
     scan: Scan | None
@@ -130,7 +130,7 @@ class CTTokenizer:
         """
         wanted = self.check_levels(levels)
         whole = float(wanted).is_integer()
-        looked = scan if isinstance(scan, Looked) else self.look(scan)
+        looked = scan if isinstance(scan, ScanRows) else self.look(scan)
         if isinstance(looked, CTTokens):
             self.check_tokens(looked)
             if not whole:
@@ -177,18 +177,18 @@ class CTTokenizer:
         owner = torch.unique_consecutive(x.level.keys >> 9, return_inverse=True)[1].cpu().numpy()  # of eight a side
         return np.stack([squared_errors(hu, volume, coords, owner) for volume in volumes], 1)
 
-    def look(self, scan: Any) -> Looked | CTTokens:
+    def look(self, scan: Any) -> ScanRows | CTTokens:
         """What encoding does before the network, on the CPU: opens a scan, brings it onto the grid, takes its rows."""
         opened = self.open(scan)
         if isinstance(opened, CTTokens):
             return opened
-        return Looked(opened._replace(volume=None), *self._rows(opened.volume))
+        return ScanRows(opened._replace(volume=None), *self._rows(opened.volume))
 
     def features(self, volume: Volume) -> Seen:
         """What the network sees of a RAS volume."""
-        return self._on_device(Looked(None, *self._rows(volume)))
+        return self._on_device(ScanRows(None, *self._rows(volume)))
 
-    def _on_device(self, looked: Looked) -> Seen:
+    def _on_device(self, looked: ScanRows) -> Seen:
         parts = [part.to(self.device) for part in (looked.feats, looked.coords)]
         x = SparseTensor(*parts, looked.spatial_shape, 1)
         if self.max_points is not None and len(x) > self.max_points:
@@ -196,7 +196,7 @@ class CTTokenizer:
         return Seen(x, looked.affine, looked.beyond)
 
     def _rows(self, volume: Volume) -> tuple:
-        """The last fields of a `Looked`."""
+        """The last fields of a `ScanRows`."""
         sizes = self.sizes
         if sizes.features != "window":
             what = f"this tokenizer was trained on features {sizes.features}, a scan gives windows"

@@ -30,7 +30,7 @@ from app.training.state import TrainingState
 from app.training.step import SparseBatch, distribute, let_learn
 from app.training.stopping import StopWhenAsked
 from app.training.training_state import read_state
-from networks.components import CELL, cells_of, lay_components
+from networks.components import VOXELS_PER_LATENT, cell_values, lay_components
 from networks.losses import TokenizerLoss
 from networks.quantizer import MIN_VECTORS_PER_CODE, broadcast, gather_rows
 from networks.sparse import SparseTensor
@@ -39,7 +39,7 @@ from networks.vqvae import SparseVQVAE
 log = logging.getLogger(__name__)
 
 CELLS_PER_VALUE = 5  # cells that principal components are fitted to, for each value of a cell
-MAX_CELLS = 1024  # of one sample
+CELLS_OF_A_SAMPLE = 1024  # of one sample
 VECTORS_PER_CODE = 64  # encoder outputs that a codebook is laid over, for each code
 MAX_PASSES = 16  # over the cases, each drawn anew, to fill a codebook at the start
 STAGE1_COMMAND = "python -m monai.bundle run training --config_file bundles/vq_stage1.json"
@@ -82,7 +82,9 @@ class ComponentsStart:
     @torch.no_grad()
     def _lay_components(self) -> None:
         network = self.network
-        rows = gather_rows(self._rows(thinned_cells, wanted=CELLS_PER_VALUE * CELL * network.sizes.in_channels))
+        rows = gather_rows(
+            self._rows(thinned_cells, wanted=CELLS_PER_VALUE * VOXELS_PER_LATENT * network.sizes.in_channels)
+        )
         rows = rows[rows.double().sum(1).argsort()]  # in one order on any number of ranks: sums round alike
         maps = network.encoder.components, network.decoder.components
         share = lay_components(*maps, rows, channel_weights=getattr(self.loss_function, "window_weights", None))
@@ -93,10 +95,10 @@ class ComponentsStart:
 
 
 def thinned_cells(x: SparseTensor) -> Float[Tensor, "M _"]:
-    """Cells of a batch, of each sample about MAX_CELLS at most."""
-    cells = cells_of(x)
+    """Cells of a batch, of each sample about CELLS_OF_A_SAMPLE at most."""
+    cells = cell_values(x)
     samples = [one for one in cells.feats.split(cells.level.sample_sizes) if len(one)]
-    return torch.cat([cells.feats[:0], *(one[:: math.ceil(len(one) / MAX_CELLS)] for one in samples)])
+    return torch.cat([cells.feats[:0], *(one[:: math.ceil(len(one) / CELLS_OF_A_SAMPLE)] for one in samples)])
 
 
 def loader_over(loader: DataLoader, max_steps: int, *, start: int = 0) -> DataLoader:

@@ -118,7 +118,7 @@ def check_call(call: CommandLine) -> None:
     """Refuses what is wrong with a call or its config."""
     if call.run_id not in call.config:
         steps = [name for name in STEP_LISTS if name in call.config]
-        hint = nearest(call.run_id, steps, otherwise=f"it has {', '.join(steps)}")
+        hint = suggestion(call.run_id, steps, otherwise=f"it has {', '.join(steps)}")
         raise Refused("UNKNOWN_RUN", f"this config has no {call.run_id} to run", hint)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "process_group" not in call.config:
         raise Refused(
@@ -181,7 +181,7 @@ def _check_value(name: str, value: Any) -> None:
         raise Refused("BAD_VALUE", f"{name} must be {rule.says}, got {value!r}", f"pass another --{name}")
 
 
-def nearest(name: str, known: Iterable[str], otherwise: str, *, cutoff: float = 0.6) -> str:
+def suggestion(name: str, known: Iterable[str], otherwise: str, *, cutoff: float = 0.6) -> str:
     """What to do about a name that is not known."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f"did you mean {near[0]}?" if near else otherwise
@@ -190,7 +190,7 @@ def nearest(name: str, known: Iterable[str], otherwise: str, *, cutoff: float = 
 def _unknown(name: str, known: dict, *, under: str = "") -> NoReturn:
     where = f"{under} has no key {name}" if under else f"this run has no key {name}"
     has = f"it has {', '.join(sorted(map(str, known)))}"
-    hint = nearest(name, [*known, *(() if under else ("config_file",))], has, cutoff=0.5)
+    hint = suggestion(name, [*known, *(() if under else ("config_file",))], has, cutoff=0.5)
     raise Refused("UNKNOWN_KEY", where, hint)
 
 
@@ -215,7 +215,9 @@ def _check_structure(config: dict[str, Any]) -> None:
             for part in re.split(r"::|#", reference):
                 inside = isinstance(node, list) and part.isdigit() and int(part) < len(node)
                 if not inside and not (isinstance(node, dict) and part in node):
-                    hint = nearest(part, node if isinstance(node, dict) else (), "define it, or remove the reference")
+                    hint = suggestion(
+                        part, node if isinstance(node, dict) else (), "define it, or remove the reference"
+                    )
                     raise Refused("MISSING_REFERENCE", f"{path} refers to @{reference}, which does not exist", hint)
                 node = node[int(part)] if isinstance(node, list) else node[part]
 
@@ -236,7 +238,7 @@ def _check_component(path: str, node: dict[str, Any]) -> None:
     if component is None:
         module, _, last = name.rpartition(".")
         there = pydoc.locate(module)
-        hint = nearest(last, dir(there) if there else (), "").replace("mean ", f"mean {module}.")
+        hint = suggestion(last, dir(there) if there else (), "").replace("mean ", f"mean {module}.")
         raise Refused("BAD_TARGET", f"{path} names {name}, which does not exist", hint)
     try:
         # an instance's own call: Python 3.12 gives members of an Enum the signature of their class
@@ -254,7 +256,7 @@ def _check_component(path: str, node: dict[str, Any]) -> None:
         return
     for key in node:
         if not key.startswith("_") and key not in takes:
-            hint = nearest(key, takes, otherwise=f"it takes {', '.join(takes)}")
+            hint = suggestion(key, takes, otherwise=f"it takes {', '.join(takes)}")
             raise Refused("UNKNOWN_ARGUMENT", f"{path} gives {key}, which {name} does not take", hint)
 
 
@@ -262,7 +264,7 @@ def _check_word(path: str, name: str) -> None:
     """That MONAI has a component of this name."""
     table = ComponentLocator()
     if table.get_component_module_name(name) is None:
-        hint = nearest(name, table._components_table, "")
+        hint = suggestion(name, table._components_table, "")
         raise Refused("BAD_TARGET", f"{path} names {name}, which MONAI does not have", hint)
 
 

@@ -102,7 +102,7 @@ def _file_of(stage: str) -> Path:
     if Path(stage).suffix in (".json", ".yaml", ".yml"):
         return Path(stage)
     if stage not in stages():
-        hint = preflight.nearest(stage, stages(), otherwise=f"it is one of {', '.join(stages())}")
+        hint = preflight.suggestion(stage, stages(), otherwise=f"it is one of {', '.join(stages())}")
         raise Refused("UNKNOWN_STAGE", f"there is no stage {stage}", hint)
     return bundles_folder() / f"{stage}.json"
 

@@ -164,7 +164,7 @@ def test_raw_scans_are_read_one_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(volume, "read_item", lambda *given: read.append(given) or whole(*given))
     found = list(open_scan.scan_sources(tmp_path))
     assert len(found) == 3 and not read
-    opened = [one.open(open_scan.Wanted()) for one in found]
+    opened = [one.open(open_scan.TokenizerNeeds()) for one in found]
     assert [one.source_hash for one in opened] == [one.source_hash for one in found] and len(read) == 3
 
 
