@@ -345,8 +345,8 @@ def evaluate(
             skip_bad=skip_bad,
             options={**options, "batch_size": batch_size, "max_new_tokens": max_new_tokens},
         )
-        told = evaluate.lines(result, align=align, output_dir=out)
-        answer.give(result, told, status=evaluate.status_of(result))
+        lines = evaluate.lines(result, align=align, output_dir=out)
+        answer.give(result, lines, status=evaluate.status_of(result))
 
 
 @app.command(epilog="Example: python -m app export my_bundle --tokenizer outputs/vq_stage2 --zip")

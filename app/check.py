@@ -109,12 +109,12 @@ def check_prepared(
         "OUT_OF_RANGE": "values outside -32768..32767 or not HU: prepare again",
         "UNDER_MIN_POINTS": f"fewer than {min_points} points: training skips these cases",
     }
-    found = [Problem(code, f"{len(ids)} cases: {messages[code]}", tuple(ids)) for code, ids in problems.items()]
-    found += _leaks((case.patient, case.split, case.case_id) for case in cases)
-    found += _same_scans(cases, {row["case"]: row.pop("voxels", "") for row in rows})
-    found += _stale(cases)
-    found += _failures(path)
-    found += _one_side([case.split for case in cases])
+    listed = [Problem(code, f"{len(ids)} cases: {messages[code]}", tuple(ids)) for code, ids in problems.items()]
+    listed += _leaks((case.patient, case.split, case.case_id) for case in cases)
+    listed += _same_scans(cases, {row["case"]: row.pop("voxels", "") for row in rows})
+    listed += _stale(cases)
+    listed += _failures(path)
+    listed += _one_side([case.split for case in cases])
     points = sorted(row["points"] for row in rows if "points" in row)
     summary = {
         "num_cases": len(rows),
@@ -126,7 +126,7 @@ def check_prepared(
         "points_spacing": onto[1],
         "points": [points[0], points[len(points) // 2], points[-1]] if points else None,
     }
-    return Checked("prepared", tuple(rows), summary, tuple(found))
+    return Checked("prepared", tuple(rows), summary, tuple(listed))
 
 
 def _look(case: prepared.PreparedCase, *, keep: str, windows: Sequence[str], onto: tuple[int, float]) -> dict[str, Any]:
@@ -230,9 +230,9 @@ def lines(checked: Checked) -> Iterable[str]:
             yield f"{row['case']}  {row['error']}"
             continue
         shape, low_high = " x ".join(map(str, row["shape"])), row.get("hu_range")
-        told = f"HU {low_high[0]}..{low_high[1]}" if low_high else "no HU"
+        hu_range = f"HU {low_high[0]}..{low_high[1]}" if low_high else "no HU"
         share = f"foreground {row['foreground']:.0%}  {row['points']} points"
-        yield f"{row['case']}  {row['split']}  {shape}  {told}  {share}"
+        yield f"{row['case']}  {row['split']}  {shape}  {hu_range}  {share}"
     for name, value in checked.summary.items():
         yield f"{name}: {value}"
     for problem in checked.problems:

@@ -341,11 +341,11 @@ def _check_codes(vq: nn.Module | None, sizes: Preset) -> None:
     if parts and len(parts) != sizes.quantizer_levels:
         raise ValueError(f"vq must have quantizer_levels = {sizes.quantizer_levels} levels, got {len(parts)}")
     for part in parts:
-        made = (part.num_embeddings, part.embedding_dim)
-        if made != (sizes.num_embeddings, sizes.latent_channels):
+        own = (part.num_embeddings, part.embedding_dim)
+        if own != (sizes.num_embeddings, sizes.latent_channels):
             raise ValueError(
                 f"vq must have num_embeddings {sizes.num_embeddings} codes of latent_channels {sizes.latent_channels}, "
-                f"got {made[0]} of {made[1]}"
+                f"got {own[0]} of {own[1]}"
             )
 
 
@@ -353,9 +353,9 @@ def noise_like(values: Float[Tensor, "M D"], level: Level, seeds: list[int] | No
     """Normal noise; with seeds each sample draws its rows from its own generator."""
     if seeds is None:
         return torch.randn_like(values)
-    made = [torch.Generator(values.device).manual_seed(seed) for seed in seeds]
+    generators = [torch.Generator(values.device).manual_seed(seed) for seed in seeds]
     shapes = [(size, values.shape[1]) for size in level.sample_sizes]
-    parts = zip(shapes, made, strict=True)
+    parts = zip(shapes, generators, strict=True)
     return torch.cat([torch.randn(shape, generator=one, device=values.device) for shape, one in parts])
 
 

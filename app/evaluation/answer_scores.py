@@ -271,8 +271,8 @@ def report_findings(rows: Sequence[TextRow], texts: dict[str, list[str]], patien
     }
     source = "label columns" if has_labels else "the matcher's reading of the reference reports"
     error = findings.matcher_error(texts["reference"], truth, names) if has_labels else None
-    told = {"labels": names, "truth": source, "matcher_error": error, "scores": scores}
-    return {**told, "intervals": spans, "gaps": gaps}
+    result = {"labels": names, "truth": source, "matcher_error": error, "scores": scores}
+    return {**result, "intervals": spans, "gaps": gaps}
 
 
 def mean(values: np.ndarray, weights: np.ndarray) -> float:

@@ -18,11 +18,11 @@ TOLD = ("resolution", "spacing", "prepared", "features", "windows", "keep", "num
 
 def description(sizes: Preset, digest: str) -> dict[str, Any]:
     """What a bundle's metadata hold under `tokenizer`: geometry, HU range, windows, sparsification, codes, weights."""
-    told = {name: value for name, value in dataclasses.asdict(sizes).items() if name in TOLD}
+    stated = {name: value for name, value in dataclasses.asdict(sizes).items() if name in TOLD}
     return {
         "sha256": digest,
         "orientation": ORIENTATION,
-        **json.loads(json.dumps(told)),
+        **json.loads(json.dumps(stated)),
         "hu_range": list(windows_range(sizes.windows)) if sizes.windows else None,
     }
 
@@ -40,12 +40,12 @@ def check_description(weights: Path, sizes: Preset, digest: str) -> None:
         return
     again = "export it again, or copy it again whole"
     try:
-        told = json.loads(file.read_text(encoding="utf-8"))["tokenizer"]
+        stated = json.loads(file.read_text(encoding="utf-8"))["tokenizer"]
     except (OSError, ValueError, KeyError, TypeError):
         raise Refused("BAD_BUNDLE", f"{file} does not describe a tokenizer", again) from None
     own = description(sizes, digest)
-    other = [name for name in own if not isinstance(told, dict) or told.get(name) != own[name]]
+    other = [name for name in own if not isinstance(stated, dict) or stated.get(name) != own[name]]
     if other:
         name = other[0]
-        value = told.get(name) if isinstance(told, dict) else told
+        value = stated.get(name) if isinstance(stated, dict) else stated
         raise Refused("BAD_BUNDLE", f"{file} says {name} {value}, the weights beside it have {own[name]}", again)

@@ -42,16 +42,16 @@ class ShapesThroughTokens:
             raise Refused("NO_SOURCE", "no shape is given", "pass --shape PATH")
         out = Path(self.output_dir)
         check_folder(out, name="output_dir")
-        made = CTTokenizer.from_pretrained(self.weights, device=self.device)
-        if made.sizes.features != "sdf":
+        ct = CTTokenizer.from_pretrained(self.weights, device=self.device)
+        if ct.sizes.features != "sdf":
             what = "this tokenizer reads CT, not shapes"
             raise Refused("BAD_TOKENIZER", what, "give one that bundles/sdf_vqvae.json trained")
         done = {}
-        for source in shapes_in(Path(self.shape), made.sizes.resolution):
-            tokens = encode_shape(made, source, support=self.support)
+        for source in shapes_in(Path(self.shape), ct.sizes.resolution):
+            tokens = encode_shape(ct, source, support=self.support)
             files = {"tokens": out / f"{source.name}.npz", "mesh": out / f"{source.name}.ply"}
-            write_tokens(files["tokens"], tokens, tables=made.tables)
-            write_mesh(files["mesh"], mesh_of(made.decode_sparse(tokens), tokens))
+            write_tokens(files["tokens"], tokens, tables=ct.tables)
+            write_mesh(files["mesh"], mesh_of(ct.decode_sparse(tokens), tokens))
             log.info("%s: %d tokens, %s", source.name, len(tokens.codes), files["mesh"])
             done[source.name] = files
         return done

@@ -41,11 +41,11 @@ def encode_shape(
     shape = opened.shape
     x = shape_tensor(tokenizer, shape)
     with torch.inference_mode():
-        made = encode_whole(tokenizer.network, x, max_points=tokenizer.max_points, levels=levels)
+        encoded = encode_whole(tokenizer.network, x, max_points=tokenizer.max_points, levels=levels)
     return CTTokens(
-        codes=made.codes.cpu().numpy(),
-        coords=made.coords[:, 1:].cpu().numpy(),
-        latent_shape=made.latent_shape,
+        codes=encoded.codes.cpu().numpy(),
+        coords=encoded.coords[:, 1:].cpu().numpy(),
+        latent_shape=encoded.latent_shape,
         affine=shape.affine @ latent_to_voxel(),
         source_shape=(shape.resolution,) * 3,
         source_affine=shape.affine,

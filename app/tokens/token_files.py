@@ -107,15 +107,15 @@ def write_tokens(
 
     With their tokenizer's tables it also says how many bits they take (`bits`), which is returned, or is packed.
     """
-    path, arrays, told = Path(path), _arrays_of(tokens), None
+    path, arrays, rate_of_file = Path(path), _arrays_of(tokens), None
     if tables is not None:
-        content, told = _packed_file(arrays, tables)
+        content, rate_of_file = _packed_file(arrays, tables)
     with written_whole(path) as beside, open(beside, "wb") as stream:  # given a name, NumPy puts its own ending behind
         if pack:
             stream.write(content)
         else:
-            np.savez_compressed(stream, **arrays, **({} if told is None else {"bits": told.as_array()}))
-    return told
+            np.savez_compressed(stream, **arrays, **({} if rate_of_file is None else {"bits": rate_of_file.as_array()}))
+    return rate_of_file
 
 
 def rate_of(tokens: CTTokens, tables: CodeTables) -> Rate:
@@ -240,8 +240,8 @@ def _codes(arrays: dict[str, np.ndarray]) -> Int32[np.ndarray, "M ..."]:
     if levels.dtype.kind != "u" or levels.shape != (len(codes),):
         raise ValueError(f"levels must be unsigned integers ({len(codes)},), got {levels.dtype} {levels.shape}")
     if most == 1 or levels.min() < 1 or levels.max() != most:
-        told = f"{levels.min()} to {levels.max()}"
-        raise ValueError(f"levels and codes contradict each other: {told} codes a cell, and codes {codes.shape}")
+        counted = f"{levels.min()} to {levels.max()}"
+        raise ValueError(f"levels and codes contradict each other: {counted} codes a cell, and codes {codes.shape}")
     lacking = np.arange(most) >= levels[:, None]
     if codes[lacking].any():
         raise ValueError(f"levels and codes contradict each other: {int((codes[lacking] > 0).sum())} codes too many")

@@ -92,9 +92,9 @@ class CTTokenizer:
             log.warning("%s", OTHER_RESAMPLER.format(file=file.name, now=RESAMPLER))
         digest = seals.weights_hash(network.state_dict())
         check_description(file, network.sizes, digest)
-        made = cls(network, digest=digest, source=str(file), max_points=max_points)
-        made.network.to(choose_device() if device is None else device)
-        return made
+        ct = cls(network, digest=digest, source=str(file), max_points=max_points)
+        ct.network.to(choose_device() if device is None else device)
+        return ct
 
     @cached_property
     def tables(self) -> CodeTables:
@@ -146,7 +146,7 @@ class CTTokenizer:
             findings.append("FOV_CROPPED")
         with torch.inference_mode():
             tokens = encode_whole(self.network, x, max_points=self.max_points, levels=int(wanted) if whole else None)
-        made = CTTokens(
+        encoded = CTTokens(
             codes=tokens.codes.cpu().numpy(),
             coords=tokens.coords[:, 1:].cpu().numpy(),
             latent_shape=tokens.latent_shape,
@@ -164,10 +164,10 @@ class CTTokenizer:
             voxels=len(x),
         )
         if whole:
-            return made
-        prefixes = (self.decode_sparse(made, levels=number).values for number in range(1, made.levels + 1))
+            return encoded
+        prefixes = (self.decode_sparse(encoded, levels=number).values for number in range(1, encoded.levels + 1))
         volumes = (dense_hu(values, self.sizes) for values in prefixes)
-        return made.with_levels(spread_levels(self.errors_by_level(x, volumes), wanted))
+        return encoded.with_levels(spread_levels(self.errors_by_level(x, volumes), wanted))
 
     def errors_by_level(
         self, x: SparseTensor, volumes: Iterable[Float[np.ndarray, "X Y Z"]]
@@ -255,9 +255,9 @@ class CTTokenizer:
         if sizes.features == "window":  # a shape has a spacing of its own, and may lie on a coarser grid
             pairs["a grid of"] = (tokens.grid_shape, (sizes.resolution,) * 3)
             pairs["spacing"] = (tokens.spacing, sizes.spacing)
-        for name, (told, own) in pairs.items():
-            if told != own:
-                raise Refused("DAMAGED_TOKENS", f"the tokens tell {name} {told}, their tokenizer {own}")
+        for name, (stated, own) in pairs.items():
+            if stated != own:
+                raise Refused("DAMAGED_TOKENS", f"the tokens tell {name} {stated}, their tokenizer {own}")
 
     def to_hu(self, decoded: Decoded, tokens: CTTokens) -> Volume:
         return Volume(dense_hu(decoded.values, self.sizes), tokens.grid_affine)

@@ -231,12 +231,12 @@ def check_weights(state: object, path: str | Path) -> Preset:
     try:
         stored = state["_extra_state"]
         sizes = Preset.from_tensor(stored)
-        told = json.loads(bytes(stored.tolist())).get(CHECKSUM)
+        checksum = json.loads(bytes(stored.tolist())).get(CHECKSUM)
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         remedy = "update this software if a later one made it, else it is damaged: use another step"
         raise Refused("BAD_CHECKPOINT", f"the sizes in {path} cannot be read ({reason})", remedy) from error
-    if told is not None and told != tensors_hash(state):  # older files do not say
+    if checksum is not None and checksum != tensors_hash(state):  # older files do not say
         raise Refused("BAD_CHECKPOINT", f"the weights in {path} are not those that were saved")
     return sizes
 

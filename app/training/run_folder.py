@@ -118,14 +118,14 @@ class RunFolder:
         if not isinstance(before, dict):
             log.warning("%s cannot be read: what changed since the run began is not known", file)
         elif before and now:
-            told, parts = [], []
+            settings, parts = [], []
             for name, old, new in differences(before, now):
                 is_part = "#" in name or str(old)[:2] in ("{'", "[{") or str(new)[:2] in ("{'", "[{")
-                (parts if is_part else told).append(f"{name} {_short(new)} (was {_short(old)})")
+                (parts if is_part else settings).append(f"{name} {_short(new)} (was {_short(old)})")
             if len(parts) > MAX_PARTS:  # the file is another: it tells the user nothing
                 parts = [f"{len(parts)} parts of a bundle that other software wrote"]
-            if told or parts:
-                log.warning("goes on with other settings than the run began with: %s", ", ".join(told + parts))
+            if settings or parts:
+                log.warning("goes on with other settings than the run began with: %s", ", ".join(settings + parts))
 
     def _begin_beside(self) -> None:
         """An earlier run keeps its place until this one has taken a step; whether it can be moved then is seen now."""
@@ -295,9 +295,9 @@ def differences(before: object, now: object, path: str = "") -> Iterator[tuple[s
     if isinstance(before, dict) and isinstance(now, dict):
         for name in {**now, **before}:
             old, new = before.get(name, "not to be chosen"), now.get(name, "left out")
-            told = path or name not in UNTOLD
+            is_compared = path or name not in UNTOLD
             passed_on = path and name not in before and str(new).startswith("@")  # the key it stands for is told
-            if told and not passed_on:
+            if is_compared and not passed_on:
                 yield from differences(old, new, f"{path}#{name}" if path else name)
     elif before != now:
         yield path, before, now

@@ -46,10 +46,10 @@ def name_of(digest: str) -> str | None:
     """The name of what ships with this hash of its weights; None where nothing does."""
     for name in names():
         try:
-            told = json.loads((pretrained_folder() / name / RECORD).read_text(encoding="utf-8"))
+            record = json.loads((pretrained_folder() / name / RECORD).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if isinstance(told, dict) and told.get("tokenizer_sha256") == digest:
+        if isinstance(record, dict) and record.get("tokenizer_sha256") == digest:
             return name
     return None
 
@@ -58,13 +58,13 @@ def read(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file, halves as float32. One that its record does not know is refused."""
     record = file.with_name(RECORD)
     if file.name == WEIGHTS and record.is_file():
-        told: Any = None
+        recorded: Any = None
         try:
-            told = json.loads(record.read_text(encoding="utf-8"))["file_sha256"]
+            recorded = json.loads(record.read_text(encoding="utf-8"))["file_sha256"]
         except (OSError, ValueError, KeyError, TypeError):
             what = f"{record} does not tell of the weights beside it"
             raise Refused("BAD_CHECKPOINT", what, "install or copy it again") from None
-        if hash_path(file) != told:
+        if hash_path(file) != recorded:
             what = f"{file} is not the file that {RECORD} beside it tells of"
             raise Refused("BAD_CHECKPOINT", what, "install or copy the folder again, whole")
     state = load_file(file)

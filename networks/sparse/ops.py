@@ -77,8 +77,8 @@ def defect(name: str, device_index: int) -> str | None:
     device = torch.device("cuda", device_index)
     coords = torch.nn.functional.pad(torch.ones(5, 4, 6, device=device).nonzero(), (1, 0))
     level, _ = Level.from_coords(coords, (5, 4, 6), 1)
-    made = torch.Generator(device).manual_seed(0)
-    draw = partial(torch.randn, generator=made, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    draw = partial(torch.randn, generator=generator, device=device)
     feats, grad, weight = draw(120, 16), draw(120, 32), draw(27, 16, 32)
     try:
         got = _all_three(module, feats.half(), weight.half(), grad.half(), level)
