@@ -53,11 +53,8 @@ def tokenize(
     refuse_empty(out)
     source, out = Path(source), Path(out)
     ct = CTTokenizer.from_pretrained(tokenizer)
-    try:
-        wanted = ct.check_levels(levels)
-    except ValueError as error:
-        raise Refused("BAD_VALUE", str(error), "leave --levels out for all of them") from error
-    if ct.sizes.features == "sdf":
+    wanted, is_shape = ct.check_levels(levels), ct.sizes.features == "sdf"
+    if is_shape:
         sources = list(shape_tokens.shapes_in(source, ct.sizes.resolution))
     else:
         sources = list(open_scan.scan_sources(source, series=series, token_files=False))
@@ -74,25 +71,21 @@ def tokenize(
     def look(scan: ScanSource) -> Any:
         return scan if place_of(scan).exists() and not overwrite else ct.look(scan)
 
-    is_shape = ct.sizes.features == "sdf"
     opened = _ahead(sources, None if is_shape else look, ct.device)
     for scan, ready in zip(progress(sources, "tokenize"), opened, strict=True):
         path = place_of(scan)
         try:
-            known = bool(scan.source_hash) and not overwrite
-            there = _there_already(path, ct, scan.source_hash) if known else None
-            kept = there if there is not None and _is_as_asked(path, there, support, wanted, pack) else None
-            if kept is not None:
-                tokens = kept
-            elif is_shape:
-                tokens = shape_tokens.encode_shape(ct, scan, support=support, levels=wanted)
+            tokens = _there_already(path, ct, scan.source_hash) if scan.source_hash and not overwrite else None
+            if is_there := tokens is not None and _is_as_asked(path, tokens, support, wanted, pack):
+                bits = rate_of(tokens, ct.tables)
             else:
-                tokens = ct.encode(ready(), support=support, levels=wanted)
-            bits = rate_of(tokens, ct.tables) if kept else write_tokens(path, tokens, tables=ct.tables, pack=pack)
+                how = {"support": support, "levels": wanted}
+                tokens = shape_tokens.encode_shape(ct, scan, **how) if is_shape else ct.encode(ready(), **how)
+                bits = write_tokens(path, tokens, tables=ct.tables, pack=pack)
         except ValueError as error:
             entries.append(_refused(scan.name, error))
             continue
-        entries.append(_tokenized(path, scan.name, tokens, bits) | {"message": "" if kept is None else "there already"})
+        entries.append(_tokenized(path, scan.name, tokens, bits) | {"message": "there already" if is_there else ""})
     return _summary(entries, ct)
 
 
