@@ -136,6 +136,21 @@ def test_a_stage_run_on_data_of_ones_own_loads_nothing_of_language_or_of_raw_sca
     assert modules and not rooms & {"language", "evaluation", "tokens", "export", "prepare", "shapes"}, sorted(rooms)
 
 
+HAND_WRITTEN = [path for path in SOURCES if not name_of(path).startswith("networks/kernels/")]  # else than for a card
+
+
+def test_files_are_at_most_400_lines_and_functions_60():
+    assert not {name_of(path) for path in HAND_WRITTEN if len(path.read_text(encoding="utf-8").splitlines()) > 400}
+    nodes = [(name_of(path), node) for path in HAND_WRITTEN for node in ast.walk(tree_of(path))]
+    functions = [(name, node) for name, node in nodes if isinstance(node, ast.FunctionDef)]
+    assert not {(name, node.name) for name, node in functions if node.end_lineno - node.lineno >= 60}
+
+
+def test_no_two_classes_have_one_name():
+    classes = [node.name for path in HAND_WRITTEN for node in tree_of(path).body if isinstance(node, ast.ClassDef)]
+    assert not sorted({name for name in classes if classes.count(name) > 1 and not name.startswith("_")})
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=ids(SOURCES))
 def test_heavy_libraries_stay_with_their_owners(path):
     for library in {name.split(".")[0] for name in imports_of(path)} & set(OWNERS):
