@@ -61,7 +61,7 @@ SPARSE_LAYERS = (
     "whole_blocks",
     "modules",
 )  # each may import those before it
-ASK_KERNELS = {"networks/sparse/maps.py", "networks/sparse/ops.py", "networks/quantizer.py"}
+ASK_KERNELS = {"networks/sparse/maps.py", "networks/sparse/ops.py"}
 
 
 def name_of(path):
