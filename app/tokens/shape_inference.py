@@ -22,18 +22,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False, kw_only=True)
 class ShapesThroughTokens:
-    """Token file and mesh of every shape at a path.
+    """Token file and mesh of every shape at a path."""
 
-    Args:
-        weights: a tokenizer of shapes, as `--tokenizer` takes it.
-        shape: a mesh, a file of signed distance, or a folder of them.
-        support: whether tokens keep which voxels there were.
-    """
-
-    weights: str | Path
-    shape: str | Path | None
+    weights: str | Path  # a tokenizer of shapes, as `--tokenizer` takes it
+    shape: str | Path | None  # a mesh, a file of signed distance, or a folder of them
     output_dir: str | Path
-    support: bool = False
+    support: bool = False  # whether tokens keep which voxels there were
     device: torch.device | str | None = None
 
     def run(self) -> dict[str, Any]:

@@ -41,14 +41,6 @@ OTHER_RESAMPLER = (
 )
 
 
-class Seen(NamedTuple):
-    """Voxels for a network, the affine of their grid, and what share of all denser than air lies beyond that grid."""
-
-    x: SparseTensor
-    affine: Float[np.ndarray, "4 4"]
-    beyond: float
-
-
 class ScanRows(NamedTuple):
     """A scan without its values, and its rows as the network is to see them, on the CPU."""
 
@@ -56,8 +48,8 @@ class ScanRows(NamedTuple):
     feats: Float[torch.Tensor, "N C"]
     coords: Int32[torch.Tensor, "N 4"]
     spatial_shape: tuple[int, int, int]
-    affine: Float[np.ndarray, "4 4"]
-    beyond: float
+    affine: Float[np.ndarray, "4 4"]  # of the rows' grid
+    beyond: float  # share of all denser than air that lies beyond that grid
 
 
 class CTTokenizer:
@@ -133,19 +125,18 @@ class CTTokenizer:
         """
         wanted = self.check_levels(levels)
         whole = float(wanted).is_integer()
-        looked = scan if isinstance(scan, ScanRows) else self.look(scan)
-        if isinstance(looked, CTTokens):
-            self.check_tokens(looked)
+        rows = scan if isinstance(scan, ScanRows) else self.look(scan)
+        if isinstance(rows, CTTokens):
+            self.check_tokens(rows)
             if not whole:
                 raise Refused("BAD_VALUE", f"levels must be a whole number for tokens, got {wanted}", "give the scan")
-            return dataclasses.replace(looked, codes=looked.first_levels(None if levels is None else int(levels)))
-        scan, (x, affine, beyond) = looked.scan, self._on_device(looked)
+            return dataclasses.replace(rows, codes=rows.first_levels(None if levels is None else int(levels)))
+        scan, x = rows.scan, self.on_device(rows)
         findings = [code for code in scan.codes if code != "OK"]
-        if beyond >= CUT_OFF:
+        if rows.beyond >= CUT_OFF:
             side = self.sizes.resolution * self.sizes.spacing
-            log.warning(
-                "%s: %.1f %% of what is denser than air lies beyond the %g mm grid", scan.name, 100 * beyond, side
-            )
+            what = "%s: %.1f %% of what is denser than air lies beyond the %g mm grid"
+            log.warning(what, scan.name, 100 * rows.beyond, side)
             findings.append("FOV_CROPPED")
         with torch.inference_mode():
             tokens = encode_whole(self.network, x, max_points=self.max_points, levels=int(wanted) if whole else None)
@@ -153,7 +144,7 @@ class CTTokenizer:
             codes=tokens.codes.cpu().numpy(),
             coords=tokens.coords[:, 1:].cpu().numpy(),
             latent_shape=tokens.latent_shape,
-            affine=affine @ latent_to_voxel(),
+            affine=rows.affine @ latent_to_voxel(),
             source_shape=scan.source_shape,
             source_affine=scan.source_affine,
             source_hash=scan.source_hash,
@@ -185,21 +176,17 @@ class CTTokenizer:
         opened = self.open(scan)
         if isinstance(opened, CTTokens):
             return opened
-        return ScanRows(opened._replace(volume=None), *self._rows(opened.volume))
+        return self.rows_of(opened.volume, scan=opened._replace(volume=None))
 
-    def features(self, volume: Volume) -> Seen:
-        """What the network sees of a RAS volume."""
-        return self._on_device(ScanRows(None, *self._rows(volume)))
-
-    def _on_device(self, looked: ScanRows) -> Seen:
-        parts = [part.to(self.device) for part in (looked.feats, looked.coords)]
-        x = SparseTensor(*parts, looked.spatial_shape, 1)
+    def on_device(self, rows: ScanRows) -> SparseTensor:
+        """What the network sees."""
+        x = SparseTensor(rows.feats.to(self.device), rows.coords.to(self.device), rows.spatial_shape, 1)
         if self.max_points is not None and len(x) > self.max_points:
             x = x.to("cpu")  # sorted where that is fast; parts of it go back one by one
-        return Seen(x, looked.affine, looked.beyond)
+        return x
 
-    def _rows(self, volume: Volume) -> tuple:
-        """The last fields of a `ScanRows`."""
+    def rows_of(self, volume: Volume, *, scan: Scan | None = None) -> ScanRows:
+        """A RAS volume on the tokenizer's grid, windowed and sparse."""
         sizes = self.sizes
         if sizes.features != "window":
             what = f"this tokenizer was trained on features {sizes.features}, a scan gives windows"
@@ -215,7 +202,8 @@ class CTTokenizer:
             raise Refused("EMPTY", what, "is it empty?")
         coords = torch.from_numpy(np.pad(item["coords"].astype(np.int32), ((0, 0), (1, 0))))
         feats = torch.from_numpy(np.ascontiguousarray(item["feats"], np.float32))
-        return feats, coords, tuple(item["spatial_shape"]), np.asarray(item["affine"], np.float64), item["beyond"]
+        affine = np.asarray(item["affine"], np.float64)
+        return ScanRows(scan, feats, coords, tuple(item["spatial_shape"]), affine, item["beyond"])
 
     def decode(self, tokens: CTTokens | str | Path, *, levels: int | None = None) -> Volume:
         """HU on the tokenizer's grid, from the first `levels` codes of each cell or from all that there are.

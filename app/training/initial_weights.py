@@ -116,13 +116,10 @@ class CodebookStart(ComponentsStart):
 
     Weights come from `pretrained_vae_path` (auto: stage 0's output where there is one); without any, the autoencoder is
     trained first, a phase of its own. Does nothing when the run resumes.
-
-    Args:
-        warmup: flat keys of `bundles/vae.json` with their values for that phase.
     """
 
     pretrained_vae_path: str | None
-    warmup: dict
+    warmup: dict  # flat keys of `bundles/vae.json` with their values for that phase
 
     def run(self) -> None:
         if self.folder.start_step is not None:

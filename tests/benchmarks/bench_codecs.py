@@ -79,7 +79,7 @@ def volumes_of(
             if fractions or number in given.levels
         }
         if fractions:
-            errors = made.errors_by_level(made.features(scan.volume).x, prefixes.values())
+            errors = made.errors_by_level(made.on_device(made.rows_of(scan.volume)), prefixes.values())
         for levels in given.levels:
             if levels in prefixes:
                 tokens = replace(stored, codes=whole.first_levels(int(levels)))

@@ -93,7 +93,7 @@ def test_cells_keep_the_codes_that_pay_so_many_on_average(tokenizer, mean):
     scan = Volume(hu_volume(), AFFINE)
     tokens, whole = tokenizer.encode(scan, levels=mean), tokenizer.encode(scan)
     volumes = [tokenizer.decode(whole, levels=n).hu for n in (1, 2, 3, 4)]
-    levels = spread_levels(tokenizer.errors_by_level(tokenizer.features(scan).x, volumes), mean)
+    levels = spread_levels(tokenizer.errors_by_level(tokenizer.on_device(tokenizer.rows_of(scan)), volumes), mean)
     assert mean - 4 / len(levels) < tokens.mean_levels <= mean
     assert np.array_equal((tokens.codes != NO_CODE).sum(1), levels) and len(set(levels)) > 1
     there = np.arange(levels.max()) < levels[:, None]
