@@ -192,10 +192,10 @@ def train(
 ) -> None:
     """Train a stage: vae, vq_stage1, vq_stage2 or align. Keys are those of bundles/STAGE.json."""
     with answering(as_json, debug) as answer:
-        from app.training import preflight
+        from app.training.run_errors import end_at_once_on_sigterm
         from app.training.train import train_words
 
-        preflight.end_at_once_on_sigterm()
+        end_at_once_on_sigterm()
         answer.give(train_words(words or [])._asdict())
 
 
