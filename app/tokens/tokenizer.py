@@ -1,7 +1,6 @@
 """A trained tokenizer behind two methods: a whole scan to tokens, tokens back to HU. Crops are for training."""
 
 import dataclasses
-import json
 import logging
 from collections.abc import Iterable
 from functools import cached_property
@@ -13,6 +12,7 @@ import torch
 from jaxtyping import Float, Int32
 
 from app.shared.devices import choose_device
+from app.shared.json_files import read_object
 from app.shared.refusals import Refused
 from app.tokens import open_scan
 from app.tokens.allocation import spread_levels, squared_errors
@@ -293,8 +293,4 @@ def _default_tokenizer(for_phantoms: bool) -> str | Path:
 
 def _learned_from_phantoms(stage: Path) -> bool:
     """Whether a run was given no data of its own."""
-    try:
-        config = json.loads((stage / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(config, dict) and config.get("dataset_dir", "") is None
+    return (read_object(stage / "config.json") or {}).get("dataset_dir", "") is None

@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from app.shared.atomic_files import write_text
+from app.shared.json_files import read_object
 from app.shared.refusals import Refused
 from app.training import checkpoints, preflight
 
@@ -111,11 +112,8 @@ class RunFolder:
         """What the run did not begin with: given otherwise now, or by software that knew no such choice."""
         now = json.loads(json.dumps(preflight.resolved_config(self.call)))
         file = self.path / "config.json"
-        try:
-            before = json.loads(file.read_text())
-        except (OSError, ValueError):
-            before = None
-        if not isinstance(before, dict):
+        before = read_object(file)
+        if before is None:
             log.warning("%s cannot be read: what changed since the run began is not known", file)
         elif before and now:
             settings, parts = [], []
