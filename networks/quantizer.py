@@ -120,9 +120,6 @@ class VectorQuantizer(nn.Module):
     """Replaces each row by its nearest codebook row.
 
     Args:
-        num_embeddings: number of codes K.
-        embedding_dim: code width D.
-        codebook: "ema" or "gradient".
         rotation_trick: `rotated` in place of `straight_through`.
         normalize_codes: codes lie on a sphere, so that a row's direction alone chooses; its radius is the rows' mean
             length when the codebook is laid.

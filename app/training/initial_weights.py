@@ -48,10 +48,7 @@ WARM_UP_HANDLERS = ("StopAtNonFiniteLoss", "LrScheduleHandler", "Console", "Metr
 
 @dataclass(eq=False, kw_only=True)
 class ComponentsStart:
-    """What stage 0 needs before its first step where the sizes say `pca`: principal components of cells.
-
-    Does nothing when the run resumes.
-    """
+    """What stage 0 needs before its first step where the sizes say `pca`: principal components of cells."""
 
     network: SparseVQVAE
     folder: Any
@@ -115,7 +112,7 @@ class CodebookStart(ComponentsStart):
     """What stage 1 needs before its first step: a trained autoencoder, and a codebook laid over its outputs.
 
     Weights come from `pretrained_vae_path` (auto: stage 0's output where there is one); without any, the autoencoder is
-    trained first, a phase of its own. Does nothing when the run resumes.
+    trained first, a phase of its own.
     """
 
     pretrained_vae_path: str | None
