@@ -89,7 +89,10 @@ class TokenizerEvaluation:
         check_folder(folder, name="output_dir")
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer = CTTokenizer.from_pretrained(file, max_points=self.max_points)
-        tokenizer.check_levels(self.levels)
+        try:
+            tokenizer.check_levels(self.levels)
+        except ValueError as error:
+            raise Refused("BAD_VALUE", str(error), "leave --levels out for all of them") from error
         evaluated, refused = [], {}
         for case in cases:
             try:

@@ -53,8 +53,11 @@ def tokenize(
     refuse_empty(out)
     source, out = Path(source), Path(out)
     ct = CTTokenizer.from_pretrained(tokenizer)
-    wanted, is_shape = ct.check_levels(levels), ct.sizes.features == "sdf"
-    if is_shape:
+    try:
+        wanted = ct.check_levels(levels)
+    except ValueError as error:
+        raise Refused("BAD_VALUE", str(error), "leave --levels out for all of them") from error
+    if is_shape := ct.sizes.features == "sdf":
         sources = list(shape_tokens.shapes_in(source, ct.sizes.resolution))
     else:
         sources = list(open_scan.scan_sources(source, series=series, token_files=False))
