@@ -29,7 +29,7 @@ from networks.tiles import Decoded, decode_whole, encode_whole
 from networks.vqvae import BatchTokens, SparseVQVAE
 from transforms import Windowsd
 from transforms.grid import CUT_OFF, RESAMPLER
-from transforms.sparse import densify, fill_for
+from transforms.sparse import KEEPS, densify
 from transforms.windows import hu_from_windows
 
 log = logging.getLogger(__name__)
@@ -254,7 +254,7 @@ class CTTokenizer:
 def dense_hu(values: SparseTensor, sizes: Preset) -> Float[np.ndarray, "X Y Z"]:
     """Window values of one volume as HU on the whole grid."""
     hu = hu_from_windows(values.feats.float().cpu().numpy(), sizes.windows)
-    return densify(hu, values.coords[:, 1:].cpu().numpy(), values.spatial_shape, fill=fill_for(sizes.keep))
+    return densify(hu, values.coords[:, 1:].cpu().numpy(), values.spatial_shape, fill=KEEPS[sizes.keep].fill)
 
 
 def find_tokenizer(path: str | Path | None, *, for_phantoms: bool = False) -> Path:
