@@ -194,18 +194,3 @@ def preset(name: str) -> Preset:
 def make_sizes(preset_name: str, **changes) -> Preset:
     """A preset's sizes, with `changes` to any of them where they are not None."""
     return preset(preset_name).changed(**changes)
-
-
-def describe(name: str) -> str:
-    """What the flat keys that follow a preset are there, in one line for the files that name it."""
-    sizes = preset(name)
-    fields = (
-        "resolution",
-        "spacing",
-        "model_channels",
-        "latent_channels",
-        "num_embeddings",
-        "num_blocks",
-        "max_points",
-    )
-    return f"{name}: " + ", ".join(f"{field} {getattr(sizes, field)}" for field in fields)
