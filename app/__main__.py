@@ -13,14 +13,15 @@ from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from app.shared.refusals import Refused, refusal_of, say
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, all else on standard error.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of whatever is random.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Json = Annotated[bool, Option("--json", help="One JSON object on standard output, all else on standard error.")]
+Seed = Annotated[int, Option("--seed", help="Seed of whatever is random.")]
+Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]
 
 
 class CommandEnd:
@@ -71,7 +72,7 @@ def _show_version(asked: bool) -> bool:
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+        bool, Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """Voxelingo: CT volumes as short sequences of discrete 3D tokens, and language models that read them."""
@@ -79,28 +80,24 @@ def main(
 
 @app.command(epilog="Example: python -m app prepare scans/ prepared/ --size 256 --spacing 1.5 --workers 4")
 def prepare(
-    raw: Annotated[str, typer.Argument(metavar="RAW", help="Folder, zip or file of scans: DICOM, NIfTI, NRRD, MHA.")],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder for the prepared dataset.")],
-    organs: Annotated[str | None, typer.Option(help="organ_mapping.json: names for label values and files.")] = None,
-    text: Annotated[str | None, typer.Option(help="csv or jsonl with reports or questions to join.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="At most this many worker processes.")] = 8,
-    size: Annotated[int, typer.Option(help="Voxels along each side of the grid.")] = 512,
-    spacing: Annotated[float, typer.Option(help="Millimetres between voxels.")] = 1.0,
-    windows: Annotated[str, typer.Option(help="Windows by name, comma separated.")] = "lung,bone,soft_tissue,brain",
-    file_format: Annotated[str, typer.Option("--format", help="npy, or zarr: chunked and compressed.")] = "npy",
-    series: Annotated[str | None, typer.Option(help="Take this DICOM series alone.", metavar="UID")] = None,
-    split: Annotated[str | None, typer.Option(help="csv with a column split and one of source, case, patient.")] = None,
-    allow_gaps: Annotated[bool, typer.Option("--allow-gaps", help="Interpolate missing slices.")] = False,
-    assume_hu: Annotated[
-        bool, typer.Option("--assume-hu", help="Take the values for HU whatever they look like.")
-    ] = False,
-    keep_names: Annotated[
-        bool, typer.Option("--keep-names", help="Name cases after their files, not by hashes.")
-    ] = False,
-    key_file: Annotated[str | None, typer.Option(help="Key of the hashes; else one is made beside OUT.")] = None,
-    preview: Annotated[bool, typer.Option("--preview", help="A PNG for each case.")] = False,
-    cluster: Annotated[str | None, typer.Option(help="Address of a Dask scheduler.", metavar="ADDRESS")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Make every case again.")] = False,
+    raw: Annotated[str, Argument(metavar="RAW", help="Folder, zip or file of scans: DICOM, NIfTI, NRRD, MHA.")],
+    out: Annotated[str, Argument(metavar="OUT", help="Folder for the prepared dataset.")],
+    organs: Annotated[str | None, Option(help="organ_mapping.json: names for label values and files.")] = None,
+    text: Annotated[str | None, Option(help="csv or jsonl with reports or questions to join.")] = None,
+    workers: Annotated[int, Option(min=1, help="At most this many worker processes.")] = 8,
+    size: Annotated[int, Option(help="Voxels along each side of the grid.")] = 512,
+    spacing: Annotated[float, Option(help="Millimetres between voxels.")] = 1.0,
+    windows: Annotated[str, Option(help="Windows by name, comma separated.")] = "lung,bone,soft_tissue,brain",
+    file_format: Annotated[str, Option("--format", help="npy, or zarr: chunked and compressed.")] = "npy",
+    series: Annotated[str | None, Option(help="Take this DICOM series alone.", metavar="UID")] = None,
+    split: Annotated[str | None, Option(help="csv with a column split and one of source, case, patient.")] = None,
+    allow_gaps: Annotated[bool, Option("--allow-gaps", help="Interpolate missing slices.")] = False,
+    assume_hu: Annotated[bool, Option("--assume-hu", help="Take the values for HU whatever they look like.")] = False,
+    keep_names: Annotated[bool, Option("--keep-names", help="Name cases after their files, not by hashes.")] = False,
+    key_file: Annotated[str | None, Option(help="Key of the hashes; else one is made beside OUT.")] = None,
+    preview: Annotated[bool, Option("--preview", help="A PNG for each case.")] = False,
+    cluster: Annotated[str | None, Option(help="Address of a Dask scheduler.", metavar="ADDRESS")] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Make every case again.")] = False,
     as_json: Json = False,
     seed: Seed = 0,
     debug: Debug = False,
@@ -130,19 +127,19 @@ def prepare(
 @app.command(epilog="Example: python -m app sdf meshes/ shapes/ --resolution 64,512")
 def sdf(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="Mesh (STL, OBJ, PLY, VTP), volume, prepared dataset, or a folder.")
+        str, Argument(metavar="SOURCE", help="Mesh (STL, OBJ, PLY, VTP), volume, prepared dataset, or a folder.")
     ],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder for files of signed distance.")],
-    resolution: Annotated[str, typer.Option(help="Voxels along each side, comma separated.")] = "64,512,1024",
-    label: Annotated[str | None, typer.Option(help="One label of a volume, or one organ of a case; else each.")] = None,
-    hu: Annotated[float | None, typer.Option(help="The surface of scans or prepared cases at this level.")] = None,
-    band: Annotated[float, typer.Option(help="Voxels on either side of the surface.")] = 4.0,
+    out: Annotated[str, Argument(metavar="OUT", help="Folder for files of signed distance.")],
+    resolution: Annotated[str, Option(help="Voxels along each side, comma separated.")] = "64,512,1024",
+    label: Annotated[str | None, Option(help="One label of a volume, or one organ of a case; else each.")] = None,
+    hu: Annotated[float | None, Option(help="The surface of scans or prepared cases at this level.")] = None,
+    band: Annotated[float, Option(help="Voxels on either side of the surface.")] = 4.0,
     sharp: Annotated[
-        float | None, typer.Option(help="Mark voxels near edges of more than so many degrees.", metavar="DEGREES")
+        float | None, Option(help="Mark voxels near edges of more than so many degrees.", metavar="DEGREES")
     ] = None,
-    unsigned: Annotated[bool, typer.Option("--unsigned", help="Distances without a sign, of open meshes too.")] = False,
-    workers: Annotated[int, typer.Option(min=1, help="At most this many worker processes.")] = 8,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Make every file again.")] = False,
+    unsigned: Annotated[bool, Option("--unsigned", help="Distances without a sign, of open meshes too.")] = False,
+    workers: Annotated[int, Option(min=1, help="At most this many worker processes.")] = 8,
+    overwrite: Annotated[bool, Option("--overwrite", help="Make every file again.")] = False,
     as_json: Json = False,
     seed: Seed = 0,
     debug: Debug = False,
@@ -160,15 +157,13 @@ def sdf(
 
 @app.command(epilog="Example: python -m app check prepared/ --keep body")
 def check(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="A prepared dataset, a manifest, or scans with .txt.")],
-    keep: Annotated[str, typer.Option(help="Sparsification by name, as training will be told.")] = "body",
-    windows: Annotated[str, typer.Option(help="Windows by name, comma separated.")] = "lung,bone,soft_tissue,brain",
-    spacing: Annotated[
-        float | None, typer.Option(help="Millimetres at which points are counted; else the preset's.")
-    ] = None,
-    preset: Annotated[str, typer.Option(help="Sizes that will train, by the name of their preset.")] = "base",
-    min_points: Annotated[int, typer.Option(help="Cases with fewer points are told.")] = 100,
-    image_root: Annotated[str | None, typer.Option(help="Folder that a manifest's images are in.")] = None,
+    data: Annotated[str, Argument(metavar="DATA", help="A prepared dataset, a manifest, or scans with .txt.")],
+    keep: Annotated[str, Option(help="Sparsification by name, as training will be told.")] = "body",
+    windows: Annotated[str, Option(help="Windows by name, comma separated.")] = "lung,bone,soft_tissue,brain",
+    spacing: Annotated[float | None, Option(help="Millimetres at which points are counted; else the preset's.")] = None,
+    preset: Annotated[str, Option(help="Sizes that will train, by the name of their preset.")] = "base",
+    min_points: Annotated[int, Option(help="Cases with fewer points are told.")] = 100,
+    image_root: Annotated[str | None, Option(help="Folder that a manifest's images are in.")] = None,
     as_json: Json = False,
     seed: Seed = 0,
     debug: Debug = False,
@@ -190,25 +185,23 @@ def check(
 )
 def train(
     words: Annotated[
-        list[str] | None, typer.Argument(metavar="STAGE [--key value]", help="Keys are those of its file.")
+        list[str] | None, Argument(metavar="STAGE [--key value]", help="Keys are those of its file.")
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Train a stage: vae, vq_stage1, vq_stage2 or align. Keys are those of bundles/STAGE.json."""
     with answering(as_json, debug) as answer:
-        from app.training import preflight
+        from app.training.run_errors import end_at_once_on_sigterm
         from app.training.train import train_words
 
-        preflight.end_at_once_on_sigterm()
+        end_at_once_on_sigterm()
         answer.give(train_words(words or [])._asdict())
 
 
 @app.command(epilog="Example: python -m app demo demo/")
 def demo(
-    out: Annotated[
-        str, typer.Argument(metavar="[OUT]", help="Folder for everything; an interrupted one goes on.")
-    ] = "demo",
+    out: Annotated[str, Argument(metavar="[OUT]", help="Folder for everything; an interrupted one goes on.")] = "demo",
     as_json: Json = False,
     seed: Seed = 0,
     debug: Debug = False,
@@ -232,14 +225,14 @@ def doctor(as_json: Json = False, seed: Seed = 0, debug: Debug = False) -> None:
 
 @app.command(epilog="Example: python -m app tokenize prepared/chest tokens/ --tokenizer outputs/vq_stage2")
 def tokenize(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A scan, prepared case or dataset; a mesh or shape.")],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder for token files, or one .npz for one scan.")],
-    tokenizer: Annotated[str | None, typer.Option(help="Checkpoint, output folder, bundle or name (ct_base).")] = None,
-    support: Annotated[bool, typer.Option("--support", help="Also store which voxels there were.")] = False,
-    levels: Annotated[float | None, typer.Option(min=1, help="Codes a cell; 1.5: on average, where they pay.")] = None,
-    pack: Annotated[bool, typer.Option("--pack", help="Entropy-coded: fewer bytes, read alike.")] = False,
-    series: Annotated[str | None, typer.Option(help="Take this DICOM series alone.", metavar="UID")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Make every file again.")] = False,
+    source: Annotated[str, Argument(metavar="SOURCE", help="A scan, prepared case or dataset; a mesh or shape.")],
+    out: Annotated[str, Argument(metavar="OUT", help="Folder for token files, or one .npz for one scan.")],
+    tokenizer: Annotated[str | None, Option(help="Checkpoint, output folder, bundle or name (ct_base).")] = None,
+    support: Annotated[bool, Option("--support", help="Also store which voxels there were.")] = False,
+    levels: Annotated[float | None, Option(min=1, help="Codes a cell; 1.5: on average, where they pay.")] = None,
+    pack: Annotated[bool, Option("--pack", help="Entropy-coded: fewer bytes, read alike.")] = False,
+    series: Annotated[str | None, Option(help="Take this DICOM series alone.", metavar="UID")] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Make every file again.")] = False,
     as_json: Json = False,
     seed: Seed = 0,
     debug: Debug = False,
@@ -255,15 +248,13 @@ def tokenize(
 
 @app.command(epilog="Example: python -m app reconstruct tokens/case.npz case.nii.gz --like scan.nii.gz")
 def reconstruct(
-    tokens: Annotated[str, typer.Argument(metavar="TOKENS", help="A token file, or a folder of them.")],
-    out: Annotated[
-        str, typer.Argument(metavar="OUT", help="A .nii.gz, or of a shape a .ply, .stl or .obj; else a folder.")
-    ],
-    tokenizer: Annotated[str | None, typer.Option(help="Checkpoint, output folder, bundle or name (ct_base).")] = None,
-    like: Annotated[str | None, typer.Option(help="A scan on whose own grid to write.", metavar="SCAN")] = None,
-    codes_alone: Annotated[bool, typer.Option("--codes-alone", help="Leave stored support unused.")] = False,
-    levels: Annotated[int | None, typer.Option(min=1, help="Use the first so many codes of each cell.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Make every file again.")] = False,
+    tokens: Annotated[str, Argument(metavar="TOKENS", help="A token file, or a folder of them.")],
+    out: Annotated[str, Argument(metavar="OUT", help="A .nii.gz, or of a shape a .ply, .stl or .obj; else a folder.")],
+    tokenizer: Annotated[str | None, Option(help="Checkpoint, output folder, bundle or name (ct_base).")] = None,
+    like: Annotated[str | None, Option(help="A scan on whose own grid to write.", metavar="SCAN")] = None,
+    codes_alone: Annotated[bool, Option("--codes-alone", help="Leave stored support unused.")] = False,
+    levels: Annotated[int | None, Option(min=1, help="Use the first so many codes of each cell.")] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Make every file again.")] = False,
     as_json: Json = False,
     seed: Seed = 0,
     debug: Debug = False,
@@ -286,13 +277,13 @@ def reconstruct(
 
 @app.command(epilog='Example: python -m app ask scan.nii.gz "Is there a nodule in the left lung?"')
 def ask(
-    scan: Annotated[str, typer.Argument(metavar="SCAN", help="Raw scan, prepared case, token file, or a folder.")],
-    questions: Annotated[list[str] | None, typer.Argument(metavar="[QUESTION]...", help="None: a report.")] = None,
-    align: Annotated[str, typer.Option(help="Output folder of an alignment run.")] = "outputs/align",
-    tokenizer: Annotated[str | None, typer.Option(help="Where the tokenizer is now, if it was moved.")] = None,
-    out: Annotated[str | None, typer.Option(help="Write answers as jsonl, with failures.csv beside it.")] = None,
-    stream: Annotated[bool, typer.Option("--stream", help="Show the answer while it is written.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most this many tokens an answer.")] = 256,
+    scan: Annotated[str, Argument(metavar="SCAN", help="Raw scan, prepared case, token file, or a folder.")],
+    questions: Annotated[list[str] | None, Argument(metavar="[QUESTION]...", help="None: a report.")] = None,
+    align: Annotated[str, Option(help="Output folder of an alignment run.")] = "outputs/align",
+    tokenizer: Annotated[str | None, Option(help="Where the tokenizer is now, if it was moved.")] = None,
+    out: Annotated[str | None, Option(help="Write answers as jsonl, with failures.csv beside it.")] = None,
+    stream: Annotated[bool, Option("--stream", help="Show the answer while it is written.")] = False,
+    max_new_tokens: Annotated[int, Option(min=1, help="At most this many tokens an answer.")] = 256,
     as_json: Json = False,
     seed: Seed = 0,
     debug: Debug = False,
@@ -315,18 +306,16 @@ def ask(
 
 @app.command(epilog="Example: python -m app evaluate reports.csv --align outputs/align --batch-size 8")
 def evaluate(
-    data: Annotated[
-        str | None, typer.Argument(metavar="[DATA]", help="Manifest or prepared dataset with text.")
-    ] = None,
-    align: Annotated[str, typer.Option(help="Output folder of an alignment run.")] = "outputs/align",
-    tokenizer: Annotated[str | None, typer.Option(help="Where the tokenizer is now, if it was moved.")] = None,
-    out: Annotated[str | None, typer.Option(help="Folder for scores, table and picture.")] = None,
-    image_root: Annotated[str | None, typer.Option(help="Folder that the images' names are in.")] = None,
-    split: Annotated[str | None, typer.Option(help="Rows of this split; else test, else val.")] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out scans that cannot be read.")] = False,
-    num_phantoms: Annotated[int, typer.Option(min=2, help="Without DATA: this many unseen phantoms.")] = 60,
-    batch_size: Annotated[int, typer.Option(min=1, help="Answers written at a time.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most this many tokens an answer.")] = 160,
+    data: Annotated[str | None, Argument(metavar="[DATA]", help="Manifest or prepared dataset with text.")] = None,
+    align: Annotated[str, Option(help="Output folder of an alignment run.")] = "outputs/align",
+    tokenizer: Annotated[str | None, Option(help="Where the tokenizer is now, if it was moved.")] = None,
+    out: Annotated[str | None, Option(help="Folder for scores, table and picture.")] = None,
+    image_root: Annotated[str | None, Option(help="Folder that the images' names are in.")] = None,
+    split: Annotated[str | None, Option(help="Rows of this split; else test, else val.")] = None,
+    skip_bad: Annotated[bool, Option("--skip-bad", help="Leave out scans that cannot be read.")] = False,
+    num_phantoms: Annotated[int, Option(min=2, help="Without DATA: this many unseen phantoms.")] = 60,
+    batch_size: Annotated[int, Option(min=1, help="Answers written at a time.")] = 16,
+    max_new_tokens: Annotated[int, Option(min=1, help="At most this many tokens an answer.")] = 160,
     as_json: Json = False,
     seed: Seed = 0,
     debug: Debug = False,
@@ -345,17 +334,17 @@ def evaluate(
             skip_bad=skip_bad,
             options={**options, "batch_size": batch_size, "max_new_tokens": max_new_tokens},
         )
-        told = evaluate.lines(result, align=align, output_dir=out)
-        answer.give(result, told, status=evaluate.status_of(result))
+        lines = evaluate.lines(result, align=align, output_dir=out)
+        answer.give(result, lines, status=evaluate.status_of(result))
 
 
 @app.command(epilog="Example: python -m app export my_bundle --tokenizer outputs/vq_stage2 --zip")
 def export(
-    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder of the bundle; it must not be there yet.")],
-    tokenizer: Annotated[str | None, typer.Option(help="Checkpoint, output folder, bundle or name (ct_base).")] = None,
-    align: Annotated[str | None, typer.Option(help="Output folder of an alignment run, to go along.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the bundle; else that of OUT.")] = None,
-    zipped: Annotated[bool, typer.Option("--zip", help="Also OUT.zip; the same input gives the same bytes.")] = False,
+    out: Annotated[str, Argument(metavar="OUT", help="Folder of the bundle; it must not be there yet.")],
+    tokenizer: Annotated[str | None, Option(help="Checkpoint, output folder, bundle or name (ct_base).")] = None,
+    align: Annotated[str | None, Option(help="Output folder of an alignment run, to go along.")] = None,
+    name: Annotated[str | None, Option(help="Name of the bundle; else that of OUT.")] = None,
+    zipped: Annotated[bool, Option("--zip", help="Also OUT.zip; the same input gives the same bytes.")] = False,
     as_json: Json = False,
     seed: Seed = 0,
     debug: Debug = False,
@@ -370,7 +359,7 @@ def export(
 
 @app.command(epilog="Example: monailabel start_server --app $(python -m app where app) --studies DIR")
 def where(
-    what: Annotated[str, typer.Argument(metavar="bundles|app|pretrained", help="Which folder.")],
+    what: Annotated[str, Argument(metavar="bundles|app|pretrained", help="Which folder.")],
     as_json: Json = False,
     seed: Seed = 0,
     debug: Debug = False,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from app.dataset import prepared
+from app.shared.codes import CODES
 from app.shared.refusals import Refused
 from app.shared.tables import read_table
 from app.text.manifests import check_rows, read_rows
@@ -19,16 +20,6 @@ from networks import presets
 from transforms import Resampled, Sparsifyd
 from transforms.sparse import KEEPS
 from transforms.windows import DEFAULT_WINDOWS, WINDOWS, window, window_bounds
-
-GRAVE = {
-    "UNREADABLE",
-    "WINDOW_MISSING",
-    "OUT_OF_RANGE",
-    "SPLIT_LEAKAGE",
-    "SAME_SCAN",
-    "SCANS_MISSING",
-    "STALE",
-}  # exit status 3
 
 
 class Problem(NamedTuple):
@@ -50,7 +41,7 @@ class Checked(NamedTuple):
 
     @property
     def exit_status(self) -> int:
-        return 3 if any(problem.code in GRAVE for problem in self.problems) else 0
+        return 3 if any(CODES[problem.code].status == 3 for problem in self.problems) else 0
 
     def as_json(self) -> dict[str, Any]:
         problems = [problem.as_json() for problem in self.problems]
@@ -118,12 +109,12 @@ def check_prepared(
         "OUT_OF_RANGE": "values outside -32768..32767 or not HU: prepare again",
         "UNDER_MIN_POINTS": f"fewer than {min_points} points: training skips these cases",
     }
-    found = [Problem(code, f"{len(ids)} cases: {messages[code]}", tuple(ids)) for code, ids in problems.items()]
-    found += _leaks((case.patient, case.split, case.case_id) for case in cases)
-    found += _same_scans(cases, {row["case"]: row.pop("voxels", "") for row in rows})
-    found += _stale(cases)
-    found += _failures(path)
-    found += _one_side([case.split for case in cases])
+    listed = [Problem(code, f"{len(ids)} cases: {messages[code]}", tuple(ids)) for code, ids in problems.items()]
+    listed += _leaks((case.patient, case.split, case.case_id) for case in cases)
+    listed += _same_scans(cases, {row["case"]: row.pop("voxels", "") for row in rows})
+    listed += _stale(cases)
+    listed += _failures(path)
+    listed += _one_side([case.split for case in cases])
     points = sorted(row["points"] for row in rows if "points" in row)
     summary = {
         "num_cases": len(rows),
@@ -135,7 +126,7 @@ def check_prepared(
         "points_spacing": onto[1],
         "points": [points[0], points[len(points) // 2], points[-1]] if points else None,
     }
-    return Checked("prepared", tuple(rows), summary, tuple(found))
+    return Checked("prepared", tuple(rows), summary, tuple(listed))
 
 
 def _look(case: prepared.PreparedCase, *, keep: str, windows: Sequence[str], onto: tuple[int, float]) -> dict[str, Any]:
@@ -239,9 +230,9 @@ def lines(checked: Checked) -> Iterable[str]:
             yield f"{row['case']}  {row['error']}"
             continue
         shape, low_high = " x ".join(map(str, row["shape"])), row.get("hu_range")
-        told = f"HU {low_high[0]}..{low_high[1]}" if low_high else "no HU"
+        hu_range = f"HU {low_high[0]}..{low_high[1]}" if low_high else "no HU"
         share = f"foreground {row['foreground']:.0%}  {row['points']} points"
-        yield f"{row['case']}  {row['split']}  {shape}  {told}  {share}"
+        yield f"{row['case']}  {row['split']}  {shape}  {hu_range}  {share}"
     for name, value in checked.summary.items():
         yield f"{name}: {value}"
     for problem in checked.problems:

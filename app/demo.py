@@ -118,10 +118,10 @@ def ask(demo: Demo) -> dict[str, Any]:
 
     scan, asked = scan_to_ask(demo)
     said = ask_scan(str(scan), [question for question, _ in asked], align=str(demo.out / "align"))
-    told = [(row["question"], row["answer"]) for row in said["answers"]]
+    answered = [(row["question"], row["answer"]) for row in said["answers"]]
     answers = [
         {"question": question, "answer": answer, "known": truth}
-        for (question, answer), (_, truth) in zip(told, asked, strict=True)
+        for (question, answer), (_, truth) in zip(answered, asked, strict=True)
     ]
     return {"scan": scan.relative_to(demo.out).as_posix(), "answers": answers, "notice": said["notice"]}
 
@@ -134,9 +134,9 @@ def scan_to_ask(demo: Demo) -> tuple[Path, list[tuple[str, str]]]:
     findings = json.loads((demo.unseen / "findings.json").read_text())
     asked = {name: questions(found, ["pleural effusion"]) for name, found in findings.items()}
     name = next((name for name, rows in asked.items() if any(kind == "side" for kind, *_ in rows)), min(findings))
-    told = [f for f in findings[name] if f["finding"] == "pleural effusion"]
+    effusions = [f for f in findings[name] if f["finding"] == "pleural effusion"]
     rows = [(question, truth) for _, question, truth in asked[name]]
-    rows.append((REPORT_QUESTION, phantom_report(told, ["pleural effusion"])))
+    rows.append((REPORT_QUESTION, phantom_report(effusions, ["pleural effusion"])))
     files = [path for path in (demo.unseen / "raw").iterdir() if path.name.split(".")[0] == name]
     return files[0], rows
 
@@ -199,13 +199,13 @@ def show(demo: Demo, record: dict[str, Any]) -> None:
     from app.text.rows import REPORT_QUESTION
 
     assistant = CTAssistant.from_pretrained(demo.out / "align")
-    told = record["stages"]["ask"]["result"]
+    asked_scan = record["stages"]["ask"]["result"]
     asked = []
-    for row in told["answers"]:
+    for row in asked_scan["answers"]:
         if row["question"] == REPORT_QUESTION:
             asked.append(Asked(**row))
         else:
-            asked.append(picture_answer(assistant, demo.out / told["scan"], **row))
+            asked.append(picture_answer(assistant, demo.out / asked_scan["scan"], **row))
     results = demo.out / "evaluation"
     shown = page.Page(
         "Voxelingo: the demo",
@@ -335,9 +335,9 @@ def to_log(log: TextIO) -> Iterator[None]:
 
 def lines(done: dict[str, Any]) -> list[str]:
     """For people: seconds by stage, answers beside what is known, where the page lies."""
-    told = [f"{name:10} {clock(part['seconds']):>6}" for name, part in done["stages"].items()]
-    told.append(f"{'all':10} {clock(sum(part['seconds'] for part in done['stages'].values())):>6}")
+    printed = [f"{name:10} {clock(part['seconds']):>6}" for name, part in done["stages"].items()]
+    printed.append(f"{'all':10} {clock(sum(part['seconds'] for part in done['stages'].values())):>6}")
     asked = done["stages"]["ask"]["result"]
     for row in asked["answers"]:
-        told += ["", row["question"], f"  {row['answer']}  (known: {row['known']})"]
-    return [*told, "", asked["notice"], f"Look at {done['page']} in a browser."]
+        printed += ["", row["question"], f"  {row['answer']}  (known: {row['known']})"]
+    return [*printed, "", asked["notice"], f"Look at {done['page']} in a browser."]

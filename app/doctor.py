@@ -19,16 +19,8 @@ from app.prepare.pixels import can_decode
 from app.prepare.workers import free_memory
 
 SHOWN_VERSIONS = (
-    "torch",
-    "triton",
-    "spconv-cu126",
-    "numpy",
-    "monai",
-    "pytorch-ignite",
-    "nibabel",
-    "pydicom",
-    "transformers",
-    "peft",
+    *("torch", "triton", "spconv-cu126", "numpy", "monai"),
+    *("pytorch-ignite", "nibabel", "pydicom", "transformers", "peft"),
 )
 SYNTAXES = {
     "JPEG": "1.2.840.10008.1.2.4.50",
@@ -93,8 +85,8 @@ def _torch_defect(device: str) -> str | None:
     """A small full grid against torch's own dense convolution, values and gradients."""
     from networks.sparse import SparseTensor, SubmanifoldConv3d
 
-    made = torch.Generator().manual_seed(0)
-    grid = torch.randn(1, 4, 3, 4, 5, generator=made).to(device)
+    generator = torch.Generator().manual_seed(0)
+    grid = torch.randn(1, 4, 3, 4, 5, generator=generator).to(device)
     conv = SubmanifoldConv3d(4, 6, backend="torch").to(device)
     sparse = grid.movedim(1, -1).reshape(-1, 4).clone().requires_grad_()
     coords = torch.ones(1, 3, 4, 5, device=device).nonzero()

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from networks.sparse import ops
 from networks.sparse.tensor import SparseTensor
-from networks.sparse.topology import Coarsening
 
-CELL = 512  # voxels of a latent
+VOXELS_PER_LATENT = 512
 SPARE, POWER_ITERATIONS = 16, 4  # of the search for the leading components
 LARGEST = 0.98  # of the output: tanh never reaches 1
 
@@ -31,17 +30,12 @@ class FixedLinear(nn.Module):
             return ops.linear(rows.float(), self.weight, self.bias)
 
 
-def cells_of(x: SparseTensor) -> SparseTensor:
+def cell_values(x: SparseTensor) -> SparseTensor:
     """All 512 children of each latent side by side, above the bottom of their windows; absent ones are zero."""
     x = x.replace(x.feats.float() + 1)
     for _ in range(3):
         x = ops.gather_children(x)[0]
     return x
-
-
-def children(rows: SparseTensor, cells: Coarsening) -> SparseTensor:
-    """One step back: each child takes its part."""
-    return ops.scatter_children(rows, cells)
 
 
 def before_tanh(values: Float[Tensor, "N C"]) -> Float[Tensor, "N C"]:
@@ -64,7 +58,7 @@ def lay_components(
     width = encode.weight.shape[0]
     scale = torch.ones(cells.shape[1])
     if channel_weights is not None:
-        scale = (channel_weights / channel_weights.mean()).sqrt().clamp(min=1e-3).repeat(CELL)
+        scale = (channel_weights / channel_weights.mean()).sqrt().clamp(min=1e-3).repeat(VOXELS_PER_LATENT)
     scale = scale.to(cells)
     middle = cells.mean(0)
     wide = (cells - middle) * scale

@@ -27,12 +27,7 @@ def levels_for(num_embeddings: int) -> tuple[int, ...]:
 
 
 class FiniteScalarQuantizer(nn.Module):
-    """Rounds `len(levels)` projections of each row; the code is their mixed-radix number, the first level highest.
-
-    Args:
-        num_embeddings: number of codes K, a power of two.
-        embedding_dim: width D of the rows.
-    """
+    """Rounds `len(levels)` projections of each row; the code is their mixed-radix number, the first level highest."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int):
         super().__init__()

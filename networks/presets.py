@@ -155,19 +155,17 @@ BASE = Preset(
     norm="voxel",
 )
 PRESETS = {
-    "tiny": Preset(
+    "tiny": dataclasses.replace(
+        BASE,
         resolution=80,
         spacing=5.0,
         widths=(16, 16, 32),
         model_channels=64,
-        latent_channels=64,
         num_embeddings=256,
         num_blocks=2,
         num_heads=4,
         window=4,
         max_points=None,
-        pool="children",
-        norm="voxel",
     ),
     "base": BASE,
     "large": dataclasses.replace(
@@ -196,18 +194,3 @@ def preset(name: str) -> Preset:
 def make_sizes(preset_name: str, **changes) -> Preset:
     """A preset's sizes, with `changes` to any of them where they are not None."""
     return preset(preset_name).changed(**changes)
-
-
-def describe(name: str) -> str:
-    """What the flat keys that follow a preset are there, in one line for the files that name it."""
-    sizes = preset(name)
-    fields = (
-        "resolution",
-        "spacing",
-        "model_channels",
-        "latent_channels",
-        "num_embeddings",
-        "num_blocks",
-        "max_points",
-    )
-    return f"{name}: " + ", ".join(f"{field} {getattr(sizes, field)}" for field in fields)

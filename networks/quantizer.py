@@ -6,9 +6,6 @@ Search, losses and sums run in float32 whatever the autocast; N x K distances ar
 Other kinds with the same methods are in fsq.py (no codebook) and residual.py (several codes a row).
 """
 
-import importlib
-import logging
-from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
@@ -18,7 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 
-log = logging.getLogger(__name__)
+from networks.sparse import ops
+
 SEARCH_CELLS = 2**24  # distances held at a time: 64 MiB of float32
 MIN_VECTORS_PER_CODE = 4
 
@@ -54,24 +52,8 @@ def code_sums(
 
 def _fused(rows: Float[Tensor, "N D"]) -> ModuleType | None:
     """The Triton search and sums where these rows can use them."""
-    if rows.device.type != "cuda" or rows.dtype != torch.float32:
-        return None
-    kernels = _proven_search(rows.device.index)
+    kernels = ops.fused("code_search", rows) if rows.dtype == torch.float32 else None
     return kernels if kernels and kernels.tile_for(rows.shape[1], rows.device, few=False).stages else None
-
-
-@cache
-def _proven_search(index: int) -> ModuleType | None:
-    try:
-        kernels = importlib.import_module("networks.kernels.code_search")
-        codebook = torch.eye(16, device=torch.device("cuda", index))
-        if kernels.nearest_codes(codebook[[3, 0, 9]], codebook).tolist() == [3, 0, 9]:
-            return kernels
-        reason = "wrong results"
-    except Exception as error:  # a Triton that is absent, or that cannot compile here, may raise anything
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    log.warning("codes are searched in plain torch: the triton kernel does not work here (%s)", reason)
-    return None
 
 
 class _FusedQuantize(torch.autograd.Function):
@@ -138,9 +120,6 @@ class VectorQuantizer(nn.Module):
     """Replaces each row by its nearest codebook row.
 
     Args:
-        num_embeddings: number of codes K.
-        embedding_dim: code width D.
-        codebook: "ema" or "gradient".
         rotation_trick: `rotated` in place of `straight_through`.
         normalize_codes: codes lie on a sphere, so that a row's direction alone chooses; its radius is the rows' mean
             length when the codebook is laid.

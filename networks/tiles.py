@@ -19,6 +19,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from networks.blocks import HalvingBlock
+from networks.components import VOXELS_PER_LATENT
 from networks.sparse import SparseTensor
 from networks.sparse.modules import Norm
 from networks.sparse.topology import Coarsening, Level, find_rows, morton_keys
@@ -29,7 +30,6 @@ from networks.vqvae import BatchTokens, SparseVQVAE
 # reach 4 and 2 cells, so before them 5 and 2 are left, and 3 latents. With `pool` mean and legacy it is 3, 3 and 2.
 HALOS = (3, 5, 2)
 MIN_SIDE = 4  # latents of a tile: below it there would be little but halo
-VOXELS_PER_LATENT = 512
 HOST = "cpu"
 
 
@@ -80,9 +80,7 @@ def _joined(parts: list[SparseTensor]) -> SparseTensor:
     return SparseTensor.on(level, feats)
 
 
-def _first_norm(
-    network: SparseVQVAE, x: SparseTensor, max_points: int, *, eps: float = 1e-5
-) -> Callable[[SparseTensor], SparseTensor]:
+def _first_norm(network: SparseVQVAE, x: SparseTensor, max_points: int) -> Callable[[SparseTensor], SparseTensor]:
     """The first norm and its activation for some of the rows.
 
     Over a sample it becomes a scale and a shift per channel, its statistics summed over all rows in float64.
@@ -97,7 +95,7 @@ def _first_norm(
         total, squares = total + part.sum((1, 2)), squares + part.square().sum((1, 2))
     channels = norm.weight.shape[0] // norm.num_groups
     mean = total / (len(x) * channels)
-    spread = (squares / (len(x) * channels) - mean.square() + eps).rsqrt()
+    spread = (squares / (len(x) * channels) - mean.square() + 1e-5).rsqrt()
     scale = norm.weight.double() * spread.repeat_interleave(channels)
     shift = norm.bias.double() - mean.repeat_interleave(channels) * scale
     return lambda part: part.replace(F.silu(part.feats * scale.float() + shift.float()))

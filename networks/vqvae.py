@@ -18,11 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 from networks import losses
 from networks.blocks import DoublingBlock, DownBlock, HalvingBlock, UpBlock
-from networks.components import CELL, FixedLinear, before_tanh, cells_of, children
+from networks.components import VOXELS_PER_LATENT, FixedLinear, before_tanh, cell_values
 from networks.fsq import FiniteScalarQuantizer
 from networks.presets import NUM_RESIDUAL, Preset, preset
 from networks.quantizer import Quantized, VectorQuantizer
 from networks.residual import ResidualQuantizer, build_quantizer, drawn_levels
+from networks.sparse import ops
 from networks.sparse.modules import Linear, TransformerBlock, layer_norm, position_encoding
 from networks.sparse.tensor import SparseTensor
 from networks.sparse.topology import Coarsening, Level
@@ -128,7 +129,7 @@ class Encoder(_Torso):
         self.input_layer = Linear(widths[3], widths[3])
         self.out_layer = Linear(widths[3], 2 * sizes.latent_channels)
         if sizes.pca:
-            self.components = FixedLinear(CELL * sizes.in_channels, sizes.latent_channels)
+            self.components = FixedLinear(VOXELS_PER_LATENT * sizes.in_channels, sizes.latent_channels)
             with torch.no_grad():  # the network begins as a small part beside the components, and with little noise
                 self.out_layer.weight.mul_(0.1)
                 self.out_layer.bias[sizes.latent_channels :] = -6
@@ -139,7 +140,7 @@ class Encoder(_Torso):
 
     def linear_part(self, x: SparseTensor) -> Float[Tensor, "M D"] | None:
         """Of each cell its principal components, where the tokenizer has them."""
-        return self.components(cells_of(x).feats) if self.sizes.pca else None
+        return self.components(cell_values(x).feats) if self.sizes.pca else None
 
     def from_half(
         self, x: SparseTensor, linear: Float[Tensor, "M D"] | None = None
@@ -172,7 +173,7 @@ class Decoder(_Torso):
             self.upsample = nn.ModuleList(UpBlock(widths[i], widths[i + 1], backend=backend) for i in range(3))
             self.out_layer = Linear(widths[3], sizes.in_channels)
         if sizes.pca:
-            self.components = FixedLinear(sizes.latent_channels, CELL * sizes.in_channels)
+            self.components = FixedLinear(sizes.latent_channels, VOXELS_PER_LATENT * sizes.in_channels)
 
     def forward(self, latents: SparseTensor, choose: ChooseCells) -> SparseTensor:
         """Values in [-1, 1] on the voxels that `choose` names level by level."""
@@ -195,7 +196,7 @@ class Decoder(_Torso):
             if crop is not None:
                 x, linear = crop(i, x), linear if linear is None else crop(i, linear)
             cells = choose(i, x)
-            x, linear = self.run(block, x, cells), linear if linear is None else children(linear, cells)
+            x, linear = self.run(block, x, cells), linear if linear is None else ops.scatter_children(linear, cells)
         x = self.out_layer(x)
         values = x.feats.float() if linear is None else x.feats.float() + before_tanh(linear.feats)
         return x.replace(torch.tanh(values))
@@ -340,11 +341,11 @@ def _check_codes(vq: nn.Module | None, sizes: Preset) -> None:
     if parts and len(parts) != sizes.quantizer_levels:
         raise ValueError(f"vq must have quantizer_levels = {sizes.quantizer_levels} levels, got {len(parts)}")
     for part in parts:
-        made = (part.num_embeddings, part.embedding_dim)
-        if made != (sizes.num_embeddings, sizes.latent_channels):
+        own = (part.num_embeddings, part.embedding_dim)
+        if own != (sizes.num_embeddings, sizes.latent_channels):
             raise ValueError(
                 f"vq must have num_embeddings {sizes.num_embeddings} codes of latent_channels {sizes.latent_channels}, "
-                f"got {made[0]} of {made[1]}"
+                f"got {own[0]} of {own[1]}"
             )
 
 
@@ -352,9 +353,9 @@ def noise_like(values: Float[Tensor, "M D"], level: Level, seeds: list[int] | No
     """Normal noise; with seeds each sample draws its rows from its own generator."""
     if seeds is None:
         return torch.randn_like(values)
-    made = [torch.Generator(values.device).manual_seed(seed) for seed in seeds]
+    generators = [torch.Generator(values.device).manual_seed(seed) for seed in seeds]
     shapes = [(size, values.shape[1]) for size in level.sample_sizes]
-    parts = zip(shapes, made, strict=True)
+    parts = zip(shapes, generators, strict=True)
     return torch.cat([torch.randn(shape, generator=one, device=values.device) for shape, one in parts])
 
 

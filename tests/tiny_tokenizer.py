@@ -33,7 +33,7 @@ def make_network(**changes):
     sizes |= {"resampler": RESAMPLER, "spacing": 8.0, "latent_channels": 16}
     network = make_vqvae("tiny", **{**sizes, **changes}).eval()
     made = CTTokenizer(network, digest="")
-    x = made.features(Volume(hu_volume(), AFFINE)).x
+    x = made.on_device(made.rows_of(Volume(hu_volume(), AFFINE)))
     with torch.no_grad():
         network.vq.start_from(network.encoder(x)[0].feats, generator=torch.Generator().manual_seed(0))
     return network

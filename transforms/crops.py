@@ -36,23 +36,15 @@ class Box(NamedTuple):
     stop: tuple[int, int, int]
 
 
-def crop_box(
-    coords: Integer[np.ndarray, "N 3"],
-    *,
-    center: Voxel,
-    max_points: int | None = None,
-    max_side: int | None = None,
-) -> Box:
-    """The box around `center` that grows block by block while its voxels fit `max_points` and its sides `max_side`.
+def crop_box(coords: Integer[np.ndarray, "N 3"], *, center: Voxel, max_points: int) -> Box:
+    """The box around `center` that grows block by block while its voxels fit `max_points`.
 
     Starts and stops are multiples of eight voxels. Growing goes round the six faces: a box is as cubic as it can be.
     """
-    if max_points is not None and max_points < CROP_STEP**3:
+    if max_points < CROP_STEP**3:
         raise ValueError(
             f"max_points must be at least {CROP_STEP**3}, the voxels of one latent block, got {max_points}"
         )
-    if max_side is not None and (max_side < CROP_STEP or max_side % CROP_STEP):
-        raise ValueError(f"crop side must be a multiple of {CROP_STEP} voxels, got {max_side}")
     x, y, z = (column // CROP_STEP for column in columns(coords))
     extent = np.array([int(blocks.max()) + 1 for blocks in (x, y, z)])
     leaves = (x[1:] != x[:-1]) | (y[1:] != y[:-1]) | (z[1:] != z[:-1])
@@ -60,8 +52,6 @@ def crop_box(
     cells = np.ravel_multi_index((x[last], y[last], z[last]), extent)
     counts = np.bincount(cells, weights=np.diff(last, prepend=-1), minlength=extent.prod()).reshape(extent)
     sums = np.pad(counts.cumsum(0).cumsum(1).cumsum(2), ((1, 0),) * 3)  # summed volume: any box in eight look-ups
-    limit = len(coords) if max_points is None else max_points
-    side = max(extent) if max_side is None else max_side // CROP_STEP
 
     def inside(low: np.ndarray, high: np.ndarray) -> int:
         total = 0
@@ -77,10 +67,8 @@ def crop_box(
         for axis, end in list(faces):
             grown_low, grown_high = low.copy(), high.copy()
             (grown_high if end else grown_low)[axis] += 1 if end else -1
-            fits = (
-                grown_low[axis] >= 0 and grown_high[axis] <= extent[axis] and grown_high[axis] - grown_low[axis] <= side
-            )
-            if fits and inside(grown_low, grown_high) <= limit:
+            fits = grown_low[axis] >= 0 and grown_high[axis] <= extent[axis]
+            if fits and inside(grown_low, grown_high) <= max_points:
                 low, high = grown_low, grown_high
             else:
                 faces.remove((axis, end))  # a box only grows: what does not fit now never will
@@ -88,14 +76,12 @@ def crop_box(
 
 
 def crop_to_budget(
-    coords: Integer[np.ndarray, "N 3"],
-    max_points: int | None,
-    *,
-    center: Voxel,
-    max_side: int | None = None,
+    coords: Integer[np.ndarray, "N 3"], max_points: int | None, *, center: Voxel
 ) -> Int[np.ndarray, " M"]:
     """Rows in one contiguous box of at most `max_points` voxels, all where they fit; coordinates stay absolute."""
-    start, stop = crop_box(coords, center=center, max_points=max_points, max_side=max_side)
+    if max_points is None:
+        return np.arange(len(coords))
+    start, stop = crop_box(coords, center=center, max_points=max_points)
     x, y, z = (
         (column >= low) & (column < high) for column, low, high in zip(columns(coords), start, stop, strict=True)
     )

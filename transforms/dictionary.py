@@ -111,16 +111,10 @@ class Windowsd(MapTransform):
 class RandCropToBudgetd(RandomizableTransform, MapTransform):
     """`crop_to_budget` around a kept voxel drawn by chance; the rows of `keys` follow the coordinates."""
 
-    def __init__(
-        self,
-        keys: str | Sequence[str] = ("coords", "values"),
-        *,
-        max_points: int | None = None,
-        max_side: int | None = None,
-    ) -> None:
+    def __init__(self, keys: str | Sequence[str] = ("coords", "values"), *, max_points: int | None = None) -> None:
         MapTransform.__init__(self, keys)
         RandomizableTransform.__init__(self, prob=1.0)
-        self.max_points, self.max_side = max_points, max_side
+        self.max_points = max_points
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)
@@ -128,7 +122,7 @@ class RandCropToBudgetd(RandomizableTransform, MapTransform):
         if len(coords) == 0:
             return item
         center = coords[self.R.randint(len(coords))]
-        rows = crop_to_budget(coords, self.max_points, center=center, max_side=self.max_side)
+        rows = crop_to_budget(coords, self.max_points, center=center)
         if len(rows) < len(coords):
             for key in self.key_iterator(item):
                 item[key] = pick_rows(item[key], rows)

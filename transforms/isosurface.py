@@ -16,19 +16,19 @@ BLOCK = 32  # cubes a side
 TINY = 1e-4  # values nearer to 0 are moved so far away: a vertex lies on an edge and never on its end
 
 
-class Surface(NamedTuple):
+class Triangles(NamedTuple):
     vertices: Float[np.ndarray, "V 3"]  # indices of the grid
     faces: Int64[np.ndarray, "T 3"]
 
 
-def surface_at(volume: Shaped[np.ndarray, "X Y Z"], level: float | int) -> Surface:
+def surface_at(volume: Shaped[np.ndarray, "X Y Z"], level: float | int) -> Triangles:
     """Where a volume passes a level; closed, for what lies beyond its border counts as lower than all of it.
 
     Empty where nothing is above the level. The front of each triangle is on the lower side.
     """
     above = volume > level
     if not above.any():
-        return Surface(np.zeros((0, 3)), np.zeros((0, 3), np.int64))
+        return Triangles(np.zeros((0, 3)), np.zeros((0, 3), np.int64))
     box = []
     for axis in range(3):
         there = np.flatnonzero(above.any(tuple(other for other in range(3) if other != axis)))
@@ -41,10 +41,10 @@ def surface_at(volume: Shaped[np.ndarray, "X Y Z"], level: float | int) -> Surfa
     padded[padded == np.float32(level)] = np.nextafter(np.float32(level), np.float32(-np.inf))
     vertices, faces, *_ = marching_cubes(padded, level, gradient_direction="ascent", allow_degenerate=True)
     start = np.array([part.start for part in box]) - 1
-    return Surface(vertices.astype(np.float64) + start, faces.astype(np.int64))
+    return Triangles(vertices.astype(np.float64) + start, faces.astype(np.int64))
 
 
-def surface_of_band(coords: Int[np.ndarray, "N 3"], values: Float[np.ndarray, " N"]) -> Surface:
+def surface_of_band(coords: Int[np.ndarray, "N 3"], values: Float[np.ndarray, " N"]) -> Triangles:
     """The zero level of a distance that is negative inside; fronts are outside.
 
     Voxels beside the band take the sign of their neighbours in it. Cubes with a corner that is unknown even so make no
@@ -52,7 +52,7 @@ def surface_of_band(coords: Int[np.ndarray, "N 3"], values: Float[np.ndarray, " 
     """
     coords = np.asarray(coords, np.int64)
     if not len(coords) or not (values < 0).any() or not (values >= 0).any():
-        return Surface(np.zeros((0, 3)), np.zeros((0, 3), np.int64))
+        return Triangles(np.zeros((0, 3)), np.zeros((0, 3), np.int64))
     low = coords.min(0) - 2
     span = int((coords.max(0) - low).max()) + 3
     near = coords - low
@@ -67,10 +67,10 @@ def surface_of_band(coords: Int[np.ndarray, "N 3"], values: Float[np.ndarray, " 
             triangles.append(face + count)
             count += len(point)
     if not triangles:
-        return Surface(np.zeros((0, 3)), np.zeros((0, 3), np.int64))
+        return Triangles(np.zeros((0, 3)), np.zeros((0, 3), np.int64))
     _, first, number = np.unique(np.concatenate(names), return_index=True, return_inverse=True)
     vertices = np.concatenate(points)[first] + low
-    return Surface(vertices, number.reshape(-1)[np.concatenate(triangles)].astype(np.int64))
+    return Triangles(vertices, number.reshape(-1)[np.concatenate(triangles)].astype(np.int64))
 
 
 def _by_block(near: Int64[np.ndarray, "N 3"], blocks: int):

@@ -131,8 +131,3 @@ def densify(
         nearest = cKDTree(coords).query(missing)[1]
         array[dropped] = values[nearest]
     return array
-
-
-def fill_for(keep: str) -> Number | str:
-    """What `densify` puts where a voxel was dropped, so that every mode answers for the whole grid."""
-    return KEEPS[keep].fill

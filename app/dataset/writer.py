@@ -25,16 +25,8 @@ from transforms.sparse import sparsify
 from transforms.windows import AIR, window_file_name
 
 METADATA_COLUMNS = (
-    "case_id",
-    "patient",
-    "split",
-    "source_hash",
-    "shape",
-    "spacing",
-    "hu_range",
-    "windows",
-    "codes",
-    "status",
+    *("case_id", "patient", "split", "source_hash"),
+    *("shape", "spacing", "hu_range", "windows", "codes", "status"),
 )
 UNFINISHED = re.compile(r"\.[^.].*\.[a-z0-9_]{8}\.unfinished(\.old)?")  # a case's folder before its last rename
 DATASET_FILES = ("metadata.csv", "failures.csv", "dataset_config.json", "text.jsonl")

@@ -18,36 +18,9 @@ import numpy as np
 from app.evaluation import answer_pages
 from app.evaluation.answer_pages import COLUMNS
 from app.language.assistant import NOTICE, CTAssistant
-from app.measures.controls import (
-    CONTROLS,
-    constant_answers,
-    derange,
-    interval_over_patients,
-    mean_gap,
-    paired_gaps,
-    swap_sides,
-    verdicts,
-)
-from app.measures.findings import (
-    FINDING_SCORES,
-    KEYWORDS,
-    finding_matrix,
-    finding_scores,
-    matcher_error,
-    random_labels,
-    reads,
-)
+from app.measures import controls, findings, text_scores
+from app.measures.controls import CONTROLS
 from app.measures.report import plain
-from app.measures.text_scores import (
-    CHARACTERS,
-    METEOR_NOTE,
-    are_chinese,
-    corpus_bleu,
-    diversity,
-    exact_match,
-    text_scores,
-    token_f1,
-)
 from app.shared.atomic_files import write_text
 from app.shared.refusals import Refused
 from app.shared.terminal import progress
@@ -86,7 +59,7 @@ def evaluate_language(
     for column in GENERATED:
         stored = Answers(out / f"answers_{column}.jsonl", rows, given[column], assistant)
         answers[column] = stored.complete(column, **options)
-    answers["constant"] = constant_answers(
+    answers["constant"] = controls.constant_answers(
         answers["reference"], [row.question for row in rows], [row.patient for row in rows], closeness
     )
     result = {"rows": len(rows), "patients": len({row.patient for row in rows}), "notice": NOTICE}
@@ -94,7 +67,7 @@ def evaluate_language(
     result |= {"questions": question_scores(rows, answers), "reports": report_scores(rows, answers)}
     add_verdicts(result["questions"], result["reports"], (result["reports"] or {}).get("findings"))
     if mirrored:
-        asked = [row for row in rows if row.image in mirrored and swap_sides(row.answer) != row.answer]
+        asked = [row for row in rows if row.image in mirrored and controls.swap_sides(row.answer) != row.answer]
         asked = [row for row in asked if row.kind != "report"]
         if asked:
             seen = [assistant.reduce(mirrored[row.image]) for row in asked]
@@ -134,7 +107,7 @@ def volume_columns(
     """What each column shows with each row."""
     images = list(dict.fromkeys(row.image for row in rows))
     owner = {row.image: row.patient for row in rows}
-    other = derange([owner[image] for image in images], seed=seed)
+    other = controls.derange([owner[image] for image in images], seed=seed)
     swapped = {image: images[at] for image, at in zip(images, other, strict=True)}
     mean = sum(reduced[image].feats.mean(0) for image in images) / len(images)
     first = reduced[images[0]]
@@ -212,7 +185,7 @@ def fingerprint(volume: TokenSequence | None) -> str:
 
 
 def closeness(candidate: str, pool: Sequence[str]) -> float:
-    return float(np.mean([token_f1(candidate, text) for text in pool]))
+    return float(np.mean([text_scores.token_f1(candidate, text) for text in pool]))
 
 
 def question_scores(rows: Sequence[TextRow], answers: dict[str, list[str]]) -> dict[str, Any] | None:
@@ -220,23 +193,31 @@ def question_scores(rows: Sequence[TextRow], answers: dict[str, list[str]]) -> d
     asked = [at for at, row in enumerate(rows) if row.kind != "report"]
     if not asked:
         return None
-    hits = {c: np.array([exact_match(answers[c][at], answers["reference"][at]) for at in asked]) for c in COLUMNS}
+    hits = {
+        c: np.array([text_scores.exact_match(answers[c][at], answers["reference"][at]) for at in asked])
+        for c in COLUMNS
+    }
     patients = np.array([rows[at].patient for at in asked])
     kinds = np.array([rows[at].kind for at in asked])
     by_kind = {
         kind: {"rows": int((kinds == kind).sum()), **{c: float(hits[c][kinds == kind].mean()) for c in COLUMNS}}
         for kind in sorted(set(kinds.tolist()))
     }
-    gaps = {control: {"accuracy": mean_gap(hits["real"], hits[control], patients.tolist())} for control in CONTROLS}
-    f1 = {c: float(np.mean([token_f1(answers[c][at], answers["reference"][at]) for at in asked])) for c in COLUMNS}
+    gaps = {
+        control: {"accuracy": controls.mean_gap(hits["real"], hits[control], patients.tolist())} for control in CONTROLS
+    }
+    f1 = {
+        c: float(np.mean([text_scores.token_f1(answers[c][at], answers["reference"][at]) for at in asked]))
+        for c in COLUMNS
+    }
     overall = {c: float(hits[c].mean()) for c in COLUMNS}
     chosen = {"all": kinds == kinds, **{kind: kinds == kind for kind in by_kind}}
     spans = {
-        kind: {c: interval_over_patients(partial(mean, hits[c][of]), patients[of].tolist()) for c in COLUMNS}
+        kind: {c: controls.interval_over_patients(partial(mean, hits[c][of]), patients[of].tolist()) for c in COLUMNS}
         for kind, of in chosen.items()
     }
     scores = {"accuracy": overall, "intervals": spans, "token_f1": f1, "by_kind": by_kind, "gaps": gaps}
-    return {"rows": len(asked), **scores, **diversity([answers["real"][at] for at in asked])}
+    return {"rows": len(asked), **scores, **text_scores.diversity([answers["real"][at] for at in asked])}
 
 
 def report_scores(rows: Sequence[TextRow], answers: dict[str, list[str]]) -> dict[str, Any] | None:
@@ -246,18 +227,21 @@ def report_scores(rows: Sequence[TextRow], answers: dict[str, list[str]]) -> dic
         return None
     patients = [rows[at].patient for at in asked]
     texts = {c: [answers[c][at] for at in asked] for c in [*COLUMNS, "reference"]}
-    scores = {c: text_scores(texts[c], texts["reference"]) for c in COLUMNS}
+    scores = {c: text_scores.text_scores(texts[c], texts["reference"]) for c in COLUMNS}
     table = {c: {name: float(v.mean()) for name, v in scores[c].items()} for c in COLUMNS}
     for c in COLUMNS:
-        table[c] |= corpus_bleu(texts[c], texts["reference"])
+        table[c] |= text_scores.corpus_bleu(texts[c], texts["reference"])
     gaps = {
-        control: {name: mean_gap(scores["real"][name], scores[control][name], patients) for name in REPORT_GAPS}
+        control: {
+            name: controls.mean_gap(scores["real"][name], scores[control][name], patients) for name in REPORT_GAPS
+        }
         for control in CONTROLS
     }
-    tokens = CHARACTERS if are_chinese(texts["reference"]) else "words"
-    result = {"rows": len(asked), "tokens": tokens, "meteor": METEOR_NOTE, "scores": table, "gaps": gaps}
-    findings = report_findings([rows[at] for at in asked], texts, patients) if reads(texts["reference"]) else None
-    return {**result, **diversity(texts["real"]), "findings": findings}
+    tokens = text_scores.CHARACTERS if text_scores.are_chinese(texts["reference"]) else "words"
+    result = {"rows": len(asked), "tokens": tokens, "meteor": text_scores.METEOR_NOTE, "scores": table, "gaps": gaps}
+    readable = findings.reads(texts["reference"])
+    of_findings = report_findings([rows[at] for at in asked], texts, patients) if readable else None
+    return {**result, **text_scores.diversity(texts["real"]), "findings": of_findings}
 
 
 def report_findings(rows: Sequence[TextRow], texts: dict[str, list[str]], patients: Sequence[str]) -> dict[str, Any]:
@@ -266,27 +250,29 @@ def report_findings(rows: Sequence[TextRow], texts: dict[str, list[str]], patien
     Beside the controls stand as many labels a report drawn at random, which needs no model at all.
     """
     labels = sorted({name for row in rows for name in row.labels})
-    known = [name for name in labels if name in KEYWORDS]
+    known = [name for name in labels if name in findings.KEYWORDS]
     has_labels = bool(known) and all(set(known) <= set(row.labels) for row in rows)
-    names = known if has_labels else list(KEYWORDS)
+    names = known if has_labels else list(findings.KEYWORDS)
     if has_labels:
         truth = np.array([[row.labels[name] for name in names] for row in rows])
     else:
-        truth = finding_matrix(texts["reference"], names)
-    said = {c: finding_matrix(texts[c], names) for c in COLUMNS}
-    said |= {RANDOM: random_labels(said["real"])}
+        truth = findings.finding_matrix(texts["reference"], names)
+    said = {c: findings.finding_matrix(texts[c], names) for c in COLUMNS}
+    said |= {RANDOM: findings.random_labels(said["real"])}
     said |= {"all_negative": np.zeros_like(truth), "all_positive": np.ones_like(truth)}
-    scores = {c: finding_scores(matrix, truth) for c, matrix in said.items()}
+    scores = {c: findings.finding_scores(matrix, truth) for c, matrix in said.items()}
     both = np.concatenate([truth, truth])
-    gaps, tested = {}, [name for name, score in FINDING_SCORES.items() if score.is_tested]
+    gaps, tested = {}, [name for name, score in findings.FINDING_SCORES.items() if score.is_tested]
     for control in (*CONTROLS, RANDOM):
         stacked = np.concatenate([said["real"], said[control]])
-        gaps[control] = paired_gaps(partial(finding_scores, stacked, both), patients, tested)
-    spans = {c: interval_over_patients(partial(_f1_micro, said[c], truth), patients) for c in (*COLUMNS, RANDOM)}
+        gaps[control] = controls.paired_gaps(partial(findings.finding_scores, stacked, both), patients, tested)
+    spans = {
+        c: controls.interval_over_patients(partial(_f1_micro, said[c], truth), patients) for c in (*COLUMNS, RANDOM)
+    }
     source = "label columns" if has_labels else "the matcher's reading of the reference reports"
-    error = matcher_error(texts["reference"], truth, names) if has_labels else None
-    told = {"labels": names, "truth": source, "matcher_error": error, "scores": scores}
-    return {**told, "intervals": spans, "gaps": gaps}
+    error = findings.matcher_error(texts["reference"], truth, names) if has_labels else None
+    result = {"labels": names, "truth": source, "matcher_error": error, "scores": scores}
+    return {**result, "intervals": spans, "gaps": gaps}
 
 
 def mean(values: np.ndarray, weights: np.ndarray) -> float:
@@ -294,13 +280,13 @@ def mean(values: np.ndarray, weights: np.ndarray) -> float:
 
 
 def _f1_micro(said: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> float:
-    return finding_scores(said, truth, weights)["f1_micro"]
+    return findings.finding_scores(said, truth, weights)["f1_micro"]
 
 
 def mirror_scores(rows: Sequence[TextRow], real: Sequence[str], mirrored: Sequence[str]) -> dict[str, Any]:
     """Of the sided answers that were right, how many turn over when the scan is mirrored."""
-    was_right = [at for at, row in enumerate(rows) if exact_match(real[at], row.answer)]
-    flipped = [exact_match(mirrored[at], swap_sides(rows[at].answer)) for at in was_right]
+    was_right = [at for at, row in enumerate(rows) if text_scores.exact_match(real[at], row.answer)]
+    flipped = [text_scores.exact_match(mirrored[at], controls.swap_sides(rows[at].answer)) for at in was_right]
     return {"asked": len(rows), "right": len(was_right), "flipped": float(np.mean(flipped)) if flipped else None}
 
 
@@ -309,5 +295,5 @@ def add_verdicts(*scores: dict[str, Any] | None) -> None:
     homes = [part["gaps"] for part in scores if part is not None]
     for control in (*CONTROLS, RANDOM):
         family = {(at, name): gap for at, home in enumerate(homes) for name, gap in home.get(control, {}).items()}
-        for (at, name), verdict in verdicts(family, control=control).items():
+        for (at, name), verdict in controls.verdicts(family, control=control).items():
             homes[at][control][name] = {**family[at, name]._asdict(), "verdict": verdict}

@@ -19,6 +19,7 @@ from matplotlib.ticker import NullFormatter
 
 from app.measures import report
 from app.measures.controls import MIN_PATIENTS
+from app.measures.hu_errors import TISSUES
 from app.measures.report import table, with_interval
 from app.shared.atomic_files import write_text, written_whole
 from app.shared.sides import write_sides
@@ -26,7 +27,7 @@ from transforms.windows import WINDOWS, window
 
 NAME = "tokenizer_card"
 COLOURS = {"codes alone": "#1f6f8b", "stored support": "#9ccbd8", "shuffled codes": "#d98e5f"}
-TISSUE_ORDER = ("air", "lung", "air-tissue border", "fat", "soft tissue", "bone")
+TISSUE_ORDER = ("air", *TISSUES)
 PICTURED_WINDOWS = 3
 
 

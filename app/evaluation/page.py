@@ -131,9 +131,9 @@ def figure(picture: Path | bytes, alt: str, caption: str) -> str:
     """A PNG inside the page."""
     content = picture if isinstance(picture, bytes) else picture.read_bytes()
     data = base64.b64encode(content).decode("ascii")
-    told = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     image = f'<img src="data:image/png;base64,{data}" alt="{escape(alt)}">'
-    return f'<figure class="picture"><div class="wide" tabindex="0">{image}</div>{told}</figure>'
+    return f'<figure class="picture"><div class="wide" tabindex="0">{image}</div>{below}</figure>'
 
 
 def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,34 +60,18 @@ class EvaluatedCase(NamedTuple):
     slice: card.Slice
 
 
+@dataclass(eq=False, kw_only=True)
 class TokenizerEvaluation:
-    """Evaluates and writes the card.
+    """Evaluates and writes the card."""
 
-    Args:
-        dataset_dir: a prepared dataset; None takes the built-in phantoms, and a tokenizer trained on them.
-        tokenizer: checkpoint, output folder, bundle or name; None: as find_tokenizer says.
-        output_dir: where the card goes; None: beside the checkpoint, of a tokenizer that ships outputs/NAME.
-        split: train, val, or None for all cases.
-        max_cases: at most this many, evenly spread over the split; None takes all.
-        max_points: voxels in work at a time; None leaves it to the preset.
-        levels: so many codes a cell, the first of the tokenizer's levels, a fraction as a mean; None: all.
-    """
-
-    def __init__(
-        self,
-        *,
-        dataset_dir: str | None = None,
-        tokenizer: str | None = None,
-        output_dir: str | None = None,
-        split: str | None = "val",
-        max_cases: int | None = None,
-        max_points: int | None = None,
-        levels: float | None = None,
-        seed: int = 0,
-    ):
-        self.dataset_dir, self.tokenizer, self.output_dir = dataset_dir, tokenizer, output_dir
-        self.split, self.max_cases, self.max_points, self.seed = split, max_cases, max_points, seed
-        self.levels = levels
+    dataset_dir: str | None = None  # a prepared dataset; None: built-in phantoms, and a tokenizer trained on them
+    tokenizer: str | None = None  # checkpoint, output folder, bundle or name; None: as find_tokenizer says
+    output_dir: str | None = None  # of the card; None: beside the checkpoint, of one that ships outputs/NAME
+    split: str | None = "val"  # train, val, or None for all cases
+    max_cases: int | None = None  # at most this many, evenly spread over the split; None takes all
+    max_points: int | None = None  # voxels in work at a time; None leaves it to the preset
+    levels: float | None = None  # codes a cell, the first of the tokenizer's levels, a fraction as a mean; None: all
+    seed: int = 0
 
     def run(self) -> dict[str, Any]:
         started = time.perf_counter()

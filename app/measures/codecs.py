@@ -105,18 +105,9 @@ class Hevc(Codec):
         return np.pad(self.frames, short, mode="edge")
 
     def settings_around(self, bits: float) -> tuple[float, ...]:
-        return self._search(lambda qp: self.at(qp)[0] <= bits)
+        return self.search(lambda qp: self.at(qp)[0] <= bits)
 
-    def bits_at_error(self, name: str, error: float) -> float | None:
-        """Bits at which an error is as large; None where it is larger even at the finest or smaller at the coarsest."""
-        settings = self._search(lambda qp: self.at(qp)[1][name] >= error)
-        if len(settings) == 1:
-            return None
-        (fewer, larger), (more, smaller) = ((self.at(qp)[0], self.at(qp)[1][name]) for qp in settings)
-        share = (larger - error) / (larger - smaller) if larger != smaller else 0.0
-        return math.exp(math.log(fewer) + share * (math.log(more) - math.log(fewer)))
-
-    def _search(self, is_enough: Callable[[int], bool]) -> tuple[float, ...]:
+    def search(self, is_enough: Callable[[int], bool]) -> tuple[float, ...]:
         """By bisection, from what is known: the smallest quantiser for which it holds and the one below it."""
         known = {qp: is_enough(qp) for qp in sorted(self.points)}
         low = max((qp for qp, enough in known.items() if not enough), default=QPS[0] - 1)

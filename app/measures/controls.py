@@ -108,12 +108,10 @@ def constant_answers(
     return [best[kind, half[patient]] for kind, patient in zip(kinds, patients, strict=True)]
 
 
-def mean_gap(
-    real: Shaped[np.ndarray, " N"], control: Shaped[np.ndarray, " N"], patients: Sequence[Hashable], *, seed: int = 0
-) -> Gap:
+def mean_gap(real: Shaped[np.ndarray, " N"], control: Shaped[np.ndarray, " N"], patients: Sequence[Hashable]) -> Gap:
     """Gap of a score that is a mean over cases."""
     owner, number = _owners(patients)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     counts = np.bincount(owner, minlength=number).astype(float)
     sums = np.bincount(owner, np.subtract(real, control, dtype=float), minlength=number)
     draws = _resample(number, rng)
@@ -142,12 +140,10 @@ def paired_gaps(
     score: Callable[[Float[np.ndarray, " M"]], Mapping[str, float]],
     patients: Sequence[Hashable],
     names: Sequence[str],
-    *,
-    seed: int = 0,
 ) -> dict[str, Gap]:
     """Gaps of scores that are no means. `score(weights)` is over the real cases followed by the control's, weighted."""
     owner, number = _owners(patients)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     none = np.zeros(len(owner))
 
     def gap(real: np.ndarray, control: np.ndarray) -> np.ndarray:

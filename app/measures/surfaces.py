@@ -11,6 +11,7 @@ from scipy.spatial import cKDTree
 from transforms.crossings import crossings
 from transforms.triangle_band import distances, frames_of
 
+POINTS = 20_000  # drawn on each surface
 NEAREST = 24  # triangles that a point is measured against
 SIDE = 96  # voxels a side of the grid on which volumes are compared
 
@@ -18,16 +19,13 @@ SIDE = 96  # voxels a side of the grid on which volumes are compared
 def compare(
     truth: tuple[Float[np.ndarray, "V 3"], Int[np.ndarray, "T 3"]],
     other: tuple[Float[np.ndarray, "W 3"], Int[np.ndarray, "U 3"]],
-    *,
-    points: int = 20_000,
-    seed: int = 0,
 ) -> dict[str, float]:
     """`distance` mean over both directions, `distance_95` and `distance_max` (the larger direction), in the unit of the
     vertices; `normals`, the mean of |cosine| between normals; `dice` of the volumes, for closed surfaces.
     """
-    generator = np.random.default_rng(seed)
-    there = _to_surface(truth, other, points, generator)
-    back = _to_surface(other, truth, points, generator)
+    generator = np.random.default_rng(0)
+    there = _to_surface(truth, other, generator)
+    back = _to_surface(other, truth, generator)
     return {
         "distance": float(there[0].mean() + back[0].mean()) / 2,
         "distance_95": float(max(np.percentile(there[0], 95), np.percentile(back[0], 95))),
@@ -37,12 +35,12 @@ def compare(
     }
 
 
-def _to_surface(source, target, count: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _to_surface(source, target, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Distances of points on one surface to the other, and |cosine| of the normals there."""
     vertices, faces = source
     normals, areas = _normals(vertices, faces)
-    chosen = generator.choice(len(faces), count, p=areas / areas.sum())
-    u, v = generator.random((2, count))
+    chosen = generator.choice(len(faces), POINTS, p=areas / areas.sum())
+    u, v = generator.random((2, POINTS))
     turned = u + v > 1
     u, v = np.where(turned, 1 - u, u), np.where(turned, 1 - v, v)
     a, b, c = (vertices[faces[chosen, corner]] for corner in range(3))
@@ -50,12 +48,12 @@ def _to_surface(source, target, count: int, generator: np.random.Generator) -> t
     others, theirs = target
     corners = others[theirs]
     nearest = min(NEAREST, len(corners))
-    rows = cKDTree(corners.mean(1)).query(places, nearest)[1].reshape(count, nearest)
+    rows = cKDTree(corners.mean(1)).query(places, nearest)[1].reshape(POINTS, nearest)
     used, at = np.unique(rows, return_inverse=True)
     found = distances(
         frames_of(corners[used].astype(np.float64)), at.reshape(-1), np.repeat(places, nearest, 0), np.zeros((1, 3))
-    ).reshape(count, nearest)
-    best = rows[np.arange(count), found.argmin(1)]
+    ).reshape(POINTS, nearest)
+    best = rows[np.arange(POINTS), found.argmin(1)]
     cosine = np.abs(np.einsum("pi,pi->p", normals[chosen], _normals(others, theirs)[0][best]))
     return found.min(1).astype(np.float64), cosine
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+from app.shared.hashes import hash_file
 from app.shared.refusals import Refused
 
 MAX_MEMBERS = 100_000
@@ -152,8 +153,7 @@ def hash_of(refs: list[Ref] | tuple[Ref, ...]) -> str:
 def _file_hash(ref: Ref) -> bytes:
     if ref.member:
         return hashlib.sha256(_read_member(ref)).digest()
-    with open(ref.path, "rb") as stream:  # a folder that cannot be looked into is one of these too, and is refused
-        return hashlib.file_digest(stream, "sha256").digest()
+    return bytes.fromhex(hash_file(ref.path))  # a folder that cannot be looked into is one of these too, and is refused
 
 
 def sniff(ref: Ref) -> str:

@@ -150,14 +150,14 @@ def _nifti_affine(header: nib.Nifti1Header) -> tuple[np.ndarray, list[Finding]]:
     if by_s is None:
         return affine, [finding("ORIENTATION_FROM_QFORM")]
     shape = [max(int(n), 1) for n in header["dim"][1:4]]
-    steps, told = np.linalg.norm(by_s[:3, :3], axis=0), np.abs(header["pixdim"][1:4].astype(np.float64))
+    steps, pixdim = np.linalg.norm(by_s[:3, :3], axis=0), np.abs(header["pixdim"][1:4].astype(np.float64))
     if by_q is not None:
         corners = np.array([[x, y, z, 1] for x in (0, shape[0]) for y in (0, shape[1]) for z in (0, shape[2])])
         apart = np.abs(corners @ (by_s - by_q).T).max()
         if not apart <= 0.5 * steps.min():
             return affine, [finding("SFORM_QFORM_DIFFER", f"by up to {apart:.2f} mm")]
-    elif not (np.abs(steps - told) * shape).max() <= 0.5 * steps.min():  # ITK takes this spacing
-        return affine, [finding("SFORM_QFORM_DIFFER", f"pixdim says {' x '.join(f'{n:.4g}' for n in told)} mm")]
+    elif not (np.abs(steps - pixdim) * shape).max() <= 0.5 * steps.min():  # ITK takes this spacing
+        return affine, [finding("SFORM_QFORM_DIFFER", f"pixdim says {' x '.join(f'{n:.4g}' for n in pixdim)} mm")]
     return affine, []
 
 

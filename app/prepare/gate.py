@@ -29,13 +29,7 @@ MAX_GAP = 64  # usual steps that may be missing in one place
 DRIFT = 0.1  # mm by which slices may lie off the line of a stack, in the plane
 REWRITTEN = {"DERIVED", "SECONDARY"}  # say who wrote the file, not what it shows
 MIXED = {"patient": "patients", "study": "studies", "frame_of_reference": "frames of reference"}
-LOSSY = {
-    "1.2.840.10008.1.2.4.50",
-    "1.2.840.10008.1.2.4.51",
-    "1.2.840.10008.1.2.4.81",
-    "1.2.840.10008.1.2.4.91",
-    "1.2.840.10008.1.2.4.203",
-}
+LOSSY = {f"1.2.840.10008.1.2.4.{number}" for number in (50, 51, 81, 91, 203)}  # transfer syntaxes
 
 
 class Stack(NamedTuple):

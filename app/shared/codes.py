@@ -4,14 +4,14 @@ docs/codes.md is this table: `python -m app.shared.codes > docs/codes.md`. No ru
 """
 
 import sys
+from functools import partial
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 Kind = Literal["fine", "fixed", "warned", "skipped", "refused", "call", "stopped", "fault"]
 
-STATUS = MappingProxyType(
-    {"refused": 3, "skipped": 3, "call": 2, "stopped": 130, "fault": 1}
-)  # where it ends a command
+# where it ends a command
+STATUS = MappingProxyType({"refused": 3, "skipped": 3, "call": 2, "stopped": 130, "fault": 1})
 ENDINGS = MappingProxyType(
     {
         "fine": "nothing is wrong",
@@ -37,37 +37,18 @@ class Code(NamedTuple):
         return STATUS.get(self.kinds[-1], 2)
 
 
-def _fine(meaning: str) -> Code:
-    return Code(("fine",), meaning, "nothing to do")
+_warned, _skipped, _refused, _call, _fault = (
+    partial(Code, (kind,)) for kind in ("warned", "skipped", "refused", "call", "fault")
+)
 
 
 def _fixed(meaning: str, remedy: str = "nothing to do, it is recorded") -> Code:
     return Code(("fixed",), meaning, remedy)
 
 
-def _warned(meaning: str, remedy: str) -> Code:
-    return Code(("warned",), meaning, remedy)
-
-
-def _skipped(meaning: str, remedy: str) -> Code:
-    return Code(("skipped",), meaning, remedy)
-
-
-def _refused(meaning: str, remedy: str) -> Code:
-    return Code(("refused",), meaning, remedy)
-
-
-def _call(meaning: str, remedy: str) -> Code:
-    return Code(("call",), meaning, remedy)
-
-
-def _fault(meaning: str, remedy: str) -> Code:
-    return Code(("fault",), meaning, remedy)
-
-
 CODES = MappingProxyType(
     {
-        "OK": _fine("nothing to report"),
+        "OK": Code(("fine",), "nothing to report", "nothing to do"),
         "TILT_CORRECTED": _fixed("the gantry was tilted: the sheared stack is resampled onto a right-angled grid"),
         "UNEVEN_SPACING_RESAMPLED": _fixed("steps between slices differ: slices are interpolated at even steps"),
         "GAPS_INTERPOLATED": _fixed(

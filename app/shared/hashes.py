@@ -9,6 +9,11 @@ def hash_path(path: str | Path) -> str:
     path = Path(path)
     if path.is_dir():
         return hash_files([file for file in path.rglob("*") if file.is_file()], below=path)
+    return hash_file(path)
+
+
+def hash_file(path: str | Path) -> str:
+    """Of a file alone: a folder raises OSError."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while block := stream.read(1 << 20):

@@ -18,17 +18,7 @@ from app.shared.hashes import hash_path
 from app.shared.refusals import Refused
 from app.shared.tables import read_table
 from app.text.layouts import CT_RATE_NAME, read_layout
-from app.text.rows import (
-    ALIASES,
-    REPORT_QUESTION,
-    TextRow,
-    clean,
-    join_report,
-    label_columns,
-    named,
-    parse_choices,
-    with_letter,
-)
+from app.text.rows import REPORT_QUESTION, TextRow, clean, general_rows
 
 H = TypeVar("H", bound=Hashable)
 
@@ -167,30 +157,6 @@ def whole_characters(content: Any) -> Any:
     if isinstance(content, dict):
         return {whole_characters(name): whole_characters(part) for name, part in content.items()}
     return content
-
-
-def general_rows(record: Mapping, source: str) -> list[TextRow]:
-    """The rows of one record of a manifest of the user's own: a report, a question, or both."""
-    own = named(record)
-    if "image" not in own:
-        columns = ", ".join(ALIASES["image"])
-        raise Refused("BAD_MANIFEST", f"a row of {source} names no image", f"a column must be one of {columns}")
-    common = {
-        "image": str(own["image"]),
-        "patient": str(own.get("patient", "")),
-        "split": str(own.get("split", "")),
-        "labels": label_columns(record),
-    }
-    report = clean(own.get("report")) or join_report(own.get("findings"), own.get("impression"))
-    rows = []
-    if "question" in own:
-        choices = parse_choices(own.get("choices"))
-        answer = with_letter(clean(own.get("answer")), choices)
-        kind = str(own.get("kind", "question"))
-        rows.append(TextRow(question=clean(own["question"]), answer=answer, kind=kind, choices=choices, **common))
-    if report or "question" not in own:
-        rows.append(TextRow(question=REPORT_QUESTION, answer=report, **common))
-    return rows
 
 
 def read_folder(folder: Path) -> list[TextRow]:

@@ -109,3 +109,27 @@ def label_columns(record: Mapping) -> dict[str, bool]:
         and str(name).strip().lower().replace(" ", "_") not in known
         and str(value).strip().lower() in truth
     }
+
+
+def general_rows(record: Mapping, source: str) -> list[TextRow]:
+    """The rows of one record of a manifest of the user's own: a report, a question, or both."""
+    own = named(record)
+    if "image" not in own:
+        columns = ", ".join(ALIASES["image"])
+        raise Refused("BAD_MANIFEST", f"a row of {source} names no image", f"a column must be one of {columns}")
+    common = {
+        "image": str(own["image"]),
+        "patient": str(own.get("patient", "")),
+        "split": str(own.get("split", "")),
+        "labels": label_columns(record),
+    }
+    report = clean(own.get("report")) or join_report(own.get("findings"), own.get("impression"))
+    rows = []
+    if "question" in own:
+        choices = parse_choices(own.get("choices"))
+        answer = with_letter(clean(own.get("answer")), choices)
+        kind = str(own.get("kind", "question"))
+        rows.append(TextRow(question=clean(own["question"]), answer=answer, kind=kind, choices=choices, **common))
+    if report or "question" not in own:
+        rows.append(TextRow(question=REPORT_QUESTION, answer=report, **common))
+    return rows

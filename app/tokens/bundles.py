@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from app.shared.json_files import read_object
 from app.shared.refusals import Refused
 from networks.presets import Preset
 from transforms.windows import windows_range
@@ -18,11 +19,11 @@ TOLD = ("resolution", "spacing", "prepared", "features", "windows", "keep", "num
 
 def description(sizes: Preset, digest: str) -> dict[str, Any]:
     """What a bundle's metadata hold under `tokenizer`: geometry, HU range, windows, sparsification, codes, weights."""
-    told = {name: value for name, value in dataclasses.asdict(sizes).items() if name in TOLD}
+    stated = {name: value for name, value in dataclasses.asdict(sizes).items() if name in TOLD}
     return {
         "sha256": digest,
         "orientation": ORIENTATION,
-        **json.loads(json.dumps(told)),
+        **json.loads(json.dumps(stated)),
         "hu_range": list(windows_range(sizes.windows)) if sizes.windows else None,
     }
 
@@ -39,13 +40,10 @@ def check_description(weights: Path, sizes: Preset, digest: str) -> None:
     if file is None:
         return
     again = "export it again, or copy it again whole"
-    try:
-        told = json.loads(file.read_text(encoding="utf-8"))["tokenizer"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise Refused("BAD_BUNDLE", f"{file} does not describe a tokenizer", again) from None
-    own = description(sizes, digest)
-    other = [name for name in own if not isinstance(told, dict) or told.get(name) != own[name]]
-    if other:
-        name = other[0]
-        value = told.get(name) if isinstance(told, dict) else told
-        raise Refused("BAD_BUNDLE", f"{file} says {name} {value}, the weights beside it have {own[name]}", again)
+    stated = (read_object(file) or {}).get("tokenizer")
+    if not isinstance(stated, dict):
+        raise Refused("BAD_BUNDLE", f"{file} does not describe a tokenizer", again)
+    for name, value in description(sizes, digest).items():
+        if stated.get(name) != value:
+            what = f"{file} says {name} {stated.get(name)}, the weights beside it have {value}"
+            raise Refused("BAD_BUNDLE", what, again)

@@ -28,7 +28,7 @@ from app.tokens.token_files import CTTokens, is_packed, rate_of, read_tokens, wr
 from app.tokens.tokenizer import CTTokenizer
 from transforms.sparse import DROPPED
 
-READERS = 4  # scans that are opened at a time where a card computes; each takes up to a few GiB of memory
+READING_THREADS = 4  # scans that are opened at a time where a card computes; each takes up to a few GiB of memory
 
 
 def tokenize(
@@ -52,13 +52,13 @@ def tokenize(
     refuse_empty(source, name="SOURCE")
     refuse_empty(out)
     source, out = Path(source), Path(out)
-    made = CTTokenizer.from_pretrained(tokenizer)
+    ct = CTTokenizer.from_pretrained(tokenizer)
     try:
-        wanted = made.check_levels(levels)
+        wanted = ct.check_levels(levels)
     except ValueError as error:
         raise Refused("BAD_VALUE", str(error), "leave --levels out for all of them") from error
-    if made.sizes.features == "sdf":
-        sources = list(shape_tokens.shapes_in(source, made.sizes.resolution))
+    if is_shape := ct.sizes.features == "sdf":
+        sources = list(shape_tokens.shapes_in(source, ct.sizes.resolution))
     else:
         sources = list(open_scan.scan_sources(source, series=series, token_files=False))
     single = out.suffix == ".npz"
@@ -72,33 +72,29 @@ def tokenize(
         return out if single else out / f"{scan.name}.npz"
 
     def look(scan: ScanSource) -> Any:
-        return scan if place_of(scan).exists() and not overwrite else made.look(scan)
+        return scan if place_of(scan).exists() and not overwrite else ct.look(scan)
 
-    is_shape = made.sizes.features == "sdf"
-    opened = _ahead(sources, None if is_shape else look, made.device)
+    opened = _ahead(sources, None if is_shape else look, ct.device)
     for scan, ready in zip(progress(sources, "tokenize"), opened, strict=True):
         path = place_of(scan)
         try:
-            known = bool(scan.source_hash) and not overwrite
-            there = _there_already(path, made, scan.source_hash) if known else None
-            kept = there if there is not None and _is_as_asked(path, there, support, wanted, pack) else None
-            if kept is not None:
-                tokens = kept
-            elif is_shape:
-                tokens = shape_tokens.encode_shape(made, scan, support=support, levels=wanted)
+            tokens = _there_already(path, ct, scan.source_hash) if scan.source_hash and not overwrite else None
+            if is_there := tokens is not None and _is_as_asked(path, tokens, support, wanted, pack):
+                bits = rate_of(tokens, ct.tables)
             else:
-                tokens = made.encode(ready(), support=support, levels=wanted)
-            bits = rate_of(tokens, made.tables) if kept else write_tokens(path, tokens, tables=made.tables, pack=pack)
+                how = {"support": support, "levels": wanted}
+                tokens = shape_tokens.encode_shape(ct, scan, **how) if is_shape else ct.encode(ready(), **how)
+                bits = write_tokens(path, tokens, tables=ct.tables, pack=pack)
         except ValueError as error:
             entries.append(_refused(scan.name, error))
             continue
-        entries.append(_tokenized(path, scan.name, tokens, bits) | {"message": "" if kept is None else "there already"})
-    return _summary(entries, made)
+        entries.append(_tokenized(path, scan.name, tokens, bits) | {"message": "there already" if is_there else ""})
+    return _summary(entries, ct)
 
 
 def _tokenized(path: Path, name: str, tokens: CTTokens, bits: Any) -> dict[str, Any]:
-    told = {"case": name, "status": "ok", "codes": _codes_of(tokens), "tokens": str(path), "count": len(tokens.codes)}
-    return told | {"bits": bits.as_json(tokens=len(tokens.codes), voxels=tokens.voxels)}
+    row = {"case": name, "status": "ok", "codes": _codes_of(tokens), "tokens": str(path), "count": len(tokens.codes)}
+    return row | {"bits": bits.as_json(tokens=len(tokens.codes), voxels=tokens.voxels)}
 
 
 def _ahead(
@@ -108,11 +104,11 @@ def _ahead(
     if look is None or device.type != "cuda":
         yield from (partial(look or (lambda scan: scan), source) for source in sources)
         return
-    with ThreadPoolExecutor(READERS) as readers:
+    with ThreadPoolExecutor(READING_THREADS) as readers:
         waiting = deque()
         for source in sources:
             waiting.append(readers.submit(look, source).result)
-            if len(waiting) > READERS:
+            if len(waiting) > READING_THREADS:
                 yield waiting.popleft()
         yield from waiting
 
@@ -122,7 +118,7 @@ def _one_good(sources: Sequence[ScanSource], source: Path, out: Path) -> list[Sc
     good, tried = 0, []
     for scan in sources:
         try:
-            scan.own_grid(open_scan.Wanted())
+            scan.own_grid(open_scan.TokenizerNeeds())
             good += 1
         except ValueError:
             scan = scan._replace(source_hash="")
@@ -138,17 +134,17 @@ def _check_kind(source: Path, out: Path, *, single: bool, kinds: str) -> None:
         raise Refused("NO_OUTPUT", f"what is written ends in {kinds}, OUT is {out}", "give such a file, or a folder")
 
 
-def _there_already(path: Path, made: CTTokenizer, source_hash: str) -> CTTokens | None:
+def _there_already(path: Path, ct: CTTokenizer, source_hash: str) -> CTTokens | None:
     """Tokens of an earlier, interrupted call. Those of another tokenizer or scan are neither taken nor overwritten."""
     if not path.exists():
         return None
     try:
-        tokens = read_tokens(path, tables=made.tables)
+        tokens = read_tokens(path, tables=ct.tables)
     except Refused as refused:
         if refused.code == "OTHER_TOKENIZER":
             raise Refused("EXISTS", f"{path.name} is there already: {refused.what}") from refused
         raise Refused(refused.code, refused.what, "it is in OUT already: --overwrite makes it again") from refused
-    if tokens.tokenizer != made.digest:
+    if tokens.tokenizer != ct.digest:
         raise Refused("EXISTS", f"{path.name} is there already, by tokenizer {tokens.tokenizer[:12]}")
     if tokens.source_hash != source_hash:
         raise Refused("EXISTS", f"{path.name} is there already, of another scan")
@@ -197,12 +193,12 @@ def reconstruct(
         raise Refused("MANY_SCANS", f"{source} holds {len(files)} token files, {out} is one file")
     _check_kind(source, out, single=single, kinds=f".nii, .nii.gz, or of a shape {', '.join(WRITERS)}")
     check_folder(out.parent if single else out)
-    made = CTTokenizer.from_pretrained(tokenizer)
+    ct = CTTokenizer.from_pretrained(tokenizer)
     try:
-        grid = None if like is None else open_scan.grid_of(Path(like), tables=made.tables)
+        grid = None if like is None else open_scan.grid_of(Path(like), tables=ct.tables)
     except ValueError as error:
         raise Refused("BAD_LIKE", f"{like}: {as_refused(error).what}") from error
-    is_shape = made.sizes.features == "sdf"
+    is_shape = ct.sizes.features == "sdf"
     if is_shape and grid is not None:
         raise Refused("BAD_CALL", "a shape becomes a mesh, --like asks for a volume", "leave --like out")
     if single and is_shape == out.name.lower().endswith((".nii", ".nii.gz")):
@@ -216,8 +212,8 @@ def reconstruct(
         try:
             if path.exists() and not overwrite:  # it may be the user's own scan
                 raise Refused("EXISTS", f"{path} is there already")
-            content = made.read(file)
-            decoded = made.decode_sparse(content, use_support=use_support, levels=levels)
+            content = ct.read(file)
+            decoded = ct.decode_sparse(content, use_support=use_support, levels=levels)
             mesh = shape_tokens.mesh_of(decoded, content) if is_shape else None
         except ValueError as error:
             entries.append(_refused(name, error))
@@ -225,26 +221,26 @@ def reconstruct(
         if mesh is not None:
             write_mesh(path, mesh)
         else:
-            volume = made.to_hu(decoded, content)
+            volume = ct.to_hu(decoded, content)
             write_nifti(path, volume if grid is None else onto_grid(volume, *grid))
         ok = {"case": name, "status": "ok", "codes": _codes_of(content), "mesh" if is_shape else "image": str(path)}
         entries.append({**ok, "forced_children": decoded.forced})
-    return _summary(entries, made)
+    return _summary(entries, ct)
 
 
-def _summary(entries: list[dict[str, Any]], made: CTTokenizer) -> dict[str, Any]:
+def _summary(entries: list[dict[str, Any]], ct: CTTokenizer) -> dict[str, Any]:
     done = sum(entry["status"] == "ok" for entry in entries)
-    by = {"file": made.source, "sha256": made.digest}
+    by = {"file": ct.source, "sha256": ct.digest}
     return {"cases": entries, "ok": done, "refused": len(entries) - done, "tokenizer": by}
 
 
 def lines(done: dict[str, Any]) -> Iterator[str]:
     """What the commands print of it."""
     for entry in done["cases"]:
-        told, message = entry.get("tokens") or entry.get("image") or entry.get("mesh") or "", entry.get("message", "")
+        file = next((entry[name] for name in ("tokens", "image", "mesh") if name in entry), "")
         codes = "" if entry["codes"] == ["OK"] else ", ".join(entry["codes"])
-        said = ": ".join(part for part in (codes, message) if part)
-        yield "  ".join(part for part in (entry["status"], entry["case"], told, _rate_in_words(entry), said) if part)
+        why = ": ".join(part for part in (codes, entry.get("message", "")) if part)
+        yield "  ".join(part for part in (entry["status"], entry["case"], file, _rate_in_words(entry), why) if part)
     yield f"{done['ok']} ok, {done['refused']} refused, by tokenizer {done['tokenizer']['file']}"
 
 

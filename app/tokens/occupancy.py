@@ -55,9 +55,9 @@ class OccupancyModel:
         rows = np.flatnonzero(~full)
         for octant in range(8):
             contexts = _contexts(known, kind, row_of, cells[rows], rows, octant)
-            told = known[rows].sum(1)
-            open_ = ~np.isin(told, (0, 7)) if octant == 7 else np.ones(len(rows), bool)
-            known[rows[~open_], octant] = told[~open_] == 0  # one child at least, eight are said to be full
+            num_known = known[rows].sum(1)
+            open_ = ~np.isin(num_known, (0, 7)) if octant == 7 else np.ones(len(rows), bool)
+            known[rows[~open_], octant] = num_known[~open_] == 0  # one child at least, eight are said to be full
             given = None if truth is None else truth[rows[open_], octant]
             known[rows[open_], octant] = code(self._parts, contexts[open_], given)
         return known[:-1]

@@ -49,7 +49,7 @@ class Scan(NamedTuple):
     codes: tuple[str, ...] = ()  # what was found, fixed or cut on its way here
 
 
-class Wanted(NamedTuple):
+class TokenizerNeeds(NamedTuple):
     """What a tokenizer asks of a scan that is opened for it."""
 
     windows: Sequence[str] = ()
@@ -69,8 +69,8 @@ class ScanSource(NamedTuple):
     place: str  # below the path that was asked about
     source_hash: str  # of the scan; empty where it is not known before it is opened
     key: str  # changes with all that opening it reads, so that what is made of it can be kept under it
-    open: Callable[[Wanted], Scan | CTTokens]
-    own_grid: Callable[[Wanted], Place]  # of the scan itself
+    open: Callable[[TokenizerNeeds], Scan | CTTokens]
+    own_grid: Callable[[TokenizerNeeds], Place]  # of the scan itself
 
 
 def is_case(path: Path) -> bool:
@@ -96,7 +96,7 @@ def open_scan(
     if isinstance(scan, Scan | CTTokens):
         return scan
     if isinstance(scan, ScanSource):
-        return scan.open(Wanted(windows, grid, tables))
+        return scan.open(TokenizerNeeds(windows, grid, tables))
     if isinstance(scan, prepared.PreparedCase):
         return _of_case(scan, windows)
     if isinstance(scan, RawScan):
@@ -149,7 +149,7 @@ def scan_source(path: str | Path) -> ScanSource:
     good, refused = [], []
     for source in sources:
         try:
-            source.own_grid(Wanted())
+            source.own_grid(TokenizerNeeds())
             good.append(source)
         except ValueError as error:
             refused.append(error)
@@ -162,10 +162,10 @@ def scan_source(path: str | Path) -> ScanSource:
 
 
 def _token_source(file: Path) -> ScanSource:
-    def tokens(wanted: Wanted) -> CTTokens:
+    def tokens(wanted: TokenizerNeeds) -> CTTokens:
         return read_tokens(file, tables=wanted.tables)
 
-    def own_grid(wanted: Wanted) -> Place:
+    def own_grid(wanted: TokenizerNeeds) -> Place:
         return tokens(wanted).source_shape, tokens(wanted).source_affine
 
     try:
@@ -182,7 +182,7 @@ def _or_damaged(case: prepared.PreparedCase | prepared.DamagedCase) -> prepared.
 
 
 def _case_source(name: str, get: Callable[[], prepared.PreparedCase]) -> ScanSource:
-    def own_grid(_: Wanted) -> Place:
+    def own_grid(_: TokenizerNeeds) -> Place:
         case = get()
         if case.affine is None:
             raise Refused("DAMAGED_CASE", f"case {case.case_id} has no case.json and so no place in the world")
@@ -215,7 +215,7 @@ def _refuse_shape(path: Path) -> None:
 
 
 def _raw_source(raw: RawSource) -> ScanSource:
-    def own_grid(_: Wanted) -> Place:
+    def own_grid(_: TokenizerNeeds) -> Place:
         scan = raw.read()
         return _sizes(scan.hu.shape), np.asarray(scan.affine, np.float64)
 
@@ -225,7 +225,7 @@ def _raw_source(raw: RawSource) -> ScanSource:
         refuse = partial(_refuse, refused)
         return ScanSource("raw", raw.place, raw.place, "", "", refuse, refuse)
 
-    def scan(wanted: Wanted) -> Scan:
+    def scan(wanted: TokenizerNeeds) -> Scan:
         return of_raw(raw.read(), wanted.grid)
 
     return ScanSource("raw", digest[:16], raw.place, digest, f"scan.{digest[:24]}", scan, own_grid)
@@ -311,7 +311,7 @@ def _placed(volume: Volume, grid: Cube | None) -> tuple[Volume, tuple[str, ...]]
 def grid_of(path: Path, *, tables: CodeTables | None = None) -> Place:
     """Shape and affine of a scan's own grid. Of a NIfTI file the header is enough, whatever the image shows."""
     if not path.name.endswith((".nii", ".nii.gz")):
-        return scan_source(path).own_grid(Wanted(tables=tables))
+        return scan_source(path).own_grid(TokenizerNeeds(tables=tables))
     try:
         header = nibabel.load(path)
     except (OSError, ValueError, nibabel.filebasedimages.ImageFileError) as error:

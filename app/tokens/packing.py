@@ -60,15 +60,15 @@ def packed(arrays: dict[str, np.ndarray], tables: CodeTables) -> Parts:
     if "levels" in arrays:
         columns = np.where(np.arange(columns.shape[1]) < arrays["levels"][:, None], columns.astype(np.int32), NO_CODE)
     shape = tuple(int(n) for n in arrays["latent_shape"])
-    told = {name: arrays[name].tolist() for name in FIELDS if name in arrays}
-    told |= {"count": len(codes), "levels": None if codes.ndim == 1 else columns.shape[1]}
+    header_fields = {name: arrays[name].tolist() for name in FIELDS if name in arrays}
+    header_fields |= {"count": len(codes), "levels": None if codes.ndim == 1 else columns.shape[1]}
     cells, coded, below = Writer(), Writer(), Writer()
     model = put_cells(cells, coords, shape)
     put_codes(coded, columns, coords, shape, tables)
     support = tuple(arrays[name] for name in sorted(arrays) if name.startswith("support_"))
     if support:
         put_support(below, model, coords, shape, support)
-    header = zlib.compress(json.dumps(told, separators=(",", ":")).encode(), 9)
+    header = zlib.compress(json.dumps(header_fields, separators=(",", ":")).encode(), 9)
     magic = MAGIC_OF_LEVELS if "levels" in arrays else MAGIC
     return Parts(magic, header, cells.finish(), coded.finish(), below.finish() if support else b"")
 
@@ -76,11 +76,11 @@ def packed(arrays: dict[str, np.ndarray], tables: CodeTables) -> Parts:
 def unpacked(content: bytes, tables: CodeTables | None, *, support_levels: int) -> dict[str, np.ndarray]:
     """The arrays again, as whole as they were; raises where they are not."""
     parts = _split(content)
-    told = _header(parts.header)
-    arrays = {name: np.array(told[name], kind) for name, kind in FIELDS.items() if name in told}
+    header = _header(parts.header)
+    arrays = {name: np.array(header[name], kind) for name, kind in FIELDS.items() if name in header}
     check_tables(str(arrays["tokenizer"]), tables)
-    count, levels = told["count"], told["levels"]
-    shape = tuple(told["latent_shape"])
+    count, levels = header["count"], header["levels"]
+    shape = tuple(header["latent_shape"])
     sizes = [count, 1 if levels is None else levels, *shape]
     if len(shape) != 3 or not all(type(n) is int and n > 0 for n in sizes) or max(shape) > 1 << 17:
         raise ValueError(f"its sizes must be whole numbers above 0, got {str(sizes)[:80]}")
@@ -132,7 +132,7 @@ def _header(stored: bytes) -> dict[str, Any]:
     text = opened.decompress(stored, MAX_HEADER)
     if not opened.eof or opened.unused_data:
         raise ValueError(f"its packed header is no text of at most {MAX_HEADER} bytes")
-    told = json.loads(text)
-    if not isinstance(told, dict) or not {"tokenizer", "latent_shape", "count", "levels"} <= set(told):
+    header = json.loads(text)
+    if not isinstance(header, dict) or not {"tokenizer", "latent_shape", "count", "levels"} <= set(header):
         raise ValueError("its packed header lacks what every one has")
-    return told
+    return header

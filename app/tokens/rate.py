@@ -40,8 +40,8 @@ class Rate(NamedTuple):
         """The packed bits, per token and per voxel that the encoder saw."""
         total = self.packed.total
         per_voxel = None if voxels is None else total / voxels
-        told = {**self.packed._asdict(), "total": total, "plain": self.plain.total}
-        return {**told, "per_token": total / tokens, "per_voxel": per_voxel}
+        parts = {**self.packed._asdict(), "total": total, "plain": self.plain.total}
+        return {**parts, "per_token": total / tokens, "per_voxel": per_voxel}
 
 
 def rate(parts: Parts, arrays: dict[str, np.ndarray], *, num_codes: int, file_bytes: int) -> Rate:
@@ -50,8 +50,9 @@ def rate(parts: Parts, arrays: dict[str, np.ndarray], *, num_codes: int, file_by
     header = 8 * file_bytes - sum(streams)
     shape = tuple(int(n) for n in arrays["latent_shape"])
     support = 8 * sum(len(part) for name, part in arrays.items() if name.startswith("support_"))
-    number, told = arrays["codes"].size, 0.0
+    number, bits_of_levels = arrays["codes"].size, 0.0
     if "levels" in arrays:
-        number, told = int(arrays["levels"].sum()), len(arrays["levels"]) * math.log2(int(arrays["levels"].max()))
-    codes = math.ceil(number * math.log2(num_codes) + told)
+        levels = arrays["levels"]
+        number, bits_of_levels = int(levels.sum()), len(levels) * math.log2(int(levels.max()))
+    codes = math.ceil(number * math.log2(num_codes) + bits_of_levels)
     return Rate(Bits(8 * octree_bytes(arrays["coords"], shape), codes, support, header), Bits(*streams, header))

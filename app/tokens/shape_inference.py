@@ -4,6 +4,7 @@ The counterpart of through_tokens.py: meshes have no dense array that MONAI's ev
 """
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,42 +20,32 @@ from app.tokens.tokenizer import CTTokenizer
 log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False, kw_only=True)
 class ShapesThroughTokens:
-    """Token file and mesh of every shape at a path.
+    """Token file and mesh of every shape at a path."""
 
-    Args:
-        weights: a tokenizer of shapes, as `--tokenizer` takes it.
-        shape: a mesh, a file of signed distance, or a folder of them.
-        support: whether tokens keep which voxels there were.
-    """
-
-    def __init__(
-        self,
-        *,
-        weights: str | Path,
-        shape: str | Path | None,
-        output_dir: str | Path,
-        support: bool = False,
-        device: torch.device | str | None = None,
-    ) -> None:
-        self.weights, self.shape, self.output_dir = weights, shape, Path(output_dir)
-        self.support, self.device = support, device
+    weights: str | Path  # a tokenizer of shapes, as `--tokenizer` takes it
+    shape: str | Path | None  # a mesh, a file of signed distance, or a folder of them
+    output_dir: str | Path
+    support: bool = False  # whether tokens keep which voxels there were
+    device: torch.device | str | None = None
 
     def run(self) -> dict[str, Any]:
         """Files by the names of the shapes."""
         if self.shape is None:
             raise Refused("NO_SOURCE", "no shape is given", "pass --shape PATH")
-        check_folder(self.output_dir, name="output_dir")
-        made = CTTokenizer.from_pretrained(self.weights, device=self.device)
-        if made.sizes.features != "sdf":
+        out = Path(self.output_dir)
+        check_folder(out, name="output_dir")
+        ct = CTTokenizer.from_pretrained(self.weights, device=self.device)
+        if ct.sizes.features != "sdf":
             what = "this tokenizer reads CT, not shapes"
             raise Refused("BAD_TOKENIZER", what, "give one that bundles/sdf_vqvae.json trained")
         done = {}
-        for source in shapes_in(Path(self.shape), made.sizes.resolution):
-            tokens = encode_shape(made, source, support=self.support)
-            files = {"tokens": self.output_dir / f"{source.name}.npz", "mesh": self.output_dir / f"{source.name}.ply"}
-            write_tokens(files["tokens"], tokens, tables=made.tables)
-            write_mesh(files["mesh"], mesh_of(made.decode_sparse(tokens), tokens))
+        for source in shapes_in(Path(self.shape), ct.sizes.resolution):
+            tokens = encode_shape(ct, source, support=self.support)
+            files = {"tokens": out / f"{source.name}.npz", "mesh": out / f"{source.name}.ply"}
+            write_tokens(files["tokens"], tokens, tables=ct.tables)
+            write_mesh(files["mesh"], mesh_of(ct.decode_sparse(tokens), tokens))
             log.info("%s: %d tokens, %s", source.name, len(tokens.codes), files["mesh"])
             done[source.name] = files
         return done

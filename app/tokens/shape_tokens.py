@@ -16,7 +16,7 @@ from app.shapes.mesh_files import READERS, Mesh, read_mesh
 from app.shapes.shape_files import holds_shape, read_shape
 from app.shared.hashes import hash_path
 from app.shared.refusals import Refused
-from app.tokens.open_scan import ScanSource, Wanted
+from app.tokens.open_scan import ScanSource, TokenizerNeeds
 from app.tokens.token_files import CTTokens, latent_to_voxel
 from app.tokens.tokenizer import CTTokenizer
 from networks.sparse import SparseTensor
@@ -37,15 +37,15 @@ def encode_shape(
     tokenizer: CTTokenizer, source: Opened | ScanSource, *, support: bool = False, levels: int | None = None
 ) -> CTTokens:
     """Tokens of a signed distance; without support the voxels are predicted when it is decoded."""
-    opened = source.open(Wanted()) if isinstance(source, ScanSource) else source
+    opened = source.open(TokenizerNeeds()) if isinstance(source, ScanSource) else source
     shape = opened.shape
     x = shape_tensor(tokenizer, shape)
     with torch.inference_mode():
-        made = encode_whole(tokenizer.network, x, max_points=tokenizer.max_points, levels=levels)
+        encoded = encode_whole(tokenizer.network, x, max_points=tokenizer.max_points, levels=levels)
     return CTTokens(
-        codes=made.codes.cpu().numpy(),
-        coords=made.coords[:, 1:].cpu().numpy(),
-        latent_shape=made.latent_shape,
+        codes=encoded.codes.cpu().numpy(),
+        coords=encoded.coords[:, 1:].cpu().numpy(),
+        latent_shape=encoded.latent_shape,
         affine=shape.affine @ latent_to_voxel(),
         source_shape=(shape.resolution,) * 3,
         source_affine=shape.affine,

@@ -27,7 +27,7 @@ from app.tokens.rate import Rate, rate
 from networks.residual import NO_CODE
 from networks.sparse.topology import bits_for, morton_keys
 
-VERSION = 2
+FILE_VERSION = 2
 VERSION_OF_LEVELS = 3  # cells of unlike numbers of codes: older software would take what is not there for codes
 PACKED = "packed"  # the one array of a packed file
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the same tokens give the same bytes
@@ -107,15 +107,15 @@ def write_tokens(
 
     With their tokenizer's tables it also says how many bits they take (`bits`), which is returned, or is packed.
     """
-    path, arrays, told = Path(path), _arrays_of(tokens), None
+    path, arrays, rate_of_file = Path(path), _arrays_of(tokens), None
     if tables is not None:
-        content, told = _packed_file(arrays, tables)
+        content, rate_of_file = _packed_file(arrays, tables)
     with written_whole(path) as beside, open(beside, "wb") as stream:  # given a name, NumPy puts its own ending behind
         if pack:
             stream.write(content)
         else:
-            np.savez_compressed(stream, **arrays, **({} if told is None else {"bits": told.as_array()}))
-    return told
+            np.savez_compressed(stream, **arrays, **({} if rate_of_file is None else {"bits": rate_of_file.as_array()}))
+    return rate_of_file
 
 
 def rate_of(tokens: CTTokens, tables: CodeTables) -> Rate:
@@ -155,7 +155,7 @@ def _arrays_of(tokens: CTTokens) -> dict[str, np.ndarray]:
         "spacing": np.array(tokens.spacing, np.float64),
         "keep": np.array(tokens.keep),
         "tokenizer": np.array(tokens.tokenizer),
-        "version": np.array(VERSION if there.all() else VERSION_OF_LEVELS, np.int32),
+        "version": np.array(FILE_VERSION if there.all() else VERSION_OF_LEVELS, np.int32),
     }
     if not there.all():
         arrays["levels"] = there.sum(1).astype(np.uint8)
@@ -176,7 +176,7 @@ def read_tokens(path: str | Path, *, tables: CodeTables | None = None) -> CTToke
                 raise ValueError("its packed part must be bytes, and all there is")
             content = arrays[PACKED].tobytes()
             arrays = packing.unpacked(content, tables, support_levels=SUPPORT_LEVELS)
-            arrays["version"] = np.array(VERSION, np.int32)
+            arrays["version"] = np.array(FILE_VERSION, np.int32)
         tokens = _tokens_of(arrays)
     except Refused:
         raise
@@ -240,8 +240,8 @@ def _codes(arrays: dict[str, np.ndarray]) -> Int32[np.ndarray, "M ..."]:
     if levels.dtype.kind != "u" or levels.shape != (len(codes),):
         raise ValueError(f"levels must be unsigned integers ({len(codes)},), got {levels.dtype} {levels.shape}")
     if most == 1 or levels.min() < 1 or levels.max() != most:
-        told = f"{levels.min()} to {levels.max()}"
-        raise ValueError(f"levels and codes contradict each other: {told} codes a cell, and codes {codes.shape}")
+        counted = f"{levels.min()} to {levels.max()}"
+        raise ValueError(f"levels and codes contradict each other: {counted} codes a cell, and codes {codes.shape}")
     lacking = np.arange(most) >= levels[:, None]
     if codes[lacking].any():
         raise ValueError(f"levels and codes contradict each other: {int((codes[lacking] > 0).sum())} codes too many")

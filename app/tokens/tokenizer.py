@@ -1,7 +1,6 @@
 """A trained tokenizer behind two methods: a whole scan to tokens, tokens back to HU. Crops are for training."""
 
 import dataclasses
-import json
 import logging
 from collections.abc import Iterable
 from functools import cached_property
@@ -13,6 +12,7 @@ import torch
 from jaxtyping import Float, Int32
 
 from app.shared.devices import choose_device
+from app.shared.json_files import read_object
 from app.shared.refusals import Refused
 from app.tokens import open_scan
 from app.tokens.allocation import spread_levels, squared_errors
@@ -29,7 +29,7 @@ from networks.tiles import Decoded, decode_whole, encode_whole
 from networks.vqvae import BatchTokens, SparseVQVAE
 from transforms import Windowsd
 from transforms.grid import CUT_OFF, RESAMPLER
-from transforms.sparse import densify, fill_for
+from transforms.sparse import KEEPS, densify
 from transforms.windows import hu_from_windows
 
 log = logging.getLogger(__name__)
@@ -41,23 +41,15 @@ OTHER_RESAMPLER = (
 )
 
 
-class Seen(NamedTuple):
-    """Voxels for a network, the affine of their grid, and what share of all denser than air lies beyond that grid."""
-
-    x: SparseTensor
-    affine: Float[np.ndarray, "4 4"]
-    beyond: float
-
-
-class Looked(NamedTuple):
+class ScanRows(NamedTuple):
     """A scan without its values, and its rows as the network is to see them, on the CPU."""
 
     scan: Scan | None
     feats: Float[torch.Tensor, "N C"]
     coords: Int32[torch.Tensor, "N 4"]
     spatial_shape: tuple[int, int, int]
-    affine: Float[np.ndarray, "4 4"]
-    beyond: float
+    affine: Float[np.ndarray, "4 4"]  # of the rows' grid
+    beyond: float  # share of all denser than air that lies beyond that grid
 
 
 class CTTokenizer:
@@ -92,9 +84,9 @@ class CTTokenizer:
             log.warning("%s", OTHER_RESAMPLER.format(file=file.name, now=RESAMPLER))
         digest = seals.weights_hash(network.state_dict())
         check_description(file, network.sizes, digest)
-        made = cls(network, digest=digest, source=str(file), max_points=max_points)
-        made.network.to(choose_device() if device is None else device)
-        return made
+        ct = cls(network, digest=digest, source=str(file), max_points=max_points)
+        ct.network.to(choose_device() if device is None else device)
+        return ct
 
     @cached_property
     def tables(self) -> CodeTables:
@@ -130,27 +122,26 @@ class CTTokenizer:
         """
         wanted = self.check_levels(levels)
         whole = float(wanted).is_integer()
-        looked = scan if isinstance(scan, Looked) else self.look(scan)
-        if isinstance(looked, CTTokens):
-            self.check_tokens(looked)
+        rows = scan if isinstance(scan, ScanRows) else self.look(scan)
+        if isinstance(rows, CTTokens):
+            self.check_tokens(rows)
             if not whole:
                 raise Refused("BAD_VALUE", f"levels must be a whole number for tokens, got {wanted}", "give the scan")
-            return dataclasses.replace(looked, codes=looked.first_levels(None if levels is None else int(levels)))
-        scan, (x, affine, beyond) = looked.scan, self._on_device(looked)
+            return dataclasses.replace(rows, codes=rows.first_levels(None if levels is None else int(levels)))
+        scan, x = rows.scan, self.on_device(rows)
         findings = [code for code in scan.codes if code != "OK"]
-        if beyond >= CUT_OFF:
+        if rows.beyond >= CUT_OFF:
             side = self.sizes.resolution * self.sizes.spacing
-            log.warning(
-                "%s: %.1f %% of what is denser than air lies beyond the %g mm grid", scan.name, 100 * beyond, side
-            )
+            what = "%s: %.1f %% of what is denser than air lies beyond the %g mm grid"
+            log.warning(what, scan.name, 100 * rows.beyond, side)
             findings.append("FOV_CROPPED")
         with torch.inference_mode():
             tokens = encode_whole(self.network, x, max_points=self.max_points, levels=int(wanted) if whole else None)
-        made = CTTokens(
+        encoded = CTTokens(
             codes=tokens.codes.cpu().numpy(),
             coords=tokens.coords[:, 1:].cpu().numpy(),
             latent_shape=tokens.latent_shape,
-            affine=affine @ latent_to_voxel(),
+            affine=rows.affine @ latent_to_voxel(),
             source_shape=scan.source_shape,
             source_affine=scan.source_affine,
             source_hash=scan.source_hash,
@@ -164,10 +155,10 @@ class CTTokenizer:
             voxels=len(x),
         )
         if whole:
-            return made
-        prefixes = (self.decode_sparse(made, levels=number).values for number in range(1, made.levels + 1))
+            return encoded
+        prefixes = (self.decode_sparse(encoded, levels=number).values for number in range(1, encoded.levels + 1))
         volumes = (dense_hu(values, self.sizes) for values in prefixes)
-        return made.with_levels(spread_levels(self.errors_by_level(x, volumes), wanted))
+        return encoded.with_levels(spread_levels(self.errors_by_level(x, volumes), wanted))
 
     def errors_by_level(
         self, x: SparseTensor, volumes: Iterable[Float[np.ndarray, "X Y Z"]]
@@ -177,26 +168,22 @@ class CTTokenizer:
         owner = torch.unique_consecutive(x.level.keys >> 9, return_inverse=True)[1].cpu().numpy()  # of eight a side
         return np.stack([squared_errors(hu, volume, coords, owner) for volume in volumes], 1)
 
-    def look(self, scan: Any) -> Looked | CTTokens:
+    def look(self, scan: Any) -> ScanRows | CTTokens:
         """What encoding does before the network, on the CPU: opens a scan, brings it onto the grid, takes its rows."""
         opened = self.open(scan)
         if isinstance(opened, CTTokens):
             return opened
-        return Looked(opened._replace(volume=None), *self._rows(opened.volume))
+        return self.rows_of(opened.volume, scan=opened._replace(volume=None))
 
-    def features(self, volume: Volume) -> Seen:
-        """What the network sees of a RAS volume."""
-        return self._on_device(Looked(None, *self._rows(volume)))
-
-    def _on_device(self, looked: Looked) -> Seen:
-        parts = [part.to(self.device) for part in (looked.feats, looked.coords)]
-        x = SparseTensor(*parts, looked.spatial_shape, 1)
+    def on_device(self, rows: ScanRows) -> SparseTensor:
+        """What the network sees."""
+        x = SparseTensor(rows.feats.to(self.device), rows.coords.to(self.device), rows.spatial_shape, 1)
         if self.max_points is not None and len(x) > self.max_points:
             x = x.to("cpu")  # sorted where that is fast; parts of it go back one by one
-        return Seen(x, looked.affine, looked.beyond)
+        return x
 
-    def _rows(self, volume: Volume) -> tuple:
-        """The last fields of a `Looked`."""
+    def rows_of(self, volume: Volume, *, scan: Scan | None = None) -> ScanRows:
+        """A RAS volume on the tokenizer's grid, windowed and sparse."""
         sizes = self.sizes
         if sizes.features != "window":
             what = f"this tokenizer was trained on features {sizes.features}, a scan gives windows"
@@ -212,7 +199,8 @@ class CTTokenizer:
             raise Refused("EMPTY", what, "is it empty?")
         coords = torch.from_numpy(np.pad(item["coords"].astype(np.int32), ((0, 0), (1, 0))))
         feats = torch.from_numpy(np.ascontiguousarray(item["feats"], np.float32))
-        return feats, coords, tuple(item["spatial_shape"]), np.asarray(item["affine"], np.float64), item["beyond"]
+        affine = np.asarray(item["affine"], np.float64)
+        return ScanRows(scan, feats, coords, tuple(item["spatial_shape"]), affine, item["beyond"])
 
     def decode(self, tokens: CTTokens | str | Path, *, levels: int | None = None) -> Volume:
         """HU on the tokenizer's grid, from the first `levels` codes of each cell or from all that there are.
@@ -255,9 +243,9 @@ class CTTokenizer:
         if sizes.features == "window":  # a shape has a spacing of its own, and may lie on a coarser grid
             pairs["a grid of"] = (tokens.grid_shape, (sizes.resolution,) * 3)
             pairs["spacing"] = (tokens.spacing, sizes.spacing)
-        for name, (told, own) in pairs.items():
-            if told != own:
-                raise Refused("DAMAGED_TOKENS", f"the tokens tell {name} {told}, their tokenizer {own}")
+        for name, (stated, own) in pairs.items():
+            if stated != own:
+                raise Refused("DAMAGED_TOKENS", f"the tokens tell {name} {stated}, their tokenizer {own}")
 
     def to_hu(self, decoded: Decoded, tokens: CTTokens) -> Volume:
         return Volume(dense_hu(decoded.values, self.sizes), tokens.grid_affine)
@@ -266,7 +254,7 @@ class CTTokenizer:
 def dense_hu(values: SparseTensor, sizes: Preset) -> Float[np.ndarray, "X Y Z"]:
     """Window values of one volume as HU on the whole grid."""
     hu = hu_from_windows(values.feats.float().cpu().numpy(), sizes.windows)
-    return densify(hu, values.coords[:, 1:].cpu().numpy(), values.spatial_shape, fill=fill_for(sizes.keep))
+    return densify(hu, values.coords[:, 1:].cpu().numpy(), values.spatial_shape, fill=KEEPS[sizes.keep].fill)
 
 
 def find_tokenizer(path: str | Path | None, *, for_phantoms: bool = False) -> Path:
@@ -302,8 +290,4 @@ def _default_tokenizer(for_phantoms: bool) -> str | Path:
 
 def _learned_from_phantoms(stage: Path) -> bool:
     """Whether a run was given no data of its own."""
-    try:
-        config = json.loads((stage / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(config, dict) and config.get("dataset_dir", "") is None
+    return (read_object(stage / "config.json") or {}).get("dataset_dir", "") is None

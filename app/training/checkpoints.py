@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from app.shared.atomic_files import write_text
+from app.shared.json_files import read_object
 from app.shared.refusals import Refused
 from app.training import shipped
 from app.training.key_rules import RULES
@@ -156,11 +157,7 @@ def best_score(output_dir: str | Path) -> dict[int, float]:
     path = Path(output_dir, "ckpts", "best.json")
     if not path.exists():
         return {}
-    try:
-        stored = json.loads(path.read_text())
-    except (ValueError, RecursionError):
-        stored = None
-    stored = stored if isinstance(stored, dict) else {}
+    stored = read_object(path) or {}
     step, score = stored.get("step"), stored.get("val_recon", stored.get("val_loss"))
     if type(step) is not int or step < 0 or type(score) not in (int, float) or not math.isfinite(score):
         what = f"{path} does not name a step and its score"
@@ -231,12 +228,12 @@ def check_weights(state: object, path: str | Path) -> Preset:
     try:
         stored = state["_extra_state"]
         sizes = Preset.from_tensor(stored)
-        told = json.loads(bytes(stored.tolist())).get(CHECKSUM)
+        checksum = json.loads(bytes(stored.tolist())).get(CHECKSUM)
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         remedy = "update this software if a later one made it, else it is damaged: use another step"
         raise Refused("BAD_CHECKPOINT", f"the sizes in {path} cannot be read ({reason})", remedy) from error
-    if told is not None and told != tensors_hash(state):  # older files do not say
+    if checksum is not None and checksum != tensors_hash(state):  # older files do not say
         raise Refused("BAD_CHECKPOINT", f"the weights in {path} are not those that were saved")
     return sizes
 

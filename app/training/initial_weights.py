@@ -9,13 +9,18 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ignite.distributed as idist
 import torch
 from ignite.engine import Events
+from jaxtyping import Float
 from monai.bundle import ConfigParser
 from monai.engines import SupervisedTrainer
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from app.shared.places import bundles_folder
@@ -25,58 +30,58 @@ from app.training.state import TrainingState
 from app.training.step import SparseBatch, distribute, let_learn
 from app.training.stopping import StopWhenAsked
 from app.training.training_state import read_state
-from networks.components import CELL, cells_of, lay_components
+from networks.components import VOXELS_PER_LATENT, cell_values, lay_components
 from networks.losses import TokenizerLoss
 from networks.quantizer import MIN_VECTORS_PER_CODE, broadcast, gather_rows
+from networks.sparse import SparseTensor
 from networks.vqvae import SparseVQVAE
 
 log = logging.getLogger(__name__)
 
 CELLS_PER_VALUE = 5  # cells that principal components are fitted to, for each value of a cell
-MAX_CELLS = 1024  # of one sample
+CELLS_OF_A_SAMPLE = 1024  # of one sample
+VECTORS_PER_CODE = 64  # encoder outputs that a codebook is laid over, for each code
 MAX_PASSES = 16  # over the cases, each drawn anew, to fill a codebook at the start
 STAGE1_COMMAND = "python -m monai.bundle run training --config_file bundles/vq_stage1.json"
 WARM_UP_HANDLERS = ("StopAtNonFiniteLoss", "LrScheduleHandler", "Console", "MetricsRows")  # of stage 0
 
 
+@dataclass(eq=False, kw_only=True)
 class ComponentsStart:
-    """What stage 0 needs before its first step where the sizes say `pca`: principal components of cells.
+    """What stage 0 needs before its first step where the sizes say `pca`: principal components of cells."""
 
-    Does nothing when the run resumes.
-    """
-
-    def __init__(
-        self,
-        *,
-        network: SparseVQVAE,
-        folder,
-        loader: DataLoader,
-        prepare_batch: SparseBatch,
-        loss_function: TokenizerLoss,
-    ):
-        self.network, self.folder = network, folder
-        self.loader, self.prepare_batch, self.loss_function = loader, prepare_batch, loss_function
+    network: SparseVQVAE
+    folder: Any
+    loader: DataLoader
+    prepare_batch: SparseBatch
+    loss_function: TokenizerLoss
 
     def run(self) -> None:
         if self.network.sizes.pca and self.folder.start_step is None:
-            self._lay()
+            self._lay_components()
 
-    @torch.no_grad()
-    def _lay(self) -> None:
-        network, device = self.network, next(self.network.parameters()).device
-        wanted = CELLS_PER_VALUE * CELL * network.sizes.in_channels
+    def _rows(self, rows_of: Callable[[SparseTensor], Tensor], *, wanted: int, least: int = 0) -> Float[Tensor, "N _"]:
+        """Rows of training samples, drawn until all ranks together have as many as are wanted.
+
+        Ends where one pass over the cases gives fewer than `least`: more passes only vary the same voxels.
+        """
+        device = next(self.network.parameters()).device
         one_pass = math.ceil(len(self.loader.dataset) / (self.loader.batch_size * idist.get_world_size()))
         rows, seen = [], 0
-        for batch in loader_over(self.loader, MAX_PASSES * one_pass):
+        for number, batch in enumerate(loader_over(self.loader, MAX_PASSES * one_pass), start=1):
             for part in batch if isinstance(batch, list) else [batch]:
-                cells = cells_of(self.prepare_batch(part, device))
-                samples = [one for one in cells.feats.split(cells.level.sample_sizes) if len(one)]
-                thinned = [one[:: math.ceil(len(one) / MAX_CELLS)] for one in samples]
-                rows += thinned
-                seen += idist.all_reduce(sum(map(len, thinned)))
-            if seen >= wanted:
+                rows.append(rows_of(self.prepare_batch(part, device)))
+                seen += idist.all_reduce(len(rows[-1]))
+            if seen >= wanted or (number == one_pass and seen < least):
                 break
-        rows = gather_rows(torch.cat(rows))
+        return torch.cat(rows)
+
+    @torch.no_grad()
+    def _lay_components(self) -> None:
+        network = self.network
+        rows = gather_rows(
+            self._rows(thinned_cells, wanted=CELLS_PER_VALUE * VOXELS_PER_LATENT * network.sizes.in_channels)
+        )
         rows = rows[rows.double().sum(1).argsort()]  # in one order on any number of ranks: sums round alike
         maps = network.encoder.components, network.decoder.components
         share = lay_components(*maps, rows, channel_weights=getattr(self.loss_function, "window_weights", None))
@@ -84,6 +89,13 @@ class ComponentsStart:
             broadcast(buffer)
         width = network.sizes.latent_channels
         log.info("%d principal components of %d cells keep %.1f %% of their variance", width, len(rows), 100 * share)
+
+
+def thinned_cells(x: SparseTensor) -> Float[Tensor, "M _"]:
+    """Cells of a batch, of each sample about CELLS_OF_A_SAMPLE at most."""
+    cells = cell_values(x)
+    samples = [one for one in cells.feats.split(cells.level.sample_sizes) if len(one)]
+    return torch.cat([cells.feats[:0], *(one[:: math.ceil(len(one) / CELLS_OF_A_SAMPLE)] for one in samples)])
 
 
 def loader_over(loader: DataLoader, max_steps: int, *, start: int = 0) -> DataLoader:
@@ -95,36 +107,21 @@ def loader_over(loader: DataLoader, max_steps: int, *, start: int = 0) -> DataLo
     return type(loader)(sampler=sampler, generator=torch.Generator(), **kept)
 
 
-class CodebookStart:
+@dataclass(eq=False, kw_only=True)
+class CodebookStart(ComponentsStart):
     """What stage 1 needs before its first step: a trained autoencoder, and a codebook laid over its outputs.
 
     Weights come from `pretrained_vae_path` (auto: stage 0's output where there is one); without any, the autoencoder is
-    trained first, a phase of its own. Does nothing when the run resumes.
-
-    Args:
-        warmup: flat keys of `bundles/vae.json` with their values for that phase.
+    trained first, a phase of its own.
     """
 
-    def __init__(
-        self,
-        *,
-        network: SparseVQVAE,
-        folder,
-        pretrained_vae_path: str | None,
-        loader: DataLoader,
-        prepare_batch: SparseBatch,
-        loss_function: TokenizerLoss,
-        warmup: dict,
-        vectors_per_code: int = 64,
-    ):
-        self.network, self.folder, self.path = network, folder, pretrained_vae_path
-        self.loader, self.prepare_batch, self.loss_function = loader, prepare_batch, loss_function
-        self.warmup, self.vectors_per_code = warmup, vectors_per_code
+    pretrained_vae_path: str | None
+    warmup: dict  # flat keys of `bundles/vae.json` with their values for that phase
 
     def run(self) -> None:
         if self.folder.start_step is not None:
             return
-        path = self.path
+        path = self.pretrained_vae_path
         if path == "auto" and self.folder.warm_up_step is not None:
             path = None
         if path == "auto":
@@ -145,8 +142,7 @@ class CodebookStart:
         state = WarmUpState(folder=self.folder, network=self.network, optimizer=trainer.optimizer, schedule=schedule)
         trainer.last_saved_step = start or None
         if not start:
-            parts = {"network": self.network, "folder": self.folder, "loader": self.loader}
-            ComponentsStart(**parts, prepare_batch=self.prepare_batch, loss_function=self.loss_function).run()
+            super().run()
         self.folder.phase, self.folder.warmed_up = "warmup", True
         if start:
             state.load(trainer, start)
@@ -175,24 +171,10 @@ class CodebookStart:
 
     @torch.no_grad()
     def _lay_codebook(self) -> None:
-        """k-means on encoder outputs of training samples, drawn until there are enough for every code.
-
-        One pass over the cases has to hold what k-means takes at least: more passes only vary the same voxels.
-        """
-        vq, device = self.network.vq, next(self.network.parameters()).device
-        world = idist.get_world_size()
-        one_pass = math.ceil(len(self.loader.dataset) / (self.loader.batch_size * world))
-        rows, seen = [], 0
-        self.network.eval()
-        for number, batch in enumerate(loader_over(self.loader, MAX_PASSES * one_pass), start=1):
-            for part in batch if isinstance(batch, list) else [batch]:
-                latents, _ = self.network.encoder(self.prepare_batch(part, device))
-                rows.append(latents.feats)
-                seen += idist.all_reduce(len(latents))
-            too_few = number == one_pass and seen < MIN_VECTORS_PER_CODE * vq.num_embeddings
-            if too_few or seen >= self.vectors_per_code * vq.num_embeddings:
-                break
-        rows = torch.cat(rows)
+        """k-means on encoder outputs of training samples, as many as there have to be for every code."""
+        vq, encoder = self.network.vq, self.network.eval().encoder
+        wanted, least = VECTORS_PER_CODE * vq.num_embeddings, MIN_VECTORS_PER_CODE * vq.num_embeddings
+        rows = self._rows(lambda x: encoder(x)[0].feats, wanted=wanted, least=least)
         if not rows.std(0).mean() > 1e-3:
             raise Refused(
                 "CONSTANT_ENCODER",
@@ -224,12 +206,15 @@ class WarmUpState(TrainingState):
         self.load_misc(engine, stored, step)
 
 
+@dataclass(eq=False, kw_only=True)
 class Stage2Start:
     """Weights of stage 1. On the demo a missing stage 1 is trained first; with the user's data it is refused."""
 
-    def __init__(self, *, network: SparseVQVAE, folder, init_from: str, demo: bool, stage1: str = "vq_stage1.json"):
-        self.network, self.folder, self.init_from, self.demo = network, folder, init_from, demo
-        self.stage1 = stage1
+    network: SparseVQVAE
+    folder: Any
+    init_from: str
+    demo: bool
+    stage1: str = "vq_stage1.json"
 
     def run(self) -> None:
         if self.folder.start_step is not None:

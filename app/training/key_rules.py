@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.phantoms.sentences import PLACES
+from app.training.choices import SCALES
 from networks.losses import LOSS_TYPES
 from networks.presets import CODEBOOKS, NORMS, POOLS, PRESETS
 from networks.tokens import REDUCTIONS
@@ -128,7 +129,7 @@ RULES = {
         (str, int), "latest or a step", minimum=0, optional=True, holds=lambda v: v == "latest" or isinstance(v, int)
     ),
     "seed": _count(0),
-    "scale": _choice("auto", "demo", "full"),
+    "scale": _choice(*SCALES),
     "preset": _choice(*PRESETS),
     "windows": Rule((list, dict), f"a list like ['lung','bone'] of {', '.join(WINDOWS)}", holds=_are_of(WINDOWS)),
     "window_type": _choice(*WINDOWS, optional=True),

@@ -13,9 +13,7 @@ import logging
 import os
 import pydoc
 import re
-import signal
 import sys
-import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +23,9 @@ from fire.parser import DefaultParseValue
 from monai.bundle import ConfigParser
 from monai.bundle.config_item import ComponentLocator
 
-from app.shared.refusals import Refused, refusal_of, say
+from app.shared.refusals import Refused
 from app.training.key_rules import OTHER_NAMES, RULES
+from app.training.run_errors import end_at_once_on_sigterm, one_line_errors
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +33,6 @@ RUN_ARGUMENTS = {
     "run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking", "args_file",
 }  # fmt: skip
 REFERENCE = r"[A-Za-z_]\w*(?:(?:#|::)\w+)*"  # behind an @
-ENGINES = tuple(f"ignite.engine.engine.{name}" for name in ("SupervisedTrainer", "SupervisedEvaluator"))
 STEP_LISTS = ("initialize", "run", "training", "finalize")
 SPECIAL_KEYS = ("_target_", "_requires_", "_disabled_", "_desc_", "_mode_", "_wrapper_")  # that MONAI knows
 
@@ -118,7 +116,7 @@ def check_call(call: CommandLine) -> None:
     """Refuses what is wrong with a call or its config."""
     if call.run_id not in call.config:
         steps = [name for name in STEP_LISTS if name in call.config]
-        hint = nearest(call.run_id, steps, otherwise=f"it has {', '.join(steps)}")
+        hint = suggestion(call.run_id, steps, otherwise=f"it has {', '.join(steps)}")
         raise Refused("UNKNOWN_RUN", f"this config has no {call.run_id} to run", hint)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "process_group" not in call.config:
         raise Refused(
@@ -181,7 +179,7 @@ def _check_value(name: str, value: Any) -> None:
         raise Refused("BAD_VALUE", f"{name} must be {rule.says}, got {value!r}", f"pass another --{name}")
 
 
-def nearest(name: str, known: Iterable[str], otherwise: str, *, cutoff: float = 0.6) -> str:
+def suggestion(name: str, known: Iterable[str], otherwise: str, *, cutoff: float = 0.6) -> str:
     """What to do about a name that is not known."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f"did you mean {near[0]}?" if near else otherwise
@@ -190,7 +188,7 @@ def nearest(name: str, known: Iterable[str], otherwise: str, *, cutoff: float = 
 def _unknown(name: str, known: dict, *, under: str = "") -> NoReturn:
     where = f"{under} has no key {name}" if under else f"this run has no key {name}"
     has = f"it has {', '.join(sorted(map(str, known)))}"
-    hint = nearest(name, [*known, *(() if under else ("config_file",))], has, cutoff=0.5)
+    hint = suggestion(name, [*known, *(() if under else ("config_file",))], has, cutoff=0.5)
     raise Refused("UNKNOWN_KEY", where, hint)
 
 
@@ -215,7 +213,9 @@ def _check_structure(config: dict[str, Any]) -> None:
             for part in re.split(r"::|#", reference):
                 inside = isinstance(node, list) and part.isdigit() and int(part) < len(node)
                 if not inside and not (isinstance(node, dict) and part in node):
-                    hint = nearest(part, node if isinstance(node, dict) else (), "define it, or remove the reference")
+                    hint = suggestion(
+                        part, node if isinstance(node, dict) else (), "define it, or remove the reference"
+                    )
                     raise Refused("MISSING_REFERENCE", f"{path} refers to @{reference}, which does not exist", hint)
                 node = node[int(part)] if isinstance(node, list) else node[part]
 
@@ -236,7 +236,7 @@ def _check_component(path: str, node: dict[str, Any]) -> None:
     if component is None:
         module, _, last = name.rpartition(".")
         there = pydoc.locate(module)
-        hint = nearest(last, dir(there) if there else (), "").replace("mean ", f"mean {module}.")
+        hint = suggestion(last, dir(there) if there else (), "").replace("mean ", f"mean {module}.")
         raise Refused("BAD_TARGET", f"{path} names {name}, which does not exist", hint)
     try:
         # an instance's own call: Python 3.12 gives members of an Enum the signature of their class
@@ -254,7 +254,7 @@ def _check_component(path: str, node: dict[str, Any]) -> None:
         return
     for key in node:
         if not key.startswith("_") and key not in takes:
-            hint = nearest(key, takes, otherwise=f"it takes {', '.join(takes)}")
+            hint = suggestion(key, takes, otherwise=f"it takes {', '.join(takes)}")
             raise Refused("UNKNOWN_ARGUMENT", f"{path} gives {key}, which {name} does not take", hint)
 
 
@@ -262,7 +262,7 @@ def _check_word(path: str, name: str) -> None:
     """That MONAI has a component of this name."""
     table = ComponentLocator()
     if table.get_component_module_name(name) is None:
-        hint = nearest(name, table._components_table, "")
+        hint = suggestion(name, table._components_table, "")
         raise Refused("BAD_TARGET", f"{path} names {name}, which MONAI does not have", hint)
 
 
@@ -310,78 +310,3 @@ def _say_choices(config: dict[str, Any]) -> None:
     log.info("scale %s: %s", scale, f"your data in {data}" if data else "built-in phantoms")
     what = "preset %s, stage %s; a default a flag does not override comes from scale %s"
     log.info(what, config["preset"], config["training_stage"], scale)
-
-
-def one_line_errors() -> None:
-    """From here on a refusal ends the process as one line with its status; the trace goes to the log.
-
-    Under MONAI's command line nothing else stands between an error and MONAI's chain. A fault of ours keeps its trace.
-    """
-    quiet_engines()
-    usual = sys.excepthook
-
-    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        refused = refusal_of_run(error)
-        if refused is None:
-            usual(kind, error, trace)
-            return
-        log.debug("".join(traceback.format_exception(kind, error, trace)))
-        logging.shutdown()
-        say(refused)
-        if refused.code == "LOST_RANK" or isinstance(error, KeyboardInterrupt):
-            # an orderly end would wait for the process that is gone, or for loader workers
-            os._exit(refused.status)
-        raise SystemExit(refused.status)
-
-    sys.excepthook = hook
-
-
-def quiet_engines(*, end: bool = False) -> None:
-    """Ignite's engines say nothing of a refusal on its way out, which says all itself; `end` lets them again."""
-    for logger in map(logging.getLogger, ENGINES):
-        (logger.removeFilter if end else logger.addFilter)(_says_more)
-
-
-def refusal_of_run(error: BaseException) -> Refused | None:
-    """As `refusal_of`, and a config's own `$` expression that failed."""
-    cause = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    unread = isinstance(cause, SyntaxError) and cause.filename in ("<string>", "<unknown>")
-    if not unread and _files_of(cause)[-1:] != ["<string>"]:
-        return refusal_of(error)
-    what = f"{type(cause).__name__}: {cause}".splitlines()[0]
-    text = f"${(cause.text or '').strip()}" if unread else _expression(error)
-    return Refused("BAD_EXPRESSION", f"{text} gives {what}")
-
-
-def end_at_once_on_sigterm() -> None:
-    """Until steps are taken nothing is lost; a line tells it, like that of Ctrl-C."""
-    process = os.getpid()
-
-    def end(number: int, _frame: object) -> None:
-        if os.getpid() == process:  # what was forked from here has nothing to say
-            os.write(2, f"{Refused('STOPPED', 'ended by SIGTERM')}\n".encode())
-        os._exit(128 + number)
-
-    signal.signal(signal.SIGTERM, end)
-
-
-def _says_more(_record: logging.LogRecord) -> bool:
-    error = sys.exc_info()[1]
-    return error is None or refusal_of(error) is None
-
-
-def _files_of(error: BaseException) -> list[str]:
-    """Where it went through, outermost first."""
-    return [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-
-
-def _expression(error: BaseException | None) -> str:
-    """The expression that MONAI says it could not evaluate, the innermost of several."""
-    innermost = "an expression"
-    while error is not None:
-        if match := re.match(r"Failed to evaluate \w+:\s*'?(.+?)'?$", str(error), re.DOTALL):
-            innermost = match[1]
-        error = error.__cause__
-    return innermost

@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from app.shared.atomic_files import write_text
+from app.shared.json_files import read_object
 from app.shared.refusals import Refused
 from app.training import checkpoints, preflight
 
@@ -111,21 +112,18 @@ class RunFolder:
         """What the run did not begin with: given otherwise now, or by software that knew no such choice."""
         now = json.loads(json.dumps(preflight.resolved_config(self.call)))
         file = self.path / "config.json"
-        try:
-            before = json.loads(file.read_text())
-        except (OSError, ValueError):
-            before = None
-        if not isinstance(before, dict):
+        before = read_object(file)
+        if before is None:
             log.warning("%s cannot be read: what changed since the run began is not known", file)
         elif before and now:
-            told, parts = [], []
+            settings, parts = [], []
             for name, old, new in differences(before, now):
                 is_part = "#" in name or str(old)[:2] in ("{'", "[{") or str(new)[:2] in ("{'", "[{")
-                (parts if is_part else told).append(f"{name} {_short(new)} (was {_short(old)})")
+                (parts if is_part else settings).append(f"{name} {_short(new)} (was {_short(old)})")
             if len(parts) > MAX_PARTS:  # the file is another: it tells the user nothing
                 parts = [f"{len(parts)} parts of a bundle that other software wrote"]
-            if told or parts:
-                log.warning("goes on with other settings than the run began with: %s", ", ".join(told + parts))
+            if settings or parts:
+                log.warning("goes on with other settings than the run began with: %s", ", ".join(settings + parts))
 
     def _begin_beside(self) -> None:
         """An earlier run keeps its place until this one has taken a step; whether it can be moved then is seen now."""
@@ -295,9 +293,9 @@ def differences(before: object, now: object, path: str = "") -> Iterator[tuple[s
     if isinstance(before, dict) and isinstance(now, dict):
         for name in {**now, **before}:
             old, new = before.get(name, "not to be chosen"), now.get(name, "left out")
-            told = path or name not in UNTOLD
+            is_compared = path or name not in UNTOLD
             passed_on = path and name not in before and str(new).startswith("@")  # the key it stands for is told
-            if told and not passed_on:
+            if is_compared and not passed_on:
                 yield from differences(old, new, f"{path}#{name}" if path else name)
     elif before != now:
         yield path, before, now

@@ -4,14 +4,13 @@ A folder holds float16 safetensors and a record of what they are; the file is re
 tells of. Made by `python -m app.export.pretrained`.
 """
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from app.shared.hashes import hash_path
+from app.shared.json_files import read_object
 from app.shared.places import pretrained_folder
 from app.shared.refusals import Refused
 
@@ -45,11 +44,7 @@ def is_shipped(file: Path) -> bool:
 def name_of(digest: str) -> str | None:
     """The name of what ships with this hash of its weights; None where nothing does."""
     for name in names():
-        try:
-            told = json.loads((pretrained_folder() / name / RECORD).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(told, dict) and told.get("tokenizer_sha256") == digest:
+        if (read_object(pretrained_folder() / name / RECORD) or {}).get("tokenizer_sha256") == digest:
             return name
     return None
 
@@ -58,13 +53,11 @@ def read(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file, halves as float32. One that its record does not know is refused."""
     record = file.with_name(RECORD)
     if file.name == WEIGHTS and record.is_file():
-        told: Any = None
-        try:
-            told = json.loads(record.read_text(encoding="utf-8"))["file_sha256"]
-        except (OSError, ValueError, KeyError, TypeError):
+        recorded = (read_object(record) or {}).get("file_sha256")
+        if recorded is None:
             what = f"{record} does not tell of the weights beside it"
-            raise Refused("BAD_CHECKPOINT", what, "install or copy it again") from None
-        if hash_path(file) != told:
+            raise Refused("BAD_CHECKPOINT", what, "install or copy it again")
+        if hash_path(file) != recorded:
             what = f"{file} is not the file that {RECORD} beside it tells of"
             raise Refused("BAD_CHECKPOINT", what, "install or copy the folder again, whole")
     state = load_file(file)

@@ -29,7 +29,7 @@ from torch.optim.swa_utils import AveragedModel
 from app.shared.devices import choose_device
 from app.shared.refusals import Refused
 from app.training.checkpoints import unwrapped
-from app.training.preflight import one_line_errors
+from app.training.run_errors import one_line_errors
 from networks.losses import TokenizerLoss
 from networks.sparse import SparseTensor
 from networks.vqvae import SparseVQVAE

@@ -20,7 +20,7 @@ from monai.bundle import ConfigWorkflow
 from app.shared.devices import threads_kept
 from app.shared.places import bundles_folder
 from app.shared.refusals import Refused
-from app.training import checkpoints, preflight
+from app.training import checkpoints, preflight, run_errors
 
 OVERLAY_OF_RANKS = "multi_gpu.json"
 TAKE_THE_CALL = ("app.training.preflight.check_run", "app.training.run_folder.RunFolder")
@@ -72,7 +72,7 @@ def _train(stage: str, raw: dict[str, str], given: dict[str, Any]) -> Trained:
             workflow.run()
             workflow.finalize()
         except Exception as error:
-            refused = preflight.refusal_of_run(error)
+            refused = run_errors.refusal_of_run(error)
             if refused is None:
                 raise
             raise refused from refused.__cause__
@@ -102,7 +102,7 @@ def _file_of(stage: str) -> Path:
     if Path(stage).suffix in (".json", ".yaml", ".yml"):
         return Path(stage)
     if stage not in stages():
-        hint = preflight.nearest(stage, stages(), otherwise=f"it is one of {', '.join(stages())}")
+        hint = preflight.suggestion(stage, stages(), otherwise=f"it is one of {', '.join(stages())}")
         raise Refused("UNKNOWN_STAGE", f"there is no stage {stage}", hint)
     return bundles_folder() / f"{stage}.json"
 
@@ -120,11 +120,11 @@ def _left_as_it_was() -> Iterator[None]:
     logged = [(logger, logger.level, list(logger.handlers)) for logger in loggers]
     handled = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     hook, path = sys.excepthook, list(sys.path)
-    preflight.quiet_engines()
+    run_errors.quiet_engines()
     try:
         yield
     finally:
-        preflight.quiet_engines(end=True)
+        run_errors.quiet_engines(end=True)
         sys.excepthook, sys.path[:] = hook, path
         for number, handler in handled.items():
             if signal.getsignal(number) is not handler:

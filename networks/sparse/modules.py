@@ -39,28 +39,20 @@ class SubmanifoldConv3d(nn.Module):
     `torch.nn.functional.conv3d` on (B, C, X, Y, Z) with that kernel and padding 1.
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int = 3, bias: bool = True, *, backend: str = "auto"
-    ):
+    def __init__(self, in_channels: int, out_channels: int, *, backend: str = "auto"):
         super().__init__()
-        if kernel_size != 3:
-            raise ValueError(f"kernel_size must be 3 (use Linear for 1), got {kernel_size}")
         self.in_channels, self.out_channels, self.backend = in_channels, out_channels, backend
-        self.weight = nn.Parameter(torch.empty(27, in_channels, out_channels))
-        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
         # He et al. 2015: keeps the scale through the decoder, which has no norms. torch's default learns slower.
-        nn.init.normal_(self.weight, std=math.sqrt(2 / (27 * self.in_channels)))
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        self.weight = nn.init.normal_(
+            nn.Parameter(torch.empty(27, in_channels, out_channels)), std=math.sqrt(2 / (27 * in_channels))
+        )
+        self.bias = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         return ops.submanifold_conv(x, self.weight, self.bias, backend=self.backend)
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, bias={self.bias is not None}, backend={self.backend}"
+        return f"{self.in_channels}, {self.out_channels}, backend={self.backend}"
 
 
 class Norm(nn.Module):
@@ -71,9 +63,9 @@ class Norm(nn.Module):
     groups is the largest up to 32 that divides the channels.
     """
 
-    def __init__(self, channels: int, *, over: str, max_groups: int = 32):
+    def __init__(self, channels: int, *, over: str):
         super().__init__()
-        self.over, self.num_groups = over, math.gcd(channels, max_groups)
+        self.over, self.num_groups = over, math.gcd(channels, 32)
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
@@ -201,10 +193,10 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    def __init__(self, channels: int, *, ratio: int = 4):
+    def __init__(self, channels: int):
         super().__init__()
         self.mlp = nn.Sequential(
-            RowLinear(channels, ratio * channels), nn.GELU(approximate="tanh"), RowLinear(ratio * channels, channels)
+            RowLinear(channels, 4 * channels), nn.GELU(approximate="tanh"), RowLinear(4 * channels, channels)
         )
 
     def forward(self, x: SparseTensor) -> SparseTensor:

@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from networks.sparse import torch_backend
@@ -77,8 +77,8 @@ def defect(name: str, device_index: int) -> str | None:
     device = torch.device("cuda", device_index)
     coords = torch.nn.functional.pad(torch.ones(5, 4, 6, device=device).nonzero(), (1, 0))
     level, _ = Level.from_coords(coords, (5, 4, 6), 1)
-    made = torch.Generator(device).manual_seed(0)
-    draw = partial(torch.randn, generator=made, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    draw = partial(torch.randn, generator=generator, device=device)
     feats, grad, weight = draw(120, 16), draw(120, 32), draw(27, 16, 32)
     try:
         got = _all_three(module, feats.half(), weight.half(), grad.half(), level)
@@ -272,30 +272,18 @@ def unpool(x: SparseTensor, cells: Coarsening) -> SparseTensor:
     return SparseTensor.on(cells.fine, _SpreadToChildren.apply(x.feats, cells, None))
 
 
-class _ToSlots(torch.autograd.Function):
-    """Puts fine rows into the eight places of their cells, zeros where there is none; backward takes them out."""
+class _TakeRows(torch.autograd.Function):
+    """Takes rows by number, `back` undoes it, so backward needs no sums; with `gaps` a number one past the end is 0."""
 
     @staticmethod
-    def forward(ctx, fine, slots, places):
-        ctx.slots, ctx.places = slots, places
-        return _take(fine, slots)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _FromSlots.apply(grad, ctx.slots, ctx.places), None, None
-
-
-class _FromSlots(torch.autograd.Function):
-    """Takes fine rows out of the places of their cells; backward puts them there."""
-
-    @staticmethod
-    def forward(ctx, slotted, slots, places):
-        ctx.slots, ctx.places = slots, places
-        return slotted.index_select(0, places)
+    def forward(ctx, values, rows, back, gaps):
+        ctx.rows, ctx.back, ctx.gaps = rows, back, gaps
+        padded = torch.cat([values, values.new_zeros((1, *values.shape[1:]))]) if gaps else values
+        return padded.index_select(0, rows)
 
     @staticmethod
     def backward(ctx, grad):
-        return _ToSlots.apply(grad, ctx.slots, ctx.places), None, None
+        return _TakeRows.apply(grad, ctx.back, ctx.rows, not ctx.gaps), None, None, None
 
 
 def gather_children(x: SparseTensor) -> tuple[SparseTensor, Coarsening]:
@@ -304,7 +292,7 @@ def gather_children(x: SparseTensor) -> tuple[SparseTensor, Coarsening]:
     Channels of the result are (child, channel), child slowest.
     """
     cells = x.level.coarsening
-    slotted = _ToSlots.apply(x.feats, cells.slots, cells.places)
+    slotted = _TakeRows.apply(x.feats, cells.slots, cells.places, True)
     return SparseTensor.on(cells.coarse, rearrange(slotted, "(m child) c -> m (child c)", child=8)), cells
 
 
@@ -313,7 +301,7 @@ def scatter_children(x: SparseTensor, cells: Coarsening) -> SparseTensor:
     if not x.level.same_as(cells.coarse):
         raise ValueError(f"up-sampling needs the coarse level of its plan ({len(cells.coarse)} voxels), got {len(x)}")
     slotted = rearrange(x.feats, "m (child c) -> (m child) c", child=8)
-    return SparseTensor.on(cells.fine, _FromSlots.apply(slotted, cells.slots, cells.places))
+    return SparseTensor.on(cells.fine, _TakeRows.apply(slotted, cells.places, cells.slots, False))
 
 
 def group_norm(
@@ -370,23 +358,6 @@ def voxel_norm(
         return x.replace((F.silu(out) if silu else out).to(x.feats.dtype))
 
 
-class _Rearrange(torch.autograd.Function):
-    """Takes rows by number, zeros where the number is one past the end; `back` undoes it, so backward needs no sums."""
-
-    @staticmethod
-    def forward(ctx, values, rows, back):
-        ctx.rows, ctx.back = rows, back
-        return _take(values, rows)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _Rearrange.apply(grad, ctx.back, ctx.rows), None, None
-
-
-def _take(values: Float[Tensor, "N ..."], rows: Int64[Tensor, " M"]) -> Float[Tensor, "M ..."]:
-    return torch.cat([values, values.new_zeros((1, *values.shape[1:]))]).index_select(0, rows)
-
-
 class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, plan):
@@ -410,9 +381,9 @@ def window_attention(
     if kernels and qkv.shape[3] <= kernels.MAX_HEAD_WIDTH:
         return _FusedAttention.apply(qkv, plan)
     rows, slot = level.cached(("slots", window, shift), plan.padded)
-    slots = _Rearrange.apply(qkv, rows.flatten(), slot)
+    slots = _TakeRows.apply(qkv, rows.flatten(), slot, True)
     q, k, v = rearrange(slots, "(w l) three h d -> three w h l d", three=3, w=rows.shape[0])
     empty = rearrange(rows == len(level), "w l -> w 1 1 l")
     mask = torch.zeros(empty.shape, dtype=q.dtype, device=q.device).masked_fill_(empty, -math.inf)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return _Rearrange.apply(rearrange(out, "w h l d -> (w l) h d"), slot, rows.flatten())
+    return _TakeRows.apply(rearrange(out, "w h l d -> (w l) h d"), slot, rows.flatten(), False)

@@ -45,9 +45,9 @@ class SparseTensor:
         """Features already in the key order of a level."""
         if feats.shape[0] != len(level):
             raise ValueError(f"feats must have a row for each of the {len(level)} voxels, got {feats.shape[0]}")
-        made = cls.__new__(cls)
-        made.level, made.feats = level, feats
-        return made
+        tensor = cls.__new__(cls)
+        tensor.level, tensor.feats = level, feats
+        return tensor
 
     def replace(self, feats: Float[Tensor, "N C"]) -> "SparseTensor":
         """Other features on the same voxels; maps are shared."""

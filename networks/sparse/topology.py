@@ -181,10 +181,6 @@ class Level:
         return morton_coords(self.keys, self.bits)
 
     @cached_property
-    def sample(self) -> Int64[Tensor, " N"]:
-        return self.keys >> (3 * self.bits)
-
-    @cached_property
     def sample_sizes(self) -> list[int]:
         """Voxels of each sample. Rows of a sample are consecutive."""
         if self.batch_size == 1:

@@ -11,6 +11,7 @@ not depend on the tokenizer. A fraction of levels is a mean over the cells.
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -79,7 +80,7 @@ def volumes_of(
             if fractions or number in given.levels
         }
         if fractions:
-            errors = made.errors_by_level(made.features(scan.volume).x, prefixes.values())
+            errors = made.errors_by_level(made.on_device(made.rows_of(scan.volume)), prefixes.values())
         for levels in given.levels:
             if levels in prefixes:
                 tokens = replace(stored, codes=whole.first_levels(int(levels)))
@@ -127,9 +128,19 @@ def _beside(peer: codecs.Codec, row: dict[str, Any]) -> dict[str, Any]:
     point = peer.at_bits(row["bits"]["total"])
     told: dict[str, Any] = {"settings": point.settings, "bits": point.bits, **point.errors}
     if isinstance(peer, codecs.Hevc):
-        equal = {name: peer.bits_at_error(name, row[name]) for name in MEASURES}
+        equal = {name: bits_at_error(peer, name, row[name]) for name in MEASURES}
         told["share_of_our_bits"] = {name: bits and bits / row["bits"]["total"] for name, bits in equal.items()}
     return told
+
+
+def bits_at_error(peer: codecs.Hevc, name: str, error: float) -> float | None:
+    """Bits at which an error is as large; None where it is larger even at the finest or smaller at the coarsest."""
+    settings = peer.search(lambda qp: peer.at(qp)[1][name] >= error)
+    if len(settings) == 1:
+        return None
+    (fewer, larger), (more, smaller) = ((peer.at(qp)[0], peer.at(qp)[1][name]) for qp in settings)
+    share = (larger - error) / (larger - smaller) if larger != smaller else 0.0
+    return math.exp(math.log(fewer) + share * (math.log(more) - math.log(fewer)))
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:

@@ -182,7 +182,7 @@ def main() -> None:
         added = {kind.name: kind.added for kind in KINDS}
         for structure in structures:
             put_in(hu, structure, added[structure.kind], mm)
-        affine = made.features(scan.volume).affine
+        affine = made.rows_of(scan.volume).affine
         for way, volume in volumes_of(made, hu, affine, given.levels).items():
             for kind in KINDS:
                 for size in SIZES_MM:

@@ -61,7 +61,7 @@ SPARSE_LAYERS = (
     "whole_blocks",
     "modules",
 )  # each may import those before it
-ASK_KERNELS = {"networks/sparse/maps.py", "networks/sparse/ops.py", "networks/quantizer.py"}
+ASK_KERNELS = {"networks/sparse/maps.py", "networks/sparse/ops.py"}
 
 
 def name_of(path):
@@ -134,6 +134,21 @@ def test_a_stage_run_on_data_of_ones_own_loads_nothing_of_language_or_of_raw_sca
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     rooms = {name.split(".")[1] for name in loaded.split() if name.startswith("app.")}
     assert modules and not rooms & {"language", "evaluation", "tokens", "export", "prepare", "shapes"}, sorted(rooms)
+
+
+HAND_WRITTEN = [path for path in SOURCES if not name_of(path).startswith("networks/kernels/")]  # else than for a card
+
+
+def test_files_are_at_most_400_lines_and_functions_60():
+    assert not {name_of(path) for path in HAND_WRITTEN if len(path.read_text(encoding="utf-8").splitlines()) > 400}
+    nodes = [(name_of(path), node) for path in HAND_WRITTEN for node in ast.walk(tree_of(path))]
+    functions = [(name, node) for name, node in nodes if isinstance(node, ast.FunctionDef)]
+    assert not {(name, node.name) for name, node in functions if node.end_lineno - node.lineno >= 60}
+
+
+def test_no_two_classes_have_one_name():
+    classes = [node.name for path in HAND_WRITTEN for node in tree_of(path).body if isinstance(node, ast.ClassDef)]
+    assert not sorted({name for name in classes if classes.count(name) > 1 and not name.startswith("_")})
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=ids(SOURCES))

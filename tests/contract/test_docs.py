@@ -6,6 +6,7 @@ a bundle run, the files of a benchmark.
 
 import ast
 import importlib
+import inspect
 import json
 import re
 import shlex
@@ -19,6 +20,9 @@ import typer
 from fire.parser import DefaultParseValue
 
 from app.__main__ import app
+from app.dataset.prepared import PreparedCase
+from app.language.assistant import CTAssistant
+from app.tokens.tokenizer import CTTokenizer
 from app.training.key_rules import RULES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -192,6 +196,20 @@ def test_what_the_python_imports_is_there(page, block):
     for node in imports:
         module = importlib.import_module(node.module)
         assert not [alias.name for alias in node.names if not hasattr(module, alias.name)]
+
+
+KINDS = {"case": PreparedCase, "tokenizer": CTTokenizer, "assistant": CTAssistant}  # of the names that pages use
+
+
+@pytest.mark.parametrize(("page", "block"), PYTHON, ids=[f"{page}-{at}" for at, (page, _) in enumerate(PYTHON)])
+def test_what_the_python_calls_is_there(page, block):
+    """Methods, and the arguments that are named."""
+    calls = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)]
+    for call in (call for call in calls if isinstance(call.func, ast.Attribute)):
+        kind = KINDS.get(getattr(call.func.value, "id", None))
+        if kind is not None:
+            parameters = inspect.signature(getattr(kind, call.func.attr)).parameters
+            assert not [word.arg for word in call.keywords if word.arg not in parameters]
 
 
 def test_the_example_of_the_network_runs():

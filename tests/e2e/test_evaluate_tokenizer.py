@@ -28,7 +28,7 @@ def output_dir(tmp_path_factory, cohort):
     made = CTTokenizer(network, digest="")
     with torch.no_grad():
         cases = [open_scan(case, network.sizes.windows) for case in find_cases(cohort)]
-        rows = torch.cat([network.encoder(made.features(scan.volume)[0])[0].feats for scan in cases])
+        rows = torch.cat([network.encoder(made.on_device(made.rows_of(scan.volume)))[0].feats for scan in cases])
         network.vq.start_from(rows, generator=torch.Generator().manual_seed(0))
     (folder / "ckpts").mkdir()
     state = network.state_dict()

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 
 import pytest
 
@@ -17,6 +16,7 @@ from tests.runs import (
     told_by,
     torchrun,
     torchrun_of_nodes,
+    wait_until,
 )
 
 STEPS = {"warmup_steps": 4, "max_steps": 6, "i_save": 3, "val_interval": 3}
@@ -113,10 +113,7 @@ def test_a_killed_rank_is_started_again_and_goes_on(data, place, start_process):
     straight = run_in(place, dataset_dir=data, output_dir="alone", batch_size_per_gpu=2, **settings)
     assert straight.status == 0, straight.err
     process = start_process(BOTH, launcher=torchrun("--max_restarts=2"), dataset_dir=data, output_dir="out", **settings)
-    deadline = time.monotonic() + 200
-    while not any(step >= 6 for step in checkpoints.complete_steps(place / "out")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: any(step >= 6 for step in checkpoints.complete_steps(place / "out")), process, 200)
     os.kill(ranks_of(process.pid)[-1], signal.SIGKILL)
     end = end_of(process)
     assert end.status == 0, end.err
@@ -132,11 +129,9 @@ def test_when_one_process_is_told_to_end_all_end_after_the_same_step(told, phase
     straight = run_in(place, dataset_dir=data, output_dir="alone", batch_size_per_gpu=2, **settings)
     assert straight.status == 0, straight.err
     process = start_process(BOTH, launcher=torchrun(), dataset_dir=data, output_dir="out", **settings)
-    out = place / "out"
-    deadline = time.monotonic() + 200
-    while not (out / "metrics.jsonl").exists() or f'"{phase}", "step": 3,' not in (out / "metrics.jsonl").read_text():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    out, row = place / "out", f'"{phase}", "step": 3,'
+    metrics = out / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and row in metrics.read_text(), process, 200)
     os.kill(process.pid if told == "launcher" else ranks_of(process.pid)[-1], signal.SIGTERM)
     end = end_of(process)
     assert end.status != 0
@@ -151,10 +146,7 @@ def test_when_one_process_is_told_to_end_all_end_after_the_same_step(told, phase
 def test_without_restarts_a_killed_rank_ends_the_job_in_one_line(data, place, start_process):
     settings = {**STEPS, "warmup_steps": 2, "max_steps": 4000, "i_save": 20}
     process = start_process(BOTH, launcher=torchrun(), dataset_dir=data, output_dir="out", **settings)
-    deadline = time.monotonic() + 200
-    while not any(step >= 20 for step in checkpoints.complete_steps(place / "out")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: any(step >= 20 for step in checkpoints.complete_steps(place / "out")), process, 200)
     os.kill(ranks_of(process.pid)[-1], signal.SIGKILL)
     end = end_of(process)
     assert end.status == 1

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from app.__main__ import app
 from app.shared.refusals import Refused
-from app.training import preflight
+from app.training import run_errors
 from app.training.train import train
 from tests import runs
 
@@ -51,7 +51,7 @@ def test_both_routes_are_one_run_and_nothing_stays_behind(place, monkeypatch, ca
     monkeypatch.setattr("absl.logging.PythonHandler.close", lambda _: None)
     end = runs.run_in(place, **settings("by_monai"))
     assert end.status == 0, end.err
-    preflight.quiet_engines(end=True)  # MONAI's route leaves it to the end of the process
+    run_errors.quiet_engines(end=True)  # MONAI's route leaves it to the end of the process
     before = hooks()
     capfd.readouterr()
     with runs.one_thread():  # as `run_in` has it: sums on two are in another order

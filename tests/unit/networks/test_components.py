@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from networks import make_vqvae
-from networks.components import cells_of, lay_components
+from networks.components import cell_values, lay_components
 from networks.presets import preset
 from networks.sparse import SparseTensor
 from networks.support import support_of
@@ -25,13 +25,13 @@ def laid(volume, *, width=64, weights=None, **changes):
     torch.manual_seed(0)
     network = make_vqvae("tiny", resolution=SIDE, latent_channels=width, pca=True, num_embeddings=16, **changes).eval()
     maps = network.encoder.components, network.decoder.components
-    share = lay_components(*maps, cells_of(volume).feats, channel_weights=weights)
+    share = lay_components(*maps, cell_values(volume).feats, channel_weights=weights)
     return network, share
 
 
 def test_as_many_components_as_cells_lose_nothing(volume):
     network, share = laid(volume)
-    cells = cells_of(volume)
+    cells = cell_values(volume)
     back = network.decoder.components(network.encoder.linear_part(volume))
     assert share == pytest.approx(1, abs=1e-5)
     assert (back - cells.feats).abs().max() < 1e-4
@@ -46,7 +46,7 @@ def test_components_have_a_mean_square_of_one_and_no_gradient(volume):
 def test_distances_among_latents_are_those_of_the_weighted_values(volume):
     weights = torch.tensor([1.0, 1.0, 0.25, 0.05])
     network, _ = laid(volume, weights=weights)
-    latents, cells = network.encoder.linear_part(volume), cells_of(volume).feats
+    latents, cells = network.encoder.linear_part(volume), cell_values(volume).feats
     weighted = cells * weights.sqrt().repeat(512)
     ratio = torch.pdist(latents) / torch.pdist(weighted)
     assert ratio.std() / ratio.mean() < 1e-3

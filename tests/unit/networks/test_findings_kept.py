@@ -6,7 +6,7 @@ import torch
 
 from app.phantoms.phantoms import make_phantom
 from networks import make_vqvae
-from networks.components import cells_of, lay_components
+from networks.components import cell_values, lay_components
 from networks.sparse import SparseTensor
 from tests.benchmarks.bench_findings import contrasts, share_kept
 from transforms.sparse import keep_mask, sparsify
@@ -45,7 +45,7 @@ def nodules_kept(phantoms, decode):
 def test_nodules_keep_half_their_contrast_before_anything_was_learned(phantoms):
     torch.manual_seed(0)
     network = make_vqvae("tiny", codebook="none", pca=True).eval()
-    cells = torch.cat([cells_of(seen(phantom)).feats for phantom in phantoms])
+    cells = torch.cat([cell_values(seen(phantom)).feats for phantom in phantoms])
     lay_components(network.encoder.components, network.decoder.components, cells, channel_weights=WEIGHTS)
     with torch.no_grad():
         assert nodules_kept(phantoms, lambda x: network(x, quantize=False).recon.feats) > 0.5

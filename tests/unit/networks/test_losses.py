@@ -46,7 +46,7 @@ def test_reconstruction_follows_its_formula(loss_type, formula, generator):
     x = batch((40, 9), generator)
     recon = x.replace(torch.randn(49, 2, generator=generator))
     per_voxel = formula(recon.feats - x.feats).mean(1)
-    expected = (per_voxel[x.level.sample == 0].mean() + per_voxel[x.level.sample == 1].mean()) / 2
+    expected = (per_voxel[x.coords[:, 0] == 0].mean() + per_voxel[x.coords[:, 0] == 1].mean()) / 2
     assert reconstruction(recon, x, loss_type=loss_type) == pytest.approx(expected.item(), rel=1e-6)
 
 
@@ -85,7 +85,7 @@ def test_subdivision_is_cross_entropy_over_eight_children(generator):
     logits, occupied = torch.randn(14, 8, generator=generator), torch.rand(14, 8, generator=generator) > 0.5
     p = logits.sigmoid()
     cost = -(occupied * p.log() + ~occupied * (1 - p).log()).mean(1)
-    expected = (cost[x.level.sample == 0].mean() + cost[x.level.sample == 1].mean()) / 2
+    expected = (cost[x.coords[:, 0] == 0].mean() + cost[x.coords[:, 0] == 1].mean()) / 2
     assert subdivision(logits, occupied, x.level) == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -125,7 +125,7 @@ def test_the_loss_of_a_batch_is_that_of_any_split(split, generator, assert_close
     whole = reconstruction(x.replace(recon), x, loss_type="l1_l2")
     total, first = 0.0, 0
     for count in split:
-        rows = (x.level.sample >= first) & (x.level.sample < first + count)
+        rows = (x.coords[:, 0] >= first) & (x.coords[:, 0] < first + count)
         coords = x.coords[rows].clone()
         coords[:, 0] -= first
         part = SparseTensor(x.feats[rows], coords, SHAPE, count)

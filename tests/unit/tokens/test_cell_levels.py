@@ -28,16 +28,6 @@ UNIFORM = CodeTables("ab" * 32, 256, (None,) * 4)
 STREAM = "00643a040062a6c0e9436a54d203978f98c5175544546b46f4df5a4898"
 
 
-@pytest.fixture(scope="module")
-def network():
-    return make_network(quantizer_levels=4)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(network):
-    return CTTokenizer(network, digest="0" * 64)
-
-
 @pytest.fixture
 def unlike(tokens, rng):
     """Tokens of one to three codes a cell."""
@@ -93,7 +83,7 @@ def test_cells_keep_the_codes_that_pay_so_many_on_average(tokenizer, mean):
     scan = Volume(hu_volume(), AFFINE)
     tokens, whole = tokenizer.encode(scan, levels=mean), tokenizer.encode(scan)
     volumes = [tokenizer.decode(whole, levels=n).hu for n in (1, 2, 3, 4)]
-    levels = spread_levels(tokenizer.errors_by_level(tokenizer.features(scan).x, volumes), mean)
+    levels = spread_levels(tokenizer.errors_by_level(tokenizer.on_device(tokenizer.rows_of(scan)), volumes), mean)
     assert mean - 4 / len(levels) < tokens.mean_levels <= mean
     assert np.array_equal((tokens.codes != NO_CODE).sum(1), levels) and len(set(levels)) > 1
     there = np.arange(levels.max()) < levels[:, None]

@@ -27,16 +27,6 @@ def quantizer(generator):
     return made.train()
 
 
-@pytest.fixture(scope="module")
-def network():
-    return make_network(quantizer_levels=4)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(network):
-    return CTTokenizer(network, digest="0" * 64)
-
-
 def test_the_first_codes_are_a_coarser_value(quantizer, generator):
     rows = torch.randn(300, 4, generator=generator)
     codes = quantizer(rows).codes
@@ -84,7 +74,7 @@ def test_a_quarter_of_the_samples_has_cells_of_all_numbers_of_levels():
 
 @torch.no_grad()
 def test_the_network_decodes_each_sample_of_its_levels(network, tokenizer):
-    x = tokenizer.features(Volume(hu_volume(), AFFINE)).x
+    x = tokenizer.on_device(tokenizer.rows_of(Volume(hu_volume(), AFFINE)))
     for n in (1, 2, 4):
         tokens = network.encode(x, levels=n)
         assert tokens.codes.shape == ((len(tokens.coords),) if n == 1 else (len(tokens.coords), n))
@@ -126,7 +116,7 @@ def test_language_models_read_the_first_level(tokenizer):
     scan = Volume(hu_volume(), AFFINE)
     reduce = Reducer(tokenizer.network.vq.lookup, width=tokenizer.sizes.latent_channels)
     assert torch.equal(reduce(tokenizer.encode(scan)).feats, reduce(tokenizer.encode(scan, levels=1)).feats)
-    seen = tokenizer.features(scan).x
+    seen = tokenizer.on_device(tokenizer.rows_of(scan))
     batch = {"coords": seen.coords, "feats": seen.feats, "spatial_shape": seen.spatial_shape, "batch_size": 1}
     feats, _, codes = extract_3d_latent_and_indices(batch, tokenizer.network)
     assert torch.equal(feats, tokenizer.network.vq.levels[0].codebook[codes.long()])

@@ -9,7 +9,7 @@ import pytest
 from app.language.volume_tokens import TokenSource
 from app.shared.refusals import Refused
 from app.tokens.commands import reconstruct, tokenize
-from app.tokens.open_scan import Scan, Wanted, grid_of, scan_source, scan_sources
+from app.tokens.open_scan import Scan, TokenizerNeeds, grid_of, scan_source, scan_sources
 from app.tokens.token_files import CTTokens, read_tokens, write_tokens
 from app.tokens.tokenizer import CTTokenizer
 from tests.tiny_tokenizer import AFFINE, SHAPE, hu_volume, make_network, save
@@ -40,7 +40,7 @@ def test_every_kind_is_listed_with_its_name_and_place_and_opens(places, made, da
     for path, kind in places.items():
         (source,) = scan_sources(path)
         assert (source.kind, source.place) == (kind, path.name)
-        assert type(source.open(Wanted(made[0].sizes.windows, made[0].sizes.prepared))) is KNOWN[kind]
+        assert type(source.open(TokenizerNeeds(made[0].sizes.windows, made[0].sizes.prepared))) is KNOWN[kind]
         assert ("scan" in source.name) is False or kind != "raw"  # a file's name may tell who was scanned
     assert [source.name for source in scan_sources(dataset)] == ["case_a", "case_b"]
 
@@ -90,7 +90,7 @@ def test_of_several_scans_the_one_that_opens_is_meant(tmp_path, rng):
     mr = np.abs(rng.normal(300, 200, (20, 20, 20))).astype(np.int16)
     nibabel.save(nibabel.Nifti1Image(mr, AFFINE), raw / "mr.nii.gz")
     with pytest.raises(Refused, match=r"^NOT_HU: "):
-        scan_source(raw).open(Wanted())
+        scan_source(raw).open(TokenizerNeeds())
     nibabel.save(nibabel.Nifti1Image(hu_volume(), AFFINE), raw / "ct.nii.gz")
     assert scan_source(raw).place == "ct.nii.gz"
     nibabel.save(nibabel.Nifti1Image(hu_volume() + 1, AFFINE), raw / "ct2.nii.gz")
@@ -106,7 +106,7 @@ def test_a_damaged_case_is_listed_and_says_why_when_it_is_opened(tmp_path):
         (source,) = scan_sources(where)
         assert (source.name, source.source_hash, source.key) == ("c1", "", "")
         with pytest.raises(Refused, match=r"^DAMAGED_CASE: c1/case.json must hold an object"):
-            source.open(Wanted())
+            source.open(TokenizerNeeds())
 
 
 def test_a_token_file_that_cannot_be_read_is_listed_and_the_rest_opens(made, dataset, tmp_path):
@@ -115,5 +115,5 @@ def test_a_token_file_that_cannot_be_read_is_listed_and_the_rest_opens(made, dat
     bad, good = scan_sources(tmp_path)
     assert (bad.name, bad.key, good.name, len(good.key)) == ("bad", "", "good", 64)
     with pytest.raises(Refused, match=r"^NO_TOKENS: "):
-        bad.open(Wanted())
-    assert isinstance(good.open(Wanted()), CTTokens)
+        bad.open(TokenizerNeeds())
+    assert isinstance(good.open(TokenizerNeeds()), CTTokens)

@@ -183,7 +183,7 @@ def test_scans_looked_at_ahead_come_in_order_each_with_its_own_refusal():
             raise ValueError("damaged")
         return 10 * number
 
-    calls, most = commands._ahead(list(range(12)), look, torch.device("cuda")), commands.READERS + 1
+    calls, most = commands._ahead(list(range(12)), look, torch.device("cuda")), commands.READING_THREADS + 1
     for number, call in enumerate(calls):
         assert max(begun) <= number + most
         if number == 3:

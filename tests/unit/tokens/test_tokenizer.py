@@ -48,7 +48,7 @@ def test_inference_and_training_see_a_scan_through_the_same_declared_chain(stage
     prepare_batch = chain.get_parsed_content("prepare_batch")
     for number, case in enumerate(prepared.find_cases(dataset)):
         x = prepare_batch(loaders.collate([samples[number]]), torch.device("cpu"))
-        seen = tokenizer.features(tokenizer.open(case).volume).x
+        seen = tokenizer.on_device(tokenizer.rows_of(tokenizer.open(case).volume))
         assert torch.equal(seen.coords, x.coords) and torch.equal(seen.feats, x.feats) and len(x.feats) > 1000
         expected = tokenizer.network.encode(x)
         for scan in (case, case.path, str(case.path), SimpleNamespace(hu=case.hu(), affine=case.affine)):
@@ -111,8 +111,9 @@ def test_latents_lie_where_the_body_is(tokenizer):
 def test_decoding_covers_the_grid_in_hu(tokenizer):
     tokens = tokenizer.encode(SimpleNamespace(hu=hu_volume(), affine=AFFINE), support=True)
     volume = tokenizer.decode(tokens)
-    x, affine, beyond = tokenizer.features(Volume(hu_volume(), AFFINE))
-    assert beyond == 0
+    taken = tokenizer.rows_of(Volume(hu_volume(), AFFINE))
+    x, affine = tokenizer.on_device(taken), taken.affine
+    assert taken.beyond == 0
     assert volume.hu.shape == (48, 48, 48) and np.allclose(volume.affine, affine)
     kept = np.zeros(volume.hu.shape, bool)
     kept[tuple(x.coords[:, 1:].numpy().T)] = True
@@ -138,9 +139,8 @@ def test_the_mirror_image_of_a_case_lies_where_the_case_does(dataset):
     """Whatever grid the training data lay on: raw arrays go there, what was prepared stays, and so does its mirror."""
     made = CTTokenizer(make_network(prepared=(64, 9.0)), digest="")
     case = prepared.open_case(dataset / "processed" / "case_a")
-    (x, affine, _), (y, mirrored_affine, _) = (
-        made.features(part.volume) for part in (made.open(case), mirror_image(case))
-    )
+    true, turned_over = (made.rows_of(part.volume) for part in (made.open(case), mirror_image(case)))
+    (x, affine), (y, mirrored_affine) = ((made.on_device(part), part.affine) for part in (true, turned_over))
     turned = {(x.spatial_shape[0] - 1 - i, j, k) for _, i, j, k in x.coords.tolist()}
     assert {(i, j, k) for _, i, j, k in y.coords.tolist()} == turned and np.array_equal(mirrored_affine, affine)
     assert np.array_equal(made.encode(mirror_image(case)).codes, made.network.encode(y).codes.numpy())
@@ -164,7 +164,7 @@ def test_raw_scans_are_read_one_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(volume, "read_item", lambda *given: read.append(given) or whole(*given))
     found = list(open_scan.scan_sources(tmp_path))
     assert len(found) == 3 and not read
-    opened = [one.open(open_scan.Wanted()) for one in found]
+    opened = [one.open(open_scan.TokenizerNeeds()) for one in found]
     assert [one.source_hash for one in opened] == [one.source_hash for one in found] and len(read) == 3
 
 

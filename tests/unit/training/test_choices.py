@@ -14,7 +14,7 @@ from app.shared.refusals import Refused
 from app.training import choices, preflight
 from app.training.choices import backend_of_run, is_demo, window_names
 from networks import make_vqvae
-from networks.presets import PRESETS, describe
+from networks.presets import PRESETS
 from transforms.windows import DEFAULT_WINDOWS, WINDOWS
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -122,10 +122,17 @@ def test_a_window_of_other_numbers_under_its_name_is_refused(capsys):
     assert "window lung must be 1500/-600 (width/level in HU), got 1400/-500" in str(end.value)
 
 
+SAID = ["resolution", "spacing", "model_channels", "latent_channels", "num_embeddings", "num_blocks", "max_points"]
+
+
 def test_a_reader_of_a_stage_file_sees_the_sizes_of_both_presets():
+    lines = [
+        f"{name}: " + ", ".join(f"{field} {getattr(PRESETS[name], field)}" for field in SAID)
+        for name in ("tiny", "base")
+    ]
+    assert "resolution 256, spacing 1.5, " in lines[1] and "num_embeddings 8192" in lines[1]
     for stage in STAGES:
-        assert raw(stage)["sizes"]["_desc_"] == [describe("tiny"), describe("base")]
-    assert "resolution 256, spacing 1.5, " in describe("base") and "num_embeddings 8192" in describe("base")
+        assert raw(stage)["sizes"]["_desc_"] == lines
 
 
 def numerals(node, inside=""):

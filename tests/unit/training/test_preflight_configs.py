@@ -8,7 +8,7 @@ import pytest
 from ignite.engine import Events
 
 from app.shared.refusals import Refused
-from app.training import key_rules, preflight
+from app.training import key_rules, preflight, run_errors
 from tests.preflight_calls import ROOT, STAGE1
 
 
@@ -129,11 +129,10 @@ def test_no_bundle_run_no_check(monkeypatch):
 
 def test_ctrl_c_is_one_line_and_a_shell_s_status(monkeypatch, capsys):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    monkeypatch.setattr(preflight.os, "_exit", sys.exit)
-    monkeypatch.setattr(
-        preflight.logging, "shutdown", lambda: None
-    )  # tensorboard's handler would close pytest's stream
-    preflight.one_line_errors()
+    monkeypatch.setattr(run_errors.os, "_exit", sys.exit)
+    # tensorboard's handler would close pytest's stream
+    monkeypatch.setattr(run_errors.logging, "shutdown", lambda: None)
+    run_errors.one_line_errors()
     with pytest.raises(SystemExit) as end:
         sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert end.value.code == 130 and capsys.readouterr().err.startswith("STOPPED: ended by Ctrl-C. Run again")

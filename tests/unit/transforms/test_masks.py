@@ -5,7 +5,7 @@ import pytest
 from scipy import ndimage
 
 from transforms.body import body_mask
-from transforms.sparse import BAND, DROPPED, densify, fill_for, keep_mask, signed_band, sparsify, sparsify_masks
+from transforms.sparse import BAND, DROPPED, KEEPS, densify, keep_mask, signed_band, sparsify, sparsify_masks
 from transforms.windows import window_values
 
 
@@ -98,7 +98,7 @@ def test_informative_gives_back_the_windows_of_every_body_voxel(chest, rng):
     names = ["soft_tissue"]
     kept = keep_mask(chest, "informative", windows=names)
     coords, values = sparsify(chest, kept)
-    dense = densify(values, coords, chest.shape, fill=fill_for("informative"))
+    dense = densify(values, coords, chest.shape, fill=KEEPS["informative"].fill)
     assert 0 < kept.sum() < chest.size
     assert np.array_equal(window_values(dense, names), window_values(chest, names))
 
