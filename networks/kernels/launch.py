@@ -66,16 +66,15 @@ class QuickKernel:
 
 def _launch_of(compiled: object, device: int, rest: list) -> Callable[[tuple[int, ...], list], None]:
     """Starts a compiled kernel on a device, given a grid and all arguments but the `rest`."""
-    if not KNOWN_LAUNCHER:
+    run = compiled.run if KNOWN_LAUNCHER else None
+    if run is None or run.global_scratch_size or run.profile_scratch_size:  # memory that only Triton's own way gives
         return lambda grid, passed: compiled[(*grid, 1, 1)[:3]](*passed, *rest)
-    run, function = compiled.run, compiled.function
-    if run.global_scratch_size or run.profile_scratch_size:
-        raise AssertionError(f"{compiled.name} wants memory of its launcher, which kernels here do not")
-    launch, how = run.launch, (run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata)
+    launch, function = run.launch, compiled.function
+    how = run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata, None, None, None
 
     def start(grid: tuple[int, ...], passed: list) -> None:
         x, y = grid if len(grid) == 2 else (grid[0], 1)
-        launch(x, y, 1, raw_stream(device), function, *how, None, None, None, *passed, *rest)
+        launch(x, y, 1, raw_stream(device), function, *how, *passed, *rest)
 
     return start
 
