@@ -41,7 +41,7 @@ def forward_beside(
     level: Level,
 ) -> Float[Tensor, "N F"]:
     """`forward`, and rows that run beside the convolution are added in the same pass."""
-    if product := _with_producers(*weight.shape[1:], feats.dtype, feats.device):
+    if product := _with_producers(*weight.shape[1:], feats.dtype, feats.device, level.is_thin, False):
         return product(feats, weight, bias, level, mirrored=False, added=added)
     tile = product_tile(weight.shape[1], weight.shape[2], feats.dtype, thin=level.is_thin)
     tile = fitted(tile, feats.dtype, shared_memory(feats.device))
@@ -49,7 +49,7 @@ def forward_beside(
 
 
 def input_grad(grad: Float[Tensor, "N F"], weight: Float[Tensor, "27 C F"], level: Level) -> Float[Tensor, "N C"]:
-    if product := _with_producers(*weight.shape[:0:-1], grad.dtype, grad.device):
+    if product := _with_producers(*weight.shape[:0:-1], grad.dtype, grad.device, level.is_thin, True):
         return product(grad, weight, None, level, mirrored=True)
     tile = product_tile(weight.shape[2], weight.shape[1], grad.dtype, thin=level.is_thin)
     tile = fitted(tile, grad.dtype, shared_memory(grad.device))
@@ -79,7 +79,7 @@ def refusal(feats: Float[Tensor, "N C"], columns: int) -> str | None:
 
 @cache
 def _with_producers(
-    channels: int, columns: int, dtype: torch.dtype, device: torch.device
+    channels: int, columns: int, dtype: torch.dtype, device: torch.device, thin: bool, mirrored: bool
 ) -> Callable[..., Float[Tensor, "N F"]] | None:
     """What does the work of `gather_product` with warps that only gather, on the cards and shapes that it is made for.
 
@@ -87,7 +87,7 @@ def _with_producers(
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0) or not KNOWN_LAUNCHER:
         return None
-    plan = producer_plan(channels, columns, dtype, shared_memory(device))
+    plan = producer_plan(channels, columns, dtype, shared_memory(device), thin=thin, mirrored=mirrored)
     if plan is None or _defect_of_producers(device):
         return None
     from networks.kernels import producer_convolution

@@ -84,11 +84,14 @@ def largest_error(device: torch.device, plain: Callable[..., Float[Tensor, "N F"
     coords = torch.nn.functional.pad(torch.ones(5, 8, 10, device=device).nonzero(), (1, 0))
     level, _ = Level.from_coords(coords, (5, 8, 10), 1)
     draw = partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device)
-    feats, weight, bias = draw(400, 128).half(), draw(27, 128, 128).half(), draw(128)
-    plan, errors = producer_plan(128, 128, feats.dtype, shared_memory(device)), []
-    for mirrored, turned in ((False, weight), (True, weight.mT)):
-        mine = gather_product(feats, weight, bias, level, mirrored=mirrored, plan=plan, added=feats)
-        other = plain(feats, turned, bias, level, mirrored=mirrored, added=feats).float()
+    room, errors = shared_memory(device), []
+    for columns, mirrored in ((128, False), (256, False), (256, True)):
+        feats, added, bias = draw(400, 128).half(), draw(400, columns).half(), draw(columns)
+        weight = draw(27, columns, 128).half() if mirrored else draw(27, 128, columns).half()
+        plan = producer_plan(128, columns, feats.dtype, room, thin=False, mirrored=mirrored)
+        mine = gather_product(feats, weight, bias, level, mirrored=mirrored, plan=plan, added=added)
+        turned = weight.mT if mirrored else weight
+        other = plain(feats, turned, bias, level, mirrored=mirrored, added=added).float()
         errors.append(float((mine.float() - other).abs().max() / other.abs().max()))
     return max(errors)
 
@@ -179,6 +182,29 @@ def _produce(  # noqa: PLR0913
 
 @no_type_check
 @gluon.jit
+def _places(  # noqa: PLR0913
+    order,
+    first,
+    column,
+    num_rows,
+    LAYOUT: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    ORDERED: gl.constexpr,
+    ROWS: gl.constexpr,
+    TILE_COLUMNS: gl.constexpr,
+):
+    """Where a group's tile lies among rows of COLUMNS, and which of it is there."""
+    places = first + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    rows = places
+    if ORDERED:
+        rows = gl.load(order + places, mask=places < num_rows, other=0)  # (ROWS,) of (N,)
+    columns = column + gl.arange(0, TILE_COLUMNS, gl.SliceLayout(0, LAYOUT))
+    keep = (places < num_rows)[:, None] & (columns < COLUMNS)[None, :]
+    return (rows.to(gl.int64) * COLUMNS)[:, None] + columns[None, :], keep
+
+
+@no_type_check
+@gluon.jit
 def _consume(  # noqa: PLR0913
     GROUP: gl.constexpr,
     bias,
@@ -186,6 +212,7 @@ def _consume(  # noqa: PLR0913
     order,
     counts,
     out,
+    stage_rows,
     rows_ring,
     weight_ring,
     ready,
@@ -203,14 +230,25 @@ def _consume(  # noqa: PLR0913
     STAGES: gl.constexpr,
     GROUPS: gl.constexpr,
 ):
-    """Multiplies what is ready. A buffer is given back one step later, when its product has been waited for."""
+    """Multiplies what is ready. A buffer is given back one step later, when its product has been waited for.
+
+    Rows come and go through `stage_rows`, 16 bytes a thread: as the products leave them they would be 4.
+    """
     column_tiles: gl.constexpr = (COLUMNS + TILE_COLUMNS - 1) // TILE_COLUMNS
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, TILE_COLUMNS, 16])
-    line = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    lanes: gl.constexpr = 32 if TILE_COLUMNS >= 256 else TILE_COLUMNS // 8
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [gl.num_warps(), 1], [1, 0])
     lane = gl.arange(0, TILE_COLUMNS, gl.SliceLayout(0, layout))
+    own = stage_rows.index(GROUP)  # (ROWS, TILE_COLUMNS)
     used = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         row_tile = tile // column_tiles
+        column = tile % column_tiles * TILE_COLUMNS
+        first = (row_tile * GROUPS + GROUP) * ROWS
+        if ADDED:
+            at, keep = _places(order, first, column, num_rows, wide, COLUMNS, ORDERED, ROWS, TILE_COLUMNS)
+            async_copy.async_copy_global_to_shared(own, added + at, mask=keep)  # (ROWS, TILE_COLUMNS) of (N, F)
+            async_copy.commit_group()
         sums = gl.zeros((ROWS, TILE_COLUMNS), gl.float32, layout)
         for step in range(gl.load(counts + row_tile) * (CHANNELS // 64)):  # () of (T,)
             stage = used % STAGES
@@ -225,18 +263,15 @@ def _consume(  # noqa: PLR0913
             used += 1
         sums = warpgroup_mma_wait(0, deps=(sums,))
         mbarrier.arrive(empty.index((used + STAGES - 1) % STAGES), count=1)
-        columns = tile % column_tiles * TILE_COLUMNS + lane
-        places = (row_tile * GROUPS + GROUP) * ROWS + line
         if HAS_BIAS:
-            sums += gl.load(bias + columns, mask=columns < COLUMNS, other=0.0).to(gl.float32)[None, :]  # of (F,)
-        rows = places
-        if ORDERED:
-            rows = gl.load(order + places, mask=places < num_rows, other=0)  # (ROWS,) of (N,)
-        at = (rows.to(gl.int64) * COLUMNS)[:, None] + columns[None, :]
-        keep = (places < num_rows)[:, None] & (columns < COLUMNS)[None, :]
+            known = column + lane < COLUMNS
+            sums += gl.load(bias + column + lane, mask=known, other=0.0).to(gl.float32)[None, :]  # of (F,)
         if ADDED:
-            sums += gl.load(added + at, mask=keep, other=0.0).to(gl.float32)  # (ROWS, TILE_COLUMNS) of (N, F)
-        gl.store(out + at, sums.to(out.dtype.element_ty), mask=keep)
+            async_copy.wait_group(0)
+            sums += own.load(layout).to(gl.float32)
+        own.store(sums.to(out.dtype.element_ty))
+        at, keep = _places(order, first, column, num_rows, wide, COLUMNS, ORDERED, ROWS, TILE_COLUMNS)
+        gl.store(out + at, own.load(wide), mask=keep)
 
 
 @no_type_check
@@ -271,6 +306,7 @@ def _gather_product(  # noqa: PLR0913
     rows_ring = gl.allocate_shared_memory(dtype, [STAGES * GROUPS, ROWS, 64], weight.layout)
     lines: gl.constexpr = TILE_COLUMNS if MIRRORED else 64
     weight_ring = gl.allocate_shared_memory(dtype, [STAGES, lines, 64 * TILE_COLUMNS // lines], weight.layout)
+    stage_rows = gl.allocate_shared_memory(dtype, [GROUPS, ROWS, TILE_COLUMNS], weight.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -280,10 +316,12 @@ def _gather_product(  # noqa: PLR0913
     # Constants lose themselves in a tuple that has a name, so each call spells its own out.
     # fmt: off
     gl.warp_specialize([
-        (_consume, (0, bias, added, order, counts, out, rows_ring, weight_ring, ready, empty, num_rows, num_tiles,
-                    CHANNELS, COLUMNS, MIRRORED, HAS_BIAS, ADDED, ORDERED, ROWS, TILE_COLUMNS, STAGES, GROUPS)),
-        (_consume, (1, bias, added, order, counts, out, rows_ring, weight_ring, ready, empty, num_rows, num_tiles,
-                    CHANNELS, COLUMNS, MIRRORED, HAS_BIAS, ADDED, ORDERED, ROWS, TILE_COLUMNS, STAGES, GROUPS)),
+        (_consume, (0, bias, added, order, counts, out, stage_rows, rows_ring, weight_ring, ready, empty, num_rows,
+                    num_tiles, CHANNELS, COLUMNS, MIRRORED, HAS_BIAS, ADDED, ORDERED, ROWS, TILE_COLUMNS, STAGES,
+                    GROUPS)),
+        (_consume, (1, bias, added, order, counts, out, stage_rows, rows_ring, weight_ring, ready, empty, num_rows,
+                    num_tiles, CHANNELS, COLUMNS, MIRRORED, HAS_BIAS, ADDED, ORDERED, ROWS, TILE_COLUMNS, STAGES,
+                    GROUPS)),
         (_produce, (feats, weight, neighbours, offsets, counts, rows_ring, weight_ring, ready, empty, num_rows,
                     num_tiles, CHANNELS, COLUMNS, MIRRORED, ROWS, TILE_COLUMNS, STAGES, GROUPS)),
     ], [num_warps, PRODUCERS], [200, 96] if PRODUCERS == 4 else [184, 64])

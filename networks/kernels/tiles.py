@@ -71,13 +71,18 @@ class ProducerPlan(NamedTuple):
 
 
 @cache
-def producer_plan(channels: int, columns: int, dtype: torch.dtype, room: int) -> ProducerPlan | None:
-    """None for what producer_convolution.py does not serve, or what does not fit the card's shared memory."""
+def producer_plan(
+    channels: int, columns: int, dtype: torch.dtype, room: int, *, thin: bool, mirrored: bool
+) -> ProducerPlan | None:
+    """None for what producer_convolution.py does not serve or does no faster, or what does not fit the card."""
     if dtype.itemsize != 2 or channels < 128 or channels % PRODUCER_DEPTH or columns < 128 or columns % 128:
         return None
-    plan = ProducerPlan(64, 256, 3, 4) if columns % 256 == 0 else ProducerPlan(128, 128, 3, 4)
-    step_bytes = (PRODUCER_GROUPS * plan.rows + plan.columns) * PRODUCER_DEPTH * dtype.itemsize
-    return plan if plan.stages * step_bytes <= room - SPARE_BYTES else None
+    if columns % 256 and (thin or mirrored):
+        return None
+    plan = ProducerPlan(64, 256, 3, 4) if columns % 256 == 0 else ProducerPlan(128, 128, 3, 8)
+    rows = PRODUCER_GROUPS * plan.rows
+    held = plan.stages * (rows + plan.columns) * PRODUCER_DEPTH + rows * plan.columns
+    return plan if held * dtype.itemsize <= room - SPARE_BYTES else None
 
 
 @lru_cache(maxsize=1024)

@@ -115,14 +115,16 @@ def test_convolution_fits_the_card(make, channels, dtype, card):
 
 
 @pytest.mark.skipif(not launch.KNOWN_LAUNCHER, reason="Gluon's names are those of Triton 3.6")
-@pytest.mark.parametrize(("channels", "columns"), [(128, 128), (256, 256), (192, 384)])
-@pytest.mark.parametrize(("mirrored", "thin"), [(False, False), (True, True)])
+@pytest.mark.parametrize(
+    ("channels", "columns", "mirrored", "thin"),
+    [(128, 128, False, False), (192, 384, False, False), (256, 256, False, False), (128, 256, True, True)],
+)
 def test_producer_warps_gather_beside_products_and_fit(channels, columns, mirrored, thin):
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from networks.kernels import producer_convolution
 
-    plan = tiles.producer_plan(channels, columns, torch.bfloat16, ROOM[90])
+    plan = tiles.producer_plan(channels, columns, torch.bfloat16, ROOM[90], thin=thin, mirrored=mirrored)
     lines = plan.columns if mirrored else tiles.PRODUCER_DEPTH
     block = f"{lines}, {plan.columns * tiles.PRODUCER_DEPTH // lines}"
     made = compiled(
