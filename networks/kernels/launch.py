@@ -73,8 +73,7 @@ def _launch_of(compiled: object, device: int, rest: list) -> Callable[[tuple[int
     how = run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata, None, None, None
 
     def start(grid: tuple[int, ...], passed: list) -> None:
-        x, y = grid if len(grid) == 2 else (grid[0], 1)
-        launch(x, y, 1, raw_stream(device), function, *how, *passed, *rest)
+        launch(*(*grid, 1, 1)[:3], raw_stream(device), function, *how, *passed, *rest)
 
     return start
 

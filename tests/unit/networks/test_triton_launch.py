@@ -65,6 +65,14 @@ def test_the_same_kinds_are_compiled_once_and_started_in_the_kernels_order(kerne
     assert grid == (9, 2, 1) and place == table[16:].data_ptr() and args[1:] == (6, 1, 2, 3)
 
 
+@pytest.mark.parametrize("grid", [(3,), (3, 5), (3, 5, 7)])
+def test_a_grid_keeps_all_its_sides(kernel, grid):
+    quick = QuickKernel(kernel)
+    for _ in range(2):
+        quick[grid](torch.zeros(64), 5, 1, SECOND=2, THIRD=3)
+    assert kernel.started[0][0] == (*grid, 1, 1)[:3]
+
+
 def test_a_tensor_that_moved_to_another_kind_of_memory_is_left_to_triton(kernel, monkeypatch):
     quick, table = QuickKernel(kernel), torch.zeros(64)
     quick[(1,)](table, 5, 1, SECOND=2, THIRD=3)
