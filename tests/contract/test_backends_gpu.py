@@ -102,6 +102,16 @@ def test_a_hundred_repeats_are_equal_to_the_bit(backend, channels):
         assert widest == 0
 
 
+@pytest.mark.parametrize("channels", [64, 128])
+def test_rows_that_begin_anywhere_are_convolved(channels):
+    level, feats, weight = large(channels)
+    module = ops.backend_module("triton")
+    shifted = torch.cat([feats.new_zeros(1), feats.flatten()])[1:].view_as(feats)
+    assert shifted.data_ptr() % 16
+    assert torch.equal(module.forward(shifted, weight, None, level), module.forward(feats, weight, None, level))
+    assert torch.equal(module.input_grad(shifted, weight, level), module.input_grad(feats, weight, level))
+
+
 @pytest.mark.parametrize("backend", ["triton", "spconv"])
 def test_sums_are_wider_than_float16(backend):
     """Positive numbers, 512 x 27 of them a sum: a float16 accumulator loses bits that one rounding does not."""
