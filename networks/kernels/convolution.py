@@ -6,8 +6,10 @@ gradient: the rows are split among programs whose partial sums are added up afte
 products (error near 1e-6), or as one where `torch.backends.cuda.matmul.allow_tf32` is set.
 """
 
+import logging
 import math
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import no_type_check
 
 import torch
@@ -16,11 +18,13 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from networks.kernels.launch import ceil_div, power_of_two, processors, quick, shared_memory
-from networks.kernels.tiles import Tile, fitted, grad_tile, product_tile, split
+from networks.kernels.launch import KNOWN_LAUNCHER, ceil_div, power_of_two, processors, quick, shared_memory
+from networks.kernels.tiles import Tile, fitted, grad_tile, producer_plan, product_tile, split
 from networks.sparse.topology import Level
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+PROOF_TOLERANCE = 1e-2  # between two orders of float32 sums, rounded to 16 bits
+log = logging.getLogger(__name__)
 
 
 def forward(
@@ -37,12 +41,16 @@ def forward_beside(
     level: Level,
 ) -> Float[Tensor, "N F"]:
     """`forward`, and rows that run beside the convolution are added in the same pass."""
+    if product := _with_producers(*weight.shape[1:], feats.dtype, feats.device, level.is_thin, False):
+        return product(feats, weight, bias, level, mirrored=False, added=added)
     tile = product_tile(weight.shape[1], weight.shape[2], feats.dtype, thin=level.is_thin)
     tile = fitted(tile, feats.dtype, shared_memory(feats.device))
     return gather_product(feats, weight, bias, level, mirrored=False, tile=tile, added=added)
 
 
 def input_grad(grad: Float[Tensor, "N F"], weight: Float[Tensor, "27 C F"], level: Level) -> Float[Tensor, "N C"]:
+    if product := _with_producers(*weight.shape[:0:-1], grad.dtype, grad.device, level.is_thin, True):
+        return product(grad, weight, None, level, mirrored=True)
     tile = product_tile(weight.shape[2], weight.shape[1], grad.dtype, thin=level.is_thin)
     tile = fitted(tile, grad.dtype, shared_memory(grad.device))
     return gather_product(grad, weight.mT, None, level, mirrored=True, tile=tile)
@@ -67,6 +75,41 @@ def refusal(feats: Float[Tensor, "N C"], columns: int) -> str | None:
     if feats.dtype not in DTYPES:
         return f"computes in bfloat16, float16 or float32, got {feats.dtype}"
     return None
+
+
+@cache
+def _with_producers(
+    channels: int, columns: int, dtype: torch.dtype, device: torch.device, thin: bool, mirrored: bool
+) -> Callable[..., Float[Tensor, "N F"]] | None:
+    """What does the work of `gather_product` with warps that only gather, on the cards and shapes that it is made for.
+
+    It takes the forward's own weight for the gradient too.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0) or not KNOWN_LAUNCHER:
+        return None
+    plan = producer_plan(channels, columns, dtype, shared_memory(device), thin=thin, mirrored=mirrored)
+    if plan is None or _defect_of_producers(device):
+        return None
+    from networks.kernels import producer_convolution
+
+    return partial(producer_convolution.gather_product, plan=plan)
+
+
+@cache
+def _defect_of_producers(device: torch.device) -> str | None:
+    """What is wrong with producer_convolution.py on a device, shown by a small convolution; said once."""
+    try:
+        from networks.kernels.producer_convolution import largest_error
+
+        worst = largest_error(device, partial(gather_product, tile=Tile(128, 128, 64, 8, 3)))
+        reason = None if worst < PROOF_TOLERANCE else f"relative error {worst:.2g}"
+    except Exception as error:  # Gluon is an experimental part of Triton and may raise anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    if reason:
+        log.warning("convolutions of many channels run without producer warps: they do not work here (%s)", reason)
+    else:
+        log.info("convolutions of many channels run with producer warps")
+    return reason
 
 
 def _precision(dtype: torch.dtype) -> str:

@@ -9,6 +9,8 @@ import torch
 from networks.kernels.launch import power_of_two
 
 SPARE_BYTES = 4096  # of shared memory for what is no tile
+PRODUCER_GROUPS = 2  # of warps that multiply, where others gather
+PRODUCER_DEPTH = 64  # channels a step: rows of 128 bytes, which tensor cores read without bank conflicts
 
 
 class Tile(NamedTuple):
@@ -57,6 +59,30 @@ def fitted(tile: Tile, dtype: torch.dtype, room: int) -> Tile:
         else:
             tile = tile._replace(rows=tile.rows // 2)
     return tile
+
+
+class ProducerPlan(NamedTuple):
+    """Rows of each multiplying group x columns of a tile, steps that lie ready, and warps that gather."""
+
+    rows: int
+    columns: int
+    stages: int
+    producers: int
+
+
+@cache
+def producer_plan(
+    channels: int, columns: int, dtype: torch.dtype, room: int, *, thin: bool, mirrored: bool
+) -> ProducerPlan | None:
+    """None for what producer_convolution.py does not serve or does no faster, or what does not fit the card."""
+    if dtype.itemsize != 2 or channels < 128 or channels % PRODUCER_DEPTH or columns < 128 or columns % 128:
+        return None
+    if columns % 256 and (thin or mirrored):
+        return None
+    plan = ProducerPlan(64, 256, 3, 4) if columns % 256 == 0 else ProducerPlan(128, 128, 3, 8)
+    rows = PRODUCER_GROUPS * plan.rows
+    held = plan.stages * (rows + plan.columns) * PRODUCER_DEPTH + rows * plan.columns
+    return plan if held * dtype.itemsize <= room - SPARE_BYTES else None
 
 
 @lru_cache(maxsize=1024)

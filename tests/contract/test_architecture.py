@@ -47,6 +47,7 @@ OWNERS = {  # optional or heavy libraries, each behind one door
             "linear",
             "maps",
             "norm",
+            "producer_convolution",
             "rows",
         )
     },

@@ -9,6 +9,7 @@ from tests import oracle
 
 pytestmark = pytest.mark.gpu
 WIDTHS = [(8, 8), (64, 64), (64, 256), (40, 24), (1, 16), (130, 33)]
+WIDE = [(128, 128), (192, 256), (256, 128), (128, 384)]  # that producer warps serve on Hopper
 DTYPES = {
     "triton": [torch.bfloat16, torch.float16, torch.float32],
     "torch": [torch.float64, torch.float32],
@@ -37,14 +38,18 @@ def truth(feats, weight, bias, grad, coords, shape, batch_size):
     return out, *torch.autograd.grad(out, inputs, grad.double())
 
 
-@pytest.mark.parametrize(("backend", "dtype"), [(name, dtype) for name in DTYPES for dtype in DTYPES[name]])
-def test_a_thousand_random_problems(backend, dtype, assert_close, record_property):
+PROBLEMS = [(name, dtype, WIDTHS[:2] if name == "spconv" else WIDTHS) for name in DTYPES for dtype in DTYPES[name]]
+PROBLEMS += [("triton", dtype, WIDE) for dtype in (torch.bfloat16, torch.float16)]
+
+
+@pytest.mark.parametrize(("backend", "dtype", "widths"), PROBLEMS)
+def test_a_thousand_random_problems(backend, dtype, widths, assert_close, record_property):
     if backend == "spconv":
         pytest.importorskip("spconv.pytorch")
     module, worst = ops.backend_module(backend), 0.0
-    for seed in range(1000):
+    for seed in range(0, 1000, 3 if widths is WIDE else 1):
         level, shape, batch_size = problem(seed)
-        channels, columns = WIDTHS[seed // 4 % (2 if backend == "spconv" else len(WIDTHS))]
+        channels, columns = widths[seed // 4 % len(widths)]
         if len(level) == 0:
             continue
         made = torch.Generator("cuda").manual_seed(seed)
@@ -77,11 +82,11 @@ def large(channels=64, dtype=torch.bfloat16):
     return level, feats, weight
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch", "spconv"])
-def test_a_hundred_repeats_are_equal_to_the_bit(backend):
+@pytest.mark.parametrize(("backend", "channels"), [("triton", 64), ("triton", 128), ("torch", 64), ("spconv", 64)])
+def test_a_hundred_repeats_are_equal_to_the_bit(backend, channels):
     if backend == "spconv":
         pytest.importorskip("spconv.pytorch")
-    level, feats, weight = large(dtype=torch.float16)
+    level, feats, weight = large(channels, dtype=torch.float16)
     module, widest = ops.backend_module(backend), 0.0
     first = None
     for _ in range(100):
@@ -95,6 +100,16 @@ def test_a_hundred_repeats_are_equal_to_the_bit(backend):
     print(f"{backend}: largest difference between repeats {widest:.3g}")
     if backend != "spconv":  # its sums race; recorded, not judged
         assert widest == 0
+
+
+@pytest.mark.parametrize("channels", [64, 128])
+def test_rows_that_begin_anywhere_are_convolved(channels):
+    level, feats, weight = large(channels)
+    module = ops.backend_module("triton")
+    shifted = torch.cat([feats.new_zeros(1), feats.flatten()])[1:].view_as(feats)
+    assert shifted.data_ptr() % 16
+    assert torch.equal(module.forward(shifted, weight, None, level), module.forward(feats, weight, None, level))
+    assert torch.equal(module.input_grad(shifted, weight, level), module.input_grad(feats, weight, level))
 
 
 @pytest.mark.parametrize("backend", ["triton", "spconv"])

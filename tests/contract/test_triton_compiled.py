@@ -6,7 +6,7 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-from networks.kernels import attention, children, code_search, convolution, errors, linear, maps, norm, tiles  # noqa: E402
+from networks.kernels import attention, children, code_search, convolution, errors, launch, linear, maps, norm, tiles  # noqa: E402
 from networks.kernels import rows as row_kernels  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted")
@@ -14,11 +14,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROOM = {90: 232448, 80: 166912, 89: 101376}  # bytes of shared memory on an H200, an A100, an RTX 4090
 FLOATS = ["scale", "parts", "sums", "dots", "bias", "halves"]
 LONGS = ["children", "parent", "order", "bounds", "keys"]
-COUNTS = ["num_rows", "pitch", "num_fine", "num_coarse", "num_codes", "num_blocks", "num_cells", "length"]
+COUNTS = ["num_rows", "num_tiles", "pitch", "num_fine", "num_coarse", "num_codes", "num_blocks", "num_cells", "length"]
 INTEGERS = [*COUNTS, "weight_k", "weight_c", "weight_f", "size_x", "size_y", "size_z"]
 
 
-def compiled(kernel, dtype="bf16", *, card=90, warps=4, stages=3, types=None, **constants):
+def compiled(kernel, dtype="bf16", *, card=90, warps=4, stages=3, types=None, source=None, **constants):
     """Arguments are aligned as torch's allocator aligns them; `types` overrides what their names suggest."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -29,7 +29,7 @@ def compiled(kernel, dtype="bf16", *, card=90, warps=4, stages=3, types=None, **
     signature = {name: named.get(name, f"*{dtype}") for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
     fixed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=aligned)
+    source = (source or ASTSource)(fn=kernel, signature=signature, constexprs=fixed, attrs=aligned)
     target, options = GPUTarget("cuda", card, 32), {"num_warps": warps, "num_stages": stages}
     return triton.compile(source, target=target, options=options)
 
@@ -112,6 +112,43 @@ def test_weight_gradient_has_wgmma_and_wide_copies(channels, dtype, thin):
 @pytest.mark.parametrize(("channels", "dtype"), [(256, "bf16"), (256, "fp32")])
 def test_convolution_fits_the_card(make, channels, dtype, card):
     assert make(channels, channels, dtype, card=card).metadata.shared <= ROOM[card]
+
+
+@pytest.mark.skipif(not launch.KNOWN_LAUNCHER, reason="Gluon's names are those of Triton 3.6")
+@pytest.mark.parametrize(
+    ("channels", "columns", "mirrored", "thin"),
+    [(128, 128, False, False), (192, 384, False, False), (256, 256, False, False), (128, 256, True, True)],
+)
+def test_producer_warps_gather_beside_products_and_fit(channels, columns, mirrored, thin):
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from networks.kernels import producer_convolution
+
+    plan = tiles.producer_plan(channels, columns, torch.bfloat16, ROOM[90], thin=thin, mirrored=mirrored)
+    lines = plan.columns if mirrored else tiles.PRODUCER_DEPTH
+    block = f"{lines}, {plan.columns * tiles.PRODUCER_DEPTH // lines}"
+    made = compiled(
+        producer_convolution._gather_product,
+        source=GluonASTSource,
+        warps=4,
+        types=MAPS | {"weight": f"tensordesc<bf16[{block}],{producer_convolution.SWIZZLED!r}>"},
+        CHANNELS=channels,
+        COLUMNS=columns,
+        HAS_BIAS=not mirrored,
+        ADDED=True,
+        ORDERED=thin,
+        MIRRORED=mirrored,
+        ROWS=plan.rows,
+        TILE_COLUMNS=plan.columns,
+        STAGES=plan.stages,
+        PRODUCERS=plan.producers,
+        GROUPS=tiles.PRODUCER_GROUPS,
+        num_warps=4,
+    )
+    ptx = made.asm["ptx"]
+    assert made.metadata.shared <= ROOM[90] and 32 * made.metadata.num_warps <= 512
+    assert "wgmma.mma_async" in ptx and "cp.async.cg.shared.global" in ptx and "cp.async.bulk.tensor.2d" in ptx
+    assert "setmaxnreg" in ptx
 
 
 def linear_map(channels, columns, card, *, ending=linear.PLAIN):

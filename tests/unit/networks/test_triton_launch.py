@@ -7,6 +7,7 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
+from networks.kernels import launch  # noqa: E402
 from networks.kernels.launch import QuickKernel, _kind, ceil_div, power_of_two  # noqa: E402
 
 
@@ -17,27 +18,39 @@ class Recorded(triton.JITFunction):
     params = tuple(SimpleNamespace(is_constexpr=name.isupper()) for name in arg_names)
 
     def __init__(self):
-        self.compiled, self.started = [], []
+        self.compiled, self.started, self.ways, self.scratch = [], [], [], 0
 
     def __getitem__(self, grid):
         def compile_and_start(*args, **constants):
             self.compiled.append((grid, args, constants))
-            return Compiled(self.started)
+            return Compiled(self)
 
         return compile_and_start
 
 
 class Compiled:
-    def __init__(self, started):
-        self.started = started
+    name, function, packed_metadata = "recorded", 1234, (4, 1, 0)
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+        self.run = SimpleNamespace(global_scratch_size=kernel.scratch, profile_scratch_size=0, launch=self.launch)
+        self.run.launch_cooperative_grid = self.run.launch_pdl = False
 
     def __getitem__(self, grid):
-        return lambda *args: self.started.append((grid, args))
+        self.kernel.ways.append("triton")
+        return lambda *args: self.kernel.started.append((grid, args))
+
+    def launch(self, x, y, z, stream, function, *args):
+        assert (stream, function) == (77, 1234) and args[:8] == (False, False, None, None, (4, 1, 0), None, None, None)
+        self.kernel.ways.append("direct")
+        self.kernel.started.append(((x, y, z), args[8:]))
 
 
-@pytest.fixture
-def kernel(monkeypatch):
+@pytest.fixture(params=[False, True], ids=["any Triton", "the Triton whose launcher is known"])
+def kernel(monkeypatch, request):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # what tensors on the CPU say
+    monkeypatch.setattr(launch, "KNOWN_LAUNCHER", request.param)
+    monkeypatch.setattr(launch, "raw_stream", lambda device: 77)
     return Recorded()
 
 
@@ -47,7 +60,33 @@ def test_the_same_kinds_are_compiled_once_and_started_in_the_kernels_order(kerne
     quick[(9, 2)](table[16:], 6, 1, THIRD=3, SECOND=2, num_warps=4)
     assert len(kernel.compiled) == 1 and kernel.compiled[0][2] == {"THIRD": 3, "SECOND": 2, "num_warps": 4}
     [(grid, args)] = kernel.started
-    assert grid == (9, 2, 1) and torch.equal(args[0], table[16:]) and args[1:] == (6, 1, 2, 3)
+    place = args[0] if launch.KNOWN_LAUNCHER else args[0].data_ptr()
+    assert kernel.ways == ["direct" if launch.KNOWN_LAUNCHER else "triton"]
+    assert grid == (9, 2, 1) and place == table[16:].data_ptr() and args[1:] == (6, 1, 2, 3)
+
+
+@pytest.mark.parametrize("grid", [(3,), (3, 5), (3, 5, 7)])
+def test_a_grid_keeps_all_its_sides(kernel, grid):
+    quick = QuickKernel(kernel)
+    for _ in range(2):
+        quick[grid](torch.zeros(64), 5, 1, SECOND=2, THIRD=3)
+    assert kernel.started[0][0] == (*grid, 1, 1)[:3]
+
+
+def test_a_tensor_that_moved_to_another_kind_of_memory_is_left_to_triton(kernel, monkeypatch):
+    quick, table = QuickKernel(kernel), torch.zeros(64)
+    quick[(1,)](table, 5, 1, SECOND=2, THIRD=3)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    quick[(1,)](table, 5, 1, SECOND=2, THIRD=3)
+    assert len(kernel.compiled) == 2 and not kernel.started, "Triton refuses memory that a card cannot reach"
+
+
+def test_a_kernel_that_wants_memory_of_its_launcher_starts_tritons_own_way(kernel):
+    quick = QuickKernel(kernel)
+    kernel.scratch = 8
+    for _ in range(2):
+        quick[(1,)](torch.zeros(64), 5, 1, SECOND=2, THIRD=3)
+    assert len(kernel.started) == 1 and kernel.ways == ["triton"]
 
 
 USUAL = {"table": torch.zeros(64), "count": 5, "FIRST": 1, "SECOND": 2, "THIRD": 3, "num_warps": 4}
