@@ -74,7 +74,7 @@ def _sign_for(kind: Kind, name: str) -> tuple[str, tuple[str, ...], tuple[str, .
         }[sign]
         found["SELF_CROSSING"] = f"{name} crosses itself in {kind.crossing} triangles; {rule}"
     if kind.branching_edges:
-        found["NON_MANIFOLD"] = f"{name} has {kind.branching_edges} edges of more than two triangles"
+        found["NON_MANIFOLD"] = f"edges of {name} with more than two triangles: {kind.branching_edges}"
     return sign, tuple(found), tuple(found.values())
 
 
