@@ -13,13 +13,13 @@ python -m monai.bundle run training --config_file {root}/configs/train.json --da
 torchrun --nproc_per_node=4 -m monai.bundle run training \\
   --config_file "['{root}/configs/train.json','{root}/configs/multi_gpu_train.json']" --dataset_dir PREPARED
 {ask}python -m monai.bundle verify_metadata --meta_file {root}/configs/metadata.json --filepath {root}/configs/{schema}
-cd {root} && python -m {package}.app prepare RAW PREPARED        # also tokenize, reconstruct, check, doctor: see --help
+PYTHONPATH={root} python -m {package}.app prepare RAW PREPARED   # also tokenize, reconstruct, check, doctor: see --help
 ```"""
 COMMANDS_OF_SHAPES = """\
 ```bash
 pip install -r {root}/requirements.txt
 python -m monai.bundle run --config_file {root}/configs/inference.json --shape MESH --output_dir OUT  # mesh in mm
-cd {root} && python -m {package}.app sdf MESHES SHAPES --resolution {resolution}  # also tokenize, reconstruct
+PYTHONPATH={root} python -m {package}.app sdf MESHES SHAPES --resolution {resolution}  # also tokenize, reconstruct
 python -m monai.bundle run --config_file {root}/configs/evaluate.json --dataset_dir SHAPES  # a card of your shapes
 python -m monai.bundle run training --config_file {root}/configs/train.json --dataset_dir SHAPES  # go on with it
 torchrun --nproc_per_node=4 -m monai.bundle run training \\
