@@ -341,6 +341,7 @@ CODES = MappingProxyType(
         "BAD_BUNDLE": _call(
             "an exported bundle whose files contradict each other", "copy it again, or export it again"
         ),
+        "BAD_CARD": _call("a tokenizer's card beside it cannot be read", "evaluate it again, or remove the card"),
         "NO_TEMPLATES": _call("a bundle's own code exports no bundle", "use a checkout or an installation"),
         "NOT_PROVEN": _fault("an exported bundle does not give what its source gives", "report it with its line"),
         "BAD_SHAPE": _refused("a batch that is not (B, 1, X, Y, Z)", "give volumes in HU with one channel"),

@@ -41,7 +41,7 @@ def check_description(weights: Path, sizes: Preset, digest: str) -> None:
     again = "export it again, or copy it again whole"
     try:
         told = json.loads(file.read_text(encoding="utf-8"))["tokenizer"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise Refused("BAD_BUNDLE", f"{file} does not describe a tokenizer", again) from None
     own = description(sizes, digest)
     other = [name for name in own if not isinstance(told, dict) or told.get(name) != own[name]]
