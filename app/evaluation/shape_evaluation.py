@@ -42,9 +42,10 @@ def evaluate_shapes(
     *,
     split: str | None,
     max_cases: int | None,
+    levels: int | None,
     file: Path,
 ) -> dict[str, Any]:
-    """Judges and writes the card, as JSON and Markdown."""
+    """Judges and writes the card, as JSON and Markdown, of the first `levels` codes a cell; None: of all."""
     begun = time.perf_counter()
     sides = ("train", "val") if split is None else (split,)
     cases = [
@@ -57,7 +58,7 @@ def evaluate_shapes(
     rows, counts, refused = [], 0, {}
     for case in cases:
         try:
-            row, codes = evaluate_shape(tokenizer, case.files[0])
+            row, codes = evaluate_shape(tokenizer, case.files[0], levels=levels)
         except ValueError as error:
             refused[case.case_id] = str(error)
             log.warning("%s is not judged: %s", case.case_id, error)
@@ -72,6 +73,7 @@ def evaluate_shapes(
     result = {
         "ways": {way: {name: _mean([row["ways"][way].get(name) for row in rows]) for name in MEASURES} for way in WAYS},
         "codes": {
+            "levels": len(counts),
             "used": [int((level > 0).sum()) for level in counts],
             "perplexity": [perplexity(level) for level in counts],
             "per_case": _mean([row["tokens"] for row in rows]),
@@ -89,7 +91,9 @@ def evaluate_shapes(
 
 
 @torch.no_grad()
-def evaluate_shape(tokenizer: CTTokenizer, file: Path) -> tuple[dict[str, Any], torch.Tensor]:
+def evaluate_shape(
+    tokenizer: CTTokenizer, file: Path, *, levels: int | None = None
+) -> tuple[dict[str, Any], torch.Tensor]:
     """Measurements of one file, and its codes."""
     shape = read_shape(file)
     x, network = shape_tensor(tokenizer, shape), tokenizer.network
@@ -97,7 +101,7 @@ def evaluate_shape(tokenizer: CTTokenizer, file: Path) -> tuple[dict[str, Any], 
     if truth is None:
         raise Refused("NO_SURFACE", f"{file.name} has no surface")
     latents, _ = network.encoder(x)
-    tokens = network.tokens_of(latents)
+    tokens = network.tokens_of(latents, levels=levels)
     decoded = {
         WAYS[0]: network.decode_on(latents, x.level)[0],
         WAYS[1]: decode_whole(network, tokens, support=support_of(x.level), max_points=tokenizer.max_points).values,

@@ -88,11 +88,7 @@ class TokenizerEvaluation:
         folder = Path(self.output_dir) if self.output_dir else _beside(file)
         check_folder(folder, name="output_dir")
         folder.mkdir(parents=True, exist_ok=True)
-        tokenizer = CTTokenizer.from_pretrained(file, max_points=self.max_points)
-        try:
-            tokenizer.check_levels(self.levels)
-        except ValueError as error:
-            raise Refused("BAD_VALUE", str(error), "leave --levels out for all of them") from error
+        tokenizer = self._open(file)
         evaluated, refused = [], {}
         for case in cases:
             try:
@@ -127,9 +123,16 @@ class TokenizerEvaluation:
     def _run_on_shapes(self, file: Path) -> dict[str, Any]:
         folder = Path(self.output_dir) if self.output_dir else _beside(file)
         check_folder(folder, name="output_dir")
+        options = {"split": self.split, "max_cases": self.max_cases, "levels": self.levels, "file": file}
+        return evaluate_shapes(self._open(file), self.dataset_dir, folder, **options)
+
+    def _open(self, file: Path) -> CTTokenizer:
         tokenizer = CTTokenizer.from_pretrained(file, max_points=self.max_points)
-        options = {"split": self.split, "max_cases": self.max_cases, "file": file}
-        return evaluate_shapes(tokenizer, self.dataset_dir, folder, **options)
+        try:
+            tokenizer.check_levels(self.levels)
+        except ValueError as error:
+            raise Refused("BAD_VALUE", str(error), "leave --levels out for all of them") from error
+        return tokenizer
 
     def _tokenizer_file(self) -> Path:
         missing = self.tokenizer is None and not any(

@@ -23,7 +23,7 @@ from app.evaluation.card import NAME as CARD
 from app.evaluation.shape_evaluation import WAYS
 from app.export import code, configs
 from app.export.metadata import NOTICE, SCHEMA, make_metadata, requirements
-from app.export.model_card import model_card
+from app.export.model_card import measured, model_card
 from app.language.assistant import aligned_files, aligned_folder, read_settings, tokenizer_of
 from app.measures.surfaces import compare
 from app.phantoms.phantoms import make_phantom
@@ -72,7 +72,9 @@ def export(
         raise Refused("NO_TEMPLATES", "a bundle's own code exports no bundle")
     folder = None if align is None else aligned_folder(align)
     settings = None if folder is None else read_settings(folder)
-    made = CTTokenizer.from_pretrained(tokenizer or (settings and tokenizer_of(folder, settings)))
+    if tokenizer is None and settings is not None:
+        tokenizer = tokenizer_of(folder, settings)
+    made = CTTokenizer.from_pretrained(tokenizer)
     if settings is not None and settings["tokenizer"] != made.digest:
         what = f"{align} was aligned to tokenizer {settings['tokenizer'][:12]}, this one is {made.digest[:12]}"
         raise Refused("OTHER_TOKENIZER", what, "give that tokenizer, or align again", status=2)
@@ -114,7 +116,7 @@ def write_bundle(bundle: Path, made: CTTokenizer, *, name: str, align: Path | No
     base = _read_json(templates / "metadata.json")
     told = make_metadata(base, made.sizes, name=name, package=package, digest=made.digest)
     card = _card_beside(made)
-    if card is not None and card["tokenizer"]["sha256"] == made.digest:
+    if card is not None:
         told["eval_metrics"] = _eval_metrics(card)
     made_configs = configs.make_configs(templates, made.sizes, package=package, aligned=align is not None)
     for file, config in {**made_configs, "metadata.json": told}.items():
@@ -176,10 +178,20 @@ def _copy_aligned(align: Path, out: Path, record: Json) -> None:
 
 
 def _card_beside(made: CTTokenizer) -> Json | None:
+    """The tokenizer's own evaluation; one of other weights is none."""
     folder = Path(made.source).parent
     folder = folder.parent if folder.name in ("ckpts", "models") else folder
     file = folder / f"{CARD}.json"
-    return _read_json(file) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        card = _read_json(file)
+        if card["tokenizer"]["sha256"] != made.digest:
+            return None
+        measured(card), _eval_metrics(card)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise Refused("BAD_CARD", f"{file} is no card of a tokenizer", status=2) from None
+    return card
 
 
 def _credit_beside(made: CTTokenizer) -> Path | None:

@@ -13,13 +13,13 @@ python -m monai.bundle run training --config_file {root}/configs/train.json --da
 torchrun --nproc_per_node=4 -m monai.bundle run training \\
   --config_file "['{root}/configs/train.json','{root}/configs/multi_gpu_train.json']" --dataset_dir PREPARED
 {ask}python -m monai.bundle verify_metadata --meta_file {root}/configs/metadata.json --filepath {root}/configs/{schema}
-cd {root} && python -m {package}.app prepare RAW PREPARED        # also tokenize, reconstruct, check, doctor: see --help
+PYTHONPATH={root} python -m {package}.app prepare RAW PREPARED   # also tokenize, reconstruct, check, doctor: see --help
 ```"""
 COMMANDS_OF_SHAPES = """\
 ```bash
 pip install -r {root}/requirements.txt
 python -m monai.bundle run --config_file {root}/configs/inference.json --shape MESH --output_dir OUT  # mesh in mm
-cd {root} && python -m {package}.app sdf MESHES SHAPES --resolution {resolution}  # also tokenize, reconstruct
+PYTHONPATH={root} python -m {package}.app sdf MESHES SHAPES --resolution {resolution}  # also tokenize, reconstruct
 python -m monai.bundle run --config_file {root}/configs/evaluate.json --dataset_dir SHAPES  # a card of your shapes
 python -m monai.bundle run training --config_file {root}/configs/train.json --dataset_dir SHAPES  # go on with it
 torchrun --nproc_per_node=4 -m monai.bundle run training \\
@@ -29,6 +29,7 @@ python -m monai.bundle verify_metadata --meta_file {root}/configs/metadata.json 
 ASK = (
     'python -m monai.bundle run --config_file {root}/configs/ask.json --scan SCAN --question "Is there an effusion?"\n'
 )
+NOT_MEASURED = "Not measured when it was exported: `configs/evaluate.json` writes a card on your data."
 
 
 def model_card(
@@ -59,7 +60,7 @@ def model_card(
         "Configs are code: run those of a bundle only where you trust who made it. `--tokenizer BUNDLE` of Voxelingo "
         "reads metadata and tensors alone and evaluates none of them.",
         "## How good",
-        _measured(card, told["sha256"]),
+        NOT_MEASURED if card is None else measured(card),
         *([] if base_model is None else ["## Language model", _language(base_model)]),
         "## Limits",
         "Tokens keep what training taught them to keep; small or rare findings can be lost and reconstructions look "
@@ -106,9 +107,8 @@ def _table(*rows: tuple[str, str]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
-def _measured(card: dict[str, Any] | None, digest: str) -> str:
-    if card is None or card["tokenizer"]["sha256"] != digest:
-        return "Not measured when it was exported: `configs/evaluate.json` writes a card on your data."
+def measured(card: dict[str, Any]) -> str:
+    """The errors of a tokenizer's own evaluation."""
     data = card["data"]
     if "ways" in card:
         rows = [

@@ -82,12 +82,19 @@ def why_not_local(client: tuple[str, int] | None, headers: dict[str, str]) -> st
     """
     if client is not None and not is_loopback(client[0]):
         return "it comes from another machine"
-    if not is_loopback(urlsplit(f"//{headers.get('host', '')}").hostname):
+    if not is_loopback(_host_of(f"//{headers.get('host', '')}")):
         return "it asks for another host"
     origin = headers.get("origin")
-    if origin is not None and not is_loopback(urlsplit(origin).hostname):
+    if origin is not None and not is_loopback(_host_of(origin)):
         return "it comes from another site's page"
     return None
+
+
+def _host_of(address: str) -> str | None:
+    try:
+        return urlsplit(address).hostname
+    except ValueError:  # half a bracket
+        return None
 
 
 def is_loopback(host: str | None) -> bool:

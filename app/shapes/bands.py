@@ -17,6 +17,7 @@ from transforms.triangle_band import band_pieces
 
 FILL = 0.95  # of the cube, by the longest side of a mesh
 BAND = 4.0  # voxels
+LEAST_MM = 1e-9  # of the longest side: an atom measures a hundred times that
 WELD = 1e-6  # of the longest side: vertices nearer are one, where the file's own leave a surface open
 SHARP_WITHIN = 2.0  # voxels from a sharp edge
 
@@ -45,8 +46,8 @@ class Shape(NamedTuple):
 def check_surface(mesh: Mesh, *, unsigned: bool = False, name: str = "the mesh") -> Surface:
     """What kind of surface it is and how its inside is told; Refused where it is open and not wanted unsigned."""
     side = float(np.ptp(mesh.vertices[mesh.faces].reshape(-1, 3), axis=0).max())
-    if side <= 0:
-        raise Refused("BAD_MESH", f"{name} is a point: it has no extent")
+    if side < LEAST_MM:
+        raise Refused("BAD_MESH", f"{name} is a point: its longest side is {side:g} mm")
     vertices, faces = welded(mesh.vertices, mesh.faces)
     kind = kind_of(vertices, faces)
     if kind.open_edges:
@@ -74,7 +75,7 @@ def _sign_for(kind: Kind, name: str) -> tuple[str, tuple[str, ...], tuple[str, .
         }[sign]
         found["SELF_CROSSING"] = f"{name} crosses itself in {kind.crossing} triangles; {rule}"
     if kind.branching_edges:
-        found["NON_MANIFOLD"] = f"{name} has {kind.branching_edges} edges of more than two triangles"
+        found["NON_MANIFOLD"] = f"edges of {name} with more than two triangles: {kind.branching_edges}"
     return sign, tuple(found), tuple(found.values())
 
 

@@ -7,6 +7,7 @@ settings, stays.
 import csv
 import io
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -66,6 +67,8 @@ def make_shapes(source: str | Path, out: str | Path, settings: Settings, *, work
         if not found:
             what = f"{source} holds neither a mesh nor a volume"
             raise Refused("NO_CASES", what, "give STL, OBJ, PLY, VTP, NIfTI, NRRD or MHA", status=2)
+        if settings.wanted.label is not None and all(one.kind == "mesh" for one in found):
+            raise Refused("BAD_CALL", f"--label is of volumes, {source} holds meshes alone", "leave --label out")
         jobs = [Job(one, str(out), settings) for one in found]
         largest = max(settings.resolutions)
         each = max(BYTES_AT_LEAST, BYTES_AT_1024 * largest * largest >> 20)
@@ -82,6 +85,8 @@ def _check_call(source: Path, out: Path, settings: Settings) -> None:
     if not source.exists():
         what = f"{source} does not exist"
         raise Refused("NO_SOURCE", what, "give a mesh, a volume, a prepared dataset or a folder of them")
+    if not source.is_file() and not source.is_dir():
+        raise Refused("NO_SOURCE", f"{source} is a pipe or a device", "save what comes from it as a file first")
     for side in settings.resolutions:
         if side % 8 or not 8 <= side <= MAX_SIDE:
             what = f"resolution must be a multiple of 8 up to {MAX_SIDE}, got {side}"
@@ -89,6 +94,11 @@ def _check_call(source: Path, out: Path, settings: Settings) -> None:
     if not 1 <= settings.band <= min(settings.resolutions) / 2:
         limit = min(settings.resolutions) // 2
         raise Refused("BAD_VALUE", f"band must be 1 to {limit} voxels, got {settings.band:g}", "pass another --band")
+    if settings.sharp_degrees is not None and not 0 < settings.sharp_degrees < 180:
+        what = f"sharp must be an angle between 0 and 180 degrees, got {settings.sharp_degrees:g}"
+        raise Refused("BAD_VALUE", what, "pass another --sharp")
+    if settings.wanted.hu is not None and not math.isfinite(settings.wanted.hu):
+        raise Refused("BAD_VALUE", f"hu must be a number in HU, got {settings.wanted.hu:g}", "pass another --hu")
     if settings.wanted.label is not None and settings.wanted.hu is not None:
         raise Refused("BAD_CALL", "--label and --hu are both given", "give one of them")
     if out.suffix == ".npz" or out.is_file():

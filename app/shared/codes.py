@@ -240,6 +240,7 @@ CODES = MappingProxyType(
         "BAD_CONFIG": _call("a config file cannot be read", "correct it; it must be JSON or YAML with one object"),
         "UNKNOWN_RUN": _call("the config has nothing of that name to run", "the line names the nearest"),
         "UNKNOWN_KEY": _call("the run has no such key", "the line names the nearest"),
+        "UNUSED_KEY": _call("the key stands in the config and no part of this run uses it", "leave it out"),
         "UNKNOWN_ARGUMENT": _call("a part is given an argument that it does not take", "the line names the nearest"),
         "MISSING_ARGUMENT": _call("a part is made without an argument that it needs", "add it in the config"),
         "MISSING_REFERENCE": _call("a reference to a key that does not exist", "define it, or remove the reference"),
@@ -321,6 +322,7 @@ CODES = MappingProxyType(
         "BAD_BUNDLE": _call(
             "an exported bundle whose files contradict each other", "copy it again, or export it again"
         ),
+        "BAD_CARD": _call("a tokenizer's card beside it cannot be read", "evaluate it again, or remove the card"),
         "NO_TEMPLATES": _call("a bundle's own code exports no bundle", "use a checkout or an installation"),
         "NOT_PROVEN": _fault("an exported bundle does not give what its source gives", "report it with its line"),
         "BAD_SHAPE": _refused("a batch that is not (B, 1, X, Y, Z)", "give volumes in HU with one channel"),

@@ -145,7 +145,7 @@ def make_val_loader(dataset: CTDataset, *, batch_size: int = 1, num_workers: int
     if idist.all_reduce(len(numbers), op="MIN") == 0:  # a rank without any would leave the others waiting
         raise ValueError(
             f"the val split must give each of {world} processes a case of at least min_points={dataset.min_points} "
-            f"voxels, it has {len(dataset)} cases; give more val cases, lower min_points or start fewer processes"
+            f"voxels, its cases are {len(dataset)}; give more val cases, lower min_points or start fewer processes"
         )
     return _loader(dataset, numbers, batch_size=batch_size, batch_split=1, num_workers=num_workers)
 

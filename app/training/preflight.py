@@ -131,6 +131,7 @@ def check_call(call: CommandLine) -> None:
             _check_value(name, value)
     for name, value in call.overrides.items():
         _check_override(name, value, call)
+    _check_used(call)
     if call.overrides.get("windows") is not None and call.overrides.get("window_type") is not None:
         raise Refused("BAD_VALUE", "windows and window_type are both given", "give one of them")
 
@@ -166,6 +167,15 @@ def _check_override(name: str, value: Any, call: CommandLine) -> None:
         raise Refused("NULL_IGNORED", what, f"write --{name} '$None' to set null")
     if len(path) == 1 and name in RULES:
         _check_value(name, value)
+
+
+def _check_used(call: CommandLine) -> None:
+    """A setting that is given and that nothing refers to, as of a part that an overlay has replaced."""
+    values = [value for _, _, value in walk({**call.config, **call.overrides})]
+    used = {re.split(r"::|#", reference)[0] for value in values for reference in _references(value)}
+    for name in call.overrides:
+        if name in RULES and name != "training_stage" and name not in used:  # that one is read by its name
+            raise Refused("UNUSED_KEY", f"nothing in this run uses {name}")
 
 
 def _check_value(name: str, value: Any) -> None:
@@ -206,9 +216,7 @@ def _check_structure(config: dict[str, Any]) -> None:
                 raise Refused("BAD_TARGET_KEY", f"{path} holds {key}, which MONAI would pass over", f"write {meant[0]}")
         if isinstance(value, dict) and "_target_" in value:
             _check_component(path, value)
-        if not isinstance(value, str) or value[:1] not in "$@":
-            continue
-        for reference in re.findall(rf"@({REFERENCE})", value):
+        for reference in _references(value):
             node: Any = config
             for part in re.split(r"::|#", reference):
                 inside = isinstance(node, list) and part.isdigit() and int(part) < len(node)
@@ -218,6 +226,11 @@ def _check_structure(config: dict[str, Any]) -> None:
                     )
                     raise Refused("MISSING_REFERENCE", f"{path} refers to @{reference}, which does not exist", hint)
                 node = node[int(part)] if isinstance(node, list) else node[part]
+
+
+def _references(value: Any) -> list[str]:
+    """What an expression or a reference of a config refers to."""
+    return re.findall(rf"@({REFERENCE})", value) if isinstance(value, str) and value[:1] in ("$", "@") else []
 
 
 def _check_component(path: str, node: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from app.language.assistant import CTAssistant, read_settings
 from app.shared.refusals import Refused
 from app.tokens.commands import onto_grid, write_nifti
 from app.tokens.open_scan import Volume
+from app.tokens.token_files import read_tokens
 from app.tokens.tokenizer import CTTokenizer
 from app.training import checkpoints
 from tests import tiny_tokenizer as tiny
@@ -101,6 +103,17 @@ def test_inference_runs_wherever_the_bundle_is_moved_to_and_gives_the_projects_r
     image = nibabel.load(file)
     assert np.allclose(image.affine, tokens.source_affine, atol=1e-3) and image.get_data_dtype() == np.int16
     assert np.abs(np.asarray(image.dataobj) - expected).max() <= 1
+
+
+def test_the_command_of_its_card_runs_from_elsewhere(exported, scan, tmp_path):
+    """As it stands there, with another command of the same code."""
+    out, told = exported
+    (line,) = re.findall(r"^PYTHONPATH=BUNDLE python -m (\S+) prepare RAW", (out / "docs/README.md").read_text(), re.M)
+    call = [sys.executable, "-B", "-m", line, "tokenize", str(scan), "tokens.npz", "--tokenizer", str(out)]
+    kept = {**os.environ, "PYTHONPATH": str(out)}
+    ended = subprocess.run(call, cwd=tmp_path, env=kept, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert read_tokens(tmp_path / "tokens.npz").tokenizer == told["tokenizer"]
 
 
 def test_training_goes_on_with_the_owners_data(exported, cohort, tmp_path):

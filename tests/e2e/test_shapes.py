@@ -1,6 +1,8 @@
 """Meshes all the way: to signed distance, a tokenizer trained on it, tokens, and meshes in mm again."""
 
 import json
+import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -11,8 +13,8 @@ from app.__main__ import app
 from app.export.export import export
 from app.shapes.mesh_files import Mesh, read_mesh, write_mesh
 from app.tokens.tokenizer import CTTokenizer
-from tests.e2e.test_export import COMMAND, alone
-from tests.runs import ROOT, TINY, rows_of, run_in
+from tests.e2e.test_export import ALONE, COMMAND, alone, ended_well
+from tests.runs import ROOT, TINY, assert_same_story, rows_of, run_in, told_by, torchrun
 from tests.solids import sphere
 
 CONFIG = str(ROOT / "bundles/sdf_vqvae.json")
@@ -70,6 +72,22 @@ def test_its_card_tells_distances_before_and_after_quantising(trained):
     assert 0 < before["distance_voxels"] < 2 and before["dice"] > 0.7 and before["normals"] > 0.5
     assert 0 < after["distance_voxels"] < 3
     assert "| before quantising |" in (trained / "card/tokenizer_card.md").read_text()
+
+
+def test_a_card_of_one_level_is_of_its_codes_alone(trained):
+    given = {"dataset_dir": trained / "sdf", "tokenizer": trained / "out"}
+    config = str(ROOT / "bundles/evaluate_tokenizer.json")
+    cards = {}
+    for levels in (1, 2):
+        options = {**dict.fromkeys(TINY), **given, "levels": levels, "output_dir": trained / f"card{levels}"}
+        assert run_in(trained, config, run_id="run", **options).status == 0
+        cards[levels] = json.loads((trained / f"card{levels}/tokenizer_card.json").read_text())
+    assert [len(cards[levels]["codes"]["used"]) for levels in (1, 2)] == [1, 2]
+    one, two = (cards[levels]["ways"] for levels in (1, 2))
+    assert one["before quantising"] == two["before quantising"]
+    assert one["after, stored support"] != two["after, stored support"]
+    refused = run_in(trained, config, run_id="run", **{**options, "levels": 3})
+    assert refused.status == 2 and refused.error.startswith("BAD_VALUE: levels must lie in 1..2"), refused.err
 
 
 def test_what_does_not_go_together_is_one_line(trained):
@@ -144,3 +162,30 @@ def test_its_bundle_trains_on_and_judges_the_owners_shapes(exported, trained, tm
     alone(COMMAND, tmp_path / "else", "run", "--config_file", config / "evaluate.json", *shapes, *words)
     card = json.loads((tmp_path / "card/tokenizer_card.json").read_text())
     assert card["tokenizer"]["sha256"] == exported[1]["tokenizer"]
+
+
+def with_a_second_to_judge(shapes, out):
+    """A process each has to have one: the first of those to learn from is also there under another name."""
+    shutil.copytree(shapes, out)
+    table = (out / "metadata.csv").read_text().splitlines()
+    learned = next(line for line in table if ",train," in line)
+    name = learned.split(",")[0]
+    (out / "metadata.csv").write_text("\n".join([*table, learned.replace(name, "s9").replace("train", "val"), ""]))
+    for file in out.glob(f"{name}_r*.npz"):
+        shutil.copy(file, out / file.name.replace(name, "s9"))
+    return out
+
+
+def test_its_overlay_trains_in_two_processes_as_one_would(exported, trained, tmp_path):
+    """Two ranks (gloo, on CPUs) of the bundle's own code, each with half of what one process takes a step."""
+    configs, place = exported[0] / "configs", tmp_path / "else"
+    shapes = with_a_second_to_judge(trained / "sdf", tmp_path / "sdf")
+    words = ["--dataset_dir", shapes, "--max_steps", "2", "--i_save", "2", "--val_interval", "2"]
+    words += ["--i_log", "1", "--num_workers", "0", "--max_shift", "0"]
+    one = ["--batch_size_per_gpu", "2", "--output_dir", tmp_path / "one"]
+    alone(COMMAND, place, "run", "training", "--config_file", configs / "train.json", *words, *one)
+    (place / "bundle.py").write_text(ALONE + COMMAND)
+    both = ["run", "training", "--config_file", f"['{configs / 'train.json'}','{configs / 'multi_gpu_train.json'}']"]
+    call = [*torchrun(), place / "bundle.py", *both, *words, "--batch_size_per_gpu", "1"]
+    ended_well([sys.executable, "-I", "-B", *map(str, call), "--output_dir", str(tmp_path / "two")], place)
+    assert_same_story(told_by(tmp_path / "two"), told_by(tmp_path / "one"))

@@ -9,6 +9,7 @@ import torch
 from monai.bundle import ConfigParser
 
 from app.export import code, configs
+from app.export.export import export
 from app.export.metadata import SCHEMA, make_metadata
 from app.shared.places import bundles_folder
 from app.shared.refusals import Refused
@@ -148,10 +149,26 @@ def test_a_bundle_that_describes_another_tokenizer_is_refused(bundle, name, valu
     assert "BAD_BUNDLE" in refused(bundle, capsys)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"tokenizer": 3}'])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"tokenizer": 3}', "[" * 100_000])
 def test_damaged_metadata_are_refused(bundle, text, capsys):
     (bundle / "configs" / "metadata.json").write_text(text)
     assert "BAD_BUNDLE" in refused(bundle, capsys)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", "[" * 100_000, "no errors", "errors of no kind"])
+def test_a_damaged_card_beside_the_weights_is_refused_before_anything_is_written(content, bundle, tmp_path):
+    made = CTTokenizer.from_pretrained(bundle)
+    card = {"tokenizer": {"sha256": made.digest}, **({"errors": [3]} if content == "errors of no kind" else {})}
+    text = json.dumps(card) if content[0] in "ne" else content
+    (bundle / "tokenizer_card.json").write_text(text)
+    with pytest.raises(Refused, match=r"^BAD_CARD: .*tokenizer_card.json is no card of a tokenizer"):
+        export(tmp_path / "out", tokenizer=bundle)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_name_is_not_the_default(tmp_path):
+    with pytest.raises(Refused, match=r"^BAD_VALUE: tokenizer is empty"):
+        export(tmp_path / "out", tokenizer="")
 
 
 def refused(bundle, capsys):

@@ -95,6 +95,7 @@ def test_it_is_known_by_its_name_in_every_command_and_in_python(folder, dataset,
 def test_where_none_is_named_the_newest_run_goes_before_the_one_that_ships(folder, caplog):
     assert find_tokenizer(None) == folder / "ct_base" / "model.safetensors"
     assert FrozenTokenizer(None, demo=False, device=torch.device("cpu")).file == find_tokenizer("ct_base")
+    assert Path(Served().tokenizer.source) == find_tokenizer("ct_base")
     save(make_network(), Path("outputs/vq_stage1"))
     assert find_tokenizer(None).parent == Path("outputs/vq_stage1/ckpts")
     assert Path(Served().tokenizer.source).parent == Path("outputs/vq_stage1/ckpts")

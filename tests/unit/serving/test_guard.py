@@ -62,6 +62,8 @@ def test_this_machine_is_answered():
         {"headers": [("host", "127.0.0.1.evil.example")]},
         {"headers": [("origin", "https://evil.example")]},
         {"headers": [("origin", "null")]},
+        {"headers": [("host", "[::1")]},
+        {"headers": [("origin", "http://a]b")]},
     ],
 )
 def test_others_are_not_unless_a_host_was_named(given):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import nibabel
 import numpy as np
@@ -198,8 +199,35 @@ def test_organs_of_a_prepared_case_keep_its_world(tmp_path):
         (["--resolution", "x"], "BAD_VALUE"),
         (["--band", "0"], "BAD_VALUE"),
         (["--label", "1", "--hu", "3"], "BAD_CALL"),
+        (["--label", "1"], "BAD_CALL"),  # of meshes
+        (["--hu", "nan"], "BAD_VALUE"),
+        (["--sharp", "nan"], "BAD_VALUE"),
+        (["--sharp", "-5"], "BAD_VALUE"),
     ],
 )
 def test_a_wrong_call_is_one_line(words, code, meshes, tmp_path):
     status, done, said = sdf(meshes, tmp_path / "out", *words)
     assert status == 2 and done["error"].startswith(f"{code}: ") and said.strip().count("\n") == 0
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "mesh.stl")
+    status, done, _ = sdf(tmp_path / "mesh.stl", tmp_path / "out")
+    assert status == 2 and done["error"].startswith("NO_SOURCE: ")
+
+
+def test_a_mesh_smaller_than_numbers_is_a_point(tmp_path):
+    vertices, faces = box((1, 1, 1))
+    write_mesh(tmp_path / "point.obj", Mesh(vertices * 0, faces))
+    text = (tmp_path / "point.obj").read_text()
+    (tmp_path / "point.obj").write_text(text.replace("v 0", "v 5e-324", 1))
+    status, done, _ = sdf(tmp_path / "point.obj", tmp_path / "out", "--resolution", "16")
+    assert status == 3 and done["cases"][0]["codes"] == ["BAD_MESH"]
+    assert "its longest side is 4.9" in done["cases"][0]["message"]
+
+
+def test_edges_of_more_triangles_are_told(tmp_path):
+    write_mesh(tmp_path / "beside.obj", Mesh(*joined(box((1, 1, 1)), box((1, 1, 1), (2, 2, 0)))))
+    status, done, _ = sdf(tmp_path / "beside.obj", tmp_path / "out", "--resolution", "32")
+    assert status == 0 and done["cases"][0]["codes"] == ["NON_MANIFOLD"]
+    assert done["cases"][0]["message"].endswith("with more than two triangles: 1")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from app.training import key_rules
-from tests.preflight_calls import ALIGN, EVALUATE, ROOT, STAGE1
+from tests.preflight_calls import ALIGN, EVALUATE, ROOT, SHAPES_STAGE2, STAGE1
 
 
 def flat_keys(config):
@@ -36,6 +36,15 @@ def test_an_unknown_key_is_named_with_its_nearest(check, flags, parts):
     line = check(*flags)
     for part in parts:
         assert part in line, line
+
+
+@pytest.mark.parametrize("key", ["warmup_steps", "pretrained_vae_path"])
+def test_a_key_of_a_part_that_an_overlay_replaced_is_refused(check, key):
+    """Stage 2 of shapes has a start of its own, which knows neither."""
+    assert check(f"--{key}", "$5", config=SHAPES_STAGE2).startswith(f"UNUSED_KEY: nothing in this run uses {key}.")
+    assert check(f"--{key}", "$5", config=STAGE1) is None
+    used = ["--init_from", "mine", "--max_steps", "5", "--training_stage", "2"]
+    assert check(*used, config=SHAPES_STAGE2) is None
 
 
 @pytest.mark.parametrize(
