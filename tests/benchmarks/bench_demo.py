@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_demo.py outputs/vq_stage1 [--cases 24]
 
 Both see the same voxels and are judged in the same windows: mean absolute error in HU, the truth clipped to the window.
-The peer keeps a float a window for each 8x8x8 cell, the tokenizer twelve codes of 8 bits for all windows together. It
+The peer keeps a float a window for each 8x8x8 cell, the tokenizer 24 codes of 8 bits for all windows together. It
 is run twice, on HU and on each window by itself; the better of the two is the one to beat.
 """
 

@@ -52,7 +52,7 @@ def test_without_data_it_is_the_demo(monkeypatch, stage, steps, rate, loss):
     if stage != "vq_stage2":
         assert config["lambda_kl"] == 0.03
     if stage != "vae":
-        assert config["quantizer_levels"] == 12
+        assert config["quantizer_levels"] == 24
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_parts_named_one_by_one_are_the_network_that_older_checkpoints_hold(stag
     torch.manual_seed(0)
     named = parser.get_parsed_content("network_def").state_dict()
     torch.manual_seed(0)
-    changes = {"codebook": "none"} if stage == "vae" else {"quantizer_levels": 12}
+    changes = {"codebook": "none"} if stage == "vae" else {"quantizer_levels": 24}
     whole = make_vqvae("tiny", pca=True, **changes).state_dict()
     assert list(named) == list(whole)
     assert all(torch.equal(named[name], whole[name]) for name in whole)
