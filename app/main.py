@@ -158,12 +158,15 @@ class Voxelingo(MONAILabelApp):
             except IndexError:  # how MONAI Label says that a DICOMweb server has no such series
                 return None
             path = Path(self.studies, image)
-        place = path.resolve()
+        try:
+            place = path.resolve(strict=True)
+        except OSError:  # not there, or a name that no file can have
+            return None
         folders = [self.uploads, Path(self.studies).resolve()]
         if self.sessions() is not None:
             folders.append(Path(self.sessions().store_path).resolve())
         below = any(folder in place.parents for folder in folders)
-        return place if place.exists() and below else None
+        return place if below else None
 
 
 def guard_server(*, max_bytes: int) -> None:

@@ -43,6 +43,7 @@ class Guard:
     async def _counted(self, scope: Message, receive: Receive, send: Send) -> None:
         """Passes a request on, counts what comes in, and keeps what breaks inside from leaving as a trace."""
         received, too_large, started = 0, False, False
+        held: list[Message] = []  # what a framework answers of its own where something breaks, before it passes it on
 
         async def count() -> Message:
             nonlocal received, too_large
@@ -57,15 +58,23 @@ class Guard:
             nonlocal started
             if too_large:  # what the application makes of a request that was cut off
                 return
+            if not started and (held or message.get("status") == 500):
+                held.append(message)
+                return
             started = True
             await send(message)
 
         try:
             await self.app(scope, count, pass_on)
+            for message in held:
+                await send(message)
         except Exception as error:
-            if not too_large:
+            unread = isinstance(error, json.JSONDecodeError | RecursionError)
+            if not unread and not too_large:
                 log.error("FAULT: %s while answering %s", type(error).__name__, scope["method"])
-            if not started and not too_large:
+            if not started and not too_large and unread:
+                await refuse(send, 422, "BAD_CALL", "the JSON of the request cannot be read", "correct it")
+            elif not started and not too_large:
                 await refuse(send, 500, "FAULT", type(error).__name__, "report it with this line")
         if too_large:
             await self._refuse_size(send)

@@ -41,7 +41,9 @@ def weight_grad(feats: Float[Tensor, "N C"], grad: Float[Tensor, "N F"], level: 
     wide = _accumulator(feats.dtype)
     out = torch.zeros((27, feats.shape[1], grad.shape[1]), dtype=wide, device=feats.device)
     if level.mean_neighbours < THIN:
-        torch.mm(feats.to(wide).mT, grad.to(wide), out=out[CENTRE])
+        size = _rows_at_a_time(feats)
+        for some, others in zip(feats.split(size), grad.split(size), strict=True):
+            out[CENTRE].addmm_(some.to(wide).mT, others.to(wide))
         for k, rows, near in _pairs(feats, level):
             out[k].addmm_(near.to(wide).mT, grad[rows].to(wide))
     else:
@@ -77,11 +79,16 @@ def _gather_multiply(
     return out
 
 
+def _rows_at_a_time(feats: Float[Tensor, "N C"]) -> int:
+    """Products over more rows than this are summed part by part: MKL may split longer sums by its number of threads."""
+    return PAIR_BLOCK if feats.device.type == "cpu" else 27 * CUDA_BLOCK // feats.shape[1]
+
+
 def _pairs(
     feats: Float[Tensor, "N C"], level: Level
 ) -> Iterator[tuple[int, Int64[Tensor, " P"], Float[Tensor, "P C"]]]:
     """Offset by offset but for the centre, rows that have a neighbour there and the neighbours' features."""
-    size = PAIR_BLOCK if feats.device.type == "cpu" else 27 * CUDA_BLOCK // feats.shape[1]
+    size = _rows_at_a_time(feats)
     for k, (rows, near) in enumerate(level.neighbour_pairs):
         if k != CENTRE:
             for some, others in zip(rows.split(size), near.split(size), strict=True):

@@ -199,6 +199,7 @@ def packed(name, content):
         ("tokenize", {"params": {"image": "/etc/passwd"}}, 404, "NO_SOURCE"),
         ("tokenize", {"params": {"image": "../../etc/passwd"}}, 404, "NO_SOURCE"),
         ("tokenize", {"params": {"image": "nobody"}}, 404, "NO_SOURCE"),
+        ("tokenize", {"params": {"image": "a" * 5000}}, 404, "NO_SOURCE"),
         ("nothing", {"params": {"image": PATIENT}}, 404, "NO_MODEL"),
         ("ask", {"params": {"image": PATIENT}}, 422, "BAD_VALUE"),
         ("ask", {"params": {"image": PATIENT}, "data": {"params": '{"question": "' + "x" * 3000 + '"}'}}, 422,
@@ -217,7 +218,9 @@ def test_what_cannot_be_answered_is_refused_with_a_code(server, model, given, st
 
 
 def test_broken_calls_leave_the_server_up(server):
-    assert server.ask("tokenize", params={"image": PATIENT}, data={"params": "{no json"}).status_code == 500
+    for text, status, code in (("{no json", 422, "BAD_CALL"), ("[" * 100_000, 422, "BAD_CALL"), ("[1]", 500, "FAULT")):
+        answer = server.ask("tokenize", params={"image": PATIENT}, data={"params": text})
+        assert (answer.status_code, answer.json()["detail"]["code"]) == (status, code), text[:9]
     assert server.ask("ask", params={"image": PATIENT, "output": "image"}).status_code in (422, 500)
     assert requests.get(f"{server.url}/info/", timeout=10).status_code == 200
 

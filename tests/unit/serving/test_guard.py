@@ -45,6 +45,21 @@ async def answer_then_break(scope, receive, send):
     raise RuntimeError("/studies/Doe_John.nii.gz is broken")
 
 
+async def parse(scope, receive, send):
+    """What Starlette does where a handler breaks: it answers, then passes it on."""
+    try:
+        json.loads("[" * 100_000 if scope["client"] == HERE else "{no json")
+    except Exception:
+        await send({"type": "http.response.start", "status": 500, "headers": []})
+        await send({"type": "http.response.body", "body": b"Internal Server Error"})
+        raise
+
+
+async def answer_500(scope, receive, send):
+    await send({"type": "http.response.start", "status": 500, "headers": []})
+    await send({"type": "http.response.body", "body": b"of its own"})
+
+
 def code_of(answer):
     return answer[0], json.loads(answer[1])["detail"]["code"]
 
@@ -93,8 +108,17 @@ def test_too_much_is_told_though_the_application_says_otherwise():
 def test_what_breaks_leaves_no_name_in_answer_or_log(app, caplog):
     with caplog.at_level(logging.DEBUG):
         answer = ask(app)
-    assert answer[0] == 500 and b"Doe" not in answer[1]
+    assert code_of(answer) == (500, "FAULT") and b"Doe" not in answer[1]
     assert "RuntimeError" in caplog.text and "Doe" not in caplog.text
+
+
+@pytest.mark.parametrize("client", [HERE, ("::1", 1)])
+def test_json_that_cannot_be_read_is_a_call_and_no_fault(client, caplog):
+    assert code_of(ask(parse, client=client)) == (422, "BAD_CALL") and "FAULT" not in caplog.text
+
+
+def test_a_500_that_nothing_broke_for_passes_as_it_is():
+    assert ask(answer_500) == (500, b"of its own")
 
 
 def test_names_that_only_look_like_this_machine_are_not():

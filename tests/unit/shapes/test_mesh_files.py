@@ -139,6 +139,8 @@ def test_what_is_wrong_is_named(tmp_path):
     assert "it has no PLY header" in written(tmp_path, "a.ply", b"")
     assert "it ends after" in written(tmp_path, "b.ply", ply("binary_little_endian", QUADS)[:-3])
     assert "declares entities" in written(tmp_path, "b.vtp", b'<!DOCTYPE a [<!ENTITY b "c">]><VTKFile/>')
+    assert "it is no XML" in written(tmp_path, "d.vtp", b"<a>" * 200_000)
+    assert "4300 digits" in written(tmp_path, "e.obj", b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 " + b"9" * 6000)
     bomb = vtp("packed").replace(b"<Piece", b"<Piece ")
     sizes = struct.pack("<4I", 1, 0, 1 << 31, 10)
     start = bomb.index(b'format="binary">') + 16
