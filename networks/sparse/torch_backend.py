@@ -19,6 +19,7 @@ from networks.sparse.topology import CENTRE, Level
 BLOCK = 2**16  # numbers gathered for an offset; those for all 27 stay in a CPU's cache
 CUDA_BLOCK = 2**22  # fewer kernels to start
 PAIR_BLOCK = 8192
+ROWS_A_SUM = 512  # up to which one thread adds them up
 THIN = 12.0  # mean neighbours below which pair lists win (measured on CPU, 9 to 25 neighbours)
 
 
@@ -41,11 +42,9 @@ def weight_grad(feats: Float[Tensor, "N C"], grad: Float[Tensor, "N F"], level: 
     wide = _accumulator(feats.dtype)
     out = torch.zeros((27, feats.shape[1], grad.shape[1]), dtype=wide, device=feats.device)
     if level.mean_neighbours < THIN:
-        size = _rows_at_a_time(feats)
-        for some, others in zip(feats.split(size), grad.split(size), strict=True):
-            out[CENTRE].addmm_(some.to(wide).mT, others.to(wide))
+        out[CENTRE] = _sum_of_products(feats.to(wide), grad.to(wide))
         for k, rows, near in _pairs(feats, level):
-            out[k].addmm_(near.to(wide).mT, grad[rows].to(wide))
+            out[k] += _sum_of_products(near.to(wide), grad[rows].to(wide))
     else:
         for rows, near in _neighbourhoods(feats, level):
             out.baddbmm_(near.to(wide).mT, grad[rows].to(wide).expand(27, -1, -1))
@@ -79,16 +78,20 @@ def _gather_multiply(
     return out
 
 
-def _rows_at_a_time(feats: Float[Tensor, "N C"]) -> int:
-    """Products over more rows than this are summed part by part: MKL may split longer sums by its number of threads."""
-    return PAIR_BLOCK if feats.device.type == "cpu" else 27 * CUDA_BLOCK // feats.shape[1]
+def _sum_of_products(left: Float[Tensor, "P C"], right: Float[Tensor, "P F"]) -> Float[Tensor, "C F"]:
+    """left.T @ right, on a CPU in parts of equal length: MKL cuts longer sums by its number of threads."""
+    if left.device.type != "cpu" or len(left) <= ROWS_A_SUM:
+        return left.mT @ right
+    whole = len(left) // ROWS_A_SUM * ROWS_A_SUM
+    parts = [rearrange(side[:whole], "(parts p) c -> parts p c", p=ROWS_A_SUM) for side in (left, right)]
+    return (parts[0].mT @ parts[1]).sum(0) + left[whole:].mT @ right[whole:]
 
 
 def _pairs(
     feats: Float[Tensor, "N C"], level: Level
 ) -> Iterator[tuple[int, Int64[Tensor, " P"], Float[Tensor, "P C"]]]:
     """Offset by offset but for the centre, rows that have a neighbour there and the neighbours' features."""
-    size = _rows_at_a_time(feats)
+    size = PAIR_BLOCK if feats.device.type == "cpu" else 27 * CUDA_BLOCK // feats.shape[1]
     for k, (rows, near) in enumerate(level.neighbour_pairs):
         if k != CENTRE:
             for some, others in zip(rows.split(size), near.split(size), strict=True):
