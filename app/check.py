@@ -13,7 +13,7 @@ import numpy as np
 
 from app.dataset import prepared
 from app.shared.codes import CODES
-from app.shared.refusals import Refused
+from app.shared.refusals import Refused, check_path
 from app.shared.tables import read_table
 from app.text.manifests import check_rows, read_rows
 from networks import presets
@@ -62,6 +62,7 @@ def check(
 
     Points are counted as training with that preset will see them; `spacing` in mm stands for the preset's.
     """
+    check_path(data, name="DATA")
     path = Path(data)
     if not path.exists():
         what = f"{path.name!r} does not exist"

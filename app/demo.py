@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TextIO
 
 from app.shared.atomic_files import write_text
 from app.shared.output_folder import check_folder
-from app.shared.refusals import Refused, refuse_empty
+from app.shared.refusals import Refused, check_path
 from app.shared.terminal import StageTable, clock
 from app.shared.version import VERSION
 
@@ -227,7 +227,7 @@ def show(demo: Demo, record: dict[str, Any]) -> None:
 
 def demo(out: str = "demo", *, seed: int = 0, sizes: Sizes = Sizes()) -> dict[str, Any]:  # noqa: B008 (a tuple)
     """Runs what is left of the chain and writes the page; gives seconds by stage and what was found."""
-    refuse_empty(out)
+    check_path(out)
     given = Demo(Path(out), seed, sizes)
     record = open_record(given)
     table = StageTable({name: stage.seconds for name, stage in STAGES.items()})

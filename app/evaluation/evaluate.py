@@ -17,7 +17,7 @@ from app.language import align_data
 from app.language.assistant import CTAssistant
 from app.language.volume_tokens import TokenSource
 from app.phantoms.sentences import balance
-from app.shared.refusals import Refused, refuse_empty
+from app.shared.refusals import Refused, check_path
 from app.text.manifests import read_rows
 from app.text.rows import TextRow
 from app.tokens.open_scan import Scan, as_it_lies, case_key, is_case
@@ -41,7 +41,7 @@ def evaluate(
     `options`: seed, batch_size, max_new_tokens, num_phantoms, and split (default: test, else val, else all rows).
     """
     if output_dir is not None:
-        refuse_empty(output_dir)
+        check_path(output_dir)
     options = {"seed": 0, "batch_size": 16, "max_new_tokens": 160, "num_phantoms": 60, "split": None} | (options or {})
     assistant = CTAssistant.from_pretrained(align, tokenizer=tokenizer)
     source = assistant.tokenizer.source(align_data.tokens_folder(align))

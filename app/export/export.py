@@ -32,7 +32,7 @@ from app.shapes.sdf import Settings, make_shapes
 from app.shapes.sources import Wanted
 from app.shared.output_folder import check_folder
 from app.shared.places import bundles_folder, root_folder
-from app.shared.refusals import Refused, refuse_empty
+from app.shared.refusals import Refused, check_path
 from app.shared.version import VERSION
 from app.tokens.commands import onto_grid, write_nifti
 from app.tokens.open_scan import Volume
@@ -59,7 +59,7 @@ def export(
     zipped: bool = False,
 ) -> Json:
     """Writes the bundle and gives what was proven of it."""
-    refuse_empty(out)
+    check_path(out)
     out = Path(out)
     name = _good_name(name or out.resolve().name)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

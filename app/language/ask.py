@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from app.language.assistant import NOTICE, CTAssistant, TokenizedScan
-from app.shared.refusals import Refused, refuse_empty
+from app.shared.refusals import Refused, check_path
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +28,9 @@ def ask(
     max_new_tokens: int = 256,
 ) -> dict[str, Any]:
     """Answers for a scan, or for every scan of a folder (then into a jsonl file, refusals into failures.csv beside)."""
-    refuse_empty(source, name="SCAN")
+    check_path(source, name="SCAN")
     if out is not None:
-        refuse_empty(out)
+        check_path(out)
     path = Path(source)
     if not path.exists():
         what = f"{source} does not exist"

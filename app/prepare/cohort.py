@@ -23,7 +23,7 @@ from app.prepare.report import Report, write_tables
 from app.prepare.survey import Item, survey
 from app.prepare.text import join_text, patients_of
 from app.prepare.workers import busy, only_run, run_jobs, worker_count
-from app.shared.refusals import Refused, refuse_empty
+from app.shared.refusals import Refused, check_path
 from app.text.manifests import read_rows
 from transforms.windows import window_bounds
 
@@ -65,8 +65,8 @@ def prepare(
 ) -> Report:
     """Prepares everything below RAW into OUT; refuses a call that cannot be meant."""
     start = time.perf_counter()
-    refuse_empty(raw, name="RAW")
-    refuse_empty(out)
+    check_path(raw, name="RAW")
+    check_path(out)
     root, out = os.path.abspath(raw), Path(os.path.abspath(out))
     _check_call(root, out, settings)
     with only_run(out):

@@ -21,7 +21,7 @@ from app.shapes.shape_files import MAX_SIDE, Made, read_made, write_shape
 from app.shapes.sources import Found, Source, Wanted, find_sources, source_hash, surfaces_of
 from app.shared.atomic_files import write_text
 from app.shared.output_folder import check_folder
-from app.shared.refusals import Refused, as_refused, refuse_empty
+from app.shared.refusals import Refused, as_refused, check_path
 
 RESOLUTIONS = (64, 512, 1024)
 METADATA_COLUMNS = ("case_id", "patient", "split", "source_hash", "resolutions", "sign", "codes", "status")
@@ -58,8 +58,8 @@ def read_resolutions(text: str) -> tuple[int, ...]:
 
 def make_shapes(source: str | Path, out: str | Path, settings: Settings, *, workers: int = 8) -> dict[str, Any]:
     """Files of every surface at SOURCE, at each resolution, with metadata.csv and failures.csv."""
-    refuse_empty(source, name="SOURCE")
-    refuse_empty(out)
+    check_path(source, name="SOURCE")
+    check_path(out)
     source, out, begun = Path(source), Path(out), time.perf_counter()
     _check_call(source, out, settings)
     with only_run(out):
@@ -85,8 +85,6 @@ def _check_call(source: Path, out: Path, settings: Settings) -> None:
     if not source.exists():
         what = f"{source} does not exist"
         raise Refused("NO_SOURCE", what, "give a mesh, a volume, a prepared dataset or a folder of them")
-    if not source.is_file() and not source.is_dir():
-        raise Refused("NO_SOURCE", f"{source} is a pipe or a device", "save what comes from it as a file first")
     for side in settings.resolutions:
         if side % 8 or not 8 <= side <= MAX_SIDE:
             what = f"resolution must be a multiple of 8 up to {MAX_SIDE}, got {side}"

@@ -54,11 +54,13 @@ def _again(code: str, what: str, remedy: str, status: int, skipped: bool) -> Ref
     return Refused(code, what, remedy, status=status, skipped=skipped)
 
 
-def refuse_empty(path: str | Path, *, name: str = "OUT") -> None:
-    """An empty path, as an unset variable leaves it, would mean the current folder."""
+def check_path(path: str | Path, *, name: str = "OUT") -> None:
+    """Refuses an empty path, which would mean the current folder, and a pipe or device, which would be waited for."""
     if not str(path).strip():
         what = f"{name} is empty (a variable that is not set?)"
         raise Refused("BAD_VALUE", what, "give a path, the current folder is .")
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise Refused("NO_SOURCE", f"{name} {path} is a pipe or a device", "save what comes from it as a file first")
 
 
 def as_refused(error: Exception) -> Refused:

@@ -20,7 +20,7 @@ from scipy import ndimage
 from app.shapes.mesh_files import WRITERS, write_mesh
 from app.shared.atomic_files import written_whole
 from app.shared.output_folder import check_folder
-from app.shared.refusals import Refused, as_refused, refuse_empty
+from app.shared.refusals import Refused, as_refused, check_path
 from app.shared.terminal import progress
 from app.tokens import open_scan, shape_tokens
 from app.tokens.open_scan import ScanSource, Volume
@@ -49,8 +49,8 @@ def tokenize(
     fraction is their mean over the cells, each keeps as many as pay.
     `pack`: entropy-coded, in about as many bytes as each entry's `bits` tell.
     """
-    refuse_empty(source, name="SOURCE")
-    refuse_empty(out)
+    check_path(source, name="SOURCE")
+    check_path(out)
     source, out = Path(source), Path(out)
     ct = CTTokenizer.from_pretrained(tokenizer)
     try:
@@ -182,8 +182,8 @@ def reconstruct(
 
     `levels`: of the first so many codes of each cell.
     """
-    refuse_empty(tokens, name="TOKENS")
-    refuse_empty(out)
+    check_path(tokens, name="TOKENS")
+    check_path(out)
     source, out = Path(tokens), Path(out)
     files = sorted(source.rglob("*.npz")) if source.is_dir() else [source]
     if not files or not source.exists():

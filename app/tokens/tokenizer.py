@@ -13,7 +13,7 @@ from jaxtyping import Float, Int32
 
 from app.shared.devices import choose_device
 from app.shared.json_files import read_object
-from app.shared.refusals import Refused, refuse_empty
+from app.shared.refusals import Refused, check_path
 from app.tokens import open_scan
 from app.tokens.allocation import spread_levels, squared_errors
 from app.tokens.bundles import check_description
@@ -264,7 +264,7 @@ def find_tokenizer(path: str | Path | None, *, for_phantoms: bool = False) -> Pa
     `for_phantoms`, and else only where nothing ships: whoever tried the demo first has scans of patients now.
     """
     path = _default_tokenizer(for_phantoms) if path is None else path
-    refuse_empty(path, name="tokenizer")
+    check_path(path, name="tokenizer")
     path = shipped.weights_of(path)
     if not path.exists():
         known = f"give a checkpoint, an output folder, an exported bundle, or a name: {shipped.names_in_words()}"
