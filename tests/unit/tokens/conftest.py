@@ -1,24 +1,12 @@
-"""A tokenizer of four levels, and tokens of a scattered volume with support, as the tests of tokens take them."""
+"""Tokens of a scattered volume, with support, as the tests of token files take them."""
 
 import numpy as np
 import pytest
 import torch
 
 from app.tokens.token_files import CTTokens, latent_to_voxel
-from app.tokens.tokenizer import CTTokenizer
 from networks.sparse.topology import Level
 from networks.support import support_of
-from tests.tiny_tokenizer import make_network
-
-
-@pytest.fixture(scope="module")
-def network():
-    return make_network(quantizer_levels=4)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(network):
-    return CTTokenizer(network, digest="0" * 64)
 
 
 @pytest.fixture

@@ -28,6 +28,16 @@ UNIFORM = CodeTables("ab" * 32, 256, (None,) * 4)
 STREAM = "00643a040062a6c0e9436a54d203978f98c5175544546b46f4df5a4898"
 
 
+@pytest.fixture(scope="module")
+def network():
+    return make_network(quantizer_levels=4)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(network):
+    return CTTokenizer(network, digest="0" * 64)
+
+
 @pytest.fixture
 def unlike(tokens, rng):
     """Tokens of one to three codes a cell."""

@@ -27,6 +27,16 @@ def quantizer(generator):
     return made.train()
 
 
+@pytest.fixture(scope="module")
+def network():
+    return make_network(quantizer_levels=4)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(network):
+    return CTTokenizer(network, digest="0" * 64)
+
+
 def test_the_first_codes_are_a_coarser_value(quantizer, generator):
     rows = torch.randn(300, 4, generator=generator)
     codes = quantizer(rows).codes
