@@ -29,7 +29,7 @@ class Sizes(NamedTuple):
     steps: Mapping[str, int] = {"vae": 700, "vq_stage1": 100, "vq_stage2": 150}
     tokenizer: Mapping[str, Any] = {}  # further keys of the three stages
     codebook: Mapping[str, Any] = {}  # of stages 1 and 2
-    align: Mapping[str, Any] = {"num_phantoms": 600}  # further keys of align
+    align: Mapping[str, Any] = {"num_phantoms": 480}  # further keys of align
     num_asked: int = 60  # phantoms that judge the answers
 
 
@@ -163,7 +163,7 @@ STAGES: Mapping[str, Stage] = {
         lambda demo: train_stage(demo, "vq_stage2"),
         "vq_stage2/ckpts",
     ),
-    "align": Stage(433, "a tiny Qwen2-VL, built here, learns to read the tokens", align, "align/projector_final.pt"),
+    "align": Stage(350, "a tiny Qwen2-VL, built here, learns to read the tokens", align, "align/projector_final.pt"),
     "evaluate": Stage(
         52,
         "tokens and answers on phantoms that no stage has seen, beside controls",
