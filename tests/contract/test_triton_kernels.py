@@ -1,7 +1,6 @@
-"""The Triton kernels without a GPU, computed by Triton's interpreter.
+"""The Triton kernels without a GPU, computed by Triton's interpreter, in float16 and float32: its bfloat16 is garbage.
 
-The interpreter must be chosen before Triton is imported, so its tests run in a process of their own. It is right in
-float16 and float32 only: its bfloat16 products are garbage.
+The interpreter must be chosen before Triton is imported, so its tests run in a process of their own.
 """
 
 import os
