@@ -5,9 +5,11 @@ Form A brings precomputed `feats_3d`, `coords_3d`, `input_ids`, `attention_mask`
 cannot be used is counted by reason, never replaced in silence.
 """
 
+import contextlib
 import importlib
 import json
 import logging
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -25,6 +27,7 @@ from app.language import chat
 from app.language.volume_tokens import Reducer, TokenSource, sparse_inputs
 from app.phantoms.phantoms import ANATOMY_VERSION, make_phantom
 from app.phantoms.sentences import balance, mirrored, phantom_rows
+from app.prepare.workers import free_memory, num_cores
 from app.shared.atomic_files import write_text
 from app.shared.refusals import Refused, refusal_of
 from app.shared.terminal import progress
@@ -36,6 +39,8 @@ from networks.tokens import TokenSequence
 
 log = logging.getLogger(__name__)
 
+PHANTOMS_A_WORKER = 8
+BYTES_A_WORKER, BYTES_A_VOXEL = 300 << 20, 120  # of memory, to paint and encode one phantom
 FIRST_PHANTOMS = {"train": 0, "tune": 500_001, "val": 1}  # every second from there; evaluation asks about val alone
 
 
@@ -225,14 +230,38 @@ def encode_rows(
     return volumes, bad
 
 
-def visit_in_shares(items: Sequence, visit: Callable[[Any], None], *, says: str) -> None:
-    """Visits all items; of several processes each first visits a share, so that all then find the rest on disk."""
+class _Visits(Dataset):
+    """Items that a loader's worker visits for what this leaves on disk. A visit that fails is left to the next one."""
+
+    def __init__(self, items: Sequence, visit: Callable[[Any], None]):
+        self.items, self.visit = items, visit
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, number: int) -> int:
+        with contextlib.suppress(Exception):  # the process that waits visits it again, and says what is wrong
+            self.visit(self.items[number])
+        return number
+
+
+def visit_in_shares(items: Sequence, visit: Callable[[Any], None], *, says: str, workers: int = 1) -> None:
+    """Visits all items; of several processes each first visits a share, so that all then find the rest on disk.
+
+    These are the ranks of a run, or `workers` of a run without ranks.
+    """
     rank, world = idist.get_rank(), idist.get_world_size()
     log.info("%s: %d", says, len(items))
     if world > 1:
         for item in with_progress(items[rank::world], f"{says}, one of {world} shares"):
             visit(item)
         idist.barrier()
+    elif workers > 1:
+        # its own generator, as a loader draws from the global one; forked, as a visit cannot be pickled
+        options = {"batch_size": None, "generator": torch.Generator(), "multiprocessing_context": "fork"}
+        visited = iter(CaseLoader(_Visits(items, visit), num_workers=workers, **options))
+        for _ in with_progress(items, f"{says}, {workers} at a time"):
+            next(visited)
     for item in with_progress(items, says):
         visit(item)
 
@@ -260,8 +289,19 @@ def phantom_volumes(
         volumes[name] = tokens[mirror]
         rows[name] = phantom_rows(name, findings, split=split, about=about)
 
-    visit_in_shares(range(count), visit, says="making phantoms")
+    visit_in_shares(range(count), visit, says="making phantoms", workers=workers_for(source, count))
     return [row for name in sorted(rows) for row in rows[name]], volumes
+
+
+def workers_for(source: TokenSource, count: int) -> int:
+    """Processes that make `count` phantoms: a core each, if memory allows and there are PHANTOMS_A_WORKER for each.
+
+    One where a card encodes, which a forked process cannot use, and where a process had better not be forked.
+    """
+    if source.tokenizer.device.type != "cpu" or sys.platform != "linux":
+        return 1
+    bytes_each = BYTES_A_WORKER + BYTES_A_VOXEL * source.tokenizer.sizes.resolution**3
+    return max(1, min(num_cores(), count // PHANTOMS_A_WORKER, int(0.8 * free_memory() / bytes_each)))
 
 
 def phantom_case(source: TokenSource, name: str, *, number: int) -> tuple[list[dict], tuple[CTTokens, CTTokens]]:

@@ -36,9 +36,14 @@ def free_memory() -> int:
     return free
 
 
+def num_cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def worker_count(asked: int, bytes_each: int, jobs: int) -> int:
     """As many as asked, if cores, memory and jobs allow; says so where they do not."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = num_cores()
     fit = max(1, int(0.8 * free_memory() / bytes_each))
     count = max(1, min(asked, cores, fit, jobs))
     if count < min(asked, jobs):

@@ -1,5 +1,7 @@
 """Samples for alignment: forms A and B are the same batch, nothing is replaced in silence, tokens are kept on disk."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -243,6 +245,52 @@ def test_phantoms_are_made_once_and_then_read(ct, tmp_path, monkeypatch):
     ]
     assert set(mirrored) == {f"{name}_mirrored" for name in volumes}
     assert any(not np.array_equal(mirrored[f"{name}_mirrored"].codes, volumes[name].codes) for name in volumes)
+
+
+def test_phantoms_made_by_two_processes_are_those_made_by_one(ct, tmp_path, monkeypatch):
+    """The same files and numbers; what was made by others is read, and no random number of this process is drawn."""
+    settings = {"count": 5, "seed": 0, "split": "train"}
+    monkeypatch.setattr(align_data, "workers_for", lambda source, count: 1)
+    rows, volumes = align_data.phantom_volumes(TokenSource(ct, cache_dir=tmp_path / "one"), **settings)
+    monkeypatch.setattr(align_data, "workers_for", lambda source, count: 2)
+    here, painted_here, paint = os.getpid(), [], align_data.make_phantom
+
+    def painted(number: int, **size: float):
+        if os.getpid() == here:
+            painted_here.append(number)
+        return paint(number, **size)
+
+    monkeypatch.setattr(align_data, "make_phantom", painted)
+    state = torch.get_rng_state()
+    again, read = align_data.phantom_volumes(TokenSource(ct, cache_dir=tmp_path / "two"), **settings)
+    assert painted_here == [] and torch.equal(torch.get_rng_state(), state)
+    assert again == rows and set(read) == set(volumes)
+    assert all(np.array_equal(read[name].codes, volumes[name].codes) for name in volumes)
+
+
+def test_a_visit_that_fails_in_another_process_is_visited_here(tmp_path):
+    """So that its reason is told by this process, as it is."""
+
+    def visit(number: int) -> None:
+        if number == 2:
+            raise Refused("BAD_SCAN", "the third is damaged")
+        (tmp_path / str(number)).touch()
+
+    with pytest.raises(Refused, match=r"^BAD_SCAN: the third is damaged"):
+        align_data.visit_in_shares(range(4), visit, says="visiting", workers=2)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["0", "1", "3"]
+
+
+def test_processes_that_make_phantoms_have_cores_memory_and_work(ct, monkeypatch, tmp_path):
+    source = TokenSource(ct, cache_dir=tmp_path)
+    monkeypatch.setattr(align_data, "num_cores", lambda: 6)
+    monkeypatch.setattr(align_data, "free_memory", lambda: 100 << 30)
+    monkeypatch.setattr(align_data.sys, "platform", "linux")
+    assert [align_data.workers_for(source, count) for count in (1, 16, 480)] == [1, 2, 6]
+    monkeypatch.setattr(align_data, "free_memory", lambda: 1 << 30)
+    assert align_data.workers_for(source, 480) == 2
+    monkeypatch.setattr(align_data.sys, "platform", "darwin")
+    assert align_data.workers_for(source, 480) == 1
 
 
 def test_a_bad_scan_ends_the_run_by_name_unless_skipped(ct, tmp_path):
