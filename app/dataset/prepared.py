@@ -7,6 +7,7 @@ of floats, any size, no sidecar; their volumes are never taken for HU.
 import csv
 import hashlib
 import json
+import logging
 import platform
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from app.shared.refusals import Refused
 from app.shared.tables import read_table
 from transforms.windows import AIR, WINDOWS, hu_from_windows, window, window_bounds
 
+log = logging.getLogger(__name__)
 SPLITS = ("train", "val")
 FIRST_RESAMPLER = "triangle 1"  # of cases that do not say what brought them onto the grid
 _AGAIN = "prepare the case again with --overwrite"  # without, `prepare` takes a case for made once it has a case.json
@@ -294,6 +296,10 @@ def open_case(path: str | Path, *, row: Mapping[str, str] | None = None) -> Prep
 def _cases_of(dataset: Path) -> Iterator[PreparedCase | DamagedCase]:
     rows = read_metadata(dataset / "metadata.csv")
     folders = sorted(p for p in (dataset / "processed").iterdir() if p.is_dir() and not p.name.startswith("."))
+    if rows and (others := [folder.name for folder in folders if folder.name not in rows]):
+        which = f"{', '.join(others[:3])}{', …' if len(others) > 3 else ''}"
+        says = "%s/metadata.csv does not name %d of %d cases (%s): they are taken too, split by their names"
+        log.warning(f"{says}; to leave one out, move its folder away", dataset.name, len(others), len(folders), which)
     for folder in folders:
         try:
             yield _case(folder, dataset.name, rows.get(folder.name, {}))

@@ -70,7 +70,7 @@ def write_dataset(data: Path, row: Row, place: Path) -> None:
         for copy in range(copies):
             target = place / (source.name if copy == 0 else f"{source.name}_{copy}")
             target.mkdir(parents=True)
-            (target / "processed").symlink_to((source / "processed").resolve())
+            (target / "processed").mkdir()
             shutil.copy(source / "dataset_config.json", target)
             with (source / "metadata.csv").open() as file:
                 lines = list(csv.DictReader(file))
@@ -78,6 +78,8 @@ def write_dataset(data: Path, row: Row, place: Path) -> None:
             if not kept:
                 shutil.rmtree(target)
                 continue
+            for line in kept:  # a folder that the table does not name would be trained on
+                (target / "processed" / line["case_id"]).symlink_to((source / "processed" / line["case_id"]).resolve())
             with (target / "metadata.csv").open("w", newline="") as file:
                 writer = csv.DictWriter(file, lines[0])
                 writer.writeheader()

@@ -113,6 +113,21 @@ def test_datasets_that_lie_deeper_are_found(tmp_path, hu, affine):
     assert [(c.dataset, c.case_id) for c in prepared.find_cases(tmp_path)] == [("chest", "c1")]
 
 
+def test_a_case_that_the_table_does_not_name_is_told_of(tmp_path, hu, affine, caplog):
+    """To strike a row out of metadata.csv leaves nobody out, and a person of val could be trained on."""
+    cases = [writer.write_case(tmp_path / "set", f"c{n}", hu, affine=affine, windows=DEFAULT_WINDOWS) for n in range(5)]
+    rows = [writer.metadata_row(case, windows=DEFAULT_WINDOWS) for case in cases]
+    writer.write_metadata(tmp_path / "set", rows)
+    assert len(prepared.find_cases(tmp_path)) == 5 and not caplog.messages
+    writer.write_metadata(tmp_path / "set", rows[:1])
+    assert len(prepared.find_cases(tmp_path)) == 5
+    says = "set/metadata.csv does not name 4 of 5 cases (c1, c2, c3, …): they are taken too, split by their names"
+    assert caplog.messages == [f"{says}; to leave one out, move its folder away"]
+    (tmp_path / "set/metadata.csv").unlink()  # older trees have none
+    caplog.clear()
+    assert len(prepared.find_cases(tmp_path)) == 5 and not caplog.messages
+
+
 def test_a_missing_or_empty_folder_says_what_to_do(tmp_path):
     with pytest.raises(ValueError, match=r"is no folder\. Give the OUT of"):
         prepared.find_cases(tmp_path / "nothing")
