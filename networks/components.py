@@ -1,11 +1,15 @@
-"""Principal components of cells of 8x8x8 voxels: a fixed linear transform that encoder and decoder learn around.
+"""Principal components of the HU of cells of 8x8x8 voxels: a fixed linear transform that encoder and decoder learn around.
 
 What is rare and small, a nodule, has a place in the latents from the first step; a network that begins at random drops
 it, for it costs the loss little. The components are fitted once, before training (the Karhunen-Loeve transform), and
-are buffers: no gradient changes them. Absent voxels count as the bottom of every window.
+are buffers: no gradient changes them. Components are of HU, not of window values, as a few windows show the same HU
+several times over; an absent voxel counts as the mean of its cell, since the decoder is told which voxels there are.
 """
 
+from collections.abc import Sequence
+
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -30,45 +34,66 @@ class FixedLinear(nn.Module):
             return ops.linear(rows.float(), self.weight, self.bias)
 
 
-def cell_values(x: SparseTensor) -> SparseTensor:
-    """All 512 children of each latent side by side, above the bottom of their windows; absent ones are zero."""
-    x = x.replace(x.feats.float() + 1)
+class HounsfieldUnits(nn.Module):
+    """Between the values of windows, -1 to 1, and the HU that they show; which windows is laid, not learned."""
+
+    def __init__(self, num_windows: int):
+        super().__init__()
+        self.register_buffer("bounds", torch.tensor([[-1.0, 1.0]]).repeat(num_windows, 1))  # HU, lower and upper
+        self.register_buffer("starts", torch.ones(num_windows))  # HU above which a window adds to those below it
+
+    def lay(self, bounds: Sequence[tuple[float, float]]) -> None:
+        """Lower and upper HU of each window. Together they must show a range without a gap."""
+        top, starts = min(low for low, _ in bounds), {}
+        for number, (low, high) in sorted(enumerate(bounds), key=lambda window: window[1]):
+            if low > top:
+                raise ValueError(f"principal components need windows without a gap, none shows {top:g} to {low:g} HU")
+            starts[number] = min(top, high)
+            top = max(top, high)
+        self.bounds.copy_(torch.tensor(bounds))
+        self.starts.copy_(torch.tensor([starts[number] for number in range(len(bounds))]))
+
+    def forward(self, values: Float[Tensor, "N C"]) -> Float[Tensor, "N 1"]:
+        """HU, cut at the range that the windows show together."""
+        low, high = self.bounds.unbind(1)
+        shown = low + (values.float() + 1) / 2 * (high - low)
+        return low.min() + (shown - self.starts).relu().sum(1, keepdim=True)
+
+    def windows(self, hu: Float[Tensor, "N 1"]) -> Float[Tensor, "N C"]:
+        low, high = self.bounds.unbind(1)
+        return ((hu - low) / (high - low)).clamp(0, 1) * 2 - 1
+
+
+def cell_rows(x: SparseTensor) -> SparseTensor:
+    """One value a voxel to all 512 of each latent side by side; absent ones are the mean of those that are there."""
+    x = x.replace(torch.cat([x.feats, torch.ones_like(x.feats)], 1))
     for _ in range(3):
         x = ops.gather_children(x)[0]
-    return x
+    values, present = rearrange(x.feats, "m (v two) -> two m v", two=2)
+    mean = values.sum(1, keepdim=True) / present.sum(1, keepdim=True)
+    return x.replace(values + (1 - present) * mean)
 
 
 def before_tanh(values: Float[Tensor, "N C"]) -> Float[Tensor, "N C"]:
-    """What tanh makes of it are these values, above the bottom of their windows."""
-    return torch.atanh((values - 1).clamp(-LARGEST, LARGEST))
+    """What tanh makes these values of."""
+    return torch.atanh(values.clamp(-LARGEST, LARGEST))
 
 
 @torch.no_grad()
-def lay_components(
-    encode: FixedLinear,
-    decode: FixedLinear,
-    cells: Float[Tensor, "M F"],
-    *,
-    channel_weights: Float[Tensor, " C"] | None = None,
-) -> float:
-    """Fits both maps to cells; gives the share of their variance, weighted by channel, that the components keep.
+def lay_components(encode: FixedLinear, decode: FixedLinear, cells: Float[Tensor, "M F"]) -> float:
+    """Fits both maps to cells; gives the share of their variance that the components keep.
 
-    Latents have a mean square of 1, and distances among them are those of the weighted values.
+    Latents have a mean square of 1, and distances among them are those of the values.
     """
-    width = encode.weight.shape[0]
-    scale = torch.ones(cells.shape[1])
-    if channel_weights is not None:
-        scale = (channel_weights / channel_weights.mean()).sqrt().clamp(min=1e-3).repeat(VOXELS_PER_LATENT)
-    scale = scale.to(cells)
     middle = cells.mean(0)
-    wide = (cells - middle) * scale
-    vectors = _components(wide, width)
-    size = (wide @ vectors).square().mean().sqrt().clamp(min=1e-6)
-    encode.weight.copy_(vectors.T * scale / size)
+    around = cells - middle
+    vectors = _components(around, encode.weight.shape[0])
+    size = (around @ vectors).square().mean().sqrt().clamp(min=1e-6)
+    encode.weight.copy_(vectors.T / size)
     encode.bias.copy_(-(encode.weight @ middle))
-    decode.weight.copy_(vectors * size / scale[:, None])
+    decode.weight.copy_(vectors * size)
     decode.bias.copy_(middle)
-    return float((wide @ vectors).square().sum() / wide.square().sum())
+    return float((around @ vectors).square().sum() / around.square().sum())
 
 
 def _components(rows: Float[Tensor, "M F"], width: int) -> Float[Tensor, "F D"]:

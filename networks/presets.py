@@ -33,6 +33,7 @@ LIMITS = {  # of sizes that strangers' files say: beyond is damage, and more tha
     "window": (1, 1 << 10),
     "quantizer_levels": (1, 64),
 }
+PCA = "hu"  # what a stored `pca` is of
 WINDOW_NAMES = ("lung", "bone", "soft_tissue", "brain")
 
 
@@ -58,7 +59,7 @@ class Preset:
     pool: str = "mean"  # how cells are halved: children side by side; mean, as older checkpoints; legacy, as published
     prepared: tuple[int, float] | None = None  # side and mm of the grid its training data lay on, if they lay on one
     resampler: str = ""  # name and version of what brought its training data onto the grid; older ones do not say
-    pca: bool = False  # whether latents begin as principal components of cells, around which the network learns
+    pca: bool = False  # whether latents begin as principal components of cells in HU, around which the network learns
     norm: str = "sample"  # over what the encoder normalises: each voxel, or all of a sample, as in older checkpoints
 
     def __post_init__(self):
@@ -77,6 +78,8 @@ class Preset:
             )
         if self.quantizer_levels < 1:
             raise ValueError(f"quantizer_levels must be at least 1, got {self.quantizer_levels}")
+        if self.pca and self.features != "window":
+            raise ValueError(f"pca needs CT windows, got features {self.features}")
         if self.codebook == "fsq" and (self.rotation_trick or self.normalize_codes or self.quantizer_levels > 1):
             raise ValueError(
                 "rotation_trick, normalize_codes and quantizer_levels need a codebook of vectors, got codebook fsq: "
@@ -108,6 +111,7 @@ class Preset:
         """
         older = {"norm": "sample", "prepared": None, "resampler": "", "pca": False}
         values = {name: v for name, v in dataclasses.asdict(self).items() if name not in older or v != older[name]}
+        values |= {"pca": PCA} if self.pca else {}
         return torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
 
     @classmethod
@@ -116,6 +120,9 @@ class Preset:
         if not isinstance(values, dict):
             raise ValueError(f"the stored sizes must be named values, got {type(values).__name__}")
         values.pop(CHECKSUM, None)  # of the file's weights, not one of the sizes
+        if (pca := values.get("pca", False)) not in (False, PCA):
+            raise ValueError("its principal components are of window values, which are gone: train it again")
+        values |= {"pca": pca == PCA}
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"the stored sizes have {unknown}, which this software does not know: update it")

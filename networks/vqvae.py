@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from networks import losses
 from networks.blocks import DoublingBlock, DownBlock, HalvingBlock, UpBlock
-from networks.components import VOXELS_PER_LATENT, FixedLinear, before_tanh, cell_values
+from networks.components import VOXELS_PER_LATENT, FixedLinear, HounsfieldUnits, before_tanh, cell_rows
 from networks.fsq import FiniteScalarQuantizer
 from networks.presets import NUM_RESIDUAL, Preset, preset
 from networks.quantizer import Quantized, VectorQuantizer
@@ -129,7 +129,8 @@ class Encoder(_Torso):
         self.input_layer = Linear(widths[3], widths[3])
         self.out_layer = Linear(widths[3], 2 * sizes.latent_channels)
         if sizes.pca:
-            self.components = FixedLinear(VOXELS_PER_LATENT * sizes.in_channels, sizes.latent_channels)
+            self.hu = HounsfieldUnits(sizes.in_channels)
+            self.components = FixedLinear(VOXELS_PER_LATENT, sizes.latent_channels)
             with torch.no_grad():  # the network begins as a small part beside the components, and with little noise
                 self.out_layer.weight.mul_(0.1)
                 self.out_layer.bias[sizes.latent_channels :] = -6
@@ -140,7 +141,11 @@ class Encoder(_Torso):
 
     def linear_part(self, x: SparseTensor) -> Float[Tensor, "M D"] | None:
         """Of each cell its principal components, where the tokenizer has them."""
-        return self.components(cell_values(x).feats) if self.sizes.pca else None
+        return self.components(self.cells(x).feats) if self.sizes.pca else None
+
+    def cells(self, x: SparseTensor) -> SparseTensor:
+        """HU of each cell's voxels, of which components are made."""
+        return cell_rows(x.replace(self.hu(x.feats)))
 
     def from_half(
         self, x: SparseTensor, linear: Float[Tensor, "M D"] | None = None
@@ -173,7 +178,8 @@ class Decoder(_Torso):
             self.upsample = nn.ModuleList(UpBlock(widths[i], widths[i + 1], backend=backend) for i in range(3))
             self.out_layer = Linear(widths[3], sizes.in_channels)
         if sizes.pca:
-            self.components = FixedLinear(sizes.latent_channels, VOXELS_PER_LATENT * sizes.in_channels)
+            self.components = FixedLinear(sizes.latent_channels, VOXELS_PER_LATENT)
+            self.hu = HounsfieldUnits(sizes.in_channels)
 
     def forward(self, latents: SparseTensor, choose: ChooseCells) -> SparseTensor:
         """Values in [-1, 1] on the voxels that `choose` names level by level."""
@@ -198,7 +204,9 @@ class Decoder(_Torso):
             cells = choose(i, x)
             x, linear = self.run(block, x, cells), linear if linear is None else ops.scatter_children(linear, cells)
         x = self.out_layer(x)
-        values = x.feats.float() if linear is None else x.feats.float() + before_tanh(linear.feats)
+        values = x.feats.float()
+        if linear is not None:
+            values = values + before_tanh(self.hu.windows(linear.feats))
         return x.replace(torch.tanh(values))
 
 

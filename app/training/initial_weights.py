@@ -30,15 +30,16 @@ from app.training.state import TrainingState
 from app.training.step import SparseBatch, distribute, let_learn
 from app.training.stopping import StopWhenAsked
 from app.training.training_state import read_state
-from networks.components import VOXELS_PER_LATENT, cell_values, lay_components
+from networks.components import VOXELS_PER_LATENT, lay_components
 from networks.losses import TokenizerLoss
 from networks.quantizer import MIN_VECTORS_PER_CODE, broadcast, gather_rows
 from networks.sparse import SparseTensor
 from networks.vqvae import SparseVQVAE
+from transforms.windows import window_bounds
 
 log = logging.getLogger(__name__)
 
-CELLS_PER_VALUE = 5  # cells that principal components are fitted to, for each value of a cell
+CELLS_PER_VALUE = 40  # cells that principal components are fitted to, for each value of a cell
 CELLS_OF_A_SAMPLE = 1024  # of one sample
 VECTORS_PER_CODE = 64  # encoder outputs that a codebook is laid over, for each code
 MAX_PASSES = 16  # over the cases, each drawn anew, to fill a codebook at the start
@@ -54,7 +55,6 @@ class ComponentsStart:
     folder: Any
     loader: DataLoader
     prepare_batch: SparseBatch
-    loss_function: TokenizerLoss
 
     def run(self) -> None:
         if self.network.sizes.pca and self.folder.start_step is None:
@@ -79,21 +79,22 @@ class ComponentsStart:
     @torch.no_grad()
     def _lay_components(self) -> None:
         network = self.network
+        for part in (network.encoder, network.decoder):
+            part.hu.lay([window_bounds(name) for name in network.sizes.windows])
         rows = gather_rows(
-            self._rows(thinned_cells, wanted=CELLS_PER_VALUE * VOXELS_PER_LATENT * network.sizes.in_channels)
+            self._rows(lambda x: thinned_cells(network.encoder.cells(x)), wanted=CELLS_PER_VALUE * VOXELS_PER_LATENT)
         )
         rows = rows[rows.double().sum(1).argsort()]  # in one order on any number of ranks: sums round alike
         maps = network.encoder.components, network.decoder.components
-        share = lay_components(*maps, rows, channel_weights=getattr(self.loss_function, "window_weights", None))
+        share = lay_components(*maps, rows)
         for buffer in (buffer for one in maps for buffer in one.buffers()):
             broadcast(buffer)
         width = network.sizes.latent_channels
         log.info("%d principal components of %d cells keep %.1f %% of their variance", width, len(rows), 100 * share)
 
 
-def thinned_cells(x: SparseTensor) -> Float[Tensor, "M _"]:
-    """Cells of a batch, of each sample about CELLS_OF_A_SAMPLE at most."""
-    cells = cell_values(x)
+def thinned_cells(cells: SparseTensor) -> Float[Tensor, "M _"]:
+    """Of each sample about CELLS_OF_A_SAMPLE at most."""
     samples = [one for one in cells.feats.split(cells.level.sample_sizes) if len(one)]
     return torch.cat([cells.feats[:0], *(one[:: math.ceil(len(one) / CELLS_OF_A_SAMPLE)] for one in samples)])
 
@@ -115,6 +116,7 @@ class CodebookStart(ComponentsStart):
     trained first, a phase of its own.
     """
 
+    loss_function: TokenizerLoss
     pretrained_vae_path: str | None
     warmup: dict  # flat keys of `bundles/vae.json` with their values for that phase
 
