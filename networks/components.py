@@ -1,4 +1,4 @@
-"""Principal components of the HU of cells of 8x8x8 voxels: a fixed linear transform that encoder and decoder learn around.
+"""Principal components of the HU of cells of 8x8x8 voxels: a fixed linear transform that a network learns around.
 
 What is rare and small, a nodule, has a place in the latents from the first step; a network that begins at random drops
 it, for it costs the loss little. The components are fitted once, before training (the Karhunen-Loeve transform), and

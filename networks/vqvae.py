@@ -186,9 +186,12 @@ class Decoder(_Torso):
         return self.expand(self.at_latents(latents), choose)
 
     def at_latents(self, latents: SparseTensor) -> SparseTensor:
-        """What `expand` takes: features after the transformer, beside them the latents where they are components."""
+        """What `expand` takes: features after the transformer, beside them the latents where they are components.
+
+        These stay in float32: 16 bits would be off by several HU.
+        """
         x = self.attend(self.input_layer(latents))
-        return x.replace(torch.cat([x.feats, latents.feats.to(x.feats)], 1)) if self.sizes.pca else x
+        return x.replace(torch.cat([x.feats.float(), latents.feats.float()], 1)) if self.sizes.pca else x
 
     def expand(
         self, x: SparseTensor, choose: ChooseCells, *, crop: Callable[[int, SparseTensor], SparseTensor] | None = None
@@ -197,6 +200,7 @@ class Decoder(_Torso):
         linear = None
         if self.sizes.pca:
             inner, latents = x.feats.split([self.sizes.model_channels, self.sizes.latent_channels], 1)
+            inner = inner.to(ops.autocast_dtype(inner) or inner.dtype)
             x, linear = x.replace(inner), x.replace(self.components(latents))
         for i, block in enumerate(self.upsample):
             if crop is not None:
