@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 from nltk.stem.porter import PorterStemmer
@@ -25,17 +26,12 @@ WORD = re.compile(rf"[{HAN}]|\d+(?:\.\d+)?|[^\W\d_{HAN}]+")
 METEOR_NOTE = "exact and stem modules (nltk, alpha 0.9, beta 3, gamma 0.5)"
 CHARACTERS = "characters (Chinese; BLEU by sacrebleu's tokenizer zh)"
 CIDER_SIGMA = 6.0
+stemmer = cache(PorterStemmer)
 
 
 def words(text: str) -> list[str]:
     """Lower-case words, numbers and Chinese characters; signs do not count."""
     return WORD.findall(text.lower())
-
-
-class Characters:
-    """`words` as rouge-score wants its tokenizer; its own drops all that is not English."""
-
-    tokenize = staticmethod(words)
 
 
 def are_chinese(texts: Sequence[str]) -> bool:
@@ -49,7 +45,7 @@ def text_scores(outputs: Sequence[str], references: Sequence[str]) -> dict[str, 
         raise ValueError(f"outputs and references must pair up, got {len(outputs)} and {len(references)}")
     pairs = list(zip(outputs, references, strict=True))
     chinese = are_chinese(references)
-    tokenizer = Characters() if chinese else None
+    tokenizer = SimpleNamespace(tokenize=words) if chinese else None  # rouge-score's own drops all but English
     scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False, tokenizer=tokenizer)
     smooth = {"effective_order": True, "smooth_method": "exp", "tokenize": "zh" if chinese else "13a"}
     bleu = {}
@@ -79,24 +75,12 @@ def corpus_bleu(outputs: Sequence[str], references: Sequence[str]) -> dict[str, 
     return scores
 
 
-class NoSynonyms:
-    """Stands where nltk would ask WordNet; leaves METEOR with its exact and stem modules."""
-
-    @staticmethod
-    def synsets(_word: str) -> list:
-        return []
-
-
-@cache
-def stemmer() -> PorterStemmer:
-    return PorterStemmer()
-
-
 def meteor(output: str, reference: str) -> float:
     said, wanted = words(output), words(reference)
     if not said or not wanted:
         return float(said == wanted)
-    return float(single_meteor_score(wanted, said, stemmer=stemmer(), wordnet=NoSynonyms()))
+    no_synonyms = SimpleNamespace(synsets=lambda _word: [])  # where nltk would ask WordNet, which is a download
+    return float(single_meteor_score(wanted, said, stemmer=stemmer(), wordnet=no_synonyms))
 
 
 def exact_match(output: str, reference: str) -> float:
