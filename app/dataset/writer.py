@@ -157,11 +157,11 @@ def metadata_row(case: PreparedCase, *, windows: Sequence[str], status: str = "o
 
 
 def write_metadata(dataset_dir: str | Path, rows: Iterable[Mapping[str, str]]) -> None:
-    _write_csv(Path(dataset_dir) / "metadata.csv", METADATA_COLUMNS, rows)
+    write_csv(Path(dataset_dir) / "metadata.csv", METADATA_COLUMNS, rows)
 
 
 def write_failures(dataset_dir: str | Path, rows: Iterable[Mapping[str, str]]) -> None:
-    _write_csv(Path(dataset_dir) / "failures.csv", FAILURE_COLUMNS, rows)
+    write_csv(Path(dataset_dir) / "failures.csv", FAILURE_COLUMNS, rows)
 
 
 def write_dataset_config(dataset_dir: str | Path, settings: Mapping[str, Any]) -> None:
@@ -170,9 +170,10 @@ def write_dataset_config(dataset_dir: str | Path, settings: Mapping[str, Any]) -
     write_text(Path(dataset_dir) / "dataset_config.json", text)
 
 
-def _write_csv(file: Path, columns: Sequence[str], rows: Iterable[Mapping[str, str]]) -> None:
+def write_csv(file: Path, columns: Sequence[str], rows: Iterable[Mapping[str, str]]) -> None:
+    """Of each row what these columns name; a whole file or none."""
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
+    writer = csv.DictWriter(buffer, columns, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(file, buffer.getvalue())

@@ -4,8 +4,6 @@ An input that cannot be used is listed and the rest is done. What is there alrea
 settings, stays.
 """
 
-import csv
-import io
 import json
 import math
 import time
@@ -14,12 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from app.dataset.prepared import read_metadata, split_patients
-from app.dataset.writer import write_failures
+from app.dataset.writer import write_csv, write_failures
 from app.prepare.workers import only_run, run_jobs, worker_count
 from app.shapes.bands import BAND, shape_of
 from app.shapes.shape_files import MAX_SIDE, Made, read_made, write_shape
 from app.shapes.sources import Found, Source, Wanted, find_sources, source_hash, surfaces_of
-from app.shared.atomic_files import write_text
 from app.shared.output_folder import check_folder
 from app.shared.refusals import Refused, as_refused, check_path
 
@@ -202,28 +199,19 @@ def _write_tables(out: Path, entries: Sequence[dict[str, Any]]) -> None:
     sides = split_patients([entry["patient"] for entry in good], given)
     named = {entry["case"] for entry in entries}
     kept = [row for name, row in before.items() if name not in named]  # of earlier calls, of other sources
-    buffer = io.StringIO()
-    table = csv.DictWriter(buffer, METADATA_COLUMNS, restval="", lineterminator="\n")
-    table.writeheader()
-    table.writerows({name: row.get(name) or "" for name in METADATA_COLUMNS} for row in kept)
-    for entry in good:
-        table.writerow(
-            {
-                "case_id": entry["case"],
-                "patient": entry["patient"],
-                "split": sides[entry["patient"]],
-                "source_hash": entry["source_hash"],
-                "resolutions": " ".join(str(side) for side in _sides_of(out, entry)),
-                "sign": entry["sign"],
-                "codes": " ".join(entry["codes"]),
-                "status": "ok",
-            }
-        )
-    write_text(out / "metadata.csv", buffer.getvalue())
+    rows = [
+        {
+            **entry,
+            "case_id": entry["case"],
+            "split": sides[entry["patient"]],
+            "resolutions": " ".join(str(side) for side in _sides_of(out, entry)),
+            "codes": " ".join(entry["codes"]),
+        }
+        for entry in good
+    ]
+    write_csv(out / "metadata.csv", METADATA_COLUMNS, [*kept, *rows])
     bad = [entry for entry in entries if entry["status"] != "ok"]
-    rows = [{**entry, "codes": " ".join(entry["codes"]), "source": entry["source"]} for entry in bad]
-    columns = ("source", "status", "codes", "message", "remedy")
-    write_failures(out, [{name: row[name] for name in columns} for row in rows])
+    write_failures(out, [{**entry, "codes": " ".join(entry["codes"])} for entry in bad])
 
 
 def _sides_of(out: Path, entry: dict[str, Any]) -> list[int]:
