@@ -22,6 +22,7 @@ from app.measures import controls, findings, text_scores
 from app.measures.controls import CONTROLS
 from app.measures.report import plain
 from app.shared.atomic_files import write_text
+from app.shared.json_files import write_object
 from app.shared.refusals import Refused
 from app.shared.terminal import progress
 from app.text.rows import TextRow
@@ -75,7 +76,7 @@ def evaluate_language(
             at = {id(row): number for number, row in enumerate(rows)}
             result["mirror"] = mirror_scores(asked, [answers["real"][at[id(row)]] for row in asked], said)
     result = plain(result)
-    write_text(out / "language.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
+    write_object(out / "language.json", result, indent=2, allow_nan=False)
     write_text(out / "language.md", "\n".join(answer_pages.table_lines(result)) + "\n")
     answer_pages.draw_bars(result, out / "language.png")
     return result

@@ -30,6 +30,8 @@ from app.phantoms.phantoms import make_phantom
 from app.shapes.bands import BAND
 from app.shapes.sdf import Settings, make_shapes
 from app.shapes.sources import Wanted
+from app.shared.array_files import ZIP_TIME
+from app.shared.json_files import write_object
 from app.shared.output_folder import check_folder
 from app.shared.places import bundles_folder, root_folder
 from app.shared.refusals import Refused, check_path
@@ -41,7 +43,6 @@ from app.tokens.token_files import CTTokens
 from app.tokens.tokenizer import CTTokenizer
 from app.training.shipped import RECORD
 
-ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the same input gives the same bytes whenever it is packed
 PROOF_SIDE, PROOF_MM = 64, 6.0  # the scan that a bundle is proven on: a phantom's whole trunk
 CREDIT = "CREDIT.md"  # of a bundle's docs
 PROOF_LEVEL = 200.0  # HU: what of it is bone, for a tokenizer of shapes
@@ -120,7 +121,7 @@ def write_bundle(bundle: Path, made: CTTokenizer, *, name: str, align: Path | No
         told["eval_metrics"] = _eval_metrics(card)
     made_configs = configs.make_configs(templates, made.sizes, package=package, aligned=align is not None)
     for file, config in {**made_configs, "metadata.json": told}.items():
-        _write_json(bundle / "configs" / file, config)
+        write_object(bundle / "configs" / file, config, indent=2)
     for file in (SCHEMA, "logging.conf"):
         shutil.copyfile(templates / file, bundle / "configs" / file)
     _write_weights(bundle / "models", made)
@@ -173,8 +174,9 @@ def _copy_aligned(align: Path, out: Path, record: Json) -> None:
     elif record["base_model"]["name"] is None:
         raise Refused("NOT_FINISHED", f"the alignment in {align} did not reach its end")
     for config in out.glob("lora_final/adapter_config.json"):
-        _write_json(config, {**_read_json(config), "base_model_name_or_path": record["base_model"]["name"]})
-    _write_json(out / "train_args.json", record)
+        named = {**_read_json(config), "base_model_name_or_path": record["base_model"]["name"]}
+        write_object(config, named, indent=2)
+    write_object(out / "train_args.json", record, indent=2)
 
 
 def _card_beside(made: CTTokenizer) -> Json | None:
@@ -212,11 +214,6 @@ def _licence() -> str:
 
 def _read_json(file: Path) -> Json:
     return json.loads(file.read_text(encoding="utf-8"))
-
-
-def _write_json(file: Path, content: Json) -> None:
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def write_zip(bundle: Path, archive: Path) -> None:

@@ -27,7 +27,7 @@ from app.phantoms.anatomy import SIGN_OF_X, Build, Canvas, Number, Point, Torso
 from app.prepare import cohort
 from app.prepare.gate import LPS_TO_RAS
 from app.prepare.headers import CT
-from app.shared.atomic_files import write_text
+from app.shared.json_files import write_object
 
 log = logging.getLogger(__name__)
 WAIT = 600  # seconds that other ranks give rank 0
@@ -218,7 +218,7 @@ def _fill(folder: Path, settings: dict[str, int]) -> None:
         raise RuntimeError(f"phantoms did not pass the gate: {refused}")
     (folder.with_name("out") / "raw").rename(folder)
     raw.rename(folder / "raw")
-    write_text(folder / "findings.json", json.dumps(findings, indent=1) + "\n")
+    write_object(folder / "findings.json", findings)
     config = json.loads((folder / "dataset_config.json").read_text())
     writer.write_dataset_config(folder, {**config, **settings})
 

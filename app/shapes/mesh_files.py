@@ -16,6 +16,7 @@ from jaxtyping import Float64, Int64
 
 from app.shapes.polygons import fans
 from app.shapes.vtp import read_vtp
+from app.shared.array_files import damage
 from app.shared.atomic_files import written_whole
 from app.shared.refusals import Refused
 
@@ -51,8 +52,7 @@ def read_mesh(path: str | Path) -> Mesh:
         vertices, faces = READERS[path.suffix.lower()](content)
         return _checked(np.asarray(vertices, np.float64).reshape(-1, 3), np.asarray(faces, np.int64).reshape(-1, 3))
     except UNREADABLE as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error).strip() or type(error).__name__
-        raise Refused("BAD_MESH", f"{path.name} is damaged or no mesh: {reason.splitlines()[0][:200]}") from error
+        raise Refused("BAD_MESH", f"{path.name} is damaged or no mesh: {damage(error)[:200]}") from error
 
 
 def _checked(vertices: np.ndarray, faces: np.ndarray) -> Mesh:

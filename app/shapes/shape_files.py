@@ -13,7 +13,7 @@ from numpy.lib import format as npy
 
 from app.shapes.bands import BAND, Shape
 from app.shapes.mesh_files import READERS
-from app.shared.array_files import UNREADABLE, read_arrays
+from app.shared.array_files import UNREADABLE, ZIP_TIME, damage, read_arrays
 from app.shared.atomic_files import written_whole
 from app.shared.refusals import Refused
 
@@ -49,7 +49,7 @@ def write_shape(path: Path, shape: Shape, made: Made) -> None:
         arrays["sharp"] = shape.sharp.astype(np.uint8)
     with written_whole(path) as beside, zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, array in arrays.items():
-            entry = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
+            entry = zipfile.ZipInfo(f"{name}.npy", ZIP_TIME)
             entry.compress_type = zipfile.ZIP_DEFLATED
             with archive.open(entry, "w", force_zip64=True) as stream:
                 npy.write_array(stream, np.ascontiguousarray(array) if array.ndim else array, allow_pickle=False)
@@ -120,6 +120,4 @@ def _shape_of(arrays: dict[str, np.ndarray]) -> Shape:
 
 
 def _damaged(path: Path, error: Exception) -> Refused:
-    text = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
-    reason = f"it has no {error}" if isinstance(error, KeyError) else text.splitlines()[0]
-    return Refused("DAMAGED_SHAPE", f"{path.name} is damaged or no file of signed distance: {reason}")
+    return Refused("DAMAGED_SHAPE", f"{path.name} is damaged or no file of signed distance: {damage(error)}")

@@ -1,8 +1,10 @@
-"""JSON files that others may have written or cut short."""
+"""JSON files: read where others may have written or cut them short, written whole."""
 
 import json
 from pathlib import Path
 from typing import Any
+
+from app.shared.atomic_files import write_text
 
 
 def read_object(path: str | Path) -> dict[str, Any] | None:
@@ -12,3 +14,8 @@ def read_object(path: str | Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def write_object(path: Path, content: dict[str, Any], **how: Any) -> None:
+    """A whole file or none, a value a line; `how` is `json.dumps`'s."""
+    write_text(path, json.dumps(content, **{"indent": 1, **how}) + "\n")

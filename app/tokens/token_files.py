@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int32, Int64, UInt8
 from numpy.lib import format as npy
 
-from app.shared.array_files import UNREADABLE, read_arrays
+from app.shared.array_files import UNREADABLE, ZIP_TIME, damage, read_arrays
 from app.shared.atomic_files import written_whole
 from app.shared.refusals import Refused
 from app.tokens import packing
@@ -30,7 +30,6 @@ from networks.sparse.topology import bits_for, morton_keys
 FILE_VERSION = 2
 VERSION_OF_LEVELS = 3  # cells of unlike numbers of codes: older software would take what is not there for codes
 PACKED = "packed"  # the one array of a packed file
-ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the same tokens give the same bytes
 SUPPORT_LEVELS = 3  # support_0: children of each latent; support_1, support_2: of each cell of the two levels below
 MAX_BYTES = 2**30  # of all arrays of a file, unpacked
 
@@ -183,9 +182,7 @@ def read_tokens(path: str | Path, *, tables: CodeTables | None = None) -> CTToke
     except FileNotFoundError:
         raise Refused("NO_TOKENS", f"token file {path} does not exist") from None
     except UNREADABLE as error:
-        text = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
-        reason = f"it has no {error}" if isinstance(error, KeyError) else text.splitlines()[0]
-        raise Refused("DAMAGED_TOKENS", f"{path.name} is damaged or no token file: {reason}") from error
+        raise Refused("DAMAGED_TOKENS", f"{path.name} is damaged or no token file: {damage(error)}") from error
     return tokens
 
 
