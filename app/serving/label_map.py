@@ -4,9 +4,6 @@ A viewer lists segmentations alone and has no place for text. So the answer trav
 the segment covers what the answer rests on: at least half of what the place counts that it needs most.
 """
 
-from pathlib import Path
-
-import nibabel
 import numpy as np
 import torch
 from jaxtyping import Bool, UInt8
@@ -48,10 +45,3 @@ def segment_name(answer: str, *, somewhere: bool) -> str:
     line = " ".join(answer.split()) or "no answer"
     line = line if len(line) <= MAX_LETTERS else line[: MAX_LETTERS - 1] + "…"
     return f"{line} ({'' if somewhere else NOWHERE + '; '}{NOTICE.rstrip('.').lower()})"
-
-
-def write_label_map(path: Path, labels: UInt8[np.ndarray, "X Y Z"], tokens: CTTokens) -> None:
-    image = nibabel.Nifti1Image(labels, tokens.source_affine)
-    image.header.set_xyzt_units("mm")
-    image.set_sform(tokens.source_affine, code=1)
-    nibabel.save(image, path)

@@ -20,7 +20,7 @@ from app.language.where_looked import where_looked
 from app.serving import label_map, options
 from app.serving.options import Options
 from app.shared.refusals import Refused
-from app.tokens.commands import onto_grid, write_nifti
+from app.tokens.commands import onto_grid, write_image, write_nifti
 from app.tokens.open_scan import Volume, scan_source
 from app.tokens.token_files import CTTokens, write_tokens
 from app.tokens.tokenizer import CTTokenizer
@@ -126,7 +126,7 @@ class Served:
         name = label_map.segment_name(told["answer"], somewhere=cells is not None)
         with tempfile.NamedTemporaryFile(prefix="answer_", suffix=".nii.gz", delete=False) as made:
             file = Path(made.name)
-        label_map.write_label_map(file, label_map.label_map(tokens, cells), tokens)
+        write_image(file, label_map.label_map(tokens, cells), tokens.source_affine)
         return file, {**told, "label_names": {name: 1}}
 
     def _told(self, assistant: CTAssistant, scan: TokenizedScan, wanted: Options) -> dict[str, Any]:
