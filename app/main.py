@@ -26,7 +26,7 @@ from monailabel.utils.sessions import SessionInfo, Sessions
 
 from app.serving.answers_page import AnswersPage
 from app.serving.guard import Guard
-from app.serving.refused import refusal
+from app.serving.refused import as_http
 from app.serving.served import DESCRIPTIONS, Served
 from app.shared.refusals import as_refused
 from app.shared.version import VERSION
@@ -54,7 +54,7 @@ class Task(InferTask):
         try:
             file, told = self.served.answer(self.name, Path(request["image"]), request)
         except Exception as error:
-            raise HTTPException(*refusal(error)) from None
+            raise HTTPException(*as_http(error)) from None
         return None if file is None else str(file), told
 
 

@@ -84,7 +84,7 @@ def evaluate_shapes(
         "seconds": round(time.perf_counter() - begun, 1),
     }
     write_object(folder / f"{card.NAME}.json", report.plain(result))
-    write_text(folder / f"{card.NAME}.md", markdown(result))
+    write_text(folder / f"{card.NAME}.md", shapes_markdown(result))
     log.info("card in %s", folder / f"{card.NAME}.md")
     return result
 
@@ -128,7 +128,7 @@ def _mean(values: list[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def markdown(result: dict[str, Any]) -> str:
+def shapes_markdown(result: dict[str, Any]) -> str:
     """The whole card as text."""
     data, codes = result["data"], result["codes"]
     rows = [

@@ -15,7 +15,7 @@ from app.language.align_setup import make_collate
 from app.language.align_training import to_device
 from app.language.assistant import CTAssistant
 from networks.qwen import IGNORED
-from networks.tokens import TokenSequence, cell_keys, group_cells
+from networks.tokens import TokenSequence, cell_keys, group_tokens
 
 MAX_PLACES = 128  # a forward pass each
 BATCH_SIZE = 8
@@ -36,7 +36,7 @@ def where_looked(assistant: CTAssistant, question: str, answer: str, volume: Tok
     encoded = chat.encode_chat(assistant.text_tokenizer, question, answer=answer, **settings)
     if encoded is None:
         return None
-    place = group_cells(cell_keys(volume.coords), MAX_PLACES)
+    place = group_tokens(cell_keys(volume.coords), MAX_PLACES)
     mean = volume.feats.mean(0)
     without = [
         volume._replace(feats=torch.where((place == number)[:, None], mean, volume.feats))

@@ -203,9 +203,9 @@ def _fill(folder: Path, settings: dict[str, int]) -> None:
         phantom = make_phantom(settings["seed"] * 100_000 + index)
         name = f"phantom_{index:04d}"
         if index == count - 1:
-            write_dicom(raw / name, phantom, name=name)
+            write_phantom_dicom(raw / name, phantom, name=name)
         else:
-            write_nifti(raw / f"{name}.nii.gz", phantom)
+            write_phantom_nifti(raw / f"{name}.nii.gz", phantom)
         split[name] = "train" if index < settings["num_train"] else "val"
         findings[name] = phantom.findings
     key = folder.with_name("key")
@@ -223,7 +223,7 @@ def _fill(folder: Path, settings: dict[str, int]) -> None:
     writer.write_dataset_config(folder, {**config, **settings})
 
 
-def write_nifti(path: Path, phantom: Phantom) -> None:
+def write_phantom_nifti(path: Path, phantom: Phantom) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image = nibabel.Nifti1Image(phantom.hu, phantom.affine)
     image.set_sform(phantom.affine, 1)
@@ -231,7 +231,7 @@ def write_nifti(path: Path, phantom: Phantom) -> None:
     nibabel.save(image, path)
 
 
-def write_dicom(folder: Path, phantom: Phantom, *, name: str) -> None:
+def write_phantom_dicom(folder: Path, phantom: Phantom, *, name: str) -> None:
     """A CT series, a file a slice: what a scanner's export looks like."""
     folder.mkdir(parents=True, exist_ok=True)
     lps = LPS_TO_RAS @ phantom.affine  # its own inverse

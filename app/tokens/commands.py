@@ -63,10 +63,7 @@ def tokenize(
         sources = list(open_scan.scan_sources(source, series=series, token_files=False))
     single = out.suffix == ".npz"
     if single and len(sources) > 1:
-        several = Refused("MANY_SCANS", f"{source} holds more than one scan, {out} is one file")
-        refused = open_scan.errors_of(sources, several=several)
-        # the file that is there is not of those that do not open
-        sources = [one._replace(source_hash="") if why else one for one, why in zip(sources, refused, strict=True)]
+        sources = _for_one_file(sources, several=f"{source} holds more than one scan, {out} is one file")
     _check_kind(source, out, single=single, kinds=".npz")
     check_folder(out.parent if single else out)
     entries = []
@@ -114,6 +111,12 @@ def _ahead(
             if len(waiting) > READING_THREADS:
                 yield waiting.popleft()
         yield from waiting
+
+
+def _for_one_file(sources: Sequence[ScanSource], *, several: str) -> list[ScanSource]:
+    """Those that do not open without their hash: a file that is there already is of the one that does."""
+    refused = open_scan.errors_of(sources, several=Refused("MANY_SCANS", several))
+    return [one if why is None else one._replace(source_hash="") for one, why in zip(sources, refused, strict=True)]
 
 
 def _check_kind(source: Path, out: Path, *, single: bool, kinds: str) -> None:

@@ -172,7 +172,7 @@ def read_tensors(path: str | Path) -> object:
     """What a checkpoint file holds, a dict where it is one of ours, read without running code."""
     try:
         if Path(path).suffix == ".safetensors":
-            return shipped.read(Path(path))
+            return shipped.read_safetensors(Path(path))
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise Refused("NO_CHECKPOINT", f"{path} does not exist") from None
