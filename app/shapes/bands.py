@@ -11,7 +11,7 @@ from jaxtyping import Float, Float32, Float64, Int
 
 from app.shapes.mesh_files import Mesh
 from app.shared.refusals import Refused
-from transforms.crossings import Crossings, crossings
+from transforms.crossings import crossings
 from transforms.mesh_check import Kind, kind_of, sharp_edges, welded
 from transforms.triangle_band import band_pieces
 
@@ -120,17 +120,15 @@ def shape_of(
     for piece in band_pieces(vertices[faces], side=resolution, band=band):
         part = np.minimum(piece.distance / np.float32(band), 1)
         if lines is not None:
-            np.negative(part, out=part, where=_inside(lines, piece.coords, surface.sign))
+            by_parity = surface.sign == "parity"
+            inside = lines.parity(piece.coords) if by_parity else lines.winding(piece.coords) != 0
+            np.negative(part, out=part, where=inside)
         coords.append(piece.coords)
         values.append(part)
     shape = Shape(np.concatenate(coords), np.concatenate(values), resolution, affine, band, surface.sign)
     if sharp_degrees is None:
         return shape
     return shape._replace(sharp=_near_sharp(shape, vertices, faces, sharp_degrees))
-
-
-def _inside(lines: Crossings, coords: np.ndarray, sign: str) -> np.ndarray:
-    return lines.parity(coords) if sign == "parity" else lines.winding(coords) != 0
 
 
 def _near_sharp(shape: Shape, vertices: np.ndarray, faces: np.ndarray, degrees: float) -> np.ndarray:

@@ -206,7 +206,8 @@ class _Bytes:
         lists = [name for name, _, length in element.properties if length]
         if not lists:
             record = np.dtype([(name, self.order + kind) for name, kind, _ in element.properties])
-            return {name: column for name, column in _columns(self._next(record, element.count))}
+            rows = self._next(record, element.count)
+            return {name: rows[name] for name in record.names}
         if element.count == 0:
             return {name: (np.zeros(0, np.int64), np.zeros(0, np.int64)) for name in lists}
         return self._lists(element, lists)
@@ -250,10 +251,6 @@ class _Bytes:
             raise ValueError(f"it ends after {len(self.body)} bytes of {self.at + dtype.itemsize * max(count, 0)}")
         self.at += dtype.itemsize * count
         return np.frombuffer(self.body, dtype, count, self.at - dtype.itemsize * count)
-
-
-def _columns(rows: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    return [(name, rows[name]) for name in rows.dtype.names or ()]
 
 
 READERS: MappingProxyType[str, Callable[[bytes], tuple[np.ndarray, np.ndarray]]] = MappingProxyType(
