@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ignite.distributed as idist
 import nibabel
 import numpy as np
 import pydicom
@@ -27,7 +28,7 @@ from app.phantoms.anatomy import SIGN_OF_X, Build, Canvas, Number, Point, Torso
 from app.prepare import cohort
 from app.prepare.gate import LPS_TO_RAS
 from app.prepare.headers import CT
-from app.shared.json_files import write_object
+from app.shared.json_files import read_object, write_object
 
 log = logging.getLogger(__name__)
 WAIT = 600  # seconds that other ranks give rank 0
@@ -150,7 +151,7 @@ def ensure_cohort(out: str | Path, *, num_train: int = 30, num_val: int = 6, see
     settings = {"phantoms": ANATOMY_VERSION, "num_train": num_train, "num_val": num_val, "seed": seed}
     if _is_whole(out, settings):
         return out
-    if _rank() == 0:
+    if idist.get_rank() == 0:
         log.info("Making %d phantoms in %s", num_train + num_val, out)
         _make_cohort(out, settings)
         return out
@@ -163,22 +164,12 @@ def ensure_cohort(out: str | Path, *, num_train: int = 30, num_val: int = 6, see
 
 
 def _is_whole(out: Path, settings: dict[str, int]) -> bool:
-    file = out / "dataset_config.json"
-    if not file.is_file():
-        return False
-    stored = json.loads(file.read_text())
+    stored = read_object(out / "dataset_config.json") or {}
     return all(stored.get(key) == value for key, value in settings.items())
 
 
 def _is_ours(out: Path) -> bool:
-    file = out / "dataset_config.json"
-    return not any(out.iterdir()) or (file.is_file() and "phantoms" in json.loads(file.read_text()))
-
-
-def _rank() -> int:
-    from torch import distributed
-
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    return not any(out.iterdir()) or "phantoms" in (read_object(out / "dataset_config.json") or {})
 
 
 def _make_cohort(out: Path, settings: dict[str, int]) -> None:
