@@ -141,28 +141,18 @@ def is_packed(path: Path) -> bool:
 
 def _arrays_of(tokens: CTTokens) -> dict[str, np.ndarray]:
     there = tokens.codes != NO_CODE
+    given = {name: getattr(tokens, name) for name in packing.FIELDS}
+    stored = {name: np.array(value, packing.FIELDS[name]) for name, value in given.items() if value is not None}
+    behind = {name: stored.pop(name) for name in ("findings", "voxels") if name in stored}  # in the file
     arrays = {
         "codes": np.where(there, tokens.codes, 0).astype(np.min_scalar_type(int(tokens.codes.max()))),
         "coords": tokens.coords.astype(np.int32),
-        "latent_shape": np.array(tokens.latent_shape, np.int32),
-        "affine": np.asarray(tokens.affine, np.float64),
-        "source_shape": np.array(tokens.source_shape, np.int32),
-        "source_affine": np.asarray(tokens.source_affine, np.float64),
-        "source_hash": np.array(tokens.source_hash),
-        "features": np.array(tokens.features),
-        "windows": np.array(tokens.windows, np.str_),
-        "spacing": np.array(tokens.spacing, np.float64),
-        "keep": np.array(tokens.keep),
-        "tokenizer": np.array(tokens.tokenizer),
+        **stored,
         "version": np.array(FILE_VERSION if there.all() else VERSION_OF_LEVELS, np.int32),
     }
     if not there.all():
         arrays["levels"] = there.sum(1).astype(np.uint8)
-    if tokens.findings is not None:
-        arrays["findings"] = np.array(tokens.findings, np.str_)
-    if tokens.voxels is not None:
-        arrays["voxels"] = np.array(tokens.voxels, np.int64)
-    return arrays | {f"support_{i}": part for i, part in enumerate(tokens.support or ())}
+    return arrays | behind | {f"support_{i}": part for i, part in enumerate(tokens.support or ())}
 
 
 def read_tokens(path: str | Path, *, tables: CodeTables | None = None) -> CTTokens:
