@@ -7,6 +7,7 @@ with the weights, so that a checkpoint needs no config beside it and is refused 
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -62,9 +63,7 @@ class Preset:
     norm: str = "sample"  # over what the encoder normalises: each voxel, or all of a sample, as in older checkpoints
 
     def __post_init__(self):
-        for name, (low, high) in LIMITS.items():
-            if not within(getattr(self, name), low, high):
-                raise ValueError(f"{name} must lie in {low}..{high}, got {str(getattr(self, name))[:40]}")
+        _check_limits(vars(self))
         if self.resolution % 8:
             raise ValueError(f"resolution must be a multiple of 8 (three halvings), got {self.resolution}")
         if self.model_channels % self.num_heads:
@@ -120,7 +119,15 @@ class Preset:
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"the stored sizes have {unknown}, which this software does not know: update it")
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        _check_limits(values)  # before any is taken for a number
+        return cls(**values)
+
+
+def _check_limits(values: Mapping[str, object]) -> None:
+    for name, (low, high) in LIMITS.items():
+        if name in values and not within(values[name], low, high):
+            raise ValueError(f"{name} must be within {low} and {high}, got {str(values[name])[:40]}")
 
 
 def within(value: object, low: int | float, high: int | float) -> bool:
