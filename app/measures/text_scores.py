@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 from nltk.stem.porter import PorterStemmer
 from nltk.translate.meteor_score import single_meteor_score
+from nltk.util import ngrams
 from rouge_score import rouge_scorer
 from sacrebleu.metrics import BLEU
 
@@ -96,16 +97,12 @@ def token_f1(output: str, reference: str) -> float:
     return 2 * shared / (said.total() + wanted.total())
 
 
-def ngrams(tokens: list[str], order: int) -> Counter:
-    return Counter(tuple(tokens[at : at + order]) for at in range(len(tokens) - order + 1))
-
-
 def cider(outputs: Sequence[str], references: Sequence[str]) -> np.ndarray:
     """CIDEr-D with one reference a case; document frequencies are those of the references."""
     said, wanted = [words(text) for text in outputs], [words(text) for text in references]
     total = np.zeros(len(said))
     for order in range(1, 5):
-        grams = [(ngrams(a, order), ngrams(b, order)) for a, b in zip(said, wanted, strict=True)]
+        grams = [(Counter(ngrams(a, order)), Counter(ngrams(b, order))) for a, b in zip(said, wanted, strict=True)]
         frequency = Counter(gram for _, reference in grams for gram in reference)
         total += [cider_similarity(a, b, frequency, len(said)) for a, b in grams]
     gap = np.array([len(a) - len(b) for a, b in zip(said, wanted, strict=True)])
