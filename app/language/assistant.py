@@ -5,7 +5,6 @@ it is not for. Trains nothing and measures nothing.
 """
 
 import hashlib
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from app.language.align_setup import FrozenTokenizer, identify, make_collate
 from app.language.align_training import to_device
 from app.shared.devices import choose_device
 from app.shared.hashes import hash_path
+from app.shared.json_files import read_object
 from app.shared.notice import NOTICE
 from app.shared.refusals import Refused
 from app.text.rows import REPORT_QUESTION
@@ -269,13 +269,8 @@ def read_settings(path: Path) -> dict[str, Any]:
             f"{path} holds no aligned model",
             "first run python -m monai.bundle run training --config_file bundles/align.json, or pass --align",
         )
-    try:
-        settings = json.loads(file.read_text())
-    except (ValueError, RecursionError):
-        settings = None
-    if isinstance(settings, dict):
-        settings = {"levels": 1, **settings}  # 1 where it was not recorded
-    if not isinstance(settings, dict) or not set(settings) >= set(SETTINGS):
+    settings = {"levels": 1, **(read_object(file) or {})}  # 1 where it was not recorded
+    if not set(settings) >= set(SETTINGS):
         raise Refused("NO_ALIGNMENT", f"{file} is damaged", "align again")
     for name, rule in SETTINGS.items():
         value = settings[name]
