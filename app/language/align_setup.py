@@ -335,14 +335,23 @@ def make_held_out(*, dataset: str | None = None, **settings: Any) -> Dataset:
 
 
 def check_resumed(folder: Path, args: dict) -> None:
-    """A run goes on with the tokenizer, the base model and the sizes that it began with; its folder says what else
-    changed.
-    """
+    """A run goes on with the tokenizer, the base model and the sizes that it began with; what else changed is said."""
     file = folder / "train_args.json"
     began = json.loads(file.read_text()) if file.is_file() else args
-    for name in args:
-        unused = name in LORA_SIZES and not args["use_lora"]
-        if name in RESUMED_WITH and began.get(name) != args[name] and not unused:
+    changed = [
+        name for name in args if began.get(name) != args[name] and not (name in LORA_SIZES and not args["use_lora"])
+    ]
+    for name in changed:
+        if name in RESUMED_WITH:
             what = f"the run in {folder} began with {name} {began.get(name)}, this one has {args[name]}"
-            remedy = "resume with the same settings, or start afresh in another --output_dir"
-            raise Refused(RESUMED_WITH[name], what, remedy, status=2)
+            raise Refused(
+                RESUMED_WITH[name],
+                what,
+                "resume with the same settings, or start afresh in another --output_dir",
+                status=2,
+            )
+    differences = ", ".join(
+        f"{name} {args[name]} (was {began.get(name)})" for name in changed if name != "tokenizer_path"
+    )
+    if differences:
+        log.warning("this run goes on with other settings than it began with: %s", differences)
