@@ -52,10 +52,10 @@ class Task(InferTask):
 
     def __call__(self, request: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
         try:
-            file, told = self.served.answer(self.name, Path(request["image"]), request)
+            file, content = self.served.answer(self.name, Path(request["image"]), request)
         except Exception as error:
             raise HTTPException(*as_http(error)) from None
-        return None if file is None else str(file), told
+        return None if file is None else str(file), content
 
 
 class PrivateSessions(Sessions):
@@ -70,8 +70,8 @@ class PrivateSessions(Sessions):
 
     def add_session(self, data_file: str, expiry: int = 0, uncompress: bool = False) -> tuple[str, SessionInfo]:
         if uncompress:
-            told = "archives are not unpacked into a session"
-            raise HTTPException(422, {"code": "BAD_CALL", "message": told, "remedy": "send a zip of a series as it is"})
+            why = "archives are not unpacked into a session"
+            raise HTTPException(422, {"code": "BAD_CALL", "message": why, "remedy": "send a zip of a series as it is"})
         file = Path(data_file)
         if file.is_file():
             file = file.rename(file.with_name("scan" + (".nii.gz" if file.name.endswith(".nii.gz") else file.suffix)))
@@ -135,11 +135,11 @@ class Voxelingo(MONAILabelApp):
         place = self.place_of(str(request.get("image") or ""), datastore or self.datastore())
         try:
             if request.get("model") not in self._infers:
-                told = f"there is no such model, there is {', '.join(self._infers)}"
-                raise HTTPException(404, {"code": "NO_MODEL", "message": told, "remedy": "name one of these"})
+                why = f"there is no such model, there is {', '.join(self._infers)}"
+                raise HTTPException(404, {"code": "NO_MODEL", "message": why, "remedy": "name one of these"})
             if place is None:
-                told = "there is no such image"
-                raise HTTPException(404, {"code": "NO_SOURCE", "message": told, "remedy": "see /datastore for the ids"})
+                why = "there is no such image"
+                raise HTTPException(404, {"code": "NO_SOURCE", "message": why, "remedy": "see /datastore for the ids"})
             return super().infer({**request, "image": str(place), "save_label": False}, datastore)
         except HTTPException:
             if place is not None and place.parent == self.uploads:  # MONAI Label removes what it could answer

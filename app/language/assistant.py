@@ -217,12 +217,12 @@ class CTAssistant:
             "base_model": self.settings["base_model"],
             "projector_sha256": self.settings["projector_sha256"],
             "adapter_sha256": self.settings.get("adapter_sha256"),
-            "settings": {name: self.settings[name] for name in SETTINGS_TOLD},
+            "settings": {name: self.settings[name] for name in SETTINGS_OF_ANSWERS},
             "versions": {name: metadata.version(name) for name in ("torch", "transformers", "numpy")},
         }
 
 
-SETTINGS_TOLD = ("max_3d_tokens", "token_reduction", "levels", "use_3d_pos", "position", "fusion", "use_lora")
+SETTINGS_OF_ANSWERS = ("max_3d_tokens", "token_reduction", "levels", "use_3d_pos", "position", "fusion", "use_lora")
 
 
 MAX_NUMBER = 1 << 24  # beyond is damage, and more than memory holds
@@ -302,9 +302,9 @@ def load_base(
     except ValueError as error:
         what = str(error)
         raise Refused("BAD_MODEL", what, "the base model is kept by name: it must be there or on the hub") from error
-    found = identify(name, language) if own is None else base
-    if {**found, "name": None} != {**base, "name": None}:
-        raise Refused("OTHER_MODEL", f"{path} was aligned to {base}, {name} is now {found}")
+    present = identify(name, language) if own is None else base
+    if {**present, "name": None} != {**base, "name": None}:
+        raise Refused("OTHER_MODEL", f"{path} was aligned to {base}, {name} is now {present}")
     return language, text_tokenizer
 
 

@@ -19,7 +19,7 @@ SCRIPT = """
 "use strict";
 const part = name => document.getElementById(name);
 let models = {};
-const told = async response => {
+const checked = async response => {
   if (response.ok) return response;
   const detail = (await response.json().catch(() => ({}))).detail || {};
   const words = [detail.code, detail.message, detail.remedy].filter(word => word).join(". ");
@@ -70,7 +70,7 @@ const ask = async event => {
     if (file) body.append("file", file);
     const output = model === "reconstruct" ? "&output=image" : picture ? "" : "&output=json";
     const where = `infer/${encodeURIComponent(model)}?image=${encodeURIComponent(image)}${output}`;
-    const response = await told(await fetch(where, {method: "POST", body}));
+    const response = await checked(await fetch(where, {method: "POST", body}));
     if (model === "reconstruct") {
       shown("Reconstruction", "HU on the scan's own grid: load it as a volume beside the scan.");
       offer("reconstruction.nii.gz", await response.blob());
@@ -94,11 +94,11 @@ const start = async () => {
   part("form").addEventListener("submit", ask);
   part("model").addEventListener("change", options);
   try {
-    models = (await (await told(await fetch("info/"))).json()).models;
+    models = (await (await checked(await fetch("info/"))).json()).models;
     Object.keys(models).forEach(name => part("model").add(new Option(name, name)));
     if (models.ask) part("model").value = "ask";
     options();
-    const all = await (await told(await fetch("datastore/?output=all"))).json();
+    const all = await (await checked(await fetch("datastore/?output=all"))).json();
     Object.keys(all.objects || {}).forEach(name => part("images").append(new Option(name, name)));
   } catch (error) {
     shown("Refused", error.message, "refused");

@@ -28,7 +28,7 @@ class Surface(NamedTuple):
     mesh: Mesh
     sign: str  # parity, winding or none
     findings: tuple[str, ...]  # codes
-    told: tuple[str, ...]  # what each of them says
+    messages: tuple[str, ...]  # of each code
 
 
 class Shape(NamedTuple):
@@ -66,17 +66,17 @@ def check_surface(mesh: Mesh, *, unsigned: bool = False, name: str = "the mesh")
 
 def _sign_for(kind: Kind, name: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     """Parity; the winding number where a mesh that is one way round crosses itself."""
-    found: dict[str, str] = {}
+    messages: dict[str, str] = {}
     sign = "winding" if kind.crossing and kind.is_oriented else "parity"
     if kind.crossing:
         rule = {
             "winding": "inside is where its winding number is not 0",
             "parity": "its triangles run both ways, so inside is where a line has crossed it an odd number of times",
         }[sign]
-        found["SELF_CROSSING"] = f"{name} crosses itself in {kind.crossing} triangles; {rule}"
+        messages["SELF_CROSSING"] = f"{name} crosses itself in {kind.crossing} triangles; {rule}"
     if kind.branching_edges:
-        found["NON_MANIFOLD"] = f"edges of {name} with more than two triangles: {kind.branching_edges}"
-    return sign, tuple(found), tuple(found.values())
+        messages["NON_MANIFOLD"] = f"edges of {name} with more than two triangles: {kind.branching_edges}"
+    return sign, tuple(messages), tuple(messages.values())
 
 
 def mesh_affine(mesh: Mesh, resolution: int) -> Float[np.ndarray, "4 4"]:
@@ -96,11 +96,11 @@ def volume_affine(
     steps = np.linalg.norm(affine[:3, :3], axis=0)
     left, _, right = np.linalg.svd(affine[:3, :3] / steps)
     side = float((steps * shape[:3]).max())
-    made = np.eye(4)
-    made[:3, :3] = left @ right * (side / resolution)  # axes that are not at right angles: the nearest that are
+    cube = np.eye(4)
+    cube[:3, :3] = left @ right * (side / resolution)  # axes that are not at right angles: the nearest that are
     middle = affine[:3, :3] @ ((np.array(shape[:3]) - 1) / 2) + affine[:3, 3]
-    made[:3, 3] = middle - made[:3, :3] @ np.full(3, (resolution - 1) / 2)
-    return made
+    cube[:3, 3] = middle - cube[:3, :3] @ np.full(3, (resolution - 1) / 2)
+    return cube
 
 
 def shape_of(

@@ -85,11 +85,11 @@ def _stl(content: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _stl_text(content: bytes) -> tuple[np.ndarray, np.ndarray]:
-    found = re.findall(rb"vertex\s+(\S+)\s+(\S+)\s+(\S+)", content)
-    if len(found) % 3 or content.count(b"endfacet") * 3 != len(found):
+    corners = re.findall(rb"vertex\s+(\S+)\s+(\S+)\s+(\S+)", content)
+    if len(corners) % 3 or content.count(b"endfacet") * 3 != len(corners):
         raise ValueError("its facets do not have three vertices each")
-    vertices = np.array([[float(word) for word in row] for row in found], np.float64)
-    return vertices, np.arange(len(found)).reshape(-1, 3)
+    vertices = np.array([[float(word) for word in row] for row in corners], np.float64)
+    return vertices, np.arange(len(corners)).reshape(-1, 3)
 
 
 # ---- OBJ
@@ -230,11 +230,11 @@ class _Bytes:
                     name: (rows[f"{name} length"].astype(np.int64), rows[name].astype(np.int64).reshape(-1))
                     for name in lists
                 }
-        kept = [self._row(element) for _ in range(element.count)]
+        rows = [self._row(element) for _ in range(element.count)]
         return {
             name: (
-                np.array([len(row[name]) for row in kept], np.int64),
-                np.concatenate([row[name] for row in kept]).astype(np.int64),
+                np.array([len(row[name]) for row in rows], np.int64),
+                np.concatenate([row[name] for row in rows]).astype(np.int64),
             )
             for name in lists
         }

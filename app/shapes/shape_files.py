@@ -23,7 +23,7 @@ VERSION = 1
 SIGNS = ("parity", "winding", "none")
 
 
-class Made(NamedTuple):
+class Provenance(NamedTuple):
     """Of what, and how, a file was made: the same again is not made again."""
 
     source_hash: str = ""
@@ -31,7 +31,7 @@ class Made(NamedTuple):
     codes: tuple[str, ...] = ()
 
 
-def write_shape(path: Path, shape: Shape, made: Made) -> None:
+def write_shape(path: Path, shape: Shape, provenance: Provenance) -> None:
     """A whole file or none; the same shape gives the same bytes."""
     arrays = {
         "sparse_sdf": shape.values[:, None].astype(np.float32, copy=False),
@@ -40,9 +40,9 @@ def write_shape(path: Path, shape: Shape, made: Made) -> None:
         "affine": np.asarray(shape.affine, np.float64),
         "band": np.array(shape.band, np.float64),
         "sign": np.array(shape.sign),
-        "source_hash": np.array(made.source_hash),
-        "settings": np.array(made.settings),
-        "codes": np.array(made.codes, np.str_),
+        "source_hash": np.array(provenance.source_hash),
+        "settings": np.array(provenance.settings),
+        "codes": np.array(provenance.codes, np.str_),
         "version": np.array(VERSION, np.int32),
     }
     if shape.sharp is not None:
@@ -77,12 +77,12 @@ def holds_shape(path: Path) -> bool:
         return False
 
 
-def read_made(path: Path) -> Made:
+def read_provenance(path: Path) -> Provenance:
     """What a file says it was made of and by."""
     arrays = _arrays(path, only=("source_hash", "settings", "codes"))
     if len(arrays) < 3:
-        return Made()
-    return Made(str(arrays["source_hash"]), str(arrays["settings"]), tuple(arrays["codes"].tolist()))
+        return Provenance()
+    return Provenance(str(arrays["source_hash"]), str(arrays["settings"]), tuple(arrays["codes"].tolist()))
 
 
 def _arrays(path: Path, *, only: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:

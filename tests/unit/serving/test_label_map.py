@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from app.language.where_looked import Looked
+from app.language.where_looked import Occlusion
 from app.serving import label_map, options
 from app.shared.refusals import Refused
 from app.tokens.commands import write_image
@@ -37,7 +37,7 @@ def tokens():
 
 
 def looked(*loss, coords=((0, 0, 0), (1, 0, 0))):
-    return Looked(0.9, 0.1, torch.tensor(loss), torch.tensor(coords, dtype=torch.int32))
+    return Occlusion(0.9, 0.1, torch.tensor(loss), torch.tensor(coords, dtype=torch.int32))
 
 
 def test_what_the_answer_rests_on_lies_where_it_lies_in_the_patient(tokens):
