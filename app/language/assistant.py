@@ -188,7 +188,8 @@ class CTAssistant:
         if isinstance(opened, CTTokens):
             name, origin = "tokens", {"scan_sha256": opened.source_hash} if opened.source_hash else {}
         else:
-            name, origin = opened.name, {"scan_sha256": opened.source_hash or _hash_of(opened.volume.hu)}
+            digest = opened.source_hash or hashlib.sha256(opened.volume.hu.tobytes()).hexdigest()
+            name, origin = opened.name, {"scan_sha256": digest}
         place = ""
         if isinstance(source, ScanSource):
             name, place = source.name, source.place if source is scan else Path(scan).name
@@ -238,10 +239,6 @@ SETTINGS = {  # of train_args.json, what is used: whoever wrote it
         holds=lambda base: isinstance(base.get("name", 0), str | None),
     ),
 }
-
-
-def _hash_of(hu: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(hu).tobytes()).hexdigest()
 
 
 def _series(tokens: CTTokens) -> dict[str, Any]:
