@@ -172,7 +172,7 @@ class Voxelingo(MONAILabelApp):
 def guard_server(*, max_bytes: int) -> None:
     """Lays guard and page around the server that loads this app; without --host it is bound to this machine."""
     config = _running_server()
-    if config is None:  # a task of its own, which nobody can ask
+    if config is None:  # no server loads this app: there is nobody to guard it from
         return
     named = any(word.startswith(("-i", "--h")) for word in sys.argv[1:])
     if config.host == EVERYWHERE and not named:

@@ -150,7 +150,7 @@ def _write_weights(models: Path, ct: CTTokenizer) -> None:
     models.mkdir()
     state = {name: value.detach().cpu().contiguous().clone() for name, value in ct.network.state_dict().items()}
     torch.save(state, models / "model.pt")
-    (models / "model.safetensors").write_bytes(save(state))  # save_file's could be read by its owner alone
+    (models / "model.safetensors").write_bytes(save(state))  # save_file writes what only its owner can read
 
 
 def _without_places(settings: Json) -> Json:

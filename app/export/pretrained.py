@@ -45,7 +45,7 @@ def write_pretrained(
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
         folder = Path(beside, out.name)
         folder.mkdir()
-        (folder / WEIGHTS).write_bytes(save(in_halves(state)))  # save_file's could be read by its owner alone
+        (folder / WEIGHTS).write_bytes(save(in_halves(state)))  # save_file writes what only its owner can read
         size = (folder / WEIGHTS).stat().st_size
         if size > MAX_BYTES:
             what = f"the weights take {size:,} bytes, {MAX_BYTES:,} may ship"

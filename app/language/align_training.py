@@ -136,7 +136,7 @@ class SampleAnswers(OnEvent):
         folder,
         network: VolumeQwen,
         language: Language,
-        dataset: TextDataset | Subset,  # or nothing
+        dataset: TextDataset | Subset,  # a Subset is empty: nothing is held out
         on: CallableEventWithFilter,
         num_samples: int = 4,
         max_new_tokens: int = 64,

@@ -322,5 +322,5 @@ def aligned_files(path: Path, settings: dict[str, Any]) -> AlignedFiles:
         file = epochs[-1]
         log.info("the run did not end: taking %s", file.name)
     adapter = path / file.stem.replace("projector", "lora") if settings["use_lora"] else None
-    own = [path / file.stem.replace("projector", "language"), path / "language_final"]  # frozen ones are the same
+    own = [path / file.stem.replace("projector", "language"), path / "language_final"]  # frozen: of the end alone
     return AlignedFiles(file, adapter, next((folder for folder in own if folder.is_dir()), None))

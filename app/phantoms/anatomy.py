@@ -12,7 +12,7 @@ import numpy as np
 
 from transforms.windows import Number
 
-SIGN_OF_X = {"right": 1.0, "left": -1.0}  # the sign of x
+SIGN_OF_X = {"right": 1.0, "left": -1.0}  # x points to the patient's right
 Point = tuple[Number, Number, Number]
 
 

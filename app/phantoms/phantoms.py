@@ -31,8 +31,8 @@ from app.prepare.headers import CT
 from app.shared.json_files import read_object, write_object
 
 log = logging.getLogger(__name__)
-WAIT = 600  # seconds that other ranks give rank 0
-ANATOMY_VERSION = 3  # of the anatomy: a cohort of another version is made again
+WAIT = 600  # seconds that other ranks wait for rank 0 to make the cohort
+ANATOMY_VERSION = 3  # a cohort of another version is made again
 
 
 class Phantom(NamedTuple):

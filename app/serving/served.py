@@ -73,7 +73,7 @@ class Served:
     def _load(self, align: str, tokenizer: str | None) -> None:
         try:
             self._assistant.set_result(CTAssistant.from_pretrained(align, tokenizer=tokenizer))
-        except BaseException as error:  # whoever asks is told; the rest is served
+        except BaseException as error:  # raised again where an answer is asked for; models without it go on
             self._assistant.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))
 
     # ---- the models

@@ -20,7 +20,7 @@ TYPES = {
     "Float64": "f8",
 }
 MAX_BYTES = 4 << 30  # of one array, unpacked
-MAX_RATIO = 1100  # deflate saves no more
+MAX_RATIO = 1100  # bytes out of one packed byte: deflate gives at most 1032
 
 
 class _Coding(NamedTuple):
