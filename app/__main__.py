@@ -147,10 +147,10 @@ def sdf(
     """Meshes and volumes to sparse signed distance."""
     with answering(as_json, debug) as answer:
         from app.shapes import sdf as shapes
-        from app.shapes.sources import Wanted
+        from app.shapes.sources import SurfaceChoice
 
         sides = shapes.read_resolutions(resolution)
-        settings = shapes.Settings(sides, band, sharp, Wanted(label, hu, unsigned), overwrite)
+        settings = shapes.Settings(sides, band, sharp, SurfaceChoice(label, hu, unsigned), overwrite)
         done = shapes.make_shapes(source, out, settings, workers=workers)
         answer.give(done, shapes.lines(done), status=3 if done["refused"] else 0)
 

@@ -27,9 +27,6 @@ class Problem(NamedTuple):
     message: str
     cases: tuple[str, ...] = ()
 
-    def as_json(self) -> dict[str, Any]:
-        return {"code": self.code, "message": self.message, "cases": list(self.cases)}
-
 
 class Checked(NamedTuple):
     """What was read, case by case, and what is wrong."""
@@ -44,7 +41,7 @@ class Checked(NamedTuple):
         return 3 if any(CODES[problem.code].status == 3 for problem in self.problems) else 0
 
     def as_json(self) -> dict[str, Any]:
-        problems = [problem.as_json() for problem in self.problems]
+        problems = [problem._asdict() for problem in self.problems]
         return {"kind": self.kind, **self.summary, "cases": list(self.rows), "problems": problems}
 
 

@@ -26,7 +26,7 @@ from monailabel.utils.sessions import SessionInfo, Sessions
 
 from app.serving.answers_page import AnswersPage
 from app.serving.guard import Guard
-from app.serving.refused import refusal
+from app.serving.refused import as_http
 from app.serving.served import DESCRIPTIONS, Served
 from app.shared.refusals import as_refused
 from app.shared.version import VERSION
@@ -52,10 +52,10 @@ class Task(InferTask):
 
     def __call__(self, request: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
         try:
-            file, told = self.served.answer(self.name, Path(request["image"]), request)
+            file, content = self.served.answer(self.name, Path(request["image"]), request)
         except Exception as error:
-            raise HTTPException(*refusal(error)) from None
-        return None if file is None else str(file), told
+            raise HTTPException(*as_http(error)) from None
+        return None if file is None else str(file), content
 
 
 class PrivateSessions(Sessions):
@@ -70,8 +70,8 @@ class PrivateSessions(Sessions):
 
     def add_session(self, data_file: str, expiry: int = 0, uncompress: bool = False) -> tuple[str, SessionInfo]:
         if uncompress:
-            told = "archives are not unpacked into a session"
-            raise HTTPException(422, {"code": "BAD_CALL", "message": told, "remedy": "send a zip of a series as it is"})
+            why = "archives are not unpacked into a session"
+            raise HTTPException(422, {"code": "BAD_CALL", "message": why, "remedy": "send a zip of a series as it is"})
         file = Path(data_file)
         if file.is_file():
             file = file.rename(file.with_name("scan" + (".nii.gz" if file.name.endswith(".nii.gz") else file.suffix)))
@@ -135,11 +135,11 @@ class Voxelingo(MONAILabelApp):
         place = self.place_of(str(request.get("image") or ""), datastore or self.datastore())
         try:
             if request.get("model") not in self._infers:
-                told = f"there is no such model, there is {', '.join(self._infers)}"
-                raise HTTPException(404, {"code": "NO_MODEL", "message": told, "remedy": "name one of these"})
+                why = f"there is no such model, there is {', '.join(self._infers)}"
+                raise HTTPException(404, {"code": "NO_MODEL", "message": why, "remedy": "name one of these"})
             if place is None:
-                told = "there is no such image"
-                raise HTTPException(404, {"code": "NO_SOURCE", "message": told, "remedy": "see /datastore for the ids"})
+                why = "there is no such image"
+                raise HTTPException(404, {"code": "NO_SOURCE", "message": why, "remedy": "see /datastore for the ids"})
             return super().infer({**request, "image": str(place), "save_label": False}, datastore)
         except HTTPException:
             if place is not None and place.parent == self.uploads:  # MONAI Label removes what it could answer
@@ -172,7 +172,7 @@ class Voxelingo(MONAILabelApp):
 def guard_server(*, max_bytes: int) -> None:
     """Lays guard and page around the server that loads this app; without --host it is bound to this machine."""
     config = _running_server()
-    if config is None:  # a task of its own, which nobody can ask
+    if config is None:  # no server loads this app: there is nobody to guard it from
         return
     named = any(word.startswith(("-i", "--h")) for word in sys.argv[1:])
     if config.host == EVERYWHERE and not named:

@@ -3,6 +3,8 @@
 Weighted so, the loss of a batch does not depend on how it is split over micro-batches or ranks.
 """
 
+import math
+from collections.abc import Sequence
 from types import MappingProxyType
 
 import torch
@@ -132,6 +134,12 @@ def subdivision(logits: Float[Tensor, "M 8"], occupied: Bool[Tensor, "M 8"], lev
     return mean_of_samples(per_cell, level)
 
 
+def are_weights(values: Sequence[object]) -> bool:
+    """Whether windows may count so much each: not all of them nothing."""
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    return numbers and all(0 <= value < math.inf for value in values) and sum(values) > 0
+
+
 class TokenizerLoss:
     """Weighted sum of what a forward pass of the sparse VQ-VAE gives, and its terms by name.
 
@@ -153,7 +161,7 @@ class TokenizerLoss:
     ):
         if loss_type not in LOSS_TYPES:
             raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
-        if window_weights is not None and not (min(window_weights) >= 0 and sum(window_weights) > 0):
+        if window_weights is not None and not are_weights(window_weights):
             raise ValueError(f"window_weights must be numbers from 0, not all 0, got {window_weights}")
         self.loss_type, self.lambda_l2 = loss_type, lambda_l2
         self.window_weights = None if window_weights is None else torch.tensor(window_weights, dtype=torch.float32)

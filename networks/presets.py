@@ -7,6 +7,7 @@ with the weights, so that a checkpoint needs no config beside it and is refused 
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,13 +22,13 @@ POOLS = ("children", "mean", "legacy")
 NUM_RESIDUAL = (1, 2, 0)
 MAX_SIDE = 4096  # voxels of the grid of a dataset: what is said beyond is damage, and more than memory holds
 CHECKSUM = "sha256"  # in the stored sizes, of all other tensors of the file
-LIMITS = {  # of sizes that strangers' files say: beyond is damage, and more than memory holds
+LIMITS = {  # lowest and highest size, of a flag, in Python, in a stranger's file: beyond is more than memory holds
     "resolution": (8, MAX_SIDE),
     "spacing": (0.01, 100.0),
     "widths": (1, 1 << 14),
     "model_channels": (1, 1 << 14),
     "latent_channels": (1, 1 << 14),
-    "num_embeddings": (1, 1 << 24),
+    "num_embeddings": (2, 1 << 24),
     "num_blocks": (0, 256),
     "num_heads": (1, 1 << 10),
     "window": (1, 1 << 10),
@@ -63,6 +64,7 @@ class Preset:
     norm: str = "sample"  # over what the encoder normalises: each voxel, or all of a sample, as in older checkpoints
 
     def __post_init__(self):
+        _check_limits(vars(self))
         if self.resolution % 8:
             raise ValueError(f"resolution must be a multiple of 8 (three halvings), got {self.resolution}")
         if self.model_channels % self.num_heads:
@@ -76,8 +78,6 @@ class Preset:
             raise ValueError(
                 f"prepared must be None, or a side of 1 to {MAX_SIDE} voxels and mm above 0, got {self.prepared!r}"
             )
-        if self.quantizer_levels < 1:
-            raise ValueError(f"quantizer_levels must be at least 1, got {self.quantizer_levels}")
         if self.pca and self.features != "window":
             raise ValueError(f"pca needs CT windows, got features {self.features}")
         if self.codebook == "fsq" and (self.rotation_trick or self.normalize_codes or self.quantizer_levels > 1):
@@ -127,14 +127,18 @@ class Preset:
         if unknown := sorted(set(values) - known):
             raise ValueError(f"the stored sizes have {unknown}, which this software does not know: update it")
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        for name, (low, high) in LIMITS.items():
-            if name in values and not _within(values[name], low, high):
-                raise ValueError(f"the stored {name} must be within {low:g} and {high:g}, got {str(values[name])[:40]}")
+        _check_limits(values)  # before any is taken for a number
         return cls(**values)
 
 
-def _within(value: object, low: int | float, high: int | float) -> bool:
-    """Whether a stored size, or each of several, is a number between two: whole where the lower one is."""
+def _check_limits(values: Mapping[str, object]) -> None:
+    for name, (low, high) in LIMITS.items():
+        if name in values and not within(values[name], low, high):
+            raise ValueError(f"{name} must be within {low} and {high}, got {str(values[name])[:40]}")
+
+
+def within(value: object, low: int | float, high: int | float) -> bool:
+    """Whether a size, or each of several, is a number between two: whole where the lower one is."""
     parts = value if isinstance(value, tuple) else (value,)
     kinds = (int,) if isinstance(low, int) else (int, float)
     return all(type(part) in kinds and low <= part <= high for part in parts)

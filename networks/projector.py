@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+MAX_LAYERS = 64
+
 
 def encode_positions(coords: Int[Tensor, "T 3"], width: int, *, grid: int = 128) -> Float[Tensor, "T E"]:
     """Fixed sinusoids of x, y, z side by side; leftover columns are zero.
@@ -41,8 +43,8 @@ class Projector(nn.Module):
         position_grid: int = 128,
     ):
         super().__init__()
-        if num_layers < 1:
-            raise ValueError(f"projector_layers must be at least 1, got {num_layers}")
+        if not 1 <= num_layers <= MAX_LAYERS:
+            raise ValueError(f"projector_layers must lie in 1..{MAX_LAYERS}, got {num_layers}")
         self.use_3d_pos, self.position_scale, self.position_grid = use_3d_pos, position_scale, position_grid
         layers: list[nn.Module] = [nn.Linear(in_features, out_features)]
         for _ in range(num_layers - 1):

@@ -166,7 +166,7 @@ class VectorQuantizer(nn.Module):
         with torch.autocast(rows.device.type, enabled=False):
             wide = rows.float()
             found = self._by_gradient(wide) if self.learning == "gradient" else self._by_averages(wide)
-            if self.learning == "ema" and self.training and torch.is_grad_enabled():  # a look is no step
+            if self.learning == "ema" and self.training and torch.is_grad_enabled():  # without: an evaluation
                 seen = self._on_sphere(wide.detach())
                 self._pending.append((*code_sums(seen, found.codes, self.num_embeddings), seen))
             return found

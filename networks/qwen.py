@@ -9,6 +9,7 @@ offsets of an earlier call.
 
 from collections.abc import Callable
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,7 +92,7 @@ class VolumeQwen(nn.Module):
         with torch.compiler.set_stance("force_eager"):  # one token at a time, with a cache that grows
             ids = self.language.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **options)
         self.language.model.rope_deltas = None
-        return [cut_at(row, ends) for row in ids.tolist()]
+        return [list(takewhile(lambda token: token not in ends, row)) for row in ids.tolist()]
 
     def end_tokens(self) -> list[int]:
         ends = self.language.generation_config.eos_token_id
@@ -178,14 +179,6 @@ def mixed_positions(
             at = end
         positions[:, sample, real] = torch.cat(parts, 1).to(positions.device)
     return positions
-
-
-def cut_at(ids: list[int], ends: list[int]) -> list[int]:
-    """Ids before the first end token."""
-    for at, token in enumerate(ids):
-        if token in ends:
-            return ids[:at]
-    return ids
 
 
 def language_width(language: nn.Module) -> int:

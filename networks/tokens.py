@@ -45,7 +45,7 @@ def reduce_tokens(
         x, y, z = coords.long().unbind(1)
         rows = (((z << AXIS_BITS | y) << AXIS_BITS) | x).argsort()[:max_tokens].sort().values
     else:
-        owner = group_cells(keys, max_tokens, feats if method == "merge" else None)
+        owner = group_tokens(keys, max_tokens, feats if method == "merge" else None)
         return average_groups(feats, coords, owner)
     return TokenSequence(feats[rows], coords[rows].int(), torch.ones_like(rows))
 
@@ -57,7 +57,7 @@ def cell_keys(coords: Int[Tensor, "M 3"]) -> Int64[Tensor, " M"]:
     return morton_keys(torch.nn.functional.pad(coords, (1, 0)), AXIS_BITS)
 
 
-def group_cells(
+def group_tokens(
     keys: Int64[Tensor, " M"], max_groups: int, feats: Float[Tensor, "M D"] | None = None
 ) -> Int64[Tensor, " M"]:
     """Group of each sorted key, groups in order and at most `max_groups`: a bottom-up octree, never finer than needed.

@@ -4,11 +4,12 @@ Marching cubes by scikit-image. A band goes through it in blocks, so that nothin
 that blocks share are one, for each lies on an edge of the grid that knows its own number.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Int64, Shaped
+from jaxtyping import Float, Int, Int64, Shaped
 from scipy import ndimage
 from skimage.measure import marching_cubes
 
@@ -29,10 +30,7 @@ def surface_at(volume: Shaped[np.ndarray, "X Y Z"], level: float | int) -> Trian
     above = volume > level
     if not above.any():
         return Triangles(np.zeros((0, 3)), np.zeros((0, 3), np.int64))
-    box = []
-    for axis in range(3):
-        there = np.flatnonzero(above.any(tuple(other for other in range(3) if other != axis)))
-        box.append(slice(max(there[0] - 1, 0), there[-1] + 2))
+    box = [slice(max(cut.start - 1, 0), cut.stop + 1) for cut in ndimage.find_objects(above.astype(np.uint8))[0]]
     part = np.asarray(volume[tuple(box)], np.float32)
     outside = min(float(part.min()), level) - max(1.0, abs(level) * 1e-3)
     if volume.dtype == bool:  # a mask ends half a voxel beyond its last
@@ -109,34 +107,22 @@ def _block_surface(near: Int64[np.ndarray, "N 3"], values: Float[np.ndarray, " N
     around = ndimage.uniform_filter(signs, 3, mode="constant")
     filled = ~known & (np.abs(around) > 0.5 / 27)
     box[filled] = np.sign(around[filled])
-    cube = _corners_known(known | filled)
-    box = box[1:-1, 1:-1, 1:-1]
+    inner = (slice(1, -1),) * 3
+    cube = _of_cubes(ndimage.minimum_filter, (known | filled)[inner])  # whether all eight corners are known
+    box = box[inner]
     mask = np.zeros(box.shape, bool)
     mask[1:, 1:, 1:] = cube
     box = np.nan_to_num(box, nan=1.0)
-    low, high = float(box.min()), float(box.max())
-    if not (low < 0 < high and _crosses(box, cube)):
+    low, high = _of_cubes(ndimage.minimum_filter, box), _of_cubes(ndimage.maximum_filter, box)
+    if not (cube & (low < 0) & (high > 0)).any():
         return nothing
     vertices, faces, *_ = marching_cubes(box, 0.0, gradient_direction="descent", mask=mask)  # inside is below 0
     return _names_of(vertices), vertices.astype(np.float64), faces.astype(np.int64)
 
 
-def _corners_known(known: Bool[np.ndarray, "S S S"]) -> Bool[np.ndarray, "B B B"]:
-    """Of the cubes of the inner box whether all eight corners are known."""
-    inner = known[1:-1, 1:-1, 1:-1]
-    for axis in range(3):
-        inner = np.take(inner, range(inner.shape[axis] - 1), axis) & np.take(inner, range(1, inner.shape[axis]), axis)
-    return inner
-
-
-def _crosses(box: Float[np.ndarray, "X Y Z"], cube: Bool[np.ndarray, "B B B"]) -> bool:
-    """Whether a cube that counts has corners on both sides."""
-    low, high = box, box
-    for axis in range(3):
-        first, second = range(low.shape[axis] - 1), range(1, low.shape[axis])
-        low = np.minimum(np.take(low, first, axis), np.take(low, second, axis))
-        high = np.maximum(np.take(high, first, axis), np.take(high, second, axis))
-    return bool((cube & (low < 0) & (high > 0)).any())
+def _of_cubes(extreme: Callable[..., np.ndarray], corners: Shaped[np.ndarray, "S S S"]) -> Shaped[np.ndarray, "B B B"]:
+    """The lowest or highest of the eight corners of each cube."""
+    return extreme(corners, 2, origin=-1)[:-1, :-1, :-1]
 
 
 def _names_of(vertices: Float[np.ndarray, "V 3"]) -> Int64[np.ndarray, "V 4"]:

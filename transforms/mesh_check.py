@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, Int64
 
-from transforms.triangle_band import distances, frames_of
+from transforms.triangle_band import distances, frames_of, normals_of
 
 TRIANGLES_OF_A_CELL = 12  # below this all pairs are tried
 DEEPEST = 12  # halvings of the box: many triangles may meet in one point
@@ -63,9 +63,7 @@ def sharp_edges(
     order = np.lexsort((high, low))
     same = (np.diff(low[order]) == 0) & (np.diff(high[order]) == 0)
     left, right = order[:-1][same], order[1:][same]
-    corners = vertices[faces]
-    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    normals /= np.maximum(np.linalg.norm(normals, axis=1), 1e-300)[:, None]
+    normals, _ = normals_of(vertices[faces])
     cosine = np.einsum("ei,ei->e", normals[left // 3], normals[right // 3])
     cosine *= np.where(one[left] == one[right], -1, 1)  # both run along the edge the same way: one is turned over
     sharp = left[cosine < np.cos(np.radians(degrees))]

@@ -78,6 +78,13 @@ def frames_of(corners: Float[np.ndarray, "T 3 3"]) -> Frames:
     return Frames(np.ascontiguousarray(axes.transpose(1, 0, 2)), corners, lengths.T.astype(np.float32))
 
 
+def normals_of(corners: Float[np.ndarray, "T 3 3"]) -> tuple[Float[np.ndarray, "T 3"], Float[np.ndarray, " T"]]:
+    """Unit normals, and twice the areas; a triangle without area has none."""
+    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    lengths = np.linalg.norm(normals, axis=1)
+    return normals / np.maximum(lengths, 1e-300)[:, None], lengths
+
+
 def distances(
     frames: Frames, rows: Int[np.ndarray, " P"], centres: Float[np.ndarray, "P 3"], offsets: Float[np.ndarray, "K 3"]
 ) -> Float32[np.ndarray, "P K"]:

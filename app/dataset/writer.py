@@ -7,7 +7,6 @@ import csv
 import errno
 import hashlib
 import io
-import json
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ from jaxtyping import Float, Int
 
 from app.dataset.prepared import PreparedCase, open_case, versions, window_bytes
 from app.shared.atomic_files import write_text
+from app.shared.json_files import write_object
 from transforms.sparse import sparsify
 from transforms.windows import AIR, window_file_name
 
@@ -57,7 +57,7 @@ def write_case(
         _write_volume(beside, hu, windows=windows, file_format=file_format)
         _write_organs(beside, organs or {}, hu.shape)
         record = _sidecar(case_id, hu, affine, sidecar or {}) | {"files": sizes_of(beside)}
-        (beside / "case.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        write_object(beside / "case.json", record, sort_keys=True)
         beside.chmod(0o755)
         target = processed / case_id
         if target.exists():
@@ -157,22 +157,22 @@ def metadata_row(case: PreparedCase, *, windows: Sequence[str], status: str = "o
 
 
 def write_metadata(dataset_dir: str | Path, rows: Iterable[Mapping[str, str]]) -> None:
-    _write_csv(Path(dataset_dir) / "metadata.csv", METADATA_COLUMNS, rows)
+    write_csv(Path(dataset_dir) / "metadata.csv", METADATA_COLUMNS, rows)
 
 
 def write_failures(dataset_dir: str | Path, rows: Iterable[Mapping[str, str]]) -> None:
-    _write_csv(Path(dataset_dir) / "failures.csv", FAILURE_COLUMNS, rows)
+    write_csv(Path(dataset_dir) / "failures.csv", FAILURE_COLUMNS, rows)
 
 
 def write_dataset_config(dataset_dir: str | Path, settings: Mapping[str, Any]) -> None:
     """dataset_config.json: the settings that made the dataset, with the software's versions."""
-    text = json.dumps({**settings, "versions": versions()}, indent=1, sort_keys=True) + "\n"
-    write_text(Path(dataset_dir) / "dataset_config.json", text)
+    write_object(Path(dataset_dir) / "dataset_config.json", {**settings, "versions": versions()}, sort_keys=True)
 
 
-def _write_csv(file: Path, columns: Sequence[str], rows: Iterable[Mapping[str, str]]) -> None:
+def write_csv(file: Path, columns: Sequence[str], rows: Iterable[Mapping[str, str]]) -> None:
+    """Of each row what these columns name; a whole file or none."""
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
+    writer = csv.DictWriter(buffer, columns, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(file, buffer.getvalue())

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from app.language.assistant import CTAssistant
-from app.language.where_looked import Looked, where_looked
+from app.language.where_looked import Occlusion, where_looked
 from app.shared.sides import write_sides
 from app.tokens.token_files import CTTokens
 from transforms import Resampled
@@ -35,16 +35,16 @@ class Asked(NamedTuple):
 def picture_answer(assistant: CTAssistant, scan: str | Path, question: str, answer: str, *, known: str) -> Asked:
     """An answer that was given, with its picture."""
     opened = assistant.open(scan)
-    looked = where_looked(assistant, question, answer, assistant.reduce(opened.tokens))
-    if looked is None:
+    occlusion = where_looked(assistant, question, answer, assistant.reduce(opened.tokens))
+    if occlusion is None:
         return Asked(question, answer, known)
     told = (
-        f"The model gives this answer a probability of {looked.probability:.2g}; "
-        f"with the one place blanked that it needs most, {looked.lowest:.2g}. "
+        f"The model gives this answer a probability of {occlusion.probability:.2g}; "
+        f"with the one place blanked that it needs most, {occlusion.lowest:.2g}. "
     )
-    if float(looked.loss.max()) < FAINT:
+    if float(occlusion.loss.max()) < FAINT:
         return Asked(question, answer, known, None, told + "No single place matters to it.")
-    return Asked(question, answer, known, draw(on_grid(assistant, Path(scan)), looked), told)
+    return Asked(question, answer, known, draw(on_grid(assistant, Path(scan)), occlusion), told)
 
 
 def on_grid(assistant: CTAssistant, scan: Path) -> Float[np.ndarray, "X Y Z"]:
@@ -58,12 +58,12 @@ def on_grid(assistant: CTAssistant, scan: Path) -> Float[np.ndarray, "X Y Z"]:
     return resample({"image": volume.hu, "affine": volume.affine})["image"]
 
 
-def draw(hu: Float[np.ndarray, "X Y Z"], looked: Looked) -> bytes:
+def draw(hu: Float[np.ndarray, "X Y Z"], occlusion: Occlusion) -> bytes:
     """PNG; a cell is the redder, the more the answer needs it."""
-    strongest = looked.coords[int(looked.loss.argmax())]
+    strongest = occlusion.coords[int(occlusion.loss.argmax())]
     _, y, z = (int(cell) * CELL + CELL // 2 for cell in strongest)
     need = np.zeros([side // CELL for side in hu.shape])
-    need[tuple(looked.coords.long().T)] = torch.clamp(looked.loss, min=0).numpy()
+    need[tuple(occlusion.coords.long().T)] = torch.clamp(occlusion.loss, min=0).numpy()
     need = np.kron(need / need.max(), np.ones((CELL,) * 3))
     figure = Figure(figsize=(7.2, 3.5), layout="constrained", dpi=110)
     axes = figure.subplots(1, 2)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from app.measures import controls, findings, text_scores
 from app.measures.controls import CONTROLS
 from app.measures.report import plain
 from app.shared.atomic_files import write_text
+from app.shared.json_files import whole_lines, write_object
 from app.shared.refusals import Refused
 from app.shared.terminal import progress
 from app.text.rows import TextRow
@@ -75,7 +76,7 @@ def evaluate_language(
             at = {id(row): number for number, row in enumerate(rows)}
             result["mirror"] = mirror_scores(asked, [answers["real"][at[id(row)]] for row in asked], said)
     result = plain(result)
-    write_text(out / "language.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
+    write_object(out / "language.json", result, indent=2, allow_nan=False)
     write_text(out / "language.md", "\n".join(answer_pages.table_lines(result)) + "\n")
     answer_pages.draw_bars(result, out / "language.png")
     return result
@@ -156,7 +157,7 @@ class Answers:
 
     def _read(self, origins: Sequence[str]) -> dict[int, str]:
         known: dict[int, str] = {}
-        for line in _whole_lines(self.file):
+        for line in whole_lines(self.file):
             if line["row"] < len(origins) and line.get("of") == origins[line["row"]]:
                 known[line["row"]] = line["answer"]
         return known
@@ -164,16 +165,7 @@ class Answers:
 
 def given_answers(file: Path) -> dict[tuple[str, str], str]:
     """Answers of a column that has been completed, by image and question."""
-    return {(line["image"], line["question"]): line["answer"] for line in _whole_lines(file)}
-
-
-def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """Answers on disk, but for the line at which a run was stopped."""
-    for text in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else ():
-        try:
-            yield json.loads(text)
-        except json.JSONDecodeError:
-            continue
+    return {(line["image"], line["question"]): line["answer"] for line in whole_lines(file)}
 
 
 def fingerprint(volume: TokenSequence | None) -> str:

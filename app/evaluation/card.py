@@ -3,7 +3,6 @@
 Knows how results are shown, not how they are made (see evaluation.py).
 """
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from app.measures.controls import MIN_PATIENTS
 from app.measures.hu_errors import TISSUES
 from app.measures.report import table, with_interval
 from app.shared.atomic_files import write_text, written_whole
+from app.shared.json_files import write_object
 from app.shared.sides import write_sides
 from transforms.windows import WINDOWS, window
 
@@ -52,8 +52,7 @@ def slice_of(
 
 def write(folder: Path, result: dict[str, Any], evaluated: Sequence[Any]) -> None:
     """The three files. `judged` gives the case that is pictured: the one of median error."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / f"{NAME}.json", json.dumps(report.plain(result), indent=1) + "\n")
+    write_object(folder / f"{NAME}.json", report.plain(result))
     write_text(folder / f"{NAME}.md", markdown(result))
     error = [one.row["errors"]["codes alone"]["tissues"]["foreground"]["mae"] for one in evaluated]
     picture(result, evaluated[int(np.argsort(error)[(len(error) - 1) // 2])], folder / f"{NAME}.png")

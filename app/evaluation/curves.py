@@ -1,11 +1,12 @@
 """Learning curves as inline SVG: a run's losses step by step, and what its validations gave. Reads metrics.jsonl."""
 
-import json
 import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
+
+from app.shared.json_files import whole_lines
 
 WIDTH, HEIGHT = 320, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 12, 30  # room for labels
@@ -19,23 +20,16 @@ class Line(NamedTuple):
 
 def curves_of(run: Path) -> list[Line]:
     """The training loss of a run, and the error or accuracy that it is judged by, where they were measured."""
-    rows = []
-    file = run / "metrics.jsonl"
-    for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        try:
-            row = json.loads(text)
-        except ValueError:  # the line at which a run was stopped
-            continue
-        if isinstance(row, dict) and row.get("phase") == "train" and isinstance(row.get("step"), int):
-            rows.append(row)
+    lines = whole_lines(run / "metrics.jsonl")
+    rows = [row for row in lines if row.get("phase") == "train" and isinstance(row.get("step"), int)]
     loss = "recon" if any("recon" in row for row in rows) else "loss"
     names = {loss: "training", f"val_{loss}": "validation"}
-    lines = []
+    curves = []
     for key, name in names.items():
         kept = [row for row in rows if isinstance(row.get(key), int | float) and math.isfinite(row[key])]
         if kept:
-            lines.append(Line(name, [row["step"] for row in kept], [float(row[key]) for row in kept]))
-    return lines
+            curves.append(Line(name, [row["step"] for row in kept], [float(row[key]) for row in kept]))
+    return curves
 
 
 def svg(lines: Sequence[Line], *, title: str) -> str:

@@ -252,21 +252,30 @@ def style() -> str:
 
 def _document(page: Page, body: str) -> str:
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    head = f"<h1>{escape(page.title)}</h1><p>{escape(page.lead)}</p>"
+    end = f"Written by Voxelingo {escape(VERSION)}. This page needs no other file and no network."
+    return html_document(page.title, policy, head=head, body=body, end=end)
+
+
+def html_document(
+    title: str, policy: str, *, head: str, body: str, end: str, more_style: str = "", script: str = ""
+) -> str:
+    """A page with the notice below its head. `policy` says what a browser may load for it."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(page.title)}</title>
+<title>{escape(title)}</title>
 <link rel="icon" href="data:,">
-<style>{style()}</style>
+<style>{style()}{more_style}</style>
 </head>
 <body>
-<header><h1>{escape(page.title)}</h1><p>{escape(page.lead)}</p><p class="notice">{escape(NOTICE)}</p></header>
+<header>{head}<p class="notice">{escape(NOTICE)}</p></header>
 <main>
 {body}</main>
-<footer>Written by Voxelingo {escape(VERSION)}. This page needs no other file and no network.</footer>
-</body>
+<footer>{end}</footer>
+{script}</body>
 </html>
 """

@@ -4,7 +4,6 @@ The surface of each file is compared with three reconstructions: by latents that
 voxels there were, and by codes alone, where the network says which voxels there are. Distances are in mm.
 """
 
-import json
 import logging
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from app.measures.tokenizer_metrics import count_codes, perplexity
 from app.shapes.mesh_files import Mesh
 from app.shapes.shape_files import read_shape
 from app.shared.atomic_files import write_text
+from app.shared.json_files import write_object
 from app.shared.refusals import Refused
 from app.tokens.shape_tokens import band_mesh, shape_tensor
 from app.tokens.tokenizer import CTTokenizer
@@ -83,9 +83,8 @@ def evaluate_shapes(
         "data": {"split": split or "all", "cases": len(rows), "not_judged": refused},
         "seconds": round(time.perf_counter() - begun, 1),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / f"{card.NAME}.json", json.dumps(report.plain(result), indent=1) + "\n")
-    write_text(folder / f"{card.NAME}.md", markdown(result))
+    write_object(folder / f"{card.NAME}.json", report.plain(result))
+    write_text(folder / f"{card.NAME}.md", shapes_markdown(result))
     log.info("card in %s", folder / f"{card.NAME}.md")
     return result
 
@@ -129,7 +128,7 @@ def _mean(values: list[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def markdown(result: dict[str, Any]) -> str:
+def shapes_markdown(result: dict[str, Any]) -> str:
     """The whole card as text."""
     data, codes = result["data"], result["codes"]
     rows = [

@@ -34,7 +34,7 @@ LEFT_OPEN = {"max_points", "prepared"}  # how much fits differs by machine; the 
 
 def make_configs(templates: Path, sizes: Preset, *, package: str, aligned: bool) -> dict[str, dict[str, Any]]:
     """Each config of the bundle by its file name."""
-    made = {}
+    bundled = {}
     of_shapes = sizes.features == "sdf"
     for name, source in (SOURCES_OF_SHAPES if of_shapes else SOURCES).items():
         if name == "ask.json" and not aligned:
@@ -45,8 +45,8 @@ def make_configs(templates: Path, sizes: Preset, *, package: str, aligned: bool)
             config = {key: value for key, value in config.items() if key not in ("pretrained_vae_path", "warmup_steps")}
         if name != "multi_gpu_train.json":
             config = _at_home(config)
-        made[name] = _renamed(_CHANGES.get(name, lambda config, sizes: config)(config, sizes), package)
-    return made
+        bundled[name] = _renamed(_CHANGES.get(name, lambda config, sizes: config)(config, sizes), package)
+    return bundled
 
 
 def network_of(sizes: Preset) -> dict[str, Any]:

@@ -29,7 +29,9 @@ from app.measures.surfaces import compare
 from app.phantoms.phantoms import make_phantom
 from app.shapes.bands import BAND
 from app.shapes.sdf import Settings, make_shapes
-from app.shapes.sources import Wanted
+from app.shapes.sources import SurfaceChoice
+from app.shared.array_files import ZIP_TIME
+from app.shared.json_files import write_object
 from app.shared.output_folder import check_folder
 from app.shared.places import bundles_folder, root_folder
 from app.shared.refusals import Refused, check_path
@@ -41,7 +43,6 @@ from app.tokens.token_files import CTTokens
 from app.tokens.tokenizer import CTTokenizer
 from app.training.shipped import RECORD
 
-ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the same input gives the same bytes whenever it is packed
 PROOF_SIDE, PROOF_MM = 64, 6.0  # the scan that a bundle is proven on: a phantom's whole trunk
 CREDIT = "CREDIT.md"  # of a bundle's docs
 PROOF_LEVEL = 200.0  # HU: what of it is bone, for a tokenizer of shapes
@@ -74,15 +75,15 @@ def export(
     settings = None if folder is None else read_settings(folder)
     if tokenizer is None and settings is not None:
         tokenizer = tokenizer_of(folder, settings)
-    made = CTTokenizer.from_pretrained(tokenizer)
-    if settings is not None and settings["tokenizer"] != made.digest:
-        what = f"{align} was aligned to tokenizer {settings['tokenizer'][:12]}, this one is {made.digest[:12]}"
+    ct = CTTokenizer.from_pretrained(tokenizer)
+    if settings is not None and settings["tokenizer"] != ct.digest:
+        what = f"{align} was aligned to tokenizer {settings['tokenizer'][:12]}, this one is {ct.digest[:12]}"
         raise Refused("OTHER_TOKENIZER", what, "give that tokenizer, or align again", status=2)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
         bundle = Path(beside, out.name)
-        told = write_bundle(bundle, made, name=name, align=folder, settings=settings)
-        proof = prove(bundle, made, package=told["code"]["package"])
+        written = write_bundle(bundle, ct, name=name, align=folder, settings=settings)
+        proof = prove(bundle, ct, package=written["code"]["package"])
         size = sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file())
         if zipped:
             write_zip(bundle, Path(beside, archive.name))
@@ -92,8 +93,8 @@ def export(
         if zipped:
             os.replace(Path(beside, archive.name), archive)
     packed = {"zip": str(archive), "zip_bytes": archive.stat().st_size} if zipped else {}
-    about = {"bundle": str(out), "name": name, "version": VERSION, "package": told["code"]["package"], "bytes": size}
-    return {**about, **packed, "tokenizer": made.digest, "aligned": align is not None, "proof": proof, "notice": NOTICE}
+    about = {"bundle": str(out), "name": name, "version": VERSION, "package": written["code"]["package"], "bytes": size}
+    return {**about, **packed, "tokenizer": ct.digest, "aligned": align is not None, "proof": proof, "notice": NOTICE}
 
 
 def _good_name(name: str) -> str:
@@ -106,7 +107,7 @@ def _good_name(name: str) -> str:
 # ---- what is written
 
 
-def write_bundle(bundle: Path, made: CTTokenizer, *, name: str, align: Path | None, settings: Json | None) -> Json:
+def write_bundle(bundle: Path, ct: CTTokenizer, *, name: str, align: Path | None, settings: Json | None) -> Json:
     """All files of the bundle; gives its metadata."""
     record = None if settings is None else _without_places(settings)
     sources = code.read_sources()
@@ -114,28 +115,28 @@ def write_bundle(bundle: Path, made: CTTokenizer, *, name: str, align: Path | No
     code.write_package(bundle, sources, name=package, version=VERSION)
     templates = bundles_folder()
     base = _read_json(templates / "metadata.json")
-    told = make_metadata(base, made.sizes, name=name, package=package, digest=made.digest)
-    card = _card_beside(made)
+    written = make_metadata(base, ct.sizes, name=name, package=package, digest=ct.digest)
+    card = _card_beside(ct)
     if card is not None:
-        told["eval_metrics"] = _eval_metrics(card)
-    made_configs = configs.make_configs(templates, made.sizes, package=package, aligned=align is not None)
-    for file, config in {**made_configs, "metadata.json": told}.items():
-        _write_json(bundle / "configs" / file, config)
+        written["eval_metrics"] = _eval_metrics(card)
+    made_configs = configs.make_configs(templates, ct.sizes, package=package, aligned=align is not None)
+    for file, config in {**made_configs, "metadata.json": written}.items():
+        write_object(bundle / "configs" / file, config, indent=2)
     for file in (SCHEMA, "logging.conf"):
         shutil.copyfile(templates / file, bundle / "configs" / file)
-    _write_weights(bundle / "models", made)
+    _write_weights(bundle / "models", ct)
     if record is not None:
         _copy_aligned(align, bundle / "models" / "align", record)
     base_model = None if record is None else record["base_model"]
-    docs, credit = bundle / "docs", _credit_beside(made)
+    docs, credit = bundle / "docs", _credit_beside(ct)
     docs.mkdir()
-    text = model_card(told, card=card, base_model=base_model, credit=None if credit is None else CREDIT)
+    text = model_card(written, card=card, base_model=base_model, credit=None if credit is None else CREDIT)
     (docs / "README.md").write_text(text, encoding="utf-8")
     if credit is not None:
         shutil.copyfile(credit, docs / CREDIT)
     (bundle / "LICENSE").write_text(_licence(), encoding="utf-8")
     (bundle / "requirements.txt").write_text("\n".join(requirements()) + "\n")
-    return told
+    return written
 
 
 def _eval_metrics(card: Json) -> Json:
@@ -144,12 +145,12 @@ def _eval_metrics(card: Json) -> Json:
     return {"mae_hu": card["errors"]["codes alone"]["tissues"]["foreground"]["mae"]["mean"]}
 
 
-def _write_weights(models: Path, made: CTTokenizer) -> None:
+def _write_weights(models: Path, ct: CTTokenizer) -> None:
     """The flat state dict, as a checkpoint that loads with weights_only and as safetensors."""
     models.mkdir()
-    state = {name: value.detach().cpu().contiguous().clone() for name, value in made.network.state_dict().items()}
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in ct.network.state_dict().items()}
     torch.save(state, models / "model.pt")
-    (models / "model.safetensors").write_bytes(save(state))  # save_file's could be read by its owner alone
+    (models / "model.safetensors").write_bytes(save(state))  # save_file writes what only its owner can read
 
 
 def _without_places(settings: Json) -> Json:
@@ -173,20 +174,21 @@ def _copy_aligned(align: Path, out: Path, record: Json) -> None:
     elif record["base_model"]["name"] is None:
         raise Refused("NOT_FINISHED", f"the alignment in {align} did not reach its end")
     for config in out.glob("lora_final/adapter_config.json"):
-        _write_json(config, {**_read_json(config), "base_model_name_or_path": record["base_model"]["name"]})
-    _write_json(out / "train_args.json", record)
+        named = {**_read_json(config), "base_model_name_or_path": record["base_model"]["name"]}
+        write_object(config, named, indent=2)
+    write_object(out / "train_args.json", record, indent=2)
 
 
-def _card_beside(made: CTTokenizer) -> Json | None:
+def _card_beside(ct: CTTokenizer) -> Json | None:
     """The tokenizer's own evaluation; one of other weights is none."""
-    folder = Path(made.source).parent
+    folder = Path(ct.source).parent
     folder = folder.parent if folder.name in ("ckpts", "models") else folder
     file = folder / f"{CARD}.json"
     if not file.is_file():
         return None
     try:
         card = _read_json(file)
-        if card["tokenizer"]["sha256"] != made.digest:
+        if card["tokenizer"]["sha256"] != ct.digest:
             return None
         measured(card), _eval_metrics(card)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -194,9 +196,9 @@ def _card_beside(made: CTTokenizer) -> Json | None:
     return card
 
 
-def _credit_beside(made: CTTokenizer) -> Path | None:
+def _credit_beside(ct: CTTokenizer) -> Path | None:
     """What has to go along with weights that were made from others' scans: of one that ships, or of a bundle of it."""
-    folder = Path(made.source).parent
+    folder = Path(ct.source).parent
     file = folder / "README.md" if (folder / RECORD).is_file() else folder.parent / "docs" / CREDIT
     return file if file.is_file() else None
 
@@ -214,11 +216,6 @@ def _read_json(file: Path) -> Json:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def _write_json(file: Path, content: Json) -> None:
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def write_zip(bundle: Path, archive: Path) -> None:
     """The folder under its name; the same content gives the same bytes."""
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
@@ -231,25 +228,25 @@ def write_zip(bundle: Path, archive: Path) -> None:
 # ---- the proof
 
 
-def prove(bundle: Path, made: CTTokenizer, *, package: str) -> Json:
+def prove(bundle: Path, ct: CTTokenizer, *, package: str) -> Json:
     """Tokens and reconstruction of a phantom, or of its bones, by the bundle in a new process elsewhere, against those
     made here.
     """
-    phantom, of_shapes = make_phantom(0, size=PROOF_SIDE, spacing=PROOF_MM), made.sizes.features == "sdf"
+    phantom, of_shapes = make_phantom(0, size=PROOF_SIDE, spacing=PROOF_MM), ct.sizes.features == "sdf"
     with tempfile.TemporaryDirectory() as elsewhere:
         scan, out = Path(elsewhere, "scan.nii.gz"), Path(elsewhere, "proof.npz")
         write_nifti(scan, Volume(phantom.hu, phantom.affine))
         if of_shapes:
-            scan = _bones_of(scan, made.sizes.resolution)
-        tokens = encode_shape(made, open_shape(scan, made.sizes.resolution)) if of_shapes else made.encode(scan)
+            scan = _bones_of(scan, ct.sizes.resolution)
+        tokens = encode_shape(ct, open_shape(scan, ct.sizes.resolution)) if of_shapes else ct.encode(scan)
         _run_elsewhere(bundle, package, scan, out)
         with np.load(out) as found:
             proof = {name: found[name] for name in found.files}
-    ways = ("read", "loaded") if proof["device"] == made.device.type == "cpu" else ("read",)
+    ways = ("read", "loaded") if proof["device"] == ct.device.type == "cpu" else ("read",)
     for way in ways:
         _demand(_equal_share(tokens, proof, way) == 1.0, f"tokens after it was {way} differ from those made here")
     _demand(bool(proof["same_tensors"]), "model.pt and model.safetensors differ")
-    near = (_is_near_mesh if of_shapes else _is_near_volume)(made, tokens, proof)
+    near = (_is_near_mesh if of_shapes else _is_near_volume)(ct, tokens, proof)
     _demand(near, "its inference.json gives another reconstruction than is made here")
     elsewhere_share = {"cpu": _equal_share(tokens, proof, "cpu")} if "cpu_codes" in proof else {}
     return {
@@ -263,22 +260,22 @@ def prove(bundle: Path, made: CTTokenizer, *, package: str) -> Json:
 def _bones_of(scan: Path, resolution: int) -> Path:
     """Their signed distance, on the largest grid up to 64 that the tokenizer takes: any larger proves no more."""
     side = max(side for side in range(8, PROOF_SIDE + 1, 8) if resolution % side == 0)
-    settings = Settings((side,), min(BAND, side / 2), wanted=Wanted(hu=PROOF_LEVEL))
+    settings = Settings((side,), min(BAND, side / 2), wanted=SurfaceChoice(hu=PROOF_LEVEL))
     make_shapes(scan, scan.parent / "shapes", settings, workers=1)
     (file,) = (scan.parent / "shapes").glob("*.npz")
     return file
 
 
-def _is_near_volume(made: CTTokenizer, tokens: CTTokens, proof: Json) -> bool:
+def _is_near_volume(ct: CTTokenizer, tokens: CTTokens, proof: Json) -> bool:
     """Within 1 HU, in the same place."""
-    back = onto_grid(made.decode(tokens), tokens.source_shape, tokens.source_affine)
+    back = onto_grid(ct.decode(tokens), tokens.source_shape, tokens.source_affine)
     is_placed = np.allclose(proof["affine"], tokens.source_affine, atol=1e-3)
     return bool(np.abs(np.rint(back.hu) - proof["hu"]).max() <= 1 and is_placed)
 
 
-def _is_near_mesh(made: CTTokenizer, tokens: CTTokens, proof: Json) -> bool:
+def _is_near_mesh(ct: CTTokenizer, tokens: CTTokens, proof: Json) -> bool:
     """Within a tenth of a voxel, nearly everywhere."""
-    here = mesh_of(made.decode_sparse(tokens), tokens)
+    here = mesh_of(ct.decode_sparse(tokens), tokens)
     return compare(here, (proof["vertices"], proof["faces"]))["distance_95"] <= 0.1 * tokens.spacing
 
 

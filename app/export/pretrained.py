@@ -21,6 +21,7 @@ from safetensors.torch import save
 from app.evaluation.tokenizer_evaluation import TokenizerEvaluation
 from app.export.metadata import NOTICE
 from app.shared.hashes import hash_path
+from app.shared.json_files import write_object
 from app.shared.refusals import Refused
 from app.shared.version import VERSION
 from app.tokens.tokenizer import CTTokenizer, find_tokenizer
@@ -44,7 +45,7 @@ def write_pretrained(
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
         folder = Path(beside, out.name)
         folder.mkdir()
-        (folder / WEIGHTS).write_bytes(save(in_halves(state)))  # save_file's could be read by its owner alone
+        (folder / WEIGHTS).write_bytes(save(in_halves(state)))  # save_file writes what only its owner can read
         size = (folder / WEIGHTS).stat().st_size
         if size > MAX_BYTES:
             what = f"the weights take {size:,} bytes, {MAX_BYTES:,} may ship"
@@ -59,9 +60,9 @@ def write_pretrained(
             "command": command,
             "settings": {Path(run).name: settings_of(Path(run)) for run in runs},
         }
-        _write_json(folder / RECORD, record)
+        write_object(folder / RECORD, record)
         record["tokenizer_sha256"] = CTTokenizer.from_pretrained(folder, device="cpu").digest
-        _write_json(folder / RECORD, record)
+        write_object(folder / RECORD, record)
         (folder / "README.md").write_text(readme(record, credits_text), encoding="utf-8")
         os.replace(folder, out)
     return record
@@ -125,10 +126,6 @@ def readme(record: dict[str, Any], credits_text: str) -> str:
             "",
         ]
     )
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -36,10 +36,10 @@ def main(root: str, package: str, scan: str, out: str) -> None:
     tokenizer = importlib.import_module(f"{package}.app.tokens.tokenizer")
     shapes = importlib.import_module(f"{package}.app.tokens.shape_tokens")
 
-    def encode(made: Any) -> Any:
-        if made.sizes.features != "sdf":
-            return made.encode(Path(scan))
-        return shapes.encode_shape(made, shapes.open_shape(Path(scan), made.sizes.resolution))
+    def encode(ct: Any) -> Any:
+        if ct.sizes.features != "sdf":
+            return ct.encode(Path(scan))
+        return shapes.encode_shape(ct, shapes.open_shape(Path(scan), ct.sizes.resolution))
 
     result |= _tokens("loaded", encode(tokenizer.CTTokenizer(loaded, digest="")))
     read = tokenizer.CTTokenizer.from_pretrained(root)

@@ -180,11 +180,11 @@ def rows_of_split(data: str, split: str, *, image_root: str | None) -> list[Text
     rows = read_rows(data, image_root=image_root)
     kept = [row for row in rows if row.split == split]
     if split == "train":
-        found = check_rows(rows)
-        for problem in found["problems"].values():
+        report = check_rows(rows)
+        for problem in report["problems"].values():
             log.warning("%s", problem)
         log.info(
-            "%d rows of %d images to train on, %d rows held out", len(kept), found["images"], len(rows) - len(kept)
+            "%d rows of %d images to train on, %d rows held out", len(kept), report["images"], len(rows) - len(kept)
         )
     if not kept:
         what = f"{data} has no row with split {split}"

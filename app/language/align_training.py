@@ -4,7 +4,6 @@ Only what requires a gradient is trained and kept in checkpoints: the projector,
 of our own. The tokenizer is not in the network at all.
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch.utils.data import Dataset, Subset
 
 from app.language.align_data import TextDataset
 from app.language.align_setup import FrozenTokenizer, Language, check_resumed
-from app.shared.atomic_files import write_text
+from app.shared.json_files import write_object
 from app.training import checkpoints, shipped
 from app.training.checkpoints import unwrapped
 from app.training.handlers import OnEvent
@@ -107,8 +106,7 @@ class AlignRecord:
 
     def _write(self, _engine: Engine) -> None:
         if idist.get_rank() == 0:
-            text = json.dumps(self.content(), indent=2, default=str)
-            write_text(Path(self.folder.path) / "train_args.json", text + "\n")
+            write_object(Path(self.folder.path) / "train_args.json", self.content(), indent=2, default=str)
 
     def content(self) -> dict[str, Any]:
         return {
@@ -138,7 +136,7 @@ class SampleAnswers(OnEvent):
         folder,
         network: VolumeQwen,
         language: Language,
-        dataset: TextDataset | Subset,  # or nothing
+        dataset: TextDataset | Subset,  # a Subset is empty: nothing is held out
         on: CallableEventWithFilter,
         num_samples: int = 4,
         max_new_tokens: int = 64,

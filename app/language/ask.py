@@ -47,13 +47,13 @@ def ask(
     assistant = CTAssistant.from_pretrained(align, tokenizer=tokenizer, language_model=language_model)
     if "built" in assistant.settings["base_model"]:
         log.warning("the language model of %s is tiny, built to try the chain: it says nothing of patients", align)
-    found = assistant.open_all(path)
-    if (first := next(found, None)) is None:
+    scans = assistant.open_all(path)
+    if (first := next(scans, None)) is None:
         what = f"{source} holds no scan"
         raise Refused("NO_CASES", what, "give a scan, a prepared case or dataset, or token files", status=3)
     answers, failures = [], []
     with written(None if out is None else Path(out)) as keep:
-        for opened in chain([first], found):
+        for opened in chain([first], scans):
             if not isinstance(opened, TokenizedScan):
                 failures.append(" ".join(str(opened).split()))
                 log.warning("refused: %s", failures[-1])
@@ -63,8 +63,8 @@ def ask(
             if stream and opened.source != path.name:  # one of several below a folder
                 sys.stdout.write(f"{opened.source or opened.name}: ")
             asked = list(questions) or [None]
-            said = assistant.ask(opened, asked[0] if stream else asked, max_new_tokens=max_new_tokens, write=write)
-            new = [answer.as_json() for answer in (said if isinstance(said, list) else [said])]
+            given = assistant.ask(opened, asked[0] if stream else asked, max_new_tokens=max_new_tokens, write=write)
+            new = [answer.as_json() for answer in (given if isinstance(given, list) else [given])]
             keep(new, [])
             answers += new
             if stream:
@@ -81,14 +81,14 @@ def written(out: Path | None) -> Iterator[Callable[[Sequence[dict[str, Any]], Se
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     refused = out.parent / "failures.csv"
-    with open(out, "w", encoding="utf-8") as said, open(refused, "w", newline="", encoding="utf-8") as stream:
+    with open(out, "w", encoding="utf-8") as lines, open(refused, "w", newline="", encoding="utf-8") as stream:
         table = csv.writer(stream)
         table.writerow(["message"])
 
         def keep(answers: Sequence[dict[str, Any]], failures: Sequence[str]) -> None:
-            said.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+            lines.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
             table.writerows([message] for message in failures)
-            said.flush()
+            lines.flush()
             stream.flush()
 
         yield keep

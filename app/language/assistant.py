@@ -5,7 +5,6 @@ it is not for. Trains nothing and measures nothing.
 """
 
 import hashlib
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from app.language.align_setup import FrozenTokenizer, identify, make_collate
 from app.language.align_training import to_device
 from app.shared.devices import choose_device
 from app.shared.hashes import hash_path
+from app.shared.json_files import read_object
 from app.shared.notice import NOTICE
 from app.shared.refusals import Refused
 from app.text.rows import REPORT_QUESTION
@@ -188,7 +188,8 @@ class CTAssistant:
         if isinstance(opened, CTTokens):
             name, origin = "tokens", {"scan_sha256": opened.source_hash} if opened.source_hash else {}
         else:
-            name, origin = opened.name, {"scan_sha256": opened.source_hash or _hash_of(opened.volume.hu)}
+            digest = opened.source_hash or hashlib.sha256(opened.volume.hu.tobytes()).hexdigest()
+            name, origin = opened.name, {"scan_sha256": digest}
         place = ""
         if isinstance(source, ScanSource):
             name, place = source.name, source.place if source is scan else Path(scan).name
@@ -217,12 +218,12 @@ class CTAssistant:
             "base_model": self.settings["base_model"],
             "projector_sha256": self.settings["projector_sha256"],
             "adapter_sha256": self.settings.get("adapter_sha256"),
-            "settings": {name: self.settings[name] for name in SETTINGS_TOLD},
+            "settings": {name: self.settings[name] for name in SETTINGS_OF_ANSWERS},
             "versions": {name: metadata.version(name) for name in ("torch", "transformers", "numpy")},
         }
 
 
-SETTINGS_TOLD = ("max_3d_tokens", "token_reduction", "levels", "use_3d_pos", "position", "fusion", "use_lora")
+SETTINGS_OF_ANSWERS = ("max_3d_tokens", "token_reduction", "levels", "use_3d_pos", "position", "fusion", "use_lora")
 
 
 MAX_NUMBER = 1 << 24  # beyond is damage, and more than memory holds
@@ -238,10 +239,6 @@ SETTINGS = {  # of train_args.json, what is used: whoever wrote it
         holds=lambda base: isinstance(base.get("name", 0), str | None),
     ),
 }
-
-
-def _hash_of(hu: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(hu).tobytes()).hexdigest()
 
 
 def _series(tokens: CTTokens) -> dict[str, Any]:
@@ -269,13 +266,8 @@ def read_settings(path: Path) -> dict[str, Any]:
             f"{path} holds no aligned model",
             "first run python -m monai.bundle run training --config_file bundles/align.json, or pass --align",
         )
-    try:
-        settings = json.loads(file.read_text())
-    except (ValueError, RecursionError):
-        settings = None
-    if isinstance(settings, dict):
-        settings = {"levels": 1, **settings}  # 1 where it was not recorded
-    if not isinstance(settings, dict) or not set(settings) >= set(SETTINGS):
+    settings = {"levels": 1, **(read_object(file) or {})}  # 1 where it was not recorded
+    if not set(settings) >= set(SETTINGS):
         raise Refused("NO_ALIGNMENT", f"{file} is damaged", "align again")
     for name, rule in SETTINGS.items():
         value = settings[name]
@@ -307,9 +299,9 @@ def load_base(
     except ValueError as error:
         what = str(error)
         raise Refused("BAD_MODEL", what, "the base model is kept by name: it must be there or on the hub") from error
-    found = identify(name, language) if own is None else base
-    if {**found, "name": None} != {**base, "name": None}:
-        raise Refused("OTHER_MODEL", f"{path} was aligned to {base}, {name} is now {found}")
+    present = identify(name, language) if own is None else base
+    if {**present, "name": None} != {**base, "name": None}:
+        raise Refused("OTHER_MODEL", f"{path} was aligned to {base}, {name} is now {present}")
     return language, text_tokenizer
 
 
@@ -330,5 +322,5 @@ def aligned_files(path: Path, settings: dict[str, Any]) -> AlignedFiles:
         file = epochs[-1]
         log.info("the run did not end: taking %s", file.name)
     adapter = path / file.stem.replace("projector", "lora") if settings["use_lora"] else None
-    own = [path / file.stem.replace("projector", "language"), path / "language_final"]  # frozen ones are the same
+    own = [path / file.stem.replace("projector", "language"), path / "language_final"]  # frozen: of the end alone
     return AlignedFiles(file, adapter, next((folder for folder in own if folder.is_dir()), None))

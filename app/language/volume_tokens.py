@@ -89,7 +89,7 @@ class TokenSource:
     def __call__(self, path: Path) -> CTTokens:
         """Tokens of whatever lies there, by the one door for scans; a token file is read where it is."""
         source = scan_source(path)
-        if source.kind == "tokens" or not source.key:  # the latter is refused
+        if source.kind == "tokens" or not source.key:  # what has no key cannot be read: encoding it says why
             return self.tokenizer.encode(source)
         return self.cached(source.key, lambda: source)
 

@@ -15,13 +15,13 @@ from app.language.align_setup import make_collate
 from app.language.align_training import to_device
 from app.language.assistant import CTAssistant
 from networks.qwen import IGNORED
-from networks.tokens import TokenSequence, cell_keys, group_cells
+from networks.tokens import TokenSequence, cell_keys, group_tokens
 
 MAX_PLACES = 128  # a forward pass each
 BATCH_SIZE = 8
 
 
-class Looked(NamedTuple):
+class Occlusion(NamedTuple):
     """`loss`: by how much the answer's log-probability falls without each token; above 0 it speaks for the answer."""
 
     probability: float  # of the answer, with the whole volume
@@ -30,13 +30,13 @@ class Looked(NamedTuple):
     coords: Int32[Tensor, "T 3"]  # latent cells
 
 
-def where_looked(assistant: CTAssistant, question: str, answer: str, volume: TokenSequence) -> Looked | None:
+def where_looked(assistant: CTAssistant, question: str, answer: str, volume: TokenSequence) -> Occlusion | None:
     """None for an answer without words."""
     settings = {name: assistant.settings[name] for name in ("fusion", "max_text_tokens")}
     encoded = chat.encode_chat(assistant.text_tokenizer, question, answer=answer, **settings)
     if encoded is None:
         return None
-    place = group_cells(cell_keys(volume.coords), MAX_PLACES)
+    place = group_tokens(cell_keys(volume.coords), MAX_PLACES)
     mean = volume.feats.mean(0)
     without = [
         volume._replace(feats=torch.where((place == number)[:, None], mean, volume.feats))
@@ -44,7 +44,7 @@ def where_looked(assistant: CTAssistant, question: str, answer: str, volume: Tok
     ]
     scores = log_probabilities(assistant, encoded, [volume, *without])
     loss = scores[0] - scores[1:]
-    return Looked(float(scores[0].exp()), float(scores[1:].min().exp()), loss[place], volume.coords)
+    return Occlusion(float(scores[0].exp()), float(scores[1:].min().exp()), loss[place], volume.coords)
 
 
 @torch.inference_mode()
@@ -59,7 +59,7 @@ def log_probabilities(
         batch = to_device(collate(samples), assistant.model.device)
         wanted = batch["labels"][:, 1:] != IGNORED
         hidden = assistant.model.hidden_states(batch)[:, :-1][wanted]
-        told = torch.log_softmax(assistant.model.language.lm_head(hidden).float(), 1)
+        predicted = torch.log_softmax(assistant.model.language.lm_head(hidden).float(), 1)
         labels: Int64[Tensor, " tokens"] = batch["labels"][:, 1:][wanted]
-        scores.append(told.gather(1, labels[:, None]).reshape(len(samples), -1).sum(1).cpu())
+        scores.append(predicted.gather(1, labels[:, None]).reshape(len(samples), -1).sum(1).cpu())
     return torch.cat(scores)

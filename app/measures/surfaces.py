@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from scipy.spatial import cKDTree
 
 from transforms.crossings import crossings
-from transforms.triangle_band import distances, frames_of
+from transforms.triangle_band import distances, frames_of, normals_of
 
 POINTS = 20_000  # drawn on each surface
 NEAREST = 24  # triangles that a point is measured against
@@ -38,7 +38,7 @@ def compare(
 def _to_surface(source, target, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Distances of points on one surface to the other, and |cosine| of the normals there."""
     vertices, faces = source
-    normals, areas = _normals(vertices, faces)
+    normals, areas = normals_of(vertices[faces])
     chosen = generator.choice(len(faces), POINTS, p=areas / areas.sum())
     u, v = generator.random((2, POINTS))
     turned = u + v > 1
@@ -54,15 +54,8 @@ def _to_surface(source, target, generator: np.random.Generator) -> tuple[np.ndar
         frames_of(corners[used].astype(np.float64)), at.reshape(-1), np.repeat(places, nearest, 0), np.zeros((1, 3))
     ).reshape(POINTS, nearest)
     best = rows[np.arange(POINTS), found.argmin(1)]
-    cosine = np.abs(np.einsum("pi,pi->p", normals[chosen], _normals(others, theirs)[0][best]))
+    cosine = np.abs(np.einsum("pi,pi->p", normals[chosen], normals_of(corners)[0][best]))
     return found.min(1).astype(np.float64), cosine
-
-
-def _normals(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    corners = vertices[faces]
-    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    areas = np.linalg.norm(normals, axis=1)
-    return normals / np.maximum(areas, 1e-300)[:, None], areas
 
 
 def dice_of_meshes(truth, other) -> float:

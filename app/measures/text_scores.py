@@ -11,10 +11,12 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 from nltk.stem.porter import PorterStemmer
 from nltk.translate.meteor_score import single_meteor_score
+from nltk.util import ngrams
 from rouge_score import rouge_scorer
 from sacrebleu.metrics import BLEU
 
@@ -25,17 +27,12 @@ WORD = re.compile(rf"[{HAN}]|\d+(?:\.\d+)?|[^\W\d_{HAN}]+")
 METEOR_NOTE = "exact and stem modules (nltk, alpha 0.9, beta 3, gamma 0.5)"
 CHARACTERS = "characters (Chinese; BLEU by sacrebleu's tokenizer zh)"
 CIDER_SIGMA = 6.0
+stemmer = cache(PorterStemmer)
 
 
 def words(text: str) -> list[str]:
     """Lower-case words, numbers and Chinese characters; signs do not count."""
     return WORD.findall(text.lower())
-
-
-class Characters:
-    """`words` as rouge-score wants its tokenizer; its own drops all that is not English."""
-
-    tokenize = staticmethod(words)
 
 
 def are_chinese(texts: Sequence[str]) -> bool:
@@ -49,7 +46,7 @@ def text_scores(outputs: Sequence[str], references: Sequence[str]) -> dict[str, 
         raise ValueError(f"outputs and references must pair up, got {len(outputs)} and {len(references)}")
     pairs = list(zip(outputs, references, strict=True))
     chinese = are_chinese(references)
-    tokenizer = Characters() if chinese else None
+    tokenizer = SimpleNamespace(tokenize=words) if chinese else None  # rouge-score's own drops all but English
     scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False, tokenizer=tokenizer)
     smooth = {"effective_order": True, "smooth_method": "exp", "tokenize": "zh" if chinese else "13a"}
     bleu = {}
@@ -79,24 +76,12 @@ def corpus_bleu(outputs: Sequence[str], references: Sequence[str]) -> dict[str, 
     return scores
 
 
-class NoSynonyms:
-    """Stands where nltk would ask WordNet; leaves METEOR with its exact and stem modules."""
-
-    @staticmethod
-    def synsets(_word: str) -> list:
-        return []
-
-
-@cache
-def stemmer() -> PorterStemmer:
-    return PorterStemmer()
-
-
 def meteor(output: str, reference: str) -> float:
     said, wanted = words(output), words(reference)
     if not said or not wanted:
         return float(said == wanted)
-    return float(single_meteor_score(wanted, said, stemmer=stemmer(), wordnet=NoSynonyms()))
+    no_synonyms = SimpleNamespace(synsets=lambda _word: [])  # where nltk would ask WordNet, which is a download
+    return float(single_meteor_score(wanted, said, stemmer=stemmer(), wordnet=no_synonyms))
 
 
 def exact_match(output: str, reference: str) -> float:
@@ -112,16 +97,12 @@ def token_f1(output: str, reference: str) -> float:
     return 2 * shared / (said.total() + wanted.total())
 
 
-def ngrams(tokens: list[str], order: int) -> Counter:
-    return Counter(tuple(tokens[at : at + order]) for at in range(len(tokens) - order + 1))
-
-
 def cider(outputs: Sequence[str], references: Sequence[str]) -> np.ndarray:
     """CIDEr-D with one reference a case; document frequencies are those of the references."""
     said, wanted = [words(text) for text in outputs], [words(text) for text in references]
     total = np.zeros(len(said))
     for order in range(1, 5):
-        grams = [(ngrams(a, order), ngrams(b, order)) for a, b in zip(said, wanted, strict=True)]
+        grams = [(Counter(ngrams(a, order)), Counter(ngrams(b, order))) for a, b in zip(said, wanted, strict=True)]
         frequency = Counter(gram for _, reference in grams for gram in reference)
         total += [cider_similarity(a, b, frequency, len(said)) for a, b in grams]
     gap = np.array([len(a) - len(b) for a, b in zip(said, wanted, strict=True)])

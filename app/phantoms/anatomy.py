@@ -12,7 +12,7 @@ import numpy as np
 
 from transforms.windows import Number
 
-SIGN_OF_X = {"right": 1.0, "left": -1.0}  # the sign of x
+SIGN_OF_X = {"right": 1.0, "left": -1.0}  # x points to the patient's right
 Point = tuple[Number, Number, Number]
 
 
@@ -171,7 +171,6 @@ def _bump(z: np.ndarray, middle: Number, width: Number) -> np.ndarray:
 class Torso(NamedTuple):
     """Regions that organs are clipped to: share of each voxel inside."""
 
-    cavity: np.ndarray
     lungs: np.ndarray
     below: np.ndarray  # cavity under the diaphragm
     wall: np.ndarray  # signed distance to the cavity's wall, mm
@@ -208,7 +207,7 @@ def paint_torso(canvas: Canvas, build: Build) -> Torso:
     middle = np.abs(x + 6 * _bump(z, 40, 60)) - half_mediastinum
     lung = np.maximum(np.maximum(wall + 2, 0.8 * below), -middle)
     lungs = canvas.cover(lung)
-    return Torso(cavity, lungs, cavity * canvas.cover(-below), wall)
+    return Torso(lungs, cavity * canvas.cover(-below), wall)
 
 
 def paint_abdomen(canvas: Canvas, build: Build, torso: Torso) -> None:

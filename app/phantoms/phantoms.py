@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ignite.distributed as idist
 import nibabel
 import numpy as np
 import pydicom
@@ -27,11 +28,11 @@ from app.phantoms.anatomy import SIGN_OF_X, Build, Canvas, Number, Point, Torso
 from app.prepare import cohort
 from app.prepare.gate import LPS_TO_RAS
 from app.prepare.headers import CT
-from app.shared.atomic_files import write_text
+from app.shared.json_files import read_object, write_object
 
 log = logging.getLogger(__name__)
-WAIT = 600  # seconds that other ranks give rank 0
-ANATOMY_VERSION = 3  # of the anatomy: a cohort of another version is made again
+WAIT = 600  # seconds that other ranks wait for rank 0 to make the cohort
+ANATOMY_VERSION = 3  # a cohort of another version is made again
 
 
 class Phantom(NamedTuple):
@@ -150,7 +151,7 @@ def ensure_cohort(out: str | Path, *, num_train: int = 30, num_val: int = 6, see
     settings = {"phantoms": ANATOMY_VERSION, "num_train": num_train, "num_val": num_val, "seed": seed}
     if _is_whole(out, settings):
         return out
-    if _rank() == 0:
+    if idist.get_rank() == 0:
         log.info("Making %d phantoms in %s", num_train + num_val, out)
         _make_cohort(out, settings)
         return out
@@ -163,22 +164,12 @@ def ensure_cohort(out: str | Path, *, num_train: int = 30, num_val: int = 6, see
 
 
 def _is_whole(out: Path, settings: dict[str, int]) -> bool:
-    file = out / "dataset_config.json"
-    if not file.is_file():
-        return False
-    stored = json.loads(file.read_text())
+    stored = read_object(out / "dataset_config.json") or {}
     return all(stored.get(key) == value for key, value in settings.items())
 
 
 def _is_ours(out: Path) -> bool:
-    file = out / "dataset_config.json"
-    return not any(out.iterdir()) or (file.is_file() and "phantoms" in json.loads(file.read_text()))
-
-
-def _rank() -> int:
-    from torch import distributed
-
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    return not any(out.iterdir()) or "phantoms" in (read_object(out / "dataset_config.json") or {})
 
 
 def _make_cohort(out: Path, settings: dict[str, int]) -> None:
@@ -203,9 +194,9 @@ def _fill(folder: Path, settings: dict[str, int]) -> None:
         phantom = make_phantom(settings["seed"] * 100_000 + index)
         name = f"phantom_{index:04d}"
         if index == count - 1:
-            write_dicom(raw / name, phantom, name=name)
+            write_phantom_dicom(raw / name, phantom, name=name)
         else:
-            write_nifti(raw / f"{name}.nii.gz", phantom)
+            write_phantom_nifti(raw / f"{name}.nii.gz", phantom)
         split[name] = "train" if index < settings["num_train"] else "val"
         findings[name] = phantom.findings
     key = folder.with_name("key")
@@ -218,12 +209,12 @@ def _fill(folder: Path, settings: dict[str, int]) -> None:
         raise RuntimeError(f"phantoms did not pass the gate: {refused}")
     (folder.with_name("out") / "raw").rename(folder)
     raw.rename(folder / "raw")
-    write_text(folder / "findings.json", json.dumps(findings, indent=1) + "\n")
+    write_object(folder / "findings.json", findings)
     config = json.loads((folder / "dataset_config.json").read_text())
     writer.write_dataset_config(folder, {**config, **settings})
 
 
-def write_nifti(path: Path, phantom: Phantom) -> None:
+def write_phantom_nifti(path: Path, phantom: Phantom) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image = nibabel.Nifti1Image(phantom.hu, phantom.affine)
     image.set_sform(phantom.affine, 1)
@@ -231,7 +222,7 @@ def write_nifti(path: Path, phantom: Phantom) -> None:
     nibabel.save(image, path)
 
 
-def write_dicom(folder: Path, phantom: Phantom, *, name: str) -> None:
+def write_phantom_dicom(folder: Path, phantom: Phantom, *, name: str) -> None:
     """A CT series, a file a slice: what a scanner's export looks like."""
     folder.mkdir(parents=True, exist_ok=True)
     lps = LPS_TO_RAS @ phantom.affine  # its own inverse

@@ -66,9 +66,6 @@ class Outcome(NamedTuple):
     spacing: tuple[float, ...] | None = None
     hu_range: tuple[int, int] | None = None
 
-    def as_json(self) -> dict[str, Any]:
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in self._asdict().items()}
-
 
 def prepare_case(job: CaseJob) -> Outcome:
     """Makes one case, or finds it made from the same bytes; never raises for what its input does."""

@@ -28,7 +28,7 @@ class Report(NamedTuple):
     def as_json(self) -> dict[str, Any]:
         counts = {status: self.count(status) for status in ("ok", "skipped", "refused", "failed")}
         return {
-            "cases": [o.as_json() for o in self.outcomes],
+            "cases": [o._asdict() for o in self.outcomes],
             **counts,
             "splits": self.splits,
             "notes": list(self.notes),

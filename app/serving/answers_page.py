@@ -9,9 +9,8 @@ import hashlib
 from collections.abc import Awaitable, Callable
 from html import escape
 
-from app.evaluation.page import style
+from app.evaluation.page import html_document
 from app.serving.guard import Message, Receive, Send
-from app.shared.notice import NOTICE
 from app.shared.version import VERSION
 
 PATH = "/answers"
@@ -20,7 +19,7 @@ SCRIPT = """
 "use strict";
 const part = name => document.getElementById(name);
 let models = {};
-const told = async response => {
+const checked = async response => {
   if (response.ok) return response;
   const detail = (await response.json().catch(() => ({}))).detail || {};
   const words = [detail.code, detail.message, detail.remedy].filter(word => word).join(". ");
@@ -71,7 +70,7 @@ const ask = async event => {
     if (file) body.append("file", file);
     const output = model === "reconstruct" ? "&output=image" : picture ? "" : "&output=json";
     const where = `infer/${encodeURIComponent(model)}?image=${encodeURIComponent(image)}${output}`;
-    const response = await told(await fetch(where, {method: "POST", body}));
+    const response = await checked(await fetch(where, {method: "POST", body}));
     if (model === "reconstruct") {
       shown("Reconstruction", "HU on the scan's own grid: load it as a volume beside the scan.");
       offer("reconstruction.nii.gz", await response.blob());
@@ -95,11 +94,11 @@ const start = async () => {
   part("form").addEventListener("submit", ask);
   part("model").addEventListener("change", options);
   try {
-    models = (await (await told(await fetch("info/"))).json()).models;
+    models = (await (await checked(await fetch("info/"))).json()).models;
     Object.keys(models).forEach(name => part("model").add(new Option(name, name)));
     if (models.ask) part("model").value = "ask";
     options();
-    const all = await (await told(await fetch("datastore/?output=all"))).json();
+    const all = await (await checked(await fetch("datastore/?output=all"))).json();
     Object.keys(all.objects || {}).forEach(name => part("images").append(new Option(name, name)));
   } catch (error) {
     shown("Refused", error.message, "refused");
@@ -122,26 +121,7 @@ button{cursor:pointer;font-weight:600}
 #files a{display:inline-block;margin-right:1rem;color:var(--training)}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;color:var(--quiet);font-size:.85rem}
 """
-
-
-def document() -> str:
-    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    rules = ("default-src 'none'", f"script-src 'sha256-{digest}'", "style-src 'unsafe-inline'", "img-src data:",
-             "connect-src 'self'", "form-action 'none'", "base-uri 'none'")  # fmt: skip
-    policy = "; ".join(rules)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{escape(policy, quote=True)}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Voxelingo: ask about a scan</title>
-<link rel="icon" href="data:,">
-<style>{style()}{FORM}</style>
-</head>
-<body>
-<header><h1>Ask about a scan</h1><p class="notice">{escape(NOTICE)}</p></header>
-<main>
+BODY = """\
 <form id="form">
 <label>image: an id of the server's, a folder below its studies, or a SeriesInstanceUID
 <input id="image" list="images" autocomplete="off" spellcheck="false"><datalist id="images"></datalist></label>
@@ -153,12 +133,21 @@ def document() -> str:
 </form>
 <section id="result" aria-live="polite" hidden><h2 id="title"></h2><p id="text"></p><p id="files"></p>
 <details><summary>Where it came from</summary><pre id="more"></pre></details></section>
-</main>
-<footer>Voxelingo {escape(VERSION)}. Nothing is kept: an upload goes with its answer.</footer>
-<script>{SCRIPT}</script>
-</body>
-</html>
 """
+
+
+def document() -> str:
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    rules = ("default-src 'none'", f"script-src 'sha256-{digest}'", "style-src 'unsafe-inline'", "img-src data:",
+             "connect-src 'self'", "form-action 'none'", "base-uri 'none'")  # fmt: skip
+    parts = {
+        "head": "<h1>Ask about a scan</h1>",
+        "body": BODY,
+        "end": f"Voxelingo {escape(VERSION)}. Nothing is kept: an upload goes with its answer.",
+        "more_style": FORM,
+        "script": f"<script>{SCRIPT}</script>\n",
+    }
+    return html_document("Voxelingo: ask about a scan", escape("; ".join(rules), quote=True), **parts)
 
 
 class AnswersPage:

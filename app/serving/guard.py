@@ -43,7 +43,7 @@ class Guard:
     async def _counted(self, scope: Message, receive: Receive, send: Send) -> None:
         """Passes a request on, counts what comes in, and keeps what breaks inside from leaving as a trace."""
         received, too_large, started = 0, False, False
-        held: list[Message] = []  # what a framework answers of its own where something breaks, before it passes it on
+        held: list[Message] = []  # a framework's own answer to an error, which it sends before it raises the error
 
         async def count() -> Message:
             nonlocal received, too_large
@@ -56,7 +56,7 @@ class Guard:
 
         async def pass_on(message: Message) -> None:
             nonlocal started
-            if too_large:  # what the application makes of a request that was cut off
+            if too_large:  # the application's answer to half a request: the client gets the refusal alone
                 return
             if not started and (held or message.get("status") == 500):
                 held.append(message)
@@ -102,7 +102,7 @@ def why_not_local(client: tuple[str, int] | None, headers: dict[str, str]) -> st
 def _host_of(address: str) -> str | None:
     try:
         return urlsplit(address).hostname
-    except ValueError:  # half a bracket
+    except ValueError:  # such as an IPv6 address whose bracket is not closed
         return None
 
 

@@ -4,9 +4,6 @@ A viewer lists segmentations alone and has no place for text. So the answer trav
 the segment covers what the answer rests on: at least half of what the place counts that it needs most.
 """
 
-from pathlib import Path
-
-import nibabel
 import numpy as np
 import torch
 from jaxtyping import Bool, UInt8
@@ -14,7 +11,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from app.evaluation.answer_pictures import FAINT
-from app.language.where_looked import Looked
+from app.language.where_looked import Occlusion
 from app.shared.notice import NOTICE
 from app.tokens.token_files import CTTokens
 
@@ -22,16 +19,16 @@ MAX_LETTERS = 200  # of a segment's name
 NOWHERE = "no single place matters to it"
 
 
-def cells_of(tokens: CTTokens, looked: Looked | None) -> Bool[np.ndarray, " M"] | None:
+def cells_of(tokens: CTTokens, occlusion: Occlusion | None) -> Bool[np.ndarray, " M"] | None:
     """Which tokens an answer rests on; None where it rests on no single place.
 
     Of tokens that were pooled each counts as the one nearest to it that was read.
     """
-    if looked is None or float(looked.loss.max()) < FAINT:
+    if occlusion is None or float(occlusion.loss.max()) < FAINT:
         return None
-    places, cells = looked.coords.float(), torch.from_numpy(tokens.coords).float()
+    places, cells = occlusion.coords.float(), torch.from_numpy(tokens.coords).float()
     nearest: Tensor = torch.cat([torch.cdist(part, places).argmin(1) for part in cells.split(4096)])
-    return (looked.loss >= looked.loss.max() / 2)[nearest].numpy()
+    return (occlusion.loss >= occlusion.loss.max() / 2)[nearest].numpy()
 
 
 def label_map(tokens: CTTokens, cells: Bool[np.ndarray, " M"] | None) -> UInt8[np.ndarray, "X Y Z"]:
@@ -48,10 +45,3 @@ def segment_name(answer: str, *, somewhere: bool) -> str:
     line = " ".join(answer.split()) or "no answer"
     line = line if len(line) <= MAX_LETTERS else line[: MAX_LETTERS - 1] + "…"
     return f"{line} ({'' if somewhere else NOWHERE + '; '}{NOTICE.rstrip('.').lower()})"
-
-
-def write_label_map(path: Path, labels: UInt8[np.ndarray, "X Y Z"], tokens: CTTokens) -> None:
-    image = nibabel.Nifti1Image(labels, tokens.source_affine)
-    image.header.set_xyzt_units("mm")
-    image.set_sform(tokens.source_affine, code=1)
-    nibabel.save(image, path)

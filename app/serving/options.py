@@ -46,22 +46,17 @@ def shown(model: str, sizes: Preset, *, budget: int | None) -> dict[str, Any]:
 
 def read(model: str, sent: Mapping[str, Any], offered: Mapping[str, Any]) -> Options:
     """What was sent for the options that the model offers, checked; what is missing is the default."""
-    given = {name: _first(sent[name]) for name in offered if sent.get(name) not in (None, "", [])}
+    given = {name: sent[name] for name in offered if sent.get(name) not in (None, "", [])}
     if model == "show_answer" and str(sent.get("result_extension") or NIFTI) != NIFTI:
         raise Refused("BAD_VALUE", OTHER_PLACE, "ask on the server's page /answers")
-    checked = {name: _CHECKS[name](name, value, _choices(offered[name])) for name, value in given.items()}
+    checked = {}
+    for name, value in given.items():
+        choices = offered[name] if isinstance(offered[name], list) else []
+        first = value[0] if isinstance(value, list) else value  # a client that echoes a list of choices means its first
+        checked[name] = _CHECKS[name](name, first, choices)
     if model == "ask" and not checked.get("question"):
         raise Refused("BAD_VALUE", "question is empty", "ask something, or take the model report")
     return Options(**checked)
-
-
-def _first(value: Any) -> Any:
-    """A client that echoes a list of choices means its first."""
-    return value[0] if isinstance(value, list) else value
-
-
-def _choices(offered: Any) -> list[Any]:
-    return offered if isinstance(offered, list) else []
 
 
 def _window(name: str, value: Any, choices: list[Any]) -> str | None:

@@ -12,7 +12,7 @@ from app.shared.refusals import Refused, as_refused, refusal_of
 SAID_AS_IT_IS = ("BAD_VALUE",)  # about an option, in our own words alone
 
 
-def refusal(error: BaseException) -> tuple[int, dict[str, Any]]:
+def as_http(error: BaseException) -> tuple[int, dict[str, Any]]:
     """HTTP status and detail."""
     if isinstance(error, Refused) and error.code in SAID_AS_IT_IS:
         return 422, {"code": error.code, "message": error.what, "remedy": error.remedy}

@@ -20,7 +20,7 @@ from app.language.where_looked import where_looked
 from app.serving import label_map, options
 from app.serving.options import Options
 from app.shared.refusals import Refused
-from app.tokens.commands import onto_grid, write_nifti
+from app.tokens.commands import onto_grid, write_image, write_nifti
 from app.tokens.open_scan import Volume, scan_source
 from app.tokens.token_files import CTTokens, write_tokens
 from app.tokens.tokenizer import CTTokenizer
@@ -67,13 +67,13 @@ class Served:
         wanted = options.read(model, sent, self.options(model))
         how: Callable[[Path, Options], Result] = getattr(self, f"_{model}")
         with self._one_at_a_time:
-            file, told = how(image, wanted)
-        return file, {**told, "notice": NOTICE}
+            file, content = how(image, wanted)
+        return file, {**content, "notice": NOTICE}
 
     def _load(self, align: str, tokenizer: str | None) -> None:
         try:
             self._assistant.set_result(CTAssistant.from_pretrained(align, tokenizer=tokenizer))
-        except BaseException as error:  # whoever asks is told; the rest is served
+        except BaseException as error:  # raised again where an answer is asked for; models without it go on
             self._assistant.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))
 
     # ---- the models
@@ -112,7 +112,7 @@ class Served:
 
     def _ask(self, image: Path, wanted: Options) -> Result:
         assistant = self._assistant_for(wanted)
-        return None, self._told(assistant, assistant.open(image), wanted)
+        return None, self._answer_of(assistant, assistant.open(image), wanted)
 
     _report = _ask  # without a question
 
@@ -120,16 +120,16 @@ class Served:
         """For viewers: the answer names the one segment of a label map of what it rests on."""
         assistant, tokens = self._assistant_for(wanted), self._tokens_of(image, wanted)
         opened = assistant.of_tokens(tokens)
-        told = self._told(assistant, opened, wanted)
-        looked = where_looked(assistant, told["question"], told["answer"], assistant.reduce(opened.tokens))
-        cells = label_map.cells_of(tokens, looked)
-        name = label_map.segment_name(told["answer"], somewhere=cells is not None)
+        answer = self._answer_of(assistant, opened, wanted)
+        occlusion = where_looked(assistant, answer["question"], answer["answer"], assistant.reduce(opened.tokens))
+        cells = label_map.cells_of(tokens, occlusion)
+        name = label_map.segment_name(answer["answer"], somewhere=cells is not None)
         with tempfile.NamedTemporaryFile(prefix="answer_", suffix=".nii.gz", delete=False) as made:
             file = Path(made.name)
-        label_map.write_label_map(file, label_map.label_map(tokens, cells), tokens)
-        return file, {**told, "label_names": {name: 1}}
+        write_image(file, label_map.label_map(tokens, cells), tokens.source_affine)
+        return file, {**answer, "label_names": {name: 1}}
 
-    def _told(self, assistant: CTAssistant, scan: TokenizedScan, wanted: Options) -> dict[str, Any]:
+    def _answer_of(self, assistant: CTAssistant, scan: TokenizedScan, wanted: Options) -> dict[str, Any]:
         """An answer without what names the scan or the folders of this machine."""
         scan = dataclasses.replace(scan, source="")
         answer = assistant.ask(scan, wanted.question, max_new_tokens=wanted.max_new_tokens).as_json()

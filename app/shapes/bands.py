@@ -11,7 +11,7 @@ from jaxtyping import Float, Float32, Float64, Int
 
 from app.shapes.mesh_files import Mesh
 from app.shared.refusals import Refused
-from transforms.crossings import Crossings, crossings
+from transforms.crossings import crossings
 from transforms.mesh_check import Kind, kind_of, sharp_edges, welded
 from transforms.triangle_band import band_pieces
 
@@ -28,7 +28,7 @@ class Surface(NamedTuple):
     mesh: Mesh
     sign: str  # parity, winding or none
     findings: tuple[str, ...]  # codes
-    told: tuple[str, ...]  # what each of them says
+    messages: tuple[str, ...]  # of each code
 
 
 class Shape(NamedTuple):
@@ -66,17 +66,17 @@ def check_surface(mesh: Mesh, *, unsigned: bool = False, name: str = "the mesh")
 
 def _sign_for(kind: Kind, name: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     """Parity; the winding number where a mesh that is one way round crosses itself."""
-    found: dict[str, str] = {}
+    messages: dict[str, str] = {}
     sign = "winding" if kind.crossing and kind.is_oriented else "parity"
     if kind.crossing:
         rule = {
             "winding": "inside is where its winding number is not 0",
             "parity": "its triangles run both ways, so inside is where a line has crossed it an odd number of times",
         }[sign]
-        found["SELF_CROSSING"] = f"{name} crosses itself in {kind.crossing} triangles; {rule}"
+        messages["SELF_CROSSING"] = f"{name} crosses itself in {kind.crossing} triangles; {rule}"
     if kind.branching_edges:
-        found["NON_MANIFOLD"] = f"edges of {name} with more than two triangles: {kind.branching_edges}"
-    return sign, tuple(found), tuple(found.values())
+        messages["NON_MANIFOLD"] = f"edges of {name} with more than two triangles: {kind.branching_edges}"
+    return sign, tuple(messages), tuple(messages.values())
 
 
 def mesh_affine(mesh: Mesh, resolution: int) -> Float[np.ndarray, "4 4"]:
@@ -96,11 +96,11 @@ def volume_affine(
     steps = np.linalg.norm(affine[:3, :3], axis=0)
     left, _, right = np.linalg.svd(affine[:3, :3] / steps)
     side = float((steps * shape[:3]).max())
-    made = np.eye(4)
-    made[:3, :3] = left @ right * (side / resolution)  # axes that are not at right angles: the nearest that are
+    cube = np.eye(4)
+    cube[:3, :3] = left @ right * (side / resolution)  # axes that are not at right angles: the nearest that are
     middle = affine[:3, :3] @ ((np.array(shape[:3]) - 1) / 2) + affine[:3, 3]
-    made[:3, 3] = middle - made[:3, :3] @ np.full(3, (resolution - 1) / 2)
-    return made
+    cube[:3, 3] = middle - cube[:3, :3] @ np.full(3, (resolution - 1) / 2)
+    return cube
 
 
 def shape_of(
@@ -120,17 +120,15 @@ def shape_of(
     for piece in band_pieces(vertices[faces], side=resolution, band=band):
         part = np.minimum(piece.distance / np.float32(band), 1)
         if lines is not None:
-            np.negative(part, out=part, where=_inside(lines, piece.coords, surface.sign))
+            by_parity = surface.sign == "parity"
+            inside = lines.parity(piece.coords) if by_parity else lines.winding(piece.coords) != 0
+            np.negative(part, out=part, where=inside)
         coords.append(piece.coords)
         values.append(part)
     shape = Shape(np.concatenate(coords), np.concatenate(values), resolution, affine, band, surface.sign)
     if sharp_degrees is None:
         return shape
     return shape._replace(sharp=_near_sharp(shape, vertices, faces, sharp_degrees))
-
-
-def _inside(lines: Crossings, coords: np.ndarray, sign: str) -> np.ndarray:
-    return lines.parity(coords) if sign == "parity" else lines.winding(coords) != 0
 
 
 def _near_sharp(shape: Shape, vertices: np.ndarray, faces: np.ndarray, degrees: float) -> np.ndarray:

@@ -16,6 +16,7 @@ from jaxtyping import Float64, Int64
 
 from app.shapes.polygons import fans
 from app.shapes.vtp import read_vtp
+from app.shared.array_files import damage
 from app.shared.atomic_files import written_whole
 from app.shared.refusals import Refused
 
@@ -51,8 +52,7 @@ def read_mesh(path: str | Path) -> Mesh:
         vertices, faces = READERS[path.suffix.lower()](content)
         return _checked(np.asarray(vertices, np.float64).reshape(-1, 3), np.asarray(faces, np.int64).reshape(-1, 3))
     except UNREADABLE as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error).strip() or type(error).__name__
-        raise Refused("BAD_MESH", f"{path.name} is damaged or no mesh: {reason.splitlines()[0][:200]}") from error
+        raise Refused("BAD_MESH", f"{path.name} is damaged or no mesh: {damage(error)[:200]}") from error
 
 
 def _checked(vertices: np.ndarray, faces: np.ndarray) -> Mesh:
@@ -85,11 +85,11 @@ def _stl(content: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _stl_text(content: bytes) -> tuple[np.ndarray, np.ndarray]:
-    found = re.findall(rb"vertex\s+(\S+)\s+(\S+)\s+(\S+)", content)
-    if len(found) % 3 or content.count(b"endfacet") * 3 != len(found):
+    corners = re.findall(rb"vertex\s+(\S+)\s+(\S+)\s+(\S+)", content)
+    if len(corners) % 3 or content.count(b"endfacet") * 3 != len(corners):
         raise ValueError("its facets do not have three vertices each")
-    vertices = np.array([[float(word) for word in row] for row in found], np.float64)
-    return vertices, np.arange(len(found)).reshape(-1, 3)
+    vertices = np.array([[float(word) for word in row] for row in corners], np.float64)
+    return vertices, np.arange(len(corners)).reshape(-1, 3)
 
 
 # ---- OBJ
@@ -206,7 +206,8 @@ class _Bytes:
         lists = [name for name, _, length in element.properties if length]
         if not lists:
             record = np.dtype([(name, self.order + kind) for name, kind, _ in element.properties])
-            return {name: column for name, column in _columns(self._next(record, element.count))}
+            rows = self._next(record, element.count)
+            return {name: rows[name] for name in record.names}
         if element.count == 0:
             return {name: (np.zeros(0, np.int64), np.zeros(0, np.int64)) for name in lists}
         return self._lists(element, lists)
@@ -229,11 +230,11 @@ class _Bytes:
                     name: (rows[f"{name} length"].astype(np.int64), rows[name].astype(np.int64).reshape(-1))
                     for name in lists
                 }
-        kept = [self._row(element) for _ in range(element.count)]
+        rows = [self._row(element) for _ in range(element.count)]
         return {
             name: (
-                np.array([len(row[name]) for row in kept], np.int64),
-                np.concatenate([row[name] for row in kept]).astype(np.int64),
+                np.array([len(row[name]) for row in rows], np.int64),
+                np.concatenate([row[name] for row in rows]).astype(np.int64),
             )
             for name in lists
         }
@@ -250,10 +251,6 @@ class _Bytes:
             raise ValueError(f"it ends after {len(self.body)} bytes of {self.at + dtype.itemsize * max(count, 0)}")
         self.at += dtype.itemsize * count
         return np.frombuffer(self.body, dtype, count, self.at - dtype.itemsize * count)
-
-
-def _columns(rows: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    return [(name, rows[name]) for name in rows.dtype.names or ()]
 
 
 READERS: MappingProxyType[str, Callable[[bytes], tuple[np.ndarray, np.ndarray]]] = MappingProxyType(

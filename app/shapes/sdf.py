@@ -4,8 +4,6 @@ An input that cannot be used is listed and the rest is done. What is there alrea
 settings, stays.
 """
 
-import csv
-import io
 import json
 import math
 import time
@@ -14,12 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from app.dataset.prepared import read_metadata, split_patients
-from app.dataset.writer import write_failures
+from app.dataset.writer import write_csv, write_failures
 from app.prepare.workers import only_run, run_jobs, worker_count
 from app.shapes.bands import BAND, shape_of
-from app.shapes.shape_files import MAX_SIDE, Made, read_made, write_shape
-from app.shapes.sources import Found, Source, Wanted, find_sources, source_hash, surfaces_of
-from app.shared.atomic_files import write_text
+from app.shapes.shape_files import MAX_SIDE, Provenance, read_provenance, write_shape
+from app.shapes.sources import NamedSurface, Source, SurfaceChoice, find_sources, source_hash, surfaces_of
 from app.shared.output_folder import check_folder
 from app.shared.refusals import Refused, as_refused, check_path
 
@@ -33,7 +30,7 @@ class Settings(NamedTuple):
     resolutions: tuple[int, ...] = RESOLUTIONS
     band: float = BAND
     sharp_degrees: float | None = None
-    wanted: Wanted = Wanted()
+    wanted: SurfaceChoice = SurfaceChoice()
     overwrite: bool = False
 
     def mark(self) -> str:
@@ -63,13 +60,13 @@ def make_shapes(source: str | Path, out: str | Path, settings: Settings, *, work
     source, out, begun = Path(source), Path(out), time.perf_counter()
     _check_call(source, out, settings)
     with only_run(out):
-        found = find_sources(source, settings.wanted)
-        if not found:
+        sources = find_sources(source, settings.wanted)
+        if not sources:
             what = f"{source} holds neither a mesh nor a volume"
             raise Refused("NO_CASES", what, "give STL, OBJ, PLY, VTP, NIfTI, NRRD or MHA", status=2)
-        if settings.wanted.label is not None and all(one.kind == "mesh" for one in found):
+        if settings.wanted.label is not None and all(one.kind == "mesh" for one in sources):
             raise Refused("BAD_CALL", f"--label is of volumes, {source} holds meshes alone", "leave --label out")
-        jobs = [Job(one, str(out), settings) for one in found]
+        jobs = [Job(one, str(out), settings) for one in sources]
         largest = max(settings.resolutions)
         each = max(BYTES_AT_LEAST, BYTES_AT_1024 * largest * largest >> 20)
         count = worker_count(workers, each, len(jobs)) if len(jobs) > 1 else 1
@@ -111,9 +108,9 @@ def make_one(job: Job) -> list[dict[str, Any]]:
     try:
         if source.error is not None:
             raise source.error
-        made_of = source_hash(source)
-        for found in surfaces_of(source, settings.wanted):
-            entries.append(_entry(job, found, made_of))
+        digest = source_hash(source)
+        for named in surfaces_of(source, settings.wanted):
+            entries.append(_entry(job, named, digest))
     except MemoryError:
         entries.append(
             _refused(source, source.name, Refused("OUT_OF_MEMORY", "the memory of this machine is not enough"))
@@ -123,57 +120,57 @@ def make_one(job: Job) -> list[dict[str, Any]]:
     return entries
 
 
-def _entry(job: Job, found: Found | tuple[str, Refused], made_of: str) -> dict[str, Any]:
+def _entry(job: Job, named: NamedSurface | tuple[str, Refused], digest: str) -> dict[str, Any]:
     """Of one surface: what is wrong with it says nothing of the others."""
-    if not isinstance(found, Found):
-        return _refused(job.source, *found)
+    if not isinstance(named, NamedSurface):
+        return _refused(job.source, *named)
     try:
-        return _write(job, found, made_of)
+        return _write(job, named, digest)
     except ValueError as error:
-        return _refused(job.source, found.name, as_refused(error))
+        return _refused(job.source, named.name, as_refused(error))
 
 
-def _write(job: Job, found: Found, made_of: str) -> dict[str, Any]:
+def _write(job: Job, named: NamedSurface, digest: str) -> dict[str, Any]:
     source, settings = job.source, job.settings
-    surface = found.surface
-    made = Made(made_of, settings.mark(), surface.findings or ("OK",))
+    surface = named.surface
+    provenance = Provenance(digest, settings.mark(), surface.findings or ("OK",))
     files = []
     for resolution in settings.resolutions:
-        path = Path(job.out) / f"{found.name}_r{resolution}.npz"
-        is_there = not settings.overwrite and _there_already(path, made)
+        path = Path(job.out) / f"{named.name}_r{resolution}.npz"
+        is_there = not settings.overwrite and _there_already(path, provenance)
         row = {"resolution": resolution, "file": path.name if path.parent == Path(job.out) else str(path)}
         if not is_there:
-            grid = found.affine(resolution)
+            grid = named.affine(resolution)
             options = {"band": settings.band, "sharp_degrees": settings.sharp_degrees}
             shape = shape_of(surface, grid, resolution=resolution, **options)
             if not len(shape.coords):
-                raise Refused("NO_SURFACE", f"{found.name} has no voxel at resolution {resolution}")
-            write_shape(path, shape, made)
+                raise Refused("NO_SURFACE", f"{named.name} has no voxel at resolution {resolution}")
+            write_shape(path, shape, provenance)
             row["points"] = len(shape.coords)
         files.append({**row, "made": not is_there})
     return {
-        "case": found.name,
+        "case": named.name,
         "source": source.place,
         "status": "ok",
-        "codes": list(made.codes),
-        "message": "; ".join(surface.told),
+        "codes": list(provenance.codes),
+        "message": "; ".join(surface.messages),
         "files": files,
         "sign": surface.sign,
-        "source_hash": made_of,
+        "source_hash": digest,
         "patient": source.patient or source.name,
         "split": source.split,
     }
 
 
-def _there_already(path: Path, made: Made) -> bool:
+def _there_already(path: Path, provenance: Provenance) -> bool:
     """A file of an earlier call; one of something else is neither taken nor overwritten."""
     if not path.exists():
         return False
     try:
-        before = read_made(path)
+        before = read_provenance(path)
     except Refused as refused:
         raise Refused(refused.code, refused.what, "it is in OUT already: --overwrite makes it again") from refused
-    if before[:2] != made[:2]:
+    if before[:2] != provenance[:2]:
         raise Refused("EXISTS", f"{path.name} is there already, of another source or by other settings")
     return True
 
@@ -202,28 +199,19 @@ def _write_tables(out: Path, entries: Sequence[dict[str, Any]]) -> None:
     sides = split_patients([entry["patient"] for entry in good], given)
     named = {entry["case"] for entry in entries}
     kept = [row for name, row in before.items() if name not in named]  # of earlier calls, of other sources
-    buffer = io.StringIO()
-    table = csv.DictWriter(buffer, METADATA_COLUMNS, restval="", lineterminator="\n")
-    table.writeheader()
-    table.writerows({name: row.get(name) or "" for name in METADATA_COLUMNS} for row in kept)
-    for entry in good:
-        table.writerow(
-            {
-                "case_id": entry["case"],
-                "patient": entry["patient"],
-                "split": sides[entry["patient"]],
-                "source_hash": entry["source_hash"],
-                "resolutions": " ".join(str(side) for side in _sides_of(out, entry)),
-                "sign": entry["sign"],
-                "codes": " ".join(entry["codes"]),
-                "status": "ok",
-            }
-        )
-    write_text(out / "metadata.csv", buffer.getvalue())
+    rows = [
+        {
+            **entry,
+            "case_id": entry["case"],
+            "split": sides[entry["patient"]],
+            "resolutions": " ".join(str(side) for side in _sides_of(out, entry)),
+            "codes": " ".join(entry["codes"]),
+        }
+        for entry in good
+    ]
+    write_csv(out / "metadata.csv", METADATA_COLUMNS, [*kept, *rows])
     bad = [entry for entry in entries if entry["status"] != "ok"]
-    rows = [{**entry, "codes": " ".join(entry["codes"]), "source": entry["source"]} for entry in bad]
-    columns = ("source", "status", "codes", "message", "remedy")
-    write_failures(out, [{name: row[name] for name in columns} for row in rows])
+    write_failures(out, [{**entry, "codes": " ".join(entry["codes"])} for entry in bad])
 
 
 def _sides_of(out: Path, entry: dict[str, Any]) -> list[int]:
@@ -237,7 +225,7 @@ def lines(done: dict[str, Any]) -> Iterator[str]:
     """What the command prints of it."""
     for entry in done["cases"]:
         code = "" if entry["codes"] == ["OK"] else ", ".join(entry["codes"])
-        told = ": ".join(part for part in (code, entry["message"]) if part)
+        why = ": ".join(part for part in (code, entry["message"]) if part)
         sizes = ", ".join(
             f"r{file['resolution']} {file['points']} voxels"
             if "points" in file
@@ -245,5 +233,5 @@ def lines(done: dict[str, Any]) -> Iterator[str]:
             for file in entry["files"]
         )
         remedy = f". {entry['remedy'][:1].upper()}{entry['remedy'][1:]}." if "remedy" in entry else ""
-        yield "  ".join(part for part in (entry["status"], entry["case"], sizes, told + remedy) if part)
+        yield "  ".join(part for part in (entry["status"], entry["case"], sizes, why + remedy) if part)
     yield f"{done['ok']} ok, {done['refused']} refused, {done['seconds']:g} s"

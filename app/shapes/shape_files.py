@@ -13,7 +13,7 @@ from numpy.lib import format as npy
 
 from app.shapes.bands import BAND, Shape
 from app.shapes.mesh_files import READERS
-from app.shared.array_files import UNREADABLE, read_arrays
+from app.shared.array_files import UNREADABLE, ZIP_TIME, damage, read_arrays
 from app.shared.atomic_files import written_whole
 from app.shared.refusals import Refused
 
@@ -23,7 +23,7 @@ VERSION = 1
 SIGNS = ("parity", "winding", "none")
 
 
-class Made(NamedTuple):
+class Provenance(NamedTuple):
     """Of what, and how, a file was made: the same again is not made again."""
 
     source_hash: str = ""
@@ -31,7 +31,7 @@ class Made(NamedTuple):
     codes: tuple[str, ...] = ()
 
 
-def write_shape(path: Path, shape: Shape, made: Made) -> None:
+def write_shape(path: Path, shape: Shape, provenance: Provenance) -> None:
     """A whole file or none; the same shape gives the same bytes."""
     arrays = {
         "sparse_sdf": shape.values[:, None].astype(np.float32, copy=False),
@@ -40,16 +40,16 @@ def write_shape(path: Path, shape: Shape, made: Made) -> None:
         "affine": np.asarray(shape.affine, np.float64),
         "band": np.array(shape.band, np.float64),
         "sign": np.array(shape.sign),
-        "source_hash": np.array(made.source_hash),
-        "settings": np.array(made.settings),
-        "codes": np.array(made.codes, np.str_),
+        "source_hash": np.array(provenance.source_hash),
+        "settings": np.array(provenance.settings),
+        "codes": np.array(provenance.codes, np.str_),
         "version": np.array(VERSION, np.int32),
     }
     if shape.sharp is not None:
         arrays["sharp"] = shape.sharp.astype(np.uint8)
     with written_whole(path) as beside, zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, array in arrays.items():
-            entry = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
+            entry = zipfile.ZipInfo(f"{name}.npy", ZIP_TIME)
             entry.compress_type = zipfile.ZIP_DEFLATED
             with archive.open(entry, "w", force_zip64=True) as stream:
                 npy.write_array(stream, np.ascontiguousarray(array) if array.ndim else array, allow_pickle=False)
@@ -77,12 +77,12 @@ def holds_shape(path: Path) -> bool:
         return False
 
 
-def read_made(path: Path) -> Made:
+def read_provenance(path: Path) -> Provenance:
     """What a file says it was made of and by."""
     arrays = _arrays(path, only=("source_hash", "settings", "codes"))
     if len(arrays) < 3:
-        return Made()
-    return Made(str(arrays["source_hash"]), str(arrays["settings"]), tuple(arrays["codes"].tolist()))
+        return Provenance()
+    return Provenance(str(arrays["source_hash"]), str(arrays["settings"]), tuple(arrays["codes"].tolist()))
 
 
 def _arrays(path: Path, *, only: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
@@ -120,6 +120,4 @@ def _shape_of(arrays: dict[str, np.ndarray]) -> Shape:
 
 
 def _damaged(path: Path, error: Exception) -> Refused:
-    text = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
-    reason = f"it has no {error}" if isinstance(error, KeyError) else text.splitlines()[0]
-    return Refused("DAMAGED_SHAPE", f"{path.name} is damaged or no file of signed distance: {reason}")
+    return Refused("DAMAGED_SHAPE", f"{path.name} is damaged or no file of signed distance: {damage(error)}")

@@ -34,7 +34,7 @@ class Source(NamedTuple):
     error: Refused | None = None
 
 
-class Wanted(NamedTuple):
+class SurfaceChoice(NamedTuple):
     """Which surfaces of a volume: of one label or organ, at a level in HU, or of every label."""
 
     label: str | None = None
@@ -42,7 +42,7 @@ class Wanted(NamedTuple):
     unsigned: bool = False
 
 
-class Found(NamedTuple):
+class NamedSurface(NamedTuple):
     """A surface and the grids that it goes onto."""
 
     name: str
@@ -55,7 +55,7 @@ class Found(NamedTuple):
         return volume_affine(*self.volume, resolution)
 
 
-def find_sources(source: Path, wanted: Wanted) -> list[Source]:
+def find_sources(source: Path, wanted: SurfaceChoice) -> list[Source]:
     """Everything at a path that may hold a surface, by place; what is neither mesh nor volume is passed over."""
     if (source / "case.json").is_file():
         case = prepared.open_case(source)
@@ -74,33 +74,33 @@ def _case_source(case: prepared.PreparedCase | prepared.DamagedCase) -> Source:
 
 def _scans(source: Path) -> list[Source]:
     """Raw scans, which pass the gate; named by their content, as their own names may say who was scanned."""
-    found = []
+    sources = []
     for raw in raw_sources(source):
         try:
             name = raw.source_hash[:16]
-            found.append(Source(name, raw.place, "scan", str(source), name, raw=raw))
+            sources.append(Source(name, raw.place, "scan", str(source), name, raw=raw))
         except Refused as refused:
-            found.append(Source(raw.place, raw.place, "refused", str(source), error=refused))
-    return found
+            sources.append(Source(raw.place, raw.place, "refused", str(source), error=refused))
+    return sources
 
 
 def _files(source: Path) -> list[Source]:
-    found = []
+    sources = []
     root = source.absolute() if source.is_dir() else source.absolute().parent
     for ref, refused in files_below(source):
         place = str(Path(ref.path).relative_to(root)) + (f"/{ref.member}" if ref.member else "")
         stem = _stem(place)
         if refused is not None:
-            found.append(Source(stem, place, "refused", ref.path, error=refused))
+            sources.append(Source(stem, place, "refused", ref.path, error=refused))
         elif not ref.member and Path(ref.path).suffix.lower() in READERS:
-            found.append(Source(stem, place, "mesh", ref.path))
+            sources.append(Source(stem, place, "mesh", ref.path))
         elif not ref.member and ref.name.lower().endswith(tuple(end for it in FORMATS.values() for end in it.endings)):
-            found.append(Source(stem, place, "labels", ref.path))
+            sources.append(Source(stem, place, "labels", ref.path))
         elif source.is_file():
             what = f"{ref.name} is neither a mesh ({', '.join(READERS)}) nor a volume (NIfTI, NRRD, MHA)"
             raise Refused("NO_CASES", what, "give one of these, or a scan with --hu LEVEL", status=2)
-    names = [one.name for one in found]
-    return [one._replace(name=_apart(one)) if names.count(one.name) > 1 else one for one in found]
+    names = [one.name for one in sources]
+    return [one._replace(name=_apart(one)) if names.count(one.name) > 1 else one for one in sources]
 
 
 def _stem(place: str) -> str:
@@ -130,11 +130,12 @@ def source_hash(source: Source) -> str:
     return hash_of(refs)
 
 
-def surfaces_of(source: Source, wanted: Wanted) -> Iterator[Found | tuple[str, Refused]]:
+def surfaces_of(source: Source, wanted: SurfaceChoice) -> Iterator[NamedSurface | tuple[str, Refused]]:
     """The surfaces of a source, one after the other; a label that has none comes with its refusal."""
     if source.kind == "mesh":
         mesh = read_mesh(source.path)
-        yield Found(source.name, check_surface(mesh, unsigned=wanted.unsigned, name=Path(source.path).name), None)
+        surface = check_surface(mesh, unsigned=wanted.unsigned, name=Path(source.path).name)
+        yield NamedSurface(source.name, surface, None)
         return
     if source.kind == "case" and wanted.hu is None:
         yield from _organs(source, wanted)
@@ -149,10 +150,10 @@ def surfaces_of(source: Source, wanted: Wanted) -> Iterator[Found | tuple[str, R
         volume = source.raw.read()
         values, affine = volume.hu, volume.affine
     name = f"{source.name}_hu{wanted.hu:g}"
-    yield _found(name, values, wanted.hu, affine, wanted, what=f"{wanted.hu:g} HU")
+    yield _at_level(name, values, wanted.hu, affine, wanted, what=f"{wanted.hu:g} HU")
 
 
-def _organs(source: Source, wanted: Wanted) -> Iterator[Found | tuple[str, Refused]]:
+def _organs(source: Source, wanted: SurfaceChoice) -> Iterator[NamedSurface | tuple[str, Refused]]:
     case = prepared.open_case(Path(source.path))
     names = case.organ_names()
     if case.affine is None or not names:
@@ -164,12 +165,12 @@ def _organs(source: Source, wanted: Wanted) -> Iterator[Found | tuple[str, Refus
     for organ in names if wanted.label is None else (wanted.label,):
         full = f"{source.name}_{organ}"
         try:
-            yield _found(full, case.organ(organ), 0.5, case.affine, wanted, what=f"organ {organ}")
+            yield _at_level(full, case.organ(organ), 0.5, case.affine, wanted, what=f"organ {organ}")
         except Refused as refused:
             yield full, refused
 
 
-def _labels(source: Source, wanted: Wanted) -> Iterator[Found | tuple[str, Refused]]:
+def _labels(source: Source, wanted: SurfaceChoice) -> Iterator[NamedSurface | tuple[str, Refused]]:
     file = read_header(Ref(source.path), sniff(Ref(source.path)))
     values = read_voxels(file)
     if not values.any():
@@ -190,7 +191,7 @@ def _labels(source: Source, wanted: Wanted) -> Iterator[Found | tuple[str, Refus
     for number in present.tolist():
         full = source.name if len(present) == 1 and wanted.label is None else f"{source.name}_label{number:g}"
         try:
-            yield _found(full, values == number, 0.5, file.affine, wanted, what=f"label {number:g}")
+            yield _at_level(full, values == number, 0.5, file.affine, wanted, what=f"label {number:g}")
         except Refused as refused:
             yield full, refused
 
@@ -210,15 +211,15 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:MOST_NAMED]) + (" …" if len(names) > MOST_NAMED else "")
 
 
-def _found(
+def _at_level(
     name: str,
     values: Shaped[np.ndarray, "X Y Z"],
     level: float | int,
     affine: Float[np.ndarray, "4 4"],
-    wanted: Wanted,
+    wanted: SurfaceChoice,
     *,
     what: str,
-) -> Found:
+) -> NamedSurface:
     """The surface of a volume at a level: closed by its making, so that parity tells its inside."""
     surface = surface_at(values, level)
     if not len(surface.faces):
@@ -227,7 +228,7 @@ def _found(
     faces = surface.faces[:, ::-1] if np.linalg.det(affine[:3, :3]) < 0 else surface.faces
     findings = ("UNSIGNED",) if wanted.unsigned else ()
     sign = "none" if wanted.unsigned else "parity"
-    made = Surface(
+    closed = Surface(
         Mesh(vertices, np.ascontiguousarray(faces)), sign, findings, tuple("given unsigned" for _ in findings)
     )
-    return Found(name, made, (tuple(values.shape), np.asarray(affine, np.float64)))
+    return NamedSurface(name, closed, (tuple(values.shape), np.asarray(affine, np.float64)))

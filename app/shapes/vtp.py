@@ -20,7 +20,7 @@ TYPES = {
     "Float64": "f8",
 }
 MAX_BYTES = 4 << 30  # of one array, unpacked
-MAX_RATIO = 1100  # deflate saves no more
+MAX_RATIO = 1100  # bytes out of one packed byte: deflate gives at most 1032
 
 
 class _Coding(NamedTuple):
@@ -60,10 +60,10 @@ def read_vtp(content: bytes) -> tuple[np.ndarray, np.ndarray]:
         for name, triangulate in (("Polys", fans), ("Strips", strips)):
             corners, ends = _cells(piece.find(name), coding)
             counts = np.diff(ends, prepend=0)
-            found = triangulate(counts, corners)
-            if found.size and (found.min() < 0 or found.max() >= len(values)):
+            triangles = triangulate(counts, corners)
+            if triangles.size and (triangles.min() < 0 or triangles.max() >= len(values)):
                 raise ValueError(f"a triangle names a vertex outside 0..{len(values) - 1}")
-            faces.append(found + before)
+            faces.append(triangles + before)
         vertices.append(values)
         before += len(values)
     return np.concatenate(vertices), np.concatenate(faces)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 MAX_MEMBERS = 64
+ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # of a member that we write: the same content gives the same bytes
 UNREADABLE = (  # what zipfile, zlib and numpy raise on bytes that are no archive or no arrays
     *(OSError, EOFError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError),
     *(zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError),
@@ -42,3 +43,9 @@ def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray
             raise ValueError(f"{member.filename} should hold {size} bytes, it has {len(content)}")
     array = np.frombuffer(content, dtype)
     return (array.reshape(shape[::-1]).T if by_column else array.reshape(shape)).copy()
+
+
+def damage(error: Exception) -> str:
+    """What is wrong with a file's content, in one line, out of what its reader ran into."""
+    text = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
+    return f"it has no {error}" if isinstance(error, KeyError) else text.splitlines()[0]

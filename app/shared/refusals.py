@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,7 @@ class Refused(ValueError):
         return f"{self.code}: {self.text}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _again, (self.code, self.what, self.remedy, self.status, self.skipped)
-
-
-def _again(code: str, what: str, remedy: str, status: int, skipped: bool) -> Refused:
-    return Refused(code, what, remedy, status=status, skipped=skipped)
+        return partial(type(self), status=self.status, skipped=self.skipped), (self.code, self.what, self.remedy)
 
 
 def check_path(path: str | Path, *, name: str = "OUT") -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import nibabel
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from scipy import ndimage
 
 from app.shapes.mesh_files import WRITERS, write_mesh
@@ -63,7 +63,7 @@ def tokenize(
         sources = list(open_scan.scan_sources(source, series=series, token_files=False))
     single = out.suffix == ".npz"
     if single and len(sources) > 1:
-        sources = _one_good(sources, source, out)
+        sources = _for_one_file(sources, several=f"{source} holds more than one scan, {out} is one file")
     _check_kind(source, out, single=single, kinds=".npz")
     check_folder(out.parent if single else out)
     entries = []
@@ -113,19 +113,10 @@ def _ahead(
         yield from waiting
 
 
-def _one_good(sources: Sequence[ScanSource], source: Path, out: Path) -> list[ScanSource]:
-    """Sources for one file, of which one opens, which only the values may tell; it is not that of those that do not."""
-    good, tried = 0, []
-    for scan in sources:
-        try:
-            scan.own_grid(open_scan.TokenizerNeeds())
-            good += 1
-        except ValueError:
-            scan = scan._replace(source_hash="")
-        tried.append(scan)
-        if good > 1:
-            raise Refused("MANY_SCANS", f"{source} holds more than one scan, {out} is one file")
-    return tried
+def _for_one_file(sources: Sequence[ScanSource], *, several: str) -> list[ScanSource]:
+    """Those that do not open without their hash: a file that is there already is of the one that does."""
+    refused = open_scan.errors_of(sources, several=Refused("MANY_SCANS", several))
+    return [one if why is None else one._replace(source_hash="") for one, why in zip(sources, refused, strict=True)]
 
 
 def _check_kind(source: Path, out: Path, *, single: bool, kinds: str) -> None:
@@ -265,9 +256,14 @@ def onto_grid(volume: Volume, shape: tuple[int, int, int], affine: Float[np.ndar
 
 
 def write_nifti(path: Path, volume: Volume) -> None:
-    """int16 HU in mm, whole or not at all."""
-    image = nibabel.Nifti1Image(np.clip(np.rint(volume.hu), -32768, 32767).astype(np.int16), volume.affine)
+    """int16 HU."""
+    write_image(path, np.clip(np.rint(volume.hu), -32768, 32767).astype(np.int16), volume.affine)
+
+
+def write_image(path: Path, values: Num[np.ndarray, "X Y Z"], affine: Float[np.ndarray, "4 4"]) -> None:
+    """As NIfTI in mm, whole or not at all."""
+    image = nibabel.Nifti1Image(values, affine)
     image.header.set_xyzt_units("mm")
-    image.set_sform(volume.affine, code=1)
+    image.set_sform(affine, code=1)
     with written_whole(path) as beside:
         nibabel.save(image, beside)

@@ -146,19 +146,25 @@ def scan_source(path: str | Path) -> ScanSource:
     sources = list(scan_sources(path))
     if len(sources) == 1:
         return sources[0]
-    good, refused = [], []
+    remedy = "give one of them, or tokenize the folder (--series names one)"
+    refused = errors_of(sources, several=Refused("MANY_SCANS", f"{path} holds several scans", remedy))
+    if None not in refused:
+        raise refused[0]
+    return sources[refused.index(None)]
+
+
+def errors_of(sources: Sequence[ScanSource], *, several: Refused) -> list[ValueError | None]:
+    """Why each does not open, which only its values may tell; raises `several` where more than one does."""
+    refused: list[ValueError | None] = []
     for source in sources:
         try:
             source.own_grid(TokenizerNeeds())
-            good.append(source)
+            refused.append(None)
         except ValueError as error:
             refused.append(error)
-        if len(good) > 1:
-            what = f"{path} holds several scans"
-            raise Refused("MANY_SCANS", what, "give one of them, or tokenize the folder (--series names one)")
-    if not good:
-        raise refused[0]
-    return good[0]
+        if refused.count(None) > 1:
+            raise several
+    return refused
 
 
 def _token_source(file: Path) -> ScanSource:

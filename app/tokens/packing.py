@@ -23,7 +23,7 @@ MAGIC_OF_LEVELS = b"VXT2"  # cells of unlike numbers of codes
 HEAD = struct.Struct("<4s4I")  # magic; bytes of header, cells, codes and support
 MAX_HEADER = 1 << 16
 MAX_TOKENS = 1 << 24
-FIELDS = {  # of the header: how each becomes an array again
+FIELDS = {  # of tokens beside codes, cells and support: what a plain file stores as arrays, and a packed one's header
     "latent_shape": np.int32,
     "affine": np.float64,
     "source_shape": np.int32,

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int32, Int64, UInt8
 from numpy.lib import format as npy
 
-from app.shared.array_files import UNREADABLE, read_arrays
+from app.shared.array_files import UNREADABLE, ZIP_TIME, damage, read_arrays
 from app.shared.atomic_files import written_whole
 from app.shared.refusals import Refused
 from app.tokens import packing
@@ -30,7 +30,6 @@ from networks.sparse.topology import bits_for, morton_keys
 FILE_VERSION = 2
 VERSION_OF_LEVELS = 3  # cells of unlike numbers of codes: older software would take what is not there for codes
 PACKED = "packed"  # the one array of a packed file
-ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the same tokens give the same bytes
 SUPPORT_LEVELS = 3  # support_0: children of each latent; support_1, support_2: of each cell of the two levels below
 MAX_BYTES = 2**30  # of all arrays of a file, unpacked
 
@@ -142,28 +141,18 @@ def is_packed(path: Path) -> bool:
 
 def _arrays_of(tokens: CTTokens) -> dict[str, np.ndarray]:
     there = tokens.codes != NO_CODE
+    given = {name: getattr(tokens, name) for name in packing.FIELDS}
+    stored = {name: np.array(value, packing.FIELDS[name]) for name, value in given.items() if value is not None}
+    behind = {name: stored.pop(name) for name in ("findings", "voxels") if name in stored}  # in the file
     arrays = {
         "codes": np.where(there, tokens.codes, 0).astype(np.min_scalar_type(int(tokens.codes.max()))),
         "coords": tokens.coords.astype(np.int32),
-        "latent_shape": np.array(tokens.latent_shape, np.int32),
-        "affine": np.asarray(tokens.affine, np.float64),
-        "source_shape": np.array(tokens.source_shape, np.int32),
-        "source_affine": np.asarray(tokens.source_affine, np.float64),
-        "source_hash": np.array(tokens.source_hash),
-        "features": np.array(tokens.features),
-        "windows": np.array(tokens.windows, np.str_),
-        "spacing": np.array(tokens.spacing, np.float64),
-        "keep": np.array(tokens.keep),
-        "tokenizer": np.array(tokens.tokenizer),
+        **stored,
         "version": np.array(FILE_VERSION if there.all() else VERSION_OF_LEVELS, np.int32),
     }
     if not there.all():
         arrays["levels"] = there.sum(1).astype(np.uint8)
-    if tokens.findings is not None:
-        arrays["findings"] = np.array(tokens.findings, np.str_)
-    if tokens.voxels is not None:
-        arrays["voxels"] = np.array(tokens.voxels, np.int64)
-    return arrays | {f"support_{i}": part for i, part in enumerate(tokens.support or ())}
+    return arrays | behind | {f"support_{i}": part for i, part in enumerate(tokens.support or ())}
 
 
 def read_tokens(path: str | Path, *, tables: CodeTables | None = None) -> CTTokens:
@@ -183,9 +172,7 @@ def read_tokens(path: str | Path, *, tables: CodeTables | None = None) -> CTToke
     except FileNotFoundError:
         raise Refused("NO_TOKENS", f"token file {path} does not exist") from None
     except UNREADABLE as error:
-        text = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
-        reason = f"it has no {error}" if isinstance(error, KeyError) else text.splitlines()[0]
-        raise Refused("DAMAGED_TOKENS", f"{path.name} is damaged or no token file: {reason}") from error
+        raise Refused("DAMAGED_TOKENS", f"{path.name} is damaged or no token file: {damage(error)}") from error
     return tokens
 
 

@@ -17,8 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from app.shared.atomic_files import write_text
-from app.shared.json_files import read_object
+from app.shared.json_files import read_object, write_object
 from app.shared.refusals import Refused
 from app.training import shipped
 from app.training.key_rules import RULES
@@ -149,7 +148,7 @@ def write_best(output_dir: Path, scores: dict[int, float], *, name: str = "val_r
         path.unlink(missing_ok=True)
         return
     step = min(scores, key=scores.get)
-    write_text(path, json.dumps({"step": step, name: scores[step]}) + "\n")
+    write_object(path, {"step": step, name: scores[step]}, indent=None)
 
 
 def best_score(output_dir: str | Path) -> dict[int, float]:
@@ -173,7 +172,7 @@ def read_tensors(path: str | Path) -> object:
     """What a checkpoint file holds, a dict where it is one of ours, read without running code."""
     try:
         if Path(path).suffix == ".safetensors":
-            return shipped.read(Path(path))
+            return shipped.read_safetensors(Path(path))
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise Refused("NO_CHECKPOINT", f"{path} does not exist") from None

@@ -1,4 +1,7 @@
-"""What each flat key of a bundle may be, and what other projects call it. preflight.py holds runs to it."""
+"""What each flat key of a bundle may be, and what other projects call it. preflight.py holds runs to it.
+
+Where a constructor has limits of its own they stand there, and rules ask for them.
+"""
 
 from collections.abc import Callable, Container
 from dataclasses import dataclass
@@ -6,9 +9,11 @@ from typing import Any
 
 from app.phantoms.sentences import PLACES
 from app.training.choices import SCALES
-from networks.losses import LOSS_TYPES
-from networks.presets import CODEBOOKS, NORMS, POOLS, PRESETS
+from networks import projector
+from networks.losses import LOSS_TYPES, are_weights
+from networks.presets import CODEBOOKS, LIMITS, NORMS, POOLS, PRESETS, within
 from networks.tokens import REDUCTIONS
+from transforms.dictionary import RandAcquisitiond, RandStructuresd, RandTranslated
 from transforms.sparse import KEEPS
 from transforms.windows import WINDOWS
 
@@ -86,6 +91,26 @@ def _choice(*values: str, optional: bool = False) -> Rule:
     return Rule(str, f"one of {', '.join(values)}", choices=values, optional=optional)
 
 
+def _size(name: str, *, optional: bool = True) -> Rule:
+    """One of a preset's sizes."""
+    low, high = LIMITS[name]
+    kind, says = (int, "a whole number") if isinstance(low, int) else ((int, float), "a number")
+    return Rule(kind, f"{says} from {low} to {high}", optional=optional, holds=lambda size: within(size, *LIMITS[name]))
+
+
+def _taken_by(transform: type, name: str) -> Callable[[Any], bool]:
+    """Whether a transform can be made with a value."""
+
+    def holds(value: Any) -> bool:
+        try:
+            transform(**{name: value})
+        except ValueError:
+            return False
+        return True
+
+    return holds
+
+
 def _is_scheduler(name: str) -> bool:
     from torch.optim import lr_scheduler
 
@@ -108,11 +133,6 @@ def _is_device(name: str) -> bool:
 def _are_of(table: Container[str]) -> Callable[[list | dict], bool]:
     """Whether some names are given, all of them the table's."""
     return lambda names: bool(names) and all(name in table for name in names)
-
-
-def _are_weights(values: list) -> bool:
-    numbers = all(type(value) in (int, float) and 0 <= value < float("inf") for value in values)
-    return numbers and sum(values) > 0
 
 
 def _are_sizes(sizes: dict) -> bool:
@@ -145,21 +165,24 @@ RULES = {
     "min_points": _count(1),
     "max_points": _count(1, optional=True),
     "max_shift": Rule(
-        (int, float), "a share of the grid's side, from 0 to below 1", minimum=0, holds=lambda share: share < 1
+        (int, float), "a share of the grid's side, from 0 to below 1", holds=_taken_by(RandTranslated, "max_shift")
     ),
-    "structures": _count(0),
-    "sharpness": SHARE,
-    "slice_blur": SHARE,
-    "grain": _number(0),
+    "structures": Rule(int, "a whole number of at least 0", holds=_taken_by(RandStructuresd, "number")),
+    "sharpness": Rule((int, float), "a number from 0 to 1", holds=_taken_by(RandAcquisitiond, "sharpness")),
+    "slice_blur": Rule((int, float), "a number from 0 to 1", holds=_taken_by(RandAcquisitiond, "slice_blur")),
+    "grain": Rule((int, float), "a number of at least 0", holds=_taken_by(RandAcquisitiond, "grain")),
     "num_workers": _count(0),
     "resolution": Rule(
-        int, "a multiple of 8, or null as the preset has it", minimum=8, optional=True, holds=lambda side: side % 8 == 0
+        int,
+        f"a multiple of 8 up to {LIMITS['resolution'][1]}, or null as the preset has it",
+        optional=True,
+        holds=lambda side: side % 8 == 0 and within(side, *LIMITS["resolution"]),
     ),
-    "spacing": _number(0.01, optional=True),
-    "model_channels": _count(1, optional=True),
-    "latent_channels": _count(1, optional=True),
-    "num_embeddings": _count(2, optional=True),
-    "num_blocks": _count(0, optional=True),
+    "spacing": _size("spacing"),
+    "model_channels": _size("model_channels"),
+    "latent_channels": _size("latent_channels"),
+    "num_embeddings": _size("num_embeddings"),
+    "num_blocks": _size("num_blocks"),
     "norm": _choice(*NORMS, optional=True),
     "pool": _choice(*POOLS, optional=True),
     "pca": Rule(bool, "True or False", optional=True),
@@ -180,7 +203,7 @@ RULES = {
     "codebook": _choice(*(name for name in CODEBOOKS if name != "none")),
     "rotation_trick": SWITCH,
     "normalize_codes": SWITCH,
-    "quantizer_levels": _count(1),
+    "quantizer_levels": _size("quantizer_levels", optional=False),
     "level_dropout": SHARE,
     "max_steps": _count(1),
     "batch_size_per_gpu": _count(1),
@@ -194,7 +217,7 @@ RULES = {
     "grad_clip": Rule((int, float), "a number above 0, or null not to clip", optional=True, holds=lambda v: v > 0),
     "loss_type": _choice(*LOSS_TYPES),
     "window_weights": Rule(
-        list, "null, or a list of numbers from 0, one a window, not all 0", optional=True, holds=_are_weights
+        list, "null, or a list of numbers from 0, one a window, not all 0", optional=True, holds=are_weights
     ),
     "lambda_vq": _number(0),
     "lambda_commitment": _number(0),
@@ -226,7 +249,11 @@ RULES = {
     "use_3d_pos": SWITCH,
     "position": _choice("1d", "mrope3d"),
     "fusion": _choice("placeholder", "prefix"),
-    "projector_layers": Rule(int, "a whole number from 1 to 64", minimum=1, holds=lambda layers: layers <= 64),
+    "projector_layers": Rule(
+        int,
+        f"a whole number from 1 to {projector.MAX_LAYERS}",
+        holds=lambda layers: 1 <= layers <= projector.MAX_LAYERS,
+    ),
     "with_volumes": SWITCH,
     "train_language": SWITCH,
     "use_lora": SWITCH,

@@ -16,7 +16,7 @@ from app.dataset.prepared import read_metadata, split_patients
 from app.phantoms.phantoms import ensure_cohort
 from app.shapes.sdf import Settings, make_shapes
 from app.shapes.shape_files import read_shape
-from app.shapes.sources import Wanted
+from app.shapes.sources import SurfaceChoice
 from app.shared.refusals import Refused
 from app.training.data import PHANTOMS, CTDataset, Transform
 from transforms import Windowsd
@@ -151,7 +151,8 @@ def make_shape_dataset(
     root = Path(DEMO_SHAPES if dataset_dir is None else dataset_dir)
     if dataset_dir is None:
         sides = tuple(dict.fromkeys(resolution // factor for factor in factors))
-        make_shapes(ensure_cohort(PHANTOMS), root, Settings(resolutions=sides, wanted=Wanted(hu=DEMO_LEVEL)), workers=1)
+        settings = Settings(resolutions=sides, wanted=SurfaceChoice(hu=DEMO_LEVEL))
+        make_shapes(ensure_cohort(PHANTOMS), root, settings, workers=1)
     cases = find_shapes(root, resolution=resolution, factors=factors)
     rows = read_metadata(root / "metadata.csv")
     given = {case.patient: rows.get(case.case_id, {}).get("split") or "" for case in cases}

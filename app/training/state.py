@@ -17,6 +17,7 @@ from app.training import checkpoints
 from app.training.checkpoints import unwrapped
 from app.training.step import resume_optimizer
 from app.training.training_state import read_state
+from networks.presets import Preset
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class TrainingState:
 
     def load_weights(self, stored: dict[str, dict], step: int) -> None:
         files = {name: checkpoints.step_file(self.folder.path, name, step) for name in stored}
-        sizes = [checkpoints.check_weights(state, files[name]) for name, state in stored.items()][-1]
+        sizes = [Preset.from_tensor(state["_extra_state"]) for state in stored.values()][-1]
         now = self.network.sizes.prepared
         for network, name in zip((self.network, self.averaged.module), stored, strict=True):
             checkpoints.load_weights(network, stored[name], files[name])

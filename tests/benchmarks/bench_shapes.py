@@ -19,7 +19,7 @@ import numpy as np
 
 from app.shapes.bands import Shape, Surface, check_surface, mesh_affine, shape_of
 from app.shapes.mesh_files import READERS, Mesh, read_mesh
-from app.shapes.sources import Found, Wanted, find_sources, surfaces_of
+from app.shapes.sources import NamedSurface, SurfaceChoice, find_sources, surfaces_of
 from tests.oracle import solid_angle_winding
 from tests.solids import box, box_distance, shuffled, sphere, torus, turned
 from transforms.crossings import crossings
@@ -148,7 +148,7 @@ def by_dense_transform(path: str, wanted: int, largest: int) -> dict:
     return {"seconds": taken / share, "share": share, "measured": taken, "off": float(off), **peak()}
 
 
-def mask_of(found: Found, side: int) -> np.ndarray:
+def mask_of(found: NamedSurface, side: int) -> np.ndarray:
     """Every voxel of the grid, whether it is inside."""
     there = np.linalg.inv(found.affine(side))
     vertices = found.surface.mesh.vertices @ there[:3, :3].T + there[:3, 3]
@@ -160,9 +160,9 @@ def mask_of(found: Found, side: int) -> np.ndarray:
     return np.logical_xor.accumulate(turns, axis=0, out=turns).reshape((side,) * 3)
 
 
-def opened_and_made(path: str, side: int) -> tuple[Found, Shape]:
-    (source,) = find_sources(Path(path), Wanted())
-    found = next(iter(surfaces_of(source, Wanted())))
+def opened_and_made(path: str, side: int) -> tuple[NamedSurface, Shape]:
+    (source,) = find_sources(Path(path), SurfaceChoice())
+    found = next(iter(surfaces_of(source, SurfaceChoice())))
     return found, shape_of(found.surface, found.affine(side), resolution=side)
 
 

@@ -137,7 +137,8 @@ def test_a_stage_run_on_data_of_ones_own_loads_nothing_of_language_or_of_raw_sca
     assert modules and not rooms & {"language", "evaluation", "tokens", "export", "prepare", "shapes"}, sorted(rooms)
 
 
-HAND_WRITTEN = [path for path in SOURCES if not name_of(path).startswith("networks/kernels/")]  # else than for a card
+# not the kernels, whose files are as long as a card wants them and whose functions are called as what they replace
+HAND_WRITTEN = [path for path in SOURCES if not name_of(path).startswith("networks/kernels/")]
 
 
 def test_files_are_at_most_400_lines_and_functions_60():
@@ -150,6 +151,26 @@ def test_files_are_at_most_400_lines_and_functions_60():
 def test_no_two_classes_have_one_name():
     classes = [node.name for path in HAND_WRITTEN for node in tree_of(path).body if isinstance(node, ast.ClassDef)]
     assert not sorted({name for name in classes if classes.count(name) > 1 and not name.startswith("_")})
+
+
+NAMED_AFTER_BODIES = (
+    "app/__main__.py",
+    "app/demo.py",
+)  # commands, and stages of the demo, are called as what they call
+ONE_MEANING = {  # functions of several files by one name, and what they have in common
+    "lines": "what a command prints of what its body gives",
+    "main": "what a file does that is run by its name",
+    **dict.fromkeys(("forward", "input_grad", "weight_grad"), "each backend of the convolution has them"),
+    **dict.fromkeys(("morton_keys", "morton_coords"), "topology asks the maps of a device for them"),
+    "window_values": "of arrays, and bit for bit the same of tensors",
+}
+
+
+def test_no_two_functions_have_one_name_unless_they_mean_one_thing():
+    files = [path for path in HAND_WRITTEN if name_of(path) not in NAMED_AFTER_BODIES]
+    names = [node.name for path in files for node in tree_of(path).body if isinstance(node, ast.FunctionDef)]
+    repeated = {name for name in names if names.count(name) > 1 and not name.startswith("_")}
+    assert repeated == set(ONE_MEANING), "two functions of one name mean one thing, or one of them gets another name"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=ids(SOURCES))

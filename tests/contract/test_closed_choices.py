@@ -24,14 +24,14 @@ from app.prepare.volume_file import VolumeFile
 from app.shared.refusals import Refused
 from app.text.rows import TextRow
 from app.training import checkpoints, key_rules, pictures, preflight, train
-from networks import make_vqvae, presets, qwen, tiny_qwen
+from networks import make_vqvae, presets, projector, qwen, tiny_qwen
 from networks.fsq import FiniteScalarQuantizer
 from networks.losses import LOSS_TYPES, TokenizerLoss, reconstruction
 from networks.presets import PRESETS, Preset
 from networks.residual import QUANTIZERS
 from networks.sparse import SparseTensor
 from tests.scans import sample
-from transforms import Sparsifyd
+from transforms import RandTranslated, Sparsifyd
 from transforms.sparse import KEEPS, Keep, densify
 from transforms.windows import WINDOWS, hu_from_windows, window_file_name, window_values
 
@@ -198,3 +198,30 @@ def test_a_raw_format_is_a_row_and_a_reader(add_row, tmp_path):
     assert sniff(Ref(str(path))) == "toy"
     (volume,) = read_scan(path, assume_hu=True)
     assert (volume.hu == hu).all() and volume.affine[0, 0] == 2
+
+
+def test_a_limit_is_changed_in_one_place(monkeypatch):
+    def allows(name, value):
+        return key_rules.RULES[name].allows(value)
+
+    assert allows("quantizer_levels", 64) and allows("projector_layers", 64) and allows("max_shift", 0.9)
+    monkeypatch.setitem(presets.LIMITS, "quantizer_levels", (1, 2))
+    monkeypatch.setattr(projector, "MAX_LAYERS", 2)
+    assert [allows(name, 2) for name in ("quantizer_levels", "projector_layers")] == [True, True]
+    assert [allows(name, 3) for name in ("quantizer_levels", "projector_layers")] == [False, False]
+    with pytest.raises(ValueError, match=r"quantizer_levels must be within 1 and 2, got 3"):
+        make_vqvae("tiny", quantizer_levels=3)
+    with pytest.raises(ValueError, match=r"projector_layers must lie in 1\.\.2, got 3"):
+        projector.Projector(8, 12, num_layers=3)
+
+
+def test_rules_ask_constructors_for_their_limits(monkeypatch):
+    made = RandTranslated.__init__
+
+    def half_at_most(self, *keys, max_shift):
+        if max_shift > 0.5:
+            raise ValueError("max_shift must be at most a half")
+        made(self, *keys, max_shift=max_shift)
+
+    monkeypatch.setattr(RandTranslated, "__init__", half_at_most)
+    assert [key_rules.RULES["max_shift"].allows(share) for share in (0.5, 0.6)] == [True, False]

@@ -22,7 +22,7 @@ from app.language.assistant import NOTICE, CTAssistant
 from app.language.chat import encode_chat
 from app.language.where_looked import where_looked
 from app.measures import controls
-from app.phantoms.phantoms import make_phantom, write_nifti
+from app.phantoms.phantoms import make_phantom, write_phantom_nifti
 from app.shared.refusals import Refused, refusal_of
 from app.text.rows import REPORT_QUESTION
 from tests.alignments import NUM_CASES, make_volume
@@ -109,7 +109,7 @@ def test_the_table_of_a_prepared_dataset_is_not_written_over(home, aligned, tmp_
 def test_a_folder_of_raw_scans_is_asked_scan_by_scan(aligned, tmp_path):
     """What is no scan is passed over; what is one and cannot be read is refused by name."""
     for number in (8, 9):
-        write_nifti(tmp_path / f"scan{number}.nii.gz", make_phantom(number, size=32, spacing=12.0))
+        write_phantom_nifti(tmp_path / f"scan{number}.nii.gz", make_phantom(number, size=32, spacing=12.0))
     (tmp_path / "notes.txt").write_text("nothing")
     (tmp_path / "broken.nii.gz").write_text("nothing")
     result = asking.ask(str(tmp_path), ["On which side?"], align=str(aligned), max_new_tokens=4)

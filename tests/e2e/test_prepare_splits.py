@@ -7,7 +7,7 @@ import pytest
 
 from app.check import check
 from app.dataset import prepared
-from app.phantoms.phantoms import make_phantom, write_dicom, write_nifti
+from app.phantoms.phantoms import make_phantom, write_phantom_dicom, write_phantom_nifti
 from app.prepare.geometry import hash_of_voxels
 from app.prepare.report import lines
 from app.prepare.volume import read_scan
@@ -18,7 +18,7 @@ NAMED = SMALL._replace(keep_names=True)
 
 
 def scan_of(raw, name, number=0):
-    write_nifti(raw / f"{name}.nii.gz", make_phantom(number, size=20, spacing=20.0))
+    write_phantom_nifti(raw / f"{name}.nii.gz", make_phantom(number, size=20, spacing=20.0))
 
 
 def leaks(out):
@@ -28,7 +28,7 @@ def leaks(out):
 
 def test_the_same_scan_in_two_formats_or_names_on_both_sides_is_found(tmp_path):
     raw = tmp_path / "raw"
-    write_dicom(raw / "series", make_phantom(1, size=20, spacing=20.0), name="x")
+    write_phantom_dicom(raw / "series", make_phantom(1, size=20, spacing=20.0), name="x")
     scan_of(raw, "copy", 1)
     scan_of(raw, "other", 2)
     shutil.copy(raw / "other.nii.gz", raw / "again.nii.gz")
@@ -47,8 +47,8 @@ def test_the_same_scan_in_two_formats_or_names_on_both_sides_is_found(tmp_path):
 
 def test_voxels_have_one_hash_in_any_order_of_axes(tmp_path):
     phantom = make_phantom(4, size=20, spacing=20.0)
-    write_dicom(tmp_path / "series", phantom, name="x")
-    write_nifti(tmp_path / "a.nii.gz", phantom)
+    write_phantom_dicom(tmp_path / "series", phantom, name="x")
+    write_phantom_nifti(tmp_path / "a.nii.gz", phantom)
     (one,), (other,) = read_scan(tmp_path / "series"), read_scan(tmp_path / "a.nii.gz")
     assert hash_of_voxels(one.hu, one.affine) == hash_of_voxels(other.hu, other.affine)
     changed = other.hu.copy()

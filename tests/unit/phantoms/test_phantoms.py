@@ -205,7 +205,7 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
 
 def test_rank_zero_makes_the_cohort_and_the_others_wait(tmp_path, monkeypatch, small):
     rank = threading.local()
-    monkeypatch.setattr(phantoms, "_rank", lambda: rank.number)
+    monkeypatch.setattr(phantoms.idist, "get_rank", lambda: rank.number)
     monkeypatch.setattr(phantoms, "WAIT", 20)
 
     def run(number: int) -> int:

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from app.language.where_looked import Looked
+from app.language.where_looked import Occlusion
 from app.serving import label_map, options
 from app.shared.refusals import Refused
+from app.tokens.commands import write_image
 from app.tokens.token_files import CTTokens
 from networks.presets import preset
 
@@ -36,7 +37,7 @@ def tokens():
 
 
 def looked(*loss, coords=((0, 0, 0), (1, 0, 0))):
-    return Looked(0.9, 0.1, torch.tensor(loss), torch.tensor(coords, dtype=torch.int32))
+    return Occlusion(0.9, 0.1, torch.tensor(loss), torch.tensor(coords, dtype=torch.int32))
 
 
 def test_what_the_answer_rests_on_lies_where_it_lies_in_the_patient(tokens):
@@ -71,7 +72,7 @@ def test_a_segment_is_named_after_the_answer_in_one_line_with_the_notice():
 
 def test_a_written_map_is_a_mask_in_the_scans_own_geometry(tokens, tmp_path):
     labels = label_map.label_map(tokens, np.array([True, False]))
-    label_map.write_label_map(tmp_path / "where.nii.gz", labels, tokens)
+    write_image(tmp_path / "where.nii.gz", labels, tokens.source_affine)
     image = nibabel.load(tmp_path / "where.nii.gz")
     assert np.array_equal(image.affine, tokens.source_affine) and image.get_data_dtype() == np.uint8
     assert np.array_equal(np.asarray(image.dataobj), labels) and image.header.get_xyzt_units()[0] == "mm"

@@ -5,11 +5,11 @@ import pytest
 
 from app.shapes.bands import check_surface, mesh_affine, shape_of
 from app.shapes.mesh_files import Mesh
-from app.shapes.shape_files import Made, read_made, read_shape, write_shape
+from app.shapes.shape_files import Provenance, read_provenance, read_shape, write_shape
 from app.shared.refusals import Refused
 from tests.solids import box
 
-MADE = Made("ab" * 32, "[4.0]", ("OK",))
+MADE = Provenance("ab" * 32, "[4.0]", ("OK",))
 
 
 @pytest.fixture
@@ -25,7 +25,8 @@ def test_a_file_says_what_was_written_in_the_same_bytes(shape, tmp_path):
     again = read_shape(tmp_path / "a.npz")
     for name in ("coords", "values", "affine", "sharp"):
         assert np.array_equal(getattr(again, name), getattr(shape, name))
-    assert (again.resolution, again.band, again.sign) == (32, 4.0, "parity") and read_made(tmp_path / "a.npz") == MADE
+    assert (again.resolution, again.band, again.sign) == (32, 4.0, "parity")
+    assert read_provenance(tmp_path / "a.npz") == MADE
 
 
 def test_sharp_voxels_lie_within_two_voxels_of_an_edge(shape):
@@ -46,7 +47,8 @@ def test_files_of_others_need_three_arrays_alone(tmp_path):
     index = np.argwhere(np.ones((8, 8, 8), bool))
     np.savez(tmp_path / "a.npz", sparse_sdf=np.linspace(-1, 1, 512), sparse_index=index, resolution=64)
     shape = read_shape(tmp_path / "a.npz")
-    assert shape.resolution == 64 and shape.values.dtype == np.float32 and read_made(tmp_path / "a.npz") == Made()
+    assert shape.resolution == 64 and shape.values.dtype == np.float32
+    assert read_provenance(tmp_path / "a.npz") == Provenance()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 
 from app.shapes.bands import check_surface, mesh_affine, shape_of
 from app.shapes.mesh_files import Mesh
-from app.shapes.shape_files import Made, write_shape
+from app.shapes.shape_files import Provenance, write_shape
 from app.shared.refusals import Refused
 from app.training.loaders import collate
 from app.training.shape_data import find_shapes, make_shape_dataset
@@ -25,7 +25,9 @@ def folder(tmp_path):
         for side in (32, 16):
             grid = mesh_affine(surface.mesh, side)
             write_shape(
-                tmp_path / f"{name}_r{side}.npz", shape_of(surface, grid, resolution=side, sharp_degrees=30), Made()
+                tmp_path / f"{name}_r{side}.npz",
+                shape_of(surface, grid, resolution=side, sharp_degrees=30),
+                Provenance(),
             )
     (tmp_path / "metadata.csv").write_text("case_id,patient,split\na,a,train\nb,b,train\nc,c,val\n")
     return tmp_path
@@ -86,11 +88,11 @@ def test_what_cannot_be_trained_on_is_named(folder):
         make_shape_dataset(folder, split="train", resolution=32, factors=[1, 3])
     surface = check_surface(Mesh(*box((1, 1, 1))), unsigned=True)
     unsigned = shape_of(surface, mesh_affine(surface.mesh, 32), resolution=32)
-    write_shape(folder / "a_r32.npz", unsigned, Made())
+    write_shape(folder / "a_r32.npz", unsigned, Provenance())
     with pytest.raises(Refused, match=r"a_r32\.npz is unsigned"):
         make_shape_dataset(folder, split="train", resolution=32)[0, 0]
     with pytest.raises(Refused, match=r"b_r32\.npz marks no sharp edges"):
-        write_shape(folder / "b_r32.npz", unsigned._replace(sign="parity"), Made())
+        write_shape(folder / "b_r32.npz", unsigned._replace(sign="parity"), Provenance())
         made = make_shape_dataset(folder, split="train", resolution=32, sharp_weight=1.0)
         made[0, 1]
 
