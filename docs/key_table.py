@@ -59,7 +59,7 @@ MEANINGS = {
     "num_embeddings": "codes in a codebook",
     "num_blocks": "transformer blocks in encoder and in decoder",
     "norm": "what the encoder normalises over: each `voxel`, or the whole `sample`",
-    "pca": "latents begin as principal components of cells in HU, fitted before the first step; needs windows without a gap between them",
+    "pca": "latents begin as principal components of cells in HU, fitted before the first step",
     "pool": "how eight children become a cell: `children` side by side, `mean`, or `legacy` as published weights",
     "codebook": "how codes are learned: `ema` (moving averages), `gradient`, or `fsq` (a fixed grid)",
     "rotation_trick": "gradients past the codes by rotation instead of straight through",

@@ -79,12 +79,8 @@ class ComponentsStart:
     @torch.no_grad()
     def _lay_components(self) -> None:
         network = self.network
-        bounds = [window_bounds(name) for name in network.sizes.windows]
-        try:
-            for part in (network.encoder, network.decoder):
-                part.hu.lay(bounds)
-        except ValueError as error:  # a gap between them
-            raise Refused("BAD_CALL", str(error), "pass --pca False, or a window that covers the gap") from None
+        for part in (network.encoder, network.decoder):
+            part.hu.lay([window_bounds(name) for name in network.sizes.windows])
         rows = gather_rows(
             self._rows(lambda x: thinned_cells(network.encoder.cells(x)), wanted=CELLS_PER_VALUE * VOXELS_PER_LATENT)
         )
