@@ -28,7 +28,7 @@ from transforms.windows import WINDOWS, window
 NAME = "tokenizer_card"
 COLOURS = {"codes alone": "#1f6f8b", "stored support": "#9ccbd8", "shuffled codes": "#d98e5f"}
 TISSUE_ORDER = ("air", *TISSUES)
-PICTURED_WINDOWS = 3
+PICTURED_WINDOWS, NAMED_LEVELS = 3, 4  # in the picture; of more levels the first and the last
 
 
 class Slice(NamedTuple):
@@ -334,11 +334,15 @@ def _tissue_bars(axis: Axes, result: dict[str, Any]) -> None:
 
 def _code_use(axis: Axes, result: dict[str, Any]) -> None:
     """Share of each code over all cases, most used first, beside equal use."""
+    last = len(result["code_counts"]) - 1
     for i, counts in enumerate(result["code_counts"]):
         share = np.sort(np.array(counts, np.float64))[::-1] / max(sum(counts), 1)
-        label = f"level {i}: " if len(result["code_counts"]) > 1 else ""
-        told_by = f"{label}{result['codes']['used'][i]} used, perplexity {result['codes']['perplexity'][i]:.0f}"
-        axis.plot(np.arange(1, len(share) + 1), np.where(share > 0, share, np.nan), lw=1.4, label=told_by)
+        label = f"level {i}: " if last else ""
+        label += f"{result['codes']['used'][i]} used, perplexity {result['codes']['perplexity'][i]:.0f}"
+        named = last < NAMED_LEVELS or i in (0, last)
+        axis.plot(
+            np.arange(1, len(share) + 1), np.where(share > 0, share, np.nan), lw=1.4, label=label if named else None
+        )
     equal = 1 / result["codes"]["num_embeddings"]
     axis.axhline(equal, color="grey", lw=0.8, ls="--", label="equal use")
     axis.set_yscale("log")
