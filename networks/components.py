@@ -3,7 +3,8 @@
 What is rare and small, a nodule, has a place in the latents from the first step; a network that begins at random drops
 it, for it costs the loss little. The components are fitted once, before training (the Karhunen-Loeve transform), and
 are buffers: no gradient changes them. Components are of HU, not of window values, as a few windows show the same HU
-several times over; an absent voxel counts as the mean of its cell, since the decoder is told which voxels there are.
+several times over. An absent voxel counts as the mean of its cell, or the outline of the body would take most of them;
+a part of air is mixed in, without which latents would not tell the outline at all.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from networks.sparse.tensor import SparseTensor
 
 VOXELS_PER_LATENT = 512
 SPARE, POWER_ITERATIONS = 16, 4  # of the search for the leading components
+AIR, AIR_IN_ABSENT = -1000.0, 0.3  # HU, and its share in what an absent voxel counts as
 LARGEST = 0.98  # of the output: tanh never reaches 1
 
 
@@ -65,13 +67,13 @@ class HounsfieldUnits(nn.Module):
 
 
 def cell_rows(x: SparseTensor) -> SparseTensor:
-    """One value a voxel to all 512 of each latent side by side; absent ones are the mean of those that are there."""
+    """HU of voxels to all 512 of each latent side by side; absent ones are mixed of the mean of the others and air."""
     x = x.replace(torch.cat([x.feats, torch.ones_like(x.feats)], 1))
     for _ in range(3):
         x = ops.gather_children(x)[0]
     values, present = rearrange(x.feats, "m (v two) -> two m v", two=2)
     mean = values.sum(1, keepdim=True) / present.sum(1, keepdim=True)
-    return x.replace(values + (1 - present) * mean)
+    return x.replace(values + (1 - present) * torch.lerp(mean, torch.full_like(mean, AIR), AIR_IN_ABSENT))
 
 
 def before_tanh(values: Float[Tensor, "N C"]) -> Float[Tensor, "N C"]:

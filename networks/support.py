@@ -11,9 +11,10 @@ from networks.sparse.modules import RowLinear
 from networks.sparse.tensor import SparseTensor
 from networks.sparse.topology import Coarsening, Level
 
-# From which logit on a child is decoded, by features. Where a voxel of a body lacks, air stands for it, 1000 HU off;
-# one too many shows what lies beside the body. So one chance in twenty is enough; the band of a distance stays thin.
-LEAST_LOGIT = MappingProxyType({"window": -3.0, "sdf": 0.0})
+# From which logit on a child is decoded. Where a voxel of a body lacks, air stands for it, 1000 HU off; one too many
+# shows what lies beside the body. So one chance in twenty is enough. Components show tissue there, so one in eight; the
+# band of a distance stays thin.
+LEAST_LOGIT = MappingProxyType({"window": -3.0, "pca": -2.0, "sdf": 0.0})
 
 Support = list[UInt8[Tensor, " _"]]
 
@@ -54,7 +55,7 @@ class SubdivisionHeads(nn.ModuleList):
         children = 2 * x.coords[:, None, 1:] + torch.stack([octants >> 2, (octants >> 1) & 1, octants & 1], 1)
         inside = (children < torch.tensor(fine_shape, device=logits.device)).all(2)
         logits = logits.masked_fill(~inside, -torch.inf)
-        occupied = logits > LEAST_LOGIT[self.sizes.features]
+        occupied = logits > LEAST_LOGIT["pca" if self.sizes.pca else self.sizes.features]
         barren = ~occupied.any(1)
         occupied[barren, logits[barren].argmax(1)] = True
         return x.level.subdivide(occupied, fine_shape), barren
