@@ -265,42 +265,19 @@ def average(network: nn.Module, *, ema_rate: float) -> AveragedModel:
     return model
 
 
-_Places = list[tuple[dict[str, torch.Tensor], str]]
-
-
 class _Average(AveragedModel):
-    """torch's, which sorts parameters by device and copies buffers one by one at every step; here all lie together.
-
-    Walking through the modules of both networks takes the host longer than all else here: that is done once.
-    """
-
-    places: tuple[Any, list[_Places]] | None = None
+    """torch's, which sorts parameters by device and copies buffers one by one at every step; here all lie together."""
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        if self.places is None or self.places[0] is not model:
-            both = self.module, model
-            places = [_places(network, kind) for kind in ("_parameters", "_buffers") for network in both]
-            object.__setattr__(self, "places", (model, places))  # the network is no module of its average
-        averaged, current, buffers, own = ([tensors[name] for tensors, name in place] for place in self.places[1])
+        averaged, current = ([*part.parameters()] for part in (self.module, model))
         if int(self.n_averaged):
             self.multi_avg_fn(averaged, current, self.n_averaged)
         else:
             torch._foreach_copy_(averaged, current)
-        if buffers:
-            torch._foreach_copy_(buffers, own)
+        if buffers := [*self.module.buffers()]:
+            torch._foreach_copy_(buffers, [*model.buffers()])
         self.n_averaged += 1
-
-
-def _places(network: nn.Module, kind: str) -> _Places:
-    """Where modules keep their parameters or buffers, each once."""
-    seen = {}
-    for module in network.modules():
-        tensors = getattr(module, kind)
-        for name, tensor in tensors.items():
-            if tensor is not None:
-                seen.setdefault(id(tensor), (tensors, name))
-    return list(seen.values())
 
 
 def make_scheduler(
