@@ -163,7 +163,7 @@ STAGES: Mapping[str, Stage] = {
         lambda demo: train_stage(demo, "vq_stage2"),
         "vq_stage2/ckpts",
     ),
-    "align": Stage(350, "a tiny Qwen2-VL, built here, learns to read the tokens", align, "align/projector_final.pt"),
+    "align": Stage(250, "a tiny Qwen2-VL, built here, learns to read the tokens", align, "align/projector_final.pt"),
     "evaluate": Stage(
         52,
         "tokens and answers on phantoms that no stage has seen, beside controls",
