@@ -32,7 +32,9 @@ class Browser:
     """One page at a time. Everything that it loads, and everything that it complains of, is kept."""
 
     def __init__(self) -> None:
-        self.profile = tempfile.TemporaryDirectory(prefix="page_test_")
+        self.profile = tempfile.TemporaryDirectory(
+            prefix="page_test_", ignore_cleanup_errors=True
+        )  # children of a killed browser may still write
         options = ("--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--hide-scrollbars")
         quiet = ("--no-first-run", "--disable-extensions", "--disable-background-networking", "--disable-dev-shm-usage")
         command = [find_chromium(), *options, *quiet, f"--user-data-dir={self.profile.name}", "about:blank"]
