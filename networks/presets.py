@@ -38,6 +38,10 @@ PCA = "hu"  # what a stored `pca` is of
 WINDOW_NAMES = ("lung", "bone", "soft_tissue", "brain")
 
 
+class GoneSizes(ValueError):
+    """Stored sizes of a network that this software no longer builds."""
+
+
 @dataclass(frozen=True)
 class Preset:
     resolution: int  # voxels a side of the grid the encoder sees; latents lie on a grid of an eighth
@@ -121,7 +125,7 @@ class Preset:
             raise ValueError(f"the stored sizes must be named values, got {type(values).__name__}")
         values.pop(CHECKSUM, None)  # of the file's weights, not one of the sizes
         if (pca := values.get("pca", False)) not in (False, PCA):
-            raise ValueError("its principal components are of window values, which are gone: train it again")
+            raise GoneSizes("its principal components are of window values, which are gone")
         values |= {"pca": pca == PCA}
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):

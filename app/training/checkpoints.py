@@ -23,7 +23,7 @@ from app.training import shipped
 from app.training.key_rules import RULES
 from app.training.seals import content_hash, sealed, tensors_hash
 from networks import pretrained
-from networks.presets import CHECKSUM, Preset
+from networks.presets import CHECKSUM, GoneSizes, Preset
 from networks.vqvae import SparseVQVAE, build_vqvae
 from transforms.grid import RESAMPLER
 
@@ -228,6 +228,9 @@ def check_weights(state: object, path: str | Path) -> Preset:
         stored = state["_extra_state"]
         sizes = Preset.from_tensor(stored)
         checksum = json.loads(bytes(stored.tolist())).get(CHECKSUM)
+    except GoneSizes as error:
+        remedy = "train it again (the demo's takes three minutes), or name another"
+        raise Refused("BAD_CHECKPOINT", f"{path} is of an earlier version: {error}", remedy) from None
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         remedy = "update this software if a later one made it, else it is damaged: use another step"

@@ -148,31 +148,6 @@ def test_files_are_at_most_400_lines_and_functions_60():
     assert not {(name, node.name) for name, node in functions if node.end_lineno - node.lineno >= 60}
 
 
-def test_no_two_classes_have_one_name():
-    classes = [node.name for path in HAND_WRITTEN for node in tree_of(path).body if isinstance(node, ast.ClassDef)]
-    assert not sorted({name for name in classes if classes.count(name) > 1 and not name.startswith("_")})
-
-
-NAMED_AFTER_BODIES = (
-    "app/__main__.py",
-    "app/demo.py",
-)  # commands, and stages of the demo, are called as what they call
-ONE_MEANING = {  # functions of several files by one name, and what they have in common
-    "lines": "what a command prints of what its body gives",
-    "main": "what a file does that is run by its name",
-    **dict.fromkeys(("forward", "input_grad", "weight_grad"), "each backend of the convolution has them"),
-    **dict.fromkeys(("morton_keys", "morton_coords"), "topology asks the maps of a device for them"),
-    "window_values": "of arrays, and bit for bit the same of tensors",
-}
-
-
-def test_no_two_functions_have_one_name_unless_they_mean_one_thing():
-    files = [path for path in HAND_WRITTEN if name_of(path) not in NAMED_AFTER_BODIES]
-    names = [node.name for path in files for node in tree_of(path).body if isinstance(node, ast.FunctionDef)]
-    repeated = {name for name in names if names.count(name) > 1 and not name.startswith("_")}
-    assert repeated == set(ONE_MEANING), "two functions of one name mean one thing, or one of them gets another name"
-
-
 @pytest.mark.parametrize("path", SOURCES, ids=ids(SOURCES))
 def test_heavy_libraries_stay_with_their_owners(path):
     for library in {name.split(".")[0] for name in imports_of(path)} & set(OWNERS):
@@ -325,11 +300,6 @@ def test_a_file_opens_with_what_it_is(path):
 def test_no_drawer_for_everything():
     names = {path.name for path in SOURCES + TESTS}
     assert not names & {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}
-
-
-def test_names_of_test_files_are_unique():
-    names = [path.name for path in TESTS if path.name.startswith("test_")]
-    assert len(names) == len(set(names))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=ids(SOURCES))

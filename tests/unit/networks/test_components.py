@@ -7,7 +7,7 @@ import torch
 
 from networks import make_vqvae
 from networks.components import HounsfieldUnits, cell_rows, lay_components
-from networks.presets import Preset, preset
+from networks.presets import GoneSizes, Preset, preset
 from networks.sparse import SparseTensor
 from networks.support import support_of
 from networks.tiles import decode_whole, encode_whole
@@ -116,7 +116,7 @@ def test_components_of_window_values_as_older_weights_have_them_are_refused():
     stored = preset("base").changed(pca=True).to_tensor()
     assert Preset.from_tensor(stored).pca
     values = json.loads(bytes(stored.tolist())) | {"pca": True}
-    with pytest.raises(ValueError, match="components are of window values, which are gone: train it again"):
+    with pytest.raises(GoneSizes, match="components are of window values, which are gone"):
         Preset.from_tensor(torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8))
 
 

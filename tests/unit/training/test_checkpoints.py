@@ -297,6 +297,12 @@ def test_foreign_sizes_are_one_line_before_any_memory_is_taken(tmp_path, refused
     assert naming in refused("BAD_CHECKPOINT", checkpoints.load_tokenizer, weights_in(tmp_path, sizes=sizes))
 
 
+def test_weights_with_components_of_window_values_say_that_they_have_to_be_trained_again(tmp_path, refused):
+    line = refused("BAD_CHECKPOINT", checkpoints.load_tokenizer, weights_in(tmp_path, sizes={"pca": True}))
+    assert "is of an earlier version: its principal components are of window values" in line
+    assert "Train it again" in line and "damaged" not in line
+
+
 @pytest.mark.parametrize("foreign", [[1.0, 2.0], "text", None, {"a": 1}, float("nan")])
 def test_what_stands_where_a_tensor_belongs_is_one_line(tmp_path, refused, foreign):
     file = weights_in(tmp_path, lambda state: {**state, next(iter(state)): foreign})
