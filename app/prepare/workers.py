@@ -135,17 +135,16 @@ def _interrupts_held() -> Iterator[None]:
 def _stopped_at_once(pool: ProcessPoolExecutor) -> Iterator[ProcessPoolExecutor]:
     """A pool that is left by Ctrl-C neither begins nor ends what was given to it; by an error it begins no more."""
     others = active_children()
-    with pool:
+    with pool:  # left when its own thread has ended: one that ends beside the interpreter may write to a closed pipe
         try:
             yield pool
         except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
             for worker in active_children():
                 if worker not in others:
                     worker.terminate()
             raise
         except BaseException:  # what ends the whole run: a full disk
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
             raise
 
 

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from app.dataset import prepared
-from app.prepare import cohort
+from app.prepare import cohort, workers
 from app.prepare.workers import run_jobs, worker_count
 from tests.cohorts import SMALL, raw_cohort, report, tree
 
@@ -83,6 +84,18 @@ def test_ctrl_c_ends_a_run_at_once_in_one_line(tmp_path):
     assert len(list(out.glob("*/processed/[!.]*"))) < 12
 
 
+@pytest.mark.parametrize("ended_by", [KeyboardInterrupt, OSError])
+def test_no_thread_of_a_pool_outlives_a_run_that_ends_early(ended_by):
+    before = set(threading.enumerate())
+
+    def at_the_first_result(_):
+        raise ended_by
+
+    with pytest.raises(ended_by):
+        workers._in_processes(time.sleep, [0.0, *[0.5] * 9], failed=float, workers=2, step=at_the_first_result)
+    assert set(threading.enumerate()) <= before
+
+
 def _die_on_three(job: int) -> int:
     if job == 3:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -128,8 +141,6 @@ def test_a_cluster_makes_the_same_bytes_though_a_worker_is_killed(tmp_path):
         with distributed.Client(cluster) as client:
             pids = client.run(os.getpid)
             victim = sorted(pids.values())[0]
-        import threading
-
         threading.Timer(0.5, os.kill, (victim, signal.SIGKILL)).start()
         result = cohort.prepare(
             raw, tmp_path / "out", SMALL, cohort.Request(key_file=str(key), cluster=cluster.scheduler_address)
