@@ -230,6 +230,7 @@ def tokenize(
     tokenizer: Annotated[str | None, Option(help="Checkpoint, output folder, bundle or name (ct_base).")] = None,
     support: Annotated[bool, Option("--support", help="Also store which voxels there were.")] = False,
     levels: Annotated[float | None, Option(min=1, help="Codes a cell; 1.5: on average, where they pay.")] = None,
+    refine: Annotated[int, Option(min=0, help="Steps to codes that decode better; 8 take a while on a CPU.")] = 0,
     pack: Annotated[bool, Option("--pack", help="Entropy-coded: fewer bytes, read alike.")] = False,
     series: Annotated[str | None, Option(help="Take this DICOM series alone.", metavar="UID")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Make every file again.")] = False,
@@ -241,8 +242,8 @@ def tokenize(
     with answering(as_json, debug) as answer:
         from app.tokens import commands
 
-        how = {"support": support, "levels": levels, "pack": pack, "series": series, "overwrite": overwrite}
-        done = commands.tokenize(source, out, tokenizer=tokenizer, **how)
+        how = {"support": support, "levels": levels, "refine": refine, "pack": pack}
+        done = commands.tokenize(source, out, tokenizer=tokenizer, series=series, overwrite=overwrite, **how)
         answer.give(done, commands.lines(done), status=3 if done["refused"] else 0)
 
 

@@ -102,6 +102,7 @@ MEANINGS = {
     "tokenizer": "path or name; null: newest of your scans in `outputs/`, else `ct_base` (language: its own)",
     "split": "which cases or rows; language, null: test, else val",
     "levels": "codes of each cell, the first so many, a fraction on average; null: all",
+    "refine": "steps from the encoder's codes to others that decode better",
     "max_cases": "at most this many cases; null: all",
     "data": "manifest, prepared dataset with text, or folder; null: built-in phantoms",
     "dataset": "dotted path of a torch Dataset of your own",

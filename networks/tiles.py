@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from networks.blocks import HalvingBlock
@@ -47,12 +47,17 @@ def encode_whole(
 
     Then `x` may lie in the host's memory: parts go to where the network is.
     """
-    if max_points is None or len(x) <= max_points or network.vq is None:
-        return network.encode(x, levels=levels)
+    return network.tokens_of(latents_whole(network, x, max_points=max_points), levels=levels)
+
+
+@torch.no_grad()
+def latents_whole(network: SparseVQVAE, x: SparseTensor, *, max_points: int | None = None) -> SparseTensor:
+    """What the encoder gives for one volume, before codes are chosen, in parts as `encode_whole`."""
+    if max_points is None or len(x) <= max_points:
+        return network.encoder(x)[0]
     if x.batch_size != 1 or max_points < 8:
         raise ValueError(f"parts need one volume and 8 voxels, got {x.batch_size} volumes and max_points {max_points}")
-    latents, _ = network.encoder.from_half(_first_half(network, x, max_points), network.encoder.linear_part(x))
-    return network.tokens_of(latents, levels=levels)
+    return network.encoder.from_half(_first_half(network, x, max_points), network.encoder.linear_part(x))[0]
 
 
 def _first_half(network: SparseVQVAE, x: SparseTensor, max_points: int) -> SparseTensor:
@@ -126,28 +131,22 @@ def decode_whole(
         raise ValueError(f"decoding in tiles needs one volume, got a batch of {tokens.batch_size}")
     latents = network.latents_of(tokens)
     x = network.decoder.at_latents(latents)
-    stored = None if support is None else _StoredSupport(x.level, support)
+    stored = None if support is None else StoredSupport(x.level, support)
     feats, coords, forced, computed = [], [], 0, 0
-    tiles = _tiles(x, max_points)
+    tiles = tiles_of(x, max_points)
     place = HOST if len(tiles) > 1 else x.feats.device
     for tile in tiles:
-        rows = tile.rows(x.coords[:, 1:], halo=HALOS[0])
-        low = (tile.start - HALOS[0]).clamp(min=0)
-        near = x.coords[rows] - F.pad(low, (1, 0))
-        shape = tuple((near[:, 1:].amax(0) + 1).tolist())
-        path = _TilePath(network, tile, low, stored)
-        values = network.decoder.expand(SparseTensor(x.feats[rows], near, shape, 1), path.choose, crop=path.crop)
-        absolute = values.coords[:, 1:] + 8 * low
-        core = tile.rows(absolute, scale=8)
-        feats.append(values.feats[core].to(place))
-        coords.append(F.pad(absolute[core], (1, 0)).to(place))
+        path = TilePath(network, tile, stored)
+        values = path.decoded(x)
+        feats.append(values.feats.to(place))
+        coords.append(values.coords.to(place))
         forced += path.forced
-        computed += len(values)
+        computed += path.computed
     fine_shape = tuple(8 * n for n in tokens.latent_shape)
     return Decoded(SparseTensor(torch.cat(feats), torch.cat(coords), fine_shape, 1), forced, computed)
 
 
-class _Tile(NamedTuple):
+class Tile(NamedTuple):
     """A box of latents, start inclusive, stop exclusive."""
 
     start: Int[Tensor, "3"]
@@ -158,13 +157,13 @@ class _Tile(NamedTuple):
         return ((coords >= scale * self.start - halo) & (coords < scale * self.stop + halo)).all(1)
 
 
-def _tiles(x: SparseTensor, max_points: int | None) -> list[_Tile]:
+def tiles_of(x: SparseTensor, max_points: int | None) -> list[Tile]:
     """Cubes of latents with something in them; the largest side whose tiles and halos fit, but at least four."""
     sides = torch.tensor(x.spatial_shape, dtype=torch.int32, device=x.coords.device)
     side = max(x.spatial_shape)
     while True:
         starts = torch.unique(x.coords[:, 1:] // side, dim=0) * side
-        tiles = [_Tile(start, torch.minimum(start + side, sides)) for start in starts]
+        tiles = [Tile(start, torch.minimum(start + side, sides)) for start in starts]
         if max_points is None or side == MIN_SIDE:
             return tiles
         # of the finest level, which is the largest, a tile sees less than one latent around it
@@ -174,7 +173,12 @@ def _tiles(x: SparseTensor, max_points: int | None) -> list[_Tile]:
         side = max(side * 4 // 5, MIN_SIDE)
 
 
-class _StoredSupport:
+class Voxels(NamedTuple):
+    feats: Float[Tensor, "N C"]
+    coords: Int[Tensor, "N 4"]
+
+
+class StoredSupport:
     """Stored children of every cell of every level, found by its coordinates."""
 
     def __init__(self, coarsest: Level, support: Support):
@@ -187,12 +191,24 @@ class _StoredSupport:
         return self.children[i][find_rows(self.levels[i].keys, morton_keys(coords, self.levels[i].bits))]
 
 
-class _TilePath:
+class TilePath:
     """One tile's way through the decoder's levels, in coordinates relative to `low`."""
 
-    def __init__(self, network: SparseVQVAE, tile: _Tile, low: Int[Tensor, "3"], stored: _StoredSupport | None):
-        self.network, self.tile, self.low, self.stored = network, tile, low, stored
-        self.forced = 0
+    def __init__(self, network: SparseVQVAE, tile: Tile, stored: StoredSupport | None):
+        self.network, self.tile, self.stored = network, tile, stored
+        self.low = (tile.start - HALOS[0]).clamp(min=0)
+        self.forced = self.computed = 0
+
+    def decoded(self, x: SparseTensor) -> Voxels:
+        """The values of the tile's own voxels, of what `at_latents` gave for the whole volume."""
+        rows = self.tile.rows(x.coords[:, 1:], halo=HALOS[0])
+        near = x.coords[rows] - F.pad(self.low, (1, 0))
+        shape = tuple((near[:, 1:].amax(0) + 1).tolist())
+        values = self.network.decoder.expand(SparseTensor(x.feats[rows], near, shape, 1), self.choose, crop=self.crop)
+        self.computed = len(values)
+        absolute = values.coords[:, 1:] + 8 * self.low
+        core = self.tile.rows(absolute, scale=8)
+        return Voxels(values.feats[core], F.pad(absolute[core], (1, 0)))
 
     def absolute(self, i: int, features: SparseTensor) -> Int[Tensor, "N 4"]:
         return features.coords + F.pad((1 << i) * self.low, (1, 0))

@@ -295,13 +295,13 @@ class SparseVQVAE(nn.Module):
     @torch.no_grad()
     def encode(self, x: SparseTensor, *, levels: int | None = None) -> BatchTokens:
         """Codes of the first `levels` of the quantiser's levels, or of all; (M,) where that is one."""
-        if self.vq is None:
-            raise ValueError("a continuous autoencoder has no codes: train stage 1 on it first")
         return self.tokens_of(self.encoder(x)[0], levels=levels)
 
     @torch.no_grad()
     def tokens_of(self, latents: SparseTensor, *, levels: int | None = None) -> BatchTokens:
         """Codes of what the encoder gave."""
+        if self.vq is None:
+            raise ValueError("a continuous autoencoder has no codes: train stage 1 on it first")
         levels = self.check_levels(levels)
         codes = self.vq(latents.feats).codes
         if codes.ndim == 2:

@@ -71,6 +71,7 @@ def markdown(result: dict[str, Any]) -> str:
             f"{data['cases']} cases of {data['dataset']} (split {data['split']}), whole volumes, "
             f"{sizes['resolution']}³ voxels of {sizes['spacing']:g} mm. Means over cases; in brackets 95 % bootstrap "
             "intervals over cases. Research use, not for diagnosis."
+            + (f" Codes refined in {data['refined']} steps." if data.get("refined") else "")
             + (f" Not judged: {', '.join(data['not_judged'])}." if data["not_judged"] else ""),
             "",
             *_facts(result),

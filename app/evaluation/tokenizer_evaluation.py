@@ -71,6 +71,7 @@ class TokenizerEvaluation:
     max_cases: int | None = None  # at most this many, evenly spread over the split; None takes all
     max_points: int | None = None  # voxels in work at a time; None leaves it to the preset
     levels: float | None = None  # codes a cell, the first of the tokenizer's levels, a fraction as a mean; None: all
+    refine: int = 0  # steps from the encoder's codes to others that decode to fewer errors
     seed: int = 0
 
     def run(self) -> dict[str, Any]:
@@ -92,9 +93,8 @@ class TokenizerEvaluation:
         evaluated, refused = [], {}
         for case in cases:
             try:
-                evaluated.append(
-                    evaluate_case(tokenizer, case, levels=self.levels, beside=len(evaluated) < CODEC_CASES)
-                )
+                how = {"levels": self.levels, "refine": self.refine, "beside": len(evaluated) < CODEC_CASES}
+                evaluated.append(evaluate_case(tokenizer, case, **how))
             except ValueError as error:
                 refused[case.case_id] = str(error)
                 log.warning("%s is not judged: %s", case.case_id, error)
@@ -113,6 +113,7 @@ class TokenizerEvaluation:
             "cases": len(evaluated),
             "patients": len({case.patient for case in cases if case.case_id not in refused}),
             "not_judged": refused,
+            "refined": self.refine,
         }
         result["software"] = prepared.versions() | {"torch": torch.__version__}
         result["seconds"] = round(time.perf_counter() - started, 1)
@@ -168,7 +169,12 @@ def truth_of(scan: Scan, sizes: Preset) -> Truth:
 
 
 def evaluate_case(
-    tokenizer: CTTokenizer, case: prepared.PreparedCase, *, levels: float | None = None, beside: bool = True
+    tokenizer: CTTokenizer,
+    case: prepared.PreparedCase,
+    *,
+    levels: float | None = None,
+    refine: int = 0,
+    beside: bool = True,
 ) -> EvaluatedCase:
     """All measurements of one case, of its first `levels` codes; with `beside` also of other codecs at its bits."""
     sizes = tokenizer.sizes
@@ -176,7 +182,7 @@ def evaluate_case(
     source = truth_of(scan, sizes)
     truth, masks = source.hu, source.masks
     started = time.perf_counter()
-    tokens = tokenizer.encode(scan, support=True, levels=levels)
+    tokens = tokenizer.encode(scan, support=True, levels=levels, refine=refine)
     encoded = time.perf_counter()
     decoded = {
         "codes alone": tokenizer.decode_sparse(tokens, use_support=False),

@@ -31,13 +31,14 @@ from transforms.sparse import DROPPED
 READING_THREADS = 4  # scans that are opened at a time where a card computes; each takes up to a few GiB of memory
 
 
-def tokenize(
+def tokenize(  # noqa: PLR0913
     source: str | Path,
     out: str | Path,
     *,
     tokenizer: str | Path | None = None,
     support: bool = False,
     levels: float | None = None,
+    refine: int = 0,
     pack: bool = False,
     series: str | None = None,
     overwrite: bool = False,
@@ -47,6 +48,7 @@ def tokenize(
     OUT is a file where it ends in .npz and there is one scan, else a folder. Gives an entry a case; one that cannot be
     used is listed as refused, the rest is done. `levels`: so many codes a cell, the first of the tokenizer's levels; a
     fraction is their mean over the cells, each keeps as many as pay.
+    `refine`: so many steps from the encoder's codes to others that decode to fewer errors.
     `pack`: entropy-coded, in about as many bytes as each entry's `bits` tell.
     """
     check_path(source, name="SOURCE")
@@ -58,6 +60,8 @@ def tokenize(
     except ValueError as error:
         raise Refused("BAD_VALUE", str(error), "leave --levels out for all of them") from error
     if is_shape := ct.sizes.features == "sdf":
+        if refine:
+            raise Refused("BAD_VALUE", "codes of shapes are not refined, this tokenizer is of shapes", "leave it out")
         sources = list(shape_tokens.shapes_in(source, ct.sizes.resolution))
     else:
         sources = list(open_scan.scan_sources(source, series=series, token_files=False))
@@ -79,11 +83,13 @@ def tokenize(
         path = place_of(scan)
         try:
             tokens = _there_already(path, ct, scan.source_hash) if scan.source_hash and not overwrite else None
-            if is_there := tokens is not None and _is_as_asked(path, tokens, support, wanted, pack):
+            asked = {"support": support, "levels": wanted, "refine": refine, "pack": pack}
+            if is_there := tokens is not None and _is_as_asked(path, tokens, **asked):
                 bits = rate_of(tokens, ct.tables)
             else:
                 how = {"support": support, "levels": wanted}
-                tokens = shape_tokens.encode_shape(ct, scan, **how) if is_shape else ct.encode(ready(), **how)
+                encode = shape_tokens.encode_shape if is_shape else partial(CTTokenizer.encode, refine=refine)
+                tokens = encode(ct, ready(), **how)
                 bits = write_tokens(path, tokens, tables=ct.tables, pack=pack)
         except ValueError as error:
             entries.append(_refused(scan.name, error))
@@ -142,10 +148,11 @@ def _there_already(path: Path, ct: CTTokenizer, source_hash: str) -> CTTokens | 
     return tokens
 
 
-def _is_as_asked(path: Path, tokens: CTTokens, support: bool, levels: float, pack: bool) -> bool:
-    """Without the support, of other levels or otherwise packed than is asked for now, a file is made again."""
+def _is_as_asked(path: Path, tokens: CTTokens, *, support: bool, levels: float, refine: int, pack: bool) -> bool:
+    """Without the support, of other levels, steps or otherwise packed than is asked for now, a file is made again."""
     short = (levels - tokens.mean_levels) * len(tokens.codes)  # codes: the last step of a cell may be of several levels
     alike = short == 0 if float(levels).is_integer() else -1 < short < tokens.levels
+    alike = alike and (tokens.refined or 0) == refine
     return alike and (tokens.support is not None or not support) and is_packed(path) == pack
 
 

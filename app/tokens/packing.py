@@ -36,6 +36,7 @@ FIELDS = {  # of tokens beside codes, cells and support: what a plain file store
     "tokenizer": np.str_,
     "findings": np.str_,
     "voxels": np.int64,
+    "refined": np.int64,
 }
 
 

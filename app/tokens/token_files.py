@@ -57,6 +57,7 @@ class CTTokens:
     findings: tuple[str, ...] | None = None
     support: tuple[UInt8[np.ndarray, " _"], ...] | None = None
     voxels: int | None = None  # that the encoder saw; files of older software do not say
+    refined: int | None = None  # steps that led to these codes from the encoder's; None: they are the encoder's
 
     @property
     def levels(self) -> int:
@@ -143,7 +144,7 @@ def _arrays_of(tokens: CTTokens) -> dict[str, np.ndarray]:
     there = tokens.codes != NO_CODE
     given = {name: getattr(tokens, name) for name in packing.FIELDS}
     stored = {name: np.array(value, packing.FIELDS[name]) for name, value in given.items() if value is not None}
-    behind = {name: stored.pop(name) for name in ("findings", "voxels") if name in stored}  # in the file
+    behind = {name: stored.pop(name) for name in ("findings", "voxels", "refined") if name in stored}  # in the file
     arrays = {
         "codes": np.where(there, tokens.codes, 0).astype(np.min_scalar_type(int(tokens.codes.max()))),
         "coords": tokens.coords.astype(np.int32),
@@ -211,6 +212,7 @@ def _tokens_of(arrays: dict[str, np.ndarray]) -> CTTokens:
         findings=_names(arrays["findings"], "findings") if "findings" in arrays else None,
         support=_support(arrays, len(codes)),
         voxels=_count(arrays["voxels"], "voxels") if "voxels" in arrays else None,
+        refined=_count(arrays["refined"], "refined") if "refined" in arrays else None,
     )
 
 

@@ -23,14 +23,15 @@ from app.tokens.token_files import CTTokens, latent_to_voxel, read_tokens
 from app.training import checkpoints, data, seals, shipped
 from app.training.checkpoints import NEWEST_TOKENIZERS, averaged_file, complete_steps, step_file
 from networks.presets import Preset
+from networks.refinement import encode_refined
 from networks.sparse import SparseTensor
 from networks.support import support_of
-from networks.tiles import Decoded, decode_whole, encode_whole
+from networks.tiles import Decoded, decode_whole
 from networks.vqvae import BatchTokens, SparseVQVAE
 from transforms import Windowsd
 from transforms.grid import CUT_OFF, RESAMPLER
 from transforms.sparse import KEEPS, densify
-from transforms.windows import hu_from_windows
+from transforms.windows import hu_from_windows, window_bounds
 
 log = logging.getLogger(__name__)
 
@@ -112,21 +113,25 @@ class CTTokenizer:
             return levels
         return self.network.check_levels(levels)
 
-    def encode(self, scan: Any, *, support: bool = False, levels: float | None = None) -> CTTokens:
+    def encode(self, scan: Any, *, support: bool = False, levels: float | None = None, refine: int = 0) -> CTTokens:
         """Tokens of a scan: a path (case or raw), a PreparedCase, a nibabel image, a MetaTensor, (array, affine).
 
         A token file gives what it holds, if it is of this tokenizer.
         With `support` the tokens also carry which voxels there were, so that decoding need not predict them. Of a
         tokenizer with several quantiser levels the first `levels` alone are kept, fewer bits for a coarser volume. A
-        fraction is their mean: each cell keeps as many as pay, found by decoding each prefix once.
+        fraction is their mean: each cell keeps as many as pay, found by decoding each prefix once. `refine`: so many
+        steps from the encoder's codes to others that decode to fewer errors, each about three decodings long.
         """
         wanted = self.check_levels(levels)
         whole = float(wanted).is_integer()
+        if refine < 0:
+            raise ValueError(f"refine must be a number of steps from 0, got {refine}")
         rows = scan if isinstance(scan, ScanRows) else self.look(scan)
         if isinstance(rows, CTTokens):
             self.check_tokens(rows)
-            if not whole:
-                raise Refused("BAD_VALUE", f"levels must be a whole number for tokens, got {wanted}", "give the scan")
+            if not whole or refine:
+                what = "refine must be 0" if whole else "levels must be a whole number"
+                raise Refused("BAD_VALUE", f"{what} for tokens, got {refine if whole else wanted}", "give the scan")
             return dataclasses.replace(rows, codes=rows.first_levels(None if levels is None else int(levels)))
         scan, x = rows.scan, self.on_device(rows)
         findings = [code for code in scan.codes if code != "OK"]
@@ -135,8 +140,10 @@ class CTTokenizer:
             what = "%s: %.1f %% of what is denser than air lies beyond the %g mm grid"
             log.warning(what, scan.name, 100 * rows.beyond, side)
             findings.append("FOV_CROPPED")
-        with torch.inference_mode():
-            tokens = encode_whole(self.network, x, max_points=self.max_points, levels=int(wanted) if whole else None)
+        with torch.inference_mode(not refine):
+            how = {"max_points": self.max_points, "levels": int(wanted) if whole else None}
+            units = [(high - low) / 2 for low, high in map(window_bounds, self.sizes.windows)]
+            tokens = encode_refined(self.network, x, steps=refine, units=units, **how)
         encoded = CTTokens(
             codes=tokens.codes.cpu().numpy(),
             coords=tokens.coords[:, 1:].cpu().numpy(),
@@ -153,6 +160,7 @@ class CTTokenizer:
             tokenizer=self.digest,
             support=tuple(part.cpu().numpy() for part in support_of(x.level)) if support else None,
             voxels=len(x),
+            refined=refine or None,
         )
         if whole:
             return encoded

@@ -196,6 +196,7 @@ RULES = {
     "question": Rule(str, "text", optional=True),
     "language_model": Rule(str, "a hub name or a folder", optional=True),
     "split": Rule(str, "the name of a split such as train or val", optional=True),
+    "refine": _count(0),
     "levels": _count(1, optional=True),
     "max_cases": _count(1, optional=True),
     "warmup_steps": _count(1),

@@ -70,6 +70,9 @@ def volumes_of(
     made: CTTokenizer, scan: Scan, given: argparse.Namespace
 ) -> Iterator[tuple[float, str, CTTokens, np.ndarray]]:
     """Tokens of each number of levels, with and without stored support, and the volume that comes back."""
+    if given.refine:
+        yield from _refined_volumes(made, scan, given)
+        return
     whole, most = made.encode(scan, support=True), made.sizes.quantizer_levels
     fractions = any(not levels.is_integer() for levels in given.levels)
     for way in ("codes alone", *(["stored support"] if given.support else [])):
@@ -88,6 +91,17 @@ def volumes_of(
             elif levels < most:
                 tokens = stored.with_levels(spread_levels(errors, levels))
                 yield levels, way, tokens, dense_hu(made.decode_sparse(tokens).values, made.sizes)
+
+
+def _refined_volumes(
+    made: CTTokenizer, scan: Scan, given: argparse.Namespace
+) -> Iterator[tuple[float, str, CTTokens, np.ndarray]]:
+    """The same with codes refined for each number of levels."""
+    for levels in given.levels:
+        whole = made.encode(scan, support=True, levels=levels, refine=given.refine)
+        for way in ("codes alone", *(["stored support"] if given.support else [])):
+            tokens = whole if way == "stored support" else replace(whole, support=None)
+            yield levels, way, tokens, dense_hu(made.decode_sparse(tokens).values, made.sizes)
 
 
 def _known_file(folder: Path, peer: codecs.Codec) -> Path:
@@ -213,6 +227,7 @@ def main() -> None:
     parser.add_argument("--dataset", required=True, help="a prepared dataset")
     parser.add_argument("--split", default="val", help="train, val or all")
     parser.add_argument("--levels", type=float, nargs="+", default=[1.0, 2.0, 4.0])
+    parser.add_argument("--refine", type=int, default=0, help="steps to codes that decode better")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--known", type=Path, help="folder of what codecs gave, read and added to")
     parser.add_argument("--support", action="store_true", help="also with the support stored, its bits counted")
@@ -222,6 +237,7 @@ def main() -> None:
     given = parser.parse_args()
     made = CTTokenizer.from_pretrained(given.tokenizer)
     settings = {"tokenizer": made.digest, "split": given.split, "levels": given.levels, "support": given.support}
+    settings |= {"refine": given.refine}
     rows = _done(given.out, settings)
     for case in _chosen(
         prepared.find_cases(given.dataset, split=None if given.split == "all" else given.split), given.max_cases

@@ -80,6 +80,22 @@ def test_files_without_the_support_asked_for_are_made_again(output_dir, dataset,
     assert all(read_tokens(file).support is not None for file in tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("pack", [False, True])
+def test_codes_are_refined_as_asked_and_files_of_other_steps_made_again(output_dir, dataset, tmp_path, pack):
+    case, file = dataset / "processed" / "case_a", tmp_path / "a.npz"
+    ct = CTTokenizer.from_pretrained(output_dir)
+    made = []
+    for steps in (0, 3, 3):
+        entry = tokenize(case, file, tokenizer=output_dir, refine=steps, pack=pack)["cases"][0]
+        made.append((entry["message"], read_tokens(file, tables=ct.tables).refined))
+    assert made == [("", None), ("", 3), ("there already", 3)]
+    assert np.array_equal(read_tokens(file, tables=ct.tables).codes, ct.encode(case, refine=3).codes)
+    with pytest.raises(Refused, match="refine must be 0 for tokens, got 3"):
+        ct.encode(file, refine=3)
+    with pytest.raises(ValueError, match="refine must be a number of steps from 0, got -1"):
+        ct.encode(case, refine=-1)
+
+
 def test_one_file_is_not_taken_for_another_scan(output_dir, dataset, tmp_path):
     tokenize(dataset / "processed" / "case_a", tmp_path / "one.npz", tokenizer=output_dir)
     before = (tmp_path / "one.npz").read_bytes()
