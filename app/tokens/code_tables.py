@@ -17,7 +17,7 @@ from jaxtyping import Bool, Int, Int64, Integer
 
 from app.tokens.cell_levels import NUM_KINDS, code_levels
 from app.tokens.entropy import TOTAL, AdaptiveBits, Reader, Writer, uniform_table
-from app.tokens.occupancy import Shape, reading, row_map, writing
+from app.tokens.occupancy import CodeBits, Shape, reading, row_map, writing
 from networks.residual import NO_CODE, ResidualQuantizer
 from networks.vqvae import SparseVQVAE
 
@@ -117,7 +117,7 @@ def _halves(rows: np.ndarray, points: np.ndarray, use: np.ndarray) -> tuple[np.n
 class _Coding(NamedTuple):
     """How bits and places are coded: a writer is given them, a reader finds them."""
 
-    bits: Callable[[AdaptiveBits, np.ndarray, np.ndarray | None], np.ndarray]
+    bits: CodeBits
     places: Callable[[LevelTable, np.ndarray, np.ndarray | None], np.ndarray]
 
 
@@ -129,10 +129,6 @@ def put_codes(
     tables: CodeTables,
 ) -> None:
     """Level by level; after the first, where some cells have fewer codes than others, how many each has."""
-
-    def put_bits(model: AdaptiveBits, contexts: np.ndarray, bits: np.ndarray) -> np.ndarray:
-        model.put(writer, bits, contexts)
-        return bits
 
     def put_places(level: LevelTable, leaves: np.ndarray, places: np.ndarray) -> np.ndarray:
         writer.put_ranges(_reached(level, leaves, places), _reached(level, leaves, places + 1))
@@ -149,7 +145,7 @@ def put_codes(
             _put_digits(writer, column, tables.num_codes)
         else:
             near = passes if there.all() else list(_passes(coords[there], shape))
-            _coded(_Coding(put_bits, put_places), level, near, len(column), column)
+            _coded(_Coding(writing(writer), put_places), level, near, len(column), column)
 
 
 def take_codes(
@@ -168,7 +164,7 @@ def take_codes(
             raise ValueError("it names codes that its tokenizer does not have")
         return reader.take_found(len(leaves), lambda slots, rows: _found(level, leaves[rows], slots))
 
-    coding = _Coding(lambda model, contexts, _: model.take(reader, contexts), take_places)
+    coding = _Coding(reading(reader), take_places)
     passes, codes = list(_passes(coords, shape)), np.full((len(coords), levels), NO_CODE)
     have = np.full(len(coords), levels)
     for number, level in enumerate(tables.levels[:levels]):

@@ -53,10 +53,7 @@ def tokenize(
     check_path(out)
     source, out = Path(source), Path(out)
     ct = CTTokenizer.from_pretrained(tokenizer)
-    try:
-        wanted = ct.check_levels(levels)
-    except ValueError as error:
-        raise Refused("BAD_VALUE", str(error), "leave --levels out for all of them") from error
+    wanted = ct.check_levels(levels)
     if is_shape := ct.sizes.features == "sdf":
         sources = list(shape_tokens.shapes_in(source, ct.sizes.resolution))
     else:

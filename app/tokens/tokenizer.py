@@ -110,7 +110,10 @@ class CTTokenizer:
         fraction = levels is not None and not float(levels).is_integer()
         if fraction and 1 < levels < self.sizes.quantizer_levels and self.sizes.features == "window":
             return levels
-        return self.network.check_levels(levels)
+        try:
+            return self.network.check_levels(levels)
+        except ValueError as error:
+            raise Refused("BAD_VALUE", str(error), "leave --levels out for all of them") from error
 
     def encode(self, scan: Any, *, support: bool = False, levels: float | None = None) -> CTTokens:
         """Tokens of a scan: a path (case or raw), a PreparedCase, a nibabel image, a MetaTensor, (array, affine).
