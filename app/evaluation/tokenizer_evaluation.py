@@ -93,7 +93,7 @@ class TokenizerEvaluation:
         for case in cases:
             try:
                 evaluated.append(
-                    evaluate_case(tokenizer, case, levels=self.levels, beside=len(evaluated) < CODEC_CASES)
+                    evaluate_case(tokenizer, case, levels=self.levels, with_codecs=len(evaluated) < CODEC_CASES)
                 )
             except ValueError as error:
                 refused[case.case_id] = str(error)
@@ -165,9 +165,9 @@ def truth_of(scan: Scan, sizes: Preset) -> Truth:
 
 
 def evaluate_case(
-    tokenizer: CTTokenizer, case: prepared.PreparedCase, *, levels: float | None = None, beside: bool = True
+    tokenizer: CTTokenizer, case: prepared.PreparedCase, *, levels: float | None = None, with_codecs: bool = True
 ) -> EvaluatedCase:
-    """All measurements of one case, of its first `levels` codes; with `beside` also of other codecs at its bits."""
+    """All measurements of one case, of its first `levels` codes; `with_codecs` also of other codecs at its bits."""
     sizes = tokenizer.sizes
     scan = tokenizer.open(case)
     source = truth_of(scan, sizes)
@@ -209,7 +209,7 @@ def evaluate_case(
         "labels": _labels_kept(case, tokens, {"kept": kept, "decoded": predicted}),
         "seconds": seconds,
     }
-    row["codecs"] = codecs_at(row["rate"]["bits"], source, windows=sizes.windows) if beside else {}
+    row["codecs"] = codecs_at(row["rate"]["bits"], source, windows=sizes.windows) if with_codecs else {}
     counts = count_codes(torch.from_numpy(tokens.codes), sizes.num_embeddings)
     return EvaluatedCase(row, counts, card.slice_of(truth, volumes, _code_map(tokens)))
 

@@ -75,8 +75,8 @@ def tokenize(
     for scan, ready in zip(progress(sources, "tokenize"), opened, strict=True):
         path = place_of(scan)
         try:
-            tokens = _there_already(path, ct, scan.source_hash) if scan.source_hash and not overwrite else None
-            if is_there := tokens is not None and _is_as_asked(path, tokens, support, wanted, pack):
+            tokens = _tokens_of_earlier_call(path, ct, scan.source_hash) if scan.source_hash and not overwrite else None
+            if is_reused := tokens is not None and _is_as_asked(path, tokens, support, wanted, pack):
                 bits = rate_of(tokens, ct.tables)
             else:
                 how = {"support": support, "levels": wanted}
@@ -85,7 +85,7 @@ def tokenize(
         except ValueError as error:
             entries.append(_refused(scan.name, error))
             continue
-        entries.append(_tokenized(path, scan.name, tokens, bits) | {"message": "there already" if is_there else ""})
+        entries.append(_tokenized(path, scan.name, tokens, bits) | {"message": "there already" if is_reused else ""})
     return _summary(entries, ct)
 
 
@@ -122,7 +122,7 @@ def _check_kind(source: Path, out: Path, *, single: bool, kinds: str) -> None:
         raise Refused("NO_OUTPUT", f"what is written ends in {kinds}, OUT is {out}", "give such a file, or a folder")
 
 
-def _there_already(path: Path, ct: CTTokenizer, source_hash: str) -> CTTokens | None:
+def _tokens_of_earlier_call(path: Path, ct: CTTokenizer, source_hash: str) -> CTTokens | None:
     """Tokens of an earlier, interrupted call. Those of another tokenizer or scan are neither taken nor overwritten."""
     if not path.exists():
         return None
@@ -147,7 +147,7 @@ def _is_as_asked(path: Path, tokens: CTTokens, support: bool, levels: float, pac
 
 
 def _codes_of(tokens: CTTokens) -> list[str]:
-    """What was found of their scan; a file of older software does not say."""
+    """Codes of the findings in their scan; a file of older software does not say."""
     return ["EXISTS"] if tokens.findings is None else [*tokens.findings] or ["OK"]
 
 
@@ -245,9 +245,15 @@ def _rate_in_words(entry: dict[str, Any]) -> str:
 
 def onto_grid(volume: Volume, shape: tuple[int, int, int], affine: Float[np.ndarray, "4 4"]) -> Volume:
     """The volume on another grid, linear, air outside."""
-    there = np.linalg.inv(volume.affine) @ affine
+    to_volume = np.linalg.inv(volume.affine) @ affine
     hu = ndimage.affine_transform(
-        np.asarray(volume.hu, np.float32), there[:3, :3], there[:3, 3], shape, order=1, mode="constant", cval=DROPPED
+        np.asarray(volume.hu, np.float32),
+        to_volume[:3, :3],
+        to_volume[:3, 3],
+        shape,
+        order=1,
+        mode="constant",
+        cval=DROPPED,
     )
     return Volume(hu, affine)
 

@@ -35,7 +35,7 @@ from transforms.windows import hu_from_windows
 log = logging.getLogger(__name__)
 
 MIN_POINTS = 100
-OTHER_RESAMPLER = (
+RESAMPLER_CHANGED = (
     "{file} learned from data resampled by an older rule, scans are now resampled by '{now}'; tokens are usable, and "
     "training it again closes the gap (docs/data.md)"
 )
@@ -81,7 +81,7 @@ class CTTokenizer:
         network = checkpoints.load_tokenizer(file)
         log.info("tokenizer %s", file)
         if checkpoints.is_resampled_otherwise(network.sizes):
-            log.warning("%s", OTHER_RESAMPLER.format(file=file.name, now=RESAMPLER))
+            log.warning("%s", RESAMPLER_CHANGED.format(file=file.name, now=RESAMPLER))
         digest = seals.weights_hash(network.state_dict())
         check_description(file, network.sizes, digest)
         ct = cls(network, digest=digest, source=str(file), max_points=max_points)
