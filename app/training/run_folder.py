@@ -293,7 +293,7 @@ def differences(before: object, now: object, path: str = "") -> Iterator[tuple[s
     if isinstance(before, dict) and isinstance(now, dict):
         for name in {**now, **before}:
             old, new = before.get(name, "not to be chosen"), now.get(name, "left out")
-            is_compared = path or name not in FREE_TO_CHANGE
+            is_compared = (path and name != "_desc_") or name not in FREE_TO_CHANGE
             passed_on = (
                 path and name not in before and str(new).startswith("@")
             )  # the key that it refers to is compared
