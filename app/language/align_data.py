@@ -27,10 +27,10 @@ from app.language import chat
 from app.language.volume_tokens import Reducer, TokenSource, sparse_inputs
 from app.phantoms.phantoms import ANATOMY_VERSION, make_phantom
 from app.phantoms.sentences import balance, mirrored, phantom_rows
-from app.prepare.workers import free_memory, num_cores
 from app.shared.atomic_files import write_text
 from app.shared.refusals import Refused, refusal_of
 from app.shared.terminal import progress
+from app.shared.workers import free_memory, num_cores
 from app.text.rows import TextRow
 from app.tokens.open_scan import as_it_lies
 from app.tokens.token_files import CTTokens

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 from app.dataset.prepared import read_metadata, split_patients
 from app.dataset.writer import write_csv, write_failures
-from app.prepare.workers import only_run, run_jobs, worker_count
 from app.shapes.bands import BAND, shape_of
 from app.shapes.shape_files import MAX_SIDE, Provenance, read_provenance, write_shape
 from app.shapes.sources import NamedSurface, Source, SurfaceChoice, find_sources, source_hash, surfaces_of
 from app.shared.output_folder import check_folder
 from app.shared.refusals import Refused, as_refused, check_path
+from app.shared.workers import only_run, run_jobs, worker_count
 
 RESOLUTIONS = (64, 512, 1024)
 METADATA_COLUMNS = ("case_id", "patient", "split", "source_hash", "resolutions", "sign", "codes", "status")

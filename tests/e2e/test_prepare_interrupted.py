@@ -14,7 +14,7 @@ import pytest
 
 from app.dataset import prepared
 from app.prepare import cohort, workers
-from app.prepare.workers import run_jobs, worker_count
+from app.shared.workers import run_jobs, worker_count
 from tests.cohorts import SMALL, raw_cohort, report, tree
 
 
