@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from app.language.assistant import NOTICE
 from app.measures.controls import CONTROLS
 from app.measures.findings import FINDING_SCORES
 from app.measures.report import gap, number, table
 from app.shared.atomic_files import written_whole
+from app.shared.notice import NOTICE
 
 COLUMNS = ("real", *CONTROLS)
 WITH_RANDOM = (*COLUMNS, "random_labels")

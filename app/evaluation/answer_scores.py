@@ -17,12 +17,13 @@ import numpy as np
 
 from app.evaluation import answer_pages
 from app.evaluation.answer_pages import COLUMNS
-from app.language.assistant import NOTICE, CTAssistant
+from app.language.assistant import CTAssistant
 from app.measures import controls, findings, text_scores
 from app.measures.controls import CONTROLS
 from app.measures.report import plain
 from app.shared.atomic_files import write_text
 from app.shared.json_files import whole_lines, write_object
+from app.shared.notice import NOTICE
 from app.shared.refusals import Refused
 from app.shared.terminal import progress
 from app.text.rows import TextRow

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from app.evaluation.answer_pages import table_lines
 from app.evaluation.answer_pictures import Asked
 from app.evaluation.curves import curves_of, svg
-from app.language.assistant import NOTICE
 from app.shared.atomic_files import write_text
+from app.shared.notice import NOTICE
 from app.shared.terminal import clock
 from app.shared.version import VERSION
 

@@ -22,7 +22,7 @@ from safetensors.torch import save
 from app.evaluation.card import NAME as CARD
 from app.evaluation.shape_evaluation import WAYS
 from app.export import code, configs
-from app.export.metadata import NOTICE, SCHEMA, make_metadata, requirements
+from app.export.metadata import SCHEMA, make_metadata, requirements
 from app.export.model_card import measured, model_card
 from app.language.assistant import aligned_files, aligned_folder, read_settings, tokenizer_of
 from app.measures.surfaces import compare
@@ -32,15 +32,16 @@ from app.shapes.sdf import Settings, make_shapes
 from app.shapes.sources import SurfaceChoice
 from app.shared.array_files import ZIP_TIME
 from app.shared.json_files import write_object
+from app.shared.notice import NOTICE
 from app.shared.output_folder import check_folder
 from app.shared.places import bundles_folder, root_folder
 from app.shared.refusals import Refused, check_path
 from app.shared.version import VERSION
-from app.tokens.commands import onto_grid, write_nifti
 from app.tokens.open_scan import Volume
 from app.tokens.shape_tokens import encode_shape, mesh_of, open_shape
 from app.tokens.token_files import CTTokens
 from app.tokens.tokenizer import CTTokenizer
+from app.tokens.volumes import onto_grid, write_nifti
 from app.training.shipped import RECORD
 
 PROOF_SIDE, PROOF_MM = 64, 6.0  # the scan that a bundle is proven on: a phantom's whole trunk

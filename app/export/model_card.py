@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from app.export.metadata import NOTICE, SCHEMA
+from app.export.metadata import SCHEMA
+from app.shared.notice import NOTICE
 
 COMMANDS = """\
 ```bash

@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import save
 
 from app.evaluation.tokenizer_evaluation import TokenizerEvaluation
-from app.export.metadata import NOTICE
 from app.shared.hashes import hash_path
 from app.shared.json_files import write_object
+from app.shared.notice import NOTICE
 from app.shared.refusals import Refused
 from app.shared.version import VERSION
 from app.tokens.tokenizer import CTTokenizer, find_tokenizer

@@ -11,22 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import nibabel
-import numpy as np
 import torch
-from jaxtyping import Float, Num
-from scipy import ndimage
 
 from app.shapes.mesh_files import WRITERS, write_mesh
-from app.shared.atomic_files import written_whole
 from app.shared.output_folder import check_folder
 from app.shared.refusals import Refused, as_refused, check_path
 from app.shared.terminal import progress
 from app.tokens import open_scan, shape_tokens
-from app.tokens.open_scan import ScanSource, Volume
+from app.tokens.open_scan import ScanSource
 from app.tokens.token_files import CTTokens, is_packed, rate_of, read_tokens, write_tokens
 from app.tokens.tokenizer import CTTokenizer
-from transforms.sparse import DROPPED
+from app.tokens.volumes import onto_grid, write_nifti
 
 READING_THREADS = 4  # scans that are opened at a time where a card computes; each takes up to a few GiB of memory
 
@@ -238,35 +233,3 @@ def _rate_in_words(entry: dict[str, Any]) -> str:
     bits, voxels = entry["bits"], entry["bits"]["per_voxel"]
     of_voxels = "" if voxels is None else f", {voxels:.4f} a voxel"
     return f"{entry['count']} tokens, {bits['per_token']:.1f} bits a token{of_voxels}"
-
-
-# ---- volumes out
-
-
-def onto_grid(volume: Volume, shape: tuple[int, int, int], affine: Float[np.ndarray, "4 4"]) -> Volume:
-    """The volume on another grid, linear, air outside."""
-    to_volume = np.linalg.inv(volume.affine) @ affine
-    hu = ndimage.affine_transform(
-        np.asarray(volume.hu, np.float32),
-        to_volume[:3, :3],
-        to_volume[:3, 3],
-        shape,
-        order=1,
-        mode="constant",
-        cval=DROPPED,
-    )
-    return Volume(hu, affine)
-
-
-def write_nifti(path: Path, volume: Volume) -> None:
-    """int16 HU."""
-    write_image(path, np.clip(np.rint(volume.hu), -32768, 32767).astype(np.int16), volume.affine)
-
-
-def write_image(path: Path, values: Num[np.ndarray, "X Y Z"], affine: Float[np.ndarray, "4 4"]) -> None:
-    """As NIfTI in mm, whole or not at all."""
-    image = nibabel.Nifti1Image(values, affine)
-    image.header.set_xyzt_units("mm")
-    image.set_sform(affine, code=1)
-    with written_whole(path) as beside:
-        nibabel.save(image, beside)

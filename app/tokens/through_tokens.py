@@ -16,8 +16,8 @@ from monai.transforms import MapTransform
 from app.prepare import RawScan, read_scan
 from app.prepare.values import why_not_hu
 from app.shared.refusals import Refused
-from app.tokens.commands import onto_grid
 from app.tokens.tokenizer import CTTokenizer
+from app.tokens.volumes import onto_grid
 from networks.vqvae import SparseVQVAE
 
 
