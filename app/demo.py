@@ -132,7 +132,7 @@ def scan_to_ask(demo: Demo) -> tuple[Path, list[tuple[str, str]]]:
     from app.text.rows import REPORT_QUESTION
 
     findings = json.loads((demo.unseen / "findings.json").read_text())
-    asked = {name: questions(found, ["pleural effusion"]) for name, found in findings.items()}
+    asked = {name: questions(listed, ["pleural effusion"]) for name, listed in findings.items()}
     name = next((name for name, rows in asked.items() if any(kind == "side" for kind, *_ in rows)), min(findings))
     effusions = [f for f in findings[name] if f["finding"] == "pleural effusion"]
     rows = [(question, truth) for _, question, truth in asked[name]]
@@ -226,19 +226,19 @@ def show(demo: Demo, record: dict[str, Any]) -> None:
 
 
 def demo(out: str = "demo", *, seed: int = 0, sizes: Sizes = Sizes()) -> dict[str, Any]:  # noqa: B008 (a tuple)
-    """Runs what is left of the chain and writes the page; gives seconds by stage and what was found."""
+    """Runs what is left of the chain and writes the page; gives seconds and results by stage."""
     check_path(out)
     given = Demo(Path(out), seed, sizes)
     record = open_record(given)
     table = StageTable({name: stage.seconds for name, stage in STAGES.items()})
-    begun, kept = time.perf_counter(), still_there(given, record)
-    record["stages"] = kept
-    for name, part in kept.items():
+    begun, finished = time.perf_counter(), finished_stages(given, record)
+    record["stages"] = finished
+    for name, part in finished.items():
         table.skip(name, part["seconds"])
     # one log for the whole chain, and libraries loaded within it: they keep the stream that they find
     with table.shown(), open(given.out / LOG, "a", encoding="utf-8") as log, one_thread(log):
         for name, stage in STAGES.items():
-            if name in kept:
+            if name in finished:
                 continue
             log.write(f"==== {name}\n")
             with table.stage(name, share_of(given, name)), to_log(log):
@@ -251,14 +251,14 @@ def demo(out: str = "demo", *, seed: int = 0, sizes: Sizes = Sizes()) -> dict[st
     return {"out": str(given.out), "page": str(given.out / "index.html"), "seconds": seconds, **record}
 
 
-def still_there(demo: Demo, record: dict[str, Any]) -> dict[str, Any]:
-    """Stages that are done, up to the first whose files are gone: what follows rests on it."""
-    done = {}
+def finished_stages(demo: Demo, record: dict[str, Any]) -> dict[str, Any]:
+    """Stages that earlier calls finished, up to the first whose files are gone: later ones depend on it."""
+    finished = {}
     for name, stage in STAGES.items():
         if name not in record["stages"] or not (demo.out / stage.leaves).exists():
             break
-        done[name] = record["stages"][name]
-    return done
+        finished[name] = record["stages"][name]
+    return finished
 
 
 def run_stage(demo: Demo, stage: Stage) -> dict[str, Any]:
@@ -317,7 +317,7 @@ def share_of(demo: Demo, name: str) -> Callable[[], float | None]:
 
 @contextlib.contextmanager
 def one_thread(log: TextIO) -> Iterator[None]:
-    """As its stages choose by themselves, and for what is between them."""
+    """One thread on a CPU, as training chooses too, also for what runs between stages."""
     with to_log(log):
         from app.shared.devices import choose_device, threads_kept
     with threads_kept():

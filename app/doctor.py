@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from app.prepare.pixels import can_decode
-from app.prepare.workers import free_memory
+from app.shared.workers import free_memory
 
 SHOWN_VERSIONS = (
     *("torch", "triton", "spconv-cu126", "numpy", "monai"),

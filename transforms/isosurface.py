@@ -18,7 +18,7 @@ TINY = 1e-4  # values nearer to 0 are moved so far away: a vertex lies on an edg
 
 
 class Triangles(NamedTuple):
-    vertices: Float[np.ndarray, "V 3"]  # indices of the grid
+    vertices: Float[np.ndarray, "V 3"]  # indices of the grid, unless placed
     faces: Int64[np.ndarray, "T 3"]
 
 
@@ -40,6 +40,13 @@ def surface_at(volume: Shaped[np.ndarray, "X Y Z"], level: float | int) -> Trian
     vertices, faces, *_ = marching_cubes(padded, level, gradient_direction="ascent", allow_degenerate=True)
     start = np.array([part.start for part in box]) - 1
     return Triangles(vertices.astype(np.float64) + start, faces.astype(np.int64))
+
+
+def placed(surface: Triangles, affine: Float[np.ndarray, "4 4"]) -> Triangles:
+    """In mm. Where the affine mirrors, triangles are turned over, so that their fronts stay where they were."""
+    vertices = surface.vertices @ affine[:3, :3].T + affine[:3, 3]
+    faces = surface.faces[:, ::-1] if np.linalg.det(affine[:3, :3]) < 0 else surface.faces
+    return Triangles(vertices, np.ascontiguousarray(faces))
 
 
 def surface_of_band(coords: Int[np.ndarray, "N 3"], values: Float[np.ndarray, " N"]) -> Triangles:

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from app.language.assistant import NOTICE
 from app.measures.controls import CONTROLS
 from app.measures.findings import FINDING_SCORES
 from app.measures.report import gap, number, table
 from app.shared.atomic_files import written_whole
+from app.shared.notice import NOTICE
 
 COLUMNS = ("real", *CONTROLS)
 WITH_RANDOM = (*COLUMNS, "random_labels")
@@ -45,9 +45,11 @@ def _reports(scores: dict[str, Any]) -> list[str]:
     rows = [_row(f"reports: {name}", {c: scores["scores"][c][name] for c in COLUMNS}) for name in TEXT_SCORES]
     findings = scores["findings"]
     if findings:
-        found = findings["scores"]
+        scores_of_findings = findings["scores"]
         rows = [[*row, number(None)] for row in rows]
-        rows += [_row(f"findings: {name}", {c: found[c][name] for c in WITH_RANDOM}) for name in FINDING_SCORES]
+        rows += [
+            _row(f"findings: {name}", {c: scores_of_findings[c][name] for c in WITH_RANDOM}) for name in FINDING_SCORES
+        ]
     lines = table(_head(WITH_RANDOM if findings else COLUMNS), rows)
     lines += _about_findings(findings) if findings else [NOT_READ]
     for control, gaps in scores["gaps"].items():

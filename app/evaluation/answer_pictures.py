@@ -29,7 +29,7 @@ class Asked(NamedTuple):
     answer: str
     known: str
     picture: bytes | None = None
-    told: str = ""
+    words: str = ""
 
 
 def picture_answer(assistant: CTAssistant, scan: str | Path, question: str, answer: str, *, known: str) -> Asked:
@@ -38,13 +38,13 @@ def picture_answer(assistant: CTAssistant, scan: str | Path, question: str, answ
     occlusion = where_looked(assistant, question, answer, assistant.reduce(opened.tokens))
     if occlusion is None:
         return Asked(question, answer, known)
-    told = (
+    words = (
         f"The model gives this answer a probability of {occlusion.probability:.2g}; "
         f"with the one place blanked that it needs most, {occlusion.lowest:.2g}. "
     )
     if float(occlusion.loss.max()) < FAINT:
-        return Asked(question, answer, known, None, told + "No single place matters to it.")
-    return Asked(question, answer, known, draw(on_grid(assistant, Path(scan)), occlusion), told)
+        return Asked(question, answer, known, None, words + "No single place matters to it.")
+    return Asked(question, answer, known, draw(on_grid(assistant, Path(scan)), occlusion), words)
 
 
 def on_grid(assistant: CTAssistant, scan: Path) -> Float[np.ndarray, "X Y Z"]:

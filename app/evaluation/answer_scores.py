@@ -17,12 +17,13 @@ import numpy as np
 
 from app.evaluation import answer_pages
 from app.evaluation.answer_pages import COLUMNS
-from app.language.assistant import NOTICE, CTAssistant
+from app.language.assistant import CTAssistant
 from app.measures import controls, findings, text_scores
 from app.measures.controls import CONTROLS
 from app.measures.report import plain
 from app.shared.atomic_files import write_text
 from app.shared.json_files import whole_lines, write_object
+from app.shared.notice import NOTICE
 from app.shared.refusals import Refused
 from app.shared.terminal import progress
 from app.text.rows import TextRow
@@ -54,11 +55,11 @@ def evaluate_language(
     rows, left_out = usable(rows, reduced, assistant)
     if not rows:
         raise Refused("BAD_EVALUATION", f"nothing to evaluate: {dict(left_out)} of {left_out.total()} rows")
-    given = volume_columns(rows, reduced, seed=seed)
+    shown_in = volume_columns(rows, reduced, seed=seed)
     answers: dict[str, list[str]] = {"reference": [row.answer for row in rows]}
     options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
     for column in GENERATED:
-        stored = Answers(out / f"answers_{column}.jsonl", rows, given[column], assistant)
+        stored = Answers(out / f"answers_{column}.jsonl", rows, shown_in[column], assistant)
         answers[column] = stored.complete(column, **options)
     answers["constant"] = controls.constant_answers(
         answers["reference"], [row.question for row in rows], [row.patient for row in rows], closeness
@@ -71,8 +72,8 @@ def evaluate_language(
         asked = [row for row in rows if row.image in mirrored and controls.swap_sides(row.answer) != row.answer]
         asked = [row for row in asked if row.kind != "report"]
         if asked:
-            seen = [assistant.reduce(mirrored[row.image]) for row in asked]
-            said = Answers(out / "answers_mirrored.jsonl", asked, seen, assistant).complete("mirrored", **options)
+            shown = [assistant.reduce(mirrored[row.image]) for row in asked]
+            said = Answers(out / "answers_mirrored.jsonl", asked, shown, assistant).complete("mirrored", **options)
             at = {id(row): number for number, row in enumerate(rows)}
             result["mirror"] = mirror_scores(asked, [answers["real"][at[id(row)]] for row in asked], said)
     result = plain(result)
@@ -124,7 +125,7 @@ def volume_columns(
 class Answers:
     """The answers of one column on disk, a line each.
 
-    What is there is kept if it came of the same: question, tokens shown, model, and length allowed.
+    A stored answer is used again where question, tokens shown, model and allowed length are the same.
     """
 
     def __init__(
@@ -163,7 +164,7 @@ class Answers:
         return known
 
 
-def given_answers(file: Path) -> dict[tuple[str, str], str]:
+def stored_answers(file: Path) -> dict[tuple[str, str], str]:
     """Answers of a column that has been completed, by image and question."""
     return {(line["image"], line["question"]): line["answer"] for line in whole_lines(file)}
 

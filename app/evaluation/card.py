@@ -1,6 +1,6 @@
 """The card of a tokenizer: the same results as JSON for machines, Markdown for readers and PNG for a page.
 
-Knows how results are shown, not how they are made (see evaluation.py).
+Knows how results are shown, not how they come about (see tokenizer_evaluation.py).
 """
 
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ def slice_of(
 
 
 def write(folder: Path, result: dict[str, Any], evaluated: Sequence[Any]) -> None:
-    """The three files. `judged` gives the case that is pictured: the one of median error."""
+    """The three files. Of the evaluated cases the one of median error is pictured."""
     write_object(folder / f"{NAME}.json", report.plain(result))
     write_text(folder / f"{NAME}.md", markdown(result))
     error = [one.row["errors"]["codes alone"]["tissues"]["foreground"]["mae"] for one in evaluated]
@@ -79,7 +79,7 @@ def markdown(result: dict[str, Any]) -> str:
             *_by_window(result),
             *_bits(result),
             *_codes(result),
-            *_kept(result),
+            *_support(result),
             *_cases(result),
             *_definitions(),
         ]
@@ -177,10 +177,10 @@ def _bits(result: dict[str, Any]) -> list[str]:
     lines = ["## Bits", "", *table(("", "bits a voxel of the body", "bits a token"), rows)]
     if not codecs:
         return lines
-    mine = ("**tokens, codes alone**", with_interval(alone["mae"]), with_interval(alone["rmse"]), "1")
+    ours = ("**tokens, codes alone**", with_interval(alone["mae"]), with_interval(alone["rmse"]), "1")
     head = ("at the same bits", "MAE in the body, HU", "RMSE", "bits, of the tokens'")
     without = "" if "x265" in result["codecs"] else " x265 was not asked: PyAV is not installed."
-    return [*lines, *table(head, [mine, *codecs]), f"Codecs see the same body, cut to its box.{without}", ""]
+    return [*lines, *table(head, [ours, *codecs]), f"Codecs see the same body, cut to its box.{without}", ""]
 
 
 def _codes(result: dict[str, Any]) -> list[str]:
@@ -197,7 +197,7 @@ def _codes(result: dict[str, Any]) -> list[str]:
     return ["## Code use over all cases", "", *table(("level", "used", "never used", "perplexity"), rows)]
 
 
-def _kept(result: dict[str, Any]) -> list[str]:
+def _support(result: dict[str, Any]) -> list[str]:
     support, share = result["support"], partial(with_interval, form=".2f", percent=True)
     rows = [
         ("denser than air (table too), beyond the grid: not judged", share(result["beyond"])),
@@ -312,10 +312,10 @@ def _tissue_bars(axis: Axes, result: dict[str, Any]) -> None:
     ways = result["errors"]
     names = [name for name in ("foreground", *TISSUE_ORDER) if name in ways["codes alone"]["tissues"]]
     for i, (way, part) in enumerate(ways.items()):
-        found = [part["tissues"][name]["mae"] for name in names]
-        mean = np.array([value["mean"] for value in found])
-        whisker = [[v["mean"] - v["low"] if v["low"] is not None else 0 for v in found],
-                   [v["high"] - v["mean"] if v["low"] is not None else 0 for v in found]]  # fmt: skip
+        errors = [part["tissues"][name]["mae"] for name in names]
+        mean = np.array([value["mean"] for value in errors])
+        whisker = [[v["mean"] - v["low"] if v["low"] is not None else 0 for v in errors],
+                   [v["high"] - v["mean"] if v["low"] is not None else 0 for v in errors]]  # fmt: skip
         place = np.arange(len(names)) + (i - 1) * 0.27
         axis.bar(place, mean, 0.27, color=COLOURS[way], label=way, yerr=whisker, error_kw={"lw": 0.8, "capsize": 1.5})
         if way != "stored support":

@@ -33,7 +33,7 @@ def curves_of(run: Path) -> list[Line]:
 
 
 def svg(lines: Sequence[Line], *, title: str) -> str:
-    """One panel; a screen reader is told where it begins and ends."""
+    """One panel; its label for screen readers says where each line begins and ends."""
     values = [value for line in lines for value in line.values]
     low, high = min(0.0, *values), max(values) or 1.0
     last = max(step for line in lines for step in line.steps)

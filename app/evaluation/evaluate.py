@@ -12,7 +12,7 @@ from app.dataset import prepared
 from app.evaluation import page
 from app.evaluation.answer_pages import table_lines
 from app.evaluation.answer_pictures import Asked, picture_answer
-from app.evaluation.answer_scores import evaluate_language, given_answers
+from app.evaluation.answer_scores import evaluate_language, stored_answers
 from app.language import align_data
 from app.language.assistant import CTAssistant
 from app.language.volume_tokens import TokenSource
@@ -85,9 +85,9 @@ NEXT = (
 def write_answers_page(
     assistant: CTAssistant, align: Path, rows: list[TextRow], result: dict[str, Any], *, out: Path
 ) -> None:
-    """The page of an evaluation. It names none of the scans asked: names of files may tell of patients.
+    """The page of an evaluation. It names none of the scans asked: names of files may name patients.
 
-    Pictures of the tokenizer carry case ids, which are hashes unless `prepare` was told to keep names.
+    Pictures of the tokenizer carry case ids, which are hashes unless it was prepared with --keep-names.
     """
     file = assistant.tokenizer.file
     run = file.parent.parent if file.parent.name == "ckpts" else None
@@ -99,7 +99,7 @@ def write_answers_page(
         runs={"tokenizer": run, "alignment": align} if run else {"alignment": align},
         scores=result,
         bars=out / "language.png",
-        asked=asked_of_one(assistant, rows, given_answers(out / "answers_real.jsonl")),
+        asked=asked_of_one(assistant, rows, stored_answers(out / "answers_real.jsonl")),
         commands=NEXT,
     )
     page.write_page(out / page.NAME, shown)
@@ -123,10 +123,10 @@ def held_out(data: str, *, image_root: str | None, split: str | None) -> list[Te
     """Rows of the named split; else of test, of val (which chose the step), or all, whichever is there first."""
     rows = read_rows(data, image_root=image_root)
     for wanted in [split] if split else ["test", "val"]:
-        kept = [row for row in rows if row.split == wanted]
-        if kept:
-            log.info("evaluating %d rows of split %s", len(kept), wanted)
-            return kept
+        chosen = [row for row in rows if row.split == wanted]
+        if chosen:
+            log.info("evaluating %d rows of split %s", len(chosen), wanted)
+            return chosen
     if split:
         what = f"{data} has no row with split {split}"
         raise Refused("NO_CASES", what, f"it has {sorted({row.split for row in rows})}", status=2)
@@ -165,7 +165,7 @@ def status_of(result: dict[str, Any]) -> int:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """The table for people, in the log of a bundle run; scans that were left out are told at its end."""
+    """The table for people, in the log of a bundle run; a refusal at its end where scans were left out."""
     for line in table_lines(result):
         log.info("%s", line)
     if status_of(result):

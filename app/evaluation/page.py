@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from app.evaluation.answer_pages import table_lines
 from app.evaluation.answer_pictures import Asked
 from app.evaluation.curves import curves_of, svg
-from app.language.assistant import NOTICE
 from app.shared.atomic_files import write_text
+from app.shared.notice import NOTICE
 from app.shared.terminal import clock
 from app.shared.version import VERSION
 
@@ -57,7 +57,7 @@ def _stages(page: Page) -> str:
     rows = [(name, clock(seconds), what) for name, what, seconds in page.stages]
     rows.append(("all", clock(sum(seconds for _, _, seconds in page.stages)), ""))
     table = html_table(("stage", "min:s", "what it did"), rows)
-    return _section("What was run", f'<div class="told">{table}</div>')
+    return _section("What was run", f'<div class="described">{table}</div>')
 
 
 def _pictures(page: Page) -> str:
@@ -111,9 +111,9 @@ def _answers(page: Page) -> str:
             parts.append(f"<p><strong>Known:</strong> {escape(asked.known)}</p>")
         if asked.picture is not None:
             alt = "The scan's coronal and axial plane, with the places that the answer needs coloured."
-            parts.append(figure(asked.picture, alt, f"Where it looked. {asked.told} {SIDES}"))
-        elif asked.told:
-            parts.append(f"<p>{escape(asked.told)}</p>")
+            parts.append(figure(asked.picture, alt, f"Where it looked. {asked.words} {SIDES}"))
+        elif asked.words:
+            parts.append(f"<p>{escape(asked.words)}</p>")
     return _section("Asked of one scan", *parts) if parts else ""
 
 
@@ -209,7 +209,7 @@ th:first-child,td:first-child{text-align:left;padding-left:0}
 td:last-child,th:last-child{padding-right:.2rem}
 thead th{color:var(--quiet);font-weight:600;vertical-align:bottom}
 tbody th{font-weight:500}
-.told :is(th,td):last-child{text-align:left}
+.described :is(th,td):last-child{text-align:left}
 figure{margin:1rem 0}
 figcaption{color:var(--quiet);font-size:.9rem;margin-top:.35rem;max-width:46rem}
 .picture img{display:block;width:100%;min-width:34rem;height:auto;background:#fff;border-radius:.4rem}

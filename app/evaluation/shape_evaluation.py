@@ -109,9 +109,9 @@ def evaluate_shape(
     step = float(np.linalg.norm(shape.affine[:3, 0]))
     ways = {}
     for way, values in decoded.items():
-        found = _surface(values, shape.affine)
-        ways[way] = {} if found is None else compare(truth, found)
-        if found is not None:
+        surface = _surface(values, shape.affine)
+        ways[way] = {} if surface is None else compare(truth, surface)
+        if surface is not None:
             ways[way]["distance_voxels"] = ways[way]["distance"] / step
     return {"ways": ways, "tokens": len(tokens.codes), "voxels": len(x), "voxel_mm": step}, tokens.codes.cpu()
 

@@ -93,7 +93,7 @@ class TokenizerEvaluation:
         evaluated, refused = [], {}
         for case in cases:
             try:
-                how = {"levels": self.levels, "refine": self.refine, "beside": len(evaluated) < CODEC_CASES}
+                how = {"levels": self.levels, "refine": self.refine, "with_codecs": len(evaluated) < CODEC_CASES}
                 evaluated.append(evaluate_case(tokenizer, case, **how))
             except ValueError as error:
                 refused[case.case_id] = str(error)
@@ -129,10 +129,8 @@ class TokenizerEvaluation:
 
     def _open(self, file: Path) -> CTTokenizer:
         tokenizer = CTTokenizer.from_pretrained(file, max_points=self.max_points)
-        try:
-            tokenizer.check_levels(self.levels)
-        except ValueError as error:
-            raise Refused("BAD_VALUE", str(error), "leave --levels out for all of them") from error
+        tokenizer.check_levels(self.levels)
+        tokenizer.check_refine(self.refine)
         return tokenizer
 
     def _tokenizer_file(self) -> Path:
@@ -174,9 +172,9 @@ def evaluate_case(
     *,
     levels: float | None = None,
     refine: int = 0,
-    beside: bool = True,
+    with_codecs: bool = True,
 ) -> EvaluatedCase:
-    """All measurements of one case, of its first `levels` codes; with `beside` also of other codecs at its bits."""
+    """All measurements of one case, of its first `levels` codes; `with_codecs` also of other codecs at its bits."""
     sizes = tokenizer.sizes
     scan = tokenizer.open(case)
     source = truth_of(scan, sizes)
@@ -218,7 +216,7 @@ def evaluate_case(
         "labels": _labels_kept(case, tokens, {"kept": kept, "decoded": predicted}),
         "seconds": seconds,
     }
-    row["codecs"] = codecs_at(row["rate"]["bits"], source, windows=sizes.windows) if beside else {}
+    row["codecs"] = codecs_at(row["rate"]["bits"], source, windows=sizes.windows) if with_codecs else {}
     counts = count_codes(torch.from_numpy(tokens.codes), sizes.num_embeddings)
     return EvaluatedCase(row, counts, card.slice_of(truth, volumes, _code_map(tokens)))
 

@@ -17,7 +17,7 @@ BEGINS_MODULE = re.compile(rf"(?:{'|'.join(PACKAGES)})\.[\w.]*")
 
 
 def package_name(name: str, version: str, sources: dict[str, str]) -> str:
-    """A name that tells bundle, version and code apart from any other: two of one name hold the same code."""
+    """A name of bundle, version and code: two packages of one name hold the same code."""
     digest = hashlib.sha256()
     for path in sorted(sources):
         digest.update(f"{path}\n{sources[path]}\n".encode())
@@ -62,12 +62,12 @@ def renamed_target(value: str, name: str) -> str:
 def _places(source: str) -> set[tuple[int, int]]:
     """Line and byte column of each name of a module of ours."""
     rows = [line.encode() for line in source.splitlines(keepends=True)]
-    found = set()
+    places = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
             if node.level == 0 and node.module.split(".")[0] in PACKAGES:
                 start = re.match(rb"from\s+", rows[node.lineno - 1][node.col_offset :]).end()
-                found.add((node.lineno, node.col_offset + start))
+                places.add((node.lineno, node.col_offset + start))
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.split(".")[0] in PACKAGES:
@@ -75,12 +75,12 @@ def _places(source: str) -> set[tuple[int, int]]:
                         raise ValueError(
                             f"line {alias.lineno}: import {alias.name} must be from ... import, or have an as"
                         )
-                    found.add((alias.lineno, alias.col_offset))
+                    places.add((alias.lineno, alias.col_offset))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and MODULE.fullmatch(node.value):
-            found |= _inside_quotes(rows, node, rb"[rR]?[\"']")
+            places |= _inside_quotes(rows, node, rb"[rR]?[\"']")
         elif isinstance(node, ast.JoinedStr) and _begins_module(node):
-            found |= _inside_quotes(rows, node, rb"[fF][\"']")
-    return found
+            places |= _inside_quotes(rows, node, rb"[fF][\"']")
+    return places
 
 
 def _begins_module(node: ast.JoinedStr) -> bool:
@@ -89,6 +89,6 @@ def _begins_module(node: ast.JoinedStr) -> bool:
 
 
 def _inside_quotes(rows: list[bytes], node: ast.expr, opening: bytes) -> set[tuple[int, int]]:
-    """Where a string's text begins; none for a part of an f-string, whose place older Pythons do not tell."""
+    """Where a string's text begins; none for a part of an f-string, whose place older Pythons do not give."""
     match = re.match(opening, rows[node.lineno - 1][node.col_offset :])
     return {(node.lineno, node.col_offset + match.end())} if match else set()

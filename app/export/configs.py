@@ -44,7 +44,7 @@ def make_configs(templates: Path, sizes: Preset, *, package: str, aligned: bool)
             config |= json.loads((templates / OVER_TRAIN_OF_SHAPES).read_text(encoding="utf-8"))
             config = {key: value for key, value in config.items() if key not in ("pretrained_vae_path", "warmup_steps")}
         if name != "multi_gpu_train.json":
-            config = _at_home(config)
+            config = _with_bundle_root(config)
         bundled[name] = _renamed(_CHANGES.get(name, lambda config, sizes: config)(config, sizes), package)
     return bundled
 
@@ -55,14 +55,14 @@ def network_of(sizes: Preset) -> dict[str, Any]:
     return {"_target_": "networks.make_vqvae", "preset_name": "tiny", **json.loads(json.dumps(fields))}
 
 
-def _at_home(config: dict[str, Any]) -> dict[str, Any]:
-    """It knows where it lies, and has its own code at hand before anything is named."""
+def _with_bundle_root(config: dict[str, Any]) -> dict[str, Any]:
+    """With the bundle's folder, which is put on the import path before any `_target_` is looked up."""
     head = {"_desc_": config["_desc_"], "bundle_root": BUNDLE_ROOT, "search_path": SEARCH_PATH}
     return {**head, **config, "initialize": [ON_PATH, *config.get("initialize", [])]}
 
 
 def _train(config: dict[str, Any], sizes: Preset) -> dict[str, Any]:
-    """On with one's own data from this bundle's weights, which say what the data are made into."""
+    """Training goes on from this bundle's weights; how data become features is as the weights record it."""
     own = {name: value for name, value in dataclasses.asdict(sizes).items() if name not in LEFT_OPEN}
     for name in config.keys() & own.keys():
         config[name] = json.loads(json.dumps(own[name]))

@@ -22,7 +22,7 @@ from safetensors.torch import save
 from app.evaluation.card import NAME as CARD
 from app.evaluation.shape_evaluation import WAYS
 from app.export import code, configs
-from app.export.metadata import NOTICE, SCHEMA, make_metadata, requirements
+from app.export.metadata import SCHEMA, make_metadata, requirements
 from app.export.model_card import measured, model_card
 from app.language.assistant import aligned_files, aligned_folder, read_settings, tokenizer_of
 from app.measures.surfaces import compare
@@ -32,22 +32,23 @@ from app.shapes.sdf import Settings, make_shapes
 from app.shapes.sources import SurfaceChoice
 from app.shared.array_files import ZIP_TIME
 from app.shared.json_files import write_object
+from app.shared.notice import NOTICE
 from app.shared.output_folder import check_folder
 from app.shared.places import bundles_folder, root_folder
 from app.shared.refusals import Refused, check_path
 from app.shared.version import VERSION
-from app.tokens.commands import onto_grid, write_nifti
 from app.tokens.open_scan import Volume
 from app.tokens.shape_tokens import encode_shape, mesh_of, open_shape
 from app.tokens.token_files import CTTokens
 from app.tokens.tokenizer import CTTokenizer
+from app.tokens.volumes import onto_grid, write_nifti
 from app.training.shipped import RECORD
 
 PROOF_SIDE, PROOF_MM = 64, 6.0  # the scan that a bundle is proven on: a phantom's whole trunk
 CREDIT = "CREDIT.md"  # of a bundle's docs
 PROOF_LEVEL = 200.0  # HU: what of it is bone, for a tokenizer of shapes
 CODES_ALONE = WAYS[2]  # of a card of shapes
-PRIVATE = ("data", "vl_model", "tokenizer_path")  # of an alignment's record: where its maker kept things
+PRIVATE = ("data", "vl_model", "tokenizer_path")  # of an alignment's record: places on its maker's machine
 Json = dict[str, Any]
 
 
@@ -119,8 +120,8 @@ def write_bundle(bundle: Path, ct: CTTokenizer, *, name: str, align: Path | None
     card = _card_beside(ct)
     if card is not None:
         written["eval_metrics"] = _eval_metrics(card)
-    made_configs = configs.make_configs(templates, ct.sizes, package=package, aligned=align is not None)
-    for file, config in {**made_configs, "metadata.json": written}.items():
+    bundled = configs.make_configs(templates, ct.sizes, package=package, aligned=align is not None)
+    for file, config in {**bundled, "metadata.json": written}.items():
         write_object(bundle / "configs" / file, config, indent=2)
     for file in (SCHEMA, "logging.conf"):
         shutil.copyfile(templates / file, bundle / "configs" / file)
@@ -180,7 +181,7 @@ def _copy_aligned(align: Path, out: Path, record: Json) -> None:
 
 
 def _card_beside(ct: CTTokenizer) -> Json | None:
-    """The tokenizer's own evaluation; one of other weights is none."""
+    """The tokenizer's own evaluation; None where there is none of these very weights."""
     folder = Path(ct.source).parent
     folder = folder.parent if folder.name in ("ckpts", "models") else folder
     file = folder / f"{CARD}.json"
@@ -240,8 +241,8 @@ def prove(bundle: Path, ct: CTTokenizer, *, package: str) -> Json:
             scan = _bones_of(scan, ct.sizes.resolution)
         tokens = encode_shape(ct, open_shape(scan, ct.sizes.resolution)) if of_shapes else ct.encode(scan)
         _run_elsewhere(bundle, package, scan, out)
-        with np.load(out) as found:
-            proof = {name: found[name] for name in found.files}
+        with np.load(out) as stored:
+            proof = {name: stored[name] for name in stored.files}
     ways = ("read", "loaded") if proof["device"] == ct.device.type == "cpu" else ("read",)
     for way in ways:
         _demand(_equal_share(tokens, proof, way) == 1.0, f"tokens after it was {way} differ from those made here")

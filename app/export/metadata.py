@@ -1,4 +1,4 @@
-"""A bundle's metadata.json: what MONAI's schema asks for, and what the tokenizer needs to be told of a scan."""
+"""A bundle's metadata.json: what MONAI's schema asks for, and what a scan has to be for the tokenizer."""
 
 import re
 from importlib import metadata

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from app.export.metadata import NOTICE, SCHEMA
+from app.export.metadata import SCHEMA
+from app.shared.notice import NOTICE
 
 COMMANDS = """\
 ```bash
@@ -42,18 +43,18 @@ def model_card(
     """Markdown. `card` is the tokenizer's own evaluation where there is one; `base_model` that of an aligned bundle;
     `credit` the file beside it that has to go along with the weights.
     """
-    told = metadata["tokenizer"]
+    about = metadata["tokenizer"]
     package, root = metadata["code"]["package"], "BUNDLE"
     ask = "" if base_model is None else ASK.format(root=root)
-    of_shapes = told["features"] == "sdf"
+    of_shapes = about["features"] == "sdf"
     commands = COMMANDS_OF_SHAPES if of_shapes else COMMANDS
-    filled = {"root": root, "ask": ask, "package": package, "schema": SCHEMA, "resolution": told["resolution"]}
+    filled = {"root": root, "ask": ask, "package": package, "schema": SCHEMA, "resolution": about["resolution"]}
     sections = [
         f"# {metadata['name']} {metadata['version']}",
         metadata["description"],
         f"**{NOTICE}**",
         "## What goes in",
-        _table(*(_shape_in(told) if of_shapes else _scan_in(told)), ("weights, sha256", f"`{told['sha256']}`")),
+        _table(*(_shape_in(about) if of_shapes else _scan_in(about)), ("weights, sha256", f"`{about['sha256']}`")),
         "## Use",
         f"`{root}` is this folder; every command works from any directory.",
         commands.format(**filled),
@@ -81,25 +82,28 @@ def _weights_licence(credit: str | None) -> str:
     return f"[{credit}]({credit}) names the data they learned from, licences and credit; pass it on with them."
 
 
-def _scan_in(told: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    prepared = told["prepared"]
+def _scan_in(about: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    prepared = about["prepared"]
     return (
         ("scan", "CT in HU: DICOM series, NIfTI, NRRD, MHA; anything else is refused with a code"),
-        ("axes", f"any; brought to {told['orientation']}"),
-        ("grid", f"{told['resolution']} voxels a side, {told['spacing']:g} mm; what lies beyond is cut and told"),
+        ("axes", f"any; brought to {about['orientation']}"),
+        (
+            "grid",
+            f"{about['resolution']} voxels a side, {about['spacing']:g} mm; what lies beyond is cut (FOV_CROPPED)",
+        ),
         ("prepared on", f"{prepared[0]} voxels a side, {prepared[1]:g} mm" if prepared else "not recorded"),
-        ("windows", ", ".join(told["windows"])),
-        ("HU told apart", f"{told['hu_range'][0]:g} to {told['hu_range'][1]:g}; beyond is clipped"),
-        ("voxels kept", told["keep"]),
-        ("codes", f"{told['num_embeddings']}, {told['quantizer_levels']} a token"),
+        ("windows", ", ".join(about["windows"])),
+        ("HU range", f"{about['hu_range'][0]:g} to {about['hu_range'][1]:g}; beyond it is clipped"),
+        ("voxels kept", about["keep"]),
+        ("codes", f"{about['num_embeddings']}, {about['quantizer_levels']} a token"),
     )
 
 
-def _shape_in(told: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+def _shape_in(about: dict[str, Any]) -> tuple[tuple[str, str], ...]:
     return (
         ("shape", "a closed mesh in mm (STL, OBJ, PLY, VTP), or a file of signed distance that `sdf` writes"),
-        ("grid", f"{told['resolution']} voxels a side of a cube about the shape, or a whole part of that"),
-        ("codes", f"{told['num_embeddings']}, {told['quantizer_levels']} a token"),
+        ("grid", f"{about['resolution']} voxels a side of a cube about the shape, or a whole part of that"),
+        ("codes", f"{about['num_embeddings']}, {about['quantizer_levels']} a token"),
     )
 
 
@@ -112,7 +116,7 @@ def measured(card: dict[str, Any]) -> str:
     data = card["data"]
     if "ways" in card:
         rows = [
-            (way, f"{told['distance']:.3g} mm") for way, told in card["ways"].items() if told["distance"] is not None
+            (way, f"{means['distance']:.3g} mm") for way, means in card["ways"].items() if means["distance"] is not None
         ]
         return f"Mean surface distance, {data['cases']} shapes of split {data['split']}:\n\n{_table(*rows)}"
     errors = card["errors"]["codes alone"]["tissues"]

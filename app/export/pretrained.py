@@ -19,17 +19,16 @@ import torch
 from safetensors.torch import save
 
 from app.evaluation.tokenizer_evaluation import TokenizerEvaluation
-from app.export.metadata import NOTICE
 from app.shared.hashes import hash_path
 from app.shared.json_files import write_object
+from app.shared.notice import NOTICE
 from app.shared.refusals import Refused
 from app.shared.version import VERSION
 from app.tokens.tokenizer import CTTokenizer, find_tokenizer
 from app.training import checkpoints, seals
-from app.training.shipped import RECORD, SUMS, WEIGHTS, with_sums
+from app.training.shipped import COUNTS, RECORD, SUMS, WEIGHTS, with_sums
 
 MAX_BYTES = 28_000_000
-COUNTS = "mean_count"  # of a codebook: they go beyond what float16 holds, and predict codes
 PLAIN = (int, float, bool, type(None))
 
 
@@ -84,11 +83,12 @@ def in_halves(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _is_halved(name: str, value: torch.Tensor) -> bool:
+    """Counts of a codebook, which predict codes, go beyond what float16 holds."""
     return value.dtype == torch.float32 and not name.endswith(COUNTS)
 
 
 def settings_of(run: Path) -> dict[str, Any]:
-    """What a run was told: its flat keys, without places and expressions."""
+    """The flat keys of a run, without places and expressions."""
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     return {key: value for key, value in config.items() if _is_plain(value)}
 

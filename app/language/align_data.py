@@ -27,10 +27,10 @@ from app.language import chat
 from app.language.volume_tokens import Reducer, TokenSource, sparse_inputs
 from app.phantoms.phantoms import ANATOMY_VERSION, make_phantom
 from app.phantoms.sentences import balance, mirrored, phantom_rows
-from app.prepare.workers import free_memory, num_cores
 from app.shared.atomic_files import write_text
 from app.shared.refusals import Refused, refusal_of
 from app.shared.terminal import progress
+from app.shared.workers import free_memory, num_cores
 from app.text.rows import TextRow
 from app.tokens.open_scan import as_it_lies
 from app.tokens.token_files import CTTokens
@@ -41,7 +41,11 @@ log = logging.getLogger(__name__)
 
 PHANTOMS_A_WORKER = 8
 BYTES_A_WORKER, BYTES_A_VOXEL = 300 << 20, 120  # of memory, to paint and encode one phantom
-FIRST_PHANTOMS = {"train": 0, "tune": 500_001, "val": 1}  # every second from there; evaluation asks about val alone
+FIRST_PHANTOMS = {
+    "train": 0,
+    "tune": 500_001,
+    "val": 1,
+}  # numbers of phantoms: from here on every second one; `evaluate` takes those of val
 
 
 class TextDataset(Dataset):
@@ -86,7 +90,7 @@ class TextDataset(Dataset):
             if encoded is None:
                 self.dropped["no answer left" if row.answer else "empty answer"] += 1
                 continue
-            self.dropped["answer cut"] += encoded.answer_cut  # kept, with what is left of it
+            self.dropped["answer cut"] += encoded.answer_cut  # these rows stay, with a shorter answer
             self.rows.append(row)
             self.encoded.append(encoded)
         if not self.rows:
@@ -329,8 +333,8 @@ def builtin(
     settings = {"count": count, "seed": seed, "split": split, "about": about}
     rows, volumes = phantom_volumes(source, **settings)
     if split == "train":
-        more, seen = phantom_volumes(source, **settings, mirror=True)
-        rows, volumes = rows + more, volumes | seen
+        mirrored_rows, mirrored_volumes = phantom_volumes(source, **settings, mirror=True)
+        rows, volumes = rows + mirrored_rows, volumes | mirrored_volumes
     return balance(rows, seed=seed), volumes
 
 

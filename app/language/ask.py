@@ -10,7 +10,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from app.language.assistant import NOTICE, CTAssistant, TokenizedScan
+from app.language.assistant import CTAssistant, TokenizedScan
+from app.shared.notice import NOTICE
 from app.shared.refusals import Refused, check_path
 
 log = logging.getLogger(__name__)

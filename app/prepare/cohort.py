@@ -22,8 +22,8 @@ from app.prepare.gate import Rules, Stack
 from app.prepare.report import Report, write_tables
 from app.prepare.survey import Item, survey
 from app.prepare.text import join_text, patients_of
-from app.prepare.workers import busy, only_run, run_jobs, worker_count
 from app.shared.refusals import Refused, check_path
+from app.shared.workers import busy, only_run, run_jobs, worker_count
 from app.text.manifests import read_rows
 from transforms.windows import window_bounds
 

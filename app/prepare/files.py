@@ -9,14 +9,14 @@ import os
 import stat
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 from app.shared.hashes import hash_file
 from app.shared.refusals import Refused
+from app.shared.scan_formats import FORMATS, NIFTI_SIZES
 
 MAX_MEMBERS = 100_000
 MAX_MEMBER_BYTES = 4 << 30
@@ -26,7 +26,6 @@ SNIFF = 512
 FIRST_TAGS = (  # of a DICOM file in implicit VR without a preamble, as old scanners wrote
     *(b"\x08\x00\x05\x00", b"\x08\x00\x08\x00", b"\x08\x00\x16\x00", b"\x08\x00\x00\x00", b"\x02\x00\x00\x00"),
 )
-NIFTI_SIZES = (b"\x5c\x01\x00\x00", b"\x00\x00\x01\x5c")  # of the header, in either order
 
 
 class Ref(NamedTuple):
@@ -183,30 +182,3 @@ def _gunzip_head(head: bytes) -> bytes:
         return zlib.decompressobj(31).decompress(head, SNIFF)
     except zlib.error:
         return b""
-
-
-def _is_nifti(head: bytes) -> bool:
-    size = head[:4]
-    if size in NIFTI_SIZES:
-        return head[344:348] in (b"n+1\0", b"ni1\0")
-    return size in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c") and head[4:7] in (b"n+2", b"ni2")
-
-
-class Format(NamedTuple):
-    """A file format of volumes as it is recognised; its reader stands in formats.READERS."""
-
-    begins: Callable[[bytes], bool]  # whether a file's first bytes are of it
-    endings: tuple[str, ...]  # names that say so where the content cannot
-    packed: tuple[str, ...] = ()  # names of such files inside gzip
-    parts: tuple[str, ...] = ()  # names of headers whose voxels lie beside them
-
-
-FORMATS = MappingProxyType(
-    {
-        "nrrd": Format(lambda head: head[:4] == b"NRRD", (".nrrd",), parts=(".nhdr",)),
-        "mha": Format(
-            lambda head: head.lstrip()[:10] == b"ObjectType" or head.lstrip()[:5] == b"NDims", (".mha", ".mhd")
-        ),
-        "nifti": Format(_is_nifti, (".nii", ".nii.gz"), packed=(".nii.gz", ".hdr.gz")),
-    }
-)

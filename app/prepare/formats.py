@@ -329,4 +329,4 @@ def _mha_affine(fields: dict[str, str], dims: int) -> np.ndarray:
     return LPS_TO_RAS @ affine + 0.0
 
 
-READERS = MappingProxyType({"nifti": _nifti, "nrrd": _nrrd, "mha": _mha})  # of headers, by the kinds of files.FORMATS
+READERS = MappingProxyType({"nifti": _nifti, "nrrd": _nrrd, "mha": _mha})  # of headers, by the names in FORMATS

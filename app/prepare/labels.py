@@ -17,6 +17,7 @@ from app.prepare.gate import LPS_TO_RAS
 from app.prepare.headers import quiet
 from app.prepare.volume_file import VolumeFile, check_affine, read_voxels
 from app.shared.refusals import Refused
+from app.shared.scan_formats import without_ending
 from transforms.grid import Grid, resample_labels
 
 LABEL_WORDS = re.compile(
@@ -55,19 +56,15 @@ class LabelFile(NamedTuple):
         return "LabelFile(...)"
 
 
-def _bare(name: str) -> str:
-    return re.sub(r"(\.nii)?(\.gz)?$|\.(nrrd|nhdr|mha|mhd|nii|hdr|img|dcm)$", "", name, flags=re.I)
-
-
 def is_label_name(path: str) -> bool:
     """Whether a relative path says labels: `labels/`, `segmentations/`, `x_seg.nii.gz`, `mask.mha`."""
     *folders, name = path.replace("\\", "/").split("/")
-    return bool(LABEL_WORDS.search(_bare(name)) or any(LABEL_FOLDERS.search(folder) for folder in folders))
+    return bool(LABEL_WORDS.search(without_ending(name)) or any(LABEL_FOLDERS.search(folder) for folder in folders))
 
 
 def scan_stem(name: str) -> str:
     """A scan's or label file's stem without the words that tell them apart."""
-    return LABEL_WORDS.sub("", re.sub(r"_0000$", "", _bare(name))).strip("_-. ").lower()
+    return LABEL_WORDS.sub("", re.sub(r"_0000$", "", without_ending(name))).strip("_-. ").lower()
 
 
 def looks_like_labels(file: VolumeFile) -> bool:
@@ -113,7 +110,7 @@ def _organs_of(label: LabelFile, grid: Grid, *, mapping: Mapping[str, str], keep
     placed = resample_labels(index.astype(np.uint16), label.file.affine, grid)
     coords = np.argwhere(placed)
     numbers = placed[tuple(coords.T)]
-    stem = _bare(label.ref.name)
+    stem = without_ending(label.ref.name)
     if present.size <= 1 and (stem in mapping or _vouched(stem) or (str(stem).isidentifier() and keep_names)):
         return {safe_name(mapping.get(stem, stem)): coords.astype(np.int32)}
     if present.size == 0:

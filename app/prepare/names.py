@@ -15,6 +15,7 @@ from pathlib import Path
 
 from app.prepare.labels import safe_name
 from app.prepare.survey import Item
+from app.shared.scan_formats import without_ending
 
 COLLECTIONS = re.compile(r"^(images?(tr|ts|va)?|cts?|scans?|volumes?|nifti|dicom|data|train|valid|val|test|raw)$", re.I)
 
@@ -107,6 +108,5 @@ def patient_of(item: Item, place: str, key: bytes, *, several_folders: bool) -> 
 def case_name(item: Item, place: str, number: int, key: bytes, *, keep_names: bool) -> str:
     """A case's id: a hash of where it lies and which series it is; `number` tells stacks of one series apart."""
     if keep_names:
-        stem = re.sub(r"(\.nii)?(\.gz)?$|\.(nrrd|nhdr|mha|mhd|nii|hdr|dcm|zip)$", "", place)
-        return safe_name(stem) + (f"_{number}" if number else "")
+        return safe_name(without_ending(place)) + (f"_{number}" if number else "")
     return hashed(key, "case", item.source, item.series, str(number))

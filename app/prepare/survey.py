@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from app.prepare.files import FORMATS, Ref, files_below, sniff
+from app.prepare.files import Ref, files_below, sniff
 from app.prepare.findings import Finding, finding_of
 from app.prepare.formats import read_header
 from app.prepare.gate import NO_RULES, Rules, Stack, Verdict, verdicts_on
@@ -20,6 +20,7 @@ from app.prepare.headers import SEGMENTATION, SliceHeader, read_headers
 from app.prepare.labels import LabelFile, is_label_name, looks_like_labels, scan_stem
 from app.prepare.volume_file import VolumeFile
 from app.shared.refusals import Refused
+from app.shared.scan_formats import volume_endings
 
 
 class Item(NamedTuple):
@@ -84,8 +85,7 @@ def _relative(ref: Ref, root: str) -> str:
 
 def _is_image_name(ref: Ref) -> bool:
     """A name that promises an image makes a bad content a failure, not something to pass over."""
-    endings = [ending for it in FORMATS.values() for ending in it.endings + it.parts]
-    return ref.name.lower().endswith((".dcm", ".ima", *endings))
+    return ref.name.lower().endswith((".dcm", ".ima", *volume_endings()))
 
 
 def _is_label(ref: Ref, root: str) -> bool:

@@ -15,15 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from app.language.assistant import NOTICE, CTAssistant, TokenizedScan, aligned_folder, read_settings, tokenizer_of
+from app.language.assistant import CTAssistant, TokenizedScan, aligned_folder, read_settings, tokenizer_of
 from app.language.where_looked import where_looked
 from app.serving import label_map, options
 from app.serving.options import Options
+from app.shared.notice import NOTICE
 from app.shared.refusals import Refused
-from app.tokens.commands import onto_grid, write_image, write_nifti
 from app.tokens.open_scan import Volume, scan_source
 from app.tokens.token_files import CTTokens, write_tokens
 from app.tokens.tokenizer import CTTokenizer
+from app.tokens.volumes import onto_grid, write_image, write_nifti
 from transforms.windows import window_bounds
 
 MAX_GRID_VOXELS = 2**29  # of a grid that a token file from outside asks for

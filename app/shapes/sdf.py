@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 from app.dataset.prepared import read_metadata, split_patients
 from app.dataset.writer import write_csv, write_failures
-from app.prepare.workers import only_run, run_jobs, worker_count
 from app.shapes.bands import BAND, shape_of
 from app.shapes.shape_files import MAX_SIDE, Provenance, read_provenance, write_shape
 from app.shapes.sources import NamedSurface, Source, SurfaceChoice, find_sources, source_hash, surfaces_of
 from app.shared.output_folder import check_folder
 from app.shared.refusals import Refused, as_refused, check_path
+from app.shared.workers import only_run, run_jobs, worker_count
 
 RESOLUTIONS = (64, 512, 1024)
 METADATA_COLUMNS = ("case_id", "patient", "split", "source_hash", "resolutions", "sign", "codes", "status")
@@ -137,9 +137,9 @@ def _write(job: Job, named: NamedSurface, digest: str) -> dict[str, Any]:
     files = []
     for resolution in settings.resolutions:
         path = Path(job.out) / f"{named.name}_r{resolution}.npz"
-        is_there = not settings.overwrite and _there_already(path, provenance)
+        is_reused = not settings.overwrite and _is_of_earlier_call(path, provenance)
         row = {"resolution": resolution, "file": path.name if path.parent == Path(job.out) else str(path)}
-        if not is_there:
+        if not is_reused:
             grid = named.affine(resolution)
             options = {"band": settings.band, "sharp_degrees": settings.sharp_degrees}
             shape = shape_of(surface, grid, resolution=resolution, **options)
@@ -147,7 +147,7 @@ def _write(job: Job, named: NamedSurface, digest: str) -> dict[str, Any]:
                 raise Refused("NO_SURFACE", f"{named.name} has no voxel at resolution {resolution}")
             write_shape(path, shape, provenance)
             row["points"] = len(shape.coords)
-        files.append({**row, "made": not is_there})
+        files.append({**row, "made": not is_reused})
     return {
         "case": named.name,
         "source": source.place,
@@ -162,8 +162,8 @@ def _write(job: Job, named: NamedSurface, digest: str) -> dict[str, Any]:
     }
 
 
-def _there_already(path: Path, provenance: Provenance) -> bool:
-    """A file of an earlier call; one of something else is neither taken nor overwritten."""
+def _is_of_earlier_call(path: Path, provenance: Provenance) -> bool:
+    """Whether an earlier call wrote this file; one of something else is neither taken nor overwritten."""
     if not path.exists():
         return False
     try:

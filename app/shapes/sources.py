@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from app.dataset import prepared
-from app.prepare.files import FORMATS, Ref, files_below, hash_of, sniff
+from app.prepare.files import Ref, files_below, hash_of, sniff
 from app.prepare.formats import read_header
 from app.prepare.labels import MAX_LABELS, looks_like_labels, safe_name
 from app.prepare.volume import RawSource, raw_sources
@@ -16,7 +16,8 @@ from app.prepare.volume_file import read_voxels
 from app.shapes.bands import Surface, check_surface, mesh_affine, volume_affine
 from app.shapes.mesh_files import READERS, Mesh, read_mesh
 from app.shared.refusals import Refused
-from transforms.isosurface import surface_at
+from app.shared.scan_formats import volume_endings, without_ending
+from transforms.isosurface import placed, surface_at
 
 MOST_NAMED = 12  # labels or organs in a line
 
@@ -94,7 +95,7 @@ def _files(source: Path) -> list[Source]:
             sources.append(Source(stem, place, "refused", ref.path, error=refused))
         elif not ref.member and Path(ref.path).suffix.lower() in READERS:
             sources.append(Source(stem, place, "mesh", ref.path))
-        elif not ref.member and ref.name.lower().endswith(tuple(end for it in FORMATS.values() for end in it.endings)):
+        elif not ref.member and ref.name.lower().endswith(volume_endings()):
             sources.append(Source(stem, place, "labels", ref.path))
         elif source.is_file():
             what = f"{ref.name} is neither a mesh ({', '.join(READERS)}) nor a volume (NIfTI, NRRD, MHA)"
@@ -105,11 +106,8 @@ def _files(source: Path) -> list[Source]:
 
 def _stem(place: str) -> str:
     path = Path(place)
-    name = path.name
-    for ending in (".nii.gz", ".hdr.gz", path.suffix):
-        if ending and name.lower().endswith(ending):
-            name = name[: -len(ending)]
-            break
+    name = without_ending(path.name)
+    name = path.stem if name == path.name else name  # a mesh
     return "/".join([*(safe_name(part) for part in path.parent.parts), safe_name(name)])
 
 
@@ -224,11 +222,7 @@ def _at_level(
     surface = surface_at(values, level)
     if not len(surface.faces):
         raise Refused("NO_SURFACE", f"{name} has no surface at {what}")
-    vertices = surface.vertices @ affine[:3, :3].T + affine[:3, 3]
-    faces = surface.faces[:, ::-1] if np.linalg.det(affine[:3, :3]) < 0 else surface.faces
     findings = ("UNSIGNED",) if wanted.unsigned else ()
     sign = "none" if wanted.unsigned else "parity"
-    closed = Surface(
-        Mesh(vertices, np.ascontiguousarray(faces)), sign, findings, tuple("given unsigned" for _ in findings)
-    )
+    closed = Surface(Mesh(*placed(surface, affine)), sign, findings, tuple("given unsigned" for _ in findings))
     return NamedSurface(name, closed, (tuple(values.shape), np.asarray(affine, np.float64)))

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from app.dataset import prepared
 from app.shared.hashes import hash_path
 from app.shared.refusals import Refused
+from app.shared.scan_formats import volume_endings, without_ending
 from app.shared.tables import read_table
 from app.text.layouts import CT_RATE_NAME, read_layout
 from app.text.rows import REPORT_QUESTION, TextRow, clean, general_rows
@@ -28,7 +29,6 @@ SPLIT_NAMES = {
     "test": "test",
 }
 SAMPLE = 1 << 16  # bytes
-SCAN_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".zip", ".npz")
 
 
 def read_rows(source: str | Path, *, image_root: str | Path | None = None) -> list[TextRow]:
@@ -189,11 +189,7 @@ def read_folder(folder: Path) -> list[TextRow]:
 
 def stem(name: str) -> str:
     """File name without folders and without the ending of a scan."""
-    base = Path(name).name
-    for ending in SCAN_ENDINGS:
-        if base.lower().endswith(ending):
-            return base[: -len(ending)]
-    return base
+    return without_ending(Path(name).name)
 
 
 class ImageFinder:
@@ -245,10 +241,10 @@ class ImageFinder:
     def names(self) -> dict[str, list[Path]]:
         """Scans, token files and prepared cases below the root, by name; listed once, when first needed."""
         if self._names is None:
-            self._names = defaultdict(list)
+            self._names, endings = defaultdict(list), (*volume_endings(), ".zip", ".npz")
             for path in self.root.rglob("*"):
                 is_case = path.is_dir() and path.parent.name == "processed"
-                if is_case or (path.name.lower().endswith(SCAN_ENDINGS) and "processed" not in path.parts[:-1]):
+                if is_case or (path.name.lower().endswith(endings) and "processed" not in path.parts[:-1]):
                     self._names[stem(path.name)].append(path)
         return self._names
 

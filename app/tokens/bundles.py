@@ -14,12 +14,12 @@ from networks.presets import Preset
 from transforms.windows import windows_range
 
 ORIENTATION = "RAS"
-TOLD = ("resolution", "spacing", "prepared", "features", "windows", "keep", "num_embeddings", "quantizer_levels")
+STATED = ("resolution", "spacing", "prepared", "features", "windows", "keep", "num_embeddings", "quantizer_levels")
 
 
 def description(sizes: Preset, digest: str) -> dict[str, Any]:
     """What a bundle's metadata hold under `tokenizer`: geometry, HU range, windows, sparsification, codes, weights."""
-    stated = {name: value for name, value in dataclasses.asdict(sizes).items() if name in TOLD}
+    stated = {name: value for name, value in dataclasses.asdict(sizes).items() if name in STATED}
     return {
         "sha256": digest,
         "orientation": ORIENTATION,
@@ -39,11 +39,11 @@ def check_description(weights: Path, sizes: Preset, digest: str) -> None:
     file = metadata_beside(weights)
     if file is None:
         return
-    again = "export it again, or copy it again whole"
+    remedy = "export it again, or copy it again whole"
     stated = (read_object(file) or {}).get("tokenizer")
     if not isinstance(stated, dict):
-        raise Refused("BAD_BUNDLE", f"{file} does not describe a tokenizer", again)
+        raise Refused("BAD_BUNDLE", f"{file} does not describe a tokenizer", remedy)
     for name, value in description(sizes, digest).items():
         if stated.get(name) != value:
             what = f"{file} says {name} {stated.get(name)}, the weights beside it have {value}"
-            raise Refused("BAD_BUNDLE", what, again)
+            raise Refused("BAD_BUNDLE", what, remedy)

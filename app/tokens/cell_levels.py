@@ -1,7 +1,7 @@
-"""Of how many codes each cell consists, where cells have unlike numbers: a bit a level, told by what is around.
+"""How many codes each cell has, where cells have unlike numbers: a bit a level, predicted from its neighbours.
 
-A cell has its first code; then a bit says whether it goes on, another whether it goes on from there. Each is told by
-what the first code is like and by how many of the neighbours known so far go on and do not, learned as the file goes.
+A cell has its first code; then a bit says whether a second follows, and so on. Each bit is predicted from the kind of
+the first code and from how many of the neighbours coded so far have another code or none, learned as the file goes.
 """
 
 import numpy as np
@@ -23,7 +23,7 @@ def code_levels(
     most: int,
     truth: Int64[np.ndarray, " M"] | None = None,
 ) -> Int64[np.ndarray, " M"]:
-    """Numbers of 1 to `most`: coded where they are given, else found. `kinds`: of the first codes, under NUM_KINDS."""
+    """Numbers of 1 to `most`, encoded where given, else decoded. `kinds`: of the first codes, under NUM_KINDS."""
     levels = np.ones(len(kinds), np.int64)
     for number in range(1, most):
         model = AdaptiveBits(NUM_KINDS * VOTES * VOTES)

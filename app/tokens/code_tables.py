@@ -17,7 +17,7 @@ from jaxtyping import Bool, Int, Int64, Integer
 
 from app.tokens.cell_levels import NUM_KINDS, code_levels
 from app.tokens.entropy import TOTAL, AdaptiveBits, Reader, Writer, uniform_table
-from app.tokens.occupancy import Shape, reading, row_map, writing
+from app.tokens.occupancy import CodeBits, Shape, reading, row_map, writing
 from networks.residual import NO_CODE, ResidualQuantizer
 from networks.vqvae import SparseVQVAE
 
@@ -117,7 +117,7 @@ def _halves(rows: np.ndarray, points: np.ndarray, use: np.ndarray) -> tuple[np.n
 class _Coding(NamedTuple):
     """How bits and places are coded: a writer is given them, a reader finds them."""
 
-    bits: Callable[[AdaptiveBits, np.ndarray, np.ndarray | None], np.ndarray]
+    bits: CodeBits
     places: Callable[[LevelTable, np.ndarray, np.ndarray | None], np.ndarray]
 
 
@@ -130,26 +130,22 @@ def put_codes(
 ) -> None:
     """Level by level; after the first, where some cells have fewer codes than others, how many each has."""
 
-    def put_bits(model: AdaptiveBits, contexts: np.ndarray, bits: np.ndarray) -> np.ndarray:
-        model.put(writer, bits, contexts)
-        return bits
-
     def put_places(level: LevelTable, leaves: np.ndarray, places: np.ndarray) -> np.ndarray:
         writer.put_ranges(_reached(level, leaves, places), _reached(level, leaves, places + 1))
         return places
 
     codes, passes = codes.astype(np.int64), list(_passes(coords, shape))
     for number, level in enumerate(tables.levels[: codes.shape[1]]):
-        there = codes[:, number] != NO_CODE
+        has_code = codes[:, number] != NO_CODE
         if number == 1 and (codes == NO_CODE).any():
             kinds = _kinds(tables.levels[0], codes[:, 0])
             code_levels(writing(writer), passes, kinds, codes.shape[1], (codes != NO_CODE).sum(1))
-        column = codes[there, number]
+        column = codes[has_code, number]
         if level is None:
             _put_digits(writer, column, tables.num_codes)
         else:
-            near = passes if there.all() else list(_passes(coords[there], shape))
-            _coded(_Coding(put_bits, put_places), level, near, len(column), column)
+            near = passes if has_code.all() else list(_passes(coords[has_code], shape))
+            _coded(_Coding(writing(writer), put_places), level, near, len(column), column)
 
 
 def take_codes(
@@ -166,20 +162,20 @@ def take_codes(
     def take_places(level: LevelTable, leaves: np.ndarray, _: None) -> np.ndarray:
         if (level.firsts[leaves] == level.firsts[leaves + 1]).any():
             raise ValueError("it names codes that its tokenizer does not have")
-        return reader.take_found(len(leaves), lambda slots, rows: _found(level, leaves[rows], slots))
+        return reader.take_with(len(leaves), lambda slots, rows: _place_at(level, leaves[rows], slots))
 
-    coding = _Coding(lambda model, contexts, _: model.take(reader, contexts), take_places)
+    coding = _Coding(reading(reader), take_places)
     passes, codes = list(_passes(coords, shape)), np.full((len(coords), levels), NO_CODE)
     have = np.full(len(coords), levels)
     for number, level in enumerate(tables.levels[:levels]):
         if number == 1 and unlike:
             have = code_levels(reading(reader), passes, _kinds(tables.levels[0], codes[:, 0]), levels)
-        there = have > number
+        has_code = have > number
         if level is None:
-            codes[there, number] = _take_digits(reader, int(there.sum()), tables.num_codes)
+            codes[has_code, number] = _take_digits(reader, int(has_code.sum()), tables.num_codes)
         else:
-            near = passes if there.all() else list(_passes(coords[there], shape))
-            codes[there, number] = _coded(coding, level, near, int(there.sum()), None)
+            near = passes if has_code.all() else list(_passes(coords[has_code], shape))
+            codes[has_code, number] = _coded(coding, level, near, int(has_code.sum()), None)
     return codes
 
 
@@ -248,7 +244,7 @@ def _reached(level: LevelTable, leaves: np.ndarray, places: np.ndarray) -> Int64
     return before * (TOTAL - (stop - first)) // whole + (places - first)
 
 
-def _found(level: LevelTable, leaves: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _place_at(level: LevelTable, leaves: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The place whose range holds each slot, by bisection, and that range."""
     low, high = level.firsts[leaves], level.firsts[leaves + 1]
     while (high - low > 1).any():

@@ -11,22 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import nibabel
-import numpy as np
 import torch
-from jaxtyping import Float, Num
-from scipy import ndimage
 
 from app.shapes.mesh_files import WRITERS, write_mesh
-from app.shared.atomic_files import written_whole
 from app.shared.output_folder import check_folder
 from app.shared.refusals import Refused, as_refused, check_path
 from app.shared.terminal import progress
 from app.tokens import open_scan, shape_tokens
-from app.tokens.open_scan import ScanSource, Volume
+from app.tokens.open_scan import ScanSource
 from app.tokens.token_files import CTTokens, is_packed, rate_of, read_tokens, write_tokens
 from app.tokens.tokenizer import CTTokenizer
-from transforms.sparse import DROPPED
+from app.tokens.volumes import onto_grid, write_nifti
 
 READING_THREADS = 4  # scans that are opened at a time where a card computes; each takes up to a few GiB of memory
 
@@ -55,13 +50,9 @@ def tokenize(  # noqa: PLR0913
     check_path(out)
     source, out = Path(source), Path(out)
     ct = CTTokenizer.from_pretrained(tokenizer)
-    try:
-        wanted = ct.check_levels(levels)
-    except ValueError as error:
-        raise Refused("BAD_VALUE", str(error), "leave --levels out for all of them") from error
+    wanted = ct.check_levels(levels)
+    ct.check_refine(refine)
     if is_shape := ct.sizes.features == "sdf":
-        if refine:
-            raise Refused("BAD_VALUE", "codes of shapes are not refined, this tokenizer is of shapes", "leave it out")
         sources = list(shape_tokens.shapes_in(source, ct.sizes.resolution))
     else:
         sources = list(open_scan.scan_sources(source, series=series, token_files=False))
@@ -82,19 +73,18 @@ def tokenize(  # noqa: PLR0913
     for scan, ready in zip(progress(sources, "tokenize"), opened, strict=True):
         path = place_of(scan)
         try:
-            tokens = _there_already(path, ct, scan.source_hash) if scan.source_hash and not overwrite else None
+            tokens = _tokens_of_earlier_call(path, ct, scan.source_hash) if scan.source_hash and not overwrite else None
             asked = {"support": support, "levels": wanted, "refine": refine, "pack": pack}
-            if is_there := tokens is not None and _is_as_asked(path, tokens, **asked):
+            if is_reused := tokens is not None and _is_as_asked(path, tokens, **asked):
                 bits = rate_of(tokens, ct.tables)
             else:
-                how = {"support": support, "levels": wanted}
-                encode = shape_tokens.encode_shape if is_shape else partial(CTTokenizer.encode, refine=refine)
-                tokens = encode(ct, ready(), **how)
+                encode = partial(shape_tokens.encode_shape, ct) if is_shape else partial(ct.encode, refine=refine)
+                tokens = encode(ready(), support=support, levels=wanted)
                 bits = write_tokens(path, tokens, tables=ct.tables, pack=pack)
         except ValueError as error:
             entries.append(_refused(scan.name, error))
             continue
-        entries.append(_tokenized(path, scan.name, tokens, bits) | {"message": "there already" if is_there else ""})
+        entries.append(_tokenized(path, scan.name, tokens, bits) | {"message": "there already" if is_reused else ""})
     return _summary(entries, ct)
 
 
@@ -131,7 +121,7 @@ def _check_kind(source: Path, out: Path, *, single: bool, kinds: str) -> None:
         raise Refused("NO_OUTPUT", f"what is written ends in {kinds}, OUT is {out}", "give such a file, or a folder")
 
 
-def _there_already(path: Path, ct: CTTokenizer, source_hash: str) -> CTTokens | None:
+def _tokens_of_earlier_call(path: Path, ct: CTTokenizer, source_hash: str) -> CTTokens | None:
     """Tokens of an earlier, interrupted call. Those of another tokenizer or scan are neither taken nor overwritten."""
     if not path.exists():
         return None
@@ -157,7 +147,7 @@ def _is_as_asked(path: Path, tokens: CTTokens, *, support: bool, levels: float, 
 
 
 def _codes_of(tokens: CTTokens) -> list[str]:
-    """What was found of their scan; a file of older software does not say."""
+    """Codes of the findings in their scan; a file of older software does not say."""
     return ["EXISTS"] if tokens.findings is None else [*tokens.findings] or ["OK"]
 
 
@@ -248,29 +238,3 @@ def _rate_in_words(entry: dict[str, Any]) -> str:
     bits, voxels = entry["bits"], entry["bits"]["per_voxel"]
     of_voxels = "" if voxels is None else f", {voxels:.4f} a voxel"
     return f"{entry['count']} tokens, {bits['per_token']:.1f} bits a token{of_voxels}"
-
-
-# ---- volumes out
-
-
-def onto_grid(volume: Volume, shape: tuple[int, int, int], affine: Float[np.ndarray, "4 4"]) -> Volume:
-    """The volume on another grid, linear, air outside."""
-    there = np.linalg.inv(volume.affine) @ affine
-    hu = ndimage.affine_transform(
-        np.asarray(volume.hu, np.float32), there[:3, :3], there[:3, 3], shape, order=1, mode="constant", cval=DROPPED
-    )
-    return Volume(hu, affine)
-
-
-def write_nifti(path: Path, volume: Volume) -> None:
-    """int16 HU."""
-    write_image(path, np.clip(np.rint(volume.hu), -32768, 32767).astype(np.int16), volume.affine)
-
-
-def write_image(path: Path, values: Num[np.ndarray, "X Y Z"], affine: Float[np.ndarray, "4 4"]) -> None:
-    """As NIfTI in mm, whole or not at all."""
-    image = nibabel.Nifti1Image(values, affine)
-    image.header.set_xyzt_units("mm")
-    image.set_sform(affine, code=1)
-    with written_whole(path) as beside:
-        nibabel.save(image, beside)

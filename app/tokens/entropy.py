@@ -92,15 +92,15 @@ class Reader:
 
         def find(slots: np.ndarray, rows: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             if table.ndim == 1:
-                found = symbol_at[slots]
-                return found, table[found], table[found + 1]
+                symbol = symbol_at[slots]
+                return symbol, table[symbol], table[symbol + 1]
             mine, each = table[rows], np.arange(len(slots))
-            found = (mine[:, 1:-1] <= slots[:, None]).sum(1)
-            return found, mine[each, found], mine[each, found + 1]
+            symbol = (mine[:, 1:-1] <= slots[:, None]).sum(1)
+            return symbol, mine[each, symbol], mine[each, symbol + 1]
 
-        return self.take_found(count, find)
+        return self.take_with(count, find)
 
-    def take_found(self, count: int, find: Find) -> Int64[np.ndarray, " N"]:
+    def take_with(self, count: int, find: Find) -> Int64[np.ndarray, " N"]:
         """The next symbols, where `find` gives the symbol and range of each slot, for some of the rows."""
         lanes = len(self._states)
         self._steps += -(-count // lanes)
@@ -110,9 +110,9 @@ class Reader:
         for first in range(0, count, lanes):
             state = self._states[: min(lanes, count - first)]
             slot = state & np.uint64(TOTAL - 1)
-            found, starts, stops = find(slot.astype(np.int64), slice(first, first + lanes))
+            symbol, starts, stops = find(slot.astype(np.int64), slice(first, first + lanes))
             starts, stops = starts.astype(np.uint64), stops.astype(np.uint64)
-            symbols[first : first + lanes] = found
+            symbols[first : first + lanes] = symbol
             state >>= np.uint64(PRECISION)
             state *= stops - starts
             state += slot - starts
@@ -170,7 +170,7 @@ class AdaptiveBits:
         self._seen += len(bits)
 
     def _chunks(self, count: int) -> Iterator[slice]:
-        """The more was seen, the less a few more tell."""
+        """They grow with what was coded: a few bits more then change the shares little."""
         first, (least, most) = 0, CHUNK_SIZES
         while first < count:
             yield (rows := slice(first, first + min(max(self._seen // 8, least), most)))

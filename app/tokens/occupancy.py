@@ -2,8 +2,8 @@
 
 The octree ends at the latents; stored support goes on from there, three halvings further down. Cells come in Morton
 order, x highest, so the children of sorted cells are sorted. A cell first says whether all its eight children exist;
-one with fewer says each, told by its siblings, its neighbours and their children so far. Needs no table: the model
-learns as it goes.
+one with fewer says each, predicted from its siblings, its neighbours and their children so far. Needs no table: the
+model learns as it goes.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ class OccupancyModel:
     def children(
         self, code: CodeBits, cells: Int[np.ndarray, "N 3"], shape: Shape, truth: Bool[np.ndarray, "N 8"] | None = None
     ) -> Bool[np.ndarray, "N 8"]:
-        """Which children each cell of a grid has: coded where they are given, else found."""
+        """Which children each cell of a grid has: encoded where they are given, else decoded."""
         row_of = row_map(cells, shape, border=1)
         around, faces = _numbers_around(row_of, len(cells), cells)
         full = code(self._full, 7 * around + faces, None if truth is None else truth.all(1))
@@ -80,7 +80,7 @@ def _numbers_around(row_of: np.ndarray, count: int, cells: np.ndarray) -> tuple[
 def _contexts(
     known: np.ndarray, kind: np.ndarray, row_of: np.ndarray, cells: np.ndarray, rows: np.ndarray, octant: int
 ) -> Int64[np.ndarray, " N"]:
-    """Along each axis the octant has a sibling behind and a cousin ahead, told already or of a cell that is."""
+    """Contexts of one octant: along each axis a sibling behind and a cousin ahead, coded already or of a coded cell."""
     ahead = 2 * OCTANTS[octant] - 1
     siblings, cousins, outer = (np.zeros(len(cells), np.int64) for _ in range(3))
     for axis in range(3):

@@ -46,7 +46,7 @@ class Scan(NamedTuple):
     source_shape: tuple[int, int, int]
     source_affine: Float[np.ndarray, "4 4"]
     source_hash: str = ""  # of the scan's content; an array in memory has none
-    codes: tuple[str, ...] = ()  # what was found, fixed or cut on its way here
+    codes: tuple[str, ...] = ()  # of findings in it, and of what was fixed or cut on its way here
 
 
 class TokenizerNeeds(NamedTuple):
@@ -293,7 +293,7 @@ def of_raw(raw: RawScan, grid: Cube | None) -> Scan:
 
 
 def _on_prepared_grid(volume: Any, grid: Cube | None) -> Any:
-    """On a grid as `prepare` would make it, with what it found; None is its default."""
+    """On a grid as `prepare` would make it, with its findings; None is its default."""
     return normalise(volume, *(grid or (cohort.PrepareSettings().size, cohort.PrepareSettings().spacing)))
 
 
@@ -303,12 +303,12 @@ def as_it_lies(hu: Num[np.ndarray, "X Y Z"], affine: Float[np.ndarray, "4 4"]) -
 
 
 def _placed(volume: Volume, grid: Cube | None) -> tuple[Volume, tuple[str, ...]]:
-    """An array where a raw scan would go, with what was found. On RAS axes it stays where no grid is known."""
+    """An array where a raw scan would go, with findings. On RAS axes it stays where no grid is known."""
     axes = volume.affine[:3, :3]
     steps = np.diag(axes)
     upright = np.allclose(axes, np.diag(steps), atol=1e-6 * np.abs(axes).max()) and (steps > 0).all()
-    there = grid is None or (volume.hu.shape == (grid[0],) * 3 and np.allclose(steps, grid[1], rtol=1e-4))
-    if upright and there:
+    is_on_grid = grid is None or (volume.hu.shape == (grid[0],) * 3 and np.allclose(steps, grid[1], rtol=1e-4))
+    if upright and is_on_grid:
         return volume, ()
     on_grid = _on_prepared_grid(volume, grid)
     return Volume(on_grid.hu, on_grid.affine), tuple(codes_of(on_grid.findings))

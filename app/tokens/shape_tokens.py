@@ -22,7 +22,7 @@ from app.tokens.tokenizer import CTTokenizer
 from networks.sparse import SparseTensor
 from networks.support import support_of
 from networks.tiles import Decoded, encode_whole
-from transforms.isosurface import surface_of_band
+from transforms.isosurface import placed, surface_of_band
 
 KEEP = "band"
 
@@ -83,8 +83,7 @@ def band_mesh(values: SparseTensor, affine: np.ndarray) -> Mesh:
     surface = surface_of_band(values.coords[:, 1:].cpu().numpy(), values.feats[:, 0].float().cpu().numpy())
     if not len(surface.faces):
         raise Refused("NO_SURFACE", "the tokens decode to no surface", "train the tokenizer for longer")
-    faces = surface.faces[:, ::-1] if np.linalg.det(affine[:3, :3]) < 0 else surface.faces
-    return Mesh(surface.vertices @ affine[:3, :3].T + affine[:3, 3], np.ascontiguousarray(faces))
+    return Mesh(*placed(surface, affine))
 
 
 def shapes_in(source: Path, resolution: int) -> Iterator[ScanSource]:

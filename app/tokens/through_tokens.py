@@ -16,8 +16,8 @@ from monai.transforms import MapTransform
 from app.prepare import RawScan, read_scan
 from app.prepare.values import why_not_hu
 from app.shared.refusals import Refused
-from app.tokens.commands import onto_grid
 from app.tokens.tokenizer import CTTokenizer
+from app.tokens.volumes import onto_grid
 from networks.vqvae import SparseVQVAE
 
 
@@ -51,14 +51,14 @@ class ThroughTokens(Inferer):
         tokenizer = CTTokenizer(network, digest="")
         affines = np.broadcast_to(np.asarray(inputs.affine.cpu(), np.float64), (len(inputs), 4, 4))
         done = [
-            _there_and_back(tokenizer, volume[0], affine)
+            _encoded_and_decoded(tokenizer, volume[0], affine)
             for volume, affine in zip(inputs.as_tensor(), affines, strict=True)
         ]
         result = torch.from_numpy(np.stack(done)[:, None]).to(inputs.device)
         return MetaTensor(result, meta=inputs.meta)
 
 
-def _there_and_back(tokenizer: CTTokenizer, values: torch.Tensor, affine: np.ndarray) -> np.ndarray:
+def _encoded_and_decoded(tokenizer: CTTokenizer, values: torch.Tensor, affine: np.ndarray) -> np.ndarray:
     hu = values.cpu().numpy()
     if (reason := why_not_hu(hu)) is not None:
         raise Refused("NOT_HU", reason, "give the volume in HU, as the scanner's files have it")

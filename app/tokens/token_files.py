@@ -28,7 +28,7 @@ from networks.residual import NO_CODE
 from networks.sparse.topology import bits_for, morton_keys
 
 FILE_VERSION = 2
-VERSION_OF_LEVELS = 3  # cells of unlike numbers of codes: older software would take what is not there for codes
+VERSION_OF_LEVELS = 3  # cells of unlike numbers of codes: older software would take the filling for codes
 PACKED = "packed"  # the one array of a packed file
 SUPPORT_LEVELS = 3  # support_0: children of each latent; support_1, support_2: of each cell of the two levels below
 MAX_BYTES = 2**30  # of all arrays of a file, unpacked
@@ -141,18 +141,18 @@ def is_packed(path: Path) -> bool:
 
 
 def _arrays_of(tokens: CTTokens) -> dict[str, np.ndarray]:
-    there = tokens.codes != NO_CODE
+    has_code = tokens.codes != NO_CODE
     given = {name: getattr(tokens, name) for name in packing.FIELDS}
     stored = {name: np.array(value, packing.FIELDS[name]) for name, value in given.items() if value is not None}
     behind = {name: stored.pop(name) for name in ("findings", "voxels", "refined") if name in stored}  # in the file
     arrays = {
-        "codes": np.where(there, tokens.codes, 0).astype(np.min_scalar_type(int(tokens.codes.max()))),
+        "codes": np.where(has_code, tokens.codes, 0).astype(np.min_scalar_type(int(tokens.codes.max()))),
         "coords": tokens.coords.astype(np.int32),
         **stored,
-        "version": np.array(FILE_VERSION if there.all() else VERSION_OF_LEVELS, np.int32),
+        "version": np.array(FILE_VERSION if has_code.all() else VERSION_OF_LEVELS, np.int32),
     }
-    if not there.all():
-        arrays["levels"] = there.sum(1).astype(np.uint8)
+    if not has_code.all():
+        arrays["levels"] = has_code.sum(1).astype(np.uint8)
     return arrays | behind | {f"support_{i}": part for i, part in enumerate(tokens.support or ())}
 
 

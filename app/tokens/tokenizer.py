@@ -36,7 +36,7 @@ from transforms.windows import hu_from_windows, window_bounds
 log = logging.getLogger(__name__)
 
 MIN_POINTS = 100
-OTHER_RESAMPLER = (
+RESAMPLER_CHANGED = (
     "{file} learned from data resampled by an older rule, scans are now resampled by '{now}'; tokens are usable, and "
     "training it again closes the gap (docs/data.md)"
 )
@@ -82,7 +82,7 @@ class CTTokenizer:
         network = checkpoints.load_tokenizer(file)
         log.info("tokenizer %s", file)
         if checkpoints.is_resampled_otherwise(network.sizes):
-            log.warning("%s", OTHER_RESAMPLER.format(file=file.name, now=RESAMPLER))
+            log.warning("%s", RESAMPLER_CHANGED.format(file=file.name, now=RESAMPLER))
         digest = seals.weights_hash(network.state_dict())
         check_description(file, network.sizes, digest)
         ct = cls(network, digest=digest, source=str(file), max_points=max_points)
@@ -111,7 +111,16 @@ class CTTokenizer:
         fraction = levels is not None and not float(levels).is_integer()
         if fraction and 1 < levels < self.sizes.quantizer_levels and self.sizes.features == "window":
             return levels
-        return self.network.check_levels(levels)
+        try:
+            return self.network.check_levels(levels)
+        except ValueError as error:
+            raise Refused("BAD_VALUE", str(error), "leave --levels out for all of them") from error
+
+    def check_refine(self, steps: int) -> None:
+        """Refuses steps that cannot be taken."""
+        if steps < 0 or (steps and self.sizes.features != "window"):
+            why = "" if steps < 0 else ": codes of shapes are not refined"
+            raise Refused("BAD_VALUE", f"refine must be a number of steps from 0, got {steps}{why}", "leave it out")
 
     def encode(self, scan: Any, *, support: bool = False, levels: float | None = None, refine: int = 0) -> CTTokens:
         """Tokens of a scan: a path (case or raw), a PreparedCase, a nibabel image, a MetaTensor, (array, affine).
@@ -124,8 +133,7 @@ class CTTokenizer:
         """
         wanted = self.check_levels(levels)
         whole = float(wanted).is_integer()
-        if refine < 0:
-            raise ValueError(f"refine must be a number of steps from 0, got {refine}")
+        self.check_refine(refine)
         rows = scan if isinstance(scan, ScanRows) else self.look(scan)
         if isinstance(rows, CTTokens):
             self.check_tokens(rows)

@@ -316,7 +316,7 @@ def _start_from_published(network: SparseVQVAE, state: dict, file: Path) -> None
 def check_same(
     stored: Preset, wanted: Preset, *, source: Path, skip: set[str], otherwise: str = "train the earlier stage again"
 ) -> None:
-    """Ends the run where a checkpoint differs from it: the first difference is told, and every flag that is wanted."""
+    """Refuses a checkpoint of other sizes than the run's: names the first difference and all flags that fit it."""
     names = [field.name for field in dataclasses.fields(Preset) if field.name not in skip | NO_SIZES]
     other = [name for name in names if getattr(stored, name) != getattr(wanted, name)]
     if other:

@@ -71,7 +71,7 @@ class CTDataset(Dataset):
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self._settings = _settings_of(preprocessing)
         self._skipped: set[str] = set()
-        self._told_cut = False
+        self._has_warned_of_cut = False
         self._memory: dict[Hashable, dict[str, Any]] = {}
         self._memory_left = cache_bytes  # in each process: what does not fit is read from the disk again
         for case in self.cases:
@@ -139,7 +139,7 @@ class CTDataset(Dataset):
         return item
 
     def _is_constant(self, rows: np.ndarray) -> bool:
-        """Whether all rows have the same features; nearly always the first few tell that they have not."""
+        """Whether all rows have the same features; the first thousand nearly always differ already."""
         for part in (rows[:1000], rows):
             feats = self.windowing({"values": part})["feats"]
             if not (feats == feats[0]).all():
@@ -157,23 +157,23 @@ class CTDataset(Dataset):
             item = self._prepare(case)
             if file is not None:
                 self._write_cache(file, item)
-        self._tell_cut(case, item)
+        self._warn_of_cut(case, item)
         self._remember(number, item)
         return item
 
     def _remember(self, key: Hashable, item: dict[str, Any]) -> None:
-        """Keeps an item at hand while there is room."""
+        """Keeps an item in memory as long as `cache_bytes` are not used up."""
         size = item["coords"].nbytes + item["values"].nbytes
         if size <= self._memory_left:
             self._memory[key] = item
             self._memory_left -= size
 
-    def _tell_cut(self, case: PreparedCase, item: dict[str, Any]) -> None:
+    def _warn_of_cut(self, case: PreparedCase, item: dict[str, Any]) -> None:
         """Once, for the first case that is larger than the grid: a cohort may have thousands."""
         worker = get_worker_info()
-        if self._told_cut or item["beyond"] < CUT_OFF or (worker is not None and worker.id > 0):
+        if self._has_warned_of_cut or item["beyond"] < CUT_OFF or (worker is not None and worker.id > 0):
             return
-        self._told_cut = True
+        self._has_warned_of_cut = True
         log.warning(
             "FOV_CROPPED: %.1f %% of what is denser than air in %s lies beyond the grid and is cut off; where that is "
             "patient and not table, train with a larger spacing or resolution (said of the first such case)",

@@ -96,12 +96,12 @@ class StopAtNonFiniteLoss(OnEvent):
         parts = engine.state.batch if isinstance(engine.state.batch, list) else [engine.state.batch]
         cases = ", ".join(case for part in parts for case in part["case_id"])
         last = getattr(engine, "last_saved_step", None)
-        kept = f"the last checkpoint is step {last}" if last is not None else "no checkpoint exists yet"
-        again = "start again with a lower learning_rate"
+        saved = f"the last checkpoint is step {last}" if last is not None else "no checkpoint exists yet"
+        remedy = "start again with a lower learning_rate"
         if last is not None:
-            again = "resume from it with a lower learning_rate (from an earlier step, if this comes again)"
-        what = f"loss is {loss} at step {engine.state.iteration} on cases {cases}; {kept}"
-        raise Refused("NOT_FINITE", what, f"{again}, or check these cases with `python -m app check`", status=1)
+            remedy = "resume from it with a lower learning_rate (from an earlier step, if this comes again)"
+        what = f"loss is {loss} at step {engine.state.iteration} on cases {cases}; {saved}"
+        raise Refused("NOT_FINITE", what, f"{remedy}, or check these cases with `python -m app check`", status=1)
 
 
 class Average(OnEvent):
@@ -234,10 +234,10 @@ class Pictures:
         self.samples: list[pictures.Sample] = []
 
     def attach(self, engine: Engine) -> None:
-        self.evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._keep)
+        self.evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
         engine.add_event_handler(self.on, self._draw)
 
-    def _keep(self, evaluator: Engine) -> None:
+    def _collect(self, evaluator: Engine) -> None:
         if evaluator.state.iteration == 1:
             self.samples.clear()
         if len(self.samples) < MAX_PICTURED:
@@ -257,7 +257,7 @@ class Checkpoints(OnEvent):
         self.state, self.keep_last, self.on = state, keep_last, on
 
     def __call__(self, engine: SupervisedTrainer) -> None:
-        engine.last_saved_step = step = engine.state.iteration  # every rank has to be able to tell it
+        engine.last_saved_step = step = engine.state.iteration  # every rank may have to name it
         if idist.get_rank() != 0:
             return
         self.state.save(engine)

@@ -17,7 +17,7 @@ from transforms.dictionary import RandAcquisitiond, RandStructuresd, RandTransla
 from transforms.sparse import KEEPS
 from transforms.windows import WINDOWS
 
-# Names of the original scripts, and common other names, with ours: the first that a run has is told.
+# Names of the original scripts, and common other names, with ours: the first that a run has is suggested.
 OTHER_NAMES = {
     "data_dir": ("dataset_dir", "data"),
     "data_path": ("data", "dataset_dir"),
@@ -99,7 +99,7 @@ def _size(name: str, *, optional: bool = True) -> Rule:
 
 
 def _taken_by(transform: type, name: str) -> Callable[[Any], bool]:
-    """Whether a transform can be made with a value."""
+    """Whether a transform accepts a value."""
 
     def holds(value: Any) -> bool:
         try:

@@ -101,7 +101,7 @@ def load_config(files: str | Sequence[str]) -> dict[str, Any]:
 
 
 def check_run(call: CommandLine | None = None) -> None:
-    """The first step of every bundle. Without a call it reads MONAI's command line. Says what open keys come to."""
+    """The first step of every bundle: without a call it reads MONAI's command line. Logs the scale, data and preset."""
     if call is None:
         one_line_errors()
         call = read_command_line(sys.argv)
@@ -180,10 +180,10 @@ def _check_used(call: CommandLine) -> None:
 
 def _check_value(name: str, value: Any) -> None:
     rule = RULES[name]
-    is_made = (isinstance(value, str) and value.startswith(("$", "@", "%"))) or (
+    is_evaluated = (isinstance(value, str) and value.startswith(("$", "@", "%"))) or (
         isinstance(value, dict) and "_target_" in value
     )
-    if is_made or (value is None and rule.optional):
+    if is_evaluated or (value is None and rule.optional):
         return
     if not rule.allows(value):
         raise Refused("BAD_VALUE", f"{name} must be {rule.says}, got {value!r}", f"pass another --{name}")
@@ -234,7 +234,7 @@ def _references(value: Any) -> list[str]:
 
 
 def _check_component(path: str, node: dict[str, Any]) -> None:
-    """That what `_target_` names is there, and takes the arguments it is given."""
+    """That what `_target_` names exists, and takes the arguments beside it."""
     name = node["_target_"]
     if not isinstance(name, str) or name[:1] in ("$", "@"):
         return
@@ -248,8 +248,8 @@ def _check_component(path: str, node: dict[str, Any]) -> None:
         raise Refused("BAD_TARGET", what, "install what it needs") from error
     if component is None:
         module, _, last = name.rpartition(".")
-        there = pydoc.locate(module)
-        hint = suggestion(last, dir(there) if there else (), "").replace("mean ", f"mean {module}.")
+        parent = pydoc.locate(module)
+        hint = suggestion(last, dir(parent) if parent else (), "").replace("mean ", f"mean {module}.")
         raise Refused("BAD_TARGET", f"{path} names {name}, which does not exist", hint)
     try:
         # an instance's own call: Python 3.12 gives members of an Enum the signature of their class
@@ -292,12 +292,9 @@ def resolved_config(call: CommandLine | None) -> dict[str, Any]:
     """The config of this run: files, overrides, and in the place of each open flat key what it comes to."""
     if call is None:
         return {}
-    config = json.loads(json.dumps(call.config))
-    for name, value in call.overrides.items():
-        node, *rest = config, *re.split(r"::|#", name)
-        for part in rest[:-1]:
-            node = node[int(part) if isinstance(node, list) else part]
-        node[int(rest[-1]) if isinstance(node, list) else rest[-1]] = value
+    parser = ConfigParser(json.loads(json.dumps(call.config)))
+    parser.update(call.overrides)
+    config = parser.get()
     _fill_open_keys(config)
     return config
 
@@ -316,7 +313,7 @@ def _fill_open_keys(config: dict[str, Any]) -> None:
 
 
 def _say_choices(config: dict[str, Any]) -> None:
-    """What the keys that were left open come to."""
+    """Scale, data and preset in the log."""
     if "training_stage" not in config:
         return
     scale, data = "demo" if config["demo"] else "full", config.get("dataset_dir")

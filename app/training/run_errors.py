@@ -40,9 +40,9 @@ def one_line_errors() -> None:
 
 
 def quiet_engines(*, end: bool = False) -> None:
-    """Ignite's engines say nothing of a refusal on its way out, which says all itself; `end` lets them again."""
+    """Ignite's engines do not log a refusal that passes through them: it is printed at its end. `end` undoes it."""
     for logger in map(logging.getLogger, ENGINES):
-        (logger.removeFilter if end else logger.addFilter)(_says_more)
+        (logger.removeFilter if end else logger.addFilter)(_is_no_refusal)
 
 
 def refusal_of_run(error: BaseException) -> Refused | None:
@@ -59,7 +59,7 @@ def refusal_of_run(error: BaseException) -> Refused | None:
 
 
 def end_at_once_on_sigterm() -> None:
-    """Until steps are taken nothing is lost; a line tells it, like that of Ctrl-C."""
+    """SIGTERM ends the process with one line, like Ctrl-C: before the first step nothing is lost."""
     process = os.getpid()
 
     def end(number: int, _frame: object) -> None:
@@ -70,13 +70,13 @@ def end_at_once_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, end)
 
 
-def _says_more(_record: logging.LogRecord) -> bool:
+def _is_no_refusal(_record: logging.LogRecord) -> bool:
     error = sys.exc_info()[1]
     return error is None or refusal_of(error) is None
 
 
 def _files_of(error: BaseException) -> list[str]:
-    """Where it went through, outermost first."""
+    """The files that it passed through, outermost first."""
     return [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
 
 

@@ -31,9 +31,9 @@ from app.training import checkpoints, preflight
 log = logging.getLogger(__name__)
 
 STARTING = ".starting_run"
-MAX_TOLD = 60  # letters of a setting
-MAX_PARTS = 5  # of a config, that a resumed run tells one by one
-UNTOLD = {"resume", "output_dir", "i_print", "i_log", "i_sample", "i_save", "keep_last", "_desc_"}  # the same run
+MAX_LETTERS = 60  # of a setting in the log
+MAX_PARTS = 5  # of a config that are named one by one where a resumed run has them otherwise
+FREE_TO_CHANGE = {"resume", "output_dir", "i_print", "i_log", "i_sample", "i_save", "keep_last", "_desc_"}
 SHOWN = ("loss", "recon", "vq", "commitment", "correct")  # on the console line, where a step has them
 
 
@@ -109,7 +109,7 @@ class RunFolder:
         (self.path / "config.json").write_text(json.dumps(preflight.resolved_config(self.call), indent=2) + "\n")
 
     def _say_what_changed(self) -> None:
-        """What the run did not begin with: given otherwise now, or by software that knew no such choice."""
+        """Warns of settings that differ from those that the run began with, or that its software did not have."""
         now = json.loads(json.dumps(preflight.resolved_config(self.call)))
         file = self.path / "config.json"
         before = read_object(file)
@@ -120,7 +120,7 @@ class RunFolder:
             for name, old, new in differences(before, now):
                 is_part = "#" in name or str(old)[:2] in ("{'", "[{") or str(new)[:2] in ("{'", "[{")
                 (parts if is_part else settings).append(f"{name} {_short(new)} (was {_short(old)})")
-            if len(parts) > MAX_PARTS:  # the file is another: it tells the user nothing
+            if len(parts) > MAX_PARTS:  # another file, of other software: its parts mean nothing to the user
                 parts = [f"{len(parts)} parts of a bundle that other software wrote"]
             if settings or parts:
                 log.warning("goes on with other settings than the run began with: %s", ", ".join(settings + parts))
@@ -175,14 +175,14 @@ class RunFolder:
         return row["phase"] == "warmup" or row["step"] <= self.start_step
 
     def go_on(self) -> None:
-        """From here on files of the run that is resumed change."""
+        """Continues a resumed run: reports what changed, describes it anew, cuts what came after its step."""
         if idist.get_rank() == 0:
             self._say_what_changed()
             self._describe()
             self._cut_after_start()
 
     def begin(self, network: nn.Module) -> None:
-        """From here on files of an earlier run change. Writes what is trained: freezing has to come before."""
+        """Before the first step: continues a resumed run; writes what is trained, so freezing has to come before."""
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
         total = sum(p.numel() for p in network.parameters())
         if self.start_step is not None:
@@ -227,10 +227,10 @@ class RunFolder:
     def record_end(self, *, then: str) -> None:
         """The last line of a run that came to its end."""
         best = checkpoints.read_best(self.output_dir)
-        kept = (
+        taken = (
             f"best step {best}" if best is not None else f"last step {checkpoints.complete_steps(self.output_dir)[-1]}"
         )
-        log.info("done in %s: %s, in %s. %s", duration(time.perf_counter() - self.begun), kept, self.output_dir, then)
+        log.info("done in %s: %s, in %s. %s", duration(time.perf_counter() - self.begun), taken, self.output_dir, then)
 
     def record_picture(self, draw: Callable[..., np.ndarray]) -> None:
         """Of this step: `draw` writes it and gives its pixels."""
@@ -293,8 +293,10 @@ def differences(before: object, now: object, path: str = "") -> Iterator[tuple[s
     if isinstance(before, dict) and isinstance(now, dict):
         for name in {**now, **before}:
             old, new = before.get(name, "not to be chosen"), now.get(name, "left out")
-            is_compared = path or name not in UNTOLD
-            passed_on = path and name not in before and str(new).startswith("@")  # the key it stands for is told
+            is_compared = (path and name != "_desc_") or name not in FREE_TO_CHANGE
+            passed_on = (
+                path and name not in before and str(new).startswith("@")
+            )  # the key that it refers to is compared
             if is_compared and not passed_on:
                 yield from differences(old, new, f"{path}#{name}" if path else name)
     elif before != now:
@@ -303,7 +305,7 @@ def differences(before: object, now: object, path: str = "") -> Iterator[tuple[s
 
 def _short(value: object) -> str:
     text = str(value)
-    return text if len(text) <= MAX_TOLD else text[:MAX_TOLD] + "…"
+    return text if len(text) <= MAX_LETTERS else text[:MAX_LETTERS] + "…"
 
 
 def duration(seconds: float) -> str:

@@ -47,7 +47,7 @@ def weights_hash(state: dict) -> str:
 
 
 def content_hash(content: dict) -> str:
-    """sha256 over named values, lists and tensors in their order, without the hash that a dict tells of itself."""
+    """sha256 over named values, lists and tensors in their order, without the hash that a dict holds of itself."""
     digest = hashlib.sha256()
 
     def add(value: object) -> None:

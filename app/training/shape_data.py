@@ -115,22 +115,22 @@ def find_shapes(folder: str | Path, *, resolution: int, factors: Sequence[int] =
     root = Path(folder)
     sides = [resolution // factor for factor in factors]
     rows = read_metadata(root / "metadata.csv")
-    found, lacking = [], []
+    cases, lacking = [], []
     for file in sorted(root.rglob(f"*_r{sides[0]}.npz")):
         name = file.relative_to(root).as_posix().removesuffix(f"_r{sides[0]}.npz")
         files = tuple(root / f"{name}_r{side}.npz" for side in sides)
         if all(one.is_file() for one in files):
-            found.append(ShapeCase(name, files, rows.get(name, {}).get("patient") or name))
+            cases.append(ShapeCase(name, files, rows.get(name, {}).get("patient") or name))
         else:
             lacking.append(name)
-    if not found:
+    if not cases:
         sizes = " and ".join(f"_r{side}.npz" for side in sides)
         what = f"dataset_dir {str(root)!r} has no shape with files {sizes}"
         have = ",".join(str(side) for side in dict.fromkeys(sides))
         raise Refused("NO_DATA", what, f"run `python -m app sdf SOURCE {root} --resolution {have}`", status=2)
     if lacking:
         log.warning("%d shapes lack a resolution and are left out, the first %s", len(lacking), lacking[0])
-    return found
+    return cases
 
 
 def make_shape_dataset(

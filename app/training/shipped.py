@@ -1,7 +1,7 @@
 """Tokenizers that ship: bundles/pretrained/NAME, known by their names wherever weights are asked for.
 
 A folder holds float16 safetensors and a record of what they are; the file is read only if it is the one that the record
-tells of. Made by `python -m app.export.pretrained`.
+describes. Made by `python -m app.export.pretrained`.
 """
 
 from pathlib import Path
@@ -30,7 +30,7 @@ def names_in_words() -> str:
 
 
 def weights_of(path: str | Path) -> Path:
-    """The weights of a name, or of a folder like those that ship; any other path as it is. What is there goes first."""
+    """The weights of a name, or of a folder like those that ship; any other path as it is. What exists goes first."""
     path = Path(path)
     place = path if path.exists() else pretrained_folder() / path if str(path) in names() else path
     return place / WEIGHTS if (place / RECORD).is_file() and (place / WEIGHTS).is_file() else place

@@ -23,7 +23,7 @@ from app.shared.refusals import Refused
 from app.training import checkpoints, preflight, run_errors
 
 OVERLAY_OF_RANKS = "multi_gpu.json"
-TAKE_THE_CALL = ("app.training.preflight.check_run", "app.training.run_folder.RunFolder")
+TARGETS_WITH_CALL = ("app.training.preflight.check_run", "app.training.run_folder.RunFolder")
 LOGGERS = ("", "ignite")  # that bundles/logging.conf sets
 
 
@@ -66,7 +66,7 @@ def _train(stage: str, raw: dict[str, str], given: dict[str, Any]) -> Trained:
     with _left_as_it_was(), threads_kept():
         try:
             workflow = ConfigWorkflow(
-                config_file=files, run_id=call.run_id, **options, **given, **_where_it_is_taken(config, call)
+                config_file=files, run_id=call.run_id, **options, **given, **_call_arguments(config, call)
             )
             workflow.initialize()
             workflow.run()
@@ -107,10 +107,10 @@ def _file_of(stage: str) -> Path:
     return bundles_folder() / f"{stage}.json"
 
 
-def _where_it_is_taken(config: dict[str, Any], call: preflight.CommandLine) -> dict[str, preflight.CommandLine]:
-    """The call for the parts of a config that read it: under MONAI's command line they read that."""
+def _call_arguments(config: dict[str, Any], call: preflight.CommandLine) -> dict[str, preflight.CommandLine]:
+    """The call as an argument of the components that read MONAI's command line where they are given none."""
     targets = ((path.rpartition("#")[0], value) for path, key, value in preflight.walk(config) if key == "_target_")
-    return {f"{path}#call": call for path, target in targets if target in TAKE_THE_CALL}
+    return {f"{path}#call": call for path, target in targets if target in TARGETS_WITH_CALL}
 
 
 @contextmanager

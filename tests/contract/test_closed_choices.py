@@ -18,10 +18,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from app.evaluation import answer_pages, answer_scores
 from app.measures.findings import FINDING_SCORES, FindingScore
 from app.prepare import read_scan
-from app.prepare.files import FORMATS, Format, Ref, sniff
+from app.prepare.files import Ref, sniff
 from app.prepare.formats import READERS
 from app.prepare.volume_file import VolumeFile
 from app.shared.refusals import Refused
+from app.shared.scan_formats import FORMATS, Format
+from app.text.manifests import read_rows
 from app.text.rows import TextRow
 from app.training import checkpoints, key_rules, pictures, preflight, train
 from networks import make_vqvae, presets, projector, qwen, tiny_qwen
@@ -198,6 +200,9 @@ def test_a_raw_format_is_a_row_and_a_reader(add_row, tmp_path):
     assert sniff(Ref(str(path))) == "toy"
     (volume,) = read_scan(path, assume_hu=True)
     assert (volume.hu == hu).all() and volume.affine[0, 0] == 2
+    (tmp_path / "scan.txt").write_text("No nodule.")
+    (row,) = read_rows(tmp_path)
+    assert row.path == path and row.patient == "scan", "its name is known without its ending too"
 
 
 def test_a_limit_is_changed_in_one_place(monkeypatch):

@@ -205,7 +205,7 @@ def test_evaluation_writes_a_page_with_a_question_and_where_its_answer_looked(ho
     options = {"max_new_tokens": 3}
     evaluate.evaluate(str(home / "text.jsonl"), align=str(aligned), output_dir=str(tmp_path), options=options)
     text = (tmp_path / "index.html").read_text()
-    answer = evaluate.given_answers(tmp_path / "answers_real.jsonl")["scans/case8.npz", "On which side?"]
+    answer = evaluate.stored_answers(tmp_path / "answers_real.jsonl")["scans/case8.npz", "On which side?"]
     assert f"<h3>On which side?</h3><p><strong>Answer:</strong> {answer}</p>" in text
     assert "<strong>Known:</strong> right" in text and "gives this answer a probability of" in text
     assert "Does the model look?" in text and "question only" in text and NOTICE in text

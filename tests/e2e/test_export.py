@@ -19,10 +19,10 @@ from app.export import code
 from app.export import export as exporting
 from app.language.assistant import CTAssistant, read_settings
 from app.shared.refusals import Refused
-from app.tokens.commands import onto_grid, write_nifti
 from app.tokens.open_scan import Volume
 from app.tokens.token_files import read_tokens
 from app.tokens.tokenizer import CTTokenizer
+from app.tokens.volumes import onto_grid, write_nifti
 from app.training import checkpoints
 from tests import tiny_tokenizer as tiny
 from tests.runs import assert_same_story, rows_of, told_by, torchrun

@@ -12,8 +12,8 @@ import pytest
 from app.check import check
 from app.dataset import prepared, writer
 from app.prepare import case, cohort
-from app.prepare.workers import run_jobs
 from app.shared.refusals import Refused, refusal_of
+from app.shared.workers import run_jobs
 from app.text.manifests import read_rows
 from tests import scans
 from tests.cohorts import AFFINE, SMALL, raw_cohort, report, tree

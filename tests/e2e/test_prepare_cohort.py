@@ -15,7 +15,7 @@ import pytest
 
 from app.dataset import prepared
 from app.prepare import names, options
-from app.prepare.workers import only_run
+from app.shared.workers import only_run
 from tests import scans
 from tests.cohorts import AFFINE, SMALL, raw_cohort, report, tree
 

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from app.dataset import prepared
-from app.prepare import cohort, workers
-from app.prepare.workers import run_jobs, worker_count
+from app.prepare import cohort
+from app.shared import workers
+from app.shared.workers import run_jobs, worker_count
 from tests.cohorts import SMALL, raw_cohort, report, tree
 
 

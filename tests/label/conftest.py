@@ -4,9 +4,9 @@ import zipfile
 
 import pytest
 
-from app.tokens.commands import onto_grid, write_nifti
 from app.tokens.open_scan import Volume
 from app.tokens.tokenizer import CTTokenizer
+from app.tokens.volumes import onto_grid, write_nifti
 from tests import alignments, scans
 from tests import tiny_tokenizer as tiny
 from tests.label_server import PATIENT, end, start, wait_for

@@ -19,8 +19,8 @@ import pydicom
 import pytest
 
 from app.export.export import write_bundle
-from app.tokens.commands import onto_grid
 from app.tokens.tokenizer import CTTokenizer
+from app.tokens.volumes import onto_grid
 from tests import scans
 from tests import tiny_tokenizer as tiny
 from tests.label_server import PATIENT, SECONDS_TO_START, end, start, tokens_of, wait_for

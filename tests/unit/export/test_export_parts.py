@@ -178,6 +178,6 @@ def refused(bundle, capsys):
 
 
 def test_sizes_that_a_bundle_states_are_fields_of_a_network():
-    from app.tokens.bundles import TOLD
+    from app.tokens.bundles import STATED
 
-    assert set(TOLD) <= {field.name for field in dataclasses.fields(preset("tiny"))}
+    assert set(STATED) <= {field.name for field in dataclasses.fields(preset("tiny"))}

@@ -10,8 +10,8 @@ import torch
 from app.language.where_looked import Occlusion
 from app.serving import label_map, options
 from app.shared.refusals import Refused
-from app.tokens.commands import write_image
 from app.tokens.token_files import CTTokens
+from app.tokens.volumes import write_image
 from networks.presets import preset
 
 CELL = 16.0  # mm a side

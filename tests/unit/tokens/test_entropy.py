@@ -53,7 +53,7 @@ def test_ranges_are_found_again_by_whoever_knows_how(rng):
         return found, found * widths[rows], (found + 1) * widths[rows]
 
     reader = Reader(content)
-    assert np.array_equal(reader.take_found(3000, find), symbols)
+    assert np.array_equal(reader.take_with(3000, find), symbols)
     reader.finish()
 
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from app.tokens.commands import onto_grid, write_nifti
 from app.tokens.open_scan import Volume
 from app.tokens.through_tokens import ReadScand, ThroughTokens
 from app.tokens.tokenizer import CTTokenizer
+from app.tokens.volumes import onto_grid, write_nifti
 from tests import tiny_tokenizer as tiny
 
 

@@ -16,10 +16,11 @@ import torch
 from app.dataset import prepared, writer
 from app.prepare import Refused, cohort, read_scan, volume
 from app.tokens import commands, open_scan
-from app.tokens.commands import lines, onto_grid, reconstruct, tokenize
+from app.tokens.commands import lines, reconstruct, tokenize
 from app.tokens.open_scan import Volume
 from app.tokens.token_files import read_tokens, write_tokens
 from app.tokens.tokenizer import CTTokenizer
+from app.tokens.volumes import onto_grid
 from tests.access import unreadable
 from tests.tiny_tokenizer import AFFINE, SHAPE, hu_volume, make_network, save
 

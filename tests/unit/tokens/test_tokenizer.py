@@ -16,9 +16,9 @@ from app.prepare import cohort, volume
 from app.shared.places import bundles_folder
 from app.shared.refusals import Refused
 from app.tokens import open_scan
-from app.tokens.commands import onto_grid, write_nifti
 from app.tokens.open_scan import Volume
 from app.tokens.tokenizer import CTTokenizer, find_tokenizer
+from app.tokens.volumes import onto_grid, write_nifti
 from app.training import checkpoints, data, loaders, seals
 from networks.vqvae import BatchTokens
 from tests.tiny_tokenizer import AFFINE, hu_volume, make_network, save

@@ -80,7 +80,7 @@ def _in_processes(
     results: list[R] = []
     left = list(jobs)
     while left:
-        with _stopped_at_once(_pool(workers)) as pool:
+        with _stopped_at_once(_pool(workers, preload=work.__module__)) as pool:
             # alone, the job that kills its worker is known: it is the first one not done
             batch = left if workers > 1 else left[:1]
             done = _collect(pool, work, batch, step, results)
@@ -110,11 +110,12 @@ def _collect(pool: Executor, work: Callable, batch: Sequence, step: Callable, re
     return done
 
 
-def _pool(workers: int) -> ProcessPoolExecutor:
+def _pool(workers: int, *, preload: str) -> ProcessPoolExecutor:
+    """Processes that have loaded a module before the first job, once for all of them."""
     kind = "forkserver" if sys.platform != "win32" else "spawn"
     context = get_context(kind)
     if kind == "forkserver":
-        context.set_forkserver_preload(["app.prepare.cohort"])
+        context.set_forkserver_preload([preload])
     return ProcessPoolExecutor(workers, context, initializer=_one_thread)
 
 
