@@ -19,6 +19,7 @@ from tests import oracle
 triton = pytest.importorskip("triton")
 from networks import losses  # noqa: E402
 from networks.kernels import attention, children, code_search, convolution, errors, linear, maps, norm  # noqa: E402
+from networks.kernels import cells as cell_kernels  # noqa: E402
 from networks.kernels import rows as row_kernels  # noqa: E402
 from networks.quantizer import VectorQuantizer  # noqa: E402
 
@@ -83,6 +84,20 @@ def test_interpreted_kernels_take_any_width(channels, columns, generator, assert
 
 
 @in_interpreter
+@pytest.mark.parametrize("count", [0, 1, 300])
+def test_interpreted_counts_of_cells_equal_plain_torch(count, generator, monkeypatch):
+    monkeypatch.setattr(cell_kernels, "ROWS_PER_COUNT", 128)  # several programs, and samples that end inside one
+    coords = torch.randint(6, (count, 4), generator=generator)
+    coords[:, 0] *= coords[:, 0] != 2  # that sample is empty
+    keys = torch_maps.morton_keys(coords, 8).sort().values
+    for halvings in (0, 3):
+        samples = [keys[keys >> 24 == one] for one in range(7)]
+        expected = [[len(set((one >> 3 * k).tolist())) for one in samples] for k in range(halvings + 1)]
+        assert cell_kernels.count_cells(keys, 8, 7, halvings).tolist() == expected
+        assert torch_maps.count_cells(keys, 8, 7, halvings).tolist() == expected
+
+
+@in_interpreter
 @pytest.mark.parametrize("count", [1, 77, 300])
 def test_interpreted_maps_equal_plain_torch(count, generator):
     level = scattered((8, 9, 7), count, generator)
@@ -112,10 +127,10 @@ def test_interpreted_maps_equal_plain_torch(count, generator):
     for k, (rows, near) in enumerate(level.neighbour_pairs):
         assert int(lists[2][k]) == len(rows)
         assert torch.equal(lists[0][k, : len(rows)].long(), rows) and torch.equal(lists[1][k, : len(rows)].long(), near)
-    keys, parent, children = maps.group_cells(level.keys)
-    cells = level.coarsening
-    assert torch.equal(keys, cells.coarse.keys)
-    assert torch.equal(parent, cells.parent) and torch.equal(children, cells.children)
+    grouped = level.coarsening
+    keys, parent, children = maps.group_cells(level.keys, len(grouped.coarse))
+    assert torch.equal(keys, grouped.coarse.keys)
+    assert torch.equal(parent, grouped.parent) and torch.equal(children, grouped.children)
     ordered = maps.by_neighbourhood(found, alive, 64), torch_maps.by_neighbourhood(found, alive, 64)
     for mine, plain in zip(*ordered, strict=True):
         assert torch.equal(mine, plain)
