@@ -103,7 +103,7 @@ def reconstruction(
         )
     kernels = ops.fused("errors", values) if row_weights is None and loss_type in LINEAR_AND_SQUARE else None
     if kernels and len(target):
-        weights = None if channel_weights is None else channel_weights.to(values.device)
+        weights = None if channel_weights is None else ops.send(channel_weights, values.device)
         weights = None if weights is None else weights / weights.sum()
         linear, square = LINEAR_AND_SQUARE[loss_type]
         kind = (linear, square + lambda_l2)

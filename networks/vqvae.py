@@ -278,7 +278,7 @@ class SparseVQVAE(nn.Module):
         if not dropout or not isinstance(self.vq, ResidualQuantizer):
             return self.vq(latents.feats)
         kept = drawn_levels(len(self.vq.levels), seeds, latents.level.sample_sizes, dropout=dropout)
-        return self.vq(latents.feats, kept.to(latents.feats.device))
+        return self.vq(latents.feats, ops.send(kept, latents.feats.device))
 
     def decode_on(self, latents: SparseTensor, level: Level) -> tuple[SparseTensor, Float[Tensor, ""]]:
         """Decodes the voxels of a known level; also the loss of predicting that level from the latents."""

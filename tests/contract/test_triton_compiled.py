@@ -240,7 +240,7 @@ def test_code_search_has_wgmma_and_fits_the_card(few, width, card, monkeypatch):
         DEPTH=width,
         READ=True,
         ROWS=tile.rows,
-        CODES=tile.codes,
+        CODES=tile.columns,
     )
     assert made.metadata.shared <= ROOM[card]
     assert ("wgmma.mma_async" in made.asm["ptx"]) == (card == 90)
@@ -287,4 +287,6 @@ def test_row_operations_and_maps_compile():
     codes = {"ordered": "*i16", "halvings": "i32", "share": "fp32", "rate": "fp32", "least": "fp32", "unused": "*i1"}
     compiled(code_search._segment_sums, "fp32", types=codes, WIDTH=32, DEPTH=32, ROWS=64)
     compiled(code_search._advance, "fp32", types=codes, WIDTH=32, DEPTH=32, TILE=32)
+    revived = codes | {"places": "*i64", "picks": "*i64"}
+    compiled(code_search._revive, "fp32", types=revived, WIDTH=32, DEPTH=32, TILE=32)
     compiled(code_search._split_table, "fp32", types={"padded": "i32"}, WIDTH=20, DEPTH=32, CODES=128)

@@ -249,6 +249,13 @@ def test_interpreted_averages_advance_as_in_plain_torch(generator, assert_close)
         if name != "embeddings.weight":  # of codes with a count near zero, where rounding counts
             assert_close(fused.state_dict()[name], values)
     assert_close(fused.codebook[~unused], plain.codebook[~unused])
+    rows, picks = torch.randn(50, 6, generator=generator), torch.randint(50, (80,), generator=generator)
+    plain.load_state_dict(fused.state_dict())
+    code_search.revive(averages, unused, unused.cumsum(0) + 3, picks, rows)
+    assert plain.revive(unused, rows, picks, torch.tensor(3)) == 3 + unused.sum()
+    for name, values in plain.state_dict().items():
+        assert torch.equal(fused.state_dict()[name], values), name
+    assert torch.equal(plain.codebook[unused], rows[picks[3 : 3 + int(unused.sum())]])
 
 
 @in_interpreter
