@@ -7,7 +7,6 @@ import torch
 
 triton = pytest.importorskip("triton")
 from networks.kernels import attention, children, code_search, convolution, errors, launch, linear, maps, norm, tiles  # noqa: E402
-from networks.kernels import cells as cell_kernels  # noqa: E402
 from networks.kernels import rows as row_kernels  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted")
@@ -270,10 +269,10 @@ def test_row_operations_and_maps_compile():
         compiled(kernel, "i32", BITS=8, TILE=512)
     for kernel in (maps._fill, maps._look_up):
         compiled(kernel, "i32", BITS=8, TILE=512)
-    for kernel in (maps._count_pairs, maps._list_offsets, cell_kernels._mark_firsts):
+    for kernel in (maps._count_pairs, maps._list_offsets, maps._mark_firsts):
         compiled(kernel, "i32", TILE=512)
-    compiled(cell_kernels._count_cells, "i32", types={"size_b": "i32"}, BITS=8, LEVELS=4, TILE=4096)
-    compiled(cell_kernels._group, "i32", types={"cells": "*i64"}, TILE=512)
+    compiled(maps._count_cells, "i32", types={"size_b": "i32"}, BITS=8, LEVELS=4, TILE=4096)
+    compiled(maps._group, "i32", types={"cells": "*i64"}, TILE=512)
     compiled(maps._sorting_keys, "i32", CHUNK=16384, TILE=512)
     compiled(maps._take_columns, "i32", TILE=512)
     compiled(maps._list_pairs, "i32", TILE=512)

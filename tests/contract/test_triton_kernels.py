@@ -19,7 +19,6 @@ from tests import oracle
 triton = pytest.importorskip("triton")
 from networks import losses  # noqa: E402
 from networks.kernels import attention, children, code_search, convolution, errors, linear, maps, norm  # noqa: E402
-from networks.kernels import cells as cell_kernels  # noqa: E402
 from networks.kernels import rows as row_kernels  # noqa: E402
 from networks.quantizer import VectorQuantizer  # noqa: E402
 
@@ -86,14 +85,14 @@ def test_interpreted_kernels_take_any_width(channels, columns, generator, assert
 @in_interpreter
 @pytest.mark.parametrize("count", [0, 1, 300])
 def test_interpreted_counts_of_cells_equal_plain_torch(count, generator, monkeypatch):
-    monkeypatch.setattr(cell_kernels, "ROWS_PER_COUNT", 128)  # several programs, and samples that end inside one
+    monkeypatch.setattr(maps, "ROWS_PER_COUNT", 128)  # several programs, and samples that end inside one
     coords = torch.randint(6, (count, 4), generator=generator)
     coords[:, 0] *= coords[:, 0] != 2  # that sample is empty
     keys = torch_maps.morton_keys(coords, 8).sort().values
     for halvings in (0, 3):
         samples = [keys[keys >> 24 == one] for one in range(7)]
         expected = [[len(set((one >> 3 * k).tolist())) for one in samples] for k in range(halvings + 1)]
-        assert cell_kernels.count_cells(keys, 8, 7, halvings).tolist() == expected
+        assert maps.count_cells(keys, 8, 7, halvings).tolist() == expected
         assert torch_maps.count_cells(keys, 8, 7, halvings).tolist() == expected
 
 
