@@ -151,26 +151,34 @@ def test_producer_warps_gather_beside_products_and_fit(channels, columns, mirror
     assert "setmaxnreg" in ptx
 
 
-def linear_map(channels, columns, card, *, ending=linear.PLAIN):
+def rows_counted(live):
+    """How many rows: a number, or where it stands on the device."""
+    return {"LIVE": live, "types": {"num_rows": "*i32"} if live else {}}
+
+
+def linear_map(channels, columns, card, *, ending=linear.PLAIN, live=False):
     tile = tiles.fitted(tiles.product_tile(channels, columns, torch.bfloat16, thin=False), torch.bfloat16, ROOM[card])
     sizes = {"CHANNELS": channels, "COLUMNS": columns, "TILE_ROWS": tile.rows, "TILE_COLUMNS": tile.columns}
     run = {"card": card, "warps": tile.warps, "stages": tile.stages}
-    kind = {"ADDED": ending == linear.PLAIN, "ENDING": ending}
+    kind = {"ADDED": ending == linear.PLAIN, "ENDING": ending, **rows_counted(live)}
     return compiled(linear._rows_product, HAS_BIAS=True, DEPTH=tile.depth, weight_c=1, **kind, **sizes, **run)
 
 
-def linear_gradient(channels, columns, card):
+def linear_gradient(channels, columns, card, *, live=False):
     tile, lines, _ = linear._parts(channels, columns, torch.bfloat16, ROOM[card])
     sizes = {"CHANNELS": channels, "COLUMNS": columns, "TILE_LINES": lines, "TILE_CHANNELS": tile.columns}
     run = {"card": card, "warps": tile.warps, "stages": tile.stages}
-    return compiled(linear._parameter_grads, DEPTH=tile.depth, **sizes, **run)
+    return compiled(linear._parameter_grads, DEPTH=tile.depth, **rows_counted(live), **sizes, **run)
 
 
 @pytest.mark.parametrize("card", ROOM)
 @pytest.mark.parametrize("make", [linear_map, linear_gradient])
-@pytest.mark.parametrize(("channels", "columns"), [(256, 1024), (64, 128), (4, 32), (128, 8)])
-def test_linear_map_fits_the_card_and_copies_ahead(make, channels, columns, card):
-    made = make(channels, columns, card)
+@pytest.mark.parametrize(
+    ("channels", "columns", "live"),
+    [(256, 1024, False), (256, 1024, True), (64, 128, False), (4, 32, False), (128, 8, False)],
+)
+def test_linear_map_fits_the_card_and_copies_ahead(make, channels, columns, live, card):
+    made = make(channels, columns, card, live=live)
     assert made.metadata.shared <= ROOM[card]
     ptx = made.asm["ptx"]
     if min(channels, columns) >= 64:
@@ -263,7 +271,9 @@ def test_row_operations_and_maps_compile():
             shape = {"CHANNELS": width, "WIDTH": width, "TILE": max(4096 // width, 1), "STEPS": 4}
             types = {"weight": "*fp32", "eps": "fp32"}
             around = {} if kernel is norm._normalize else {"AROUND": True, "BESIDE": True}
-            compiled(kernel, types=types, card=card, AFFINE=True, SILU=True, **around, **shape)
+            compiled(kernel, types=types, card=card, AFFINE=True, SILU=True, LIVE=False, **around, **shape)
+            bare = {"weight": None, "bias": None, "AFFINE": False, "SILU": False, "LIVE": True}
+            compiled(kernel, types=types | {"num_rows": "*i32"}, card=card, **bare, **around, **shape)
     compiled(maps._encode_checked, "i32", types={"size_b": "i32"}, BITS=8, TILE=512)
     for kernel in (maps._encode, maps._decode):
         compiled(kernel, "i32", BITS=8, TILE=512)

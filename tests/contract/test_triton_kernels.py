@@ -327,6 +327,32 @@ def test_interpreted_maps_of_children_equal_rows_laid_side_by_side(channels, col
         assert_close(for_bias, laid.sum(0), dtype=torch.float32)
 
 
+@in_interpreter
+@pytest.mark.parametrize("live", [0, 1, 70, 128])
+def test_interpreted_products_and_norms_stop_at_the_live_rows(live, generator, assert_close):
+    """Beyond them tables may hold anything, and keep it."""
+    number = torch.tensor([live], dtype=torch.int32)
+    rows, grad = torch.randn(128, 24, generator=generator).half(), torch.randn(128, 40, generator=generator).half()
+    rows[live:], grad[live:] = float("nan"), float("nan")
+    weight, bias = torch.randn(40, 24, generator=generator).half(), torch.randn(40, generator=generator)
+    bare = {"eps": 1e-6, "silu": False}
+    both = []
+    for count, how in ((128, {"live": number}), (live, {})):
+        x, upstream = rows[:count], grad[:count]
+        before, bent = linear.rows_product_gelu(x, weight, bias, **how)
+        both.append([before, bent, linear.rows_product(x, weight, bias, added=upstream, **how)])
+        both[-1].append(linear.rows_product_gelu_grad(upstream, weight.T, x, **how))
+        both[-1].append(norm.voxel_norm(x, None, None, **bare, **how))
+        both[-1].append(norm.voxel_norm_grads_in_block(x, x, None, **bare, around=x, **how).input)
+    for mine, plain in zip(*both, strict=True):
+        assert len(mine) == 128 and torch.equal(mine[:live], plain)
+    (for_weight, for_bias), (twice, _) = linear.several_parameter_grads([(rows, grad), (rows, rows)], live=number)
+    x, upstream = rows[:live].double(), grad[:live].double()
+    assert_close(for_weight, upstream.T @ x, dtype=torch.float32)
+    assert_close(for_bias, upstream.sum(0), dtype=torch.float32)
+    assert_close(twice, x.T @ x, dtype=torch.float32)
+
+
 def _as_autocast(monkeypatch):
     """Blocks meet the kernels, and float16 under autocast, on the CPU too."""
     kernels = {"linear": linear, "norm": norm, "attention": attention, "children": children}
