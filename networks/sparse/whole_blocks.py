@@ -74,6 +74,15 @@ class _ResidualBlock(torch.autograd.Function):
         return first.input, *(None,) * 3, first.weight, first.bias, *of_conv1, second.weight, second.bias, *of_conv2
 
 
+class Block(NamedTuple):
+    """A transformer block: the layers qkv, out and the two of the MLP, and its sizes."""
+
+    layers: tuple[Affine, Affine, Affine, Affine]
+    num_heads: int
+    window: int
+    shift: int
+
+
 class Transformer(NamedTuple):
     """What a transformer block computes with, beside its parameters."""
 
@@ -85,27 +94,22 @@ class Transformer(NamedTuple):
     live: Int32[Tensor, "1"] | None = None  # how many rows count, where a device knows it alone; see graphs.py
 
 
-def transformer_for(
-    x: SparseTensor, weight: Float[Tensor, "F C"], *, num_heads: int, window: int, shift: int
-) -> Transformer | None:
-    """The kernels for these features and a block's first weight, and their windows; None where they cannot serve."""
+def transformer_for(x: SparseTensor, block: Block) -> Transformer | None:
+    """The kernels for a block on these features, and their windows; None where kernels cannot serve."""
     linear, dtype = ops.fused("linear", x.feats), ops.autocast_dtype(x.feats)
-    if not linear or x.feats.dtype != dtype or weight.dtype != torch.float32:
+    if not linear or x.feats.dtype != dtype or block.layers[0].weight.dtype != torch.float32:
         return None
     norm, attention = ops.fused("norm", x.feats), ops.fused("attention", x.feats)
-    if x.feats.shape[1] // num_heads > attention.MAX_HEAD_WIDTH:
+    if x.feats.shape[1] // block.num_heads > attention.MAX_HEAD_WIDTH:
         return None
-    return Transformer(linear, norm, attention, num_heads, x.level.windows(window, shift))
+    return Transformer(linear, norm, attention, block.num_heads, x.level.windows(block.window, block.shift))
 
 
-def transformer_block(
-    x: SparseTensor, layers: tuple[Affine, Affine, Affine, Affine], *, num_heads: int, window: int, shift: int
-) -> SparseTensor | None:
-    """x + out(attention(qkv(norm(x)))), then + mlp(norm()) of that; layers are qkv, out and the two of the MLP."""
-    how = transformer_for(x, layers[0].weight, num_heads=num_heads, window=window, shift=shift)
-    if how is None:
+def transformer_block(x: SparseTensor, block: Block) -> SparseTensor | None:
+    """x + out(attention(qkv(norm(x)))), then + mlp(norm()) of that."""
+    if (how := transformer_for(x, block)) is None:
         return None
-    return x.replace(_TransformerBlock.apply(x.feats, how, *(value for layer in layers for value in layer)))
+    return x.replace(_TransformerBlock.apply(x.feats, how, *(value for layer in block.layers for value in layer)))
 
 
 class _TransformerBlock(torch.autograd.Function):

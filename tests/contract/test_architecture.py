@@ -60,6 +60,7 @@ SPARSE_LAYERS = (
     "backend",
     "ops",
     "whole_blocks",
+    "graphs",
     "modules",
 )  # each may import those before it
 ASK_KERNELS = {"networks/sparse/maps.py", "networks/sparse/ops.py"}

@@ -3,6 +3,7 @@
 The interpreter must be chosen before Triton is imported, so its tests run in a process of their own.
 """
 
+import copy
 import os
 import subprocess
 import sys
@@ -12,9 +13,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from networks.sparse import SparseTensor, modules, ops, torch_backend, torch_maps
+from networks.sparse import SparseTensor, graphs, modules, ops, torch_backend, torch_maps
 from networks.sparse.topology import Level
 from tests import oracle
+from tests.started_again import StartedAgain
 
 triton = pytest.importorskip("triton")
 from networks import losses  # noqa: E402
@@ -330,7 +332,7 @@ def test_interpreted_maps_of_children_equal_rows_laid_side_by_side(channels, col
 @in_interpreter
 @pytest.mark.parametrize("live", [0, 1, 70, 128])
 def test_interpreted_products_and_norms_stop_at_the_live_rows(live, generator, assert_close):
-    """Beyond them tables may hold anything, and keep it."""
+    """Beyond them tables may hold anything."""
     number = torch.tensor([live], dtype=torch.int32)
     rows, grad = torch.randn(128, 24, generator=generator).half(), torch.randn(128, 40, generator=generator).half()
     rows[live:], grad[live:] = float("nan"), float("nan")
@@ -445,3 +447,73 @@ def test_interpreted_errors_of_rows_and_children(sizes, loss_type, weighted, gen
     got, exact = (run(values.to(kind).clone(), logits.to(kind).clone()) for kind in (torch.float32, torch.float64))
     for mine, other in zip(got, exact, strict=True):
         assert_close(mine, other, dtype=torch.float32)
+
+
+@in_interpreter
+def test_interpreted_graphs_of_blocks_equal_blocks_one_by_one(generator, assert_close, monkeypatch, caplog):
+    """Tables are longer than rows, of a batch before even: nothing but the live rows counts."""
+    _as_autocast(monkeypatch)
+    monkeypatch.setattr(graphs, "CudaGraph", StartedAgain)
+    monkeypatch.setattr(graphs, "SHORTEST", 8)
+    torch.manual_seed(0)
+    blocks = [modules.TransformerBlock(32, num_heads=2, window=4, shift=2 * (i % 2)) for i in range(3)]
+    both = graphs.BlockGraphs()
+
+    def run(level, feats, *, graphed):
+        for block in blocks:
+            block.zero_grad()
+        feats = feats.clone().requires_grad_()
+        x = SparseTensor.on(level, feats)
+        if graphed:
+            out = both.run([block.parts() for block in blocks], x).feats
+        else:
+            for block in blocks:
+                x = block(x)
+            out = x.feats
+        out = out.clone()
+        out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).half())
+        return [out, feats.grad, *(parameter.grad for block in blocks for parameter in block.parameters())]
+
+    recorded = []
+    for count in (90, 61, 1, 120, 97):
+        level = scattered((6, 7, 5), count, generator)
+        feats = torch.randn(count, 32, generator=generator).half()
+        got, plain = (run(level, feats, graphed=graphed) for graphed in (True, False))
+        assert torch.equal(got[0], plain[0]) and torch.equal(got[1], plain[1])
+        for mine, other in zip(got[2:], plain[2:], strict=True):  # sums in other parts
+            assert mine.dtype == torch.float32
+            assert_close(mine, other, dtype=torch.float32)
+        recorded.append(both.recorded)
+    assert recorded[0] is recorded[1] is recorded[2] and recorded[3] is recorded[4] is not recorded[0]
+
+
+@in_interpreter
+def test_interpreted_graphs_serve_only_what_learns_and_one_batch_at_a_time(generator, monkeypatch, caplog):
+    _as_autocast(monkeypatch)
+    monkeypatch.setattr(graphs, "CudaGraph", StartedAgain)
+    block, both = modules.TransformerBlock(32, num_heads=2, window=4, shift=0), graphs.BlockGraphs()
+    level = scattered((6, 7, 5), 20, generator)
+    x = SparseTensor.on(level, torch.randn(20, 32, generator=generator).half().requires_grad_())
+    with torch.no_grad():
+        assert both.run([block.parts()], x) is None
+    assert both.run([block.parts()], SparseTensor.on(level, x.feats.detach())) is None
+    first, second = (both.run([block.parts()], x).feats.sum() for _ in range(2))
+    second.backward()
+    with pytest.raises(RuntimeError, match="one forward before each backward"):
+        first.backward()
+    before = both.recorded
+    block.attn.to_qkv.weight.data = block.attn.to_qkv.weight.data.clone()
+    assert both.run([block.parts()], x) is not None and both.recorded is not before
+    assert copy.deepcopy(both).recorded is None
+
+    def refuse(*_):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "CudaGraph", refuse)
+    other = graphs.BlockGraphs()
+    for _ in range(2):
+        assert other.run([block.parts()], x) is None
+    assert [line for line in caplog.messages if "one by one" in line] == [
+        "transformer blocks run one by one: CUDA graphs cannot be recorded here "
+        "(RuntimeError: operation not permitted when stream is capturing)"
+    ]
