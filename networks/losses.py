@@ -32,6 +32,8 @@ LOSS_TYPES = MappingProxyType(  # name -> error of each value, of reconstruction
 def mean_of_samples(values: Float[Tensor, " N"], level: Level) -> Float[Tensor, ""]:
     """Mean within each sample that has rows, then over those samples."""
     parts = [part.mean() for part in values.split(level.sample_sizes) if part.shape[0]]
+    if len(parts) == 1:
+        return parts[0]
     return torch.stack(parts).mean() if parts else values.sum()
 
 
