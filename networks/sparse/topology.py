@@ -213,15 +213,15 @@ class Level:
     @property
     def mean_neighbours(self) -> float:
         """Occupied cells among the 27, averaged: about 25 in volumes, 10 to 15 in shells."""
-        if "mean neighbours" not in self._kept:
-            self._read_neighbours([self])
+        self._read_neighbours([self])
         return self._kept["mean neighbours"]
 
     @staticmethod
     def _read_neighbours(levels: Sequence["Level"]) -> None:
-        """Mean neighbours of several levels; the device is waited for once."""
-        numbers = torch.stack([level._neighbourhood[2] for level in levels]).tolist() if levels else []
-        for level, number in zip(levels, numbers, strict=True):
+        """Mean neighbours of several levels, where they are not known; the device is waited for once."""
+        unknown = [level for level in levels if "mean neighbours" not in level._kept]
+        numbers = torch.stack([level._neighbourhood[2] for level in unknown]).tolist() if unknown else []
+        for level, number in zip(unknown, numbers, strict=True):
             level._kept["mean neighbours"] = number / max(len(level), 1)
 
     @cached_property

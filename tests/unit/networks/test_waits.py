@@ -47,6 +47,9 @@ def test_the_maps_of_a_batch_wait_three_times(samples, generator):
         used = [x.level.sample_sizes, coarsest.sample_sizes, x.level.coarsening.coarse.is_thin, coarsest.is_thin]
         del used
     assert waits.total <= 3, waits.counts
+    with Waits() as waits:
+        x.level.prepare(*CONVOLVED)
+    assert waits.total == 0, waits.counts
 
 
 def test_a_training_step_waits_for_nothing_but_its_maps(generator):
