@@ -32,6 +32,8 @@ LOSS_TYPES = MappingProxyType(  # name -> error of each value, of reconstruction
 def mean_of_samples(values: Float[Tensor, " N"], level: Level) -> Float[Tensor, ""]:
     """Mean within each sample that has rows, then over those samples."""
     parts = [part.mean() for part in values.split(level.sample_sizes) if part.shape[0]]
+    if len(parts) == 1:
+        return parts[0]
     return torch.stack(parts).mean() if parts else values.sum()
 
 
@@ -103,7 +105,7 @@ def reconstruction(
         )
     kernels = ops.fused("errors", values) if row_weights is None and loss_type in LINEAR_AND_SQUARE else None
     if kernels and len(target):
-        weights = None if channel_weights is None else channel_weights.to(values.device)
+        weights = None if channel_weights is None else ops.send(channel_weights, values.device)
         weights = None if weights is None else weights / weights.sum()
         linear, square = LINEAR_AND_SQUARE[loss_type]
         kind = (linear, square + lambda_l2)

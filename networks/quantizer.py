@@ -6,6 +6,7 @@ Search, losses and sums run in float32 whatever the autocast; N x K distances ar
 Other kinds with the same methods are in fsq.py (no codebook) and residual.py (several codes a row).
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -214,14 +215,15 @@ class VectorQuantizer(nn.Module):
             self.mean_count.copy_(counts / counts.mean())
             self.mean_sum.copy_(centres * self.mean_count[:, None])
 
-    @torch.no_grad()
-    def update(self, *, generator: torch.Generator) -> int:
+    def update(self, *, generator: torch.Generator) -> Int64[Tensor, ""] | int:
         """One moving-average step from all rows seen since the last, over micro-batches and ranks.
 
         Gives the number of codes revived. Does nothing for a gradient codebook.
         """
-        if self.learning != "ema":
-            return 0
+        return update_together([self], generator=generator)
+
+    def follow(self) -> tuple[Bool[Tensor, " K"], Float[Tensor, "N D"]] | None:
+        """Moves averages and codes towards the rows seen; gives the codes to revive, and the rows to draw from."""
         pending, self._pending = self._pending, []
         total = sum(len(rows) for *_, rows in pending)
         counts = _added([counts for counts, *_ in pending], self.mean_count)
@@ -231,18 +233,11 @@ class VectorQuantizer(nn.Module):
             dist.all_reduce(sums)
             total = int(counts.sum())
         if total == 0:
-            return 0
+            return None
         # Counts are kept in units of an even share, so that `revive_below` does not depend on the batch.
         unused = self._advance(counts, sums, share=total / self.num_embeddings)
-        revived = int(unused.sum())
-        if revived:
-            fresh = self._draw(
-                torch.cat([self.embeddings.weight[:0], *(rows for *_, rows in pending)]), revived, generator
-            )
-            self.mean_count[unused] = 1.0  # a fair chance before the next revival
-            self.mean_sum[unused] = fresh
-            self.embeddings.weight[unused] = self._on_sphere(fresh)
-        return revived
+        rows = [rows for *_, rows in pending]
+        return unused, rows[0] if len(rows) == 1 else torch.cat([sums[:0], *rows])
 
     def _advance(self, counts: Float[Tensor, " K"], sums: Float[Tensor, "K D"], *, share: float) -> Bool[Tensor, " K"]:
         """Moves averages and codes; gives the codes that too few rows chose."""
@@ -254,17 +249,49 @@ class VectorQuantizer(nn.Module):
         self.embeddings.weight.copy_(self._on_sphere(self.mean_sum / self.mean_count[:, None]))
         return self.mean_count <= self.revive_below
 
-    def _draw(self, rows: Float[Tensor, "N D"], count: int, generator: torch.Generator) -> Float[Tensor, "R D"]:
-        """Random rows of this step, the same on every rank."""
-        rows = gather_rows(rows)
-        picks = torch.randint(rows.shape[0], (count,), generator=generator).to(rows.device)
-        drawn = rows[picks].clone()
-        broadcast(drawn)
-        return drawn
+    def revive(
+        self, unused: Bool[Tensor, " K"], rows: Float[Tensor, "N D"], picks: Int64[Tensor, " P"], used: Tensor | int
+    ) -> Int64[Tensor, ""]:
+        """Unused codes restart, one after another, at the rows picked, behind the picks `used`; gives those used now.
+
+        How many codes that are stays on the device: the host would have to wait for it.
+        """
+        places = unused.cumsum(0)
+        if isinstance(used, Tensor):
+            places += used
+        if (kernels := _fused(rows)) and not self.normalize_codes:
+            averages = self.mean_count, self.mean_sum, self.embeddings.weight
+            kernels.revive(averages, unused, places, picks, rows.contiguous())
+            return places[-1]
+        fresh = rows.index_select(0, picks.index_select(0, (places - 1).clamp(min=0)))
+        self.mean_count.masked_fill_(unused, 1.0)  # a fair chance before the next revival
+        self.mean_sum.copy_(torch.where(unused[:, None], fresh, self.mean_sum))
+        self.embeddings.weight.copy_(torch.where(unused[:, None], self._on_sphere(fresh), self.embeddings.weight))
+        return places[-1]
 
     def extra_repr(self) -> str:
         options = [name for name in ("rotation_trick", "normalize_codes") if getattr(self, name)]
         return ", ".join([f"{self.num_embeddings}, {self.embedding_dim}, codebook={self.learning}", *options])
+
+
+@torch.no_grad()
+def update_together(parts: Sequence[VectorQuantizer], *, generator: torch.Generator) -> Int64[Tensor, ""] | int:
+    """One step of several quantisers; gives the number of codes revived, the same on every rank."""
+    learning = [part for part in parts if part.learning == "ema"]
+    num_rows, picks, used = 0, None, 0
+    for part in learning:
+        if (seen := part.follow()) is None:
+            continue
+        unused, rows = seen
+        if dist.is_initialized():  # here a wait costs less than bringing all rows together for nothing
+            if not bool(unused.any()):
+                continue
+            rows = gather_rows(rows)
+        if rows.shape[0] != num_rows:  # as a rule all saw as many
+            num_rows, most = rows.shape[0], sum(one.num_embeddings for one in learning)
+            picks = ops.send(torch.randint(num_rows, (most,), generator=generator), rows.device)
+        used = part.revive(unused, rows, picks, used)
+    return used
 
 
 def _added(parts: list[Tensor], like: Tensor) -> Tensor:

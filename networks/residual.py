@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from networks.fsq import FiniteScalarQuantizer
 from networks.presets import Preset
-from networks.quantizer import Quantized, VectorQuantizer, nearest_codes, rotated, straight_through
+from networks.quantizer import Quantized, VectorQuantizer, nearest_codes, rotated, straight_through, update_together
 
 NO_CODE = -1  # of a level that a row does without
 
@@ -66,8 +66,8 @@ class ResidualQuantizer(nn.Module):
             level.start_from(rows, generator=generator)
             rows = rows - level.lookup(nearest_codes(rows, level.codebook))
 
-    def update(self, *, generator: torch.Generator) -> int:
-        return sum(level.update(generator=generator) for level in self.levels)
+    def update(self, *, generator: torch.Generator) -> Int[Tensor, ""] | int:
+        return update_together(list(self.levels), generator=generator)
 
 
 def _values(level: VectorQuantizer, codes: Int[Tensor, " N"], *, first: bool) -> Float[Tensor, "N D"]:

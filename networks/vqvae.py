@@ -24,6 +24,7 @@ from networks.presets import NUM_RESIDUAL, Preset, preset
 from networks.quantizer import Quantized, VectorQuantizer
 from networks.residual import ResidualQuantizer, build_quantizer, drawn_levels
 from networks.sparse import ops
+from networks.sparse.graphs import BlockGraphs
 from networks.sparse.modules import Linear, TransformerBlock, layer_norm, position_encoding
 from networks.sparse.tensor import SparseTensor
 from networks.sparse.topology import Coarsening, Level
@@ -57,10 +58,11 @@ class Reconstruction(NamedTuple):
 class _Torso(nn.Module):
     """What encoder and decoder share: the transformer on latents, and trading time for memory block by block."""
 
-    def __init__(self, sizes: Preset, use_checkpoint: bool):
+    def __init__(self, sizes: Preset, use_checkpoint: bool, use_graphs: bool):
         super().__init__()
         self.sizes = sizes
         self.use_checkpoint = use_checkpoint
+        self.graphs = BlockGraphs() if use_graphs and not use_checkpoint else None  # which records no recomputation
         self.blocks = nn.ModuleList(
             TransformerBlock(
                 sizes.model_channels,
@@ -78,6 +80,8 @@ class _Torso(nn.Module):
             lambda: position_encoding(x.coords[:, 1:] * factor, channels).to(dtype),
         )
         x = x.replace(x.feats + position)
+        if self.graphs and (out := self.graphs.run([block.parts() for block in self.blocks], x)) is not None:
+            return out
         for block in self.blocks:
             x = self.run(block, x)
         return x
@@ -103,8 +107,8 @@ class _Torso(nn.Module):
 
 
 class Encoder(_Torso):
-    def __init__(self, sizes: Preset, *, backend: str = "auto", use_checkpoint: bool = False):
-        super().__init__(sizes, use_checkpoint)
+    def __init__(self, sizes: Preset, *, backend: str = "auto", use_checkpoint: bool = False, use_graphs: bool = False):
+        super().__init__(sizes, use_checkpoint, use_graphs)
         widths = (*sizes.widths, sizes.model_channels)
         if sizes.pool == "children":
             widths = (sizes.in_channels, *widths[1:])
@@ -160,8 +164,8 @@ class Encoder(_Torso):
 
 
 class Decoder(_Torso):
-    def __init__(self, sizes: Preset, *, backend: str = "auto", use_checkpoint: bool = False):
-        super().__init__(sizes, use_checkpoint)
+    def __init__(self, sizes: Preset, *, backend: str = "auto", use_checkpoint: bool = False, use_graphs: bool = False):
+        super().__init__(sizes, use_checkpoint, use_graphs)
         widths = (*sizes.widths, sizes.model_channels)[::-1]
         self.input_layer = Linear(sizes.latent_channels, widths[0])
         if sizes.pool == "children":
@@ -278,7 +282,7 @@ class SparseVQVAE(nn.Module):
         if not dropout or not isinstance(self.vq, ResidualQuantizer):
             return self.vq(latents.feats)
         kept = drawn_levels(len(self.vq.levels), seeds, latents.level.sample_sizes, dropout=dropout)
-        return self.vq(latents.feats, kept.to(latents.feats.device))
+        return self.vq(latents.feats, ops.send(kept, latents.feats.device))
 
     def decode_on(self, latents: SparseTensor, level: Level) -> tuple[SparseTensor, Float[Tensor, ""]]:
         """Decodes the voxels of a known level; also the loss of predicting that level from the latents."""
@@ -372,17 +376,24 @@ def noise_like(values: Float[Tensor, "M D"], level: Level, seeds: list[int] | No
 
 
 def make_vqvae(
-    preset_name: str = "tiny", *, backend: str = "auto", use_checkpoint: bool = False, **changes
+    preset_name: str = "tiny",
+    *,
+    backend: str = "auto",
+    use_checkpoint: bool = False,
+    use_graphs: bool = False,
+    **changes,
 ) -> SparseVQVAE:
     """A network of a preset's sizes, with `changes` to any of them (`num_embeddings=512`, `windows=["lung"]`, ...)."""
-    return build_vqvae(preset(preset_name).changed(**changes), backend=backend, use_checkpoint=use_checkpoint)
+    sizes, how = preset(preset_name).changed(**changes), {"use_checkpoint": use_checkpoint, "use_graphs": use_graphs}
+    return build_vqvae(sizes, backend=backend, **how)
 
 
-def build_vqvae(sizes: Preset, *, backend: str = "auto", use_checkpoint: bool = False) -> SparseVQVAE:
+def build_vqvae(sizes: Preset, *, backend: str = "auto", **how: bool) -> SparseVQVAE:
+    """`how` is `use_checkpoint` and `use_graphs`, as encoder and decoder take them."""
     return SparseVQVAE(
         sizes,
-        encoder=Encoder(sizes, backend=backend, use_checkpoint=use_checkpoint),
+        encoder=Encoder(sizes, backend=backend, **how),
         vq=build_quantizer(sizes),
-        decoder=Decoder(sizes, backend=backend, use_checkpoint=use_checkpoint),
+        decoder=Decoder(sizes, backend=backend, **how),
         subdivision=SubdivisionHeads(sizes),
     )

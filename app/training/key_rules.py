@@ -210,6 +210,7 @@ RULES = {
     "batch_size_per_gpu": _count(1),
     "batch_split": _count(1),
     "use_checkpoint": SWITCH,
+    "use_graphs": SWITCH,
     "sparse_backend": Rule(str, "auto, torch, triton or spconv", optional=True),
     "amp": _choice("off", "bf16", "fp16"),
     "learning_rate": _number(0),

@@ -29,6 +29,7 @@ from torch.optim.swa_utils import AveragedModel
 from app.shared.devices import choose_device
 from app.shared.refusals import Refused
 from app.training.checkpoints import unwrapped
+from app.training.host_copy import HostCopy
 from app.training.run_errors import one_line_errors
 from networks.losses import TokenizerLoss
 from networks.sparse import SparseTensor
@@ -107,17 +108,19 @@ class TrainStep:
         names: list[str] = []
         sums: torch.Tensor | float = 0.0
         sizes: Counter[str] = Counter()
-        for part in parts:
+        for number, part in enumerate(parts, 1):
             inputs = engine.prepare_batch(part, engine.state.device)
             with torch.autocast(engine.state.device.type, dtype=self.amp, enabled=self.amp is not None):
                 terms = self.terms(engine, inputs, part)
             share = len(part["case_id"]) / samples
-            if terms["loss"].requires_grad:
-                self.scaler.scale(terms["loss"] * share).backward()
             names = list(terms)
             sums = sums + torch.stack([term.detach().float() for term in terms.values()]).double() * share
             sizes.update(self.size(part))
-        totals = mean_of_ranks(dict(zip(names, sums.tolist(), strict=True)))  # waits for the device, once
+            if number == len(parts):  # they reach the host while the device is busy with the last backward
+                read = HostCopy(mean_of_ranks(sums))
+            if terms["loss"].requires_grad:
+                self.scaler.scale(terms["loss"] * share).backward()
+        totals = dict(zip(names, read.tolist(), strict=True))
         engine.state.output = totals
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
         self.optimize(engine)
@@ -186,13 +189,10 @@ def step_optimizer(optimizer: Optimizer, *, scaler: torch.amp.GradScaler, grad_c
         scaler.update()
 
 
-def mean_of_ranks(totals: dict[str, float]) -> dict[str, float]:
+def mean_of_ranks(totals: torch.Tensor) -> torch.Tensor:
     """Every rank has as many samples, so the mean over ranks is the mean over samples."""
-    if idist.get_world_size() == 1:
-        return totals
-    values = torch.tensor(list(totals.values()), dtype=torch.float64, device=idist.device())
-    values = idist.all_reduce(values) / idist.get_world_size()
-    return dict(zip(totals, values.tolist(), strict=True))
+    world = idist.get_world_size()
+    return totals if world == 1 else idist.all_reduce(totals) / world
 
 
 class ProcessGroup:

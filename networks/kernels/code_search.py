@@ -14,30 +14,25 @@ from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
 from networks.kernels.launch import ceil_div, power_of_two, quick, shared_memory
+from networks.kernels.tiles import Tile
 
 FEW_ROWS = 2**15  # below it a program takes fewer, so that every processor has some
 NUMBERS_PER_PROGRAM = 1024  # of the codebook, where averages advance
 
 
-class Tile(NamedTuple):
-    """Rows of a program, codes of a step, and how Triton runs it; the fastest of about thirty on an H100."""
-
-    rows: int
-    codes: int
-    warps: int
-    stages: int
-
-
 @cache
 def tile_for(width: int, device: torch.device, *, few: bool) -> Tile:
-    """Where rows are few, fewer a program fill the card; no stages where no step of the table fits beside the rows."""
+    """Rows of a program and codes of a step, its columns; the fastest of about thirty on an H100.
+
+    Where rows are few, fewer a program fill the card; no stages where no step of the table fits beside the rows.
+    """
     depth = max(power_of_two(width), 16)
     if depth > 32:
         rows, codes, warps = 128, max(4096 // depth, 16), 8
     else:
         rows, codes, warps = 64 if few else 128, 64, 4
     room = (shared_memory(device) // (8 * depth) - rows) // codes
-    return Tile(rows, codes, warps, max(0, min(3 if depth > 32 else 4, room)))
+    return Tile(rows, codes, depth, warps, max(0, min(3 if depth > 32 else 4, room)))
 
 
 class Nearest(NamedTuple):
@@ -67,10 +62,10 @@ def _nearest(
     values, errors = (torch.empty_like(rows), rows.new_empty(num_rows)) if read else (None, None)
     if num_rows == 0:
         return found, values, errors
-    depth, tile = max(power_of_two(width), 16), tile_for(width, rows.device, few=num_rows < FEW_ROWS)
-    padded = ceil_div(num_codes, tile.codes) * tile.codes
-    table, halves = rows.new_empty((2, padded, depth)), rows.new_empty(padded)
-    _split_table[(padded // tile.codes,)](codebook, table, halves, num_codes, padded, width, depth, tile.codes)
+    tile = tile_for(width, rows.device, few=num_rows < FEW_ROWS)
+    padded = ceil_div(num_codes, tile.columns) * tile.columns
+    table, halves = rows.new_empty((2, padded, tile.depth)), rows.new_empty(padded)
+    _split_table[(padded // tile.columns,)](codebook, table, halves, num_codes, padded, width, tile.depth, tile.columns)
     _search[(ceil_div(num_rows, tile.rows),)](
         rows,
         table,
@@ -82,9 +77,9 @@ def _nearest(
         num_rows,
         padded,
         WIDTH=width,
-        DEPTH=depth,
+        DEPTH=tile.depth,
         ROWS=tile.rows,
-        CODES=tile.codes,
+        CODES=tile.columns,
         READ=read,
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -274,3 +269,46 @@ def _advance(  # noqa: PLR0913
     tl.store(mean_sum + at, total, mask=keep)
     tl.store(codes_out + at, total / count[:, None], mask=keep)
     tl.store(unused + codes, count <= least, mask=inside)
+
+
+def revive(
+    averages: tuple[Float32[Tensor, " K"], Float32[Tensor, "K D"], Float32[Tensor, "K D"]],
+    unused: Bool[Tensor, " K"],
+    places: Int64[Tensor, " K"],
+    picks: Int64[Tensor, " P"],
+    rows: Float32[Tensor, "N D"],
+) -> None:
+    """Unused codes restart at rows[picks[places - 1]], with a mean count of one; `averages` as in `advance`."""
+    num_codes, width = averages[1].shape
+    depth = power_of_two(width)
+    tile = max(1, NUMBERS_PER_PROGRAM // depth)
+    _revive[(ceil_div(num_codes, tile),)](
+        *averages, unused, places, picks, rows, num_codes, WIDTH=width, DEPTH=depth, TILE=tile
+    )
+
+
+@no_type_check
+@quick
+@triton.jit
+def _revive(  # noqa: PLR0913
+    mean_count,
+    mean_sum,
+    codes_out,
+    unused,
+    places,
+    picks,
+    rows,
+    num_codes,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    codes, depth = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, DEPTH)
+    dead = tl.load(unused + codes, mask=codes < num_codes, other=0) != 0  # (TILE,) of (K,)
+    place = tl.load(places + codes, mask=dead, other=1) - 1  # (TILE,) of (K,)
+    row = tl.load(picks + place, mask=dead, other=0)  # (TILE,) of (P,)
+    at, keep = codes[:, None] * WIDTH + depth[None, :], dead[:, None] & (depth < WIDTH)[None, :]
+    fresh = tl.load(rows + row[:, None] * WIDTH + depth[None, :], mask=keep, other=0.0)  # (TILE, DEPTH) of (N, D)
+    tl.store(mean_count + codes, tl.full((TILE,), 1.0, tl.float32), mask=dead)
+    tl.store(mean_sum + at, fresh, mask=keep)
+    tl.store(codes_out + at, fresh, mask=keep)

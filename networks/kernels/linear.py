@@ -2,7 +2,8 @@
 
 The number of rows is another in every step. cuBLAS looks for its kernel anew for each new shape, which takes the host
 longer than these small products take the card; here one kernel serves every number of rows. Sums are float32 in a fixed
-order, so repeats are equal to the bit.
+order, so repeats are equal to the bit. With `live`, a number on the device, the rows from there on are neither read nor
+written: so many work in a CUDA graph, whatever length its tables have.
 """
 
 from functools import cache
@@ -11,7 +12,7 @@ from typing import no_type_check
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int32
 from torch import Tensor
 
 from networks.kernels.launch import ceil_div, power_of_two, processors, quick, shared_memory
@@ -24,29 +25,38 @@ def rows_product(
     bias: Float[Tensor, " F"] | None,
     *,
     added: Float[Tensor, "N F"] | None = None,
+    live: Int32[Tensor, "1"] | None = None,
 ) -> Float[Tensor, "N F"]:
     """rows @ weight.T + bias + added; with `weight.T` in place of a layer's weight, the gradient of its input."""
     out = rows.new_empty((rows.shape[0], weight.shape[0]))
-    _start_product(rows, weight, bias, added, out, ending=PLAIN)
+    _start_product(rows, weight, bias, added, out, ending=PLAIN, live=live)
     return out
 
 
 def rows_product_gelu(
-    rows: Float[Tensor, "N C"], weight: Float[Tensor, "F C"], bias: Float[Tensor, " F"]
+    rows: Float[Tensor, "N C"],
+    weight: Float[Tensor, "F C"],
+    bias: Float[Tensor, " F"],
+    *,
+    live: Int32[Tensor, "1"] | None = None,
 ) -> tuple[Float[Tensor, "N F"], Float[Tensor, "N F"]]:
     """rows @ weight.T + bias, and GELU of it (by tanh)."""
     before = rows.new_empty((rows.shape[0], weight.shape[0]))
     out = torch.empty_like(before)
-    _start_product(rows, weight, bias, before, out, ending=GELU)
+    _start_product(rows, weight, bias, before, out, ending=GELU, live=live)
     return before, out
 
 
 def rows_product_gelu_grad(
-    grad: Float[Tensor, "N F"], weight: Float[Tensor, "C F"], before: Float[Tensor, "N C"]
+    grad: Float[Tensor, "N F"],
+    weight: Float[Tensor, "C F"],
+    before: Float[Tensor, "N C"],
+    *,
+    live: Int32[Tensor, "1"] | None = None,
 ) -> Float[Tensor, "N C"]:
     """Gradient of `before`, whose GELU went into a layer: (grad @ weight.T) * GELU'(before)."""
     out = torch.empty_like(before)
-    _start_product(grad, weight, None, before, out, ending=GELU_GRAD)
+    _start_product(grad, weight, None, before, out, ending=GELU_GRAD, live=live)
     return out
 
 
@@ -61,6 +71,7 @@ def _start_product(
     out: Float[Tensor, "N F"],
     *,
     ending: int,
+    live: Int32[Tensor, "1"] | None,
 ) -> None:
     if out.numel() == 0:
         return
@@ -74,13 +85,14 @@ def _start_product(
         bias,
         beside,
         out,
-        num_rows,
+        num_rows if live is None else live,
         *weight.stride(),
         CHANNELS=channels,
         COLUMNS=columns,
         HAS_BIAS=bias is not None,
         ADDED=beside is not None and ending == PLAIN,
         ENDING=ending,
+        LIVE=live is not None,
         TILE_ROWS=tile.rows,
         TILE_COLUMNS=tile.columns,
         DEPTH=tile.depth,
@@ -120,11 +132,16 @@ def _rows_product(  # noqa: PLR0913
     HAS_BIAS: tl.constexpr,
     ADDED: tl.constexpr,
     ENDING: tl.constexpr,
+    LIVE: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
     column_tiles: tl.constexpr = (COLUMNS + TILE_COLUMNS - 1) // TILE_COLUMNS
+    if LIVE:
+        num_rows = tl.load(num_rows)
+        if tl.program_id(0) // column_tiles * TILE_ROWS >= num_rows:
+            return
     rows = (tl.program_id(0) // column_tiles).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     columns = (tl.program_id(0) % column_tiles) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     sums = tl.zeros((TILE_ROWS, TILE_COLUMNS), dtype=tl.float32)
@@ -165,7 +182,7 @@ def parameter_grads(
 
 
 def several_parameter_grads(
-    pairs: list[tuple[Float[Tensor, "N _"], Float[Tensor, "N _"]]],
+    pairs: list[tuple[Float[Tensor, "N _"], Float[Tensor, "N _"]]], *, live: Int32[Tensor, "1"] | None = None
 ) -> list[tuple[Float32[Tensor, "F C"], Float32[Tensor, " F"]]]:
     """`parameter_grads` of several maps of the same rows: their partial sums lie side by side and are added at once."""
     feats, num_rows = pairs[0][0], pairs[0][0].shape[0]
@@ -177,7 +194,7 @@ def several_parameter_grads(
     grads, first = [], 0
     for (rows, grad), size, plan in zip(pairs, sizes, plans, strict=True):
         if num_rows:
-            _start_grads(rows, grad, parts, first, length, plan)
+            _start_grads(rows, grad, parts, first, length, plan, live)
         first += size
     sums = parts.sum(0)
     for (rows, grad), part in zip(pairs, sums.split(sizes), strict=True):
@@ -186,18 +203,19 @@ def several_parameter_grads(
     return grads
 
 
-def _start_grads(feats, grad, parts, first, length, plan) -> None:
+def _start_grads(feats, grad, parts, first, length, plan, live) -> None:
     """Partial sums into the columns of `parts` from `first` on."""
     tile, lines, programs = plan
     _parameter_grads[(programs, parts.shape[0])](
         feats.contiguous(),
         grad.contiguous(),
         parts[:, first:],
-        feats.shape[0],
+        feats.shape[0] if live is None else live,
         length,
         parts.shape[1],
         CHANNELS=feats.shape[1],
         COLUMNS=grad.shape[1],
+        LIVE=live is not None,
         TILE_LINES=lines,
         TILE_CHANNELS=tile.columns,
         DEPTH=tile.depth,
@@ -226,6 +244,7 @@ def _parameter_grads(  # noqa: PLR0913
     pitch,
     CHANNELS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    LIVE: tl.constexpr,
     TILE_LINES: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -233,6 +252,8 @@ def _parameter_grads(  # noqa: PLR0913
     channel_tiles: tl.constexpr = (CHANNELS + TILE_CHANNELS - 1) // TILE_CHANNELS
     lines = (tl.program_id(0) // channel_tiles) * TILE_LINES + tl.arange(0, TILE_LINES)
     channels = (tl.program_id(0) % channel_tiles) * TILE_CHANNELS + tl.arange(0, TILE_CHANNELS)
+    if LIVE:
+        num_rows = tl.load(num_rows)
     start = tl.program_id(1) * length
     end = tl.minimum(start + length, num_rows)
     sums = tl.zeros((TILE_LINES, TILE_CHANNELS), dtype=tl.float32)

@@ -14,6 +14,7 @@ from torch import Tensor
 from networks.kernels.launch import ceil_div, power_of_two, quick
 
 ROWS_PER_PROGRAM = 512
+ROWS_PER_COUNT = 4096  # of a program that counts cells: few additions to the same numbers
 NUMBERS_PER_PROGRAM = 4096  # taken by take_rows
 
 
@@ -204,8 +205,33 @@ def _look_up(  # noqa: PLR0913
     tl.store(counts + tl.program_id(0), tl.sum(count))
 
 
+def count_cells(keys: Int64[Tensor, " N"], bits: int, batch_size: int, halvings: int) -> Int32[Tensor, "L B"]:
+    """Occupied cells of each sample: distinct ones of sorted keys, then after 1, 2, ... up to `halvings`."""
+    counts = torch.zeros((halvings + 1, batch_size), dtype=torch.int32, device=keys.device)
+    if len(keys):
+        grid = (ceil_div(len(keys), ROWS_PER_COUNT),)
+        _count_cells[grid](keys, counts, len(keys), batch_size, bits, halvings + 1, ROWS_PER_COUNT)
+    return counts
+
+
+@no_type_check
+@quick
+@triton.jit(do_not_specialize=["num_rows", "size_b"])
+def _count_cells(keys, counts, num_rows, size_b, BITS: tl.constexpr, LEVELS: tl.constexpr, TILE: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = rows < num_rows
+    key = tl.load(keys + rows, mask=inside, other=0)  # (TILE,)
+    before = tl.load(keys + rows - 1, mask=inside & (rows > 0), other=-1)  # (TILE,)
+    sample = (key >> (3 * BITS)).to(tl.int32)
+    first, last = tl.min(tl.where(inside, sample, size_b), 0), tl.max(tl.where(inside, sample, 0), 0)
+    for one in range(first, last + 1):
+        for level in tl.static_range(LEVELS):
+            new = inside & (sample == one) & ((key >> (3 * level)) != (before >> (3 * level)))
+            tl.atomic_add(counts + level * size_b + one, tl.sum(new.to(tl.int32)))  # of (L, B); integers: in any order
+
+
 def group_cells(
-    keys: Int64[Tensor, " N"],
+    keys: Int64[Tensor, " N"], num_cells: int
 ) -> tuple[Int64[Tensor, " M"], Int64[Tensor, " N"], Int64[Tensor, "8 M"]]:
     """Keys of the cells that sorted keys lie in, each row's cell, and each cell's rows by octant (N: none)."""
     num_rows, device = len(keys), keys.device
@@ -216,7 +242,6 @@ def group_cells(
     grid = (ceil_div(num_rows, ROWS_PER_PROGRAM),)
     _mark_firsts[grid](keys, firsts, num_rows, ROWS_PER_PROGRAM)
     numbers = firsts.cumsum(0, dtype=torch.int32)
-    num_cells = int(numbers[-1])
     cells = torch.empty(num_cells, dtype=torch.int64, device=device)
     children = torch.full((8, num_cells), num_rows, dtype=torch.int64, device=device)
     _group[grid](keys, numbers, cells, parent, children, num_rows, num_cells, ROWS_PER_PROGRAM)

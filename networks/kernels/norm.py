@@ -1,6 +1,7 @@
 """Normalisation of each voxel's own channels with its activation, and its gradients, fused in Triton. CUDA.
 
-A row is read once, forward and backward: nothing of it but the input is kept. What ops.py does in plain torch.
+A row is read once, forward and backward: nothing of it but the input is kept. What ops.py does in plain torch. With
+`live`, a number on the device, the rows from there on are neither read nor written; see linear.py.
 """
 
 from typing import NamedTuple, no_type_check
@@ -8,7 +9,7 @@ from typing import NamedTuple, no_type_check
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int32
 from torch import Tensor
 
 from networks.kernels.launch import ceil_div, power_of_two, quick
@@ -24,12 +25,14 @@ def voxel_norm(
     *,
     eps: float,
     silu: bool,
+    live: Int32[Tensor, "1"] | None = None,
 ) -> Float[Tensor, "N C"]:
     """Without weight and bias they are ones and zeros."""
     out = torch.empty_like(x)
     if len(x):
         grid, shape = _parts(x)
-        _normalize[grid](x, weight, bias, out, x.shape[0], eps, AFFINE=weight is not None, SILU=silu, **shape)
+        mode = {"AFFINE": weight is not None, "SILU": silu, "LIVE": live is not None}
+        _normalize[grid](x, weight, bias, out, x.shape[0] if live is None else live, eps, **mode, **shape)
     return out
 
 
@@ -48,7 +51,7 @@ def voxel_norm_grads(
     out = torch.empty_like(x)
     grid, shape = _parts(x)
     sums = x.new_empty((*grid, 2, x.shape[1]), dtype=torch.float32)
-    mode = {"AFFINE": True, "AROUND": False, "BESIDE": False, "SILU": silu}
+    mode = {"AFFINE": True, "AROUND": False, "BESIDE": False, "SILU": silu, "LIVE": False}
     _grads[grid](x, grad, weight, bias, None, out, sums, x.shape[0], eps, **mode, **shape)
     of_bias, of_weight = sums.sum(0)
     return out, of_weight, of_bias
@@ -71,6 +74,7 @@ def voxel_norm_grads_in_block(
     eps: float,
     silu: bool,
     around: Float[Tensor, "N C"] | None = None,
+    live: Int32[Tensor, "1"] | None = None,
 ) -> BlockGrads:
     """Gradients where features run `around` the norm: their gradient is added to the input's.
 
@@ -85,8 +89,8 @@ def voxel_norm_grads_in_block(
     grid, shape = _parts(x)
     sums = x.new_empty((*grid, 3, x.shape[1]), dtype=torch.float32) if affine else None
     weight, bias = parameters or (None, None)
-    mode = {"AFFINE": affine, "AROUND": around is not None, "BESIDE": True, "SILU": silu}
-    _grads[grid](x, grad, weight, bias, around, out, sums, x.shape[0], eps, **mode, **shape)
+    mode = {"AFFINE": affine, "AROUND": around is not None, "BESIDE": True, "SILU": silu, "LIVE": live is not None}
+    _grads[grid](x, grad, weight, bias, around, out, sums, len(x) if live is None else live, eps, **mode, **shape)
     if not affine:
         return BlockGrads(out, None, None, None)
     of_bias, of_weight, beside = sums.sum(0)
@@ -135,11 +139,16 @@ def _normalize(  # noqa: PLR0913
     eps,
     AFFINE: tl.constexpr,
     SILU: tl.constexpr,
+    LIVE: tl.constexpr,
     CHANNELS: tl.constexpr,
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
     STEPS: tl.constexpr,
 ):
+    if LIVE:
+        num_rows = tl.load(num_rows)
+        if tl.program_id(0) * STEPS * TILE >= num_rows:
+            return
     if AFFINE:
         gain, lift = _of_channels(weight, CHANNELS, WIDTH), _of_channels(bias, CHANNELS, WIDTH)
     for step in range(STEPS):
@@ -169,11 +178,14 @@ def _grads(  # noqa: PLR0913
     AROUND: tl.constexpr,
     BESIDE: tl.constexpr,
     SILU: tl.constexpr,
+    LIVE: tl.constexpr,
     CHANNELS: tl.constexpr,
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
     STEPS: tl.constexpr,
 ):
+    if LIVE:
+        num_rows = tl.load(num_rows)
     if AFFINE:
         gain, lift = _of_channels(weight, CHANNELS, WIDTH), _of_channels(bias, CHANNELS, WIDTH)
     total, along = tl.zeros((WIDTH,), dtype=tl.float32), tl.zeros((WIDTH,), dtype=tl.float32)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from networks.sparse import ops, whole_blocks
 from networks.sparse.tensor import SparseTensor
 from networks.sparse.topology import Coarsening
+from networks.sparse.whole_blocks import Block
 
 
 class RowLinear(nn.Linear):
@@ -211,11 +212,14 @@ class TransformerBlock(nn.Module):
         self.attn = Attention(channels, num_heads=num_heads, window=window, shift=shift)
         self.mlp = Mlp(channels)
 
-    def forward(self, x: SparseTensor) -> SparseTensor:
+    def parts(self) -> Block:
+        """Parameters and sizes."""
         attn, (widen, _, narrow) = self.attn, self.mlp.mlp
         layers = tuple(whole_blocks.Affine(one.weight, one.bias) for one in (attn.to_qkv, attn.to_out, widen, narrow))
-        sizes = {"num_heads": attn.num_heads, "window": attn.window, "shift": attn.shift}
-        if (out := whole_blocks.transformer_block(x, layers, **sizes)) is not None:
+        return Block(layers, attn.num_heads, attn.window, attn.shift)
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        if (out := whole_blocks.transformer_block(x, self.parts())) is not None:
             return out
         x = x.replace(x.feats + self.attn(layer_norm(x)).feats)
         return x.replace(x.feats + self.mlp(layer_norm(x)).feats)

@@ -208,6 +208,13 @@ def linear(
     return _MixedLinear.apply(feats.to(dtype), weight, bias, kernels) if kernels else F.linear(feats, weight, bias)
 
 
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """The host's values on a device, through memory from which they travel while the host goes on."""
+    if device.type != "cuda" or values.is_cuda:
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
 def fused(name: str, feats: Float[Tensor, "N ..."]) -> ModuleType | None:
     """A module of `networks.kernels` where these features can use it."""
     if feats.device.type != "cuda" or feats.dtype == torch.float64 or defect("triton", feats.device.index):

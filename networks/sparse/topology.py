@@ -10,16 +10,18 @@ Letters: B batch, N voxels, M coarse voxels or latents, W windows.
 """
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Int, Int32, Int64
 from torch import Tensor
 
 from networks.sparse.maps import maps_for
 
+HALVINGS = 3  # of a network: so many levels below one are counted with it
 MIN_BITS = 8  # bits an axis at least, so that small grids can be halved often without losing the sample number
 MAX_TABLE_CELLS = 2**29  # 2 GiB of int32
 THIN_NEIGHBOURS = 20.0  # mean below which sorting rows by neighbourhood pays on a GPU (shells have 9 to 18)
@@ -81,7 +83,7 @@ class Coarsening(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """Rows grouped by cubic window, one window after another."""
+    """Rows grouped by cubic window, one window after another; windows without rows come last."""
 
     order: Int64[Tensor, " N"]  # rows, window by window
     bounds: Int32[Tensor, " W1"]  # where each window starts among them, and the end
@@ -89,15 +91,17 @@ class Windows(NamedTuple):
 
     def padded(self) -> tuple[Int64[Tensor, "W L"], Int64[Tensor, " N"]]:
         """Row in each slot of windows as long as the fullest, N where it is empty; and each row's slot."""
-        counts, num_rows, device = self.bounds.diff().long(), self.order.shape[0], self.order.device
-        longest = int(counts.max()) if num_rows else 0
-        window = torch.repeat_interleave(torch.arange(len(counts), device=device), counts)
+        counts, num_rows, device = self.bounds.diff(), self.order.shape[0], self.order.device
+        lengths = [length for length in counts.tolist() if length]
+        longest = max(lengths, default=0)
+        number = torch.arange(len(counts), device=device)
+        window = torch.repeat_interleave(number, counts, output_size=num_rows)
         slot_sorted = window * longest + torch.arange(num_rows, device=device) - self.bounds[window]
-        rows = torch.full((len(counts) * longest,), num_rows, dtype=torch.int64, device=device)
+        rows = torch.full((len(lengths) * longest,), num_rows, dtype=torch.int64, device=device)
         rows[slot_sorted] = self.order
         slot = torch.empty_like(slot_sorted)
         slot[self.order] = slot_sorted
-        return rows.view(len(counts), longest), slot
+        return rows.view(len(lengths), longest), slot
 
 
 class Tiles(NamedTuple):
@@ -120,8 +124,18 @@ class NeighbourLists(NamedTuple):
 class Level:
     """Occupied voxels of a batch at one resolution, sorted by key. Build with `Level.from_coords`."""
 
-    def __init__(self, keys: Int64[Tensor, " N"], *, spatial_shape: tuple[int, int, int], batch_size: int, bits: int):
+    def __init__(
+        self,
+        keys: Int64[Tensor, " N"],
+        *,
+        spatial_shape: tuple[int, int, int],
+        batch_size: int,
+        bits: int,
+        counts: Sequence[list[int]] = (),
+    ):
+        """`counts` are what is known of `count_cells` of these keys."""
         self.keys, self.spatial_shape, self.batch_size, self.bits = keys, tuple(spatial_shape), batch_size, bits
+        self._counts = counts
         self._kept: dict[Hashable, Any] = {}
 
     @classmethod
@@ -143,13 +157,11 @@ class Level:
         if outside:
             low, high = coords.amin(0).tolist(), coords.amax(0).tolist()
             raise ValueError(f"coords (batch, x, y, z) must lie in 0..{limits} exclusive, got {low}..{high}")
-        order = None
-        if mixed:
-            keys, order = torch.sort(keys)
-            if bool((keys[1:] == keys[:-1]).any()):
-                count = int((keys[1:] == keys[:-1]).sum())
-                raise ValueError(f"coords must be unique, got {count} duplicates of {coords.shape[0]} rows")
-        return cls(keys, spatial_shape=shape, batch_size=batch_size, bits=bits), order
+        keys, order = torch.sort(keys) if mixed else (keys, None)
+        level = cls(keys, spatial_shape=shape, batch_size=batch_size, bits=bits)
+        if mixed and (count := len(level) - sum(level._count(0))):  # distinct ones are counted
+            raise ValueError(f"coords must be unique, got {count} duplicates of {coords.shape[0]} rows")
+        return level, order
 
     def __len__(self) -> int:
         return self.keys.shape[0]
@@ -161,7 +173,8 @@ class Level:
     def to(self, device: torch.device | str) -> "Level":
         if torch.empty(0, device=device).device == self.device:
             return self
-        return Level(self.keys.to(device), spatial_shape=self.spatial_shape, batch_size=self.batch_size, bits=self.bits)
+        sizes = {"batch_size": self.batch_size, "bits": self.bits, "counts": self._counts}
+        return Level(self.keys.to(device), spatial_shape=self.spatial_shape, **sizes)
 
     def cached(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` gave when this key was first asked for: maps live as long as their level."""
@@ -180,13 +193,17 @@ class Level:
     def coords(self) -> Int32[Tensor, "N 4"]:
         return morton_coords(self.keys, self.bits)
 
-    @cached_property
+    @property
     def sample_sizes(self) -> list[int]:
         """Voxels of each sample. Rows of a sample are consecutive."""
-        if self.batch_size == 1:
-            return [len(self)]
-        firsts = torch.arange(self.batch_size + 1, device=self.device) << (3 * self.bits)
-        return torch.searchsorted(self.keys, firsts).diff().tolist()
+        return [len(self)] if self.batch_size == 1 else self._count(0)
+
+    def _count(self, halvings: int) -> list[int]:
+        """Distinct cells of each sample after so many halvings; the device is waited for once for all of them."""
+        if len(self._counts) <= halvings:
+            levels = min(HALVINGS, self.bits - 1)
+            self._counts = maps_for(self.device).count_cells(self.keys, self.bits, self.batch_size, levels).tolist()
+        return self._counts[halvings]
 
     @property
     def neighbours(self) -> Int32[Tensor, "27 N"]:
@@ -196,7 +213,16 @@ class Level:
     @property
     def mean_neighbours(self) -> float:
         """Occupied cells among the 27, averaged: about 25 in volumes, 10 to 15 in shells."""
-        return self.cached("mean neighbours", lambda: self._neighbourhood[2].item() / max(len(self), 1))
+        self._read_neighbours([self])
+        return self._kept["mean neighbours"]
+
+    @staticmethod
+    def _read_neighbours(levels: Sequence["Level"]) -> None:
+        """Mean neighbours of several levels, where they are not known; the device is waited for once."""
+        unknown = [level for level in levels if "mean neighbours" not in level._kept]
+        numbers = torch.stack([level._neighbourhood[2] for level in unknown]).tolist() if unknown else []
+        for level, number in zip(unknown, numbers, strict=True):
+            level._kept["mean neighbours"] = number / max(len(level), 1)
 
     @cached_property
     def _neighbourhood(self) -> tuple[Int32[Tensor, "27 N"], Int32[Tensor, " N"] | None, Int64[Tensor, ""]]:
@@ -277,22 +303,23 @@ class Level:
         """The coarse level, parents and children. Knows not this level, or neither would be freed by counting."""
         if self.bits == 1:
             raise ValueError(f"a level of {self.spatial_shape} voxels cannot be halved again")
-        keys, parent, children = maps_for(self.device).group_cells(self.keys)
+        keys, parent, children = maps_for(self.device).group_cells(self.keys, sum(self._count(1)))
         shape = tuple((n + 1) // 2 for n in self.spatial_shape)
-        coarse = Level(keys, spatial_shape=shape, batch_size=self.batch_size, bits=self.bits - 1)
-        return coarse, parent, children
+        sizes = {"batch_size": self.batch_size, "bits": self.bits - 1, "counts": self._counts[1:]}
+        return Level(keys, spatial_shape=shape, **sizes), parent, children
 
     def prepare(self, *convolved: bool) -> "Level":
         """Builds what must wait for the device, for this level and those below it, and gives the coarsest.
 
         `convolved` says of each level, this one first, whether convolutions run there: the neighbours of a level
         without any are the largest map of all, and nobody's. Called before the first layer, it lets the host run ahead
-        of the device through all of them.
+        of the device through all of them: it waits twice, for the sizes of all levels and for their neighbours' number.
         """
-        if self.device.type == "cuda":
-            waited_for = (self.sample_sizes, convolved[0] and self.is_thin)
-            del waited_for  # kept by the level
-        return self.coarsening.coarse.prepare(*convolved[1:]) if convolved[1:] else self
+        levels = [self]
+        for _ in convolved[1:]:
+            levels.append(levels[-1].coarsening.coarse)
+        self._read_neighbours([level for level, asked in zip(levels, convolved, strict=True) if asked])
+        return levels[-1]
 
     def subdivide(self, occupied: Bool[Tensor, "M 8"], fine_shape: tuple[int, int, int]) -> Coarsening:
         """The finer level in which exactly the marked children exist; the inverse of `coarsening`."""
@@ -310,9 +337,11 @@ class Level:
     def _group_windows(self, size: int, shift: int) -> Windows:
         cell = torch.cat([self.coords[:, :1], (self.coords[:, 1:] + shift) // size], 1)
         keys, order = torch.sort(morton_keys(cell, self.bits + 1), stable=True)
-        inner = (keys[1:] != keys[:-1]).nonzero().squeeze(1).int() + 1
-        ends = [inner.new_zeros(1), inner, inner.new_full((min(len(self), 1),), len(self))]
-        return Windows(order, torch.cat(ends), min(size**3, len(self)))
+        window = F.pad((keys[1:] != keys[:-1]).cumsum(0), (1, 0))[: len(self)]
+        # As many as the grid has, if rows are not fewer: how many hold rows would have to be waited for.
+        most = min(len(self), self.batch_size * math.prod((n - 1 + shift) // size + 1 for n in self.spatial_shape))
+        bounds = torch.searchsorted(window, torch.arange(most + 1, device=self.device), out_int32=True)
+        return Windows(order, bounds, min(size**3, len(self)))
 
 
 def align_rows(source: Level, target: Level) -> Int64[Tensor, " M"]:

@@ -48,8 +48,8 @@ def checked_keys(
 ) -> tuple[Int64[Tensor, " N"], bool, bool]:
     """Keys, whether any coordinate lies outside 0..limits, and whether the keys are not in rising order."""
     keys = morton_keys(coords, bits)
-    outside = bool(((coords < 0) | (coords >= torch.tensor(limits, device=coords.device))).any())
-    return keys, outside, bool((keys[1:] <= keys[:-1]).any())
+    outside = ((coords < 0) | (coords >= torch.tensor(limits, device=coords.device))).any()
+    return keys, *torch.stack([outside, (keys[1:] <= keys[:-1]).any()]).tolist()
 
 
 def morton_coords(keys: Int64[Tensor, " N"], bits: int) -> Int32[Tensor, "N 4"]:
@@ -79,12 +79,22 @@ def neighbours(
     return found, None, (found < num_rows).sum()
 
 
+def count_cells(keys: Int64[Tensor, " N"], bits: int, batch_size: int, halvings: int) -> Int64[Tensor, "L B"]:
+    """Occupied cells of each sample: distinct ones of sorted keys, then after 1, 2, ... up to `halvings`."""
+    ends = torch.searchsorted(keys, torch.arange(batch_size + 1, device=keys.device) << (3 * bits))
+    changed = F.pad(keys[1:] ^ keys[:-1], (1, 0), value=2**62)  # the first row is the first of its cell at any level
+    firsts = [changed >= 1 << (3 * level) for level in range(halvings + 1)]
+    return torch.stack([F.pad(first.cumsum(0), (1, 0)).index_select(0, ends).diff() for first in firsts])
+
+
 def group_cells(
-    keys: Int64[Tensor, " N"],
+    keys: Int64[Tensor, " N"], num_cells: int
 ) -> tuple[Int64[Tensor, " M"], Int64[Tensor, " N"], Int64[Tensor, "8 M"]]:
     """Keys of the cells that sorted keys lie in, each row's cell, and each cell's rows by octant (N: none)."""
-    cells, parent = torch.unique_consecutive(keys >> 3, return_inverse=True)
-    children = torch.full((8, len(cells)), len(keys), dtype=torch.int64, device=keys.device)
+    of_row = keys >> 3
+    parent = F.pad((of_row[1:] != of_row[:-1]).cumsum(0), (1, 0))[: len(keys)]
+    cells = keys.new_empty(num_cells).scatter_(0, parent, of_row)  # all rows of a cell write the same number
+    children = torch.full((8, num_cells), len(keys), dtype=torch.int64, device=keys.device)
     children[keys & 7, parent] = torch.arange(len(keys), device=keys.device)
     return cells, parent, children
 

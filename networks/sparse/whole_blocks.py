@@ -12,12 +12,12 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 from torch import Tensor
 
 from networks.sparse import ops
 from networks.sparse.tensor import SparseTensor
-from networks.sparse.topology import Coarsening
+from networks.sparse.topology import Coarsening, Windows
 
 log = logging.getLogger(__name__)
 NORM_EPS, LAYER_NORM_EPS = 1e-5, 1e-6
@@ -74,64 +74,104 @@ class _ResidualBlock(torch.autograd.Function):
         return first.input, *(None,) * 3, first.weight, first.bias, *of_conv1, second.weight, second.bias, *of_conv2
 
 
-def transformer_block(
-    x: SparseTensor, layers: tuple[Affine, Affine, Affine, Affine], *, num_heads: int, window: int, shift: int
-) -> SparseTensor | None:
-    """x + out(attention(qkv(norm(x)))), then + mlp(norm()) of that; layers are qkv, out and the two of the MLP."""
-    linear, dtype = ops.fused("linear", x.feats), ops.autocast_dtype(x.feats)
-    if not linear or x.feats.dtype != dtype or layers[0].weight.dtype != torch.float32:
-        return None
-    kernels = Kernels(linear, ops.fused("norm", x.feats), ops.fused("attention", x.feats))
-    if x.feats.shape[1] // num_heads > kernels.attention.MAX_HEAD_WIDTH:
-        return None
-    plan = x.level.windows(window, shift)
-    parameters = [value for layer in layers for value in layer]
-    return x.replace(_TransformerBlock.apply(x.feats, plan, num_heads, kernels, *parameters))
+class Block(NamedTuple):
+    """A transformer block: the layers qkv, out and the two of the MLP, and its sizes."""
+
+    layers: tuple[Affine, Affine, Affine, Affine]
+    num_heads: int
+    window: int
+    shift: int
 
 
-class Kernels(NamedTuple):
+class Transformer(NamedTuple):
+    """What a transformer block computes with, beside its parameters."""
+
     linear: ModuleType
     norm: ModuleType
     attention: ModuleType
+    num_heads: int
+    plan: Windows
+    live: Int32[Tensor, "1"] | None = None  # how many rows count, where a device knows it alone; see graphs.py
+
+
+def transformer_for(x: SparseTensor, block: Block) -> Transformer | None:
+    """The kernels for a block on these features, and their windows; None where kernels cannot serve."""
+    linear, dtype = ops.fused("linear", x.feats), ops.autocast_dtype(x.feats)
+    if not linear or x.feats.dtype != dtype or block.layers[0].weight.dtype != torch.float32:
+        return None
+    norm, attention = ops.fused("norm", x.feats), ops.fused("attention", x.feats)
+    if x.feats.shape[1] // block.num_heads > attention.MAX_HEAD_WIDTH:
+        return None
+    return Transformer(linear, norm, attention, block.num_heads, x.level.windows(block.window, block.shift))
+
+
+def transformer_block(x: SparseTensor, block: Block) -> SparseTensor | None:
+    """x + out(attention(qkv(norm(x)))), then + mlp(norm()) of that."""
+    if (how := transformer_for(x, block)) is None:
+        return None
+    return x.replace(_TransformerBlock.apply(x.feats, how, *(value for layer in block.layers for value in layer)))
 
 
 class _TransformerBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, plan, num_heads, kernels, *parameters):
-        linear, norm, attention = kernels
-        x = x.contiguous()
-        to_qkv, to_out, widen, narrow = _rounded(parameters[::2], x.dtype)
-        bias_qkv, bias_out, bias_widen, bias_narrow = parameters[1::2]
-        before = norm.voxel_norm(x, None, None, eps=LAYER_NORM_EPS, silu=False)
-        qkv = linear.rows_product(before, to_qkv, bias_qkv).view(len(x), 3, num_heads, -1)
-        seen, sums = attention.attend(qkv, *plan)
-        middle = linear.rows_product(seen.view(len(x), -1), to_out, bias_out, added=x)
-        between = norm.voxel_norm(middle, None, None, eps=LAYER_NORM_EPS, silu=False)
-        wide, bent = linear.rows_product_gelu(between, widen, bias_widen)
-        ctx.save_for_backward(x, before, qkv, seen, sums, middle, between, wide, bent, to_qkv, to_out, widen, narrow)
-        ctx.plan, ctx.kernels = plan, kernels
-        return linear.rows_product(bent, narrow, bias_narrow, added=middle)
+    def forward(ctx, x, how, *parameters):
+        out, saved = transformer_forward(x.contiguous(), how, parameters)
+        ctx.save_for_backward(*saved)
+        ctx.how = how
+        return out
 
     @staticmethod
     def backward(ctx, grad):
         ops.refuse_second_derivative()
-        x, before, qkv, seen, sums, middle, between, wide, bent, to_qkv, to_out, widen, narrow = ctx.saved_tensors
-        (linear, norm, attention), plan, grad = ctx.kernels, ctx.plan, grad.contiguous()
-        bare = {"parameters": None, "eps": LAYER_NORM_EPS, "silu": False}
-        of_wide = linear.rows_product_gelu_grad(grad, narrow.T, wide)
-        of_between = linear.rows_product(of_wide, widen.T, None)
-        of_middle = norm.voxel_norm_grads_in_block(middle, of_between, around=grad, **bare).input
-        of_seen = linear.rows_product(of_middle, to_out.T, None)
-        of_qkv = attention.attend_grad(of_seen.view_as(seen), qkv, seen, sums, *plan).view(len(x), -1)
-        of_x, of_parameters = None, (None,) * 8
-        if ctx.needs_input_grad[0]:
-            of_before = linear.rows_product(of_qkv, to_qkv.T, None)
-            of_x = norm.voxel_norm_grads_in_block(x, of_before, around=of_middle, **bare).input
-        if any(ctx.needs_input_grad[4:]):
-            rows = seen.view(len(x), -1)
-            pairs = [(before, of_qkv), (rows, of_middle), (between, of_wide), (bent, grad)]
-            of_parameters = [grad for both in linear.several_parameter_grads(pairs) for grad in both]
-        return of_x, None, None, None, *of_parameters
+        needs = {"feats": ctx.needs_input_grad[0], "parameters": any(ctx.needs_input_grad[2:])}
+        of_x, of_parameters = transformer_backward(grad.contiguous(), ctx.how, ctx.saved_tensors, **needs)
+        return of_x, None, *of_parameters
+
+
+def transformer_forward(
+    x: Float[Tensor, "N C"], how: Transformer, parameters: Sequence[Tensor]
+) -> tuple[Float[Tensor, "N C"], tuple[Tensor, ...]]:
+    """The block's result, and what its backward needs."""
+    linear, live = how.linear, {"live": how.live}
+    bare = {"eps": LAYER_NORM_EPS, "silu": False, **live}
+    to_qkv, to_out, widen, narrow = _rounded(parameters[::2], x.dtype)
+    bias_qkv, bias_out, bias_widen, bias_narrow = parameters[1::2]
+    before = how.norm.voxel_norm(x, None, None, **bare)
+    qkv = linear.rows_product(before, to_qkv, bias_qkv, **live).view(len(x), 3, how.num_heads, -1)
+    seen, sums = how.attention.attend(qkv, *how.plan)
+    middle = linear.rows_product(seen.view(len(x), -1), to_out, bias_out, added=x, **live)
+    between = how.norm.voxel_norm(middle, None, None, **bare)
+    wide, bent = linear.rows_product_gelu(between, widen, bias_widen, **live)
+    out = linear.rows_product(bent, narrow, bias_narrow, added=middle, **live)
+    return out, (x, before, qkv, seen, sums, middle, between, wide, bent, to_qkv, to_out, widen, narrow)
+
+
+def transformer_backward(
+    grad: Float[Tensor, "N C"],
+    how: Transformer,
+    saved: Sequence[Tensor],
+    *,
+    feats: bool = True,
+    parameters: bool = True,
+) -> tuple[Float[Tensor, "N C"] | None, Sequence[Tensor | None]]:
+    """Gradients of the block's features and of its parameters, as far as they are asked for."""
+    x, before, qkv, seen, sums, middle, between, wide, bent, to_qkv, to_out, widen, narrow = saved
+    linear, norm, live = how.linear, how.norm, {"live": how.live}
+    bare = {"parameters": None, "eps": LAYER_NORM_EPS, "silu": False, **live}
+    of_wide = linear.rows_product_gelu_grad(grad, narrow.T, wide, **live)
+    of_between = linear.rows_product(of_wide, widen.T, None, **live)
+    of_middle = norm.voxel_norm_grads_in_block(middle, of_between, around=grad, **bare).input
+    of_seen = linear.rows_product(of_middle, to_out.T, None, **live)
+    of_qkv = how.attention.attend_grad(of_seen.view_as(seen), qkv, seen, sums, *how.plan).view(len(x), -1)
+    of_x, of_parameters = None, (None,) * 8
+    if feats:
+        of_before = linear.rows_product(of_qkv, to_qkv.T, None, **live)
+        of_x = norm.voxel_norm_grads_in_block(x, of_before, around=of_middle, **bare).input
+    if parameters:
+        rows = seen.view(len(x), -1)
+        pairs = [(before, of_qkv), (rows, of_middle), (between, of_wide), (bent, grad)]
+        of_parameters = [value for both in linear.several_parameter_grads(pairs, **live) for value in both]
+    return of_x, of_parameters
 
 
 def halving(x: SparseTensor, layer: Affine, shortcut: Float[Tensor, "F _"], *, marked: bool) -> SparseTensor | None:

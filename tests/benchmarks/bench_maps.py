@@ -23,6 +23,7 @@ def build(coords: torch.Tensor, side: int) -> Level:
     """All maps that an encoder and a decoder of three halvings use."""
     level, _ = Level.from_coords(coords, (side, side, side), 1)
     finest = level
+    level.prepare(True, True, True, True)
     for depth in range(4):
         maps = [level.tiles(128), level.neighbour_lists if level.is_thin else None]
         del maps  # kept by the level

@@ -1,6 +1,6 @@
 """One training step of preset `base` on a whole 256^3 body phantom, in volumes a second, on a CUDA card.
 
-    python -m tests.benchmarks.bench_step [--profile] [--beside 0 14]
+    python -m tests.benchmarks.bench_step [--profile] [--beside 0 14] [--graphs]
 
 Beside it: MONAI's dense VQVAE (equal parameters, equal compression, and its 64/128/256 widths), and the original
 design: 100k voxels thinned at random, every latent expanded to 512 voxels, rows matched through a dictionary
@@ -32,9 +32,11 @@ def features(coords: torch.Tensor) -> torch.Tensor:
     return torch.sin(coords[:, 1:].float().sum(1, keepdim=True) * scale) * 0.9
 
 
-def sparse_step(side: int, *, backend: str, preset: str, dtype: torch.dtype) -> tuple[Callable[[], None], SparseVQVAE]:
+def sparse_step(
+    side: int, *, backend: str, preset: str, dtype: torch.dtype, use_graphs: bool = False
+) -> tuple[Callable[[], None], SparseVQVAE]:
     torch.manual_seed(0)
-    network = make_vqvae(preset, backend=backend).cuda().train()
+    network = make_vqvae(preset, backend=backend, use_graphs=use_graphs).cuda().train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
     loss_function, generator = TokenizerLoss(), torch.Generator().manual_seed(0)
     coords = body(side).cuda().int()
@@ -141,6 +143,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--only", action="store_true", help="the sparse step alone")
     parser.add_argument("--equal", action="store_true", help="that and MONAI's of equal parameters")
+    parser.add_argument("--graphs", action="store_true", help="the step with transformer blocks as CUDA graphs, too")
     parser.add_argument("--beside", type=int, nargs="+", default=[0], help="busy processes on the host")
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -150,6 +153,9 @@ def main() -> None:
         dtype = torch.float16 if backend == "spconv" else torch.bfloat16  # spconv has no bfloat16
         works[backend], network = sparse_step(given.side, backend=backend, preset=given.preset, dtype=dtype)
         sizes[backend] = sum(p.numel() for p in network.parameters()) / 1e6
+    if given.graphs:
+        how = {"backend": "triton", "preset": given.preset, "dtype": torch.bfloat16, "use_graphs": True}
+        works["triton, graphs"], _ = sparse_step(given.side, **how)
     dictionary = None
     for name, widths in {"MONAI equal": (44, 88, 176), "MONAI 64/128/256": (64, 128, 256)}.items():
         if not alone or (given.equal and name == "MONAI equal"):
@@ -171,7 +177,7 @@ def main() -> None:
     for processes in [count for count in given.beside if count]:
         with busy_host(processes):
             loaded[processes] = interleaved(works, device="cuda", rounds=5, budget_ms=4000, turn_ms=500)
-    cost = step_cost(works["triton"])
+    costs = {name: step_cost(works[name]) for name in ("triton", "triton, graphs") if name in works}
     if dictionary is not None:
         times["original, dictionary"] = times["original, sorted keys"] + 1e3 * dictionary()
     if given.profile:
@@ -185,7 +191,7 @@ def main() -> None:
             "peak GiB": memory.get(name),
             "triton is faster by": value / times["triton"],
             **{f"ms beside {count}": found.get(name) for count, found in loaded.items()},
-            **({**cost._asdict(), "card busy": cost.card_ms / value} if name == "triton" else {}),
+            **({**costs[name]._asdict(), "card busy": costs[name].card_ms / value} if name in costs else {}),
         }
         for name, value in times.items()
     ]

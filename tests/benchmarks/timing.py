@@ -72,7 +72,7 @@ def device_ms(work: Work, *, calls: int = 10) -> float:
 class StepCost(NamedTuple):
     """What a step costs host and card."""
 
-    launches: float  # kernels, copies and fills that the host starts
+    launches: float  # kernels, graphs, copies and fills that the host starts
     waits: float  # times that the host waits for the card
     card_ms: float  # that the card works
     host_ms: float  # until the host has started everything, nothing before it in the queue
@@ -103,7 +103,8 @@ def step_cost(work: Work, *, calls: int = 5) -> StepCost:
     return StepCost(started / calls, waits / calls, card, statistics.median(host))
 
 
-LAUNCHES = ("daLaunchKernel", "LaunchKernel", "daMemcpyAsync", "MemcpyAsync", "daMemsetAsync", "MemsetAsync")
+STARTS = ("LaunchKernel", "GraphLaunch", "MemcpyAsync", "MemsetAsync")
+LAUNCHES = (*STARTS, *(f"da{name}" for name in STARTS))  # of the driver and of the runtime, without their "cu"
 
 
 @contextmanager

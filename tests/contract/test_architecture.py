@@ -60,6 +60,7 @@ SPARSE_LAYERS = (
     "backend",
     "ops",
     "whole_blocks",
+    "graphs",
     "modules",
 )  # each may import those before it
 ASK_KERNELS = {"networks/sparse/maps.py", "networks/sparse/ops.py"}
@@ -210,7 +211,7 @@ def signatures_of(path):
 
 def test_both_modules_of_maps_have_equal_functions():
     plain, fused = (signatures_of(ROOT / "networks" / name) for name in ("sparse/torch_maps.py", "kernels/maps.py"))
-    assert plain == fused and len(plain) == 9
+    assert plain == fused and len(plain) == 10
 
 
 def test_every_convolution_backend_has_the_same_functions():

@@ -151,26 +151,34 @@ def test_producer_warps_gather_beside_products_and_fit(channels, columns, mirror
     assert "setmaxnreg" in ptx
 
 
-def linear_map(channels, columns, card, *, ending=linear.PLAIN):
+def rows_counted(live):
+    """How many rows: a number, or where it stands on the device."""
+    return {"LIVE": live, "types": {"num_rows": "*i32"} if live else {}}
+
+
+def linear_map(channels, columns, card, *, ending=linear.PLAIN, live=False):
     tile = tiles.fitted(tiles.product_tile(channels, columns, torch.bfloat16, thin=False), torch.bfloat16, ROOM[card])
     sizes = {"CHANNELS": channels, "COLUMNS": columns, "TILE_ROWS": tile.rows, "TILE_COLUMNS": tile.columns}
     run = {"card": card, "warps": tile.warps, "stages": tile.stages}
-    kind = {"ADDED": ending == linear.PLAIN, "ENDING": ending}
+    kind = {"ADDED": ending == linear.PLAIN, "ENDING": ending, **rows_counted(live)}
     return compiled(linear._rows_product, HAS_BIAS=True, DEPTH=tile.depth, weight_c=1, **kind, **sizes, **run)
 
 
-def linear_gradient(channels, columns, card):
+def linear_gradient(channels, columns, card, *, live=False):
     tile, lines, _ = linear._parts(channels, columns, torch.bfloat16, ROOM[card])
     sizes = {"CHANNELS": channels, "COLUMNS": columns, "TILE_LINES": lines, "TILE_CHANNELS": tile.columns}
     run = {"card": card, "warps": tile.warps, "stages": tile.stages}
-    return compiled(linear._parameter_grads, DEPTH=tile.depth, **sizes, **run)
+    return compiled(linear._parameter_grads, DEPTH=tile.depth, **rows_counted(live), **sizes, **run)
 
 
 @pytest.mark.parametrize("card", ROOM)
 @pytest.mark.parametrize("make", [linear_map, linear_gradient])
-@pytest.mark.parametrize(("channels", "columns"), [(256, 1024), (64, 128), (4, 32), (128, 8)])
-def test_linear_map_fits_the_card_and_copies_ahead(make, channels, columns, card):
-    made = make(channels, columns, card)
+@pytest.mark.parametrize(
+    ("channels", "columns", "live"),
+    [(256, 1024, False), (256, 1024, True), (64, 128, False), (4, 32, False), (128, 8, False)],
+)
+def test_linear_map_fits_the_card_and_copies_ahead(make, channels, columns, live, card):
+    made = make(channels, columns, card, live=live)
     assert made.metadata.shared <= ROOM[card]
     ptx = made.asm["ptx"]
     if min(channels, columns) >= 64:
@@ -239,7 +247,7 @@ def test_code_search_has_wgmma_and_fits_the_card(few, width, card, monkeypatch):
         DEPTH=width,
         READ=True,
         ROWS=tile.rows,
-        CODES=tile.codes,
+        CODES=tile.columns,
     )
     assert made.metadata.shared <= ROOM[card]
     assert ("wgmma.mma_async" in made.asm["ptx"]) == (card == 90)
@@ -263,7 +271,9 @@ def test_row_operations_and_maps_compile():
             shape = {"CHANNELS": width, "WIDTH": width, "TILE": max(4096 // width, 1), "STEPS": 4}
             types = {"weight": "*fp32", "eps": "fp32"}
             around = {} if kernel is norm._normalize else {"AROUND": True, "BESIDE": True}
-            compiled(kernel, types=types, card=card, AFFINE=True, SILU=True, **around, **shape)
+            compiled(kernel, types=types, card=card, AFFINE=True, SILU=True, LIVE=False, **around, **shape)
+            bare = {"weight": None, "bias": None, "AFFINE": False, "SILU": False, "LIVE": True}
+            compiled(kernel, types=types | {"num_rows": "*i32"}, card=card, **bare, **around, **shape)
     compiled(maps._encode_checked, "i32", types={"size_b": "i32"}, BITS=8, TILE=512)
     for kernel in (maps._encode, maps._decode):
         compiled(kernel, "i32", BITS=8, TILE=512)
@@ -271,6 +281,7 @@ def test_row_operations_and_maps_compile():
         compiled(kernel, "i32", BITS=8, TILE=512)
     for kernel in (maps._count_pairs, maps._list_offsets, maps._mark_firsts):
         compiled(kernel, "i32", TILE=512)
+    compiled(maps._count_cells, "i32", types={"size_b": "i32"}, BITS=8, LEVELS=4, TILE=4096)
     compiled(maps._group, "i32", types={"cells": "*i64"}, TILE=512)
     compiled(maps._sorting_keys, "i32", CHUNK=16384, TILE=512)
     compiled(maps._take_columns, "i32", TILE=512)
@@ -285,4 +296,6 @@ def test_row_operations_and_maps_compile():
     codes = {"ordered": "*i16", "halvings": "i32", "share": "fp32", "rate": "fp32", "least": "fp32", "unused": "*i1"}
     compiled(code_search._segment_sums, "fp32", types=codes, WIDTH=32, DEPTH=32, ROWS=64)
     compiled(code_search._advance, "fp32", types=codes, WIDTH=32, DEPTH=32, TILE=32)
+    revived = codes | {"places": "*i64", "picks": "*i64"}
+    compiled(code_search._revive, "fp32", types=revived, WIDTH=32, DEPTH=32, TILE=32)
     compiled(code_search._split_table, "fp32", types={"padded": "i32"}, WIDTH=20, DEPTH=32, CODES=128)

@@ -3,6 +3,7 @@
 The interpreter must be chosen before Triton is imported, so its tests run in a process of their own.
 """
 
+import copy
 import os
 import subprocess
 import sys
@@ -12,9 +13,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from networks.sparse import SparseTensor, modules, ops, torch_backend, torch_maps
+from networks.sparse import SparseTensor, graphs, modules, ops, torch_backend, torch_maps
 from networks.sparse.topology import Level
 from tests import oracle
+from tests.started_again import StartedAgain
 
 triton = pytest.importorskip("triton")
 from networks import losses  # noqa: E402
@@ -83,6 +85,20 @@ def test_interpreted_kernels_take_any_width(channels, columns, generator, assert
 
 
 @in_interpreter
+@pytest.mark.parametrize("count", [0, 1, 300])
+def test_interpreted_counts_of_cells_equal_plain_torch(count, generator, monkeypatch):
+    monkeypatch.setattr(maps, "ROWS_PER_COUNT", 128)  # several programs, and samples that end inside one
+    coords = torch.randint(6, (count, 4), generator=generator)
+    coords[:, 0] *= coords[:, 0] != 2  # that sample is empty
+    keys = torch_maps.morton_keys(coords, 8).sort().values
+    for halvings in (0, 3):
+        samples = [keys[keys >> 24 == one] for one in range(7)]
+        expected = [[len(set((one >> 3 * k).tolist())) for one in samples] for k in range(halvings + 1)]
+        assert maps.count_cells(keys, 8, 7, halvings).tolist() == expected
+        assert torch_maps.count_cells(keys, 8, 7, halvings).tolist() == expected
+
+
+@in_interpreter
 @pytest.mark.parametrize("count", [1, 77, 300])
 def test_interpreted_maps_equal_plain_torch(count, generator):
     level = scattered((8, 9, 7), count, generator)
@@ -112,10 +128,10 @@ def test_interpreted_maps_equal_plain_torch(count, generator):
     for k, (rows, near) in enumerate(level.neighbour_pairs):
         assert int(lists[2][k]) == len(rows)
         assert torch.equal(lists[0][k, : len(rows)].long(), rows) and torch.equal(lists[1][k, : len(rows)].long(), near)
-    keys, parent, children = maps.group_cells(level.keys)
-    cells = level.coarsening
-    assert torch.equal(keys, cells.coarse.keys)
-    assert torch.equal(parent, cells.parent) and torch.equal(children, cells.children)
+    grouped = level.coarsening
+    keys, parent, children = maps.group_cells(level.keys, len(grouped.coarse))
+    assert torch.equal(keys, grouped.coarse.keys)
+    assert torch.equal(parent, grouped.parent) and torch.equal(children, grouped.children)
     ordered = maps.by_neighbourhood(found, alive, 64), torch_maps.by_neighbourhood(found, alive, 64)
     for mine, plain in zip(*ordered, strict=True):
         assert torch.equal(mine, plain)
@@ -234,6 +250,13 @@ def test_interpreted_averages_advance_as_in_plain_torch(generator, assert_close)
         if name != "embeddings.weight":  # of codes with a count near zero, where rounding counts
             assert_close(fused.state_dict()[name], values)
     assert_close(fused.codebook[~unused], plain.codebook[~unused])
+    rows, picks = torch.randn(50, 6, generator=generator), torch.randint(50, (80,), generator=generator)
+    plain.load_state_dict(fused.state_dict())
+    code_search.revive(averages, unused, unused.cumsum(0) + 3, picks, rows)
+    assert plain.revive(unused, rows, picks, torch.tensor(3)) == 3 + unused.sum()
+    for name, values in plain.state_dict().items():
+        assert torch.equal(fused.state_dict()[name], values), name
+    assert torch.equal(plain.codebook[unused], rows[picks[3 : 3 + int(unused.sum())]])
 
 
 @in_interpreter
@@ -304,6 +327,32 @@ def test_interpreted_maps_of_children_equal_rows_laid_side_by_side(channels, col
         for_weight, for_bias = children.scattered_grads(grad, cells.children, fine)
         assert_close(for_weight, laid.T @ grad.double(), dtype=torch.float32)
         assert_close(for_bias, laid.sum(0), dtype=torch.float32)
+
+
+@in_interpreter
+@pytest.mark.parametrize("live", [0, 1, 70, 128])
+def test_interpreted_products_and_norms_stop_at_the_live_rows(live, generator, assert_close):
+    """Beyond them tables may hold anything."""
+    number = torch.tensor([live], dtype=torch.int32)
+    rows, grad = torch.randn(128, 24, generator=generator).half(), torch.randn(128, 40, generator=generator).half()
+    rows[live:], grad[live:] = float("nan"), float("nan")
+    weight, bias = torch.randn(40, 24, generator=generator).half(), torch.randn(40, generator=generator)
+    bare = {"eps": 1e-6, "silu": False}
+    both = []
+    for count, how in ((128, {"live": number}), (live, {})):
+        x, upstream = rows[:count], grad[:count]
+        before, bent = linear.rows_product_gelu(x, weight, bias, **how)
+        both.append([before, bent, linear.rows_product(x, weight, bias, added=upstream, **how)])
+        both[-1].append(linear.rows_product_gelu_grad(upstream, weight.T, x, **how))
+        both[-1].append(norm.voxel_norm(x, None, None, **bare, **how))
+        both[-1].append(norm.voxel_norm_grads_in_block(x, x, None, **bare, around=x, **how).input)
+    for mine, plain in zip(*both, strict=True):
+        assert len(mine) == 128 and torch.equal(mine[:live], plain)
+    (for_weight, for_bias), (twice, _) = linear.several_parameter_grads([(rows, grad), (rows, rows)], live=number)
+    x, upstream = rows[:live].double(), grad[:live].double()
+    assert_close(for_weight, upstream.T @ x, dtype=torch.float32)
+    assert_close(for_bias, upstream.sum(0), dtype=torch.float32)
+    assert_close(twice, x.T @ x, dtype=torch.float32)
 
 
 def _as_autocast(monkeypatch):
@@ -398,3 +447,73 @@ def test_interpreted_errors_of_rows_and_children(sizes, loss_type, weighted, gen
     got, exact = (run(values.to(kind).clone(), logits.to(kind).clone()) for kind in (torch.float32, torch.float64))
     for mine, other in zip(got, exact, strict=True):
         assert_close(mine, other, dtype=torch.float32)
+
+
+@in_interpreter
+def test_interpreted_graphs_of_blocks_equal_blocks_one_by_one(generator, assert_close, monkeypatch, caplog):
+    """Tables are longer than rows, of a batch before even: nothing but the live rows counts."""
+    _as_autocast(monkeypatch)
+    monkeypatch.setattr(graphs, "CudaGraph", StartedAgain)
+    monkeypatch.setattr(graphs, "SHORTEST", 8)
+    torch.manual_seed(0)
+    blocks = [modules.TransformerBlock(32, num_heads=2, window=4, shift=2 * (i % 2)) for i in range(3)]
+    both = graphs.BlockGraphs()
+
+    def run(level, feats, *, graphed):
+        for block in blocks:
+            block.zero_grad()
+        feats = feats.clone().requires_grad_()
+        x = SparseTensor.on(level, feats)
+        if graphed:
+            out = both.run([block.parts() for block in blocks], x).feats
+        else:
+            for block in blocks:
+                x = block(x)
+            out = x.feats
+        out = out.clone()
+        out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).half())
+        return [out, feats.grad, *(parameter.grad for block in blocks for parameter in block.parameters())]
+
+    recorded = []
+    for count in (90, 61, 1, 120, 97):
+        level = scattered((6, 7, 5), count, generator)
+        feats = torch.randn(count, 32, generator=generator).half()
+        got, plain = (run(level, feats, graphed=graphed) for graphed in (True, False))
+        assert torch.equal(got[0], plain[0]) and torch.equal(got[1], plain[1])
+        for mine, other in zip(got[2:], plain[2:], strict=True):  # sums in other parts
+            assert mine.dtype == torch.float32
+            assert_close(mine, other, dtype=torch.float32)
+        recorded.append(both.recorded)
+    assert recorded[0] is recorded[1] is recorded[2] and recorded[3] is recorded[4] is not recorded[0]
+
+
+@in_interpreter
+def test_interpreted_graphs_serve_only_what_learns_and_one_batch_at_a_time(generator, monkeypatch, caplog):
+    _as_autocast(monkeypatch)
+    monkeypatch.setattr(graphs, "CudaGraph", StartedAgain)
+    block, both = modules.TransformerBlock(32, num_heads=2, window=4, shift=0), graphs.BlockGraphs()
+    level = scattered((6, 7, 5), 20, generator)
+    x = SparseTensor.on(level, torch.randn(20, 32, generator=generator).half().requires_grad_())
+    with torch.no_grad():
+        assert both.run([block.parts()], x) is None
+    assert both.run([block.parts()], SparseTensor.on(level, x.feats.detach())) is None
+    first, second = (both.run([block.parts()], x).feats.sum() for _ in range(2))
+    second.backward()
+    with pytest.raises(RuntimeError, match="one forward before each backward"):
+        first.backward()
+    before = both.recorded
+    block.attn.to_qkv.weight.data = block.attn.to_qkv.weight.data.clone()
+    assert both.run([block.parts()], x) is not None and both.recorded is not before
+    assert copy.deepcopy(both).recorded is None
+
+    def refuse(*_):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "CudaGraph", refuse)
+    other = graphs.BlockGraphs()
+    for _ in range(2):
+        assert other.run([block.parts()], x) is None
+    assert [line for line in caplog.messages if "one by one" in line] == [
+        "transformer blocks run one by one: CUDA graphs cannot be recorded here "
+        "(RuntimeError: operation not permitted when stream is capturing)"
+    ]

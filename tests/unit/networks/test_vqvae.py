@@ -170,6 +170,19 @@ def test_checkpointing_gives_the_same_gradients(quantize, generator):
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
 
 
+def test_graphs_change_nothing_without_a_card(generator):
+    x, terms = two_samples(generator), []
+    for use_graphs in (False, True):
+        net = network(use_graphs=use_graphs).train()
+        assert (net.encoder.graphs is not None) == (net.decoder.graphs is not None) == use_graphs
+        terms.append(TokenizerLoss()(net(x), x))
+        terms[-1]["loss"].backward()
+        assert not use_graphs or net.encoder.graphs.recorded is None
+        terms[-1]["slope"] = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+    assert all(torch.equal(terms[0][name], terms[1][name]) for name in terms[0])
+    assert network(use_graphs=True, use_checkpoint=True).encoder.graphs is None
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_every_part_learns_in_stage_0(norm, generator):
     net = network(codebook="none", norm=norm).train()
