@@ -14,7 +14,6 @@ import json
 import sys
 import time
 from collections import defaultdict
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -146,14 +145,14 @@ def recall(seen: list[Seen]) -> tuple[float, float, int]:
     return (float((true > threshold).mean()) if len(true) else float("nan")), threshold, len(true)
 
 
-def volumes_of(made: CTTokenizer, hu: np.ndarray, affine: np.ndarray, levels: list[float]) -> dict[str, np.ndarray]:
+def volumes_of(
+    made: CTTokenizer, hu: np.ndarray, affine: np.ndarray, levels: list[float], refine: int
+) -> dict[str, np.ndarray]:
     """The source and what comes back, codes alone; a fraction of levels is a mean over the cells."""
-    scan = Volume(hu, affine)
-    whole, volumes = made.encode(scan), {"source": hu}
+    scan, volumes = Volume(hu, affine), {"source": hu}
     for number in levels:
         if number <= made.sizes.quantizer_levels:
-            tokens = replace(whole, codes=whole.first_levels(int(number))) if number.is_integer() else None
-            decoded = made.decode_sparse(tokens or made.encode(scan, levels=number))
+            decoded = made.decode_sparse(made.encode(scan, levels=number, refine=refine))
             volumes[f"{number:g} level{'s' * (number > 1)}"] = dense_hu(decoded.values, made.sizes)
     return volumes
 
@@ -164,6 +163,7 @@ def main() -> None:
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--split", default="val")
     parser.add_argument("--levels", type=float, nargs="+", default=[1.0, 2.0, 4.0])
+    parser.add_argument("--refine", type=int, default=0, help="steps to codes that decode better")
     parser.add_argument("--places", type=int, default=6, help="of each kind and size, in a scan, at most")
     parser.add_argument("--max-cases", type=int)
     parser.add_argument("--out", type=Path)
@@ -183,7 +183,7 @@ def main() -> None:
         for structure in structures:
             put_in(hu, structure, added[structure.kind], mm)
         affine = made.rows_of(scan.volume).affine
-        for way, volume in volumes_of(made, hu, affine, given.levels).items():
+        for way, volume in volumes_of(made, hu, affine, given.levels, given.refine).items():
             for kind in KINDS:
                 for size in SIZES_MM:
                     found = detect(volume, structures, masks[kind.name, size], kind, size, mm)
