@@ -1,5 +1,7 @@
 """Refined codes decode to fewer errors than the encoder's own; their gradient is the true one, in tiles too."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -97,3 +99,20 @@ def test_a_tokenizer_that_ships_gains_from_a_few_steps():
             assert tokens.refined == (steps or None)
             errors.append(np.abs(ct.decode(tokens).hu - truth)[there].mean())
         assert errors[1] < gain * errors[0], (levels, errors)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_on_a_card_gradient_and_gain_are_those_of_the_host(network, x, where):
+    latents = network.encoder(x)[0]
+    expected = _Judge(network, x, latents, UNITS, TILE)(latents.feats, with_gradient=True)
+    on_card = copy.deepcopy(network).to("cuda")
+    x = x.to(where)  # as large as a volume: it may stay in the host's memory
+    judge = _Judge(on_card, x, latents.to("cuda"), UNITS, TILE)
+    judged = judge(latents.feats.cuda(), with_gradient=True)
+    assert judged.loss == pytest.approx(expected.loss, rel=1e-3)
+    off = judged.gradient.cpu() - expected.gradient
+    assert float(off.norm() / expected.gradient.norm()) < 1e-2
+    codes = [encode_refined(on_card, x, steps=steps, units=UNITS, max_points=2 * TILE).codes for steps in (0, 6)]
+    plain, better = (judge(on_card.vq.lookup(one), with_gradient=False).loss for one in codes)
+    assert better < plain
