@@ -45,7 +45,14 @@ def card(output_dir, cohort, tmp_path_factory):
 
 def test_card_as_json(card, cohort, output_dir):
     found = json.loads((card / "tokenizer_card.json").read_text())
-    assert found["data"] == {"dataset": "data", "split": "val", "cases": 2, "patients": 2, "not_judged": {}}
+    assert found["data"] == {
+        "dataset": "data",
+        "split": "val",
+        "cases": 2,
+        "patients": 2,
+        "not_judged": {},
+        "refined": 0,
+    }
     assert found["tokenizer"]["sizes"]["quantizer_levels"] == found["codes"]["levels"] == 2
     state = checkpoints.read_tensors(checkpoints.averaged_file(output_dir))
     assert found["tokenizer"]["sha256"] == seals.weights_hash(state)
