@@ -1,10 +1,10 @@
-"""Tokens that the decoder itself has chosen: latents of one volume follow the gradient of what their codes decode to.
+"""Codes that decode better than the encoder's own: a few gradient steps on the latents of one volume.
 
-An encoder answers for every scan at once and loses by that: from the latents that it gives, a few steps lead to others
-that decode to fewer errors. They take bits from nobody and weights from nowhere, and whoever decodes needs nothing new.
-The gradient is taken where the codes are and moves the latents (straight through); the codes that decoded best, the
-encoder's own among them, are given. Errors are of all window values, in HU, half linear and half square, and of which
-voxels exist. A volume that is too large at once goes through the decoder in tiles, with the same gradient.
+An encoder is trained for all scans and answers each in one pass, which loses accuracy: for a given scan, other latents
+decode to fewer errors, and a few steps from the encoder's find them. Weights, decoder and token files stay the same.
+The gradient is taken at the codes and moves the latents (straight through); of all codes on the way, the encoder's own
+among them, those that decode best are given. Errors are those of all window values, in HU, linear and square, and of
+which voxels exist. A volume too large to decode at once goes through the decoder in tiles, with the same gradient.
 """
 
 from collections.abc import Sequence
