@@ -294,9 +294,8 @@ def differences(before: object, now: object, path: str = "") -> Iterator[tuple[s
         for name in {**now, **before}:
             old, new = before.get(name, "not to be chosen"), now.get(name, "left out")
             is_compared = (path and name != "_desc_") or name not in FREE_TO_CHANGE
-            passed_on = (
-                path and name not in before and str(new).startswith("@")
-            )  # the key that it refers to is compared
+            # of a new part the key that it refers to is compared
+            passed_on = path and name not in before and str(new).startswith("@")
             if is_compared and not passed_on:
                 yield from differences(old, new, f"{path}#{name}" if path else name)
     elif before != now:

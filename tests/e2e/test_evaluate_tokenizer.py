@@ -43,6 +43,17 @@ def card(output_dir, cohort, tmp_path_factory):
     return folder
 
 
+def test_refined_codes_are_judged_where_asked_for(output_dir, cohort, tmp_path, monkeypatch):
+    asked = []
+    encode = CTTokenizer.encode
+    monkeypatch.setattr(
+        CTTokenizer, "encode", lambda *rest, **how: (asked.append(how["refine"]), encode(*rest, **how))[1]
+    )
+    given = {"dataset_dir": str(cohort), "tokenizer": str(output_dir), "output_dir": str(tmp_path), "max_cases": 1}
+    assert TokenizerEvaluation(**given, refine=2).run()["data"]["refined"] == 2 and asked == [2]
+    assert "Codes refined in 2 steps." in (tmp_path / "tokenizer_card.md").read_text()
+
+
 def test_card_as_json(card, cohort, output_dir):
     found = json.loads((card / "tokenizer_card.json").read_text())
     assert found["data"] == {

@@ -4,6 +4,7 @@ import nibabel
 import numpy as np
 import pytest
 
+from app.evaluation.tokenizer_evaluation import TokenizerEvaluation
 from app.serving.served import Served
 from app.shapes.mesh_files import Mesh, write_mesh
 from app.shapes.sdf import Settings, make_shapes
@@ -42,6 +43,12 @@ def test_a_shape_for_a_tokenizer_of_ct_names_what_reads_it(output_dir, meshes, t
         assert f"{name} is a shape" in line and "bundles/sdf_vqvae.json" in line
     one_line("OTHER_TOKENIZER", scan_source, meshes / "ball.stl")  # as ask and the server open it
     assert not (tmp_path / "out").exists()
+
+
+def test_codes_of_shapes_are_not_refined(of_shapes, meshes, tmp_path):
+    line = one_line("BAD_VALUE", tokenize, meshes / "ball.stl", tmp_path / "out", tokenizer=of_shapes, refine=3)
+    assert "codes of shapes are not refined" in line and not (tmp_path / "out").exists()
+    one_line("BAD_VALUE", TokenizerEvaluation(tokenizer=str(of_shapes), refine=3).run)
 
 
 def test_a_volume_for_a_tokenizer_of_shapes_names_sdf(of_shapes, tmp_path):
