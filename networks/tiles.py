@@ -57,7 +57,15 @@ def latents_whole(network: SparseVQVAE, x: SparseTensor, *, max_points: int | No
         return network.encoder(x)[0]
     if x.batch_size != 1 or max_points < 8:
         raise ValueError(f"parts need one volume and 8 voxels, got {x.batch_size} volumes and max_points {max_points}")
-    return network.encoder.from_half(_first_half(network, x, max_points), network.encoder.linear_part(x))[0]
+    return network.encoder.from_half(_first_half(network, x, max_points), _linear_part(network, x, max_points))[0]
+
+
+def _linear_part(network: SparseVQVAE, x: SparseTensor, max_points: int) -> Float[Tensor, "M D"] | None:
+    """`linear_part`, of some latents at a time."""
+    if not network.sizes.pca:
+        return None
+    parts = _parts(network, x, max(max_points, VOXELS_PER_LATENT), halvings=3)
+    return torch.cat([network.encoder.linear_part(part) for part in parts])
 
 
 def _first_half(network: SparseVQVAE, x: SparseTensor, max_points: int) -> SparseTensor:
@@ -106,14 +114,14 @@ def _first_norm(network: SparseVQVAE, x: SparseTensor, max_points: int) -> Calla
     return lambda part: part.replace(F.silu(part.feats * scale.float() + shift.float()))
 
 
-def _parts(network: SparseVQVAE, x: SparseTensor, max_points: int) -> Iterator[SparseTensor]:
-    """Consecutive rows where the network is, cut only between 2x2x2 cells."""
-    level, start = x.level, 0
+def _parts(network: SparseVQVAE, x: SparseTensor, max_points: int, *, halvings: int = 1) -> Iterator[SparseTensor]:
+    """Consecutive rows where the network is, cut only between cells that become one in so many halvings."""
+    level, start, bits = x.level, 0, 3 * halvings
     device = next(network.parameters()).device
     while start < len(level):
         stop = min(start + max_points, len(level))
         if stop < len(level):
-            stop = int(torch.searchsorted(level.keys, (level.keys[stop] >> 3) << 3))
+            stop = int(torch.searchsorted(level.keys, (level.keys[stop] >> bits) << bits))
         sizes = {"spatial_shape": level.spatial_shape, "batch_size": 1, "bits": level.bits}
         yield SparseTensor.on(Level(level.keys[start:stop], **sizes), x.feats[start:stop]).to(device)
         start = stop

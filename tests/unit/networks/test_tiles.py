@@ -131,8 +131,9 @@ def test_parts_are_gone_before_the_next_layers_run(pool, generator):
 
 
 @pytest.mark.gpu
-def test_what_is_as_large_as_the_volume_stands_in_the_hosts_memory(generator):
-    network, x = tiny(generator, pool="children", norm="voxel"), volume(generator)
+@pytest.mark.parametrize("pca", [False, True])
+def test_what_is_as_large_as_the_volume_stands_in_the_hosts_memory(pca, generator):
+    network, x = tiny(generator, pool="children", norm="voxel", pca=pca), volume(generator)
     expected = network.encode(x)
     whole = network.decode(expected)
     network.to("cuda")
