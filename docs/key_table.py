@@ -48,6 +48,8 @@ MEANINGS = {
     "min_points": "a sample with fewer voxels is left out and counted",
     "max_points": "a sample with more voxels is cropped to one box (evaluation: split into tiles); null: never",
     "max_shift": "how far samples are moved in training, as a share of the grid's side",
+    "max_rotation": "how far samples are turned in training about each axis, in degrees",
+    "max_scale": "how much larger or smaller samples are made in training, as a share",
     "structures": "balls and tubes of 3 to 14 mm put into each sample, around so many voxels drawn by chance",
     "sharpness": "how much sharper or softer another scanner's kernel may be: share of what a 3×3×3 filter takes",
     "slice_blur": "how much thicker another scanner's slices may be: share of a mean over three slices",

@@ -6,6 +6,7 @@ it.
 
 __all__ = [
     "RandAcquisitiond",
+    "RandAffined",
     "RandCropToBudgetd",
     "RandJitterd",
     "RandStructuresd",

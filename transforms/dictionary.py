@@ -16,6 +16,7 @@ from transforms import tensor
 from transforms.acquisition import acquire, jitter
 from transforms.crops import crop_to_budget, pick_rows, translate
 from transforms.grid import RESAMPLER, centred_grid, resample, share_beyond
+from transforms.pose import repose
 from transforms.sparse import KEEPS, keep_mask, sparsify, sparsify_masks
 from transforms.structures import add_structures
 from transforms.windows import DEFAULT_WINDOWS, Number, window_bounds, window_values
@@ -151,6 +152,42 @@ class RandTranslated(RandomizableTransform, MapTransform):
             for key in self.key_iterator(item):
                 if len(item[key]):
                     item[key] = translate(item[key], shift, item["spatial_shape"])
+        return item
+
+
+class RandAffined(RandomizableTransform, MapTransform):
+    """`repose`: turned by up to `max_rotation` degrees about each axis, larger or smaller by up to `max_scale`.
+
+    Whoever leaves both at 0 gets voxels as they are. Left stays left.
+    """
+
+    def __init__(
+        self,
+        keys: str | Sequence[str] = "values",
+        *,
+        max_rotation: Number = 0.0,
+        max_scale: Number = 0.0,
+        prob: Number = 1.0,
+    ) -> None:
+        MapTransform.__init__(self, keys)
+        RandomizableTransform.__init__(self, prob)
+        if not (0 <= max_rotation <= 45 and 0 <= max_scale <= 0.5):
+            raise ValueError(
+                f"max_rotation must lie in 0..45 degrees and max_scale in 0..0.5, got {max_rotation} and {max_scale}"
+            )
+        self.max_rotation, self.max_scale = max_rotation, max_scale
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        item = dict(data)
+        if not (self.max_rotation or self.max_scale) or len(item["coords"]) == 0:
+            return item
+        self.randomize(None)
+        angles = self.R.uniform(-self.max_rotation, self.max_rotation, 3)
+        how = {"angles": angles.tolist(), "scale": 1 + self.R.uniform(-self.max_scale, self.max_scale)}
+        if self._do_transform:
+            for key in self.key_iterator(item):
+                if item[key].ndim == 1:  # HU; bands and distances are geometry
+                    item[key], item["coords"] = repose(item[key], item["coords"], **how, shape=item["spatial_shape"])
         return item
 
 

@@ -13,7 +13,7 @@ from networks import projector
 from networks.losses import LOSS_TYPES, are_weights
 from networks.presets import CODEBOOKS, LIMITS, NORMS, POOLS, PRESETS, within
 from networks.tokens import REDUCTIONS
-from transforms.dictionary import RandAcquisitiond, RandStructuresd, RandTranslated
+from transforms.dictionary import RandAcquisitiond, RandAffined, RandStructuresd, RandTranslated
 from transforms.sparse import KEEPS
 from transforms.windows import WINDOWS
 
@@ -167,6 +167,8 @@ RULES = {
     "max_shift": Rule(
         (int, float), "a share of the grid's side, from 0 to below 1", holds=_taken_by(RandTranslated, "max_shift")
     ),
+    "max_rotation": Rule((int, float), "degrees from 0 to 45", holds=_taken_by(RandAffined, "max_rotation")),
+    "max_scale": Rule((int, float), "a number from 0 to 0.5", holds=_taken_by(RandAffined, "max_scale")),
     "structures": Rule(int, "a whole number of at least 0", holds=_taken_by(RandStructuresd, "number")),
     "sharpness": Rule((int, float), "a number from 0 to 1", holds=_taken_by(RandAcquisitiond, "sharpness")),
     "slice_blur": Rule((int, float), "a number from 0 to 1", holds=_taken_by(RandAcquisitiond, "slice_blur")),

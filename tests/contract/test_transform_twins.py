@@ -13,6 +13,7 @@ import transforms
 from transforms import RandCropToBudgetd, RandJitterd, RandTranslated, Resampled, Sparsifyd, Windowsd, grid, tensor
 from transforms.acquisition import acquire
 from transforms.crops import crop_to_budget, translate
+from transforms.pose import repose
 from transforms.sparse import KEEPS, keep_mask, sparsify, sparsify_masks
 from transforms.structures import add_structures
 from transforms.windows import WINDOWS, window_bounds, window_values
@@ -104,6 +105,27 @@ def test_acquisition_left_at_zero_leaves_values_alone(kept):
     assert transforms.RandAcquisitiond()(kept)["values"] is kept["values"]
     with pytest.raises(ValueError, match=r"sharpness and slice_blur must lie in 0..1 .*, got 1.5, 0.0 and 0.0"):
         transforms.RandAcquisitiond(sharpness=1.5)
+
+
+def test_a_pose_draws_from_its_seed_what_its_twin_does(kept):
+    change = transforms.RandAffined(max_rotation=10, max_scale=0.1)
+    first, second = (change.set_random_state(seed=3)(kept) for _ in range(2))
+    other = change.set_random_state(seed=4)(kept)
+    draw = np.random.RandomState(3)
+    draw.rand()  # whether to do it at all
+    drawn = {"angles": draw.uniform(-10, 10, 3).tolist(), "scale": 1 + draw.uniform(-0.1, 0.1)}
+    values, coords = repose(kept["values"], kept["coords"], **drawn, shape=kept["spatial_shape"])
+    for item in (first, second):
+        assert np.array_equal(item["values"], values) and np.array_equal(item["coords"], coords)
+    assert len(other["values"]) == len(other["coords"]) and not np.array_equal(other["values"], values)
+
+
+def test_a_pose_left_at_zero_and_bands_stay_as_they_are(kept):
+    assert transforms.RandAffined()(kept)["coords"] is kept["coords"]
+    bands = {**kept, "values": np.zeros((len(kept["coords"]), 2), np.float32)}
+    assert transforms.RandAffined(max_rotation=10)(bands)["coords"] is kept["coords"]
+    with pytest.raises(ValueError, match=r"max_rotation must lie in 0..45 degrees and max_scale in 0..0.5, got 50 and"):
+        transforms.RandAffined(max_rotation=50)
 
 
 def test_structures_draw_from_their_seed_what_their_twin_does(kept):
