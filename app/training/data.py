@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import ignite.distributed as idist
 import numpy as np
 import torch
+from jaxtyping import Int16, Num
 from monai.transforms import Compose
 from torch.utils.data import Dataset, get_worker_info
 
@@ -40,7 +41,7 @@ def preprocessing(
 
 
 class CTDataset(Dataset):
-    """Prepared cases as sparse samples: `coords` int16 (N, 3) and `values`, HU (N,) or features (N, C).
+    """Prepared cases as sparse samples: `coords` int16 (N, 3) and `values`, whole HU (N,) or features (N, C).
 
     `windowing` makes features of HU, later and on the device (see step.SparseBatch). Here it says which windows a case
     must have, and whether what it gives is constant.
@@ -121,10 +122,9 @@ class CTDataset(Dataset):
                 f"case {case.case_id} has constant features in windows {list(self.windows)}: nothing can be learned "
                 "from them; choose other windows or another keep, and see `python -m app check`"
             )
-        are_hu = rows.dtype == np.int16  # HU as the case has them; float32 says the same of them, at twice the size
         return {
             "coords": torch.from_numpy(item["coords"].astype(np.int16, copy=False)),
-            "values": torch.from_numpy(np.ascontiguousarray(rows, np.int16 if are_hu else np.float32)),
+            "values": torch.from_numpy(_whole_hu(rows) if rows.ndim == 1 else np.ascontiguousarray(rows, np.float32)),
             "spatial_shape": tuple(item["spatial_shape"]),
             "case_id": case.case_id,
             "affine": torch.from_numpy(item["affine"]),
@@ -223,6 +223,14 @@ class CTDataset(Dataset):
         except OSError as error:
             log.warning("Cache folder %s cannot be written (%s): going on without it", self.cache_dir, error)
             self.cache_dir = None
+
+
+def _whole_hu(rows: Num[np.ndarray, " N"]) -> Int16[np.ndarray, " N"]:
+    """HU as scanners give them, drawn ones too: whole, at half the size of float32."""
+    if rows.dtype == np.int16:
+        return np.ascontiguousarray(rows)
+    limits = np.iinfo(np.int16)
+    return np.rint(rows).clip(limits.min, limits.max).astype(np.int16)
 
 
 def _settings_of(transforms: Sequence[Transform]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from app.training.voxel_runs import num_voxels
 from networks.sparse import SparseTensor
 
 LONG_ON_CPU_SECONDS = 2 * 3600
@@ -33,7 +34,7 @@ def seconds_a_step(
     No random number is drawn and nothing is learned: the run that follows is the same.
     """
     parts = batch if isinstance(batch, list) else [batch]
-    points = sum(len(part["coords"]) for part in parts)
+    points = sum(num_voxels(part) for part in parts)
     if points < 4 * PASSES_A_STEP * PROBE_POINTS:
         return None
     x = prepare_batch(parts[0], torch.device("cpu"))

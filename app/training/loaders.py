@@ -1,8 +1,8 @@
 """Samples as batches: the sampler that hands out (step, index), the one collate, loaders for training and validation.
 
-Batches are dicts of plain tensors: `coords` int16 (N, 4), `values` in HU (N,) or as features (N, C), `spatial_shape`,
-`batch_size`, `case_id`; `step.SparseBatch` reads them. Which sample comes when is a function of (seed, step), never of
-a process's state.
+Batches are dicts of plain tensors: where voxels lie (voxel_runs.py), `values` in HU (N,) or as features (N, C),
+`spatial_shape`, `batch_size`, `case_id`; `step.SparseBatch` reads them. Which sample comes when is a function of
+(seed, step), never of a process's state.
 """
 
 import logging
@@ -13,12 +13,12 @@ from typing import Any
 import ignite.distributed as idist
 import numpy as np
 import torch
-from jaxtyping import Int16
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from app.training.data import CTDataset, Refusal, or_refusal
 from app.training.stopping import serve_to_the_end
+from app.training.voxel_runs import places_of
 from transforms import Windowsd
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def collate(items: Sequence[Any], *, batch_split: int = 1, windowing: Windowsd |
     weighted = {"weights": _joined([item["weights"] for item in items])} if "weights" in items[0] else {}
     return {
         **weighted,
-        "coords": _numbered([item["coords"] for item in items]),
+        **places_of([item["coords"] for item in items]),
         "values": _joined(values),
         "spatial_shape": items[0]["spatial_shape"],
         "batch_size": len(items),
@@ -105,18 +105,6 @@ def collate(items: Sequence[Any], *, batch_split: int = 1, windowing: Windowsd |
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     """Rows one after another. By NumPy, as it asks for huge pages: torch's memory takes longer to get than to fill."""
     return torch.from_numpy(np.concatenate([part.numpy() for part in parts]))
-
-
-def _numbered(parts: Sequence[Int16[Tensor, "_ 3"]]) -> Int16[Tensor, "N 4"]:
-    """Coordinates of all samples behind their sample's number; each of the four columns lies in one piece."""
-    columns = np.empty((4, sum(map(len, parts))), np.int16)
-    start = 0
-    for number, part in enumerate(parts):
-        block = columns[:, start : start + len(part)]
-        block[0] = number
-        block[1:] = part.numpy().T
-        start += len(part)
-    return torch.from_numpy(columns.T)
 
 
 def make_train_loader(

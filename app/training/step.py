@@ -31,6 +31,7 @@ from app.shared.refusals import Refused
 from app.training.checkpoints import unwrapped
 from app.training.host_copy import HostCopy
 from app.training.run_errors import one_line_errors
+from app.training.voxel_runs import coords_of, num_voxels
 from networks.losses import TokenizerLoss
 from networks.sparse import SparseTensor
 from networks.vqvae import SparseVQVAE
@@ -52,18 +53,19 @@ class SparseBatch:
         self.windowing = windowing
 
     def __call__(self, batch: dict, device: torch.device, non_blocking: bool = True) -> SparseTensor:
-        names = ("coords", "feats") if "feats" in batch else ("coords", "values")
-        moved = {key: batch[key].to(device, non_blocking=non_blocking) for key in names}
+        name = "feats" if "feats" in batch else "values"
+        moved = {name: batch[name].to(device, non_blocking=non_blocking)}
         feats = moved["feats"] if "feats" in moved else self.windowing(moved)["feats"]
-        return SparseTensor(feats, moved["coords"], tuple(batch["spatial_shape"]), batch["batch_size"])
+        return SparseTensor(feats, coords_of(batch, device), tuple(batch["spatial_shape"]), batch["batch_size"])
 
 
 def row_weights(batch: dict, x: SparseTensor) -> torch.Tensor | None:
     """How much each row counts in the reconstruction, where the batch says so."""
     if "weights" not in batch:
         return None
-    moved = {key: batch[key].to(x.feats.device) for key in ("coords", "weights")}
-    weights = SparseTensor(moved["weights"][:, None], moved["coords"], x.spatial_shape, x.batch_size)
+    device = x.feats.device
+    rows = batch["weights"].to(device)[:, None]
+    weights = SparseTensor(rows, coords_of(batch, device), x.spatial_shape, x.batch_size)
     return weights.feats[:, 0]
 
 
@@ -158,7 +160,7 @@ class TokenizerStep(TrainStep):
         return super().__call__(engine, batch)
 
     def size(self, part: dict) -> dict[str, int]:
-        return {"points": len(part["coords"])}
+        return {"points": num_voxels(part)}
 
     def terms(self, engine: SupervisedTrainer, inputs: SparseTensor, part: dict) -> dict[str, torch.Tensor]:
         seeds = [sample_seed(self.seed, engine.state.iteration, case) for case in part["case_id"]]

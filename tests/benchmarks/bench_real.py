@@ -31,6 +31,7 @@ from app.measures.tokenizer_metrics import count_codes, perplexity
 from app.tokens import open_scan
 from app.tokens.tokenizer import CTTokenizer, dense_hu
 from app.training import data, loaders
+from app.training.voxel_runs import coords_of
 from networks.presets import NORMS, PRESETS, Preset
 from networks.sparse import SparseTensor
 from tests.benchmarks import dense_peer
@@ -139,7 +140,7 @@ def train_monai(given: argparse.Namespace, sizes: Preset) -> tuple[torch.nn.Modu
         for group in optimizer.param_groups:
             group["lr"] = given.learning_rate * factor
         feats = window_values(batch["values"].to(DEVICE, non_blocking=True), sizes.windows)
-        boxes = dense_peer.boxes_of(feats, batch["coords"].to(DEVICE, non_blocking=True), batch["batch_size"])
+        boxes = dense_peer.boxes_of(feats, coords_of(batch, DEVICE), batch["batch_size"])
         if rows is not None and done >= UNQUANTISED:
             rows.append(dense_peer.latents_of(network, boxes))
             if sum(map(len, rows)) >= 64 * given.codes:

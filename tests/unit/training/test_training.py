@@ -141,7 +141,7 @@ def text_of(part, _device):
     [(TokenizerStep(quantize=True, grad_clip=None), voxel_of), (AnswerStep(grad_clip=None), text_of)],
 )
 def test_a_step_whose_loss_is_no_number_ends_the_run_before_the_optimizer_moves_anything(step, prepare_batch):
-    network, done, parts = Linear(), [], {"coords": [0], "attention_mask": torch.ones(1)}
+    network, done, parts = Linear(), [], {"values": [0], "attention_mask": torch.ones(1)}
     trainer = SupervisedTrainer(
         device=torch.device("cpu"),
         max_epochs=1,
