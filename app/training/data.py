@@ -74,7 +74,8 @@ class CTDataset(Dataset):
         self._skipped: set[str] = set()
         self._has_warned_of_cut = False
         self._memory: dict[Hashable, dict[str, Any]] = {}
-        self._memory_left = cache_bytes  # in each process: what does not fit is read from the disk again
+        self._memory_left = cache_bytes  # in each process, for what no file keeps: what does not fit is made again
+        self._whole: set[int] = set()  # cases whose cache file was read and checked
         for case in self.cases:
             missing = [name for name in self.windows if name not in case.window_names()]
             if missing:
@@ -152,13 +153,15 @@ class CTDataset(Dataset):
             return self._memory[number]
         case = self.cases[number]
         file = self._cache_file(case)
-        item = None if file is None else _read_cache(file)
+        item = None if file is None else _read_cache(file, mapped=number in self._whole)
         if item is None:
             item = self._prepare(case)
             if file is not None:
                 self._write_cache(file, item)
+        self._whole.add(number)
         self._warn_of_cut(case, item)
-        self._remember(number, item)
+        if self.cache_dir is None:
+            self._remember(number, item)
         return item
 
     def _remember(self, key: Hashable, item: dict[str, Any]) -> None:
@@ -243,12 +246,15 @@ def _settings_of(transforms: Sequence[Transform]) -> dict[str, Any]:
     return settings
 
 
-def _read_cache(file: Path) -> dict[str, Any] | None:
-    """The stored item, or None where there is none or it is damaged: it is then made again."""
+def _read_cache(file: Path, *, mapped: bool = False) -> dict[str, Any] | None:
+    """The stored item, or None where there is none or it is damaged: it is then made again.
+
+    `mapped`: its pages are the file's own, which all processes share; nothing is copied and nothing checked.
+    """
     if not file.is_file():
         return None
     try:
-        item = torch.load(file, weights_only=True)
+        item = torch.load(file, weights_only=True, mmap=mapped)
         if set(item) >= CACHED:
             return item
     except Exception as error:  # damaged bytes may lead torch and pickle anywhere

@@ -64,9 +64,19 @@ def test_a_scan_prepared_onto_another_grid_is_not_read_from_the_cache(dataset_di
     assert counts[1] > 2 * counts[0]
 
 
+def test_a_file_once_read_is_mapped_and_the_samples_are_the_same(dataset_dir, monkeypatch):
+    dataset, ways, load = make(dataset_dir), [], torch.load
+    monkeypatch.setattr(torch, "load", lambda file, **how: ways.append(how["mmap"]) or load(file, **how))
+    made, read, mapped = (dataset[(1, 2)] for _ in range(3))
+    other = make(dataset_dir)[(1, 2)]
+    assert ways == [True, True, False]  # what this process wrote needs no check, what it finds there does
+    assert same(made, read) and same(made, mapped) and same(made, other) and not dataset._memory
+
+
 def test_without_room_in_memory_the_samples_are_the_same(dataset_dir):
     whole = make(dataset_dir)
     tight = make(dataset_dir)
+    whole.cache_dir = tight.cache_dir = None
     tight._memory_left = len(whole.kept_voxels(0)["coords"]) * 8 + 200  # room for the smallest case alone
     assert all(same(whole[(1, n)], tight[(1, n)]) for n in range(5))
     assert list(tight._memory) == [0]
