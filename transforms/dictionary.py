@@ -158,7 +158,7 @@ class RandTranslated(RandomizableTransform, MapTransform):
 class RandAffined(RandomizableTransform, MapTransform):
     """`repose`: turned by up to `max_rotation` degrees about each axis, larger or smaller by up to `max_scale`.
 
-    Whoever leaves both at 0 gets voxels as they are. Left stays left.
+    Whoever leaves both at 0 gets voxels as they are, and so do items of bands. Left stays left.
     """
 
     def __init__(

@@ -75,7 +75,7 @@ class CTDataset(Dataset):
         self._has_warned_of_cut = False
         self._memory: dict[Hashable, dict[str, Any]] = {}
         self._memory_left = cache_bytes  # in each process, for what no file keeps: what does not fit is made again
-        self._whole: set[int] = set()  # cases whose cache file was read and checked
+        self._whole: set[int] = set()  # cases whose cache file this process wrote, or read and checked
         for case in self.cases:
             missing = [name for name in self.windows if name not in case.window_names()]
             if missing:

@@ -45,7 +45,7 @@ AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 class SparseBatch:
     """`prepare_batch` of a tokenizer: a batch of `loaders.collate` on its device, windowed there, as networks take it.
 
-    `windowing` ends the chain that a config declares. It runs here, for HU are a quarter of what would have to travel.
+    `windowing` ends the chain that a config declares. It runs here, for HU are an eighth of what would have to travel.
     A batch that brings features has been windowed.
     """
 
@@ -56,7 +56,8 @@ class SparseBatch:
         name = "feats" if "feats" in batch else "values"
         moved = {name: batch[name].to(device, non_blocking=non_blocking)}
         feats = moved["feats"] if "feats" in moved else self.windowing(moved)["feats"]
-        return SparseTensor(feats, coords_of(batch, device), tuple(batch["spatial_shape"]), batch["batch_size"])
+        coords = coords_of(batch, device, non_blocking=non_blocking)
+        return SparseTensor(feats, coords, tuple(batch["spatial_shape"]), batch["batch_size"])
 
 
 def row_weights(batch: dict, x: SparseTensor) -> torch.Tensor | None:

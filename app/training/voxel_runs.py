@@ -12,24 +12,23 @@ import torch
 from jaxtyping import Int, Int16
 from torch import Tensor
 
-RUN = 5  # numbers of a run: its sample, where it begins (x, y, z), and how many voxels it has
-
 
 def places_of(parts: Sequence[Int16[Tensor, "_ 3"]]) -> dict[str, Tensor]:
     """The `runs` (R, 5) of all samples, or their `coords` (N, 4) where those are fewer numbers."""
-    runs = [_runs_in(part.numpy()) for part in parts]
-    if RUN * sum(run.shape[1] for run in runs) > 4 * sum(map(len, parts)):
+    runs = [_runs_in(number, part.numpy()) for number, part in enumerate(parts)]
+    if sum(run.size for run in runs) > 4 * sum(map(len, parts)):
         return {"coords": _numbered(parts)}
-    table = np.concatenate([np.concatenate([run[:1] * 0 + number, run]) for number, run in enumerate(runs)], 1)
-    return {"runs": torch.from_numpy(table.T)}
+    return {"runs": torch.from_numpy(np.concatenate(runs, 1).T)}
 
 
-def _runs_in(coords: Int16[np.ndarray, "N 3"]) -> Int16[np.ndarray, "4 R"]:
+def _runs_in(number: int, coords: Int16[np.ndarray, "N 3"]) -> Int16[np.ndarray, "5 R"]:
+    """Of sample `number`: a run is its sample, where it begins (x, y, z), and how many voxels it has."""
     x, y, z = (np.ascontiguousarray(column) for column in coords.T)
     begins = np.ones(len(z), bool)
     begins[1:] = (z[1:] != z[:-1] + np.int16(1)) | (y[1:] != y[:-1]) | (x[1:] != x[:-1])
     first = np.flatnonzero(begins)
-    return np.stack([x[first], y[first], z[first], np.diff(first, append=len(z)).astype(np.int16)])
+    lengths = np.diff(first, append=len(z)).astype(np.int16)
+    return np.stack([np.full_like(lengths, number), x[first], y[first], z[first], lengths])
 
 
 def _numbered(parts: Sequence[Int16[Tensor, "_ 3"]]) -> Int16[Tensor, "N 4"]:
@@ -48,12 +47,14 @@ def num_voxels(batch: dict[str, Any]) -> int:
     return len(batch["feats" if "feats" in batch else "values"])
 
 
-def coords_of(batch: dict[str, Any], device: torch.device | str = "cpu") -> Int[Tensor, "N 4"]:
+def coords_of(
+    batch: dict[str, Any], device: torch.device | str = "cpu", *, non_blocking: bool = True
+) -> Int[Tensor, "N 4"]:
     """Sample, x, y and z of each voxel of a batch, on the device; the host does not wait for it."""
     if "runs" not in batch:
-        return batch["coords"].to(device, non_blocking=True)
+        return batch["coords"].to(device, non_blocking=non_blocking)
     count = num_voxels(batch)
-    runs = batch["runs"].to(device, non_blocking=True)
+    runs = batch["runs"].to(device, non_blocking=non_blocking)
     lengths = runs[:, 4].long()
     owner = torch.repeat_interleave(lengths, output_size=count)
     along = torch.arange(count, device=device) - (lengths.cumsum(0) - lengths)[owner]

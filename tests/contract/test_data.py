@@ -1,5 +1,6 @@
 """Samples: the same for (seed, step, case) whatever the workers, the start or the cache; whole when validated."""
 
+import json
 import logging
 import pickle
 
@@ -8,13 +9,14 @@ import pytest
 import torch
 
 from app.dataset import prepared, writer
+from app.shared.places import bundles_folder
 from app.shared.refusals import Refused
 from app.training.data import CTDataset, make_dataset, preprocessing
 from app.training.loaders import StepSampler, collate, make_train_loader, make_val_loader
 from app.training.step import SparseBatch
 from app.training.voxel_runs import coords_of, num_voxels
 from tests.sample_data import NAMES, SETTINGS, blob, drawn, make, same
-from transforms import RandJitterd, Resampled, Sparsifyd, Windowsd, grid
+from transforms import RandAffined, RandJitterd, Resampled, Sparsifyd, Windowsd, grid
 from transforms.body import body_mask
 from transforms.sparse import sparsify
 from transforms.windows import WINDOWS, window, window_file_name, window_values
@@ -193,6 +195,22 @@ def test_training_crops_fit_their_budget_and_validation_does_not_crop(dataset_di
     assert max(sizes) <= 600 < len(train.kept_voxels(4)["coords"]) and min(sizes) >= 100
     val = make_dataset(dataset_dir, split="val", preprocessing=fine)
     assert num_voxels(next(iter(make_val_loader(val)))) == len(val.kept_voxels(0)["coords"]) > 600
+
+
+def test_turned_samples_fit_their_budget_and_come_again_for_their_seed(dataset_dir):
+    fine = [Resampled(spacing=4.0, grid=24), Sparsifyd()]
+    posed = [RandAffined(max_rotation=10, max_scale=0.3), *drawn(max_points=600)]
+    one, other = (make_dataset(dataset_dir, split="train", preprocessing=fine, sampling=posed) for _ in range(2))
+    assert all(same(one[(step, 4)], other[(step, 4)]) for step in range(4))
+    assert all(100 < len(one[(step, 4)]["coords"]) <= 600 for step in range(4))
+
+
+@pytest.mark.parametrize("stage", ["vae", "vq_stage1", "vq_stage2"])
+def test_stages_turn_samples_before_they_crop_them(stage):
+    """Larger samples have more voxels: a crop after that keeps the budget."""
+    chain = json.loads((bundles_folder() / f"{stage}.json").read_text())["augmentation"]
+    names = [entry["_target_"].removeprefix("transforms.") for entry in chain]
+    assert names.index("RandAffined") < names.index("RandCropToBudgetd")
 
 
 # ---- bad input
