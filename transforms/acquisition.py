@@ -4,10 +4,14 @@ Nothing here draws its own chance: who wants it passes numbers or a generator in
 """
 
 import numpy as np
-from jaxtyping import Float, Integer, Num
+from jaxtyping import Float, Int16, Integer, Num
 from scipy import ndimage
+from scipy.special import ndtri
 
 from transforms.windows import AIR, Number
+
+_PART = 1 << 15  # values at a time: they stay in the processor's cache
+_NORMAL = ndtri((np.arange(1 << 16) + 0.5) / (1 << 16)).astype(np.float32)  # equally likely, to 4.3 deviations
 
 
 def jitter(
@@ -15,15 +19,36 @@ def jitter(
     *,
     scale: Number = 1.0,
     offset: Number = 0.0,
-    noise: Float[np.ndarray, " N"] | None = None,
+    noise: Number = 0.0,
+    generator: np.random.Generator | None = None,
 ) -> Float[np.ndarray, " N"]:
-    """HU as another scanner might give them: stretched about air, shifted, with noise."""
-    jittered = np.subtract(hu, np.float32(AIR), dtype=np.float32)
-    jittered *= np.float32(scale)
-    jittered += np.float32(AIR + offset)
-    if noise is not None:
-        jittered += noise.astype(np.float32, copy=False)
+    """HU as another scanner might give them: stretched about air, shifted, with normal noise of `noise` HU.
+
+    Noise is looked up by 16 random bits a voxel, a tenth of the time that normal draws take.
+    """
+    jittered = np.empty(len(hu), np.float32)
+    if noise:
+        bits = generator.bit_generator.random_raw(-(-len(hu) // 4)).view(np.uint16)
+        drawn = _NORMAL * np.float32(noise)
+    for start in range(0, len(hu), _PART):
+        part = jittered[start : start + _PART]
+        np.subtract(hu[start : start + _PART], np.float32(AIR), out=part)
+        part *= np.float32(scale)
+        part += np.float32(AIR + offset)
+        if noise:
+            part += drawn[bits[start : start + len(part)]]
     return jittered
+
+
+def whole_hu(hu: Num[np.ndarray, " N"]) -> Int16[np.ndarray, " N"]:
+    """HU as scanners give them, drawn ones too: whole, at half the size of float32."""
+    if hu.dtype == np.int16:
+        return np.ascontiguousarray(hu)
+    made, limits = np.empty(len(hu), np.int16), np.iinfo(np.int16)
+    for start in range(0, len(hu), _PART):
+        part = np.rint(hu[start : start + _PART])
+        made[start : start + _PART] = np.clip(part, limits.min, limits.max, out=part)
+    return made
 
 
 def acquire(

@@ -4,19 +4,21 @@ Coordinates stay absolute. Nothing here draws random numbers: who wants chance p
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int, Integer, Shaped
 
+from transforms.runs import Box, Runs, counts_of_blocks
+
 CROP_STEP = 8  # crops start at multiples of this, so that latent voxels keep their place
 Voxel = Sequence[int] | Integer[np.ndarray, " 3"]
+Coords = Runs | Integer[np.ndarray, "N 3"]
 
 
 def columns(coords: Integer[np.ndarray, "N 3"]) -> list[Integer[np.ndarray, " N"]]:
     """x, y and z apart: NumPy is up to twenty times slower at comparing or reducing millions of rows of three.
 
-    Faster still where each lies in one piece, as `sparsify` leaves them.
+    Faster still where each lies in one piece, as runs and `sparsify` leave them.
     """
     return [coords[:, axis] for axis in range(3)]
 
@@ -31,12 +33,7 @@ def pick_rows(array: Shaped[np.ndarray, "N ..."], rows: Int[np.ndarray, " M"]) -
     return taken
 
 
-class Box(NamedTuple):
-    start: tuple[int, int, int]
-    stop: tuple[int, int, int]
-
-
-def crop_box(coords: Integer[np.ndarray, "N 3"], *, center: Voxel, max_points: int) -> Box:
+def crop_box(coords: Coords, *, center: Voxel, max_points: int) -> Box:
     """The box around `center` that grows block by block while its voxels fit `max_points`.
 
     Starts and stops are multiples of eight voxels. Growing goes round the six faces: a box is as cubic as it can be.
@@ -45,12 +42,8 @@ def crop_box(coords: Integer[np.ndarray, "N 3"], *, center: Voxel, max_points: i
         raise ValueError(
             f"max_points must be at least {CROP_STEP**3}, the voxels of one latent block, got {max_points}"
         )
-    x, y, z = (column // CROP_STEP for column in columns(coords))
-    extent = np.array([int(blocks.max()) + 1 for blocks in (x, y, z)])
-    leaves = (x[1:] != x[:-1]) | (y[1:] != y[:-1]) | (z[1:] != z[:-1])
-    last = np.append(np.flatnonzero(leaves), len(coords) - 1)  # of each run of rows in one block: far fewer to count
-    cells = np.ravel_multi_index((x[last], y[last], z[last]), extent)
-    counts = np.bincount(cells, weights=np.diff(last, prepend=-1), minlength=extent.prod()).reshape(extent)
+    counts = counts_of_blocks(Runs.of(coords), side=CROP_STEP)
+    extent = np.array(counts.shape)
     sums = np.pad(counts.cumsum(0).cumsum(1).cumsum(2), ((1, 0),) * 3)  # summed volume: any box in eight look-ups
 
     def inside(low: np.ndarray, high: np.ndarray) -> int:
@@ -75,21 +68,19 @@ def crop_box(coords: Integer[np.ndarray, "N 3"], *, center: Voxel, max_points: i
     return Box(tuple(int(v) * CROP_STEP for v in low), tuple(int(v) * CROP_STEP for v in high))
 
 
-def crop_to_budget(
-    coords: Integer[np.ndarray, "N 3"], max_points: int | None, *, center: Voxel
-) -> Int[np.ndarray, " M"]:
-    """Rows in one contiguous box of at most `max_points` voxels, all where they fit; coordinates stay absolute."""
+def crop_to_budget(coords: Coords, max_points: int | None, *, center: Voxel) -> tuple[Runs, Int[np.ndarray, " M"]]:
+    """What lies in one contiguous box of at most `max_points` voxels, all where they fit, and its rows.
+
+    Coordinates stay absolute.
+    """
+    runs = Runs.of(coords)
     if max_points is None:
-        return np.arange(len(coords))
-    start, stop = crop_box(coords, center=center, max_points=max_points)
-    x, y, z = (
-        (column >= low) & (column < high) for column, low, high in zip(columns(coords), start, stop, strict=True)
-    )
-    return np.flatnonzero(x & y & z)
+        return runs, np.arange(len(runs))
+    return runs.inside(crop_box(runs, center=center, max_points=max_points))
 
 
-def translate(coords: Integer[np.ndarray, "N 3"], shift: Voxel, shape: Sequence[int]) -> Integer[np.ndarray, "N 3"]:
+def translate(coords: Coords, shift: Voxel, shape: Sequence[int]) -> Runs:
     """Coordinates moved by whole voxels, as far as the grid allows: nothing leaves it, left stays left."""
-    room_low = [-int(column.min()) for column in columns(coords)]
-    room_high = [size - 1 - int(column.max()) for column, size in zip(columns(coords), shape, strict=True)]
-    return coords + np.clip(np.asarray(shift, np.int64), room_low, room_high).astype(coords.dtype)
+    runs = Runs.of(coords)
+    low, high = runs.bounds()
+    return runs.moved(np.clip(np.asarray(shift, np.int64), -low, np.asarray(shape) - 1 - high))

@@ -2,6 +2,7 @@
 
 Each class loops over keys and calls its array twin. An item starts as `image` (HU int16 (X, Y, Z), or 0/1 masks
 (X, Y, Z, C)) with `affine`, becomes `coords`, `values`, `spatial_shape`, and ends with `feats` float32 (N, C).
+`coords` may be `Runs` instead of an array, and are after a move or a crop; `numpy.asarray` gives the array.
 `settings` is what a cache has to know about a deterministic transform.
 """
 
@@ -123,10 +124,10 @@ class RandCropToBudgetd(RandomizableTransform, MapTransform):
         if len(coords) == 0:
             return item
         center = coords[self.R.randint(len(coords))]
-        rows = crop_to_budget(coords, self.max_points, center=center)
+        runs, rows = crop_to_budget(coords, self.max_points, center=center)
         if len(rows) < len(coords):
             for key in self.key_iterator(item):
-                item[key] = pick_rows(item[key], rows)
+                item[key] = runs if key == "coords" else pick_rows(item[key], rows)
         return item
 
 
@@ -187,7 +188,8 @@ class RandAffined(RandomizableTransform, MapTransform):
         if self._do_transform:
             for key in self.key_iterator(item):
                 if item[key].ndim == 1:  # HU; bands and distances are geometry
-                    item[key], item["coords"] = repose(item[key], item["coords"], **how, shape=item["spatial_shape"])
+                    coords = np.asarray(item["coords"])
+                    item[key], item["coords"] = repose(item[key], coords, **how, shape=item["spatial_shape"])
         return item
 
 
@@ -213,13 +215,11 @@ class RandJitterd(RandomizableTransform, MapTransform):
         scale = 1 + self.R.uniform(-self.scale, self.scale)
         offset = self.R.uniform(-self.offset, self.offset)
         level = self.R.uniform(0, self.noise)
-        generator = np.random.default_rng(self.R.randint(2**32, dtype=np.uint32))  # RandomState draws in float64 alone
+        generator = np.random.default_rng(self.R.randint(2**32, dtype=np.uint32))
         if self._do_transform:
             for key in self.key_iterator(item):
                 if item[key].ndim == 1:  # HU; bands and distances are geometry
-                    noise = generator.standard_normal(len(item[key]), dtype=np.float32)
-                    noise *= np.float32(level)
-                    item[key] = jitter(item[key], scale=scale, offset=offset, noise=noise)
+                    item[key] = jitter(item[key], scale=scale, offset=offset, noise=level, generator=generator)
         return item
 
 
@@ -244,8 +244,9 @@ class RandStructuresd(RandomizableTransform, MapTransform):
         if self._do_transform:
             for key in self.key_iterator(item):
                 if item[key].ndim == 1:  # HU; bands and distances are geometry
+                    coords = np.asarray(item["coords"])
                     item[key] = add_structures(
-                        item[key], item["coords"], number=self.number, spacing=self.spacing, generator=generator
+                        item[key], coords, number=self.number, spacing=self.spacing, generator=generator
                     )
         return item
 
@@ -287,5 +288,5 @@ class RandAcquisitiond(RandomizableTransform, MapTransform):
         if self._do_transform:
             for key in self.key_iterator(item):
                 if item[key].ndim == 1:  # HU; bands and distances are geometry
-                    item[key] = acquire(item[key], item["coords"], **drawn, generator=generator)
+                    item[key] = acquire(item[key], np.asarray(item["coords"]), **drawn, generator=generator)
         return item

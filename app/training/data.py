@@ -15,19 +15,20 @@ from typing import Any, NamedTuple
 import ignite.distributed as idist
 import numpy as np
 import torch
-from jaxtyping import Int16, Num
 from monai.transforms import Compose
 from torch.utils.data import Dataset, get_worker_info
 
 from app.dataset.prepared import PreparedCase, common_grid, find_cases, windows_are_masks, windows_as_hu
 from app.shared.atomic_files import written_whole
 from transforms import Resampled, Sparsifyd, Windowsd
+from transforms.acquisition import whole_hu
 from transforms.grid import CUT_OFF
+from transforms.runs import Runs
 from transforms.windows import DEFAULT_WINDOWS
 
 log = logging.getLogger(__name__)
-CACHE_FORMAT = 3  # raised when a cached item changes its meaning, or how it lies in memory
-CACHED = {"coords", "values", "spatial_shape", "affine", "beyond"}  # what an item holds
+CACHE_FORMAT = 4  # raised when a cached item changes its meaning, or how it lies in memory
+CACHED = {"begins", "lengths", "values", "spatial_shape", "affine", "beyond"}  # what a file holds of an item
 PHANTOMS = "outputs/phantoms"
 MAX_INT16_SIDE = 2**15 - 1  # voxels: coordinates travel as int16
 Transform = Callable[[dict[str, Any]], dict[str, Any]]
@@ -41,7 +42,7 @@ def preprocessing(
 
 
 class CTDataset(Dataset):
-    """Prepared cases as sparse samples: `coords` int16 (N, 3) and `values`, whole HU (N,) or features (N, C).
+    """Prepared cases as sparse samples: `coords` as `Runs` and `values`, whole HU int16 (N,) or features (N, C).
 
     `windowing` makes features of HU, later and on the device (see step.SparseBatch). Here it says which windows a case
     must have, and whether what it gives is constant.
@@ -110,9 +111,7 @@ class CTDataset(Dataset):
 
     def _draw(self, number: int, step: int) -> dict[str, Any]:
         case = self.cases[number]
-        kept = self.kept_voxels(number)
-        arrays = {key: v.numpy() if isinstance(v, torch.Tensor) else v for key, v in kept.items()}
-        item = self._sampled(arrays, case.case_id, step)
+        item = self._sampled(dict(self.kept_voxels(number)), case.case_id, step)
         if max(item["spatial_shape"]) > MAX_INT16_SIDE:
             raise ValueError(
                 f"sides of a grid must be at most {MAX_INT16_SIDE} voxels, got {tuple(item['spatial_shape'])}"
@@ -124,8 +123,8 @@ class CTDataset(Dataset):
                 "from them; choose other windows or another keep, and see `python -m app check`"
             )
         return {
-            "coords": torch.from_numpy(item["coords"].astype(np.int16, copy=False)),
-            "values": torch.from_numpy(_whole_hu(rows) if rows.ndim == 1 else np.ascontiguousarray(rows, np.float32)),
+            "coords": Runs.of(item["coords"]),
+            "values": torch.from_numpy(whole_hu(rows) if rows.ndim == 1 else np.ascontiguousarray(rows, np.float32)),
             "spatial_shape": tuple(item["spatial_shape"]),
             "case_id": case.case_id,
             "affine": torch.from_numpy(item["affine"]),
@@ -148,7 +147,7 @@ class CTDataset(Dataset):
         return True
 
     def kept_voxels(self, number: int) -> dict[str, Any]:
-        """The cached part of a case: coords int16 (N, 3), values int16 HU (N,) or float (N, C), shape and affine."""
+        """The cached part of a case: coords as runs, values int16 HU (N,) or float (N, C), shape and affine."""
         if number in self._memory:
             return self._memory[number]
         case = self.cases[number]
@@ -197,10 +196,10 @@ class CTDataset(Dataset):
         for transform in self.preprocessing:
             item = transform(item)
         return {
-            "coords": torch.from_numpy(np.asfortranarray(item["coords"])),  # in columns: see crops.columns
-            "values": torch.from_numpy(np.ascontiguousarray(item["values"])),
+            "coords": Runs.of(item["coords"]),
+            "values": np.ascontiguousarray(item["values"]),
             "spatial_shape": tuple(item["spatial_shape"]),
-            "affine": torch.from_numpy(np.array(item["affine"], np.float64)),
+            "affine": np.array(item["affine"], np.float64),
             "beyond": float(item.get("beyond", 0.0)),
         }
 
@@ -222,18 +221,10 @@ class CTDataset(Dataset):
     def _write_cache(self, file: Path, item: dict[str, Any]) -> None:
         try:
             with written_whole(file) as beside:
-                torch.save(item, beside)
+                torch.save(_as_stored(item), beside)
         except OSError as error:
             log.warning("Cache folder %s cannot be written (%s): going on without it", self.cache_dir, error)
             self.cache_dir = None
-
-
-def _whole_hu(rows: Num[np.ndarray, " N"]) -> Int16[np.ndarray, " N"]:
-    """HU as scanners give them, drawn ones too: whole, at half the size of float32."""
-    if rows.dtype == np.int16:
-        return np.ascontiguousarray(rows)
-    limits = np.iinfo(np.int16)
-    return np.rint(rows).clip(limits.min, limits.max).astype(np.int16)
 
 
 def _settings_of(transforms: Sequence[Transform]) -> dict[str, Any]:
@@ -246,6 +237,19 @@ def _settings_of(transforms: Sequence[Transform]) -> dict[str, Any]:
     return settings
 
 
+def _as_stored(item: dict[str, Any]) -> dict[str, Any]:
+    """Tensors, numbers and tuples alone, which a file may hold."""
+    runs, arrays = item["coords"], ("values", "affine")
+    told = {"begins": runs.begins, "lengths": runs.lengths, **{name: item[name] for name in arrays}}
+    others = {name: item[name] for name in item.keys() - {"coords", *arrays}}
+    return {**others, **{name: torch.from_numpy(array) for name, array in told.items()}}
+
+
+def _as_kept(stored: dict[str, Any]) -> dict[str, Any]:
+    item = {key: part.numpy() if isinstance(part, torch.Tensor) else part for key, part in stored.items()}
+    return {"coords": Runs(item.pop("begins"), item.pop("lengths")), **item}
+
+
 def _read_cache(file: Path, *, mapped: bool = False) -> dict[str, Any] | None:
     """The stored item, or None where there is none or it is damaged: it is then made again.
 
@@ -256,7 +260,7 @@ def _read_cache(file: Path, *, mapped: bool = False) -> dict[str, Any] | None:
     try:
         item = torch.load(file, weights_only=True, mmap=mapped)
         if set(item) >= CACHED:
-            return item
+            return _as_kept(item)
     except Exception as error:  # damaged bytes may lead torch and pickle anywhere
         log.debug("%s: %s", file.name, error)
     log.warning("Cached item %s is damaged and is made again", file.name)

@@ -20,6 +20,7 @@ from app.shapes.sources import SurfaceChoice
 from app.shared.refusals import Refused
 from app.training.data import PHANTOMS, CTDataset, Transform
 from transforms import Windowsd
+from transforms.runs import Runs
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class ShapeCase(NamedTuple):
 
 
 class ShapeDataset(CTDataset):
-    """Shapes as sparse samples: `coords` int16 (N, 3), `values` (N, 1) distances over the band, negative inside.
+    """Shapes as sparse samples: `coords` as `Runs`, `values` (N, 1) distances over the band, negative inside.
 
     With `sharp_weight` a sample also carries `weights` (N,), 1 plus that much near sharp edges.
     """
@@ -70,7 +71,7 @@ class ShapeDataset(CTDataset):
         return int(np.random.SeedSequence([self.seed, step]).generate_state(1)[0] % len(self.factors))
 
     def kept_voxels(self, number: int, step: int | None = None) -> dict[str, Any]:
-        """A file: coords int16 (N, 3), values float32 (N, 1 or with weights 2); without a step at the resolution."""
+        """A file: coords as runs, values float32 (N, 1 or with weights 2); without a step at the resolution."""
         which = 0 if step is None else self.factor_at(step)
         if (number, which) in self._memory:
             return self._memory[number, which]
@@ -91,8 +92,12 @@ class ShapeDataset(CTDataset):
             if shape.sharp is None:
                 raise Refused("BAD_VALUE", f"{file.name} marks no sharp edges", "make it again with sdf --sharp 30")
             values = np.concatenate([values, 1 + self.sharp_weight * shape.sharp[:, None].astype(np.float32)], 1)
-        coords = np.asfortranarray(shape.coords.astype(np.int16))
-        return {"coords": coords, "values": values, "spatial_shape": (resolution,) * 3, "affine": shape.affine}
+        return {
+            "coords": Runs.of(shape.coords.astype(np.int16)),
+            "values": values,
+            "spatial_shape": (resolution,) * 3,
+            "affine": shape.affine,
+        }
 
     def _draw(self, number: int, step: int) -> dict[str, Any]:
         case = self.cases[number]
@@ -101,7 +106,7 @@ class ShapeDataset(CTDataset):
         if len(values) >= self.min_points and (values[:, 0] == values[0, 0]).all():
             raise ValueError(f"shape {case.case_id} has the same distance everywhere: nothing can be learned from it")
         sample = {
-            "coords": torch.from_numpy(item["coords"]),
+            "coords": item["coords"],
             "spatial_shape": item["spatial_shape"],
             "case_id": case.case_id,
             "affine": torch.from_numpy(np.asarray(item["affine"], np.float64)),

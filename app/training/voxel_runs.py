@@ -12,33 +12,29 @@ import torch
 from jaxtyping import Int, Int16
 from torch import Tensor
 
+from transforms.runs import Runs
 
-def places_of(parts: Sequence[Int16[Tensor, "_ 3"]]) -> dict[str, Tensor]:
-    """The `runs` (R, 5) of all samples, or their `coords` (N, 4) where those are fewer numbers."""
-    runs = [_runs_in(number, part.numpy()) for number, part in enumerate(parts)]
-    if sum(run.size for run in runs) > 4 * sum(map(len, parts)):
+
+def places_of(parts: Sequence[Runs]) -> dict[str, Tensor]:
+    """The `runs` (R, 5) of all samples, or their `coords` (N, 4) where those are fewer numbers.
+
+    A run is its sample, where it begins (x, y, z), and how many voxels it has.
+    """
+    if 5 * sum(len(part.lengths) for part in parts) > 4 * sum(map(len, parts)):
         return {"coords": _numbered(parts)}
-    return {"runs": torch.from_numpy(np.concatenate(runs, 1).T)}
+    numbers = np.repeat(np.arange(len(parts), dtype=np.int16), [len(part.lengths) for part in parts])
+    begins, lengths = (np.concatenate([getattr(part, name).T for part in parts], -1) for name in ("begins", "lengths"))
+    return {"runs": torch.from_numpy(np.vstack([numbers, begins, lengths.astype(np.int16)]).T)}
 
 
-def _runs_in(number: int, coords: Int16[np.ndarray, "N 3"]) -> Int16[np.ndarray, "5 R"]:
-    """Of sample `number`: a run is its sample, where it begins (x, y, z), and how many voxels it has."""
-    x, y, z = (np.ascontiguousarray(column) for column in coords.T)
-    begins = np.ones(len(z), bool)
-    begins[1:] = (z[1:] != z[:-1] + np.int16(1)) | (y[1:] != y[:-1]) | (x[1:] != x[:-1])
-    first = np.flatnonzero(begins)
-    lengths = np.diff(first, append=len(z)).astype(np.int16)
-    return np.stack([np.full_like(lengths, number), x[first], y[first], z[first], lengths])
-
-
-def _numbered(parts: Sequence[Int16[Tensor, "_ 3"]]) -> Int16[Tensor, "N 4"]:
+def _numbered(parts: Sequence[Runs]) -> Int16[Tensor, "N 4"]:
     """Coordinates of all samples behind their sample's number; each of the four columns lies in one piece."""
     columns = np.empty((4, sum(map(len, parts))), np.int16)
     start = 0
     for number, part in enumerate(parts):
         block = columns[:, start : start + len(part)]
         block[0] = number
-        block[1:] = part.numpy().T
+        block[1:] = np.asarray(part).T
         start += len(part)
     return torch.from_numpy(columns.T)
 

@@ -172,7 +172,7 @@ def test_rand_crop_to_budget(kept):
     transform = RandCropToBudgetd(max_points=1000)
     out = transform.set_random_state(seed=3)(kept)
     center = kept["coords"][np.random.RandomState(3).randint(len(kept["coords"]))]
-    rows = crop_to_budget(kept["coords"], 1000, center=center)
+    _, rows = crop_to_budget(kept["coords"], 1000, center=center)
     assert 0 < len(rows) < len(kept["coords"])
     assert np.array_equal(out["coords"], kept["coords"][rows])
     assert np.array_equal(out["values"], kept["values"][rows])

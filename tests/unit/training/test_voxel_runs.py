@@ -8,6 +8,7 @@ from app.training.step import SparseBatch
 from app.training.voxel_runs import coords_of, num_voxels, places_of
 from tests.waits import Waits
 from transforms import Windowsd
+from transforms.runs import Runs
 from transforms.sparse import sparsify
 
 
@@ -17,7 +18,10 @@ def rows(mask):
 
 
 def batch_of(parts):
-    return {**places_of(parts), "values": torch.zeros(sum(map(len, parts)), dtype=torch.int16)}
+    return {
+        **places_of([Runs.of(part.numpy()) for part in parts]),
+        "values": torch.zeros(sum(map(len, parts)), dtype=torch.int16),
+    }
 
 
 def numbered(parts):
