@@ -3,6 +3,8 @@
 Nothing here draws its own chance: who wants it passes numbers or a generator in.
 """
 
+from functools import cache
+
 import numpy as np
 from jaxtyping import Float, Int16, Integer, Num
 from scipy import ndimage
@@ -11,7 +13,12 @@ from scipy.special import ndtri
 from transforms.windows import AIR, Number
 
 _PART = 1 << 15  # values at a time: they stay in the processor's cache
-_NORMAL = ndtri((np.arange(1 << 16) + 0.5) / (1 << 16)).astype(np.float32)  # equally likely, to 4.3 deviations
+
+
+@cache
+def _normal_numbers() -> Float[np.ndarray, " 65536"]:
+    """Equally likely, up to 4.3 deviations from the mean."""
+    return ndtri((np.arange(1 << 16) + 0.5) / (1 << 16)).astype(np.float32)
 
 
 def jitter(
@@ -29,7 +36,7 @@ def jitter(
     jittered = np.empty(len(hu), np.float32)
     if noise:
         bits = generator.bit_generator.random_raw(-(-len(hu) // 4)).view(np.uint16)
-        drawn = _NORMAL * np.float32(noise)
+        drawn = _normal_numbers() * np.float32(noise)
     for start in range(0, len(hu), _PART):
         part = jittered[start : start + _PART]
         np.subtract(hu[start : start + _PART], np.float32(AIR), out=part)

@@ -16,7 +16,7 @@ from jaxtyping import Float, Float32, Int32
 from torch import Tensor
 
 from networks.kernels.launch import ceil_div, power_of_two, processors, quick, shared_memory
-from networks.kernels.tiles import fitted, grad_tile, product_tile, split
+from networks.kernels.tiles import even_parts, fitted, grad_tile, product_tile
 
 
 def rows_product(
@@ -189,12 +189,12 @@ def several_parameter_grads(
     sizes = [grad.shape[1] * (rows.shape[1] + 1) for rows, grad in pairs]
     plans = [_parts(rows.shape[1], grad.shape[1], rows.dtype, shared_memory(feats.device)) for rows, grad in pairs]
     most = max(programs for *_, programs in plans)
-    splits, length = split(num_rows, 2 * most, plans[0][0].depth, processors(feats.device)) if num_rows else (0, 0)
+    splits = even_parts(2 * most, processors(feats.device)) if num_rows else 0  # the same for any number of rows
     parts = feats.new_empty((splits, sum(sizes)), dtype=torch.float32)
     grads, first = [], 0
     for (rows, grad), size, plan in zip(pairs, sizes, plans, strict=True):
         if num_rows:
-            _start_grads(rows, grad, parts, first, length, plan, live)
+            _start_grads(rows, grad, parts, first, plan, live)
         first += size
     sums = parts.sum(0)
     for (rows, grad), part in zip(pairs, sums.split(sizes), strict=True):
@@ -203,7 +203,7 @@ def several_parameter_grads(
     return grads
 
 
-def _start_grads(feats, grad, parts, first, length, plan, live) -> None:
+def _start_grads(feats, grad, parts, first, plan, live) -> None:
     """Partial sums into the columns of `parts` from `first` on."""
     tile, lines, programs = plan
     _parameter_grads[(programs, parts.shape[0])](
@@ -211,7 +211,6 @@ def _start_grads(feats, grad, parts, first, length, plan, live) -> None:
         grad.contiguous(),
         parts[:, first:],
         feats.shape[0] if live is None else live,
-        length,
         parts.shape[1],
         CHANNELS=feats.shape[1],
         COLUMNS=grad.shape[1],
@@ -234,13 +233,12 @@ def _parts(channels: int, columns: int, dtype: torch.dtype, room: int) -> tuple:
 
 @no_type_check
 @quick
-@triton.jit(do_not_specialize=["num_rows", "length", "pitch"])
+@triton.jit(do_not_specialize=["num_rows", "pitch"])
 def _parameter_grads(  # noqa: PLR0913
     feats,
     grad,
     parts,
     num_rows,
-    length,
     pitch,
     CHANNELS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -254,6 +252,7 @@ def _parameter_grads(  # noqa: PLR0913
     channels = (tl.program_id(0) % channel_tiles) * TILE_CHANNELS + tl.arange(0, TILE_CHANNELS)
     if LIVE:
         num_rows = tl.load(num_rows)
+    length = tl.cdiv(num_rows, tl.num_programs(1) * DEPTH) * DEPTH  # so that parts do not depend on a table's length
     start = tl.program_id(1) * length
     end = tl.minimum(start + length, num_rows)
     sums = tl.zeros((TILE_LINES, TILE_CHANNELS), dtype=tl.float32)

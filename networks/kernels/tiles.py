@@ -86,11 +86,18 @@ def producer_plan(
 
 
 @lru_cache(maxsize=1024)
-def split(num_rows: int, programs: int, depth: int, num_processors: int) -> tuple[int, int]:
-    """How many parts the rows are cut into, and the rows of each: several even waves of programs over the card."""
-    most = max(1, min(-(-num_rows // (4 * depth)), -(-10 * num_processors // programs)))
+def even_parts(programs: int, num_processors: int, *, most: int | None = None) -> int:
+    """How many parts make several even waves of programs over the card, where each part is so many programs."""
+    many = -(-10 * num_processors // programs)
+    most = many if most is None else min(most, many)
     least = min(most, -(-4 * num_processors // programs))
     waves = {s: s * programs / num_processors for s in range(least, most + 1)}
-    best = max(waves, key=lambda s: waves[s] / math.ceil(waves[s]))
+    return max(waves, key=lambda s: waves[s] / math.ceil(waves[s]))
+
+
+@lru_cache(maxsize=1024)
+def split(num_rows: int, programs: int, depth: int, num_processors: int) -> tuple[int, int]:
+    """How many parts the rows are cut into, and the rows of each: several even waves of programs over the card."""
+    best = even_parts(programs, num_processors, most=max(-(-num_rows // (4 * depth)), 1))
     length = -(-num_rows // (best * depth)) * depth
     return -(-num_rows // length), length

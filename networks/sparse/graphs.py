@@ -1,9 +1,9 @@
 """Transformer blocks one behind another as two CUDA graphs, forward and backward: the host starts each at once.
 
 Features lie in tables of fixed length; how many rows are live stands on the device, where the kernels read it. More
-rows or windows than there is room for make longer tables and new graphs. The kernels are those of whole_blocks.py:
-values, and gradients of features, are those of blocks run one by one to the bit, while gradients of parameters are
-summed in as many parts as the tables' length asks for. Where graphs cannot serve, `run` gives None.
+rows or windows than there is room for make longer tables and new graphs. The kernels are those of whole_blocks.py, and
+nothing that they sum depends on a table's length: values and gradients are those of blocks run one by one to the bit.
+Where graphs cannot serve, `run` gives None.
 """
 
 import logging

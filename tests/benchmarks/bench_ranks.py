@@ -1,6 +1,6 @@
 """Training on two cards against one: the same losses, then samples a second with the same batch a card.
 
-    python -m tests.benchmarks.bench_ranks DATA OUT [--steps 200] [--preset base]
+    python -m tests.benchmarks.bench_ranks DATA OUT [--steps 200] [--preset base] [--set use_graphs=True]
 
 Runs stage 0 as a user does, `bundles/multi_gpu.json` over it under torchrun, on the first two cards of
 CUDA_VISIBLE_DEVICES; without cards it runs on the CPU. First two ranks with a sample each and one with both have to
@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2, help="a card")
     parser.add_argument("--max-points", type=int, default=3_000_000)
     parser.add_argument("--workers", type=int, default=max(min(14, (os.cpu_count() or 2) // 2 - 2), 0), help="a card")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the stage, in all runs")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     cards = []
@@ -91,6 +92,7 @@ def main() -> None:
         "max_points": given.max_points,
         "num_workers": given.workers,
         "learning_rate": 3e-4,
+        **dict(pair.split("=", 1) for pair in given.set),
     }
 
     quiet = {"i_save": 10**6, "i_sample": 10**6, "val_interval": 10**6}
@@ -121,7 +123,15 @@ def main() -> None:
     for row in rows:
         row["times one"] = row["samples/s"] / rows[0]["samples/s"]
     device = "cuda" if cards else "cpu"
-    finish("ranks", rows, device=device, preset=given.preset, worst_loss_difference=worst, workers=given.workers)
+    finish(
+        "ranks",
+        rows,
+        device=device,
+        preset=given.preset,
+        worst_loss_difference=worst,
+        workers=given.workers,
+        set=given.set,
+    )
 
 
 if __name__ == "__main__":
