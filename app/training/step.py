@@ -106,7 +106,8 @@ class TrainStep:
         parts = batch if isinstance(batch, list) else [batch]
         samples = sum(len(part["case_id"]) for part in parts)
         seed_step(self.seed, engine.state.iteration, rank=idist.get_rank())
-        engine.network.train()
+        if not engine.network.training:
+            engine.network.train()
         engine.optimizer.zero_grad(set_to_none=True)
         names: list[str] = []
         sums: torch.Tensor | float = 0.0
@@ -269,17 +270,27 @@ def average(network: nn.Module, *, ema_rate: float) -> AveragedModel:
 
 
 class _Average(AveragedModel):
-    """torch's, which sorts parameters by device and copies buffers one by one at every step; here all lie together."""
+    """torch's, which sorts parameters by device and copies buffers one by one at every step; here all lie together.
+
+    Modules are found once: to walk through them takes the host longer than to start the copies.
+    """
+
+    modules_of: tuple[nn.Module, list[nn.Module], list[nn.Module]] | None = None
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        averaged, current = ([*part.parameters()] for part in (self.module, model))
+        if self.modules_of is None or self.modules_of[0] is not model:
+            found = model, [*self.module.modules()], [*model.modules()]
+            object.__setattr__(self, "modules_of", found)  # nn.Module would take the model for a part of its own
+        _, *both = self.modules_of
+        averaged, current = ([p for one in part for p in one._parameters.values() if p is not None] for part in both)
         if int(self.n_averaged):
             self.multi_avg_fn(averaged, current, self.n_averaged)
         else:
             torch._foreach_copy_(averaged, current)
-        if buffers := [*self.module.buffers()]:
-            torch._foreach_copy_(buffers, [*model.buffers()])
+        buffers, given = ([b for one in part for b in one._buffers.values() if b is not None] for part in both)
+        if buffers:
+            torch._foreach_copy_(buffers, given)
         self.n_averaged += 1
 
 
