@@ -1,7 +1,7 @@
 """From code width to language width: one Linear, or Linear-GELU-…-Linear, with an optional fixed place of each token.
 
 State-dict names are the plain `proj.weight` (one layer) and `proj.{0,2,…}.weight` that other projects use; the
-position encoding has no parameters and adds no key.
+position encoding has no parameters and adds no key. A detector of cells, where there is one, adds its own.
 """
 
 import math
@@ -9,6 +9,8 @@ import math
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from networks.cell_detector import CellDetector
 
 MAX_LAYERS = 64
 
@@ -41,8 +43,10 @@ class Projector(nn.Module):
         use_3d_pos: bool = False,
         position_scale: float = 1.0,
         position_grid: int = 128,
+        detector: CellDetector | None = None,
     ):
         super().__init__()
+        self.detector = detector  # not applied here: whoever makes the features does, and it is kept with this
         if not 1 <= num_layers <= MAX_LAYERS:
             raise ValueError(f"projector_layers must lie in 1..{MAX_LAYERS}, got {num_layers}")
         self.use_3d_pos, self.position_scale, self.position_grid = use_3d_pos, position_scale, position_grid

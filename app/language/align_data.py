@@ -308,10 +308,12 @@ def workers_for(source: TokenSource, count: int) -> int:
     return max(1, min(num_cores(), count // PHANTOMS_A_WORKER, int(0.8 * free_memory() / bytes_each)))
 
 
-def phantom_case(source: TokenSource, name: str, *, number: int) -> tuple[list[dict], tuple[CTTokens, CTTokens]]:
+def phantom_case(
+    source: TokenSource, name: str, *, number: int, crowded: bool = False
+) -> tuple[list[dict], tuple[CTTokens, CTTokens]]:
     """Findings of one phantom, its tokens and those of its mirror image; made once, then read."""
     sizes = source.tokenizer.sizes
-    phantom = lru_cache(1)(lambda: make_phantom(number, size=sizes.resolution, spacing=sizes.spacing))
+    phantom = lru_cache(1)(lambda: make_phantom(number, size=sizes.resolution, spacing=sizes.spacing, crowded=crowded))
     file = source.cache_dir / f"{name}.json"
     tokens = (
         source.cached(name, lambda: as_it_lies(phantom().hu, phantom().affine)),

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from app.language import align_data, chat
+from app.language.cell_detection import LOCATED, phantom_detector
 from app.language.volume_tokens import Reducer, TokenSource
 from app.shared.hashes import hash_path
 from app.shared.refusals import Refused
@@ -28,6 +29,7 @@ from app.tokens.tokenizer import CTTokenizer, find_tokenizer
 from app.training import checkpoints, shipped
 from app.training.initial_weights import STAGE1_COMMAND, train_demo_stage1
 from networks import qwen
+from networks.cell_detector import CellDetector
 from networks.projector import Projector
 from networks.sparse.ops import defect
 from networks.tiny_qwen import build_tiny
@@ -42,7 +44,7 @@ RESUMED_WITH = {  # what a run cannot change on its way, and the code of its ref
     "tokenizer": "OTHER_TOKENIZER",
     "base_model": "OTHER_MODEL",
     **dict.fromkeys(("use_lora", *LORA_SIZES, "trained_language"), "OTHER_SETTINGS"),
-    **dict.fromkeys(("projector_layers", "use_3d_pos", "levels"), "OTHER_SETTINGS"),
+    **dict.fromkeys(("projector_layers", "use_3d_pos", "levels", "detects"), "OTHER_SETTINGS"),
 }
 
 
@@ -123,9 +125,11 @@ class FrozenTokenizer:
         """A vector for each code number: what a projector will see the like of."""
         return self.lookup_on_cpu.lookup(torch.arange(self.lookup_on_cpu.num_embeddings)).detach().float()
 
-    def reducer(self, *, max_tokens: int, method: str) -> Reducer:
+    def reducer(self, *, max_tokens: int, method: str, detector: CellDetector | None = None) -> Reducer:
         lookup, width = self.lookup_on_cpu.lookup, self.network.sizes.latent_channels
-        return Reducer(lookup, width=width, max_tokens=max_tokens, method=method, levels=self.levels)
+        on_cpu = None if detector is None else copy.deepcopy(detector).cpu()
+        how = {"max_tokens": max_tokens, "method": method, "levels": self.levels, "detector": on_cpu}
+        return Reducer(lookup, width=width, **how)
 
     def source(self, cache_dir: str | Path) -> TokenSource:
         return TokenSource(self.ct, cache_dir=cache_dir)
@@ -275,11 +279,31 @@ def identify(name: str, model: nn.Module) -> dict:
     return {"name": name, "revision": qwen.revision_of(model)}
 
 
+def make_detector(
+    *, tokenizer: FrozenTokenizer, output_dir: str, num_phantoms: int, about: list[str] | None = None, seed: int = 0
+) -> CellDetector | None:
+    """Of the findings that are spoken of and lie in one place; None with no phantoms, or without such findings."""
+    kinds = [kind for kind in LOCATED if about is None or kind in about]
+    if not num_phantoms or not kinds:
+        return None
+    source, levels = tokenizer.source(align_data.tokens_folder(output_dir)), tokenizer.levels
+    how = {"count": num_phantoms, "seed": seed, "kinds": kinds, "levels": levels}
+    return phantom_detector(source, tokenizer.lookup_on_cpu.lookup, **how)
+
+
 def make_projector(
-    *, tokenizer: FrozenTokenizer, language: Language, num_layers: int = 1, use_3d_pos: bool = False, seed: int = 0
+    *,
+    tokenizer: FrozenTokenizer,
+    language: Language,
+    num_layers: int = 1,
+    use_3d_pos: bool = False,
+    detector: CellDetector | None = None,
+    seed: int = 0,
 ) -> Projector:
     """A fresh projector whose outputs have the spread of the language model's own embeddings."""
     spread, vectors = qwen.embedding_spread(language.model), tokenizer.vectors()
+    if detector is not None:  # whose numbers are 0 in most cells
+        vectors = torch.nn.functional.pad(vectors, (0, detector.num_kinds))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         projector = Projector(
@@ -289,24 +313,26 @@ def make_projector(
             use_3d_pos=use_3d_pos,
             position_scale=spread,
             position_grid=tokenizer.network.sizes.resolution // 8,
+            detector=detector,
         )
     projector.match_scale(vectors, spread)
     return projector
 
 
-def make_text_dataset(
+def make_text_dataset(  # noqa: PLR0913
     *,
     text: AlignmentText,
     tokenizer: FrozenTokenizer,
     language: Language,
     max_3d_tokens: int = 2048,
     token_reduction: str = "pool",
+    detector: CellDetector | None = None,
     chat_options: dict | None = None,
     dataset: str | None = None,
     skip_bad: bool = False,
 ) -> Dataset:
     """Samples of the rows, or of the user's own Dataset named by its dotted path."""
-    reduce = tokenizer.reducer(max_tokens=max_3d_tokens, method=token_reduction)
+    reduce = tokenizer.reducer(max_tokens=max_3d_tokens, method=token_reduction, detector=detector)
     if dataset is not None:
         own = align_data.load_own_dataset(dataset)
         words = language.model.get_input_embeddings().num_embeddings

@@ -117,6 +117,7 @@ class AlignRecord:
             "tokenizer_path": place_of(self.tokenizer),
             "tokenizer": self.tokenizer.hash,
             "in_features": self.projector.in_features,
+            "detects": None if self.projector.detector is None else self.projector.detector.num_kinds,
             "position_scale": self.projector.position_scale,
             "position_grid": self.projector.position_grid,
         }

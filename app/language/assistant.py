@@ -30,6 +30,7 @@ from app.tokens.token_files import CTTokens
 from app.training import checkpoints, shipped
 from app.training.key_rules import RULES, Rule
 from networks import qwen
+from networks.cell_detector import CellDetector
 from networks.projector import Projector
 from networks.tokens import TokenSequence
 
@@ -64,7 +65,8 @@ class CTAssistant:
 
     def __init__(self, *, model: qwen.VolumeQwen, text_tokenizer, tokenizer: FrozenTokenizer, settings: dict[str, Any]):
         self.model, self.text_tokenizer, self.tokenizer, self.settings = model, text_tokenizer, tokenizer, settings
-        self.reduce = tokenizer.reducer(max_tokens=settings["max_3d_tokens"], method=settings["token_reduction"])
+        budget = {"max_tokens": settings["max_3d_tokens"], "method": settings["token_reduction"]}
+        self.reduce = tokenizer.reducer(**budget, detector=model.projector.detector)
         self.collate = make_collate(model.language, text_tokenizer, side="left")
 
     @classmethod
@@ -88,6 +90,7 @@ class CTAssistant:
             what = f"{path} was aligned to tokenizer {settings['tokenizer'][:12]}, {frozen.file} is {frozen.hash[:12]}"
             raise Refused("OTHER_TOKENIZER", what, "give that tokenizer with --tokenizer, or align again", status=2)
         files = aligned_files(path, settings)
+        sizes, detects = frozen.network.sizes, settings["detects"]
         language, text_tokenizer = load_base(path, settings, device, own=files.language, now_at=language_model)
         projector = Projector(
             settings["in_features"],
@@ -96,6 +99,9 @@ class CTAssistant:
             use_3d_pos=settings["use_3d_pos"],
             position_scale=settings["position_scale"],
             position_grid=settings.get("position_grid", 128),  # 128 where it was not recorded
+            detector=None
+            if detects is None
+            else CellDetector(sizes.latent_channels, detects, grid=sizes.resolution // 8),
         )
         file, adapter = files.projector, files.adapter
         weights = checkpoints.read_tensors(file)
@@ -232,6 +238,7 @@ SETTINGS = {  # of train_args.json, what is used: whoever wrote it
     **{name: RULES[name] for name in (*KEYS, "position", "fusion", "use_lora")},
     **dict.fromkeys(("tokenizer", "tokenizer_path"), Rule(str, "a text")),
     "in_features": Rule(int, f"a whole number from 1 to {1 << 16}", minimum=1, holds=lambda width: width <= 1 << 16),
+    "detects": Rule(int, "a whole number from 1 to 64, or null", optional=True, holds=lambda kinds: 1 <= kinds <= 64),
     "position_scale": Rule((int, float), "a number above 0", holds=lambda scale: 0 < scale < math.inf),
     "base_model": Rule(
         dict,
@@ -266,7 +273,7 @@ def read_settings(path: Path) -> dict[str, Any]:
             f"{path} holds no aligned model",
             "first run python -m monai.bundle run training --config_file bundles/align.json, or pass --align",
         )
-    settings = {"levels": 1, **(read_object(file) or {})}  # 1 where it was not recorded
+    settings = {"levels": 1, "detects": None, **(read_object(file) or {})}  # of before these were recorded
     if not set(settings) >= set(SETTINGS):
         raise Refused("NO_ALIGNMENT", f"{file} is damaged", "align again")
     for name, rule in SETTINGS.items():

@@ -17,6 +17,7 @@ from app.tokens.open_scan import scan_source
 from app.tokens.token_files import CTTokens, write_tokens
 from app.tokens.tokenizer import CTTokenizer
 from app.training.step import SparseBatch
+from networks.cell_detector import CellDetector
 from networks.sparse import SparseTensor
 from networks.tokens import TokenSequence, reduce_tokens
 from networks.vqvae import SparseVQVAE
@@ -24,6 +25,7 @@ from transforms import Windowsd
 from transforms.grid import RESAMPLER
 
 log = logging.getLogger(__name__)
+SHOWN = 8  # cells of each kind of finding
 
 
 def sparse_inputs(inputs: dict, vqvae: SparseVQVAE, device: torch.device | str | None = None) -> SparseTensor:
@@ -56,7 +58,8 @@ class Reducer:
     """From codes to the sequence that the language model reads: code vectors, ordered and within the budget.
 
     `lookup` gives the vector of each code; `width` is theirs. Of several quantiser levels the first `levels` are read:
-    a cell stays one token, its vector the sum of theirs.
+    a cell stays one token, its vector the sum of theirs. With a `detector` vectors have its numbers behind them, and of
+    each kind of finding the SHOWN likeliest cells come first, as they are, likeliest first; the rest keeps its order.
     """
 
     def __init__(
@@ -67,8 +70,10 @@ class Reducer:
         max_tokens: int = 2048,
         method: str = "pool",
         levels: int = 1,
+        detector: CellDetector | None = None,
     ):
         self.lookup, self.width, self.max_tokens, self.method, self.levels = lookup, width, max_tokens, method, levels
+        self.detector = detector
 
     def __call__(self, tokens: CTTokens) -> TokenSequence:
         codes = torch.from_numpy(tokens.first_levels(self.levels))
@@ -76,7 +81,15 @@ class Reducer:
 
     def rows(self, feats: Float[Tensor, "M D"], coords: Int[Tensor, "M 3"]) -> TokenSequence:
         """The same of vectors."""
-        return reduce_tokens(feats.float(), coords, max_tokens=self.max_tokens, method=self.method)
+        feats, budget = feats.float(), {"max_tokens": self.max_tokens, "method": self.method}
+        if self.detector is None:
+            return reduce_tokens(feats, coords, **budget)
+        feats, logits = self.detector.beside(feats, coords)
+        count = min(SHOWN, len(feats), (self.max_tokens - 1) // logits.shape[1])
+        first = logits.topk(count, 0).indices.T.flatten()
+        rest = reduce_tokens(feats, coords, **budget | {"max_tokens": self.max_tokens - len(first)})
+        shown = TokenSequence(feats[first], coords[first].int(), torch.ones_like(first))
+        return TokenSequence(*(torch.cat(parts) for parts in zip(shown, rest, strict=True)))
 
 
 class TokenSource:

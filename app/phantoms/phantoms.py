@@ -73,13 +73,13 @@ def paint_effusion(canvas: Canvas, build: Build, torso: Torso, side: str) -> dic
     }
 
 
-def paint_nodules(canvas: Canvas, build: Build, torso: Torso, side: str) -> dict[str, Any]:
-    """One to three round nodules well inside one lung, apart from each other."""
+def paint_nodules(canvas: Canvas, build: Build, torso: Torso, side: str, *, most: int = 3) -> dict[str, Any]:
+    """One to `most` round nodules well inside one lung, apart from each other."""
     own = (canvas.x * SIGN_OF_X[side] > 0) & (torso.wall < -14) & (torso.lungs > 0.99) & (canvas.hu < -600)
     own = np.argwhere(ndimage.binary_erosion(own, iterations=max(1, round(8 / canvas.step))))
     centers: list[Point] = []
     sizes: list[Number] = []
-    for _ in range(int(build.rng.integers(1, 4)) if len(own) else 0):  # no room in a lung full of fluid
+    for _ in range(int(build.rng.integers(1, most + 1)) if len(own) else 0):  # no room in a lung full of fluid
         for _ in range(20):
             at = tuple(own[build.rng.integers(len(own))])
             center = (float(canvas.x[at]), float(canvas.y[at]), float(canvas.z[at]))
@@ -103,11 +103,16 @@ def paint_stones(canvas: Canvas, build: Build, torso: Torso, side: str) -> dict[
     return _finding("kidney stone", "kidney", side, sizes, [canvas.in_scan(center) for center in centers])
 
 
+CHANCE, CROWDED_CHANCE, CROWDED_NODULES = 0.35, 0.8, 8  # of a finding on a side
 PAINTERS: tuple[Callable[..., dict[str, Any]], ...] = (paint_effusion, paint_nodules, paint_stones)
 
 
-def make_phantom(seed: int, *, size: int = 96, spacing: Number = 4.0) -> Phantom:
-    """One patient on a RAS cube; the same seed gives the same patient, at any size and spacing the same anatomy."""
+def make_phantom(seed: int, *, size: int = 96, spacing: Number = 4.0, crowded: bool = False) -> Phantom:
+    """One patient on a RAS cube; the same seed gives the same patient, at any size and spacing the same anatomy.
+
+    `crowded`: most lungs have nodules, up to eight, and most kidneys stones; as no patient has, but as many as can be
+    learned from.
+    """
     rng = np.random.default_rng([seed, 7])
     build = anatomy.draw_build(rng)
     canvas = Canvas(size, spacing, rng)
@@ -122,8 +127,9 @@ def make_phantom(seed: int, *, size: int = 96, spacing: Number = 4.0) -> Phantom
     findings = []
     for paint in PAINTERS:
         for side in SIGN_OF_X:
-            if rng.random() < 0.35:
-                findings.append(paint(canvas, build, torso, side))
+            if rng.random() < (CROWDED_CHANCE if crowded and paint is not paint_effusion else CHANCE):
+                more = {"most": CROWDED_NODULES} if crowded and paint is paint_nodules else {}
+                findings.append(paint(canvas, build, torso, side, **more))
     hu = _scan(canvas, rng)
     affine = np.diag([spacing, spacing, spacing, 1.0])
     affine[:3, 3] = -(size - 1) / 2 * spacing

@@ -109,6 +109,9 @@ def balance(rows: Sequence[TextRow], *, seed: int = 0) -> list[TextRow]:
     return [row for at, row in enumerate(rows) if at in kept]
 
 
-def mirrored(findings: Sequence[Mapping]) -> list[dict]:
-    """The findings of the same patient seen in a mirror."""
-    return [{**finding, "side": swap_sides(finding["side"])} for finding in findings]
+def mirrored(findings: Sequence[Mapping], *, places: bool = False) -> list[dict]:
+    """The findings of the same patient seen in a mirror; with `places` their centres too, left to right."""
+    swapped = [{**finding, "side": swap_sides(finding["side"])} for finding in findings]
+    if not places:
+        return swapped
+    return [{**finding, "center_mm": [[-x, y, z] for x, y, z in finding["center_mm"]]} for finding in swapped]

@@ -11,7 +11,7 @@ GOOD = {
     "tokenizer": "ab" * 32, "tokenizer_path": "outputs/vq_stage1", "in_features": 8, "projector_layers": 1,
     "position_scale": 0.02, "base_model": {"name": None, "built": "qwen2_vl"}, "amp": "off", "max_text_tokens": 512,
     "max_3d_tokens": 2048, "token_reduction": "pool", "use_3d_pos": True, "position": "1d", "fusion": "placeholder",
-    "use_lora": False, "levels": None,
+    "use_lora": False, "levels": None, "detects": 2,
 }  # fmt: skip
 
 
@@ -20,10 +20,10 @@ def test_settings_as_a_run_writes_them_are_taken(tmp_path):
     assert read_settings(tmp_path) == GOOD
 
 
-def test_where_levels_were_not_recorded_the_first_was_read(tmp_path):
-    older = {name: value for name, value in GOOD.items() if name != "levels"}
+def test_where_levels_and_detectors_were_not_recorded_the_first_was_read_and_there_was_none(tmp_path):
+    older = {name: value for name, value in GOOD.items() if name not in ("levels", "detects")}
     (tmp_path / "train_args.json").write_text(json.dumps(older))
-    assert read_settings(tmp_path) == {**GOOD, "levels": 1}
+    assert read_settings(tmp_path) == {**GOOD, "levels": 1, "detects": None}
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,9 @@ def test_where_levels_were_not_recorded_the_first_was_read(tmp_path):
         ("amp", {}),
         ("levels", 0),
         ("levels", "all"),
+        ("detects", 0),
+        ("detects", 10**6),
+        ("detects", ["nodule"]),
     ],
 )
 def test_a_wrong_value_is_one_line_that_names_it(tmp_path, name, value):
