@@ -36,7 +36,8 @@ def where_looked(assistant: CTAssistant, question: str, answer: str, volume: Tok
     encoded = chat.encode_chat(assistant.text_tokenizer, question, answer=answer, **settings)
     if encoded is None:
         return None
-    place = group_tokens(cell_keys(volume.coords), MAX_PLACES)
+    keys, order = cell_keys(volume.coords).sort(stable=True)  # cells that a detector shows come before the others
+    place = torch.empty_like(keys).index_copy_(0, order, group_tokens(keys, MAX_PLACES))
     mean = volume.feats.mean(0)
     without = [
         volume._replace(feats=torch.where((place == number)[:, None], mean, volume.feats))

@@ -16,13 +16,14 @@ from torch.utils.data import Dataset
 from app.language import chat
 from app.language.align_setup import make_collate
 from app.language.assistant import CTAssistant
+from app.language.where_looked import where_looked
 from app.measures.tokenizer_metrics import MeanTerms
 from app.shared.hashes import hash_path
 from app.shared.refusals import Refused
 from app.text.manifests import read_rows
 from app.tokens.tokenizer import CTTokenizer
 from app.training.step import make_scheduler
-from tests.alignments import align
+from tests.alignments import align, make_volume
 from tests.runs import TINY, end_of, run_in, torchrun
 
 
@@ -275,6 +276,7 @@ def test_two_processes_align_as_one_does(home, place, start_process):
         "num_phantoms": 6,
         "val_phantoms": 2,
         "about": "$None",
+        "detector_phantoms": 2,
         "epochs": 1,
         "num_workers": 0,
         "learning_rate": 1e-3,
@@ -297,4 +299,21 @@ def test_two_processes_align_as_one_does(home, place, start_process):
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5)
     tokens = [sorted(p.name for p in (out.parent / "tokens").rglob("*.*")) for out in (one, two)]
-    assert tokens[0] == tokens[1] and len(tokens[0]) == (6 + 2) * 3
+    assert tokens[0] == tokens[1] and len(tokens[0]) == (6 + 2 + 2) * 3 + 1
+    assert_detector_is_loaded(one)
+
+
+def assert_detector_is_loaded(out):
+    """What the detector shows comes first, for who asks as for who trained."""
+    assistant = CTAssistant.from_pretrained(out)
+    (detector,) = (out.parent / "tokens").rglob("detector_*.pt")
+    kept = torch.load(detector, weights_only=True)
+    assert all(
+        torch.equal(value, kept[name]) for name, value in assistant.model.projector.detector.state_dict().items()
+    )
+    scan = assistant.open(make_volume(9))
+    volume = assistant.reduce(scan.tokens)
+    assert volume.feats.shape[1] == assistant.settings["in_features"] == assistant.reduce.width + 2
+    assert assistant.ask(scan, "Is there a nodule in the left lung?", max_new_tokens=4).answer is not None
+    looked = where_looked(assistant, "Is there a nodule in the left lung?", "no", volume)
+    assert looked.loss.shape == (len(volume.feats),)
