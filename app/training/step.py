@@ -106,8 +106,7 @@ class TrainStep:
         parts = batch if isinstance(batch, list) else [batch]
         samples = sum(len(part["case_id"]) for part in parts)
         seed_step(self.seed, engine.state.iteration, rank=idist.get_rank())
-        if not engine.network.training:
-            engine.network.train()
+        engine.network.train()  # whole: a validation may have turned off what lies inside a wrapper for ranks
         engine.optimizer.zero_grad(set_to_none=True)
         names: list[str] = []
         sums: torch.Tensor | float = 0.0
