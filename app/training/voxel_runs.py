@@ -24,7 +24,7 @@ def places_of(parts: Sequence[Runs]) -> dict[str, Tensor]:
         return {"coords": _numbered(parts)}
     numbers = np.repeat(np.arange(len(parts), dtype=np.int16), [len(part.lengths) for part in parts])
     begins, lengths = (np.concatenate([getattr(part, name).T for part in parts], -1) for name in ("begins", "lengths"))
-    return {"runs": torch.from_numpy(np.vstack([numbers, begins, lengths.astype(np.int16)]).T)}
+    return {"runs": torch.from_numpy(np.vstack([numbers, begins, lengths], dtype=np.int16, casting="unsafe").T)}
 
 
 def _numbered(parts: Sequence[Runs]) -> Int16[Tensor, "N 4"]:

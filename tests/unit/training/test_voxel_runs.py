@@ -53,6 +53,12 @@ def test_runs_end_with_their_line_and_their_sample():
     assert torch.equal(coords_of(batch), numbered([line, other]))
 
 
+def test_whatever_a_transform_made_of_them_coordinates_travel_as_int16(rng):
+    part = rows(solid(rng, 0))
+    assert batch_of([part.long()])["runs"].dtype == torch.int16
+    assert torch.equal(coords_of(batch_of([part.long()])), numbered([part]))
+
+
 def test_a_sample_without_voxels_and_voxels_in_any_order(rng):
     part = rows(solid(rng, 0))
     assert torch.equal(coords_of(batch_of([part[:0], part])), numbered([part[:0], part]))
