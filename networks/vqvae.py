@@ -8,7 +8,7 @@ head per level when only tokens are given.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,8 +23,8 @@ from networks.fsq import FiniteScalarQuantizer
 from networks.presets import NUM_RESIDUAL, Preset, preset
 from networks.quantizer import Quantized, VectorQuantizer
 from networks.residual import ResidualQuantizer, build_quantizer, drawn_levels
-from networks.sparse import ops
-from networks.sparse.graphs import BlockGraphs
+from networks.sparse import ops, whole_blocks
+from networks.sparse.graphs import NetworkGraphs, Work
 from networks.sparse.modules import Linear, TransformerBlock, layer_norm, position_encoding
 from networks.sparse.tensor import SparseTensor
 from networks.sparse.topology import Coarsening, Level
@@ -58,11 +58,12 @@ class Reconstruction(NamedTuple):
 class _Torso(nn.Module):
     """What encoder and decoder share: the transformer on latents, and trading time for memory block by block."""
 
-    def __init__(self, sizes: Preset, use_checkpoint: bool, use_graphs: bool):
+    def __init__(self, sizes: Preset, backend: str, use_checkpoint: bool, use_graphs: bool):
         super().__init__()
-        self.sizes = sizes
+        self.sizes, self.backend = sizes, backend
         self.use_checkpoint = use_checkpoint
-        self.graphs = BlockGraphs() if use_graphs and not use_checkpoint else None  # which records no recomputation
+        # Graphs record no recomputation, and know no layers but those that keep the place of children.
+        self.use_graphs = use_graphs and not use_checkpoint and sizes.pool == "children" and sizes.norm == "voxel"
         self.blocks = nn.ModuleList(
             TransformerBlock(
                 sizes.model_channels,
@@ -80,8 +81,6 @@ class _Torso(nn.Module):
             lambda: position_encoding(x.coords[:, 1:] * factor, channels).to(dtype),
         )
         x = x.replace(x.feats + position)
-        if self.graphs and (out := self.graphs.run([block.parts() for block in self.blocks], x)) is not None:
-            return out
         for block in self.blocks:
             x = self.run(block, x)
         return x
@@ -108,7 +107,7 @@ class _Torso(nn.Module):
 
 class Encoder(_Torso):
     def __init__(self, sizes: Preset, *, backend: str = "auto", use_checkpoint: bool = False, use_graphs: bool = False):
-        super().__init__(sizes, use_checkpoint, use_graphs)
+        super().__init__(sizes, backend, use_checkpoint, use_graphs)
         widths = (*sizes.widths, sizes.model_channels)
         if sizes.pool == "children":
             widths = (sizes.in_channels, *widths[1:])
@@ -141,7 +140,11 @@ class Encoder(_Torso):
 
     def forward(self, x: SparseTensor) -> tuple[SparseTensor, Float[Tensor, "M D"]]:
         """Mean on the latent grid, and the log variance that only the continuous autoencoder uses."""
-        return self.from_half(self.run(self.downsample[0], self.input_layer1(x)), self.linear_part(x))
+        return self.latents(self.rows(x), self.linear_part(x))
+
+    def rows(self, x: SparseTensor) -> SparseTensor:
+        """Mean and log variance side by side, without components."""
+        return self._rest(self.run(self.downsample[0], self.input_layer1(x)))
 
     def linear_part(self, x: SparseTensor) -> Float[Tensor, "M D"] | None:
         """Of each cell its principal components, where the tokenizer has them."""
@@ -155,17 +158,25 @@ class Encoder(_Torso):
         self, x: SparseTensor, linear: Float[Tensor, "M D"] | None = None
     ) -> tuple[SparseTensor, Float[Tensor, "M D"]]:
         """The rest, after the first halving; `linear` is that part of the mean."""
+        return self.latents(self._rest(x), linear)
+
+    def _rest(self, x: SparseTensor) -> SparseTensor:
         for block in self.downsample[1:]:
             x = self.run(block, x)
-        x = self.out_layer(layer_norm(self.attend(self.input_layer(x)), eps=1e-5))
-        mean, log_var = x.feats.float().chunk(2, 1)
+        return self.out_layer(layer_norm(self.attend(self.input_layer(x)), eps=1e-5))
+
+    def latents(
+        self, rows: SparseTensor, linear: Float[Tensor, "M D"] | None
+    ) -> tuple[SparseTensor, Float[Tensor, "M D"]]:
+        """Mean and log variance, of what `rows` gave."""
+        mean, log_var = rows.feats.float().chunk(2, 1)
         mean = mean if linear is None else mean + linear
-        return x.replace(mean), log_var.clamp(-30, 20)
+        return rows.replace(mean), log_var.clamp(-30, 20)
 
 
 class Decoder(_Torso):
     def __init__(self, sizes: Preset, *, backend: str = "auto", use_checkpoint: bool = False, use_graphs: bool = False):
-        super().__init__(sizes, use_checkpoint, use_graphs)
+        super().__init__(sizes, backend, use_checkpoint, use_graphs)
         widths = (*sizes.widths, sizes.model_channels)[::-1]
         self.input_layer = Linear(sizes.latent_channels, widths[0])
         if sizes.pool == "children":
@@ -211,6 +222,26 @@ class Decoder(_Torso):
                 x, linear = crop(i, x), linear if linear is None else crop(i, linear)
             cells = choose(i, x)
             x, linear = self.run(block, x, cells), linear if linear is None else ops.scatter_children(linear, cells)
+        return self.values(x, linear)
+
+    def rows(self, latents: SparseTensor, choose: ChooseCells) -> SparseTensor:
+        """What `values` takes, without components."""
+        x = self.attend(self.input_layer(latents))
+        for i, block in enumerate(self.upsample):
+            x = self.run(block, x, choose(i, x))
+        return x
+
+    def linear_part(self, latents: SparseTensor, plan: list[Coarsening]) -> SparseTensor | None:
+        """HU of each voxel's place in its cell, by the components of the latents, where the tokenizer has them."""
+        if not self.sizes.pca:
+            return None
+        x = latents.replace(self.components(latents.feats.float()))
+        for cells in plan:
+            x = ops.scatter_children(x, cells)
+        return x
+
+    def values(self, x: SparseTensor, linear: SparseTensor | None) -> SparseTensor:
+        """In [-1, 1], of the last features."""
         x = self.out_layer(x)
         values = x.feats.float()
         if linear is not None:
@@ -245,6 +276,7 @@ class SparseVQVAE(nn.Module):
         _check_codes(vq, sizes)
         self.sizes = sizes
         self.encoder, self.vq, self.decoder, self.subdivision = encoder, vq, decoder, subdivision
+        self.graphs = NetworkGraphs()
 
     def forward(
         self,
@@ -262,7 +294,8 @@ class SparseVQVAE(nn.Module):
         coarsest = x.level.prepare(*self.sizes.convolved)
         for block in self.encoder.blocks:
             coarsest.windows(block.attn.window, block.attn.shift)
-        latents, log_var = self.encoder(x)
+        rows = self._start(self.encoder, lambda x, _: [self.encoder.rows(x)], x, x.level)[0]
+        latents, log_var = self.encoder.latents(rows, self.encoder.linear_part(x))
         zero = latents.feats.new_zeros(())
         codes, vq, commitment, kl = None, zero, zero, zero
         if quantize and self.vq is not None:
@@ -286,15 +319,31 @@ class SparseVQVAE(nn.Module):
 
     def decode_on(self, latents: SparseTensor, level: Level) -> tuple[SparseTensor, Float[Tensor, ""]]:
         """Decodes the voxels of a known level; also the loss of predicting that level from the latents."""
-        plan, errors = plan_of(level), []
+        rows, *logits = self._start(self.decoder, self._rows_and_logits, latents, level)
+        plan = plan_of(level)
+        recon = self.decoder.values(rows, self.decoder.linear_part(latents, plan))
+        both = zip(logits, plan, strict=True)
+        errors = [losses.subdivision(x.feats, cells.occupied, x.level) for x, cells in both]
+        return recon, torch.stack(errors).mean()
 
-        def choose(i: int, features: SparseTensor) -> Coarsening:
-            logits = self.subdivision[i](features.feats)
-            errors.append(losses.subdivision(logits, plan[i].occupied, features.level))
+    def _rows_and_logits(self, latents: SparseTensor, level: Level) -> list[SparseTensor]:
+        """The decoder's rows on a known level, and per level the logits of which children exist."""
+        plan, logits = plan_of(level), []
+
+        def choose(i: int, x: SparseTensor) -> Coarsening:
+            logits.append(x.replace(self.subdivision[i](x.feats, live=x.level.live)))
             return plan[i]
 
-        recon = self.decoder(latents, choose)
-        return recon, torch.stack(errors).mean()
+        return [self.decoder.rows(latents, choose), *logits]
+
+    def _start(self, part: Encoder | Decoder, work: Work, x: SparseTensor, level: Level) -> Sequence[SparseTensor]:
+        """What `work` gives, through CUDA graphs where they serve; `level` is the batch's finest."""
+        if part.use_graphs and whole_blocks.serve(x.feats, part.backend):
+            levels = [level, *(cells.coarse for cells in reversed(plan_of(level)))]
+            name, modules = ("decoder", [part, self.subdivision]) if part is self.decoder else ("encoder", [part])
+            if (results := self.graphs.run(name, work, x, levels, modules)) is not None:
+                return results
+        return work(x, level)
 
     @torch.no_grad()
     def encode(self, x: SparseTensor, *, levels: int | None = None) -> BatchTokens:

@@ -2,7 +2,7 @@
 
 A cell's children lie side by side, WIDTH numbers each: their channels and, where `marked`, a one that says that the
 child is there; an absent child is zeros. What ops.py does in plain torch with the rows laid out in memory. Sums are
-float32 in a fixed order, so repeats are equal to the bit.
+float32 in a fixed order, so repeats are equal to the bit. For `live` see linear.py.
 """
 
 from functools import cache
@@ -11,11 +11,14 @@ from typing import no_type_check
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor
 
 from networks.kernels.launch import ceil_div, power_of_two, processors, quick, shared_memory
-from networks.kernels.tiles import fitted, grad_tile, product_tile, split
+from networks.kernels.tiles import even_parts, fitted, grad_tile, product_tile
+
+Live = tuple[Int32[Tensor, "1"], Int32[Tensor, "1"]] | None  # how many rows and cells count, where a device knows alone
+NOT_LIVE = (None, None)
 
 
 def gather_product(
@@ -25,6 +28,7 @@ def gather_product(
     bias: Float[Tensor, " F"] | None,
     *,
     marked: bool = False,
+    live: Live = None,
 ) -> Float[Tensor, "M F"]:
     """(children side by side) @ weight.T + bias."""
     (num_fine, channels), num_cells, (columns, depth) = fine.shape, children.shape[1], weight.shape
@@ -40,6 +44,7 @@ def gather_product(
         out,
         num_fine,
         num_cells,
+        *(live or NOT_LIVE),
         *weight.stride(),
         CHANNELS=channels,
         WIDTH=channels + marked,
@@ -62,6 +67,7 @@ def scatter_product(
     *,
     num_fine: int,
     channels: int,
+    live: Live = None,
 ) -> Float[Tensor, "N F"]:
     """coarse @ weight.T + bias, of whose eight parts each child takes the first `channels` numbers of its own."""
     (num_cells, depth), columns = coarse.shape, weight.shape[0]
@@ -77,6 +83,7 @@ def scatter_product(
         out,
         num_fine,
         num_cells,
+        *(live or NOT_LIVE),
         *weight.stride(),
         DEPTHS=depth,
         CHANNELS=channels,
@@ -92,17 +99,22 @@ def scatter_product(
 
 
 def gathered_grads(
-    fine: Float[Tensor, "N C"], children: Int64[Tensor, "8 M"], grad: Float[Tensor, "M F"], *, marked: bool = False
+    fine: Float[Tensor, "N C"],
+    children: Int64[Tensor, "8 M"],
+    grad: Float[Tensor, "M F"],
+    *,
+    marked: bool = False,
+    live: Live = None,
 ) -> tuple[Float32[Tensor, "F _"], Float32[Tensor, " F"]]:
     """Of weight and bias of `gather_product`: grad.T @ (children side by side), and the sum of grad's rows."""
-    return _grads(fine, children, grad, marked=marked, gathered_lines=False)
+    return _grads(fine, children, grad, marked=marked, gathered_lines=False, live=live)
 
 
 def scattered_grads(
-    coarse: Float[Tensor, "M C"], children: Int64[Tensor, "8 M"], grad: Float[Tensor, "N F"]
+    coarse: Float[Tensor, "M C"], children: Int64[Tensor, "8 M"], grad: Float[Tensor, "N F"], *, live: Live = None
 ) -> tuple[Float32[Tensor, "_ C"], Float32[Tensor, " _"]]:
     """Of weight and bias of `scatter_product`: (children's grad side by side).T @ coarse, and the sum of those rows."""
-    return _grads(grad, children, coarse, marked=False, gathered_lines=True)
+    return _grads(grad, children, coarse, marked=False, gathered_lines=True, live=live)
 
 
 def _grads(
@@ -112,6 +124,7 @@ def _grads(
     *,
     marked: bool,
     gathered_lines: bool,
+    live: Live,
 ) -> tuple[Float32[Tensor, "L P"], Float32[Tensor, " L"]]:
     """Lines and places of the result come from one of the two each."""
     (num_fine, channels), (num_cells, columns), wide = fine.shape, coarse.shape, 8 * (fine.shape[1] + marked)
@@ -120,7 +133,7 @@ def _grads(
         zeros = fine.new_zeros((lines, places + 1), dtype=torch.float32)
         return zeros[:, :places], zeros[:, places]
     tile, height, programs = _parts(places, lines, coarse.dtype, shared_memory(coarse.device))
-    splits, length = split(num_cells, 2 * programs, tile.depth, processors(coarse.device))
+    splits = even_parts(2 * programs, processors(coarse.device))  # the same for any number of cells
     parts = fine.new_empty((splits, lines * (places + 1)), dtype=torch.float32)
     _gathered_grads[(programs, splits)](
         fine.contiguous(),
@@ -129,7 +142,7 @@ def _grads(
         parts,
         num_fine,
         num_cells,
-        length,
+        *(live or NOT_LIVE),
         CHANNELS=channels,
         WIDTH=channels + marked,
         COLUMNS=columns,
@@ -161,7 +174,7 @@ def _side_by_side(  # noqa: PLR0913
     inside,
     first,
     num_fine,
-    num_cells,
+    pitch,
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
     SIZE: tl.constexpr,
@@ -171,14 +184,14 @@ def _side_by_side(  # noqa: PLR0913
     if CHANNELS == WIDTH and WIDTH % SIZE == 0:  # of one child
         octant = first // WIDTH
         # (ROWS,) of a line of (8, M)
-        row = tl.load(children + octant * num_cells + cells, mask=inside, other=num_fine)
+        row = tl.load(children + octant * pitch + cells, mask=inside, other=num_fine)
         at = row[:, None] * CHANNELS + (lane % WIDTH)[None, :]
         values = tl.load(fine + at, mask=(row < num_fine)[:, None], other=0.0)  # (ROWS, SIZE) of (N, C)
     else:
         octant, channel = (lane // WIDTH).to(tl.int64)[None, :], (lane % WIDTH)[None, :]
         known = inside[:, None] & (octant < 8)
         # (ROWS, SIZE) of (8, M)
-        row = tl.load(children + octant * num_cells + cells[:, None], mask=known, other=num_fine)
+        row = tl.load(children + octant * pitch + cells[:, None], mask=known, other=num_fine)
         there = row < num_fine
         # (ROWS, SIZE) of (N, C)
         values = tl.load(fine + row * CHANNELS + channel, mask=there & (channel < CHANNELS), other=0.0)
@@ -189,7 +202,7 @@ def _side_by_side(  # noqa: PLR0913
 
 @no_type_check
 @quick
-@triton.jit(do_not_specialize=["num_fine", "num_cells"])
+@triton.jit(do_not_specialize=["num_fine", "pitch"])
 def _gather_product(  # noqa: PLR0913
     fine,
     children,
@@ -197,7 +210,9 @@ def _gather_product(  # noqa: PLR0913
     bias,
     out,
     num_fine,
-    num_cells,
+    pitch,
+    live_fine,
+    live_cells,
     weight_f,
     weight_c,
     CHANNELS: tl.constexpr,
@@ -209,13 +224,18 @@ def _gather_product(  # noqa: PLR0913
     DEPTH: tl.constexpr,
 ):
     column_tiles: tl.constexpr = (COLUMNS + TILE_COLUMNS - 1) // TILE_COLUMNS
+    num_cells = pitch
+    if live_cells is not None:
+        num_fine, num_cells = tl.load(live_fine), tl.load(live_cells)  # () of (1,)
+        if tl.program_id(0) // column_tiles * TILE_ROWS >= num_cells:
+            return
     cells = (tl.program_id(0) // column_tiles).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     inside = cells < num_cells
     columns = (tl.program_id(0) % column_tiles) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     sums = tl.zeros((TILE_ROWS, TILE_COLUMNS), dtype=tl.float32)
     for first in range(0, 8 * WIDTH, DEPTH):
         # (TILE_ROWS, DEPTH)
-        block = _side_by_side(fine, children, cells, inside, first, num_fine, num_cells, CHANNELS, WIDTH, DEPTH)
+        block = _side_by_side(fine, children, cells, inside, first, num_fine, pitch, CHANNELS, WIDTH, DEPTH)
         lane = first + tl.arange(0, DEPTH)
         known = (lane < 8 * WIDTH)[:, None] & (columns < COLUMNS)[None, :]
         # (DEPTH, TILE_COLUMNS) of (F, 8 WIDTH), turned
@@ -229,7 +249,7 @@ def _gather_product(  # noqa: PLR0913
 
 @no_type_check
 @quick
-@triton.jit(do_not_specialize=["num_fine", "num_cells"])
+@triton.jit(do_not_specialize=["num_fine", "pitch"])
 def _scatter_product(  # noqa: PLR0913
     coarse,
     weight,
@@ -237,7 +257,9 @@ def _scatter_product(  # noqa: PLR0913
     children,
     out,
     num_fine,
-    num_cells,
+    pitch,
+    live_fine,
+    live_cells,
     weight_f,
     weight_c,
     DEPTHS: tl.constexpr,
@@ -249,6 +271,11 @@ def _scatter_product(  # noqa: PLR0913
     DEPTH: tl.constexpr,
 ):
     column_tiles: tl.constexpr = (8 * WIDTH + TILE_COLUMNS - 1) // TILE_COLUMNS
+    num_cells = pitch
+    if live_cells is not None:
+        num_fine, num_cells = tl.load(live_fine), tl.load(live_cells)  # () of (1,)
+        if tl.program_id(0) // column_tiles * TILE_ROWS >= num_cells:
+            return
     cells = (tl.program_id(0) // column_tiles).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     inside = (cells < num_cells)[:, None]
     columns = (tl.program_id(0) % column_tiles) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
@@ -270,7 +297,7 @@ def _scatter_product(  # noqa: PLR0913
         sums += tl.load(bias + columns, mask=columns < 8 * WIDTH, other=0.0).to(tl.float32)[None, :]  # of (8 WIDTH,)
     octant, channel = (columns // WIDTH).to(tl.int64)[None, :], (columns % WIDTH)[None, :]
     # (TILE_ROWS, TILE_COLUMNS) of (8, M)
-    row = tl.load(children + octant * num_cells + cells[:, None], mask=inside & known, other=num_fine)
+    row = tl.load(children + octant * pitch + cells[:, None], mask=inside & known, other=num_fine)
     tl.store(
         out + row * CHANNELS + channel, sums.to(out.dtype.element_ty), mask=(row < num_fine) & (channel < CHANNELS)
     )
@@ -278,15 +305,16 @@ def _scatter_product(  # noqa: PLR0913
 
 @no_type_check
 @quick
-@triton.jit(do_not_specialize=["num_fine", "num_cells", "length"])
+@triton.jit(do_not_specialize=["num_fine", "pitch"])
 def _gathered_grads(  # noqa: PLR0913
     fine,
     children,
     coarse,
     parts,
     num_fine,
-    num_cells,
-    length,
+    pitch,
+    live_fine,
+    live_cells,
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -301,6 +329,10 @@ def _gathered_grads(  # noqa: PLR0913
     first_line = (tl.program_id(0) // place_tiles) * TILE_LINES
     first_place = (tl.program_id(0) % place_tiles) * TILE_PLACES
     lines, places = first_line + tl.arange(0, TILE_LINES), first_place + tl.arange(0, TILE_PLACES)
+    num_cells = pitch
+    if live_cells is not None:
+        num_fine, num_cells = tl.load(live_fine), tl.load(live_cells)  # () of (1,)
+    length = tl.cdiv(num_cells, tl.num_programs(1) * DEPTH) * DEPTH  # so that parts do not depend on a table's length
     start = tl.program_id(1) * length
     end = tl.minimum(start + length, num_cells)
     sums = tl.zeros((TILE_LINES, TILE_PLACES), dtype=tl.float32)
@@ -310,7 +342,7 @@ def _gathered_grads(  # noqa: PLR0913
         inside = cells < end
         if GATHERED_LINES:
             upstream = _side_by_side(
-                fine, children, cells, inside, first_line, num_fine, num_cells, CHANNELS, WIDTH, TILE_LINES
+                fine, children, cells, inside, first_line, num_fine, pitch, CHANNELS, WIDTH, TILE_LINES
             )
             keep = inside[:, None] & (places < COLUMNS)[None, :]
             block = tl.load(coarse + cells[:, None] * COLUMNS + places[None, :], mask=keep, other=0.0)
@@ -318,7 +350,7 @@ def _gathered_grads(  # noqa: PLR0913
             keep = inside[:, None] & (lines < COLUMNS)[None, :]
             upstream = tl.load(coarse + cells[:, None] * COLUMNS + lines[None, :], mask=keep, other=0.0)
             block = _side_by_side(
-                fine, children, cells, inside, first_place, num_fine, num_cells, CHANNELS, WIDTH, TILE_PLACES
+                fine, children, cells, inside, first_place, num_fine, pitch, CHANNELS, WIDTH, TILE_PLACES
             )
         turned = tl.trans(upstream.to(coarse.dtype.element_ty))
         sums = tl.dot(turned, block.to(coarse.dtype.element_ty), sums)

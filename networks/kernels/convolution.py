@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from networks.kernels.launch import KNOWN_LAUNCHER, ceil_div, power_of_two, processors, quick, shared_memory
-from networks.kernels.tiles import Tile, fitted, grad_tile, producer_plan, product_tile, split
+from networks.kernels.tiles import Tile, even_parts, fitted, grad_tile, producer_plan, product_tile
 from networks.sparse.topology import Level
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -146,6 +146,7 @@ def gather_product(
         plan.counts,
         out,
         num_rows,
+        level.live,
         *weight.stride(),
         CHANNELS=channels,
         COLUMNS=columns,
@@ -165,7 +166,7 @@ def gather_product(
 
 @no_type_check  # jaxtyping's import hook would otherwise break compilation
 @quick
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["pitch"])
 def _gather_product(  # noqa: PLR0913
     feats,
     weight,
@@ -176,7 +177,8 @@ def _gather_product(  # noqa: PLR0913
     offsets,
     counts,
     out,
-    num_rows,
+    pitch,
+    live,
     weight_k,
     weight_c,
     weight_f,
@@ -194,6 +196,11 @@ def _gather_product(  # noqa: PLR0913
     column_tiles: tl.constexpr = (COLUMNS + TILE_COLUMNS - 1) // TILE_COLUMNS
     blocks: tl.constexpr = (CHANNELS + DEPTH - 1) // DEPTH
     tile = tl.program_id(0) // column_tiles
+    num_rows = pitch
+    if live is not None:
+        num_rows = tl.load(live)  # () of (1,)
+        if tile * TILE_ROWS >= num_rows:
+            return
     places = tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
     inside = places < num_rows
     columns = (tl.program_id(0) % column_tiles) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
@@ -201,7 +208,7 @@ def _gather_product(  # noqa: PLR0913
     sums = tl.zeros((TILE_ROWS, TILE_COLUMNS), dtype=tl.float32)
     k = tl.load(offsets + tile * 27)  # () of (T, 27)
     # (TILE_ROWS,) of (27, N)
-    near = tl.load(neighbours + k.to(tl.int64) * num_rows + places, mask=inside, other=num_rows)
+    near = tl.load(neighbours + k.to(tl.int64) * pitch + places, mask=inside, other=num_rows)
     for step in range(count * blocks):
         channels = (step % blocks) * DEPTH + tl.arange(0, DEPTH)
         there = (near < num_rows)[:, None]
@@ -218,7 +225,7 @@ def _gather_product(  # noqa: PLR0913
             block = tl.load(pointers)  # (DEPTH, TILE_COLUMNS) of (27, C, F)
         # The next step's rows are read a step ahead, or every gather would wait for its addresses.
         k = tl.load(offsets + tile * 27 + tl.minimum((step + 1) // blocks, count - 1))  # ()
-        near = tl.load(neighbours + k.to(tl.int64) * num_rows + places, mask=inside, other=num_rows)
+        near = tl.load(neighbours + k.to(tl.int64) * pitch + places, mask=inside, other=num_rows)
         sums = tl.dot(gathered, block, sums, input_precision=PRECISION)
     if HAS_BIAS:
         sums += tl.load(bias + columns, mask=columns < COLUMNS, other=0.0).to(tl.float32)[None, :]  # of (F,)
@@ -249,7 +256,7 @@ def row_products(
     listed = level.is_thin
     lists = level.neighbour_lists if listed else None
     block, offsets, programs = _parts(channels, columns, tile, listed)
-    splits, length = split(num_rows, programs, tile.depth, processors(device))
+    splits = even_parts(programs, processors(device))  # the same for any number of rows
     parts = torch.empty((splits, len(pairs), 27, channels, columns), dtype=torch.float32, device=device)
     for number, (feats, grad) in enumerate(pairs):
         feats = feats.contiguous()
@@ -263,7 +270,7 @@ def row_products(
             lists.counts if listed else None,
             parts[:, number],
             num_rows,
-            length,
+            level.live,
             parts.stride(0),
             CHANNELS=channels,
             COLUMNS=columns,
@@ -293,6 +300,7 @@ def _parts(channels: int, columns: int, tile: Tile, listed: bool) -> tuple[int, 
 def _pairs(  # noqa: PLR0913
     neighbours,
     list_rows,
+    pitch,
     num_rows,
     first,
     start,
@@ -304,17 +312,17 @@ def _pairs(  # noqa: PLR0913
     """Rows of a step, and their neighbours at each of its offsets; num_rows beyond the end."""
     places = start + tl.arange(0, DEPTH)
     if LISTED:
-        at = first.to(tl.int64) * num_rows + places
+        at = first.to(tl.int64) * pitch + places
         rows = tl.load(list_rows + at, mask=places < end, other=num_rows)  # (DEPTH,) of line k of (27, N)
         near = tl.load(neighbours + at, mask=places < end, other=num_rows)  # (DEPTH,) of line k of (27, N)
     elif OFFSETS == 1:
         rows = tl.where(places < end, places, num_rows)
         # (DEPTH,) of line k of (27, N)
-        near = tl.load(neighbours + first.to(tl.int64) * num_rows + places, mask=places < end, other=num_rows)
+        near = tl.load(neighbours + first.to(tl.int64) * pitch + places, mask=places < end, other=num_rows)
     else:
         rows = tl.where(places < end, places, num_rows)
         offsets = first + tl.arange(0, OFFSETS)
-        at = offsets.to(tl.int64)[None, :] * num_rows + places[:, None]
+        at = offsets.to(tl.int64)[None, :] * pitch + places[:, None]
         # (DEPTH, OFFSETS) of (27, N), turned
         near = tl.load(neighbours + at, mask=(places < end)[:, None] & (offsets < 27)[None, :], other=num_rows)
     return rows, near
@@ -322,7 +330,7 @@ def _pairs(  # noqa: PLR0913
 
 @no_type_check
 @quick
-@triton.jit(do_not_specialize=["num_rows", "length", "pitch"])
+@triton.jit(do_not_specialize=["pitch", "part_size"])
 def _row_product(  # noqa: PLR0913
     feats,
     grad,
@@ -330,9 +338,9 @@ def _row_product(  # noqa: PLR0913
     list_rows,
     list_counts,
     out,
-    num_rows,
-    length,
     pitch,
+    live,
+    part_size,
     CHANNELS: tl.constexpr,
     COLUMNS: tl.constexpr,
     LISTED: tl.constexpr,
@@ -350,12 +358,16 @@ def _row_product(  # noqa: PLR0913
     first = tl.program_id(0) // (column_tiles * blocks) * OFFSETS
     columns = column_tile * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     channels = block * BLOCK + tl.arange(0, BLOCK)
+    num_rows = pitch
+    if live is not None:
+        num_rows = tl.load(live)  # () of (1,)
+    length = tl.cdiv(num_rows, tl.num_programs(1) * DEPTH) * DEPTH  # so that parts do not depend on a table's length
     start = tl.program_id(1) * length
     end = tl.minimum(start + length, num_rows)
     if LISTED:
         end = tl.minimum(end, tl.load(list_counts + first))  # () of (27,)
     sums = tl.zeros((OFFSETS * BLOCK, TILE_COLUMNS), dtype=tl.float32)
-    rows, near = _pairs(neighbours, list_rows, num_rows, first, start, end, LISTED, OFFSETS, DEPTH)
+    rows, near = _pairs(neighbours, list_rows, pitch, num_rows, first, start, end, LISTED, OFFSETS, DEPTH)
     for position in range(start, end, DEPTH):
         if OFFSETS == 1:
             there = (near < num_rows)[:, None] & (channels < CHANNELS)[None, :]
@@ -374,12 +386,14 @@ def _row_product(  # noqa: PLR0913
             mask=(rows < num_rows)[:, None] & (columns < COLUMNS)[None, :],
             other=0.0,
         )
-        rows, near = _pairs(neighbours, list_rows, num_rows, first, position + DEPTH, end, LISTED, OFFSETS, DEPTH)
+        rows, near = _pairs(
+            neighbours, list_rows, pitch, num_rows, first, position + DEPTH, end, LISTED, OFFSETS, DEPTH
+        )
         sums = tl.dot(tl.trans(gathered), upstream, sums, input_precision=PRECISION)
     lines = tl.arange(0, OFFSETS * BLOCK)
     k = first + lines // BLOCK
     channel = block * BLOCK + lines % BLOCK
-    base = out + tl.program_id(1).to(tl.int64) * pitch
+    base = out + tl.program_id(1).to(tl.int64) * part_size
     target = k * CHANNELS + channel
     keep = ((k < 27) & (channel < CHANNELS))[:, None] & (columns < COLUMNS)[None, :]
     tl.store(base + target[:, None] * COLUMNS + columns[None, :], sums, mask=keep)

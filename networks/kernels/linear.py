@@ -175,10 +175,10 @@ def _rows_product(  # noqa: PLR0913
 
 
 def parameter_grads(
-    feats: Float[Tensor, "N C"], grad: Float[Tensor, "N F"]
+    feats: Float[Tensor, "N C"], grad: Float[Tensor, "N F"], *, live: Int32[Tensor, "1"] | None = None
 ) -> tuple[Float32[Tensor, "F C"], Float32[Tensor, " F"]]:
     """grad.T @ feats and the sum of grad's rows."""
-    return several_parameter_grads([(feats, grad)])[0]
+    return several_parameter_grads([(feats, grad)], live=live)[0]
 
 
 def several_parameter_grads(

@@ -15,7 +15,7 @@ from torch import Tensor
 from networks.kernels.launch import ceil_div, power_of_two, quick
 
 NUMBERS_PER_STEP = 4096
-PROGRAMS_PER_BATCH = 1024  # about: eight for each processor of a large card
+PROGRAMS_PER_BATCH = 1024  # about, in gradients just that many: eight for each processor of a large card
 
 
 def voxel_norm(
@@ -30,9 +30,10 @@ def voxel_norm(
     """Without weight and bias they are ones and zeros."""
     out = torch.empty_like(x)
     if len(x):
-        grid, shape = _parts(x)
+        step = _step(x)
+        grid = (min(ceil_div(len(x), step["TILE"]), PROGRAMS_PER_BATCH),)
         mode = {"AFFINE": weight is not None, "SILU": silu, "LIVE": live is not None}
-        _normalize[grid](x, weight, bias, out, x.shape[0] if live is None else live, eps, **mode, **shape)
+        _normalize[grid](x, weight, bias, out, len(x) if live is None else live, eps, **mode, **step)
     return out
 
 
@@ -49,10 +50,9 @@ def voxel_norm_grads(
     d input = rstd * (w g - mean(w g) - z * mean(w g z)).
     """
     out = torch.empty_like(x)
-    grid, shape = _parts(x)
-    sums = x.new_empty((*grid, 2, x.shape[1]), dtype=torch.float32)
+    sums = x.new_empty((PROGRAMS_PER_BATCH, 2, x.shape[1]), dtype=torch.float32)
     mode = {"AFFINE": True, "AROUND": False, "BESIDE": False, "SILU": silu, "LIVE": False}
-    _grads[grid](x, grad, weight, bias, None, out, sums, x.shape[0], eps, **mode, **shape)
+    _grads[(PROGRAMS_PER_BATCH,)](x, grad, weight, bias, None, out, sums, x.shape[0], eps, **mode, **_step(x))
     of_bias, of_weight = sums.sum(0)
     return out, of_weight, of_bias
 
@@ -86,31 +86,38 @@ def voxel_norm_grads_in_block(
     if not len(x):
         nothing = x.new_zeros((3, x.shape[1]), dtype=torch.float32) if affine else (None,) * 3
         return BlockGrads(out, *nothing)
-    grid, shape = _parts(x)
-    sums = x.new_empty((*grid, 3, x.shape[1]), dtype=torch.float32) if affine else None
+    programs = PROGRAMS_PER_BATCH  # the same for any number of rows, and so are their sums
+    sums = x.new_empty((programs, 3, x.shape[1]), dtype=torch.float32) if affine else None
     weight, bias = parameters or (None, None)
     mode = {"AFFINE": affine, "AROUND": around is not None, "BESIDE": True, "SILU": silu, "LIVE": live is not None}
-    _grads[grid](x, grad, weight, bias, around, out, sums, len(x) if live is None else live, eps, **mode, **shape)
+    given = x, grad, weight, bias, around, out, sums, len(x) if live is None else live
+    _grads[(programs,)](*given, eps, **mode, **_step(x))
     if not affine:
         return BlockGrads(out, None, None, None)
     of_bias, of_weight, beside = sums.sum(0)
     return BlockGrads(out, of_weight, of_bias, beside)
 
 
-def _parts(x: Float[Tensor, "N C"]) -> tuple[tuple[int], dict[str, int]]:
-    """Programs, each with a run of whole steps, and the sizes of a step."""
-    rows, channels = x.shape
-    width = power_of_two(channels)
-    tile = max(1, NUMBERS_PER_STEP // width)
-    steps = power_of_two(ceil_div(rows, tile * PROGRAMS_PER_BATCH))  # few values: each is compiled
-    return (ceil_div(rows, tile * steps),), {"CHANNELS": channels, "TILE": tile, "WIDTH": width, "STEPS": steps}
+def _step(x: Float[Tensor, "N C"]) -> dict[str, int]:
+    """The sizes of a step."""
+    width = power_of_two(x.shape[1])
+    return {"CHANNELS": x.shape[1], "TILE": max(1, NUMBERS_PER_STEP // width), "WIDTH": width}
+
+
+@no_type_check
+@triton.jit
+def _steps(num_rows, TILE: tl.constexpr):
+    """The first of a program's steps, and the one behind its last: a run of whole steps for each program."""
+    steps = tl.cdiv(num_rows, TILE)
+    many = tl.cdiv(steps, tl.num_programs(0))
+    return tl.program_id(0) * many, tl.minimum((tl.program_id(0) + 1) * many, steps)
 
 
 @no_type_check
 @triton.jit
 def _centred(x, step, num_rows, eps, CHANNELS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
     """Offsets and mask of a step's rows, the rows without their mean, and their inverse deviations."""
-    row = step.to(tl.int64) * TILE + tl.arange(0, TILE)
+    row = (step * TILE + tl.arange(0, TILE)).to(tl.int64)
     channels = tl.arange(0, WIDTH)
     at = row[:, None] * CHANNELS + channels[None, :]
     keep = (row < num_rows)[:, None] & (channels < CHANNELS)[None, :]
@@ -129,7 +136,7 @@ def _of_channels(table, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
 
 @no_type_check
 @quick
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _normalize(  # noqa: PLR0913
     x,
     weight,
@@ -143,16 +150,14 @@ def _normalize(  # noqa: PLR0913
     CHANNELS: tl.constexpr,
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
-    STEPS: tl.constexpr,
 ):
     if LIVE:
         num_rows = tl.load(num_rows)
-        if tl.program_id(0) * STEPS * TILE >= num_rows:
-            return
     if AFFINE:
         gain, lift = _of_channels(weight, CHANNELS, WIDTH), _of_channels(bias, CHANNELS, WIDTH)
-    for step in range(STEPS):
-        at, keep, away, rstd = _centred(x, tl.program_id(0) * STEPS + step, num_rows, eps, CHANNELS, TILE, WIDTH)
+    first, end = _steps(num_rows, TILE)
+    for step in range(first, end):
+        at, keep, away, rstd = _centred(x, step, num_rows, eps, CHANNELS, TILE, WIDTH)
         values = away * rstd
         if AFFINE:
             values = values * gain + lift
@@ -163,7 +168,7 @@ def _normalize(  # noqa: PLR0913
 
 @no_type_check
 @quick
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _grads(  # noqa: PLR0913
     x,
     grad,
@@ -182,7 +187,6 @@ def _grads(  # noqa: PLR0913
     CHANNELS: tl.constexpr,
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
-    STEPS: tl.constexpr,
 ):
     if LIVE:
         num_rows = tl.load(num_rows)
@@ -190,8 +194,9 @@ def _grads(  # noqa: PLR0913
         gain, lift = _of_channels(weight, CHANNELS, WIDTH), _of_channels(bias, CHANNELS, WIDTH)
     total, along = tl.zeros((WIDTH,), dtype=tl.float32), tl.zeros((WIDTH,), dtype=tl.float32)
     beside = tl.zeros((WIDTH,), dtype=tl.float32)
-    for step in range(STEPS):
-        at, keep, away, rstd = _centred(x, tl.program_id(0) * STEPS + step, num_rows, eps, CHANNELS, TILE, WIDTH)
+    first, end = _steps(num_rows, TILE)
+    for step in range(first, end):
+        at, keep, away, rstd = _centred(x, step, num_rows, eps, CHANNELS, TILE, WIDTH)
         # (TILE, WIDTH) of (N, C)
         z, slope = away * rstd, tl.load(grad + at, mask=keep, other=0.0).to(tl.float32)
         if SILU:

@@ -35,7 +35,7 @@ SWIZZLED = gl.NVMMASharedLayout(128, 16, 2)
 
 def gather_product(
     feats: Float[Tensor, "N C"],
-    weight: Float[Tensor, "27 C F"],
+    weight: Float[Tensor, "27 _ _"],
     bias: Float[Tensor, " F"] | None,
     level: Level,
     *,
@@ -43,7 +43,7 @@ def gather_product(
     plan: ProducerPlan,
     added: Float[Tensor, "N F"] | None = None,
 ) -> Float[Tensor, "N F"]:
-    """As in convolution.py; `weight` is (27, F, C), the forward's own, where `mirrored`."""
+    """As in convolution.py; `weight` is (27, C, F), or the forward's own, (27, F, C), where `mirrored`."""
     num_rows, channels = feats.shape
     columns = weight.shape[1 if mirrored else 2]
     out = feats.new_empty((num_rows, columns))
@@ -62,6 +62,7 @@ def gather_product(
         tiles.counts,
         out,
         num_rows,
+        level.live,
         count,
         CHANNELS=channels,
         COLUMNS=columns,
@@ -110,11 +111,13 @@ def _copied_by_the_card(rows: Float[Tensor, "..."], block: tuple[int, int]) -> T
 
 @no_type_check
 @gluon.jit
-def _near(neighbours, k, row_tile, group, num_rows, LAYOUT: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr):
+def _near(
+    neighbours, k, row_tile, group, pitch, num_rows, LAYOUT: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr
+):
     """Neighbours at offset k of a group's rows; num_rows where there is none."""
     places = (row_tile * GROUPS + group) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
     # (ROWS,) of (27, N)
-    return gl.load(neighbours + k.to(gl.int64) * num_rows + places, mask=places < num_rows, other=num_rows)
+    return gl.load(neighbours + k.to(gl.int64) * pitch + places, mask=places < num_rows, other=num_rows)
 
 
 @no_type_check
@@ -135,6 +138,7 @@ def _produce(  # noqa: PLR0913
     weight_ring,
     ready,
     empty,
+    pitch,
     num_rows,
     num_tiles,
     CHANNELS: gl.constexpr,
@@ -157,7 +161,7 @@ def _produce(  # noqa: PLR0913
         steps = gl.load(counts + row_tile) * blocks  # () of (T,)
         k = _offset(offsets, row_tile, 0, steps, blocks)
         next_k = _offset(offsets, row_tile, 1, steps, blocks)
-        near = _near(neighbours, k, row_tile, 0, num_rows, layout, ROWS, GROUPS)
+        near = _near(neighbours, k, row_tile, 0, pitch, num_rows, layout, ROWS, GROUPS)
         for step in range(steps):
             block = step % blocks * 64
             after_k = _offset(offsets, row_tile, step + 2, steps, blocks)
@@ -167,7 +171,9 @@ def _produce(  # noqa: PLR0913
                 there = (near < num_rows)[:, None]
                 pointers = feats + (near.to(gl.int64) * CHANNELS + block)[:, None] + channel[None, :]
                 following = k if group + 1 < GROUPS else next_k
-                near = _near(neighbours, following, row_tile, (group + 1) % GROUPS, num_rows, layout, ROWS, GROUPS)
+                near = _near(
+                    neighbours, following, row_tile, (group + 1) % GROUPS, pitch, num_rows, layout, ROWS, GROUPS
+                )
                 if group == 0:
                     mbarrier.wait(empty.index(stage), (filled // STAGES & 1) ^ 1)
                     mbarrier.expect(full, 64 * TILE_COLUMNS * 2)
@@ -280,7 +286,7 @@ def _consume(  # noqa: PLR0913
 
 @no_type_check
 @quick
-@gluon.jit(do_not_specialize=["num_rows", "num_tiles"])
+@gluon.jit(do_not_specialize=["pitch", "num_tiles"])
 def _gather_product(  # noqa: PLR0913
     feats,
     weight,
@@ -291,7 +297,8 @@ def _gather_product(  # noqa: PLR0913
     offsets,
     counts,
     out,
-    num_rows,
+    pitch,
+    live,
     num_tiles,
     CHANNELS: gl.constexpr,
     COLUMNS: gl.constexpr,
@@ -306,6 +313,10 @@ def _gather_product(  # noqa: PLR0913
     GROUPS: gl.constexpr,
     num_warps: gl.constexpr,
 ):
+    num_rows = pitch
+    if live is not None:
+        num_rows = gl.load(live)  # () of (1,)
+        num_tiles = (num_rows + GROUPS * ROWS - 1) // (GROUPS * ROWS) * ((COLUMNS + TILE_COLUMNS - 1) // TILE_COLUMNS)
     dtype: gl.constexpr = feats.dtype.element_ty
     rows_ring = gl.allocate_shared_memory(dtype, [STAGES * GROUPS, ROWS, 64], weight.layout)
     lines: gl.constexpr = TILE_COLUMNS if MIRRORED else 64
@@ -326,7 +337,7 @@ def _gather_product(  # noqa: PLR0913
         (_consume, (1, bias, added, order, counts, out, stage_rows, rows_ring, weight_ring, ready, empty, num_rows,
                     num_tiles, CHANNELS, COLUMNS, MIRRORED, HAS_BIAS, ADDED, ORDERED, ROWS, TILE_COLUMNS, STAGES,
                     GROUPS)),
-        (_produce, (feats, weight, neighbours, offsets, counts, rows_ring, weight_ring, ready, empty, num_rows,
+        (_produce, (feats, weight, neighbours, offsets, counts, rows_ring, weight_ring, ready, empty, pitch, num_rows,
                     num_tiles, CHANNELS, COLUMNS, MIRRORED, ROWS, TILE_COLUMNS, STAGES, GROUPS)),
     ], [num_warps, PRODUCERS], [200, 96] if PRODUCERS == 4 else [184, 64])
     # fmt: on

@@ -86,18 +86,8 @@ def producer_plan(
 
 
 @lru_cache(maxsize=1024)
-def even_parts(programs: int, num_processors: int, *, most: int | None = None) -> int:
+def even_parts(programs: int, num_processors: int) -> int:
     """How many parts make several even waves of programs over the card, where each part is so many programs."""
-    many = -(-10 * num_processors // programs)
-    most = many if most is None else min(most, many)
-    least = min(most, -(-4 * num_processors // programs))
+    least, most = (-(-waves * num_processors // programs) for waves in (4, 10))
     waves = {s: s * programs / num_processors for s in range(least, most + 1)}
     return max(waves, key=lambda s: waves[s] / math.ceil(waves[s]))
-
-
-@lru_cache(maxsize=1024)
-def split(num_rows: int, programs: int, depth: int, num_processors: int) -> tuple[int, int]:
-    """How many parts the rows are cut into, and the rows of each: several even waves of programs over the card."""
-    best = even_parts(programs, num_processors, most=max(-(-num_rows // (4 * depth)), 1))
-    length = -(-num_rows // (best * depth)) * depth
-    return -(-num_rows // length), length

@@ -1,69 +1,32 @@
-"""Transformer blocks one behind another as two CUDA graphs, forward and backward: the host starts each at once.
+"""Parts of a network as two CUDA graphs each, forward and backward: the host starts each at once.
 
-Features lie in tables of fixed length; how many rows are live stands on the device, where the kernels read it. More
-rows or windows than there is room for make longer tables and new graphs. The kernels are those of whole_blocks.py, and
-nothing that they sum depends on a table's length: values and gradients are those of blocks run one by one to the bit.
-Where graphs cannot serve, `run` gives None.
+Features and maps lie in tables of fixed length; how many rows are live stands on the device, where the kernels read it.
+More rows than there is room for make longer tables and new graphs. The kernels are those that run without graphs, and
+nothing that they sum depends on a table's length: values and gradients are the same to the bit. Where graphs cannot
+serve, `run` gives None.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from networks.sparse import ops, whole_blocks
+from networks.sparse import ops
 from networks.sparse.tensor import SparseTensor
-from networks.sparse.topology import Windows
-from networks.sparse.whole_blocks import Block, Transformer
+from networks.sparse.topology import Coarsening, Level, NeighbourLists, Tiles, Windows
 
 STEPS_AN_OCTAVE = 8  # of the tables' length: at most an eighth too long
 SHORTEST = 2048
 log = logging.getLogger(__name__)
 
-
-class CudaGraph:
-    """What `work` starts on the device, recorded; `replay` does it again, into the same `results`."""
-
-    def __init__(self, work: Callable[[], list[Tensor]], pool: tuple[int, int]):
-        work()  # compiles and loads its kernels: none may be while a graph is recorded
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # loaders' threads go on meanwhile
-            self.results = work()
-        self.replay = graph.replay
-
-
-class BlockGraphs:
-    """The graphs of one row of blocks, recorded when first needed."""
-
-    def __init__(self):
-        self.recorded: _Recorded | None = None
-        self.failed = False
-
-    def __deepcopy__(self, memo: dict) -> "BlockGraphs":
-        return BlockGraphs()  # a copy of a network has parameters of its own
-
-    def run(self, blocks: Sequence[Block], x: SparseTensor) -> SparseTensor | None:
-        """The blocks' result where features and all parameters learn; None where blocks have to run one by one."""
-        parameters = [value for block in blocks for layer in block.layers for value in layer]
-        learns = torch.is_grad_enabled() and all(value.requires_grad for value in (x.feats, *parameters))
-        if self.failed or not learns or not len(x):
-            return None
-        hows = [whole_blocks.transformer_for(x, block) for block in blocks]
-        if None in hows:
-            return None
-        if self.recorded is None or not self.recorded.fits(x.feats, hows, parameters):
-            self.recorded = None  # before the next takes memory
-            try:
-                with torch.no_grad():
-                    self.recorded = _Recorded(blocks, x.feats, hows, parameters)
-            except Exception as error:  # whatever a driver, an allocator or Triton may raise
-                self.failed = True
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                log.warning("transformer blocks run one by one: CUDA graphs cannot be recorded here (%s)", reason)
-                return None
-        return x.replace(_RunGraphs.apply(x.feats, hows, self.recorded, *parameters))
+# Features on a level of a batch, and the batch's finest level, to features on levels of that batch.
+Work = Callable[[SparseTensor, Level], Sequence[SparseTensor]]
 
 
 def table_length(num_rows: int) -> int:
@@ -71,96 +34,268 @@ def table_length(num_rows: int) -> int:
     return -(-num_rows // step) * step
 
 
+class CudaGraph:
+    """What `work` starts on the device, recorded; `replay` does it again, into the same `results`."""
+
+    def __init__(self, work: Callable[[], list[Tensor]], pool: tuple[int, int]):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # loaders' threads go on meanwhile
+            self.results = work()
+        self.replay = graph.replay
+
+
+class _Filled(NamedTuple):
+    """Tables, the maps of a level that are laid into them, and whether what is left over is the number of rows."""
+
+    read: Callable[[Level], Sequence[Tensor | None]]
+    tables: Sequence[Tensor | None]
+    padded: bool
+
+
+class Tables(Level):
+    """A level that kernels meet in graphs: its maps lie in tables, made when first asked for, laid anew for each batch.
+
+    As long as it is the length of its tables; of these rows `live` count. What no kernel asks for it does not have.
+    """
+
+    def __init__(self, source: Level, coarse: "Tables | None"):
+        self.length, self.coarse, self.batch_size = table_length(len(source)), coarse, source.batch_size
+        self.live = torch.zeros(1, dtype=torch.int32, device=source.device)
+        self._filled: dict[Hashable, _Filled] = {}
+        self.lay(source)
+
+    def fits(self, source: Level) -> bool:
+        """Whether there is room for the maps of another batch, and the kernels are those of its neighbourhoods."""
+        if len(source) > self.length or ("is_thin" in self.__dict__ and source.is_thin != self.is_thin):
+            return False
+        both = [pair for one in self._filled.values() for pair in zip(one.read(source), one.tables, strict=True)]
+        sizes = [
+            sides for part, table in both if part is not None for sides in zip(part.shape, table.shape, strict=True)
+        ]
+        return all(needed <= there for needed, there in sizes)
+
+    def lay(self, source: Level) -> None:
+        self.source, self.count, self.spatial_shape = weakref.ref(source), len(source), source.spatial_shape
+        self.live.fill_(self.count)
+        for filled in self._filled.values():
+            self._fill(filled)
+
+    def _fill(self, filled: _Filled) -> None:
+        for part, table in zip(filled.read(self.source()), filled.tables, strict=True):
+            if part is not None:
+                if filled.padded and part.shape != table.shape:
+                    table.fill_(self.count)
+                table[tuple(map(slice, part.shape))].copy_(part)
+
+    def _tables(
+        self,
+        key: Hashable,
+        read: Callable[[Level], Sequence[Tensor | None]],
+        *shapes: Sequence[int],
+        padded: bool = False,
+    ) -> Sequence[Tensor | None]:
+        if key not in self._filled:
+            both = zip(read(self.source()), shapes, strict=True)
+            tables = [None if part is None else part.new_zeros(shape) for part, shape in both]
+            self._filled[key] = _Filled(read, tables, padded)
+            self._fill(self._filled[key])
+        return self._filled[key].tables
+
+    def __len__(self) -> int:
+        return self.length
+
+    @property
+    def device(self) -> torch.device:
+        return self.live.device
+
+    def cached(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Made anew: what is kept would be of the batch that was recorded."""
+        return make()
+
+    @cached_property
+    def is_thin(self) -> bool:
+        return self.source().is_thin
+
+    @property
+    def sample_sizes(self) -> list[int]:
+        raise RuntimeError("how many voxels a sample has is not known in a graph")
+
+    @property
+    def coords(self) -> Tensor:
+        return self._tables("coords", lambda level: [level.coords], (self.length, 4))[0]
+
+    def tiles(self, size: int) -> Tiles:
+        count = -(-self.length // size)
+        placed = self._tables("placed", lambda level: level.tiles(size)[:2], (self.length,), (27, self.length))
+        cut = self._tables(("tiles", size), lambda level: level.tiles(size)[2:], (count, 27), (count,))
+        return Tiles(*placed, *cut)
+
+    @property
+    def neighbours(self) -> Tensor:
+        if self.is_thin:
+            raise RuntimeError("tables have the neighbours of a thin level in the order of its tiles alone")
+        return self._filled["placed"].tables[1]
+
+    @property
+    def neighbour_lists(self) -> NeighbourLists:
+        rows = (27, self.length)
+        return NeighbourLists(*self._tables("lists", lambda level: level.neighbour_lists, rows, rows, (27,)))
+
+    @property
+    def coarsening(self) -> Coarsening:
+        children = self._tables("children", lambda level: [level.coarsening.children], (8, self.coarse.length))[0]
+        return Coarsening(self, self.coarse, children.new_empty(0), children)
+
+    def windows(self, size: int, shift: int) -> Windows:
+        """Those that are left over are empty."""
+        key, source = ("windows", size, shift), self.source()
+        num_bounds = len(source.windows(size, shift).bounds) if source else 0
+        read = partial(_order_and_bounds, size=size, shift=shift)
+        return Windows(*self._tables(key, read, (self.length,), (num_bounds,), padded=True), size**3)
+
+
+def _order_and_bounds(level: Level, *, size: int, shift: int) -> tuple[Tensor, Tensor]:
+    return level.windows(size, shift)[:2]
+
+
+class NetworkGraphs:
+    """The graphs of a network's parts, recorded when first needed, on tables that the parts share."""
+
+    def __init__(self):
+        self.tables: list[Tables] = []  # the finest first
+        self.recorded: dict[str, _Recorded] = {}
+        self.failed = False
+
+    def __deepcopy__(self, memo: dict) -> "NetworkGraphs":
+        return NetworkGraphs()  # a copy of a network has parameters of its own
+
+    def run(
+        self, part: str, work: Work, x: SparseTensor, levels: Sequence[Level], modules: Sequence[nn.Module]
+    ) -> list[SparseTensor] | None:
+        """What `work` gives, if all parameters of the modules it consists of learn.
+
+        `levels` are the batch's, finest first, x on one of them.
+        """
+        parameters = [value for module in modules for value in module.parameters()]
+        learns = torch.is_grad_enabled() and all(value.requires_grad for value in parameters)
+        if self.failed or not learns or not len(x):
+            return None
+        try:
+            self._lay(levels)
+            recorded = self.recorded.get(part)
+            if recorded is None or not recorded.fits(x.feats, parameters):
+                self.recorded.pop(part, None)  # before the next takes memory
+                table = self.tables[[level is x.level for level in levels].index(True)]
+                recorded = self.recorded[part] = _Recorded(work, x.feats, table, self.tables[0], modules)
+                log.info("CUDA graphs of the %s recorded for up to %d rows", part, len(self.tables[0]))
+        except Exception as error:  # whatever a driver, an allocator or Triton may raise
+            self.failed, self.tables, self.recorded = True, [], {}
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            log.warning("kernels are started one by one: CUDA graphs cannot be recorded here (%s)", reason)
+            return None
+        rows = _RunGraphs.apply(x.feats, recorded, *parameters)
+        at = [levels[self.tables.index(table)] for table in recorded.levels]
+        return [SparseTensor.on(level, feats) for level, feats in zip(at, rows, strict=True)]
+
+    def _lay(self, levels: Sequence[Level]) -> None:
+        """The batch's maps into the tables, unless they lie there; into longer ones, where there is too little room."""
+        if self.tables and self.tables[0].source() is levels[0]:
+            return
+        for recorded in self.recorded.values():
+            recorded.turn += 1
+        if self.tables and all(table.fits(level) for table, level in zip(self.tables, levels, strict=True)):
+            for table, level in zip(self.tables, levels, strict=True):
+                table.lay(level)
+            return
+        self.recorded, self.tables = {}, []  # before the next take memory
+        tables: list[Tables] = []
+        for level in reversed(levels):
+            tables.insert(0, Tables(level, tables[0] if tables else None))
+        self.tables = tables
+
+
 class _Recorded:
-    """Tables, and the graphs that read and write them."""
+    """Rows of a part's input, of its results' gradients, and the graphs that read them."""
 
     def __init__(
-        self, blocks: Sequence[Block], feats: Float[Tensor, "N C"], hows: list[Transformer], parameters: list[Tensor]
+        self,
+        work: Work,
+        feats: Float[Tensor, "N C"],
+        table: Tables,
+        finest: Tables,
+        modules: Sequence[nn.Module],
     ):
-        self.feats = feats.new_zeros((table_length(len(feats)), feats.shape[1]))
-        self.grad = torch.zeros_like(self.feats)
-        self.live = torch.zeros(1, dtype=torch.int32, device=feats.device)
-        self.sources = _sources(hows)
-        tables = {i: self._windows(hows[i].plan, blocks[i].window ** 3) for i in set(self.sources)}
-        self.hows = [how._replace(plan=tables[i], live=self.live) for i, how in zip(self.sources, hows, strict=True)]
-        self.parameters = parameters
-        self.addresses = [value.data_ptr() for value in parameters]
+        self.work, self.finest, self.modules = work, finest, modules
+        self.x = SparseTensor.on(table, feats.new_zeros((len(table), feats.shape[1])))
+        self.follows, self.dtype = feats.requires_grad, ops.autocast_dtype(feats)
+        self.addresses = [value.data_ptr() for module in modules for value in module.parameters()]
         self.turn = 0
-        self.load(feats, hows)
+        self._forward()  # compiles and loads all kernels and makes all tables: none may be while a graph is recorded
+        self.grads = [torch.zeros_like(rows) for rows in self.rows]
+        self._backward()
         pool = torch.cuda.graph_pool_handle() if feats.is_cuda else (0, 0)
         self.forward = CudaGraph(self._forward, pool)
-        self.out, *kept = self.forward.results
-        size = len(kept) // len(blocks)
-        self.saved = [kept[first : first + size] for first in range(0, len(kept), size)]
         self.backward = CudaGraph(self._backward, pool)
-        log.info("CUDA graphs of %d transformer blocks recorded for up to %d rows", len(blocks), len(self.feats))
 
-    def _windows(self, plan: Windows, most: int) -> Windows:
-        return Windows(plan.order.new_zeros(len(self.feats)), torch.zeros_like(plan.bounds), most)
-
-    def fits(self, feats: Float[Tensor, "N C"], hows: list[Transformer], parameters: list[Tensor]) -> bool:
-        """Whether there is room, and everything else is where it was."""
-        known = (self.feats.dtype, self.feats.device, self.sources, self.addresses)
-        given = (feats.dtype, feats.device, _sources(hows), [value.data_ptr() for value in parameters])
-        both = zip(self.hows, hows, strict=True)
-        return (
-            known == given
-            and len(feats) <= len(self.feats)
-            and all(len(how.plan.bounds) <= len(mine.plan.bounds) for mine, how in both)
-        )
-
-    def load(self, feats: Float[Tensor, "N C"], hows: list[Transformer]) -> None:
-        """Rows and windows of a batch into the tables; windows that are left over are empty."""
-        num_rows = len(feats)
-        self.feats[:num_rows].copy_(feats)
-        self.live.fill_(num_rows)
-        for i in set(self.sources):
-            (order, bounds, _), plan = self.hows[i].plan, hows[i].plan
-            order[:num_rows].copy_(plan.order)
-            bounds[: len(plan.bounds)].copy_(plan.bounds)
-            if len(plan.bounds) < len(bounds):
-                bounds[len(plan.bounds) :].fill_(num_rows)
+    def fits(self, feats: Float[Tensor, "N C"], parameters: Sequence[nn.Parameter]) -> bool:
+        """Whether everything is as it was recorded."""
+        mine, addresses = self.x.feats, [value.data_ptr() for value in parameters]
+        known = (mine.dtype, mine.device, mine.shape[1], self.follows, self.dtype, self.addresses)
+        given = (feats.dtype, feats.device, feats.shape[1], feats.requires_grad, ops.autocast_dtype(feats), addresses)
+        return known == given
 
     def _forward(self) -> list[Tensor]:
-        x, kept = self.feats, []
-        for number, how in enumerate(self.hows):
-            x, saved = whole_blocks.transformer_forward(x, how, self.parameters[8 * number : 8 * number + 8])
-            kept += saved
-        return [x, *kept]
+        feats = self.x.feats.detach().requires_grad_(self.follows)
+        with torch.enable_grad(), _own_leaves(self.modules) as parameters:
+            results = self.work(self.x.replace(feats), self.finest)
+        self.wanted = [*parameters, *([feats] if self.follows else [])]
+        self.levels, self.rows = [x.level for x in results], [x.feats for x in results]
+        return [rows.detach() for rows in self.rows]
 
     def _backward(self) -> list[Tensor]:
-        grad, of_all = self.grad, []
-        for how, saved in zip(reversed(self.hows), reversed(self.saved), strict=True):
-            grad, of_parameters = whole_blocks.transformer_backward(grad, how, saved)
-            of_all = [*of_parameters, *of_all]
-        return [grad, torch.cat([one.flatten() for one in of_all])]
+        grads = torch.autograd.grad(self.rows, self.wanted, self.grads)
+        count = len(self.addresses)
+        return [torch.cat([grad.flatten() for grad in grads[:count]]), *grads[count:]]
 
 
-def _sources(hows: list[Transformer]) -> list[int]:
-    """Of each block the first with the same windows."""
-    plans = [id(how.plan) for how in hows]
-    return [plans.index(plan) for plan in plans]
+@contextmanager
+def _own_leaves(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Parameters stand for themselves as fresh leaves in the same memory.
+
+    What adds up a parameter's gradient belongs to the stream on which it first learned, where no graph is recorded.
+    """
+    held = [(one, dict(one._parameters)) for module in modules for one in module.modules()]
+    leaves = {value: value.detach().requires_grad_() for module in modules for value in module.parameters()}
+    try:
+        for one, own in held:
+            one._parameters.update({name: leaves.get(value) for name, value in own.items()})
+        yield list(leaves.values())
+    finally:
+        for one, own in held:
+            one._parameters.update(own)
 
 
 class _RunGraphs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, feats, hows, recorded, *parameters):
-        recorded.load(feats, hows)
+    def forward(ctx, feats, recorded, *parameters):
+        recorded.x.feats[: len(feats)].copy_(feats)
         recorded.forward.replay()
         recorded.turn += 1
         ctx.recorded, ctx.turn, ctx.num_rows = recorded, recorded.turn, len(feats)
         ctx.shapes = [value.shape for value in parameters]
-        return recorded.out[: len(feats)]
+        ctx.counts = [table.count for table in recorded.levels]
+        return tuple(rows[:count] for rows, count in zip(recorded.forward.results, ctx.counts, strict=True))
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, *grads):
         ops.refuse_second_derivative()
         recorded = ctx.recorded
         if ctx.turn != recorded.turn:
             raise RuntimeError("use_graphs allows one forward before each backward: its tables hold another batch now")
-        recorded.grad[: ctx.num_rows].copy_(grad)
+        for table, grad, count in zip(recorded.grads, grads, ctx.counts, strict=True):
+            table[:count].copy_(grad)
         recorded.backward.replay()
-        of_feats, of_all = recorded.backward.results
+        of_all, *of_feats = recorded.backward.results
         parts = of_all.clone().split([shape.numel() for shape in ctx.shapes])  # the next replay writes there again
         of_parameters = [part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True)]
-        return of_feats[: ctx.num_rows], None, None, *of_parameters
+        return (of_feats[0][: ctx.num_rows] if of_feats else None), None, *of_parameters

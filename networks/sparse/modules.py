@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int32
 from torch import Tensor, nn
 
 from networks.sparse import ops, whole_blocks
@@ -15,17 +15,17 @@ from networks.sparse.whole_blocks import Block
 
 
 class RowLinear(nn.Linear):
-    """A linear map of rows."""
+    """A linear map of rows; in a graph of the `live` ones."""
 
-    def forward(self, rows: Float[Tensor, "N _"]) -> Float[Tensor, "N F"]:
-        return ops.linear(rows, self.weight, self.bias)
+    def forward(self, rows: Float[Tensor, "N _"], *, live: Int32[Tensor, "1"] | None = None) -> Float[Tensor, "N F"]:
+        return ops.linear(rows, self.weight, self.bias, live=live)
 
 
 class Linear(RowLinear):
     """A linear map of every voxel's features."""
 
     def forward(self, x: SparseTensor) -> SparseTensor:
-        return x.replace(super().forward(x.feats))
+        return x.replace(super().forward(x.feats, live=x.level.live))
 
 
 class SiLU(nn.Module):

@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 from torch import Tensor
 
 from networks.sparse import torch_backend
@@ -181,11 +181,11 @@ class _MixedLinear(torch.autograd.Function):
     """A linear map of 16-bit rows whose parameters' gradients are summed and kept in float32: no casts between."""
 
     @staticmethod
-    def forward(ctx, feats, weight, bias, kernels):
+    def forward(ctx, feats, weight, bias, live, kernels):
         cast = weight.to(feats.dtype)
         ctx.save_for_backward(feats, cast)
-        ctx.kernels = kernels
-        return kernels.rows_product(feats, cast, bias.contiguous())
+        ctx.kernels, ctx.live = kernels, live
+        return kernels.rows_product(feats, cast, bias.contiguous(), live=live)
 
     @staticmethod
     def backward(ctx, grad):
@@ -193,19 +193,28 @@ class _MixedLinear(torch.autograd.Function):
         feats, weight = ctx.saved_tensors
         grad = grad.contiguous()
         need_feats, *need_parameters = ctx.needs_input_grad[:3]
-        grads = ctx.kernels.parameter_grads(feats, grad) if any(need_parameters) else (None, None)
-        return ctx.kernels.rows_product(grad, weight.T, None) if need_feats else None, *grads, None
+        kernels, live = ctx.kernels, {"live": ctx.live}
+        grads = kernels.parameter_grads(feats, grad, **live) if any(need_parameters) else (None, None)
+        return kernels.rows_product(grad, weight.T, None, **live) if need_feats else None, *grads, None, None
 
 
 def linear(
-    feats: Float[Tensor, "N _"], weight: Float[Tensor, "F C"], bias: Float[Tensor, " F"]
+    feats: Float[Tensor, "N _"],
+    weight: Float[Tensor, "F C"],
+    bias: Float[Tensor, " F"],
+    *,
+    live: Int32[Tensor, "1"] | None = None,
 ) -> Float[Tensor, "N F"]:
-    """A linear map of every row."""
+    """A linear map of every row; in a graph of the `live` ones."""
     if feats.shape[1] != weight.shape[1]:  # a kernel would read past the end of the weight's rows
         raise ValueError(f"weight {tuple(weight.shape)} needs features of {weight.shape[1]}, got {feats.shape[1]}")
     dtype = autocast_dtype(feats)
     kernels = fused("linear", feats) if dtype and weight.dtype == torch.float32 else None
-    return _MixedLinear.apply(feats.to(dtype), weight, bias, kernels) if kernels else F.linear(feats, weight, bias)
+    if kernels:
+        return _MixedLinear.apply(feats.to(dtype), weight, bias, live, kernels)
+    if live is not None:
+        raise RuntimeError("the kernels that graphs need do not serve here")
+    return F.linear(feats, weight, bias)
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:

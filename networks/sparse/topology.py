@@ -124,6 +124,8 @@ class NeighbourLists(NamedTuple):
 class Level:
     """Occupied voxels of a batch at one resolution, sorted by key. Build with `Level.from_coords`."""
 
+    live: Int32[Tensor, "1"] | None = None  # how many rows count, where a device knows it alone; see graphs.py
+
     def __init__(
         self,
         keys: Int64[Tensor, " N"],

@@ -3,6 +3,7 @@
 Forward and backward are written out, so that sums with what runs around a block, activations and the biases' gradients
 join the kernels beside them, and a block's weights are rounded to 16 bits in one go. Every function here gives None
 where the kernels cannot serve; modules.py then takes its layers one by one, and that is the truth of what they compute.
+Rows beyond the live ones of a level (graphs.py) are neither read nor written by a kernel.
 """
 
 import logging
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from networks.sparse import ops
 from networks.sparse.tensor import SparseTensor
-from networks.sparse.topology import Coarsening, Windows
+from networks.sparse.topology import Coarsening, Level, Windows
 
 log = logging.getLogger(__name__)
 NORM_EPS, LAYER_NORM_EPS = 1e-5, 1e-6
@@ -30,30 +31,44 @@ class Affine(NamedTuple):
     bias: Float[Tensor, " F"]
 
 
+def serve(feats: Float[Tensor, "N C"], backend: str) -> bool:
+    """Whether kernels compute all blocks here on features like these."""
+    dtype, children = ops.autocast_dtype(feats), ops.fused("children", feats)
+    if not dtype or dtype.itemsize != 2 or not children or _defect_of_children(children, feats.device):
+        return False
+    return ops.choose_backend(backend, feats.new_empty((0, 1), dtype=dtype), 1) is ops.backend_module("triton")
+
+
 def residual_block(
     x: SparseTensor, layers: tuple[Affine, Affine, Affine, Affine], *, backend: str
 ) -> SparseTensor | None:
     """x + conv(norm(conv(norm(x)))), norms over each voxel's own channels and SiLU after them."""
     norm, weight, dtype = ops.fused("norm", x.feats), layers[1].weight, ops.autocast_dtype(x.feats)
     if not norm or not len(x) or x.feats.dtype != dtype or weight.dtype != torch.float32:
-        return None
+        return _declined(x.level)
     conv = ops.choose_backend(backend, x.feats, weight.shape[2])
     if conv is not ops.backend_module("triton"):
-        return None
+        return _declined(x.level)
     with ops.without_autocast(x.feats.device.type):
         parameters = [value for layer in layers for value in layer]
         return x.replace(_ResidualBlock.apply(x.feats, x.level, conv, norm, *parameters))
+
+
+def _declined(level: Level) -> None:
+    """What the functions here give where layers have to run one by one, which tables of a graph do not allow."""
+    if level.live is not None:
+        raise RuntimeError("the kernels that graphs need do not serve here")
 
 
 class _ResidualBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, feats, level, conv, norm, *parameters):
         gain1, lift1, weight1, bias1, gain2, lift2, weight2, bias2 = parameters
-        feats = feats.contiguous()
+        feats, act = feats.contiguous(), {"eps": NORM_EPS, "silu": True, "live": level.live}
         weight1, weight2 = _rounded([weight1, weight2], feats.dtype)
-        inner1 = norm.voxel_norm(feats, gain1, lift1, eps=NORM_EPS, silu=True)
+        inner1 = norm.voxel_norm(feats, gain1, lift1, **act)
         middle = conv.forward(inner1, weight1, bias1, level)
-        inner2 = norm.voxel_norm(middle, gain2, lift2, eps=NORM_EPS, silu=True)
+        inner2 = norm.voxel_norm(middle, gain2, lift2, **act)
         ctx.save_for_backward(feats, inner1, middle, inner2, weight1, weight2, gain1, lift1, gain2, lift2)
         ctx.level, ctx.conv, ctx.norm = level, conv, norm
         return conv.forward_beside(inner2, weight2, bias2, feats, level)
@@ -63,7 +78,7 @@ class _ResidualBlock(torch.autograd.Function):
         ops.refuse_second_derivative()
         feats, inner1, middle, inner2, weight1, weight2, gain1, lift1, gain2, lift2 = ctx.saved_tensors
         conv, norm, level, grad = ctx.conv, ctx.norm, ctx.level, grad.contiguous()
-        act = {"eps": NORM_EPS, "silu": True}
+        act = {"eps": NORM_EPS, "silu": True, "live": level.live}
         second = norm.voxel_norm_grads_in_block(middle, conv.input_grad(grad, weight2, level), (gain2, lift2), **act)
         of_inner1 = conv.input_grad(second.input, weight1, level)
         first = norm.voxel_norm_grads_in_block(feats, of_inner1, (gain1, lift1), around=grad, **act)
@@ -91,18 +106,19 @@ class Transformer(NamedTuple):
     attention: ModuleType
     num_heads: int
     plan: Windows
-    live: Int32[Tensor, "1"] | None = None  # how many rows count, where a device knows it alone; see graphs.py
+    live: Int32[Tensor, "1"] | None
 
 
 def transformer_for(x: SparseTensor, block: Block) -> Transformer | None:
     """The kernels for a block on these features, and their windows; None where kernels cannot serve."""
     linear, dtype = ops.fused("linear", x.feats), ops.autocast_dtype(x.feats)
     if not linear or x.feats.dtype != dtype or block.layers[0].weight.dtype != torch.float32:
-        return None
+        return _declined(x.level)
     norm, attention = ops.fused("norm", x.feats), ops.fused("attention", x.feats)
     if x.feats.shape[1] // block.num_heads > attention.MAX_HEAD_WIDTH:
-        return None
-    return Transformer(linear, norm, attention, block.num_heads, x.level.windows(block.window, block.shift))
+        return _declined(x.level)
+    windows = x.level.windows(block.window, block.shift)
+    return Transformer(linear, norm, attention, block.num_heads, windows, x.level.live)
 
 
 def transformer_block(x: SparseTensor, block: Block) -> SparseTensor | None:
@@ -181,49 +197,51 @@ def halving(x: SparseTensor, layer: Affine, shortcut: Float[Tensor, "F _"], *, m
     """
     kernels, dtype = _kernels_of_children(x, layer)
     if not kernels:
-        return None
+        return _declined(x.level)
     cells = x.level.coarsening
-    feats = _Halving.apply(x.feats, layer.weight, layer.bias, shortcut, cells.children, dtype, marked, kernels)
+    given = x.feats, layer.weight, layer.bias, shortcut, cells.children
+    feats = _Halving.apply(*given, _live_rows(cells), dtype, marked, kernels)
     return SparseTensor.on(cells.coarse, feats)
 
 
 class _Halving(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, feats, weight, bias, shortcut, children, dtype, marked, kernels):  # noqa: PLR0913
+    def forward(ctx, feats, weight, bias, shortcut, children, live, dtype, marked, kernels):  # noqa: PLR0913
         weight = torch.add(weight, shortcut, out=torch.empty_like(weight, dtype=dtype))
         ctx.save_for_backward(feats, weight, children)
-        ctx.marked, ctx.kernels = marked, kernels
-        return kernels.gather_product(feats, children, weight, bias, marked=marked)
+        ctx.marked, ctx.kernels, ctx.live = marked, kernels, live
+        return kernels.gather_product(feats, children, weight, bias, marked=marked, live=live)
 
     @staticmethod
     def backward(ctx, grad):
         ops.refuse_second_derivative()
         (feats, weight, children), kernels, grad = ctx.saved_tensors, ctx.kernels, grad.contiguous()
-        of_feats, of_parameters = None, (None, None)
+        of_feats, of_parameters, live = None, (None, None), {"live": ctx.live}
         if ctx.needs_input_grad[0]:
             size = {"num_fine": feats.shape[0], "channels": feats.shape[1]}
-            of_feats = kernels.scatter_product(grad, weight.T, None, children, **size).to(feats.dtype)
+            of_feats = kernels.scatter_product(grad, weight.T, None, children, **size, **live).to(feats.dtype)
         if any(ctx.needs_input_grad[1:3]):
-            of_parameters = kernels.gathered_grads(feats, children, grad, marked=ctx.marked)
-        return of_feats, *of_parameters, *(None,) * 5
+            of_parameters = kernels.gathered_grads(feats, children, grad, marked=ctx.marked, **live)
+        return of_feats, *of_parameters, *(None,) * 6
 
 
 def doubling(x: SparseTensor, cells: Coarsening, layer: Affine, shortcut: Float[Tensor, "_ C"]) -> SparseTensor | None:
     """A linear map to eight parts, of which each child that `cells` names takes its own; `shortcut` as in `halving`."""
     kernels, dtype = _kernels_of_children(x, layer)
     if not kernels or x.feats.dtype != dtype:
-        return None
-    feats = _Doubling.apply(x.feats, layer.weight, layer.bias, shortcut, cells.children, len(cells.fine), kernels)
+        return _declined(x.level)
+    given = x.feats, layer.weight, layer.bias, shortcut, cells.children
+    feats = _Doubling.apply(*given, _live_rows(cells), len(cells.fine), kernels)
     return SparseTensor.on(cells.fine, feats)
 
 
 class _Doubling(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, feats, weight, bias, shortcut, children, num_fine, kernels):
+    def forward(ctx, feats, weight, bias, shortcut, children, live, num_fine, kernels):  # noqa: PLR0913
         weight = torch.add(weight, shortcut, out=torch.empty_like(weight, dtype=feats.dtype))
         ctx.save_for_backward(feats, weight, children)
-        ctx.kernels = kernels
-        size = {"num_fine": num_fine, "channels": weight.shape[0] // 8}
+        ctx.kernels, ctx.live = kernels, live
+        size = {"num_fine": num_fine, "channels": weight.shape[0] // 8, "live": live}
         return kernels.scatter_product(feats, weight, bias, children, **size)
 
     @staticmethod
@@ -232,10 +250,15 @@ class _Doubling(torch.autograd.Function):
         (feats, weight, children), kernels, grad = ctx.saved_tensors, ctx.kernels, grad.contiguous()
         of_feats, of_parameters = None, (None, None)
         if ctx.needs_input_grad[0]:
-            of_feats = kernels.gather_product(grad, children, weight.T, None)
+            of_feats = kernels.gather_product(grad, children, weight.T, None, live=ctx.live)
         if any(ctx.needs_input_grad[1:3]):
-            of_parameters = kernels.scattered_grads(feats, children, grad)
-        return of_feats, *of_parameters, *(None,) * 4
+            of_parameters = kernels.scattered_grads(feats, children, grad, live=ctx.live)
+        return of_feats, *of_parameters, *(None,) * 5
+
+
+def _live_rows(cells: Coarsening) -> tuple[Int32[Tensor, "1"], Int32[Tensor, "1"]] | None:
+    """Of the fine and of the coarse level, where devices know them alone."""
+    return None if cells.fine.live is None else (cells.fine.live, cells.coarse.live)
 
 
 def _kernels_of_children(x: SparseTensor, layer: Affine) -> tuple[ModuleType | None, torch.dtype | None]:

@@ -19,7 +19,7 @@ from tests import oracle
 from tests.started_again import StartedAgain
 
 triton = pytest.importorskip("triton")
-from networks import losses  # noqa: E402
+from networks import losses, presets, vqvae  # noqa: E402
 from networks.kernels import attention, children, code_search, convolution, errors, linear, maps, norm  # noqa: E402
 from networks.kernels import rows as row_kernels  # noqa: E402
 from networks.quantizer import VectorQuantizer  # noqa: E402
@@ -185,7 +185,7 @@ def test_interpreted_mixed_layer_takes_any_strides_and_frozen_parts(count, learn
     weight, bias = torch.randn(40, 24, generator=generator).T / 8, torch.randn(48, generator=generator)[::2]
     mine = [t.detach().requires_grad_(bool(on)) for t, on in zip((feats, weight, bias), learned, strict=True)]
     truth = [t.detach().double().requires_grad_(t.requires_grad) for t in mine]
-    out, expected = ops._MixedLinear.apply(*mine, linear), torch.nn.functional.linear(*truth)
+    out, expected = ops._MixedLinear.apply(*mine, None, linear), torch.nn.functional.linear(*truth)
     assert_close(out, expected, dtype=torch.float16)
     out.backward(upstream)
     expected.backward(upstream.double())
@@ -331,8 +331,9 @@ def test_interpreted_maps_of_children_equal_rows_laid_side_by_side(channels, col
 
 @in_interpreter
 @pytest.mark.parametrize("live", [0, 1, 70, 128])
-def test_interpreted_products_and_norms_stop_at_the_live_rows(live, generator, assert_close):
+def test_interpreted_products_and_norms_stop_at_the_live_rows(live, generator, assert_close, monkeypatch):
     """Beyond them tables may hold anything."""
+    monkeypatch.setattr(norm, "PROGRAMS_PER_BATCH", 3)
     number = torch.tensor([live], dtype=torch.int32)
     rows, grad = torch.randn(128, 24, generator=generator).half(), torch.randn(128, 40, generator=generator).half()
     rows[live:], grad[live:] = float("nan"), float("nan")
@@ -370,7 +371,7 @@ def test_interpreted_gradients_are_summed_alike_whatever_the_tables_length(live,
 def _as_autocast(monkeypatch):
     """Blocks meet the kernels, and float16 under autocast, on the CPU too."""
     kernels = {"linear": linear, "norm": norm, "attention": attention, "children": children}
-    monkeypatch.setattr(ops, "fused", lambda name, feats: kernels[name])
+    monkeypatch.setattr(ops, "fused", lambda name, feats: kernels.get(name))
     monkeypatch.setattr(ops, "choose_backend", lambda name, feats, columns: convolution)
     monkeypatch.setattr(ops, "autocast_dtype", lambda feats: torch.float16)
 
@@ -461,70 +462,93 @@ def test_interpreted_errors_of_rows_and_children(sizes, loss_type, weighted, gen
         assert_close(mine, other, dtype=torch.float32)
 
 
-@in_interpreter
-def test_interpreted_graphs_of_blocks_equal_blocks_one_by_one(generator, monkeypatch):
-    """Tables are longer than rows, of a batch before even: nothing but the live rows counts."""
+def _for_graphs(monkeypatch):
+    """A small network whose parts run as stand-ins of graphs in float16 on the CPU."""
     _as_autocast(monkeypatch)
+    monkeypatch.setattr(ops, "backend_module", lambda name: convolution)
     monkeypatch.setattr(graphs, "CudaGraph", StartedAgain)
     monkeypatch.setattr(graphs, "SHORTEST", 8)
+    monkeypatch.setattr(norm, "PROGRAMS_PER_BATCH", 3)
+    for module in (presets, vqvae):
+        monkeypatch.setattr(module, "NUM_RESIDUAL", (0, 1, 0))
     torch.manual_seed(0)
-    blocks = [modules.TransformerBlock(32, num_heads=2, window=4, shift=2 * (i % 2)) for i in range(3)]
-    both = graphs.BlockGraphs()
+    sizes = {"resolution": 16, "widths": (8, 8, 16), "model_channels": 16, "latent_channels": 8, "num_embeddings": 8}
+    net = vqvae.make_vqvae(
+        "tiny", **sizes, num_blocks=1, num_heads=2, window=2, windows=("lung", "bone"), use_graphs=True
+    )
+    return net.train()
 
-    def run(level, feats, *, graphed):
-        for block in blocks:
-            block.zero_grad()
-        feats = feats.clone().requires_grad_()
-        x = SparseTensor.on(level, feats)
-        if graphed:
-            out = both.run([block.parts() for block in blocks], x).feats
-        else:
-            for block in blocks:
-                x = block(x)
-            out = x.feats
-        out = out.clone()
-        out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).half())
-        return [out, feats.grad, *(parameter.grad for block in blocks for parameter in block.parameters())]
 
-    recorded = []
-    for count in (90, 61, 1, 120, 97):
-        level = scattered((6, 7, 5), count, generator)
-        feats = torch.randn(count, 32, generator=generator).half()
-        got, plain = (run(level, feats, graphed=graphed) for graphed in (True, False))
-        assert all(
-            mine.dtype == other.dtype and torch.equal(mine, other) for mine, other in zip(got, plain, strict=True)
-        )
-        recorded.append(both.recorded)
-    assert recorded[0] is recorded[1] is recorded[2] and recorded[3] is recorded[4] is not recorded[0]
+def _ball(radius, generator):
+    grid = torch.ones(16, 16, 16).nonzero()
+    coords = grid[(grid - torch.tensor([6, 8, 7])).square().sum(1) <= radius**2]
+    feats = torch.rand(len(coords), 2, generator=generator) * 2 - 1
+    return SparseTensor(feats, torch.nn.functional.pad(coords, (1, 0)), (16, 16, 16), 1)
+
+
+def _learned(net, x, *, use_graphs=True):
+    """The reconstruction, the loss, and all gradients."""
+    net.zero_grad()
+    net.encoder.use_graphs = net.decoder.use_graphs = use_graphs
+    out = net(x, quantize=False, seeds=list(range(x.batch_size)))
+    loss = losses.TokenizerLoss()(out, x)["loss"]
+    loss.backward()
+    grads = {name: value.grad for name, value in net.named_parameters() if value.grad is not None}
+    return {"recon": out.recon.feats, "latents": out.latents.feats, "loss": loss, **grads}
+
+
+@in_interpreter
+@pytest.mark.parametrize(("thin", "radii"), [(False, (2, 0, 3)), (True, (2, 1))])
+def test_interpreted_graphs_of_a_network_equal_its_kernels_started_one_by_one(thin, radii, generator, monkeypatch):
+    """Tables are longer than rows, of a batch before even: nothing but the live rows counts."""
+    monkeypatch.setattr(Level, "is_thin", property(lambda level: thin, lambda level, value: None))
+    net, recorded = _for_graphs(monkeypatch), []
+    for radius in radii:
+        x = _ball(radius, generator)
+        got, plain = (_learned(net, x, use_graphs=use_graphs) for use_graphs in (True, False))
+        assert got.keys() == plain.keys() and len(got) > 30
+        for name, value in plain.items():
+            assert got[name].dtype == value.dtype and torch.equal(got[name], value), (radius, name)
+        recorded.append(dict(net.graphs.recorded))
+    assert not net.graphs.failed and recorded[0].keys() == {"encoder", "decoder"}
+    assert recorded[0] == recorded[1] and (thin or recorded[2]["encoder"] is not recorded[0]["encoder"])
 
 
 @in_interpreter
 def test_interpreted_graphs_serve_only_what_learns_and_one_batch_at_a_time(generator, monkeypatch, caplog):
-    _as_autocast(monkeypatch)
-    monkeypatch.setattr(graphs, "CudaGraph", StartedAgain)
-    block, both = modules.TransformerBlock(32, num_heads=2, window=4, shift=0), graphs.BlockGraphs()
-    level = scattered((6, 7, 5), 20, generator)
-    x = SparseTensor.on(level, torch.randn(20, 32, generator=generator).half().requires_grad_())
+    net, x, other = _for_graphs(monkeypatch), _ball(2, generator), _ball(1, generator)
     with torch.no_grad():
-        assert both.run([block.parts()], x) is None
-    assert both.run([block.parts()], SparseTensor.on(level, x.feats.detach())) is None
-    first, second = (both.run([block.parts()], x).feats.sum() for _ in range(2))
-    second.backward()
-    with pytest.raises(RuntimeError, match="one forward before each backward"):
-        first.backward()
-    before = both.recorded
-    block.attn.to_qkv.weight.data = block.attn.to_qkv.weight.data.clone()
-    assert both.run([block.parts()], x) is not None and both.recorded is not before
-    assert copy.deepcopy(both).recorded is None
+        net(x, quantize=False)
+    assert not net.graphs.recorded
+    net.encoder.requires_grad_(False)
+    _learned(net, x)
+    assert net.graphs.recorded.keys() == {"decoder"}
+    net.encoder.requires_grad_(True)
+    for then in (x, other):  # the same batch again, and another
+        first, _ = (net(one, quantize=False).recon.feats.sum() for one in (x, then))
+        with pytest.raises(RuntimeError, match="one forward before each backward"):
+            first.backward()
+    before = dict(net.graphs.recorded)
+    net.encoder.input_layer.weight.data = net.encoder.input_layer.weight.data.clone()
+    _learned(net, x)
+    assert net.graphs.recorded["encoder"] is not before["encoder"]
+    assert net.graphs.recorded["decoder"] is before["decoder"]
+    assert not copy.deepcopy(net).graphs.recorded
+
+
+@in_interpreter
+def test_interpreted_graphs_that_cannot_be_recorded_change_nothing(generator, monkeypatch, caplog):
+    net, x = _for_graphs(monkeypatch), _ball(2, generator)
+    plain = _learned(net, x, use_graphs=False)
 
     def refuse(*_):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(graphs, "CudaGraph", refuse)
-    other = graphs.BlockGraphs()
     for _ in range(2):
-        assert other.run([block.parts()], x) is None
+        got = _learned(net, x)
+        assert all(torch.equal(got[name], value) for name, value in plain.items())
     assert [line for line in caplog.messages if "one by one" in line] == [
-        "transformer blocks run one by one: CUDA graphs cannot be recorded here "
+        "kernels are started one by one: CUDA graphs cannot be recorded here "
         "(RuntimeError: operation not permitted when stream is capturing)"
     ]
