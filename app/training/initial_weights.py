@@ -26,8 +26,9 @@ from torch.utils.data import DataLoader
 from app.shared.places import bundles_folder
 from app.shared.refusals import Refused
 from app.training import checkpoints, shipped
+from app.training.ranks import distribute
 from app.training.state import TrainingState
-from app.training.step import SparseBatch, distribute, let_learn
+from app.training.step import SparseBatch, let_learn
 from app.training.stopping import StopWhenAsked
 from app.training.training_state import read_state
 from networks.components import VOXELS_PER_LATENT, lay_components

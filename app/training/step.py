@@ -1,4 +1,4 @@
-"""Training as MONAI's SupervisedTrainer runs it: one iteration, and what it takes: device, ranks, average, schedule.
+"""Training as MONAI's SupervisedTrainer runs it: one iteration, and what it takes: device, average, schedule.
 
 Nothing here loops over steps: initial_weights.py is what comes before the first, handlers.py what hangs on each.
 Randomness of a step is a function of (seed, step), so that a resumed run is the same run.
@@ -7,7 +7,6 @@ Randomness of a step is a function of (seed, step), so that a resumed run is the
 import dataclasses
 import logging
 import math
-import os
 import time
 import warnings
 import zlib
@@ -18,19 +17,16 @@ from typing import Any
 
 import ignite.distributed as idist
 import torch
-import torch.distributed as dist
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from torch import nn
-from torch.distributed.rendezvous import rendezvous
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.swa_utils import AveragedModel
 
-from app.shared.devices import choose_device
-from app.shared.refusals import Refused
 from app.training.checkpoints import unwrapped
 from app.training.host_copy import HostCopy
-from app.training.run_errors import one_line_errors
+from app.training.ranks import mean_of_ranks
+from app.training.side_stream import SideStream
 from app.training.voxel_runs import coords_of, num_voxels
 from networks.losses import TokenizerLoss
 from networks.sparse import SparseTensor
@@ -90,8 +86,12 @@ class TrainStep:
     def __init__(self, *, seed: int = 0, amp: str = "off", grad_clip: float | None = 1.0):
         if amp not in AMP_TYPES:
             raise ValueError(f"amp must be one of {', '.join(AMP_TYPES)}, got {amp!r}")
-        self.seed, self.amp, self.grad_clip = seed, AMP_TYPES[amp], grad_clip
+        self.seed, self.amp, self.grad_clip, self.beside = seed, AMP_TYPES[amp], grad_clip, SideStream()
         self.scaler = torch.amp.GradScaler(enabled=self.amp == torch.float16)
+
+    def inputs(self, engine: SupervisedTrainer, part: dict) -> Any:
+        """What the network reads of a micro-batch."""
+        return engine.prepare_batch(part, engine.state.device)
 
     def terms(self, engine: SupervisedTrainer, inputs: Any, part: dict) -> dict[str, torch.Tensor]:
         """The `loss` of a micro-batch, a mean over its samples, and what else is to be told of it."""
@@ -112,7 +112,8 @@ class TrainStep:
         sums: torch.Tensor | float = 0.0
         sizes: Counter[str] = Counter()
         for number, part in enumerate(parts, 1):
-            inputs = engine.prepare_batch(part, engine.state.device)
+            with self.beside(engine.state.device):
+                inputs = self.inputs(engine, part)
             with torch.autocast(engine.state.device.type, dtype=self.amp, enabled=self.amp is not None):
                 terms = self.terms(engine, inputs, part)
             share = len(part["case_id"]) / samples
@@ -123,6 +124,7 @@ class TrainStep:
                 read = HostCopy(mean_of_ranks(sums))
             if terms["loss"].requires_grad:
                 self.scaler.scale(terms["loss"] * share).backward()
+            self.beside.hold(inputs, engine.state.device)
         totals = dict(zip(names, read.tolist(), strict=True))
         engine.state.output = totals
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
@@ -163,6 +165,12 @@ class TokenizerStep(TrainStep):
     def size(self, part: dict) -> dict[str, int]:
         return {"points": num_voxels(part)}
 
+    def inputs(self, engine: SupervisedTrainer, part: dict) -> SparseTensor:
+        x, network = super().inputs(engine, part), unwrapped(engine.network)
+        if isinstance(network, SparseVQVAE):  # one of one's own makes its maps when it runs
+            network.prepare(x.level)
+        return x
+
     def terms(self, engine: SupervisedTrainer, inputs: SparseTensor, part: dict) -> dict[str, torch.Tensor]:
         seeds = [sample_seed(self.seed, engine.state.iteration, case) for case in part["case_id"]]
         output = engine.network(inputs, quantize=self.quantize, seeds=seeds, level_dropout=self.level_dropout)
@@ -190,47 +198,6 @@ def step_optimizer(optimizer: Optimizer, *, scaler: torch.amp.GradScaler, grad_c
             nn.utils.clip_grad_norm_(learned, grad_clip)
         scaler.step(optimizer)
         scaler.update()
-
-
-def mean_of_ranks(totals: torch.Tensor) -> torch.Tensor:
-    """Every rank has as many samples, so the mean over ranks is the mean over samples."""
-    world = idist.get_world_size()
-    return totals if world == 1 else idist.all_reduce(totals) / world
-
-
-class ProcessGroup:
-    """Joined before anything else of a run that torchrun started, left at its end."""
-
-    def join(self) -> None:
-        if "RANK" not in os.environ:
-            what = "bundles/multi_gpu.json runs under torchrun"
-            raise Refused("NO_TORCHRUN", what, "start it with torchrun --nproc_per_node=N -m monai.bundle …")
-        if not dist.is_initialized():
-            choose_device()
-            store, rank, world = next(rendezvous("env://"))
-            if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-                # torchrun's restart keeps the store: without a name of its own an attempt would read where the ranks
-                # of the last one listened. Over several nodes attempts are not counted alike, and stores are new.
-                attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-                store = dist.PrefixStore(f"attempt {attempt}", store)
-            backend = "nccl" if torch.cuda.is_available() else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-            one_line_errors()  # torch has put its own hook before ours
-        if dist.get_rank() != 0:  # one voice on the console
-            logging.getLogger().setLevel(logging.WARNING)
-
-    def leave(self) -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def distribute(network: nn.Module) -> nn.Module:
-    """The network with gradients averaged over ranks, where there are several."""
-    if idist.get_world_size() == 1 or not trainable(network):
-        return network
-    with warnings.catch_warnings():  # the argument's new name is not in every torch we support
-        warnings.simplefilter("ignore", FutureWarning)
-        return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
 
 def to_train(

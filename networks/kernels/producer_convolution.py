@@ -111,7 +111,7 @@ def _copied_by_the_card(rows: Float[Tensor, "..."], block: tuple[int, int]) -> T
 
 @no_type_check
 @gluon.jit
-def _near(
+def _near(  # noqa: PLR0913
     neighbours, k, row_tile, group, pitch, num_rows, LAYOUT: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr
 ):
     """Neighbours at offset k of a group's rows; num_rows where there is none."""

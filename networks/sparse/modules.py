@@ -5,19 +5,19 @@ import math
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int, Int32
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from networks.sparse import ops, whole_blocks
 from networks.sparse.tensor import SparseTensor
-from networks.sparse.topology import Coarsening
+from networks.sparse.topology import Coarsening, Live
 from networks.sparse.whole_blocks import Block
 
 
 class RowLinear(nn.Linear):
     """A linear map of rows; in a graph of the `live` ones."""
 
-    def forward(self, rows: Float[Tensor, "N _"], *, live: Int32[Tensor, "1"] | None = None) -> Float[Tensor, "N F"]:
+    def forward(self, rows: Float[Tensor, "N _"], *, live: Live = None) -> Float[Tensor, "N F"]:
         return ops.linear(rows, self.weight, self.bias, live=live)
 
 

@@ -15,12 +15,12 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int32
+from jaxtyping import Float
 from torch import Tensor
 
 from networks.sparse import torch_backend
 from networks.sparse.tensor import SparseTensor
-from networks.sparse.topology import Coarsening, Level
+from networks.sparse.topology import Coarsening, Level, Live
 
 BACKENDS = {  # in the order that "auto" tries
     "triton": "networks.kernels.convolution",
@@ -193,28 +193,23 @@ class _MixedLinear(torch.autograd.Function):
         feats, weight = ctx.saved_tensors
         grad = grad.contiguous()
         need_feats, *need_parameters = ctx.needs_input_grad[:3]
-        kernels, live = ctx.kernels, {"live": ctx.live}
-        grads = kernels.parameter_grads(feats, grad, **live) if any(need_parameters) else (None, None)
-        return kernels.rows_product(grad, weight.T, None, **live) if need_feats else None, *grads, None, None
+        grads = ctx.kernels.parameter_grads(feats, grad, live=ctx.live) if any(need_parameters) else (None, None)
+        return ctx.kernels.rows_product(grad, weight.T, None, live=ctx.live) if need_feats else None, *grads, None, None
 
 
 def linear(
-    feats: Float[Tensor, "N _"],
-    weight: Float[Tensor, "F C"],
-    bias: Float[Tensor, " F"],
-    *,
-    live: Int32[Tensor, "1"] | None = None,
+    feats: Float[Tensor, "N _"], weight: Float[Tensor, "F C"], bias: Float[Tensor, " F"], *, live: Live = None
 ) -> Float[Tensor, "N F"]:
     """A linear map of every row; in a graph of the `live` ones."""
     if feats.shape[1] != weight.shape[1]:  # a kernel would read past the end of the weight's rows
         raise ValueError(f"weight {tuple(weight.shape)} needs features of {weight.shape[1]}, got {feats.shape[1]}")
     dtype = autocast_dtype(feats)
     kernels = fused("linear", feats) if dtype and weight.dtype == torch.float32 else None
-    if kernels:
-        return _MixedLinear.apply(feats.to(dtype), weight, bias, live, kernels)
-    if live is not None:
+    if live is not None and not kernels:
         raise RuntimeError("the kernels that graphs need do not serve here")
-    return F.linear(feats, weight, bias)
+    return (
+        _MixedLinear.apply(feats.to(dtype), weight, bias, live, kernels) if kernels else F.linear(feats, weight, bias)
+    )
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:

@@ -15,7 +15,6 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Int, Int32, Int64
 from torch import Tensor
 
@@ -83,7 +82,7 @@ class Coarsening(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """Rows grouped by cubic window, one window after another; windows without rows come last."""
+    """Rows grouped by cubic window, one window of the grid after another; many have no rows."""
 
     order: Int64[Tensor, " N"]  # rows, window by window
     bounds: Int32[Tensor, " W1"]  # where each window starts among them, and the end
@@ -94,9 +93,9 @@ class Windows(NamedTuple):
         counts, num_rows, device = self.bounds.diff(), self.order.shape[0], self.order.device
         lengths = [length for length in counts.tolist() if length]
         longest = max(lengths, default=0)
-        number = torch.arange(len(counts), device=device)
-        window = torch.repeat_interleave(number, counts, output_size=num_rows)
-        slot_sorted = window * longest + torch.arange(num_rows, device=device) - self.bounds[window]
+        window = torch.repeat_interleave(torch.arange(len(counts), device=device), counts, output_size=num_rows)
+        number = (counts > 0).cumsum(0) - 1  # of the windows that hold rows
+        slot_sorted = number[window] * longest + torch.arange(num_rows, device=device) - self.bounds[window]
         rows = torch.full((len(lengths) * longest,), num_rows, dtype=torch.int64, device=device)
         rows[slot_sorted] = self.order
         slot = torch.empty_like(slot_sorted)
@@ -121,10 +120,13 @@ class NeighbourLists(NamedTuple):
     counts: Int32[Tensor, " 27"]
 
 
+Live = Int32[Tensor, "1"] | None  # how many rows count, where a device knows it alone; see graphs.py
+
+
 class Level:
     """Occupied voxels of a batch at one resolution, sorted by key. Build with `Level.from_coords`."""
 
-    live: Int32[Tensor, "1"] | None = None  # how many rows count, where a device knows it alone; see graphs.py
+    live: Live = None
 
     def __init__(
         self,
@@ -159,7 +161,7 @@ class Level:
         if outside:
             low, high = coords.amin(0).tolist(), coords.amax(0).tolist()
             raise ValueError(f"coords (batch, x, y, z) must lie in 0..{limits} exclusive, got {low}..{high}")
-        keys, order = torch.sort(keys) if mixed else (keys, None)
+        keys, order = _sorted(keys, 3 * bits + (batch_size - 1).bit_length()) if mixed else (keys, None)
         level = cls(keys, spatial_shape=shape, batch_size=batch_size, bits=bits)
         if mixed and (count := len(level) - sum(level._count(0))):  # distinct ones are counted
             raise ValueError(f"coords must be unique, got {count} duplicates of {coords.shape[0]} rows")
@@ -337,13 +339,21 @@ class Level:
         return self.cached(("windows", size, shift), lambda: self._group_windows(size, shift))
 
     def _group_windows(self, size: int, shift: int) -> Windows:
-        cell = torch.cat([self.coords[:, :1], (self.coords[:, 1:] + shift) // size], 1)
-        keys, order = torch.sort(morton_keys(cell, self.bits + 1), stable=True)
-        window = F.pad((keys[1:] != keys[:-1]).cumsum(0), (1, 0))[: len(self)]
-        # As many as the grid has, if rows are not fewer: how many hold rows would have to be waited for.
-        most = min(len(self), self.batch_size * math.prod((n - 1 + shift) // size + 1 for n in self.spatial_shape))
-        bounds = torch.searchsorted(window, torch.arange(most + 1, device=self.device), out_int32=True)
+        counts = [(n - 1 + shift) // size + 1 for n in self.spatial_shape]
+        number = self.batch_size * math.prod(counts)
+        keys, places = self.coords[:, 0], (self.coords[:, 1:] + shift) // size
+        for count, place in zip(counts, places.unbind(1), strict=True):
+            keys = torch.add(place, keys, alpha=count)
+        narrow = torch.int16 if number < 2**15 else torch.int32  # fewer passes to sort
+        keys, order = torch.sort(keys.to(narrow), stable=True)
+        bounds = torch.searchsorted(keys, torch.arange(number + 1, dtype=narrow, device=self.device), out_int32=True)
         return Windows(order, bounds, min(size**3, len(self)))
+
+
+def _sorted(keys: Int64[Tensor, " N"], bits: int) -> tuple[Int64[Tensor, " N"], Int64[Tensor, " N"]]:
+    """Keys of so many bits in order, and that order; narrow ones take a device fewer passes."""
+    values, order = torch.sort(keys.int() if bits < 32 else keys)
+    return values.long(), order
 
 
 def align_rows(source: Level, target: Level) -> Int64[Tensor, " M"]:

@@ -13,12 +13,12 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Float
 from torch import Tensor
 
 from networks.sparse import ops
 from networks.sparse.tensor import SparseTensor
-from networks.sparse.topology import Coarsening, Level, Windows
+from networks.sparse.topology import Coarsening, Level, Live, Windows
 
 log = logging.getLogger(__name__)
 NORM_EPS, LAYER_NORM_EPS = 1e-5, 1e-6
@@ -106,7 +106,7 @@ class Transformer(NamedTuple):
     attention: ModuleType
     num_heads: int
     plan: Windows
-    live: Int32[Tensor, "1"] | None
+    live: Live
 
 
 def transformer_for(x: SparseTensor, block: Block) -> Transformer | None:
@@ -256,7 +256,7 @@ class _Doubling(torch.autograd.Function):
         return of_feats, *of_parameters, *(None,) * 5
 
 
-def _live_rows(cells: Coarsening) -> tuple[Int32[Tensor, "1"], Int32[Tensor, "1"]] | None:
+def _live_rows(cells: Coarsening) -> tuple[Live, Live] | None:
     """Of the fine and of the coarse level, where devices know them alone."""
     return None if cells.fine.live is None else (cells.fine.live, cells.coarse.live)
 

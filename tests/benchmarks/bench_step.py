@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import torch
 
+from app.training.side_stream import SideStream
 from networks.losses import TokenizerLoss
 from networks.sparse import SparseTensor
 from networks.sparse.topology import align_rows
@@ -39,15 +40,19 @@ def sparse_step(
     network = make_vqvae(preset, backend=backend, use_graphs=use_graphs).cuda().train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
     loss_function, generator = TokenizerLoss(), torch.Generator().manual_seed(0)
-    coords = body(side).cuda().int()
+    coords, beside = body(side).cuda().int(), SideStream()
     feats = features(coords)
+    torch.cuda.synchronize()
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        x = SparseTensor(feats, coords, (side, side, side), 1)
+        with beside(coords.device):
+            x = SparseTensor(feats, coords, (side, side, side), 1)
+            network.prepare(x.level)
         with torch.autocast("cuda", dtype):
             loss = loss_function(network(x), x)["loss"]
         loss.backward()
+        beside.hold(x, coords.device)
         optimizer.step()
         network.vq.update(generator=generator)
 
@@ -143,7 +148,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--only", action="store_true", help="the sparse step alone")
     parser.add_argument("--equal", action="store_true", help="that and MONAI's of equal parameters")
-    parser.add_argument("--graphs", action="store_true", help="the step with transformer blocks as CUDA graphs, too")
+    parser.add_argument("--graphs", action="store_true", help="the step with encoder and decoder as CUDA graphs, too")
     parser.add_argument("--beside", type=int, nargs="+", default=[0], help="busy processes on the host")
     given = parser.parse_args()
     warnings.filterwarnings("ignore")

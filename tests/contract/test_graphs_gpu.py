@@ -1,8 +1,11 @@
 """CUDA graphs of a network's parts against the same kernels started one by one, on a card."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
+from app.training.side_stream import SideStream
 from networks.losses import TokenizerLoss
 from networks.sparse import SparseTensor, graphs, whole_blocks
 from networks.vqvae import make_vqvae
@@ -12,24 +15,30 @@ from tests.started_again import StartedAgain
 pytestmark = pytest.mark.gpu
 
 
-def trained(steps, *, use_graphs=True):
-    """Losses and the network after some steps on bodies of several sizes."""
+def trained(steps, *, use_graphs=True, beside=None):
+    """Losses and the network after some steps on bodies of several sizes; `beside` makes the batches ready."""
     torch.manual_seed(0)
     network = make_vqvae("base", num_embeddings=256, use_graphs=use_graphs).cuda().train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
-    losses = []
+    bodies = [body(side).cuda() for side in (48, 64, 56, 40)]
+    losses, device = [], bodies[0].device
+    torch.cuda.synchronize()
     for step in range(steps):
-        side = (48, 64, 56, 40)[step % 4]
-        coords = body(side).cuda()
-        x = SparseTensor(torch.sin(coords.float() * 0.3), coords, (64, 64, 64), 1)
+        with beside(device) if beside else nullcontext():
+            coords = bodies[step % 4] + 0
+            x = SparseTensor(torch.sin(coords.float() * 0.3), coords, (64, 64, 64), 1)
+            network.prepare(x.level)
         optimizer.zero_grad()
         with torch.autocast("cuda", torch.bfloat16):
             loss = TokenizerLoss()(network(x, seeds=[step]), x)["loss"]
         loss.backward()
+        if beside:
+            beside.hold(x, device)
         optimizer.step()
         network.vq.update(generator=torch.Generator().manual_seed(step))
-        losses.append(loss.item())
-    return losses, network
+        losses.append(loss.detach())
+        del x, loss
+    return torch.stack(losses).tolist(), network
 
 
 def test_training_equals_the_same_kernels_started_one_by_one_to_the_bit(monkeypatch):
@@ -42,6 +51,14 @@ def test_training_equals_the_same_kernels_started_one_by_one_to_the_bit(monkeypa
     assert losses == eager == plain
     for again in (other, one_by_one):
         assert all(torch.equal(one, two) for one, two in zip(network.parameters(), again.parameters(), strict=True))
+
+
+def test_batches_made_ready_beside_the_last_step_are_the_same():
+    plain, network = trained(24)
+    for _ in range(3):
+        losses, other = trained(24, beside=SideStream())
+        assert losses == plain
+        assert all(torch.equal(one, two) for one, two in zip(network.parameters(), other.parameters(), strict=True))
 
 
 def test_a_step_takes_at_most_a_tenth_more_memory():
