@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 
 import ignite.distributed as idist
 import torch
@@ -40,31 +41,13 @@ class ProcessGroup:
             dist.destroy_process_group()
 
 
-@torch.no_grad()
 def distribute(network: nn.Module) -> nn.Module:
-    """The network, on all ranks as the first one has it."""
-    if idist.get_world_size() > 1:
-        for tensor in (*network.parameters(), *network.buffers()):
-            whole = tensor.contiguous()
-            dist.broadcast(whole, 0)
-            tensor.copy_(whole)
-    return network
-
-
-@torch.no_grad()
-def average_gradients(network: nn.Module) -> None:
-    """Gradients become their mean over ranks, all in one message: each parameter's own would take the host longer."""
-    world, by_type = idist.get_world_size(), {}
-    if world == 1:
-        return
-    for parameter in network.parameters():
-        if parameter.grad is not None:
-            by_type.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-    for grads in by_type.values():
-        message = torch.cat([grad.flatten() for grad in grads])
-        dist.all_reduce(message)
-        parts = message.div_(world).split([grad.numel() for grad in grads])
-        torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
+    """The network with gradients averaged over ranks, where there are several."""
+    if idist.get_world_size() == 1 or not any(parameter.requires_grad for parameter in network.parameters()):
+        return network
+    with warnings.catch_warnings():  # the argument's new name is not in every torch we support
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def mean_of_ranks(totals: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from app.training.checkpoints import unwrapped
 from app.training.host_copy import HostCopy
-from app.training.ranks import average_gradients, mean_of_ranks
+from app.training.ranks import mean_of_ranks
 from app.training.side_stream import SideStream
 from app.training.voxel_runs import coords_of, num_voxels
 from networks.losses import TokenizerLoss
@@ -125,7 +125,6 @@ class TrainStep:
             if terms["loss"].requires_grad:
                 self.scaler.scale(terms["loss"] * share).backward()
             self.beside.hold(inputs, engine.state.device)
-        average_gradients(engine.network)
         totals = dict(zip(names, read.tolist(), strict=True))
         engine.state.output = totals
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
