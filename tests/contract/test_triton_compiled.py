@@ -14,18 +14,31 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROOM = {90: 232448, 80: 166912, 89: 101376}  # bytes of shared memory on an H200, an A100, an RTX 4090
 FLOATS = ["scale", "parts", "sums", "dots", "bias", "halves"]
 LONGS = ["children", "parent", "order", "bounds", "keys"]
-COUNTS = ["num_rows", "num_tiles", "pitch", "num_fine", "num_coarse", "num_codes", "num_blocks", "num_cells", "length"]
-INTEGERS = [*COUNTS, "weight_k", "weight_c", "weight_f", "size_x", "size_y", "size_z"]
+COUNTS = [
+    "num_rows",
+    "num_tiles",
+    "pitch",
+    "num_fine",
+    "num_coarse",
+    "num_codes",
+    "num_blocks",
+    "num_cells",
+    "part_size",
+]
+INTEGERS = [*COUNTS, "part_size", "weight_k", "weight_c", "weight_f", "size_x", "size_y", "size_z"]
 
 
-def compiled(kernel, dtype="bf16", *, card=90, warps=4, stages=3, types=None, source=None, **constants):
+def compiled(kernel, dtype="bf16", *, card=90, warps=4, stages=3, types=None, source=None, live=False, **constants):
     """Arguments are aligned as torch's allocator aligns them; `types` overrides what their names suggest."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel = kernel.kernel
+    counts = [name for name in kernel.arg_names if name.startswith("live")]  # of rows, which graphs leave to the device
+    types = dict.fromkeys(counts, "*i32" if live else "constexpr") | (types or {})
+    constants |= {} if live else dict.fromkeys(counts)
     named = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(LONGS, "*i64") | dict.fromkeys(INTEGERS, "i32")
-    named |= dict.fromkeys(constants, "constexpr") | (types or {})
+    named |= dict.fromkeys(constants, "constexpr") | types
     signature = {name: named.get(name, f"*{dtype}") for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
     fixed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
@@ -37,7 +50,7 @@ def compiled(kernel, dtype="bf16", *, card=90, warps=4, stages=3, types=None, so
 MAPS = dict.fromkeys(("neighbours", "order", "offsets", "counts", "list_rows", "list_counts"), "*i32")
 
 
-def forward(channels, columns, dtype, *, card=90, thin=False):
+def forward(channels, columns, dtype, *, card=90, thin=False, live=False):
     tile = tiles.product_tile(channels, columns, DTYPES[dtype], thin=thin)
     tile = tiles.fitted(tile, DTYPES[dtype], ROOM[card])
     return compiled(
@@ -47,6 +60,7 @@ def forward(channels, columns, dtype, *, card=90, thin=False):
         warps=tile.warps,
         stages=tile.stages,
         types=MAPS | {"bias": f"*{dtype}"} | ({} if thin else {"order": "constexpr"}),
+        live=live,
         CHANNELS=channels,
         COLUMNS=columns,
         HAS_BIAS=True,
@@ -62,7 +76,7 @@ def forward(channels, columns, dtype, *, card=90, thin=False):
     )
 
 
-def weight_gradient(channels, columns, dtype, *, card=90, thin=False):
+def weight_gradient(channels, columns, dtype, *, card=90, thin=False, live=False):
     tile = tiles.grad_tile(channels, columns, DTYPES[dtype])
     tile = tiles.fitted(tile, DTYPES[dtype], ROOM[card])
     block, offsets, _ = convolution._parts(channels, columns, tile, thin)
@@ -73,6 +87,7 @@ def weight_gradient(channels, columns, dtype, *, card=90, thin=False):
         warps=tile.warps,
         stages=tile.stages,
         types=MAPS | {"out": "*fp32"} | ({} if thin else {"list_rows": "constexpr", "list_counts": "constexpr"}),
+        live=live,
         CHANNELS=channels,
         COLUMNS=columns,
         LISTED=thin,
@@ -109,9 +124,11 @@ def test_weight_gradient_has_wgmma_and_wide_copies(channels, dtype, thin):
 
 @pytest.mark.parametrize("card", [80, 89])
 @pytest.mark.parametrize("make", [forward, weight_gradient])
-@pytest.mark.parametrize(("channels", "dtype"), [(256, "bf16"), (256, "fp32")])
-def test_convolution_fits_the_card(make, channels, dtype, card):
-    assert make(channels, channels, dtype, card=card).metadata.shared <= ROOM[card]
+@pytest.mark.parametrize(
+    ("channels", "dtype", "live"), [(256, "bf16", False), (256, "bf16", True), (256, "fp32", False)]
+)
+def test_convolution_fits_the_card(make, channels, dtype, live, card):
+    assert make(channels, channels, dtype, card=card, live=live).metadata.shared <= ROOM[card]
 
 
 @pytest.mark.skipif(not launch.KNOWN_LAUNCHER, reason="Gluon's names are those of Triton 3.6")
@@ -144,6 +161,7 @@ def test_producer_warps_gather_beside_products_and_fit(channels, columns, mirror
         PRODUCERS=plan.producers,
         GROUPS=tiles.PRODUCER_GROUPS,
         num_warps=4,
+        live=thin,
     )
     ptx = made.asm["ptx"]
     assert made.metadata.shared <= ROOM[90] and 32 * made.metadata.num_warps <= 512
@@ -201,24 +219,22 @@ def of_children(kernel, depth, columns, card, **sizes):
 
 
 @pytest.mark.parametrize("card", ROOM)
-@pytest.mark.parametrize(("channels", "columns"), [(4, 64), (64, 128), (128, 256)])
-def test_maps_of_children_fit_the_card(channels, columns, card):
+@pytest.mark.parametrize(("channels", "columns", "live"), [(4, 64, False), (64, 128, True), (128, 256, False)])
+def test_maps_of_children_fit_the_card(channels, columns, live, card):
     marked = channels == 4
     width = channels + marked
+    gathered = {"CHANNELS": channels, "WIDTH": width, "COLUMNS": columns, "live": live}
+    scattered = {"CHANNELS": channels, "WIDTH": channels, "DEPTHS": columns, "live": live}
     made = [
-        of_children(
-            children._gather_product, 8 * width, columns, card, CHANNELS=channels, WIDTH=width, COLUMNS=columns
-        ),
-        of_children(
-            children._scatter_product, columns, 8 * channels, card, DEPTHS=columns, CHANNELS=channels, WIDTH=channels
-        ),
+        of_children(children._gather_product, 8 * width, columns, card, **gathered),
+        of_children(children._scatter_product, columns, 8 * channels, card, **scattered),
     ]
     for gathered_lines in (False, True):
         sides = (columns, 8 * channels) if gathered_lines else (8 * width, columns)
         tile, lines, _ = children._parts(*sides, torch.bfloat16, ROOM[card])
         sizes = {"CHANNELS": channels, "WIDTH": channels if gathered_lines else width, "COLUMNS": columns}
         tiling = {"TILE_LINES": lines, "TILE_PLACES": tile.columns, "DEPTH": tile.depth}
-        run = {"card": card, "warps": tile.warps, "stages": tile.stages, "GATHERED_LINES": gathered_lines}
+        run = {"card": card, "warps": tile.warps, "stages": tile.stages, "GATHERED_LINES": gathered_lines, "live": live}
         made.append(compiled(children._gathered_grads, **run, **tiling, **sizes))
     for one in made:
         assert one.metadata.shared <= ROOM[card]
@@ -268,7 +284,7 @@ def test_row_operations_and_maps_compile():
     compiled(row_kernels._column_sums, **rows)
     for kernel in (norm._normalize, norm._grads):
         for width, card in ((32, 90), (128, 80), (512, 89)):
-            shape = {"CHANNELS": width, "WIDTH": width, "TILE": max(4096 // width, 1), "STEPS": 4}
+            shape = {"CHANNELS": width, "WIDTH": width, "TILE": max(4096 // width, 1)}
             types = {"weight": "*fp32", "eps": "fp32"}
             around = {} if kernel is norm._normalize else {"AROUND": True, "BESIDE": True}
             compiled(kernel, types=types, card=card, AFFINE=True, SILU=True, LIVE=False, **around, **shape)
