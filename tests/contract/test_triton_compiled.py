@@ -14,17 +14,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROOM = {90: 232448, 80: 166912, 89: 101376}  # bytes of shared memory on an H200, an A100, an RTX 4090
 FLOATS = ["scale", "parts", "sums", "dots", "bias", "halves"]
 LONGS = ["children", "parent", "order", "bounds", "keys"]
-COUNTS = [
-    "num_rows",
-    "num_tiles",
-    "pitch",
-    "num_fine",
-    "num_coarse",
-    "num_codes",
-    "num_blocks",
-    "num_cells",
-    "part_size",
-]
+COUNTS = ["num_rows", "num_tiles", "pitch", "num_fine", "num_coarse", "num_codes", "num_blocks", "num_cells", "length"]
 INTEGERS = [*COUNTS, "part_size", "weight_k", "weight_c", "weight_f", "size_x", "size_y", "size_z"]
 
 
