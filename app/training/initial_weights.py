@@ -185,8 +185,7 @@ class CodebookStart(ComponentsStart):
         try:
             vq.start_from(rows, generator=torch.Generator().manual_seed(self.warmup["seed"]))
         except ValueError as error:
-            what = str(error).split(":")[0]
-            raise Refused("TOO_LITTLE_DATA", what) from error
+            raise Refused("TOO_LITTLE_DATA", str(error).split(":")[0]) from error
         log.info("codebook of %d codes laid over %d encoder outputs", vq.num_embeddings, rows.shape[0])
 
 
