@@ -1,15 +1,16 @@
 """python -m app COMMAND: parse, call, print; no logic.
 
-A command is a function with the three options every one has (`Json`, `Seed`, `Debug`) whose body runs inside
+A command is a function of an answer and its own options; `command` adds those that every one has and runs it inside
 `answering`: that keeps standard output for one JSON object where asked, turns a refusal into its line, and sets
 the exit status (0 done, 1 a fault of ours, 2 the call is wrong, 3 some input was refused).
 """
 
 import contextlib
+import inspect
 import json
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any
 
 import typer
@@ -25,9 +26,10 @@ Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error."
 
 
 class CommandEnd:
-    """What a command ends with: an object for --json, lines for people, an exit status."""
+    """What a command ends with: an object for --json, lines for people, an exit status; and the seed it was given."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
         self.value: dict[str, Any] | None = None
         self.lines: Iterable[str] = ()
         self.status = 0
@@ -37,9 +39,9 @@ class CommandEnd:
 
 
 @contextlib.contextmanager
-def answering(as_json: bool, debug: bool) -> Iterator[CommandEnd]:
+def answering(as_json: bool, debug: bool, seed: int = 0) -> Iterator[CommandEnd]:
     """Runs a command's body, prints its answer as one JSON object or as lines, and ends the process with its status."""
-    answer, out = CommandEnd(), sys.stdout
+    answer, out = CommandEnd(seed), sys.stdout
     try:
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             yield answer
@@ -60,6 +62,22 @@ def answering(as_json: bool, debug: bool) -> Iterator[CommandEnd]:
     raise typer.Exit(answer.status)
 
 
+def command(**how: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes a command of a function whose first argument takes its answer."""
+
+    def register(body: Callable[..., None]) -> Callable[..., None]:
+        def run(as_json: Json = False, seed: Seed = 0, debug: Debug = False, **own: Any) -> None:
+            with answering(as_json, debug, seed) as answer:
+                body(answer, **own)
+
+        _, *options = inspect.signature(body).parameters.values()
+        *shared, _ = inspect.signature(run).parameters.values()
+        run.__name__, run.__doc__, run.__signature__ = body.__name__, body.__doc__, inspect.Signature(options + shared)
+        return app.command(**how)(run)
+
+    return register
+
+
 def _show_version(asked: bool) -> bool:
     if asked:
         from app.shared.version import VERSION
@@ -78,8 +96,9 @@ def main(
     """Voxelingo: CT volumes as short sequences of discrete 3D tokens, and language models that read them."""
 
 
-@app.command(epilog="Example: python -m app prepare scans/ prepared/ --size 256 --spacing 1.5 --workers 4")
+@command(epilog="Example: python -m app prepare scans/ prepared/ --size 256 --spacing 1.5 --workers 4")
 def prepare(
+    answer: CommandEnd,
     raw: Annotated[str, Argument(metavar="RAW", help="Folder, zip or file of scans: DICOM, NIfTI, NRRD, MHA.")],
     out: Annotated[str, Argument(metavar="OUT", help="Folder for the prepared dataset.")],
     organs: Annotated[str | None, Option(help="organ_mapping.json: names for label values and files.")] = None,
@@ -98,34 +117,31 @@ def prepare(
     preview: Annotated[bool, Option("--preview", help="A PNG for each case.")] = False,
     cluster: Annotated[str | None, Option(help="Address of a Dask scheduler.", metavar="ADDRESS")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Make every case again.")] = False,
-    as_json: Json = False,
-    seed: Seed = 0,
-    debug: Debug = False,
 ) -> None:
     """Raw scans, any nesting, to a prepared dataset."""
-    with answering(as_json, debug) as answer:
-        from app.prepare import cohort, options
-        from app.prepare import report as reports
+    from app.prepare import cohort, options
+    from app.prepare import report as reports
 
-        request = cohort.Request(
-            series=series,
-            organs=options.read_organs(organs),
-            text=text,
-            split=options.read_split(split),
-            key_file=key_file,
-            workers=workers,
-            cluster=cluster,
-            preview=preview,
-            overwrite=overwrite,
-        )
-        names = tuple(name.strip() for name in windows.split(",") if name.strip())
-        settings = cohort.PrepareSettings(size, spacing, names, file_format, allow_gaps, assume_hu, keep_names)
-        report = cohort.prepare(raw, out, settings, request)
-        answer.give(report.as_json(), reports.lines(report, keep_names), status=report.exit_status)
+    request = cohort.Request(
+        series=series,
+        organs=options.read_organs(organs),
+        text=text,
+        split=options.read_split(split),
+        key_file=key_file,
+        workers=workers,
+        cluster=cluster,
+        preview=preview,
+        overwrite=overwrite,
+    )
+    names = tuple(name.strip() for name in windows.split(",") if name.strip())
+    settings = cohort.PrepareSettings(size, spacing, names, file_format, allow_gaps, assume_hu, keep_names)
+    report = cohort.prepare(raw, out, settings, request)
+    answer.give(report.as_json(), reports.lines(report, keep_names), status=report.exit_status)
 
 
-@app.command(epilog="Example: python -m app sdf meshes/ shapes/ --resolution 64,512")
+@command(epilog="Example: python -m app sdf meshes/ shapes/ --resolution 64,512")
 def sdf(
+    answer: CommandEnd,
     source: Annotated[
         str, Argument(metavar="SOURCE", help="Mesh (STL, OBJ, PLY, VTP), volume, prepared dataset, or a folder.")
     ],
@@ -140,23 +156,20 @@ def sdf(
     unsigned: Annotated[bool, Option("--unsigned", help="Distances without a sign, of open meshes too.")] = False,
     workers: Annotated[int, Option(min=1, help="At most this many worker processes.")] = 8,
     overwrite: Annotated[bool, Option("--overwrite", help="Make every file again.")] = False,
-    as_json: Json = False,
-    seed: Seed = 0,
-    debug: Debug = False,
 ) -> None:
     """Meshes and volumes to sparse signed distance."""
-    with answering(as_json, debug) as answer:
-        from app.shapes import sdf as shapes
-        from app.shapes.sources import SurfaceChoice
+    from app.shapes import sdf as shapes
+    from app.shapes.sources import SurfaceChoice
 
-        sides = shapes.read_resolutions(resolution)
-        settings = shapes.Settings(sides, band, sharp, SurfaceChoice(label, hu, unsigned), overwrite)
-        done = shapes.make_shapes(source, out, settings, workers=workers)
-        answer.give(done, shapes.lines(done), status=3 if done["refused"] else 0)
+    sides = shapes.read_resolutions(resolution)
+    settings = shapes.Settings(sides, band, sharp, SurfaceChoice(label, hu, unsigned), overwrite)
+    done = shapes.make_shapes(source, out, settings, workers=workers)
+    answer.give(done, shapes.lines(done), status=3 if done["refused"] else 0)
 
 
-@app.command(epilog="Example: python -m app check prepared/ --keep body")
+@command(epilog="Example: python -m app check prepared/ --keep body")
 def check(
+    answer: CommandEnd,
     data: Annotated[str, Argument(metavar="DATA", help="A prepared dataset, a manifest, or scans with .txt.")],
     keep: Annotated[str, Option(help="Sparsification by name, as training will be told.")] = "body",
     windows: Annotated[str, Option(help="Windows by name, comma separated.")] = "lung,bone,soft_tissue,brain",
@@ -164,19 +177,15 @@ def check(
     preset: Annotated[str, Option(help="Sizes that will train, by the name of their preset.")] = "base",
     min_points: Annotated[int, Option(help="Cases with fewer points are told.")] = 100,
     image_root: Annotated[str | None, Option(help="Folder that a manifest's images are in.")] = None,
-    as_json: Json = False,
-    seed: Seed = 0,
-    debug: Debug = False,
 ) -> None:
     """What is wrong with a prepared dataset or a text manifest, before any GPU time is spent."""
-    with answering(as_json, debug) as answer:
-        from app.check import check as look
-        from app.check import lines
+    from app.check import check as look
+    from app.check import lines
 
-        names = tuple(name.strip() for name in windows.split(",") if name.strip())
-        counted = {"keep": keep, "windows": names, "preset": preset, "spacing": spacing, "min_points": min_points}
-        checked = look(data, **counted, image_root=image_root)
-        answer.give(checked.as_json(), lines(checked), status=checked.exit_status)
+    names = tuple(name.strip() for name in windows.split(",") if name.strip())
+    counted = {"keep": keep, "windows": names, "preset": preset, "spacing": spacing, "min_points": min_points}
+    checked = look(data, **counted, image_root=image_root)
+    answer.give(checked.as_json(), lines(checked), status=checked.exit_status)
 
 
 @app.command(
@@ -199,32 +208,29 @@ def train(
         answer.give(train_words(words or [])._asdict())
 
 
-@app.command(epilog="Example: python -m app demo demo/")
+@command(epilog="Example: python -m app demo demo/")
 def demo(
+    answer: CommandEnd,
     out: Annotated[str, Argument(metavar="[OUT]", help="Folder for everything; an interrupted one goes on.")] = "demo",
-    as_json: Json = False,
-    seed: Seed = 0,
-    debug: Debug = False,
 ) -> None:
     """The whole chain on built-in phantoms, in minutes on a CPU; ends with a table and a page."""
-    with answering(as_json, debug) as answer:
-        from app import demo as chain
+    from app import demo as chain
 
-        done = chain.demo(out, seed=seed)
-        answer.give(done, chain.lines(done))
+    done = chain.demo(out, seed=answer.seed)
+    answer.give(done, chain.lines(done))
 
 
-@app.command(epilog="Example: python -m app doctor")
-def doctor(as_json: Json = False, seed: Seed = 0, debug: Debug = False) -> None:
+@command(epilog="Example: python -m app doctor")
+def doctor(answer: CommandEnd) -> None:
     """What this machine can do: versions, GPU, sparse backends, DICOM decoders, free memory and disk."""
-    with answering(as_json, debug) as answer:
-        from app.doctor import report
+    from app.doctor import report
 
-        answer.give(report())
+    answer.give(report())
 
 
-@app.command(epilog="Example: python -m app tokenize prepared/chest tokens/ --tokenizer outputs/vq_stage2")
+@command(epilog="Example: python -m app tokenize prepared/chest tokens/ --tokenizer outputs/vq_stage2")
 def tokenize(
+    answer: CommandEnd,
     source: Annotated[str, Argument(metavar="SOURCE", help="A scan, prepared case or dataset; a mesh or shape.")],
     out: Annotated[str, Argument(metavar="OUT", help="Folder for token files, or one .npz for one scan.")],
     tokenizer: Annotated[str | None, Option(help="Checkpoint, output folder, bundle or name (ct_base).")] = None,
@@ -234,21 +240,18 @@ def tokenize(
     pack: Annotated[bool, Option("--pack", help="Entropy-coded: fewer bytes, read alike.")] = False,
     series: Annotated[str | None, Option(help="Take this DICOM series alone.", metavar="UID")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Make every file again.")] = False,
-    as_json: Json = False,
-    seed: Seed = 0,
-    debug: Debug = False,
 ) -> None:
     """Scans to token files."""
-    with answering(as_json, debug) as answer:
-        from app.tokens import commands
+    from app.tokens import commands
 
-        how = {"support": support, "levels": levels, "refine": refine, "pack": pack}
-        done = commands.tokenize(source, out, tokenizer=tokenizer, series=series, overwrite=overwrite, **how)
-        answer.give(done, commands.lines(done), status=3 if done["refused"] else 0)
+    how = {"support": support, "levels": levels, "refine": refine, "pack": pack}
+    done = commands.tokenize(source, out, tokenizer=tokenizer, series=series, overwrite=overwrite, **how)
+    answer.give(done, commands.lines(done), status=3 if done["refused"] else 0)
 
 
-@app.command(epilog="Example: python -m app reconstruct tokens/case.npz case.nii.gz --like scan.nii.gz")
+@command(epilog="Example: python -m app reconstruct tokens/case.npz case.nii.gz --like scan.nii.gz")
 def reconstruct(
+    answer: CommandEnd,
     tokens: Annotated[str, Argument(metavar="TOKENS", help="A token file, or a folder of them.")],
     out: Annotated[str, Argument(metavar="OUT", help="A .nii.gz, or of a shape a .ply, .stl or .obj; else a folder.")],
     tokenizer: Annotated[str | None, Option(help="Checkpoint, output folder, bundle or name (ct_base).")] = None,
@@ -256,28 +259,25 @@ def reconstruct(
     codes_alone: Annotated[bool, Option("--codes-alone", help="Leave stored support unused.")] = False,
     levels: Annotated[int | None, Option(min=1, help="Use the first so many codes of each cell.")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Make every file again.")] = False,
-    as_json: Json = False,
-    seed: Seed = 0,
-    debug: Debug = False,
 ) -> None:
     """Token files back to CT volumes in HU, or to meshes in mm, in world coordinates."""
-    with answering(as_json, debug) as answer:
-        from app.tokens import commands
+    from app.tokens import commands
 
-        done = commands.reconstruct(
-            tokens,
-            out,
-            tokenizer=tokenizer,
-            like=like,
-            use_support=not codes_alone,
-            levels=levels,
-            overwrite=overwrite,
-        )
-        answer.give(done, commands.lines(done), status=3 if done["refused"] else 0)
+    done = commands.reconstruct(
+        tokens,
+        out,
+        tokenizer=tokenizer,
+        like=like,
+        use_support=not codes_alone,
+        levels=levels,
+        overwrite=overwrite,
+    )
+    answer.give(done, commands.lines(done), status=3 if done["refused"] else 0)
 
 
-@app.command(epilog='Example: python -m app ask scan.nii.gz "Is there a nodule in the left lung?"')
+@command(epilog='Example: python -m app ask scan.nii.gz "Is there a nodule in the left lung?"')
 def ask(
+    answer: CommandEnd,
     scan: Annotated[str, Argument(metavar="SCAN", help="Raw scan, prepared case, token file, or a folder.")],
     questions: Annotated[list[str] | None, Argument(metavar="[QUESTION]...", help="None: a report.")] = None,
     align: Annotated[str, Option(help="Output folder of an alignment run.")] = "outputs/align",
@@ -285,28 +285,25 @@ def ask(
     out: Annotated[str | None, Option(help="Write answers as jsonl, with failures.csv beside it.")] = None,
     stream: Annotated[bool, Option("--stream", help="Show the answer while it is written.")] = False,
     max_new_tokens: Annotated[int, Option(min=1, help="At most this many tokens an answer.")] = 256,
-    as_json: Json = False,
-    seed: Seed = 0,
-    debug: Debug = False,
 ) -> None:
     """An answer from a scan; without a question, a report. Research use only, not for diagnosis."""
-    with answering(as_json, debug) as answer:
-        from app.language import ask as asking
+    from app.language import ask as asking
 
-        result = asking.ask(
-            scan,
-            questions or [],
-            align=align,
-            tokenizer=tokenizer,
-            out=out,
-            stream=stream,
-            max_new_tokens=max_new_tokens,
-        )
-        answer.give(result, asking.lines(result, streamed=stream), status=result.pop("status"))
+    result = asking.ask(
+        scan,
+        questions or [],
+        align=align,
+        tokenizer=tokenizer,
+        out=out,
+        stream=stream,
+        max_new_tokens=max_new_tokens,
+    )
+    answer.give(result, asking.lines(result, streamed=stream), status=result.pop("status"))
 
 
-@app.command(epilog="Example: python -m app evaluate reports.csv --align outputs/align --batch-size 8")
+@command(epilog="Example: python -m app evaluate reports.csv --align outputs/align --batch-size 8")
 def evaluate(
+    answer: CommandEnd,
     data: Annotated[str | None, Argument(metavar="[DATA]", help="Manifest or prepared dataset with text.")] = None,
     align: Annotated[str, Option(help="Output folder of an alignment run.")] = "outputs/align",
     tokenizer: Annotated[str | None, Option(help="Where the tokenizer is now, if it was moved.")] = None,
@@ -317,62 +314,52 @@ def evaluate(
     num_phantoms: Annotated[int, Option(min=2, help="Without DATA: this many unseen phantoms.")] = 60,
     batch_size: Annotated[int, Option(min=1, help="Answers written at a time.")] = 16,
     max_new_tokens: Annotated[int, Option(min=1, help="At most this many tokens an answer.")] = 160,
-    as_json: Json = False,
-    seed: Seed = 0,
-    debug: Debug = False,
 ) -> None:
     """Scores of an aligned model beside what they are worth without the image."""
-    with answering(as_json, debug) as answer:
-        from app.evaluation import evaluate
+    from app.evaluation import evaluate
 
-        options = {"seed": seed, "split": split, "num_phantoms": num_phantoms}
-        result = evaluate.evaluate(
-            data,
-            align=align,
-            tokenizer=tokenizer,
-            output_dir=out,
-            image_root=image_root,
-            skip_bad=skip_bad,
-            options={**options, "batch_size": batch_size, "max_new_tokens": max_new_tokens},
-        )
-        lines = evaluate.lines(result, align=align, output_dir=out)
-        answer.give(result, lines, status=evaluate.status_of(result))
+    options = {"seed": answer.seed, "split": split, "num_phantoms": num_phantoms}
+    result = evaluate.evaluate(
+        data,
+        align=align,
+        tokenizer=tokenizer,
+        output_dir=out,
+        image_root=image_root,
+        skip_bad=skip_bad,
+        options={**options, "batch_size": batch_size, "max_new_tokens": max_new_tokens},
+    )
+    lines = evaluate.lines(result, align=align, output_dir=out)
+    answer.give(result, lines, status=evaluate.status_of(result))
 
 
-@app.command(epilog="Example: python -m app export my_bundle --tokenizer outputs/vq_stage2 --zip")
+@command(epilog="Example: python -m app export my_bundle --tokenizer outputs/vq_stage2 --zip")
 def export(
+    answer: CommandEnd,
     out: Annotated[str, Argument(metavar="OUT", help="Folder of the bundle; it must not be there yet.")],
     tokenizer: Annotated[str | None, Option(help="Checkpoint, output folder, bundle or name (ct_base).")] = None,
     align: Annotated[str | None, Option(help="Output folder of an alignment run, to go along.")] = None,
     name: Annotated[str | None, Option(help="Name of the bundle; else that of OUT.")] = None,
     zipped: Annotated[bool, Option("--zip", help="Also OUT.zip; the same input gives the same bytes.")] = False,
-    as_json: Json = False,
-    seed: Seed = 0,
-    debug: Debug = False,
 ) -> None:
     """A self-contained MONAI bundle, proven in a process of its own."""
-    with answering(as_json, debug) as answer:
-        from app.export import export as exporting
+    from app.export import export as exporting
 
-        done = exporting.export(out, tokenizer=tokenizer, align=align, name=name, zipped=zipped)
-        answer.give(done, exporting.lines(done))
+    done = exporting.export(out, tokenizer=tokenizer, align=align, name=name, zipped=zipped)
+    answer.give(done, exporting.lines(done))
 
 
-@app.command(epilog="Example: monailabel start_server --app $(python -m app where app) --studies DIR")
+@command(epilog="Example: monailabel start_server --app $(python -m app where app) --studies DIR")
 def where(
+    answer: CommandEnd,
     what: Annotated[str, Argument(metavar="bundles|app|pretrained", help="Which folder.")],
-    as_json: Json = False,
-    seed: Seed = 0,
-    debug: Debug = False,
 ) -> None:
     """Prints the folder of the bundles (for --config_file), of the app (for MONAI Label), of tokenizers that ship."""
-    with answering(as_json, debug) as answer:
-        from app.shared.places import app_folder, bundles_folder, pretrained_folder
+    from app.shared.places import app_folder, bundles_folder, pretrained_folder
 
-        places = {"bundles": bundles_folder(), "app": app_folder(), "pretrained": pretrained_folder()}
-        if what not in places:
-            raise ValueError(f"there is {', '.join(places)}, got {what!r}")
-        answer.give({what: str(places[what])}, [str(places[what])])
+    places = {"bundles": bundles_folder(), "app": app_folder(), "pretrained": pretrained_folder()}
+    if what not in places:
+        raise ValueError(f"there is {', '.join(places)}, got {what!r}")
+    answer.give({what: str(places[what])}, [str(places[what])])
 
 
 def run() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from app.shared.atomic_files import write_text
+from app.shared.json_files import write_object
 from app.shared.output_folder import check_folder
 from app.shared.refusals import Refused, check_path
 from app.shared.terminal import StageTable, clock
@@ -244,7 +244,7 @@ def demo(out: str = "demo", *, seed: int = 0, sizes: Sizes = Sizes()) -> dict[st
             with table.stage(name, share_of(given, name)), to_log(log):
                 result = run_stage(given, stage)
             record["stages"][name] = {"seconds": table.spent[name], "result": result}
-            write_record(given, record)
+            write_object(given.out / RECORD, record)
         with to_log(log):
             show(given, record)
     seconds = round(time.perf_counter() - begun, 1)
@@ -282,7 +282,7 @@ def open_record(demo: Demo) -> dict[str, Any]:
             raise Refused("NO_OUTPUT", f"{demo.out} holds something that is no demo", "give another OUT")
         demo.out.mkdir(parents=True, exist_ok=True)
         record = {**settings, "stages": {}}
-        write_record(demo, record)
+        write_object(demo.out / RECORD, record)
         return record
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
@@ -296,10 +296,6 @@ def open_record(demo: Demo) -> dict[str, Any]:
         was = " and ".join(f"{name} {value}" for name, value in known.items())
         raise Refused("NO_OUTPUT", f"{demo.out} holds a demo of {was}", "give another OUT")
     return record
-
-
-def write_record(demo: Demo, record: dict[str, Any]) -> None:
-    write_text(demo.out / RECORD, json.dumps(record, indent=1) + "\n")
 
 
 def share_of(demo: Demo, name: str) -> Callable[[], float | None]:

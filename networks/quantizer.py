@@ -144,6 +144,7 @@ class VectorQuantizer(nn.Module):
             raise ValueError(f"codebook must be ema or gradient, got {codebook!r}")
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.learning, self.decay, self.revive_below = codebook, decay, revive_below
+        self.is_fixed = False
         self.rotation_trick, self.normalize_codes = rotation_trick, normalize_codes
         if normalize_codes:
             self.register_buffer("radius", torch.ones(()))
@@ -160,6 +161,15 @@ class VectorQuantizer(nn.Module):
     def codebook(self) -> Float[Tensor, "K D"]:
         return self._on_sphere(self.embeddings.weight)
 
+    @property
+    def follows_rows(self) -> bool:
+        return self.learning == "ema" and not self.is_fixed
+
+    def requires_grad_(self, requires_grad: bool = True) -> "VectorQuantizer":
+        """Says of averages too whether they learn: no gradient shows it."""
+        self.is_fixed = not requires_grad
+        return super().requires_grad_(requires_grad)
+
     def _on_sphere(self, rows: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
         return self.radius * F.normalize(rows, dim=1) if self.normalize_codes else rows
 
@@ -167,7 +177,7 @@ class VectorQuantizer(nn.Module):
         with torch.autocast(rows.device.type, enabled=False):
             wide = rows.float()
             found = self._by_gradient(wide) if self.learning == "gradient" else self._by_averages(wide)
-            if self.learning == "ema" and self.training and torch.is_grad_enabled():  # without: an evaluation
+            if self.follows_rows and self.training and torch.is_grad_enabled():  # without: an evaluation
                 seen = self._on_sphere(wide.detach())
                 self._pending.append((*code_sums(seen, found.codes, self.num_embeddings), seen))
             return found
@@ -218,7 +228,7 @@ class VectorQuantizer(nn.Module):
     def update(self, *, generator: torch.Generator) -> Int64[Tensor, ""] | int:
         """One moving-average step from all rows seen since the last, over micro-batches and ranks.
 
-        Gives the number of codes revived. Does nothing for a gradient codebook.
+        Gives the number of codes revived. Does nothing for a codebook that learns by gradient, or not at all.
         """
         return update_together([self], generator=generator)
 
@@ -277,7 +287,7 @@ class VectorQuantizer(nn.Module):
 @torch.no_grad()
 def update_together(parts: Sequence[VectorQuantizer], *, generator: torch.Generator) -> Int64[Tensor, ""] | int:
     """One step of several quantisers; gives the number of codes revived, the same on every rank."""
-    learning = [part for part in parts if part.learning == "ema"]
+    learning = [part for part in parts if part.follows_rows]
     num_rows, picks, used = 0, None, 0
     for part in learning:
         if (seen := part.follow()) is None:

@@ -250,11 +250,6 @@ def revision_of(language: nn.Module) -> str | None:
     return getattr(language.config, "_commit_hash", None)
 
 
-def freeze(language: nn.Module) -> None:
-    for parameter in language.parameters():
-        parameter.requires_grad_(False)
-
-
 def use_checkpointing(language: nn.Module) -> None:
     """Recomputes each layer in backward; only active in training mode."""
     for layer in language.model.language_model.layers:

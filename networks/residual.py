@@ -66,6 +66,11 @@ class ResidualQuantizer(nn.Module):
             level.start_from(rows, generator=generator)
             rows = rows - level.lookup(nearest_codes(rows, level.codebook))
 
+    def requires_grad_(self, requires_grad: bool = True) -> "ResidualQuantizer":
+        for level in self.levels:
+            level.requires_grad_(requires_grad)
+        return self
+
     def update(self, *, generator: torch.Generator) -> Int[Tensor, ""] | int:
         return update_together(list(self.levels), generator=generator)
 

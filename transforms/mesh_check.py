@@ -11,12 +11,11 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, Int64
 
-from transforms.triangle_band import distances, frames_of, normals_of
+from transforms.triangle_band import OCTANTS, distances, frames_of, normals_of
 
 TRIANGLES_OF_A_CELL = 12  # below this all pairs are tried
 DEEPEST = 12  # halvings of the box: many triangles may meet in one point
 PAIRS_AT_A_TIME = 1 << 19
-OCTANTS = np.array([[x, y, z] for x in (0, 1) for y in (0, 1) for z in (0, 1)])
 MARGIN = 1e-7  # of an edge or triangle, near whose ends touching is no crossing
 
 

@@ -18,6 +18,7 @@ DISTANCES_AT_A_TIME = 1 << 16  # of point and triangle: the numbers they are mad
 PAIRS_AT_A_TIME = 1 << 18  # of cell and triangle that are halved together
 FINE = 3.0  # voxels: meshes of smaller triangles go down to cells of two voxels
 MAX_SIDE = 1 << 15  # voxels: coordinates are int16
+OCTANTS = np.array([[x, y, z] for x in (0, 1) for y in (0, 1) for z in (0, 1)])
 
 
 class Piece(NamedTuple):
@@ -163,7 +164,7 @@ def _halved(
 ) -> tuple[Int64[np.ndarray, " Q"], Int64[np.ndarray, " Q"]]:
     """Pairs of the eight cells in each cell of `size` voxels, less those that cannot matter."""
     small = size // 2
-    offsets = (_octants() - 0.5) * small
+    offsets = (OCTANTS - 0.5) * small
     near = _of_pairs(keys, triangles, corners, offsets, size=size)
     limit = np.minimum(_lowest(near, keys) + 2 * _reach(small), band + _reach(small))
     wanted = near <= limit + 1e-3
@@ -183,8 +184,7 @@ def _leaves(
     band: float,
 ) -> Piece:
     """The voxels of the smallest cells."""
-    inside = _octants().astype(np.int64)
-    voxels = inside if size == 2 else (2 * inside[:, None] + inside).reshape(-1, 3)
+    voxels = OCTANTS if size == 2 else (2 * OCTANTS[:, None] + OCTANTS).reshape(-1, 3)
     near = _of_pairs(keys, triangles, corners, voxels - (size - 1) / 2, size=size)
     firsts = _firsts(keys)
     nearest = np.minimum.reduceat(near, firsts, axis=0) if len(firsts) else near
@@ -230,12 +230,6 @@ def _groups(keys: Int64[np.ndarray, " P"], size: int) -> Iterator[slice]:
 def _reach(size: int) -> float:
     """From the middle of a cell to its farthest voxel."""
     return math.sqrt(3) * (size - 1) / 2
-
-
-def _octants() -> Float[np.ndarray, "8 3"]:
-    """0 or 1 along each axis, x highest."""
-    octants = np.arange(8)
-    return np.stack([octants >> 2, octants >> 1 & 1, octants & 1], 1).astype(np.float64)
 
 
 def _interleaved(cells: Int64[np.ndarray, "N 3"]) -> Int64[np.ndarray, " N"]:

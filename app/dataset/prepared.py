@@ -315,8 +315,7 @@ def _case(path: Path, dataset: str, row: Mapping[str, str]) -> PreparedCase:
         reason = error.strerror if isinstance(error, OSError) else error
         raise Refused("DAMAGED_CASE", f"{path.name}/case.json cannot be read ({reason})", _AGAIN) from error
     if not isinstance(sidecar, dict):
-        what = f"{path.name}/case.json must hold an object, it holds {_short(sidecar)}"
-        raise Refused("DAMAGED_CASE", what, _AGAIN)
+        raise Refused("DAMAGED_CASE", f"{path.name}/case.json must hold an object, it holds {_short(sidecar)}", _AGAIN)
     for name, (says, holds) in _FIELDS.items():
         if name in sidecar and not holds(sidecar[name]):
             what = f"{path.name}/case.json must have {says} as its {name}, it has {_short(sidecar[name])}"

@@ -235,7 +235,7 @@ class Language:
             except ValueError as error:
                 raise Refused("BAD_MODEL", str(error)) from error
             self.identity = identify(vl_model, self.model)
-        qwen.freeze(self.model)
+        self.model.requires_grad_(False)
         self.adapter = None
         if lora is not None and lora["use"]:
             with torch.random.fork_rng(devices=[]):

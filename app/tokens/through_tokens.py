@@ -4,7 +4,7 @@ Both serve `bundles/inference.json`, an exported bundle, and any host that feeds
 app does). What leaves is HU on the scan's own grid.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from app.prepare.values import why_not_hu
 from app.shared.refusals import Refused
 from app.tokens.tokenizer import CTTokenizer
 from app.tokens.volumes import onto_grid
+from app.training.data import Transform
 from networks.vqvae import SparseVQVAE
 
 
@@ -41,14 +42,21 @@ class ReadScand(MapTransform):
 
 
 class ThroughTokens(Inferer):
-    """Encodes and decodes a batch of volumes in HU. Each lies where its affine says; on RAS axes or not."""
+    """Encodes and decodes a batch of volumes in HU. Each lies where its affine says; on RAS axes or not.
+
+    `chain` are the transforms from a volume to the network's features, the same as in training.
+    """
+
+    def __init__(self, chain: Sequence[Transform]) -> None:
+        super().__init__()
+        self.chain = chain
 
     def __call__(self, inputs: torch.Tensor, network: SparseVQVAE, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not isinstance(inputs, MetaTensor):
             raise Refused("NO_SPACING", "the volume has no affine", "read it with metadata (a MetaTensor)")
         if inputs.ndim != 5 or inputs.shape[1] != 1:
             raise Refused("BAD_SHAPE", f"volumes must be (B, 1, X, Y, Z) in HU, got {tuple(inputs.shape)}")
-        tokenizer = CTTokenizer(network, digest="")
+        tokenizer = CTTokenizer(network, digest="", chain=self.chain)
         affines = np.broadcast_to(np.asarray(inputs.affine.cpu(), np.float64), (len(inputs), 4, 4))
         done = [
             _encoded_and_decoded(tokenizer, volume[0], affine)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,14 +61,24 @@ class CTTokenizer:
         digest: sha256 of its weights, written into every token file.
         source: where it came from, to be said.
         max_points: voxels in work at a time; a larger volume goes through in parts, with the same result.
+        chain: transforms from a volume to features, as a config declares them; by default made from the sizes.
     """
 
-    def __init__(self, network: SparseVQVAE, *, digest: str, source: str = "", max_points: int | None = None):
+    def __init__(
+        self,
+        network: SparseVQVAE,
+        *,
+        digest: str,
+        source: str = "",
+        max_points: int | None = None,
+        chain: Sequence[data.Transform] | None = None,
+    ):
         if network.vq is None:
             what = "a continuous autoencoder makes no tokens"
             raise Refused("NO_CODEBOOK", what, "give the output folder of stage 1 or 2")
         self.network, self.digest, self.source = network.eval(), digest, source
         self.max_points = max_points or network.sizes.max_points
+        self.chain = chain_of(network.sizes) if chain is None else chain
 
     @classmethod
     def from_pretrained(
@@ -200,15 +210,11 @@ class CTTokenizer:
 
     def rows_of(self, volume: Volume, *, scan: Scan | None = None) -> ScanRows:
         """A RAS volume on the tokenizer's grid, windowed and sparse."""
-        sizes = self.sizes
-        if sizes.features != "window":
-            what = f"this tokenizer was trained on features {sizes.features}, a scan gives windows"
+        if self.sizes.features != "window":
+            what = f"this tokenizer was trained on features {self.sizes.features}, a scan gives windows"
             raise Refused("BAD_TOKENIZER", what)
-        steps = data.preprocessing(
-            resolution=sizes.resolution, spacing=sizes.spacing, keep=sizes.keep, windows=sizes.windows
-        )
         item: dict[str, Any] = {"image": volume.hu, "affine": volume.affine}
-        for step in [*steps, Windowsd("values", windows=sizes.windows)]:  # Compose would hide a refusal (see data.py)
+        for step in self.chain:  # not Compose's call: it hides a refusal behind a RuntimeError
             item = step(item)
         if len(item["coords"]) < MIN_POINTS:
             what = f"only {len(item['coords'])} voxels are left of the scan, {MIN_POINTS} are needed"
@@ -265,6 +271,12 @@ class CTTokenizer:
 
     def to_hu(self, decoded: Decoded, tokens: CTTokens) -> Volume:
         return Volume(dense_hu(decoded.values, self.sizes), tokens.grid_affine)
+
+
+def chain_of(sizes: Preset) -> list[data.Transform]:
+    """From a dense volume to what a network of these sizes sees: what the stage files declare."""
+    settings = {name: getattr(sizes, name) for name in ("resolution", "spacing", "keep", "windows")}
+    return [*data.preprocessing(**settings), Windowsd("values", windows=sizes.windows)]
 
 
 def dense_hu(values: SparseTensor, sizes: Preset) -> Float[np.ndarray, "X Y Z"]:

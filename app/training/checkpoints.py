@@ -272,8 +272,7 @@ def check_extent(sizes: Preset, state: dict, path: str | Path) -> None:
         wanted = sum(tensor.numel() for tensor in build_vqvae(sizes).state_dict().values())
     stored = sum(tensor.numel() for tensor in state.values())
     if wanted > 4 * stored + 1_000_000:
-        what = f"{path} holds {stored:,} numbers, its sizes say {wanted:,}"
-        raise Refused("BAD_CHECKPOINT", what)
+        raise Refused("BAD_CHECKPOINT", f"{path} holds {stored:,} numbers, its sizes say {wanted:,}")
 
 
 def start_from(network: SparseVQVAE, path: str | Path, *, codebook: bool) -> Path:

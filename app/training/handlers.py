@@ -176,7 +176,7 @@ class Console:
 class MetricsRows(OnEvent):
     """A row of metrics.jsonl, and the same for TensorBoard, where due.
 
-    Not MONAI's TensorBoardStatsHandler: the folder that its writer holds is moved by a run's first step.
+    Not MONAI's TensorBoardStatsHandler, which sees neither the rate nor the memory nor which phase it is.
     """
 
     def __init__(self, *, folder, optimizer: Optimizer, on: CallableEventWithFilter):

@@ -9,7 +9,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,7 @@ class CodebookStart(ComponentsStart):
 
     loss_function: TokenizerLoss
     pretrained_vae_path: str | None
+    learns: Sequence[str]  # parts, after that
     warmup: dict  # flat keys of `bundles/vae.json` with their values for that phase
 
     def run(self) -> None:
@@ -139,7 +140,6 @@ class CodebookStart(ComponentsStart):
     def _train_autoencoder(self) -> None:
         steps, start = self.warmup["max_steps"], self.folder.warm_up_step or 0
         log.info("no autoencoder weights: training one for %d steps before the codebook", steps)
-        learns = [parameter.requires_grad for parameter in self.network.parameters()]
         stage0 = self._stage0(loader_over(self.loader, steps, start=start))
         trainer, schedule = (stage0.get_parsed_content(name) for name in ("train#trainer", "schedule"))
         state = WarmUpState(folder=self.folder, network=self.network, optimizer=trainer.optimizer, schedule=schedule)
@@ -157,8 +157,7 @@ class CodebookStart(ComponentsStart):
             trainer.run()
             state.save(trainer)  # laying the codebook and the first validation can take long
         self.folder.phase = "train"
-        for parameter, learned in zip(self.network.parameters(), learns, strict=True):
-            parameter.requires_grad_(learned)
+        let_learn(self.network, self.learns)
 
     def _stage0(self, loader: DataLoader) -> ConfigParser:
         """What `bundles/vae.json` declares, on this run's network and data, of its handlers those that watch steps."""
@@ -187,8 +186,7 @@ class CodebookStart(ComponentsStart):
         try:
             vq.start_from(rows, generator=torch.Generator().manual_seed(self.warmup["seed"]))
         except ValueError as error:
-            what = str(error).split(":")[0]
-            raise Refused("TOO_LITTLE_DATA", what) from error
+            raise Refused("TOO_LITTLE_DATA", str(error).split(":")[0]) from error
         log.info("codebook of %d codes laid over %d encoder outputs", vq.num_embeddings, rows.shape[0])
 
 

@@ -319,8 +319,10 @@ def summary(network: nn.Module) -> str:
     """Name, shape, type and whether it learns: by gradient (True), by moving averages (EMA) or not at all (False)."""
     rows = [(name, p.shape, p.dtype, str(p.requires_grad)) for name, p in network.named_parameters()]
     kept = network.state_dict().keys()  # buffers that are made anew at each start are no weights
-    fixed = {name: "EMA" if name.startswith("vq.") else "False" for name, _ in network.named_buffers()}
-    rows += [(name, b.shape, b.dtype, fixed[name]) for name, b in network.named_buffers() if name in kept]
+    parts = [(name, part) for name, part in network.named_modules() if getattr(part, "follows_rows", False)]
+    averages = {f"{name}.{buffer}" for name, part in parts for buffer, _ in part.named_buffers()}
+    buffers = [(name, buffer) for name, buffer in network.named_buffers() if name in kept]
+    rows += [(name, b.shape, b.dtype, "EMA" if name in averages else "False") for name, b in buffers]
     lines = [("Name", "Shape", "Type", "Grad")]
     lines += [(n, "x".join(map(str, s)), str(t).removeprefix("torch."), g) for n, s, t, g in sorted(rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(4)]

@@ -82,8 +82,7 @@ class ShapeDataset(CTDataset):
     def _read(self, file: Path, resolution: int) -> dict[str, Any]:
         shape = read_shape(file)
         if shape.resolution != resolution:
-            what = f"{file.name} has resolution {shape.resolution}, its name says {resolution}"
-            raise Refused("DAMAGED_SHAPE", what)
+            raise Refused("DAMAGED_SHAPE", f"{file.name} has resolution {shape.resolution}, its name says {resolution}")
         if shape.sign == "none":
             what = f"{file.name} is unsigned"
             raise Refused("BAD_VALUE", what, "make it again from a closed mesh, without --unsigned")

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from networks import make_vqvae
 from networks.projector import Projector
-from networks.qwen import FAMILIES, VolumeQwen, add_lora, compile_layers, freeze, use_checkpointing
+from networks.qwen import FAMILIES, VolumeQwen, add_lora, compile_layers, use_checkpointing
 from networks.sparse import SparseTensor
 from networks.tokens import reduce_tokens
 from tests.benchmarks.shapes import body
@@ -149,7 +149,7 @@ def main() -> None:
     ways["plain, cached"] = (eager(plain), cached)
     rows = []
     for lora in [word == "lora" for word in sys.argv[1:] or ("projector", "lora")]:
-        freeze(language)
+        language.requires_grad_(False)
         if lora:
             add_lora(language, dropout=0.0)
         model = VolumeQwen(language, Projector(tokenizer.sizes.latent_channels, 1536).cuda())

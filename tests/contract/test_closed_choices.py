@@ -100,7 +100,12 @@ def test_a_codebook_is_a_name_and_a_row(add_row, monkeypatch):
 
     monkeypatch.setattr(presets, "CODEBOOKS", (*presets.CODEBOOKS, "toy"))
     add_row(QUANTIZERS, "toy", lambda sizes: Halves(sizes.num_embeddings, sizes.latent_channels))
-    network = make_vqvae("tiny", codebook="toy", num_embeddings=64, resolution=16, windows=["lung"])
+    stage = json.loads((train.bundles_folder() / "vq_stage1.json").read_text())
+    levels = ConfigParser({**stage, "demo": True, "codebook": "toy"}).get_parsed_content("quantizer_levels")
+    network = make_vqvae(
+        "tiny", codebook="toy", num_embeddings=64, resolution=16, windows=["lung"], quantizer_levels=levels
+    )
+    assert levels == 1, "what knows of no levels is asked for none"
     assert type(network.vq) is Halves and network.sizes.codebook == "toy"
     coords = torch.nn.functional.pad(torch.ones(16, 16, 16).nonzero(), (1, 0)).int()
     x = SparseTensor(torch.rand(len(coords), 1), coords, spatial_shape=(16,) * 3, batch_size=1)

@@ -14,7 +14,6 @@ from networks.qwen import (
     VolumeQwen,
     add_lora,
     compile_layers,
-    freeze,
     load_language,
     use_checkpointing,
 )
@@ -183,7 +182,7 @@ def test_checkpointing_gives_the_same_gradients(family, lora):
     for checkpointing in (False, True):
         torch.manual_seed(0)
         model, tokenizer = make_model(family)
-        freeze(model.language)
+        model.language.requires_grad_(False)
         if lora:
             add_lora(model.language, dropout=0.0)
         if checkpointing:
@@ -212,7 +211,7 @@ BRIEFLY = [("qwen2_vl", True, False), ("qwen3_vl", False, True)]  # each choice 
 def test_compiled_layers_give_the_same_from_one_compilation(family, lora, checkpointing):
     torch.compiler.reset()
     model, tokenizer = make_model(family)
-    freeze(model.language)
+    model.language.requires_grad_(False)
     if lora:
         add_lora(model.language, dropout=0.0)
     model.train()

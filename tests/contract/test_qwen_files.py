@@ -11,7 +11,6 @@ from safetensors import safe_open
 from networks.qwen import (
     VolumeQwen,
     add_lora,
-    freeze,
     load_language,
     load_lora,
     save_language,
@@ -23,7 +22,7 @@ from tests.qwen_models import FAMILIES, THREE, make_batch, make_model
 def test_adapter_round_trip_and_merge(family, tmp_path):
     model, tokenizer = make_model(family)
     model.end_tokens = lambda: [0]
-    freeze(model.language)
+    model.language.requires_grad_(False)
     adapter = add_lora(model.language, r=4)
     changed = [name for name, p in model.language.named_parameters() if p.requires_grad]
     assert changed and all("language_model" in name and "visual" not in name for name in changed)
@@ -105,7 +104,7 @@ def test_an_adapter_or_a_language_model_with_code_in_it_is_refused_and_the_code_
     monkeypatch.chdir(tmp_path)
     model, tokenizer = make_model("qwen2_vl")
     save_language(model.language, tokenizer, tmp_path / "language")
-    freeze(model.language)
+    model.language.requires_grad_(False)
     add_lora(model.language, r=4).save_pretrained(tmp_path / "lora")
     for folder, safe, pickled in (("lora", "adapter_model.safetensors", "adapter_model.bin"),
                                   ("language", "model.safetensors", "pytorch_model.bin")):  # fmt: skip
@@ -128,7 +127,7 @@ def test_folders_that_lack_a_part_are_named(tmp_path):
     """A copy of the weights alone would get an empty tokenizer, and learn from nothing."""
     model, tokenizer = make_model("qwen2_vl")
     save_language(model.language, tokenizer, tmp_path)
-    freeze(model.language)
+    model.language.requires_grad_(False)
     add_lora(model.language, r=4).save_pretrained(tmp_path / "lora")
     (tmp_path / "lora/adapter_model.safetensors").write_bytes(b"cut short")
     with pytest.raises(ValueError, match=r"low-rank layers of .*lora could not be loaded"):

@@ -75,3 +75,15 @@ def test_stages_share_what_they_must():
         flat = {k for k, v in first.items() if not isinstance(v, dict | list) and k in config} - free
         differ = sorted(key for key in flat if at_full_scale(config[key]) != at_full_scale(first[key]))
         assert not differ, f"{name}: {differ} differ from vq_stage1.json"
+
+
+def test_inference_declares_the_chain_that_training_declares():
+    """From a volume to features by the same transforms; what a run chose stands in the tokenizer's sizes by then."""
+    configs = {name: json.loads((ROOT / "bundles" / name).read_text()) for name in (*STAGES, "inference.json")}
+    inference = configs.pop("inference.json")
+    for config in configs.values():
+        chosen = json.dumps([*config["preprocessing"], config["windowing"]])
+        for key, recorded in (("@keep", "$@sizes.keep"), ("@window_names", "$@sizes.windows")):
+            chosen = chosen.replace(f'"{key}"', f'"{recorded}"')
+        assert json.loads(chosen) == inference["windowing"]
+    assert inference["sizes"] == "$@network_def.sizes" and inference["inferer"]["chain"] == "@windowing"

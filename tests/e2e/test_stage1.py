@@ -63,6 +63,15 @@ def test_warm_up_trains_and_the_codebook_phase_leaves_encoder_and_decoder_alone(
         assert torch.equal(start[name], end[name]) == frozen, name
 
 
+def test_a_codebook_that_is_not_among_what_learns_stays_as_it_was_laid(place, cohort):
+    end = run_in(place, dataset_dir=cohort, output_dir="out", learns="['subdivision']", warmup_steps=2, max_steps=3)
+    assert end.status == 0, end.err
+    start, last = (weights_of(place / "out", step) for step in (0, 3))
+    moved = {name.split(".")[0] for name in start if not torch.equal(start[name], last[name])} - {"_extra_state"}
+    assert moved == {"subdivision"}
+    assert "EMA" not in (place / "out/vqvae_model_summary.txt").read_text()
+
+
 def test_the_warm_up_clips_gradients_as_it_is_told(place, cohort):
     end = run_in(place, dataset_dir=cohort, output_dir="out", grad_clip=1e-15, warmup_steps=2, max_steps=1)
     assert end.status == 0, end.err

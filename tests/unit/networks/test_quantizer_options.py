@@ -139,6 +139,20 @@ def test_moving_averages_follow_the_rows(option, generator):
         assert not torch.equal(old, level.codebook)
 
 
+@pytest.mark.parametrize("option", ["ema", "gradient", "rotation", "normalized", "residual", "all"])
+def test_a_codebook_that_is_not_to_learn_stays_and_no_code_is_revived(option, generator):
+    vq = started(option, clustered(generator)).train()
+    far = clustered(generator) + 50.0  # most codes go unused: all of them would be revived
+    before = {name: value.clone() for name, value in vq.state_dict().items()}
+    vq.requires_grad_(False)
+    for _ in range(30):
+        vq(far)
+        assert int(vq.update(generator=generator)) == 0
+    assert not any(level._pending for level in getattr(vq, "levels", [vq]))
+    assert all(torch.equal(value, before[name]) for name, value in vq.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in vq.parameters())
+
+
 def test_fsq_levels_keep_the_number_of_codes():
     assert levels_for(8192) == (8, 8, 8, 16)
     assert levels_for(256) == (4, 8, 8)

@@ -294,5 +294,5 @@ CONFIGS = sorted(file for file in (ROOT / "bundles").glob("*.json") if "schema" 
 def test_every_flat_key_of_a_bundle_has_a_rule(config):
     if config.stem == "metadata":
         return
-    free = {"_desc_", "lr_scheduler_options", "network"}
+    free = {"_desc_", "lr_scheduler_options", "network", "sizes"}
     assert set(flat_keys(config)) - free <= set(key_rules.RULES), set(flat_keys(config)) - free - set(key_rules.RULES)

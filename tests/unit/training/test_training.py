@@ -324,6 +324,7 @@ def test_the_warm_up_of_stage_1_is_what_vae_json_declares(tmp_path, monkeypatch)
         folder=Mock(),
         pretrained_vae_path=None,
         loader=loader,
+        learns=["vq", "subdivision"],
         prepare_batch=SparseBatch(Windowsd()),
         loss_function=loss_function,
         warmup={**flat, "lr_scheduler": "StepLR", "lr_scheduler_options": {"step_size": 2}},
