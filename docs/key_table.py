@@ -78,7 +78,7 @@ MEANINGS = {
     "batch_size_per_gpu": "samples of a step on each GPU",
     "batch_split": "parts that a batch is computed in, one after the other, to save memory; losses stay the same",
     "use_checkpoint": "recompute activations instead of keeping them: less memory, slower",
-    "use_graphs": "encoder and decoder as CUDA graphs: a third of a host's work, more memory, not with `use_checkpoint`",
+    "use_graphs": "encoder, decoder as CUDA graphs: a third of a host's work, more memory, not with `use_checkpoint`",
     "sparse_backend": "`auto`, `torch`, `triton` or `spconv`; null: what SPARSE_BACKEND says, else `auto`",
     "amp": "number format of the computation: `off`, `bf16` or `fp16`",
     "num_workers": "loader processes",

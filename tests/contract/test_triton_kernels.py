@@ -19,7 +19,7 @@ from tests import oracle
 from tests.started_again import StartedAgain
 
 triton = pytest.importorskip("triton")
-from networks import losses, presets, vqvae  # noqa: E402
+from networks import coders, losses, presets, vqvae  # noqa: E402
 from networks.kernels import attention, children, code_search, convolution, errors, linear, maps, norm  # noqa: E402
 from networks.kernels import rows as row_kernels  # noqa: E402
 from networks.quantizer import VectorQuantizer  # noqa: E402
@@ -370,6 +370,7 @@ def test_interpreted_gradients_are_summed_alike_whatever_the_tables_length(live,
 
 def _as_autocast(monkeypatch):
     """Blocks meet the kernels, and float16 under autocast, on the CPU too."""
+    monkeypatch.setattr(norm, "PROGRAMS_PER_BATCH", 3)
     kernels = {"linear": linear, "norm": norm, "attention": attention, "children": children}
     monkeypatch.setattr(ops, "fused", lambda name, feats: kernels.get(name))
     monkeypatch.setattr(ops, "choose_backend", lambda name, feats, columns: convolution)
@@ -468,8 +469,7 @@ def _for_graphs(monkeypatch):
     monkeypatch.setattr(ops, "backend_module", lambda name: convolution)
     monkeypatch.setattr(graphs, "CudaGraph", StartedAgain)
     monkeypatch.setattr(graphs, "SHORTEST", 8)
-    monkeypatch.setattr(norm, "PROGRAMS_PER_BATCH", 3)
-    for module in (presets, vqvae):
+    for module in (presets, coders):
         monkeypatch.setattr(module, "NUM_RESIDUAL", (0, 1, 0))
     torch.manual_seed(0)
     sizes = {"resolution": 16, "widths": (8, 8, 16), "model_channels": 16, "latent_channels": 8, "num_embeddings": 8}
