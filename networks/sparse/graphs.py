@@ -64,9 +64,13 @@ class Tables(Level):
         self._filled: dict[Hashable, _Filled] = {}
         self.lay(source)
 
+    def has_kernels_for(self, source: Level) -> bool:
+        """Whether the kernels that were recorded are those of another batch's neighbourhoods."""
+        return "is_thin" not in self.__dict__ or source.is_thin == self.is_thin
+
     def fits(self, source: Level) -> bool:
-        """Whether there is room for the maps of another batch, and the kernels are those of its neighbourhoods."""
-        if len(source) > self.length or ("is_thin" in self.__dict__ and source.is_thin != self.is_thin):
+        """Whether there is room for the maps of another batch."""
+        if len(source) > self.length:
             return False
         both = [pair for one in self._filled.values() for pair in zip(one.read(source), one.tables, strict=True)]
         sizes = [
@@ -174,14 +178,16 @@ class NetworkGraphs:
     ) -> list[SparseTensor] | None:
         """What `work` gives, if all parameters of the modules it consists of learn.
 
-        `levels` are the batch's, finest first, x on one of them.
+        `levels` are the batch's, finest first, x on one of them. A batch whose voxels have many neighbours where those
+        of the first had few, or the other way round, needs other kernels and runs without graphs.
         """
         parameters = [value for module in modules for value in module.parameters()]
         learns = torch.is_grad_enabled() and all(value.requires_grad for value in parameters)
         if self.failed or not learns or not len(x):
             return None
         try:
-            self._lay(levels)
+            if not self._lay(levels):
+                return None
             recorded = self.recorded.get(part)
             if recorded is None or not recorded.fits(x.feats, parameters):
                 self.recorded.pop(part, None)  # before the next takes memory
@@ -197,21 +203,24 @@ class NetworkGraphs:
         at = [levels[self.tables.index(table)] for table in recorded.levels]
         return [SparseTensor.on(level, feats) for level, feats in zip(at, rows, strict=True)]
 
-    def _lay(self, levels: Sequence[Level]) -> None:
+    def _lay(self, levels: Sequence[Level]) -> bool:
         """The batch's maps into the tables, unless they lie there; into longer ones, where there is too little room."""
         if self.tables and self.tables[0].source() is levels[0]:
-            return
+            return True
+        if self.tables and not all(map(Tables.has_kernels_for, self.tables, levels)):
+            return False
         for recorded in self.recorded.values():
             recorded.turn += 1
         if self.tables and all(table.fits(level) for table, level in zip(self.tables, levels, strict=True)):
             for table, level in zip(self.tables, levels, strict=True):
                 table.lay(level)
-            return
+            return True
         self.recorded, self.tables = {}, []  # before the next take memory
         tables: list[Tables] = []
         for level in reversed(levels):
             tables.insert(0, Tables(level, tables[0] if tables else None))
         self.tables = tables
+        return True
 
 
 class _Recorded:

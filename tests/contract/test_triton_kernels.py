@@ -534,6 +534,10 @@ def test_interpreted_graphs_serve_only_what_learns_and_one_batch_at_a_time(gener
     assert net.graphs.recorded["encoder"] is not before["encoder"]
     assert net.graphs.recorded["decoder"] is before["decoder"]
     assert not copy.deepcopy(net).graphs.recorded
+    before, thin = dict(net.graphs.recorded), not x.level.coarsening.coarse.is_thin
+    monkeypatch.setattr(Level, "is_thin", property(lambda level: thin, lambda level, value: None))
+    _learned(net, other)  # with other kernels than were recorded
+    assert net.graphs.recorded == before and net.graphs.tables[0].source() is x.level and not net.graphs.failed
 
 
 @in_interpreter
