@@ -329,15 +329,31 @@ def phantom_case(
 
 
 def builtin(
-    source: TokenSource, *, count: int, seed: int, split: str, about: Sequence[str] | None = None
+    source: TokenSource,
+    *,
+    count: int,
+    seed: int,
+    split: str,
+    about: Sequence[str] | None = None,
+    reports: float = 1.0,
 ) -> tuple[list[TextRow], dict[str, CTTokens]]:
-    """Phantoms as they are and, for training, also mirrored; answers balanced."""
+    """Phantoms as they are and, for training, also mirrored; answers balanced, of the reports a share."""
     settings = {"count": count, "seed": seed, "split": split, "about": about}
     rows, volumes = phantom_volumes(source, **settings)
     if split == "train":
         mirrored_rows, mirrored_volumes = phantom_volumes(source, **settings, mirror=True)
         rows, volumes = rows + mirrored_rows, volumes | mirrored_volumes
-    return balance(rows, seed=seed), volumes
+    return some_reports(balance(rows, seed=seed), share=reports), volumes
+
+
+def some_reports(rows: Sequence[TextRow], *, share: float) -> list[TextRow]:
+    """All questions, and evenly spread a share of the reports, which are long: each slows its whole batch."""
+    kept, seen = [], 0
+    for row in rows:
+        seen += row.kind == "report"
+        if row.kind != "report" or int(seen * share) > int((seen - 1) * share):
+            kept.append(row)
+    return kept
 
 
 def make_loader(

@@ -27,10 +27,12 @@ from networks.cell_detector import CellDetector
 
 log = logging.getLogger(__name__)
 
-LOCATED = ("nodule", "kidney stone")  # kinds of finding that lie in one place
-VERSION = 1  # raised when what it learns from, or how, changes
+LOCATED = ("nodule", "kidney stone", "pleural effusion")  # kinds of finding whose cells are known
+VERSION = 2  # raised when what it learns from, or how, changes
 FIRST_CROWDED = 250_000  # of their numbers, far from those that questions are asked about
-EPOCHS, BATCH, RATE = 12, 1024, 2e-3
+EPOCHS, EPOCHS_HARD = 2, 20  # over all cells, then over those that are hard
+CLEAR = -6.0  # below this logit of all kinds a cell without findings is not hard after the first epochs
+BATCH, RATE = 1024, 3e-3
 
 
 def phantom_detector(
@@ -99,14 +101,14 @@ def crowded_cells(
 
 
 def cells_of_findings(tokens: CTTokens, findings: Sequence[dict], kinds: Sequence[str]) -> Float[np.ndarray, "M K"]:
-    """1 for each cell that holds the centre of a finding; one outside all cells is nowhere."""
+    """1 for each cell that holds the centre of a finding, or a known point of it; one outside all cells is nowhere."""
     held = np.zeros((len(tokens.coords), len(kinds)), np.float32)
     row = {tuple(cell): number for number, cell in enumerate(tokens.coords.tolist())}
     to_cell = np.linalg.inv(tokens.affine)
     for finding in findings:
         if finding["finding"] in kinds:
-            for centre in finding["center_mm"]:
-                cell = np.rint(to_cell @ np.array([*centre, 1.0]))[:3].astype(int)
+            for point in finding.get("inside_mm", finding["center_mm"]):
+                cell = np.rint(to_cell @ np.array([*point, 1.0]))[:3].astype(int)
                 if (number := row.get(tuple(cell.tolist()))) is not None:
                     held[number, kinds.index(finding["finding"])] = 1
     return held
@@ -120,7 +122,7 @@ def fit(
     *,
     seed: int,
 ) -> None:
-    """Logistic regression through the hidden layers, one cycle of rates."""
+    """Logistic regression through the hidden layers: of all cells, then of those that are not clear by then."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for layer in detector.layers:
@@ -128,17 +130,32 @@ def fit(
                 layer.reset_parameters()
         detector.mean.copy_(feats.mean(0))
         detector.spread.copy_(feats.std(0).clamp(min=1e-6))
-        batch = min(BATCH, len(feats))
-        steps = EPOCHS * (len(feats) // batch)
-        optimizer = torch.optim.AdamW(detector.parameters(), lr=RATE, weight_decay=1e-3)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps + 1)
-        for step in range(steps):
-            if step % (len(feats) // batch) == 0:
-                order = torch.randperm(len(feats))
-            rows = order[step * batch % (len(feats) // batch * batch) :][:batch]
+        _cycle(detector, feats, coords, found, epochs=EPOCHS)
+        with torch.no_grad():
+            logits = torch.cat([detector(*part) for part in zip(feats.split(8192), coords.split(8192), strict=True)])
+        hard = ((logits > CLEAR) | (found > 0)).any(1)
+        if hard.any():
+            _cycle(detector, feats[hard], coords[hard], found[hard], epochs=EPOCHS_HARD)
+    log.info("cells with findings: a detector learned from %d of %d cells", int(found.any(1).sum()), len(found))
+
+
+def _cycle(
+    detector: CellDetector,
+    feats: Float[Tensor, "M D"],
+    coords: Int[Tensor, "M 3"],
+    found: Float[Tensor, "M K"],
+    *,
+    epochs: int,
+) -> None:
+    """One cycle of rates."""
+    batch = min(BATCH, len(feats))
+    an_epoch = len(feats) // batch
+    optimizer = torch.optim.AdamW(detector.parameters(), lr=RATE, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=an_epoch * epochs + 1)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(feats))[: an_epoch * batch].split(batch):
             loss = functional.binary_cross_entropy_with_logits(detector(feats[rows], coords[rows]), found[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-    log.info("cells with findings: a detector learned from %d of %d cells", int(found.any(1).sum()), len(found))

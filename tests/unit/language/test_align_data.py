@@ -268,6 +268,18 @@ def test_phantoms_made_by_two_processes_are_those_made_by_one(ct, tmp_path, monk
     assert all(np.array_equal(read[name].codes, volumes[name].codes) for name in volumes)
 
 
+@pytest.mark.parametrize(("share", "kept"), [(1.0, [0, 1, 2, 3, 4, 5]), (0.5, [1, 3, 5]), (0.34, [2, 5]), (0, [])])
+def test_of_the_reports_a_share_is_learned_evenly_and_every_question(share, kept):
+    rows = [
+        TextRow(image=f"{number}", answer="no", kind=kind, question=kind)
+        for number in range(6)
+        for kind in ("report", "presence")
+    ]
+    some = align_data.some_reports(rows, share=share)
+    assert [int(row.image) for row in some if row.kind == "report"] == kept
+    assert [row for row in some if row.kind == "presence"] == rows[1::2]
+
+
 def test_a_visit_that_fails_in_another_process_is_visited_here(tmp_path):
     """So that its reason is told by this process, as it is."""
 
