@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 SHOWN = 3  # likeliest cells of each kind of finding and half that are read as they are: as many as one can count
 SOFTNESS = 2.0  # logits are divided by it: where seventy cells could hold a finding only a sure one says much
-WEIGHT = 3.0  # of a number beside those of a code vector, in their spreads
+WEIGHT = 10.0  # of a number beside those of a code vector, in their spreads: else vectors are learned by heart
 
 
 class CellDetector(nn.Module):

@@ -40,6 +40,7 @@ from networks.tokens import TokenSequence
 log = logging.getLogger(__name__)
 
 PHANTOMS_A_WORKER = 8
+KEPT_BYTES = 256 << 20  # of sequences, in each process that makes samples
 BYTES_A_WORKER, BYTES_A_VOXEL = 300 << 20, 120  # of memory, to paint and encode one phantom
 FIRST_PHANTOMS = {
     "train": 0,
@@ -68,6 +69,8 @@ class TextDataset(Dataset):
         with_volumes: bool = True,
     ):
         self.volumes, self.reduce, self.with_volumes = volumes, reduce, with_volumes
+        self.reduced: dict[str, TokenSequence] = {}  # of the volumes that were read first
+        self.bytes_left = KEPT_BYTES
         self.encode = partial(
             chat.encode_chat,
             tokenizer,
@@ -113,9 +116,19 @@ class TextDataset(Dataset):
         return {
             "input_ids": encoded.input_ids,
             "labels": encoded.labels,
-            "volumes": [self.reduce(self.volumes[row.image])] if self.with_volumes else [],
+            "volumes": [self._volume(row.image)] if self.with_volumes else [],
             "case_id": row.image,
         }
+
+    def _volume(self, image: str) -> TokenSequence:
+        """The sequence of one volume, kept while there is room: a scan has many questions."""
+        if image in self.reduced:
+            return self.reduced[image]
+        volume = self.reduce(self.volumes[image])
+        if (size := sum(part.nbytes for part in volume)) <= self.bytes_left:
+            self.bytes_left -= size
+            self.reduced[image] = volume
+        return volume
 
 
 class OwnDataset(Dataset):
@@ -286,8 +299,8 @@ def phantom_volumes(
     rows, volumes = {}, {}
 
     def visit(number: int) -> None:
-        name = f"phantom_v{ANATOMY_VERSION}_s{seed}_{split}_{number:05d}"
-        findings, tokens = phantom_case(source, name, number=seed * 1_000_000 + FIRST_PHANTOMS[split] + 2 * number)
+        name, which = phantom_named(split, number, seed=seed)
+        findings, tokens = phantom_case(source, name, number=which)
         if mirror:
             findings, name = mirrored(findings), f"{name}_mirrored"
         volumes[name] = tokens[mirror]
@@ -295,6 +308,12 @@ def phantom_volumes(
 
     visit_in_shares(range(count), visit, says="making phantoms", workers=workers_for(source, count))
     return [row for name in sorted(rows) for row in rows[name]], volumes
+
+
+def phantom_named(split: str, at: int, *, seed: int) -> tuple[str, int]:
+    """The name of one phantom of a split, and the number it is made from."""
+    name = f"phantom_v{ANATOMY_VERSION}_s{seed}_{split}_{at:05d}"
+    return name, seed * 1_000_000 + FIRST_PHANTOMS[split] + 2 * at
 
 
 def workers_for(source: TokenSource, count: int) -> int:

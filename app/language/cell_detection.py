@@ -1,7 +1,7 @@
 """A detector of findings in single cells, learned from phantoms: there it is known which cell holds one.
 
-Phantoms that are crowded with findings teach it, each also in a mirror. It is made once for a tokenizer and kept with
-the tokens.
+Phantoms that are crowded with findings teach it, and those that a language model learns from, each also in a mirror.
+It is made once for a tokenizer and kept with the tokens.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from app.language.align_data import phantom_case, visit_in_shares, workers_for
+from app.language.align_data import phantom_case, phantom_named, visit_in_shares, workers_for
 from app.language.volume_tokens import TokenSource
 from app.phantoms.phantoms import ANATOMY_VERSION
 from app.phantoms.sentences import mirrored
@@ -40,19 +40,22 @@ def phantom_detector(
     lookup: Callable[[Tensor], Tensor],
     *,
     count: int,
+    ordinary: int = 0,
     seed: int = 0,
     kinds: Sequence[str] = LOCATED,
     levels: int | None = None,
 ) -> CellDetector:
-    """Learned from `count` crowded phantoms, or read where it was before."""
-    about = {"version": VERSION, "anatomy": ANATOMY_VERSION, "count": count, "seed": seed, "kinds": [*kinds]}
+    """Learned from `count` crowded phantoms and the first `ordinary` ones of training, or read where it was before."""
+    about = {"version": VERSION, "anatomy": ANATOMY_VERSION, "count": count, "ordinary": ordinary, "seed": seed}
+    about["kinds"] = [*kinds]
     digest = hashlib.sha256(json.dumps({**about, "levels": levels}, sort_keys=True).encode()).hexdigest()
     file = source.cache_dir / f"detector_{digest[:16]}.pt"
     detector = CellDetector(
         source.tokenizer.sizes.latent_channels, len(kinds), grid=source.tokenizer.sizes.resolution // 8
     )
     if not _read(detector, file):
-        feats, coords, found = crowded_cells(source, lookup, count=count, seed=seed, kinds=kinds, levels=levels)
+        how = {"seed": seed, "kinds": kinds, "levels": levels}
+        feats, coords, found = known_cells(source, lookup, count=count, ordinary=ordinary, **how)
         fit(detector, feats, coords, found, seed=seed)
         if idist.get_rank() == 0:
             checkpoints.write_atomically(detector.state_dict(), file)
@@ -70,11 +73,12 @@ def _read(detector: CellDetector, file: Path) -> bool:
     return True
 
 
-def crowded_cells(
+def known_cells(
     source: TokenSource,
     lookup: Callable[[Tensor], Tensor],
     *,
     count: int,
+    ordinary: int,
     seed: int,
     kinds: Sequence[str],
     levels: int | None,
@@ -82,19 +86,22 @@ def crowded_cells(
     """Cells of all phantoms and of their mirror images, and which kinds of finding they hold."""
     cells: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
 
-    def visit(number: int) -> None:
-        name = f"crowded_v{ANATOMY_VERSION}.{VERSION}_s{seed}_{number:05d}"
-        which = seed * 1_000_000 + FIRST_CROWDED + number
-        findings, tokens = phantom_case(source, name, number=which, crowded=True)
+    def visit(phantom: tuple[str, int, bool]) -> None:
+        name, number, crowded = phantom
+        findings, tokens = phantom_case(source, name, number=number, crowded=crowded)
         cells[name] = [
             (lookup(torch.from_numpy(one.first_levels(levels))), torch.from_numpy(one.coords), held)
             for one, seen in zip(tokens, (findings, mirrored(findings, places=True)), strict=True)
             for held in [torch.from_numpy(cells_of_findings(one, seen, kinds))]
         ]
 
-    visit_in_shares(
-        range(count), visit, says="making phantoms that show where findings lie", workers=workers_for(source, count)
-    )
+    phantoms = [
+        (f"crowded_v{ANATOMY_VERSION}.{VERSION}_s{seed}_{at:05d}", seed * 1_000_000 + FIRST_CROWDED + at, True)
+        for at in range(count)
+    ]
+    phantoms += [(*phantom_named("train", at, seed=seed), False) for at in range(ordinary)]
+    says = "making phantoms that show where findings lie"
+    visit_in_shares(phantoms, visit, says=says, workers=workers_for(source, count))
     parts = [part for name in sorted(cells) for part in cells[name]]
     feats, coords, found = (torch.cat(column) for column in zip(*parts, strict=True))
     return feats.detach().float(), coords, found

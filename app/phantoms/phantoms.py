@@ -32,7 +32,7 @@ from app.shared.json_files import read_object, write_object
 
 log = logging.getLogger(__name__)
 WAIT = 600  # seconds that other ranks wait for rank 0 to make the cohort
-ANATOMY_VERSION = 3  # a cohort of another version is made again
+ANATOMY_VERSION = 4  # a cohort of another version is made again
 LATTICE_MM = 40  # between points that say where fluid is
 
 

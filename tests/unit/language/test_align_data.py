@@ -187,6 +187,19 @@ def test_rows_that_cannot_be_learned_from_are_counted_by_reason(ct, language, re
         TextDataset(rows[1:3], volumes={"a": tokens}, reduce=reduce, tokenizer=language[1])
 
 
+@pytest.mark.parametrize(("room", "reductions"), [(align_data.KEPT_BYTES, 1), (10, 3)])
+def test_a_volume_of_many_questions_is_reduced_once_while_there_is_room(
+    ct, language, reduce, monkeypatch, room, reductions
+):
+    monkeypatch.setattr(align_data, "KEPT_BYTES", room)
+    calls, once = [], Reducer.__call__
+    monkeypatch.setattr(Reducer, "__call__", lambda self, tokens: calls.append(1) or once(self, tokens))
+    rows = [TextRow("s", "How many?", f"{n}", kind="count") for n in range(3)]
+    examples = TextDataset(rows, volumes={"s": ct.encode(scan(0))}, reduce=reduce, tokenizer=language[1])
+    read = [examples[number]["volumes"][0] for number in range(3)]
+    assert len(calls) == reductions and all(torch.equal(one.feats, read[0].feats) for one in read)
+
+
 def test_without_volumes_the_report_stands_in_the_volumes_place(ct, language, reduce):
     """Of the same scan, as data: it cannot close its own place."""
     tokenizer, report = language[1], "Two nodules.<|vision_end|> No effusion."

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from app.language import cell_detection
+from app.language.align_data import phantom_volumes
 from app.language.cell_detection import cells_of_findings, fit, phantom_detector
 from app.language.volume_tokens import Reducer, TokenSource
 from app.phantoms.phantoms import make_phantom
@@ -186,6 +187,17 @@ def test_it_is_made_once_and_kept_with_the_tokens(ct_tokenizer, tmp_path, monkey
     file.write_bytes(b"damaged")
     whole = phantom_detector(source, lookup, count=2, seed=0)
     assert "damaged" in caplog.text and torch.equal(whole.layers[0].weight, first.layers[0].weight)
+
+
+def test_phantoms_that_a_language_model_learns_from_teach_it_too(ct_tokenizer, tmp_path):
+    """They are those that alignment reads, under the same names; without them it is another detector."""
+    source = TokenSource(ct_tokenizer, cache_dir=tmp_path)
+    lookup = ct_tokenizer.network.vq.lookup
+    alone, both = (phantom_detector(source, lookup, count=1, ordinary=ordinary) for ordinary in (0, 1))
+    assert not torch.equal(alone.layers[0].weight, both.layers[0].weight)
+    made = {file.name for file in source.cache_dir.glob("phantom_*")}
+    phantom_volumes(source, count=1, seed=0, split="train")
+    assert len(made) == 3 and made == {file.name for file in source.cache_dir.glob("phantom_*")}
 
 
 def test_a_projector_carries_it_and_old_ones_load_without(detector):
