@@ -133,6 +133,7 @@ MEANINGS = {
     "lora_dropout": "dropout before those layers, 0 to below 1",
     "compile_layers": "`torch.compile` for each layer of the language model",
     "num_phantoms": "phantoms made where no data are given",
+    "report_share": "share of the reports that is learned where no data are given: they are long and slow",
     "detector_phantoms": "phantoms from which a detector learns where findings lie; 0: there is none",
     "val_phantoms": "other phantoms for validation where no data are given",
     "val_rows": "rows of split val that each epoch is validated on, at most, evenly spread",

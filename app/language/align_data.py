@@ -40,6 +40,7 @@ from networks.tokens import TokenSequence
 log = logging.getLogger(__name__)
 
 PHANTOMS_A_WORKER = 8
+KEPT_BYTES = 256 << 20  # of sequences, in each process that makes samples
 BYTES_A_WORKER, BYTES_A_VOXEL = 300 << 20, 120  # of memory, to paint and encode one phantom
 FIRST_PHANTOMS = {
     "train": 0,
@@ -68,6 +69,8 @@ class TextDataset(Dataset):
         with_volumes: bool = True,
     ):
         self.volumes, self.reduce, self.with_volumes = volumes, reduce, with_volumes
+        self.reduced: dict[str, TokenSequence] = {}  # of the volumes that were read first
+        self.bytes_left = KEPT_BYTES
         self.encode = partial(
             chat.encode_chat,
             tokenizer,
@@ -113,9 +116,19 @@ class TextDataset(Dataset):
         return {
             "input_ids": encoded.input_ids,
             "labels": encoded.labels,
-            "volumes": [self.reduce(self.volumes[row.image])] if self.with_volumes else [],
+            "volumes": [self._volume(row.image)] if self.with_volumes else [],
             "case_id": row.image,
         }
+
+    def _volume(self, image: str) -> TokenSequence:
+        """The sequence of one volume, kept while there is room: a scan has many questions."""
+        if image in self.reduced:
+            return self.reduced[image]
+        volume = self.reduce(self.volumes[image])
+        if (size := sum(part.nbytes for part in volume)) <= self.bytes_left:
+            self.bytes_left -= size
+            self.reduced[image] = volume
+        return volume
 
 
 class OwnDataset(Dataset):
@@ -286,8 +299,8 @@ def phantom_volumes(
     rows, volumes = {}, {}
 
     def visit(number: int) -> None:
-        name = f"phantom_v{ANATOMY_VERSION}_s{seed}_{split}_{number:05d}"
-        findings, tokens = phantom_case(source, name, number=seed * 1_000_000 + FIRST_PHANTOMS[split] + 2 * number)
+        name, which = phantom_named(split, number, seed=seed)
+        findings, tokens = phantom_case(source, name, number=which)
         if mirror:
             findings, name = mirrored(findings), f"{name}_mirrored"
         volumes[name] = tokens[mirror]
@@ -295,6 +308,12 @@ def phantom_volumes(
 
     visit_in_shares(range(count), visit, says="making phantoms", workers=workers_for(source, count))
     return [row for name in sorted(rows) for row in rows[name]], volumes
+
+
+def phantom_named(split: str, at: int, *, seed: int) -> tuple[str, int]:
+    """The name of one phantom of a split, and the number it is made from."""
+    name = f"phantom_v{ANATOMY_VERSION}_s{seed}_{split}_{at:05d}"
+    return name, seed * 1_000_000 + FIRST_PHANTOMS[split] + 2 * at
 
 
 def workers_for(source: TokenSource, count: int) -> int:
@@ -329,15 +348,31 @@ def phantom_case(
 
 
 def builtin(
-    source: TokenSource, *, count: int, seed: int, split: str, about: Sequence[str] | None = None
+    source: TokenSource,
+    *,
+    count: int,
+    seed: int,
+    split: str,
+    about: Sequence[str] | None = None,
+    reports: float = 1.0,
 ) -> tuple[list[TextRow], dict[str, CTTokens]]:
-    """Phantoms as they are and, for training, also mirrored; answers balanced."""
+    """Phantoms as they are and, for training, also mirrored; answers balanced, of the reports a share."""
     settings = {"count": count, "seed": seed, "split": split, "about": about}
     rows, volumes = phantom_volumes(source, **settings)
     if split == "train":
         mirrored_rows, mirrored_volumes = phantom_volumes(source, **settings, mirror=True)
         rows, volumes = rows + mirrored_rows, volumes | mirrored_volumes
-    return balance(rows, seed=seed), volumes
+    return some_reports(balance(rows, seed=seed), share=reports), volumes
+
+
+def some_reports(rows: Sequence[TextRow], *, share: float) -> list[TextRow]:
+    """All questions, and evenly spread a share of the reports, which are long: each slows its whole batch."""
+    kept, seen = [], 0
+    for row in rows:
+        seen += row.kind == "report"
+        if row.kind != "report" or int(seen * share) > int((seen - 1) * share):
+            kept.append(row)
+    return kept
 
 
 def make_loader(

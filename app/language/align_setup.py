@@ -59,7 +59,13 @@ def can_compile(vl_model: str) -> bool:
 
 
 def check_choices(
-    *, demo: bool, vl_model: str, data: str | None = None, dataset: str | None = None, use_lora: bool = False
+    *,
+    demo: bool,
+    vl_model: str,
+    data: str | None = None,
+    dataset: str | None = None,
+    use_lora: bool = False,
+    detector_phantoms: int = 0,
 ) -> None:
     """Says what was chosen, and looks for what the end of the preparations needs (a Qwen-VL, peft).
 
@@ -68,6 +74,9 @@ def check_choices(
     if data is not None and not Path(data).exists():
         what = f"{data} does not exist"
         raise Refused("NO_DATA", what, "give a manifest, a prepared dataset with text.jsonl, or a folder")
+    if detector_phantoms and (data or dataset):
+        what = f"detector_phantoms is {detector_phantoms}, but phantoms do not show how findings look in your scans"
+        raise Refused("BAD_VALUE", what, "leave --detector_phantoms out beside data of your own", status=2)
     text = f"text of {data or dataset}" if data or dataset else "text of built-in phantoms"
     log.info("scale %s: %s", "demo" if demo else "full", text)
     tiny = is_tiny(vl_model)
@@ -140,7 +149,7 @@ class AlignmentText:
 
     Args:
         max_rows: at most this many, evenly spread over the rows there are.
-        phantoms: count, seed and `about` of the built-in text, which is taken without data.
+        phantoms: count, seed, `about` and share of `reports` of the built-in text, which is taken without data.
     """
 
     def __init__(
@@ -157,7 +166,7 @@ class AlignmentText:
     ):
         self.tokenizer, self.split, self.data, self.image_root = tokenizer, split, data, image_root
         self.cache, self.skip_bad, self.max_rows = align_data.tokens_folder(output_dir), skip_bad, max_rows
-        self.phantoms = {"count": 800, "seed": 0, "about": None} | (phantoms or {})
+        self.phantoms = {"count": 800, "seed": 0, "about": None, "reports": 1.0} | (phantoms or {})
 
     @cached_property
     def rows_and_volumes(self) -> tuple[list[TextRow], dict[str, CTTokens]]:
@@ -280,14 +289,23 @@ def identify(name: str, model: nn.Module) -> dict:
 
 
 def make_detector(
-    *, tokenizer: FrozenTokenizer, output_dir: str, num_phantoms: int, about: list[str] | None = None, seed: int = 0
+    *,
+    tokenizer: FrozenTokenizer,
+    output_dir: str,
+    num_phantoms: int,
+    ordinary: int = 0,
+    about: list[str] | None = None,
+    seed: int = 0,
 ) -> CellDetector | None:
-    """Of the findings that are spoken of and lie in one place; None with no phantoms, or without such findings."""
+    """Of the findings that are spoken of and whose cells are known; None with no phantoms.
+
+    `ordinary`: how many of the phantoms that the language model learns from teach it too.
+    """
     kinds = [kind for kind in LOCATED if about is None or kind in about]
     if not num_phantoms or not kinds:
         return None
     source, levels = tokenizer.source(align_data.tokens_folder(output_dir)), tokenizer.levels
-    how = {"count": num_phantoms, "seed": seed, "kinds": kinds, "levels": levels}
+    how = {"count": num_phantoms, "ordinary": ordinary, "seed": seed, "kinds": kinds, "levels": levels}
     return phantom_detector(source, tokenizer.lookup_on_cpu.lookup, **how)
 
 
@@ -302,8 +320,8 @@ def make_projector(
 ) -> Projector:
     """A fresh projector whose outputs have the spread of the language model's own embeddings."""
     spread, vectors = qwen.embedding_spread(language.model), tokenizer.vectors()
-    if detector is not None:  # whose numbers are 0 in most cells
-        vectors = torch.nn.functional.pad(vectors, (0, detector.num_kinds))
+    if detector is not None:  # whose numbers lie around 0
+        vectors = torch.nn.functional.pad(vectors, (0, detector.num_numbers))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         projector = Projector(

@@ -1,7 +1,7 @@
 """A detector of findings in single cells, learned from phantoms: there it is known which cell holds one.
 
-Phantoms that are crowded with findings teach it, each also in a mirror. It is made once for a tokenizer and kept with
-the tokens.
+Phantoms that are crowded with findings teach it, and those that a language model learns from, each also in a mirror.
+It is made once for a tokenizer and kept with the tokens.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from app.language.align_data import phantom_case, visit_in_shares, workers_for
+from app.language.align_data import phantom_case, phantom_named, visit_in_shares, workers_for
 from app.language.volume_tokens import TokenSource
 from app.phantoms.phantoms import ANATOMY_VERSION
 from app.phantoms.sentences import mirrored
@@ -27,10 +27,12 @@ from networks.cell_detector import CellDetector
 
 log = logging.getLogger(__name__)
 
-LOCATED = ("nodule", "kidney stone")  # kinds of finding that lie in one place
-VERSION = 1  # raised when what it learns from, or how, changes
+LOCATED = ("nodule", "kidney stone", "pleural effusion")  # kinds of finding whose cells are known
+VERSION = 2  # raised when what it learns from, or how, changes
 FIRST_CROWDED = 250_000  # of their numbers, far from those that questions are asked about
-EPOCHS, BATCH, RATE = 12, 1024, 2e-3
+EPOCHS, EPOCHS_HARD = 2, 20  # over all cells, then over those that are hard
+CLEAR = -6.0  # below this logit of all kinds a cell without findings is not hard after the first epochs
+BATCH, RATE = 1024, 3e-3
 
 
 def phantom_detector(
@@ -38,19 +40,22 @@ def phantom_detector(
     lookup: Callable[[Tensor], Tensor],
     *,
     count: int,
+    ordinary: int = 0,
     seed: int = 0,
     kinds: Sequence[str] = LOCATED,
     levels: int | None = None,
 ) -> CellDetector:
-    """Learned from `count` crowded phantoms, or read where it was before."""
-    about = {"version": VERSION, "anatomy": ANATOMY_VERSION, "count": count, "seed": seed, "kinds": [*kinds]}
+    """Learned from `count` crowded phantoms and the first `ordinary` ones of training, or read where it was before."""
+    about = {"version": VERSION, "anatomy": ANATOMY_VERSION, "count": count, "ordinary": ordinary, "seed": seed}
+    about["kinds"] = [*kinds]
     digest = hashlib.sha256(json.dumps({**about, "levels": levels}, sort_keys=True).encode()).hexdigest()
     file = source.cache_dir / f"detector_{digest[:16]}.pt"
     detector = CellDetector(
         source.tokenizer.sizes.latent_channels, len(kinds), grid=source.tokenizer.sizes.resolution // 8
     )
     if not _read(detector, file):
-        feats, coords, found = crowded_cells(source, lookup, count=count, seed=seed, kinds=kinds, levels=levels)
+        how = {"seed": seed, "kinds": kinds, "levels": levels}
+        feats, coords, found = known_cells(source, lookup, count=count, ordinary=ordinary, **how)
         fit(detector, feats, coords, found, seed=seed)
         if idist.get_rank() == 0:
             checkpoints.write_atomically(detector.state_dict(), file)
@@ -68,11 +73,12 @@ def _read(detector: CellDetector, file: Path) -> bool:
     return True
 
 
-def crowded_cells(
+def known_cells(
     source: TokenSource,
     lookup: Callable[[Tensor], Tensor],
     *,
     count: int,
+    ordinary: int,
     seed: int,
     kinds: Sequence[str],
     levels: int | None,
@@ -80,33 +86,36 @@ def crowded_cells(
     """Cells of all phantoms and of their mirror images, and which kinds of finding they hold."""
     cells: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
 
-    def visit(number: int) -> None:
-        name = f"crowded_v{ANATOMY_VERSION}.{VERSION}_s{seed}_{number:05d}"
-        which = seed * 1_000_000 + FIRST_CROWDED + number
-        findings, tokens = phantom_case(source, name, number=which, crowded=True)
+    def visit(phantom: tuple[str, int, bool]) -> None:
+        name, number, crowded = phantom
+        findings, tokens = phantom_case(source, name, number=number, crowded=crowded)
         cells[name] = [
             (lookup(torch.from_numpy(one.first_levels(levels))), torch.from_numpy(one.coords), held)
             for one, seen in zip(tokens, (findings, mirrored(findings, places=True)), strict=True)
             for held in [torch.from_numpy(cells_of_findings(one, seen, kinds))]
         ]
 
-    visit_in_shares(
-        range(count), visit, says="making phantoms that show where findings lie", workers=workers_for(source, count)
-    )
+    phantoms = [
+        (f"crowded_v{ANATOMY_VERSION}.{VERSION}_s{seed}_{at:05d}", seed * 1_000_000 + FIRST_CROWDED + at, True)
+        for at in range(count)
+    ]
+    phantoms += [(*phantom_named("train", at, seed=seed), False) for at in range(ordinary)]
+    says = "making phantoms that show where findings lie"
+    visit_in_shares(phantoms, visit, says=says, workers=workers_for(source, count))
     parts = [part for name in sorted(cells) for part in cells[name]]
     feats, coords, found = (torch.cat(column) for column in zip(*parts, strict=True))
     return feats.detach().float(), coords, found
 
 
 def cells_of_findings(tokens: CTTokens, findings: Sequence[dict], kinds: Sequence[str]) -> Float[np.ndarray, "M K"]:
-    """1 for each cell that holds the centre of a finding; one outside all cells is nowhere."""
+    """1 for each cell that holds the centre of a finding, or a known point of it; one outside all cells is nowhere."""
     held = np.zeros((len(tokens.coords), len(kinds)), np.float32)
     row = {tuple(cell): number for number, cell in enumerate(tokens.coords.tolist())}
     to_cell = np.linalg.inv(tokens.affine)
     for finding in findings:
         if finding["finding"] in kinds:
-            for centre in finding["center_mm"]:
-                cell = np.rint(to_cell @ np.array([*centre, 1.0]))[:3].astype(int)
+            for point in finding.get("inside_mm", finding["center_mm"]):
+                cell = np.rint(to_cell @ np.array([*point, 1.0]))[:3].astype(int)
                 if (number := row.get(tuple(cell.tolist()))) is not None:
                     held[number, kinds.index(finding["finding"])] = 1
     return held
@@ -120,7 +129,7 @@ def fit(
     *,
     seed: int,
 ) -> None:
-    """Logistic regression through the hidden layers, one cycle of rates."""
+    """Logistic regression through the hidden layers: of all cells, then of those that are not clear by then."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for layer in detector.layers:
@@ -128,17 +137,32 @@ def fit(
                 layer.reset_parameters()
         detector.mean.copy_(feats.mean(0))
         detector.spread.copy_(feats.std(0).clamp(min=1e-6))
-        batch = min(BATCH, len(feats))
-        steps = EPOCHS * (len(feats) // batch)
-        optimizer = torch.optim.AdamW(detector.parameters(), lr=RATE, weight_decay=1e-3)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps + 1)
-        for step in range(steps):
-            if step % (len(feats) // batch) == 0:
-                order = torch.randperm(len(feats))
-            rows = order[step * batch % (len(feats) // batch * batch) :][:batch]
+        _cycle(detector, feats, coords, found, epochs=EPOCHS)
+        with torch.no_grad():
+            logits = torch.cat([detector(*part) for part in zip(feats.split(8192), coords.split(8192), strict=True)])
+        hard = ((logits > CLEAR) | (found > 0)).any(1)
+        if hard.any():
+            _cycle(detector, feats[hard], coords[hard], found[hard], epochs=EPOCHS_HARD)
+    log.info("cells with findings: a detector learned from %d of %d cells", int(found.any(1).sum()), len(found))
+
+
+def _cycle(
+    detector: CellDetector,
+    feats: Float[Tensor, "M D"],
+    coords: Int[Tensor, "M 3"],
+    found: Float[Tensor, "M K"],
+    *,
+    epochs: int,
+) -> None:
+    """One cycle of rates."""
+    batch = min(BATCH, len(feats))
+    an_epoch = len(feats) // batch
+    optimizer = torch.optim.AdamW(detector.parameters(), lr=RATE, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=an_epoch * epochs + 1)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(feats))[: an_epoch * batch].split(batch):
             loss = functional.binary_cross_entropy_with_logits(detector(feats[rows], coords[rows]), found[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-    log.info("cells with findings: a detector learned from %d of %d cells", int(found.any(1).sum()), len(found))

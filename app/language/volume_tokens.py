@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Int32
+from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
 
 from app.tokens.open_scan import scan_source
 from app.tokens.token_files import CTTokens, write_tokens
 from app.tokens.tokenizer import CTTokenizer
 from app.training.step import SparseBatch
-from networks.cell_detector import CellDetector
+from networks.cell_detector import SHOWN, CellDetector
 from networks.sparse import SparseTensor
 from networks.tokens import TokenSequence, reduce_tokens
 from networks.vqvae import SparseVQVAE
@@ -25,7 +25,6 @@ from transforms import Windowsd
 from transforms.grid import RESAMPLER
 
 log = logging.getLogger(__name__)
-SHOWN = 8  # cells of each kind of finding
 
 
 def sparse_inputs(inputs: dict, vqvae: SparseVQVAE, device: torch.device | str | None = None) -> SparseTensor:
@@ -58,8 +57,8 @@ class Reducer:
     """From codes to the sequence that the language model reads: code vectors, ordered and within the budget.
 
     `lookup` gives the vector of each code; `width` is theirs. Of several quantiser levels the first `levels` are read:
-    a cell stays one token, its vector the sum of theirs. With a `detector` vectors have its numbers behind them, and of
-    each kind of finding the SHOWN likeliest cells come first, as they are, likeliest first; the rest keeps its order.
+    a cell stays one token, its vector the sum of theirs. With a `detector` vectors have its numbers behind them, and
+    the likeliest cells of each kind and half come first, as they are; the rest keeps its order.
     """
 
     def __init__(
@@ -84,12 +83,21 @@ class Reducer:
         feats, budget = feats.float(), {"max_tokens": self.max_tokens, "method": self.method}
         if self.detector is None:
             return reduce_tokens(feats, coords, **budget)
-        feats, logits = self.detector.beside(feats, coords)
-        count = min(SHOWN, len(feats), (self.max_tokens - 1) // logits.shape[1])
-        first = logits.topk(count, 0).indices.T.flatten()
-        rest = reduce_tokens(feats, coords, **budget | {"max_tokens": self.max_tokens - len(first)})
+        feats = self.detector.beside(feats, coords)
+        count = min(SHOWN, (self.max_tokens - 1) // (2 * self.detector.num_kinds))
+        first = self.detector.likeliest(feats, coords, count=count)
         shown = TokenSequence(feats[first], coords[first].int(), torch.ones_like(first))
-        return TokenSequence(*(torch.cat(parts) for parts in zip(shown, rest, strict=True)))
+        others = torch.ones(len(feats), dtype=torch.bool).index_fill_(0, first, False)
+        if others.any():
+            budget["max_tokens"] -= len(first)
+            rest = reduce_tokens(feats[others], coords[others], **budget)
+            shown = TokenSequence(*(torch.cat(parts) for parts in zip(shown, rest, strict=True)))
+        return shown._replace(feats=self.detector.survey(shown.feats, shown.coords))
+
+    def without(self, volume: TokenSequence, rows: Bool[Tensor, " T"]) -> TokenSequence:
+        """The same with some rows featureless: as the volume's mean; what a detector says of the whole follows."""
+        feats = torch.where(rows[:, None], volume.feats.mean(0), volume.feats)
+        return volume._replace(feats=feats if self.detector is None else self.detector.survey(feats, volume.coords))
 
 
 class TokenSource:

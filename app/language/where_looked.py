@@ -38,11 +38,7 @@ def where_looked(assistant: CTAssistant, question: str, answer: str, volume: Tok
         return None
     keys, order = cell_keys(volume.coords).sort(stable=True)  # cells that a detector shows come before the others
     place = torch.empty_like(keys).index_copy_(0, order, group_tokens(keys, MAX_PLACES))
-    mean = volume.feats.mean(0)
-    without = [
-        volume._replace(feats=torch.where((place == number)[:, None], mean, volume.feats))
-        for number in range(int(place.max()) + 1)
-    ]
+    without = [assistant.reduce.without(volume, place == number) for number in range(int(place.max()) + 1)]
     scores = log_probabilities(assistant, encoded, [volume, *without])
     loss = scores[0] - scores[1:]
     return Occlusion(float(scores[0].exp()), float(scores[1:].min().exp()), loss[place], volume.coords)

@@ -17,7 +17,7 @@ import ignite.distributed as idist
 import nibabel
 import numpy as np
 import pydicom
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from scipy import ndimage
@@ -32,7 +32,8 @@ from app.shared.json_files import read_object, write_object
 
 log = logging.getLogger(__name__)
 WAIT = 600  # seconds that other ranks wait for rank 0 to make the cohort
-ANATOMY_VERSION = 3  # a cohort of another version is made again
+ANATOMY_VERSION = 4  # a cohort of another version is made again
+LATTICE_MM = 40  # between points that say where fluid is
 
 
 class Phantom(NamedTuple):
@@ -70,7 +71,19 @@ def paint_effusion(canvas: Canvas, build: Build, torso: Torso, side: str) -> dic
         "count": 1,
         "size": size,
         "volume_ml": round(volume),
+        "inside_mm": _points_inside(canvas, part > 0.5),
     }
+
+
+def _points_inside(canvas: Canvas, part: Bool[np.ndarray, "X Y Z"]) -> list[list[float]]:
+    """Points of the scan in a part of it: the one nearest to its middle, and those of a lattice."""
+    rows = np.argwhere(part)
+    if not len(rows):
+        return []
+    nearest = rows[np.square(rows - rows.mean(0)).sum(1).argmin()]
+    step = max(1, round(LATTICE_MM / canvas.step))
+    points = np.concatenate([nearest[None], rows[(rows % step == step // 2).all(1)]])
+    return [[round(float(v), 1) for v in canvas.axis[point]] for point in points]
 
 
 def paint_nodules(canvas: Canvas, build: Build, torso: Torso, side: str, *, most: int = 3) -> dict[str, Any]:

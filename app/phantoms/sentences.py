@@ -114,4 +114,9 @@ def mirrored(findings: Sequence[Mapping], *, places: bool = False) -> list[dict]
     swapped = [{**finding, "side": swap_sides(finding["side"])} for finding in findings]
     if not places:
         return swapped
-    return [{**finding, "center_mm": [[-x, y, z] for x, y, z in finding["center_mm"]]} for finding in swapped]
+    return [{**finding, **_mirrored_places(finding)} for finding in swapped]
+
+
+def _mirrored_places(finding: Mapping) -> dict:
+    places = {name: finding[name] for name in ("center_mm", "inside_mm") if name in finding}
+    return {name: [[-x, y, z] for x, y, z in points] for name, points in places.items()}

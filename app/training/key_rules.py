@@ -266,6 +266,7 @@ RULES = {
     "lora_alpha": _count(1),
     "lora_dropout": Rule((int, float), "a number from 0 to below 1", minimum=0, holds=lambda v: v < 1),
     "num_phantoms": _count(2),
+    "report_share": Rule((int, float), "a number from 0 to 1", minimum=0, holds=lambda share: share <= 1),
     "detector_phantoms": _count(0),
     "val_phantoms": _count(2),
     "val_rows": _count(1),

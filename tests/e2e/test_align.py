@@ -313,7 +313,7 @@ def assert_detector_is_loaded(out):
     )
     scan = assistant.open(make_volume(9))
     volume = assistant.reduce(scan.tokens)
-    assert volume.feats.shape[1] == assistant.settings["in_features"] == assistant.reduce.width + 2
+    assert volume.feats.shape[1] == assistant.settings["in_features"] == assistant.reduce.width + 5 * 3
     assert assistant.ask(scan, "Is there a nodule in the left lung?", max_new_tokens=4).answer is not None
     looked = where_looked(assistant, "Is there a nodule in the left lung?", "no", volume)
     assert looked.loss.shape == (len(volume.feats),)

@@ -187,6 +187,19 @@ def test_rows_that_cannot_be_learned_from_are_counted_by_reason(ct, language, re
         TextDataset(rows[1:3], volumes={"a": tokens}, reduce=reduce, tokenizer=language[1])
 
 
+@pytest.mark.parametrize(("room", "reductions"), [(align_data.KEPT_BYTES, 1), (10, 3)])
+def test_a_volume_of_many_questions_is_reduced_once_while_there_is_room(
+    ct, language, reduce, monkeypatch, room, reductions
+):
+    monkeypatch.setattr(align_data, "KEPT_BYTES", room)
+    calls, once = [], Reducer.__call__
+    monkeypatch.setattr(Reducer, "__call__", lambda self, tokens: calls.append(1) or once(self, tokens))
+    rows = [TextRow("s", "How many?", f"{n}", kind="count") for n in range(3)]
+    examples = TextDataset(rows, volumes={"s": ct.encode(scan(0))}, reduce=reduce, tokenizer=language[1])
+    read = [examples[number]["volumes"][0] for number in range(3)]
+    assert len(calls) == reductions and all(torch.equal(one.feats, read[0].feats) for one in read)
+
+
 def test_without_volumes_the_report_stands_in_the_volumes_place(ct, language, reduce):
     """Of the same scan, as data: it cannot close its own place."""
     tokenizer, report = language[1], "Two nodules.<|vision_end|> No effusion."
@@ -266,6 +279,18 @@ def test_phantoms_made_by_two_processes_are_those_made_by_one(ct, tmp_path, monk
     assert painted_here == [] and torch.equal(torch.get_rng_state(), state)
     assert again == rows and set(read) == set(volumes)
     assert all(np.array_equal(read[name].codes, volumes[name].codes) for name in volumes)
+
+
+@pytest.mark.parametrize(("share", "kept"), [(1.0, [0, 1, 2, 3, 4, 5]), (0.5, [1, 3, 5]), (0.34, [2, 5]), (0, [])])
+def test_of_the_reports_a_share_is_learned_evenly_and_every_question(share, kept):
+    rows = [
+        TextRow(image=f"{number}", answer="no", kind=kind, question=kind)
+        for number in range(6)
+        for kind in ("report", "presence")
+    ]
+    some = align_data.some_reports(rows, share=share)
+    assert [int(row.image) for row in some if row.kind == "report"] == kept
+    assert [row for row in some if row.kind == "presence"] == rows[1::2]
 
 
 def test_a_visit_that_fails_in_another_process_is_visited_here(tmp_path):

@@ -5,14 +5,15 @@ import pytest
 import torch
 
 from app.language import cell_detection
-from app.language.cell_detection import LOCATED, cells_of_findings, fit, phantom_detector
-from app.language.volume_tokens import SHOWN, Reducer, TokenSource
+from app.language.align_data import phantom_volumes
+from app.language.cell_detection import cells_of_findings, fit, phantom_detector
+from app.language.volume_tokens import Reducer, TokenSource
 from app.phantoms.phantoms import make_phantom
 from app.phantoms.sentences import mirrored
 from app.tokens.open_scan import as_it_lies
 from app.tokens.tokenizer import CTTokenizer
 from networks import make_vqvae
-from networks.cell_detector import MOST, CellDetector
+from networks.cell_detector import SHOWN, SOFTNESS, CellDetector
 from networks.projector import Projector
 
 
@@ -68,8 +69,9 @@ def test_findings_lie_in_the_cells_that_hold_them(ct_tokenizer, crowded):
             seed, size=ct_tokenizer.sizes.resolution, spacing=ct_tokenizer.sizes.spacing, crowded=crowded
         )
         tokens = ct_tokenizer.encode(as_it_lies(phantom.hu, phantom.affine))
-        held = cells_of_findings(tokens, phantom.findings, LOCATED)
-        for kind, column in zip(LOCATED, held.T, strict=True):
+        kinds = ("nodule", "kidney stone")
+        held = cells_of_findings(tokens, phantom.findings, kinds)
+        for kind, column in zip(kinds, held.T, strict=True):
             centres = [c for f in phantom.findings if f["finding"] == kind for c in f["center_mm"]]
             found += len(centres)
             cells = (tokens.affine[:3, :3] @ tokens.coords[column > 0].T).T + tokens.affine[:3, 3]
@@ -96,21 +98,79 @@ def test_a_mirror_moves_findings_to_the_other_side():
     assert mirrored([finding])[0]["center_mm"] == finding["center_mm"]
 
 
-@pytest.mark.parametrize("budget", [200, 40, 17, 3, 1])
-def test_the_likeliest_cells_come_first_and_whole_within_the_budget(cells, detector, budget):
-    feats, places = cells[0][:300], torch.stack(torch.meshgrid(*[torch.arange(7)] * 3, indexing="ij"), -1)
-    coords = places.reshape(-1, 3)[:300]
-    reduce = Reducer(lambda codes: codes, width=6, max_tokens=budget, detector=detector)
-    told = reduce.rows(feats, coords)
-    assert len(told.feats) <= budget and told.feats.shape[1] == 8
-    count = min(SHOWN, (budget - 1) // 2)
-    logits = detector(feats, coords)
-    for kind in range(2):
-        best = logits[:, kind].topk(count).indices
-        shown = slice(kind * count, (kind + 1) * count)
-        assert torch.equal(told.feats[shown, :6], feats[best]) and torch.equal(told.coords[shown], coords[best].int())
-    assert int(told.weights[2 * count :].sum()) == 300  # the rest stands for the whole volume
-    assert told.feats[:, 6:].min() >= 0 and told.feats[:, 6:].max() <= MOST * float(detector.spread.mean()) + 1e-4
+@pytest.fixture
+def volume(cells):
+    """Vectors and places of 300 cells of one volume, in no order."""
+    places = torch.stack(torch.meshgrid(*[torch.arange(7)] * 3, indexing="ij"), -1).reshape(-1, 3)
+    return cells[0][:300], places[torch.randperm(343, generator=torch.Generator().manual_seed(1))[:300]]
+
+
+def reducer(detector, *, budget):
+    return Reducer(lambda codes: codes, width=6, max_tokens=budget, detector=detector)
+
+
+@pytest.mark.parametrize("budget", [400, 200, 40, 17, 3, 1])
+def test_the_likeliest_cells_of_each_half_come_first_and_whole_within_the_budget(volume, detector, budget):
+    feats, coords = volume
+    told = reducer(detector, budget=budget).rows(feats, coords)
+    assert len(told.feats) <= budget and told.feats.shape[1] == 6 + detector.num_numbers
+    count, first = min(SHOWN, (budget - 1) // 4), int(told.weights.gt(1).int().argmax()) if budget < 300 else 12
+    numbers, shown = (detector(feats, coords) / SOFTNESS).sigmoid() * detector.weight, told.feats[:first, 6:8]
+    for half in (lambda coords: coords[:, 0] < detector.grid / 2, lambda coords: coords[:, 0] >= detector.grid / 2):
+        of_all, of_shown = numbers[half(coords)], shown[half(told.coords[:first])]
+        for kind in range(2):
+            most = of_all[:, kind].topk(count).values
+            assert torch.allclose(of_shown[:, kind].topk(count).values, most)
+    assert {tuple(row) for row in told.feats[:first, :6].tolist()} <= {tuple(row) for row in feats.tolist()}
+    assert int(told.weights.sum()) == 300  # each cell once
+
+
+def test_numbers_of_the_whole_stand_beside_every_token_half_by_half(volume, detector):
+    feats, coords = volume
+    told = reducer(detector, budget=40).rows(feats, coords)
+    numbers = (detector(feats, coords) / SOFTNESS).sigmoid() * detector.weight
+    left = coords[:, 0] < detector.grid / 2
+    most = [numbers[half].topk(SHOWN, 0).values for half in (left, ~left)]
+    whole = torch.cat([part - detector.weight for m in most for part in (2 * m[0], m.sum(0))])
+    assert torch.allclose(told.feats[:, 8:], whole.expand(len(told.feats), -1), atol=1e-5)
+    assert most[1][0, 0] > most[0][0, 0]  # the first kind lies on one side alone
+
+
+def test_a_half_without_cells_holds_nothing(volume, detector):
+    feats, coords = volume
+    told = reducer(detector, budget=40).rows(feats[:50], coords[:50] % torch.tensor([5, 7, 7]))
+    assert torch.allclose(told.feats[:, 12:], -detector.weight)
+
+
+def test_where_the_likeliest_cells_are_made_featureless_the_whole_holds_less(volume, detector):
+    """Else an answer would rest on no place at all: the others' numbers would say it still."""
+    reduce = reducer(detector, budget=40)
+    told = reduce.rows(*volume)
+    rows = torch.zeros(len(told.feats), dtype=torch.bool)
+    rows[:SHOWN] = True  # of the first kind in the lower half
+    without = reduce.without(told, rows)
+    assert torch.equal(without.feats[~rows, :8], told.feats[~rows, :8]) and torch.equal(without.coords, told.coords)
+    assert (without.feats[:, 8] < told.feats[:, 8]).all()
+    plain = Reducer(lambda codes: codes, width=6, max_tokens=40)
+    told = plain.rows(*volume)
+    without = plain.without(told, torch.arange(len(told.feats)) < SHOWN)
+    assert torch.allclose(without.feats[:SHOWN], told.feats.mean(0)) and without.feats.shape == told.feats.shape
+
+
+def test_fluid_lies_in_many_cells_of_its_side(ct_tokenizer):
+    """Where it is, is known by points in it."""
+    cells_seen = 0
+    for seed in range(6):
+        phantom = make_phantom(seed, size=48, spacing=8.0)
+        tokens = ct_tokenizer.encode(as_it_lies(phantom.hu, phantom.affine))
+        for findings in (phantom.findings, mirrored(phantom.findings, places=True)):
+            effusions = [finding for finding in findings if finding["finding"] == "pleural effusion"]
+            for finding in effusions:
+                held = cells_of_findings(tokens, [finding], ["pleural effusion"])[:, 0] > 0
+                x = tokens.affine[0, 0] * tokens.coords[held, 0] + tokens.affine[0, 3]
+                assert held.any() and (x * {"right": 1, "left": -1}[finding["side"]] > 0).all()
+                cells_seen += int(held.sum())
+    assert cells_seen > 20
 
 
 def test_it_is_made_once_and_kept_with_the_tokens(ct_tokenizer, tmp_path, monkeypatch, caplog):
@@ -127,6 +187,17 @@ def test_it_is_made_once_and_kept_with_the_tokens(ct_tokenizer, tmp_path, monkey
     file.write_bytes(b"damaged")
     whole = phantom_detector(source, lookup, count=2, seed=0)
     assert "damaged" in caplog.text and torch.equal(whole.layers[0].weight, first.layers[0].weight)
+
+
+def test_phantoms_that_a_language_model_learns_from_teach_it_too(ct_tokenizer, tmp_path):
+    """They are those that alignment reads, under the same names; without them it is another detector."""
+    source = TokenSource(ct_tokenizer, cache_dir=tmp_path)
+    lookup = ct_tokenizer.network.vq.lookup
+    alone, both = (phantom_detector(source, lookup, count=1, ordinary=ordinary) for ordinary in (0, 1))
+    assert not torch.equal(alone.layers[0].weight, both.layers[0].weight)
+    made = {file.name for file in source.cache_dir.glob("phantom_*")}
+    phantom_volumes(source, count=1, seed=0, split="train")
+    assert len(made) == 3 and made == {file.name for file in source.cache_dir.glob("phantom_*")}
 
 
 def test_a_projector_carries_it_and_old_ones_load_without(detector):
