@@ -13,7 +13,7 @@ from app.evaluation import page
 from app.evaluation.answer_pages import table_lines
 from app.evaluation.answer_pictures import Asked, picture_answer
 from app.evaluation.answer_scores import evaluate_language, stored_answers
-from app.language import align_data
+from app.language import align_data, phantom_text
 from app.language.assistant import CTAssistant
 from app.language.volume_tokens import TokenSource
 from app.phantoms.sentences import balance
@@ -49,9 +49,9 @@ def evaluate(
     if data is None:
         fresh = {"count": options["num_phantoms"], "seed": options["seed"], "split": "val"}
         fresh["about"] = assistant.settings.get("about")
-        rows, volumes = align_data.phantom_volumes(source, **fresh)
+        rows, volumes = phantom_text.phantom_volumes(source, **fresh)
         rows = balance(rows, seed=options["seed"])
-        mirrored = align_data.phantom_volumes(source, **fresh, mirror=True)[1]
+        mirrored = phantom_text.phantom_volumes(source, **fresh, mirror=True)[1]
         mirrored = {name.removesuffix("_mirrored"): tokens for name, tokens in mirrored.items()}
     else:
         rows = held_out(data, image_root=image_root, split=options["split"])

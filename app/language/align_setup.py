@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
-from app.language import align_data, chat
+from app.language import align_data, chat, phantom_text
 from app.language.cell_detection import LOCATED, phantom_detector
 from app.language.volume_tokens import Reducer, TokenSource
 from app.shared.hashes import hash_path
@@ -67,13 +67,10 @@ def check_choices(
     use_lora: bool = False,
     detector_phantoms: int = 0,
 ) -> None:
-    """Says what was chosen, and looks for what the end of the preparations needs (a Qwen-VL, peft).
-
-    That is before scans are encoded for hours.
-    """
+    """Says what was chosen, and looks for what the end of hours of encoding needs (a Qwen-VL, peft)."""
     if data is not None and not Path(data).exists():
-        what = f"{data} does not exist"
-        raise Refused("NO_DATA", what, "give a manifest, a prepared dataset with text.jsonl, or a folder")
+        remedy = "give a manifest, a prepared dataset with text.jsonl, or a folder"
+        raise Refused("NO_DATA", f"{data} does not exist", remedy)
     if detector_phantoms and (data or dataset):
         what = f"detector_phantoms is {detector_phantoms}, but phantoms do not show how findings look in your scans"
         raise Refused("BAD_VALUE", what, "leave --detector_phantoms out beside data of your own", status=2)
@@ -172,7 +169,7 @@ class AlignmentText:
     def rows_and_volumes(self) -> tuple[list[TextRow], dict[str, CTTokens]]:
         source = self.tokenizer.source(self.cache)
         if self.data is None:
-            rows, volumes = align_data.builtin(source, split=self.split, **self.phantoms)
+            rows, volumes = phantom_text.builtin(source, split=self.split, **self.phantoms)
             return self._some(rows), volumes
         rows = self._some(rows_of_split(self.data, self.split, image_root=self.image_root))
         return rows, align_data.encode_rows(rows, source, skip_bad=self.skip_bad)[0]

@@ -17,7 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from app.language.align_data import phantom_case, phantom_named, visit_in_shares, workers_for
+from app.language.align_data import visit_in_shares
+from app.language.phantom_text import phantom_case, phantom_named, workers_for
 from app.language.volume_tokens import TokenSource
 from app.phantoms.phantoms import ANATOMY_VERSION
 from app.phantoms.sentences import mirrored

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from app.language import align_data
+from app.language import align_data, phantom_text
 from app.language.align_data import OwnDataset, TextDataset, as_sample, encode_rows, make_loader
 from app.language.align_setup import make_collate
 from app.language.volume_tokens import Reducer, TokenSource, extract_3d_latent_and_indices
@@ -248,11 +248,11 @@ def test_phantoms_are_made_once_and_then_read(ct, tmp_path, monkeypatch):
     """The same rows and tokens again, with sides swapped in the mirror, and nothing is painted."""
     source = TokenSource(ct, cache_dir=tmp_path)
     settings = {"count": 3, "seed": 0, "split": "train"}
-    rows, volumes = align_data.phantom_volumes(source, **settings)
-    monkeypatch.setattr(align_data, "make_phantom", None)
-    again, read = align_data.phantom_volumes(source, **settings)
+    rows, volumes = phantom_text.phantom_volumes(source, **settings)
+    monkeypatch.setattr(phantom_text, "make_phantom", None)
+    again, read = phantom_text.phantom_volumes(source, **settings)
     assert again == rows and all(np.array_equal(read[name].codes, volumes[name].codes) for name in volumes)
-    other, mirrored = align_data.phantom_volumes(source, **settings, mirror=True)
+    other, mirrored = phantom_text.phantom_volumes(source, **settings, mirror=True)
     assert [row.answer for row in other if row.kind == "side"] == [
         swap_sides(row.answer) for row in rows if row.kind == "side"
     ]
@@ -263,19 +263,19 @@ def test_phantoms_are_made_once_and_then_read(ct, tmp_path, monkeypatch):
 def test_phantoms_made_by_two_processes_are_those_made_by_one(ct, tmp_path, monkeypatch):
     """The same files and numbers; what was made by others is read, and no random number of this process is drawn."""
     settings = {"count": 5, "seed": 0, "split": "train"}
-    monkeypatch.setattr(align_data, "workers_for", lambda source, count: 1)
-    rows, volumes = align_data.phantom_volumes(TokenSource(ct, cache_dir=tmp_path / "one"), **settings)
-    monkeypatch.setattr(align_data, "workers_for", lambda source, count: 2)
-    here, painted_here, paint = os.getpid(), [], align_data.make_phantom
+    monkeypatch.setattr(phantom_text, "workers_for", lambda source, count: 1)
+    rows, volumes = phantom_text.phantom_volumes(TokenSource(ct, cache_dir=tmp_path / "one"), **settings)
+    monkeypatch.setattr(phantom_text, "workers_for", lambda source, count: 2)
+    here, painted_here, paint = os.getpid(), [], phantom_text.make_phantom
 
     def painted(number: int, **size: float):
         if os.getpid() == here:
             painted_here.append(number)
         return paint(number, **size)
 
-    monkeypatch.setattr(align_data, "make_phantom", painted)
+    monkeypatch.setattr(phantom_text, "make_phantom", painted)
     state = torch.get_rng_state()
-    again, read = align_data.phantom_volumes(TokenSource(ct, cache_dir=tmp_path / "two"), **settings)
+    again, read = phantom_text.phantom_volumes(TokenSource(ct, cache_dir=tmp_path / "two"), **settings)
     assert painted_here == [] and torch.equal(torch.get_rng_state(), state)
     assert again == rows and set(read) == set(volumes)
     assert all(np.array_equal(read[name].codes, volumes[name].codes) for name in volumes)
@@ -288,7 +288,7 @@ def test_of_the_reports_a_share_is_learned_evenly_and_every_question(share, kept
         for number in range(6)
         for kind in ("report", "presence")
     ]
-    some = align_data.some_reports(rows, share=share)
+    some = phantom_text.some_reports(rows, share=share)
     assert [int(row.image) for row in some if row.kind == "report"] == kept
     assert [row for row in some if row.kind == "presence"] == rows[1::2]
 
@@ -308,14 +308,14 @@ def test_a_visit_that_fails_in_another_process_is_visited_here(tmp_path):
 
 def test_processes_that_make_phantoms_have_cores_memory_and_work(ct, monkeypatch, tmp_path):
     source = TokenSource(ct, cache_dir=tmp_path)
-    monkeypatch.setattr(align_data, "num_cores", lambda: 6)
-    monkeypatch.setattr(align_data, "free_memory", lambda: 100 << 30)
-    monkeypatch.setattr(align_data.sys, "platform", "linux")
-    assert [align_data.workers_for(source, count) for count in (1, 16, 480)] == [1, 2, 6]
-    monkeypatch.setattr(align_data, "free_memory", lambda: 1 << 30)
-    assert align_data.workers_for(source, 480) == 2
-    monkeypatch.setattr(align_data.sys, "platform", "darwin")
-    assert align_data.workers_for(source, 480) == 1
+    monkeypatch.setattr(phantom_text, "num_cores", lambda: 6)
+    monkeypatch.setattr(phantom_text, "free_memory", lambda: 100 << 30)
+    monkeypatch.setattr(phantom_text.sys, "platform", "linux")
+    assert [phantom_text.workers_for(source, count) for count in (1, 16, 480)] == [1, 2, 6]
+    monkeypatch.setattr(phantom_text, "free_memory", lambda: 1 << 30)
+    assert phantom_text.workers_for(source, 480) == 2
+    monkeypatch.setattr(phantom_text.sys, "platform", "darwin")
+    assert phantom_text.workers_for(source, 480) == 1
 
 
 def test_a_bad_scan_ends_the_run_by_name_unless_skipped(ct, tmp_path):

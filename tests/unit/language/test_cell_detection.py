@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from app.language import cell_detection
-from app.language.align_data import phantom_volumes
 from app.language.cell_detection import cells_of_findings, fit, phantom_detector
+from app.language.phantom_text import phantom_volumes
 from app.language.volume_tokens import Reducer, TokenSource
 from app.phantoms.phantoms import make_phantom
 from app.phantoms.sentences import mirrored

@@ -139,15 +139,15 @@ def test_a_token_file_whose_array_header_is_damaged_is_refused_in_one_line(ct, t
 
 
 def test_damaged_findings_of_a_phantom_are_made_again(ct, tmp_path):
-    from app.language import align_data
+    from app.language import phantom_text
 
     source = TokenSource(ct, cache_dir=tmp_path)
-    rows, _ = align_data.phantom_volumes(source, count=1, seed=0, split="train")
+    rows, _ = phantom_text.phantom_volumes(source, count=1, seed=0, split="train")
     (file,) = tmp_path.rglob("phantom*.json")
     whole = file.read_bytes()
     for damage in (b"{", b"\xff", b""):
         file.write_bytes(damage)
-        assert align_data.phantom_volumes(source, count=1, seed=0, split="train")[0] == rows
+        assert phantom_text.phantom_volumes(source, count=1, seed=0, split="train")[0] == rows
         assert file.read_bytes() == whole
 
 
