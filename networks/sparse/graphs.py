@@ -56,10 +56,15 @@ class Tables(Level):
     """A level that kernels meet in graphs: its maps lie in tables, made when first asked for, laid anew for each batch.
 
     As long as it is the length of its tables; of these rows `live` count. What no kernel asks for it does not have.
+    Where others were there `before`, none of these is shorter: batches that are large in turn at one level and at
+    another would each want tables of their own.
     """
 
-    def __init__(self, source: Level, coarse: "Tables | None"):
+    def __init__(self, source: Level, coarse: "Tables | None", *, before: "Tables | None" = None):
         self.length, self.coarse, self.batch_size = table_length(len(source)), coarse, source.batch_size
+        self.num_bounds = dict(before.num_bounds) if before else {}  # of windows
+        if before:
+            self.length = max(self.length, before.length)
         self.live = torch.zeros(1, dtype=torch.int32, device=source.device)
         self._filled: dict[Hashable, _Filled] = {}
         self.lay(source)
@@ -152,10 +157,10 @@ class Tables(Level):
 
     def windows(self, size: int, shift: int) -> Windows:
         """Those that are left over are empty."""
-        key, source = ("windows", size, shift), self.source()
-        num_bounds = len(source.windows(size, shift).bounds) if source else 0
-        read = partial(_order_and_bounds, size=size, shift=shift)
-        return Windows(*self._tables(key, read, (self.length,), (num_bounds,), padded=True), size**3)
+        key, read = ("windows", size, shift), partial(_order_and_bounds, size=size, shift=shift)
+        if key not in self._filled:
+            self.num_bounds[key] = max(len(read(self.source())[1]), self.num_bounds.get(key, 0))
+        return Windows(*self._tables(key, read, (self.length,), (self.num_bounds[key],), padded=True), size**3)
 
 
 def _order_and_bounds(level: Level, *, size: int, shift: int) -> tuple[Tensor, Tensor]:
@@ -215,10 +220,12 @@ class NetworkGraphs:
             for table, level in zip(self.tables, levels, strict=True):
                 table.lay(level)
             return True
-        self.recorded, self.tables = {}, []  # before the next take memory
+        before, self.recorded = self.tables or [None] * len(levels), {}
+        for table in self.tables:
+            table._filled = {}  # before the next take memory
         tables: list[Tables] = []
-        for level in reversed(levels):
-            tables.insert(0, Tables(level, tables[0] if tables else None))
+        for level, last in zip(reversed(levels), reversed(before), strict=True):
+            tables.insert(0, Tables(level, tables[0] if tables else None, before=last))
         self.tables = tables
         return True
 
