@@ -17,7 +17,9 @@ from torch import Tensor
 from networks.kernels.launch import ceil_div, power_of_two, processors, quick, shared_memory
 from networks.kernels.tiles import even_parts, fitted, grad_tile, product_tile
 
-Live = tuple[Int32[Tensor, "1"], Int32[Tensor, "1"]] | None  # how many rows and cells count, where a device knows alone
+LiveCounts = (
+    tuple[Int32[Tensor, "1"], Int32[Tensor, "1"]] | None
+)  # how many rows and cells count, where a device knows alone
 NOT_LIVE = (None, None)
 
 
@@ -28,7 +30,7 @@ def gather_product(
     bias: Float[Tensor, " F"] | None,
     *,
     marked: bool = False,
-    live: Live = None,
+    live: LiveCounts = None,
 ) -> Float[Tensor, "M F"]:
     """(children side by side) @ weight.T + bias."""
     (num_fine, channels), num_cells, (columns, depth) = fine.shape, children.shape[1], weight.shape
@@ -67,7 +69,7 @@ def scatter_product(
     *,
     num_fine: int,
     channels: int,
-    live: Live = None,
+    live: LiveCounts = None,
 ) -> Float[Tensor, "N F"]:
     """coarse @ weight.T + bias, of whose eight parts each child takes the first `channels` numbers of its own."""
     (num_cells, depth), columns = coarse.shape, weight.shape[0]
@@ -104,14 +106,14 @@ def gathered_grads(
     grad: Float[Tensor, "M F"],
     *,
     marked: bool = False,
-    live: Live = None,
+    live: LiveCounts = None,
 ) -> tuple[Float32[Tensor, "F _"], Float32[Tensor, " F"]]:
     """Of weight and bias of `gather_product`: grad.T @ (children side by side), and the sum of grad's rows."""
     return _grads(fine, children, grad, marked=marked, gathered_lines=False, live=live)
 
 
 def scattered_grads(
-    coarse: Float[Tensor, "M C"], children: Int64[Tensor, "8 M"], grad: Float[Tensor, "N F"], *, live: Live = None
+    coarse: Float[Tensor, "M C"], children: Int64[Tensor, "8 M"], grad: Float[Tensor, "N F"], *, live: LiveCounts = None
 ) -> tuple[Float32[Tensor, "_ C"], Float32[Tensor, " _"]]:
     """Of weight and bias of `scatter_product`: (children's grad side by side).T @ coarse, and the sum of those rows."""
     return _grads(grad, children, coarse, marked=False, gathered_lines=True, live=live)
@@ -124,7 +126,7 @@ def _grads(
     *,
     marked: bool,
     gathered_lines: bool,
-    live: Live,
+    live: LiveCounts,
 ) -> tuple[Float32[Tensor, "L P"], Float32[Tensor, " L"]]:
     """Lines and places of the result come from one of the two each."""
     (num_fine, channels), (num_cells, columns), wide = fine.shape, coarse.shape, 8 * (fine.shape[1] + marked)
