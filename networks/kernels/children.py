@@ -17,9 +17,8 @@ from torch import Tensor
 from networks.kernels.launch import ceil_div, power_of_two, processors, quick, shared_memory
 from networks.kernels.tiles import even_parts, fitted, grad_tile, product_tile
 
-LiveCounts = (
-    tuple[Int32[Tensor, "1"], Int32[Tensor, "1"]] | None
-)  # how many rows and cells count, where a device knows alone
+# How many rows and how many cells count, where a device alone knows.
+LiveCounts = tuple[Int32[Tensor, "1"], Int32[Tensor, "1"]] | None
 NOT_LIVE = (None, None)
 
 
