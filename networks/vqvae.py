@@ -109,8 +109,11 @@ class SparseVQVAE(nn.Module):
     def prepare(self, level: Level) -> None:
         """Builds those maps of a batch for which the host has to wait, and the windows."""
         coarsest = level.prepare(*self.sizes.convolved)
+        shifts: dict[int, set[int]] = {}
         for block in self.encoder.blocks:
-            coarsest.windows(block.attn.window, block.attn.shift)
+            shifts.setdefault(block.attn.window, set()).add(block.attn.shift)
+        for size, moved in shifts.items():
+            coarsest.prepare_windows(size, sorted(moved))
 
     def _quantized(self, latents: SparseTensor, seeds: list[int] | None, dropout: float) -> Quantized:
         if not dropout or not isinstance(self.vq, ResidualQuantizer):

@@ -19,7 +19,6 @@ from app.language.align_data import TextDataset
 from app.language.align_setup import FrozenTokenizer, Language, check_resumed
 from app.shared.json_files import write_object
 from app.training import checkpoints, shipped
-from app.training.checkpoints import unwrapped
 from app.training.handlers import OnEvent
 from app.training.state import TrainingState
 from app.training.step import AMP_TYPES, TrainStep
@@ -49,7 +48,7 @@ class AnswerValidation:
         self.amp = AMP_TYPES[amp]
 
     def __call__(self, engine: SupervisedEvaluator, batch: dict) -> dict[str, Any]:
-        network = unwrapped(engine.network)
+        network = engine.network
         network.eval()
         inputs, device = engine.prepare_batch(batch, engine.state.device), engine.state.device.type
         eager = torch.compiler.set_stance("force_eager")  # layers compiled for training would be compiled once more
@@ -93,7 +92,7 @@ class AlignRecord:
     def __init__(
         self, *, folder, network: VolumeQwen, language: Language, tokenizer: FrozenTokenizer, settings: dict[str, Any]
     ):
-        self.folder, self.projector = folder, unwrapped(network).projector
+        self.folder, self.projector = folder, network.projector
         self.language, self.tokenizer, self.settings = language, tokenizer, settings
 
     def attach(self, engine: Engine) -> None:
@@ -143,7 +142,7 @@ class SampleAnswers(OnEvent):
         max_new_tokens: int = 64,
     ):
         self.folder, self.network, self.language, self.dataset, self.on = (
-            folder, unwrapped(network), language, dataset, on,
+            folder, network, language, dataset, on,
         )  # fmt: skip
         step = max(1, len(dataset) // num_samples)
         self.numbers, self.max_new_tokens = range(0, len(dataset), step)[:num_samples], max_new_tokens

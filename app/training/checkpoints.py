@@ -352,8 +352,3 @@ def _flag(name: str, value: object) -> str:
     if name not in RULES:  # one of the sizes that only a preset sets
         return "the --preset it was made with"
     return f'--{name} "{list(value)}"' if isinstance(value, tuple) else f"--{name} {value}"
-
-
-def unwrapped(network: nn.Module) -> nn.Module:
-    """The network itself, inside DistributedDataParallel or not."""
-    return network.module if hasattr(network, "module") else network

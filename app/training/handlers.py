@@ -21,7 +21,6 @@ from torch.optim.swa_utils import AveragedModel
 from app.measures.tokenizer_metrics import count_codes, is_collapsed, perplexity
 from app.shared.refusals import Refused
 from app.training import checkpoints, pictures
-from app.training.checkpoints import unwrapped
 from app.training.forecast import advice_for, seconds_a_step
 from app.training.run_folder import SHOWN, duration
 from app.training.state import TrainingState
@@ -108,7 +107,7 @@ class Average(OnEvent):
     """The averaged model follows the network after each step."""
 
     def __init__(self, *, averaged: AveragedModel, network: nn.Module):
-        self.averaged, self.network = averaged, unwrapped(network)
+        self.averaged, self.network = averaged, network
 
     def __call__(self, _engine: Engine) -> None:
         self.averaged.update_parameters(self.network)
@@ -138,7 +137,7 @@ class Console:
             return
         self.forecast = True
         how = {"prepare_batch": engine.prepare_batch, "quantize": quantize}
-        each = seconds_a_step(unwrapped(engine.network), engine.state.batch, **how)
+        each = seconds_a_step(engine.network, engine.state.batch, **how)
         if each is not None:
             left = engine.state.epoch_length - engine.state.iteration + 1
             self._advise(each * left, f"before the first step: about {duration(each)} each")
@@ -191,7 +190,7 @@ class CodebookWatch(OnEvent):
     """Says when the codes of a step come to be nearly all the same, and when they no longer are."""
 
     def __init__(self, *, network: nn.Module, optimizer: Optimizer, on: CallableEventWithFilter):
-        self.network, self.optimizer, self.on = unwrapped(network), optimizer, on
+        self.network, self.optimizer, self.on = network, optimizer, on
         self.collapsed = False
 
     def __call__(self, engine: SupervisedTrainer) -> None:

@@ -14,7 +14,6 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.swa_utils import AveragedModel
 
 from app.training import checkpoints
-from app.training.checkpoints import unwrapped
 from app.training.step import resume_optimizer
 from app.training.training_state import read_state
 from networks.presets import Preset
@@ -34,7 +33,7 @@ class TrainingState:
         schedule: lr_scheduler.LRScheduler,
         averaged: AveragedModel | None = None,
     ):
-        self.folder, self.network, self.averaged = folder, unwrapped(network), averaged
+        self.folder, self.network, self.averaged = folder, network, averaged
         self.optimizer, self.schedule = optimizer, schedule
 
     def begin(self) -> None:

@@ -23,9 +23,8 @@ from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.swa_utils import AveragedModel
 
-from app.training.checkpoints import unwrapped
 from app.training.host_copy import HostCopy
-from app.training.ranks import mean_of_ranks
+from app.training.ranks import average_gradients, mean_of_ranks
 from app.training.side_stream import SideStream
 from app.training.voxel_runs import coords_of, num_voxels
 from networks.losses import TokenizerLoss
@@ -88,6 +87,7 @@ class TrainStep:
             raise ValueError(f"amp must be one of {', '.join(AMP_TYPES)}, got {amp!r}")
         self.seed, self.amp, self.grad_clip, self.beside = seed, AMP_TYPES[amp], grad_clip, SideStream()
         self.scaler = torch.amp.GradScaler(enabled=self.amp == torch.float16)
+        self.begun = False
 
     def inputs(self, engine: SupervisedTrainer, part: dict) -> Any:
         """What the network reads of a micro-batch."""
@@ -106,7 +106,9 @@ class TrainStep:
         parts = batch if isinstance(batch, list) else [batch]
         samples = sum(len(part["case_id"]) for part in parts)
         seed_step(self.seed, engine.state.iteration, rank=idist.get_rank())
-        engine.network.train()  # whole: a validation may have turned off what lies inside a wrapper for ranks
+        if not (self.begun and engine.network.training):  # parts may have come as they evaluate
+            engine.network.train()
+            self.begun = True
         engine.optimizer.zero_grad(set_to_none=True)
         names: list[str] = []
         sums: torch.Tensor | float = 0.0
@@ -121,10 +123,11 @@ class TrainStep:
             sums = sums + torch.stack([term.detach().float() for term in terms.values()]).double() * share
             sizes.update(self.size(part))
             if number == len(parts):  # they reach the host while the device is busy with the last backward
-                read = HostCopy(mean_of_ranks(sums))
+                read = HostCopy(sums, first=mean_of_ranks)
             if terms["loss"].requires_grad:
                 self.scaler.scale(terms["loss"] * share).backward()
             self.beside.hold(inputs, engine.state.device)
+        average_gradients(parameters_of(engine.optimizer))
         totals = dict(zip(names, read.tolist(), strict=True))
         engine.state.output = totals
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
@@ -166,9 +169,9 @@ class TokenizerStep(TrainStep):
         return {"points": num_voxels(part)}
 
     def inputs(self, engine: SupervisedTrainer, part: dict) -> SparseTensor:
-        x, network = super().inputs(engine, part), unwrapped(engine.network)
-        if isinstance(network, SparseVQVAE):  # one of one's own makes its maps when it runs
-            network.prepare(x.level)
+        x = super().inputs(engine, part)
+        if isinstance(engine.network, SparseVQVAE):  # one of one's own makes its maps when it runs
+            engine.network.prepare(x.level)
         return x
 
     def terms(self, engine: SupervisedTrainer, inputs: SparseTensor, part: dict) -> dict[str, torch.Tensor]:
@@ -180,7 +183,7 @@ class TokenizerStep(TrainStep):
         return engine.loss_function(output, inputs, **({} if weights is None else {"row_weights": weights}))
 
     def optimize(self, engine: SupervisedTrainer) -> None:
-        network = unwrapped(engine.network)
+        network = engine.network
         if engine.state.iteration <= self.hold_encoder_steps:
             for parameter in network.encoder.parameters():
                 parameter.grad = None
@@ -191,13 +194,17 @@ class TokenizerStep(TrainStep):
 
 def step_optimizer(optimizer: Optimizer, *, scaler: torch.amp.GradScaler, grad_clip: float | None) -> None:
     """One step along the gradients there are, clipped together; none where nothing has a gradient."""
-    learned = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    learned = [parameter for parameter in parameters_of(optimizer) if parameter.grad is not None]
     if learned:
         scaler.unscale_(optimizer)
         if grad_clip is not None:
             nn.utils.clip_grad_norm_(learned, grad_clip)
         scaler.step(optimizer)
         scaler.update()
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def to_train(
@@ -231,7 +238,7 @@ def average(network: nn.Module, *, ema_rate: float) -> AveragedModel:
         n = int(model.n_averaged)  # on the CPU; the copy that torch hands over would have to be waited for
         torch._foreach_lerp_(averaged, current, 1 - min(ema_rate, (1 + n) / (10 + n)))
 
-    model = _Average(unwrapped(network), multi_avg_fn=blend)
+    model = _Average(network, multi_avg_fn=blend)
     return model
 
 
@@ -329,7 +336,7 @@ class ValidationStep:
         self.quantize, self.loss_function, self.amp = quantize, loss_function, AMP_TYPES[amp]
 
     def __call__(self, engine: SupervisedEvaluator, batch: dict) -> dict:
-        network = unwrapped(engine.network)
+        network = engine.network
         network.eval()
         x = engine.prepare_batch(batch, engine.state.device)
         with torch.no_grad(), torch.autocast(x.feats.device.type, dtype=self.amp, enabled=self.amp is not None):

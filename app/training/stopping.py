@@ -1,5 +1,7 @@
 """Ctrl-C and SIGTERM: a step that is under way is finished and saved before the process ends; outside of steps at once.
 
+With several ranks it is the step after, so that all end at the same.
+
 SLURM sends SIGTERM to every process of a job, a terminal sends Ctrl-C to all in front: loader workers get them too.
 """
 
@@ -9,10 +11,13 @@ import threading
 from collections.abc import Callable
 
 import ignite.distributed as idist
+import torch
 import torch.distributed as dist
 from ignite.engine import Engine, Events
 
 from app.shared.refusals import Refused
+from app.training.host_copy import HostCopy
+from app.training.ranks import largest_of_ranks
 
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
@@ -28,10 +33,12 @@ class StopWhenAsked:
     def __init__(self, *, save: Callable[[Engine], None], folder):
         self.save, self.folder = save, folder
         self.received = 0
+        self.answer: HostCopy | None = None  # what any rank had received as this step began
         self.before: dict[int, object] = {}
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self._watch)
+        engine.add_event_handler(Events.ITERATION_STARTED, self._ask)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._stop)
         engine.add_event_handler(Events.COMPLETED, self._let_go)
 
@@ -49,8 +56,14 @@ class StopWhenAsked:
             os.write(1, f"{NAMES[number]}: this {self.folder.step_name} is finished and saved first\n".encode())
         self.received = number
 
+    def _ask(self, engine: Engine) -> None:
+        """Ranks end after the same step. By the end of a step the answer has long arrived: waiting for one that is
+        asked for there would be waiting for all of the step."""
+        if idist.get_world_size() > 1:
+            self.answer = HostCopy(torch.full((1,), self.received, device=idist.device()), first=largest_of_ranks)
+
     def _stop(self, engine: Engine) -> None:
-        received = self.received if idist.get_world_size() == 1 else idist.all_reduce(self.received, op="MAX")
+        received = self.received if self.answer is None else self.answer.tolist()[0]
         if not received:
             return
         if engine.last_saved_step != engine.state.iteration:

@@ -3,6 +3,7 @@
 The same numbers as torch_maps.py computes, by the same functions, in one pass over the rows each.
 """
 
+from collections.abc import Sequence
 from typing import no_type_check
 
 import torch
@@ -409,3 +410,32 @@ def _take_rows(values, rows, out, num_rows, CHANNELS: tl.constexpr, TILE: tl.con
     row = tl.load(rows + places, mask=places < num_rows, other=0)  # (TILE,)
     taken = tl.load(values + row[:, None] * CHANNELS + channels[None, :], mask=keep)  # (TILE, WIDTH) of (N, C)
     tl.store(out + places[:, None] * CHANNELS + channels[None, :], taken, mask=keep)
+
+
+def window_keys(
+    coords: Int32[Tensor, "N 4"],
+    keys: Int[Tensor, " N"],
+    *,
+    size: int,
+    shift: int,
+    counts: Sequence[int],
+    first: int,
+) -> None:
+    """Writes the number of each row's window: `counts` of them along each axis of a sample, counted from `first`."""
+    if len(keys):
+        grid = (ceil_div(len(keys), ROWS_PER_PROGRAM),)
+        _number_windows[grid](coords, keys, len(keys), size, shift, *counts, first, ROWS_PER_PROGRAM)
+
+
+@no_type_check
+@quick
+@triton.jit(do_not_specialize=["num_rows", "size", "shift", "count_x", "count_y", "count_z", "first"])
+def _number_windows(  # noqa: PLR0913
+    coords, keys, num_rows, size, shift, count_x, count_y, count_z, first, TILE: tl.constexpr
+):
+    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = rows < num_rows
+    b, x, y, z = _axes(coords, rows, inside)  # (TILE,) each
+    number = b * count_x + (x + shift) // size
+    number = (number * count_y + (y + shift) // size) * count_z + (z + shift) // size
+    tl.store(keys + rows, (number + first).to(keys.dtype.element_ty), mask=inside)

@@ -86,15 +86,22 @@ class Tables(Level):
     def lay(self, source: Level) -> None:
         self.source, self.count, self.spatial_shape = weakref.ref(source), len(source), source.spatial_shape
         self.live.fill_(self.count)
-        for filled in self._filled.values():
-            self._fill(filled)
+        self._fill(*self._filled.values())
 
-    def _fill(self, filled: _Filled) -> None:
-        for part, table in zip(filled.read(self.source()), filled.tables, strict=True):
-            if part is not None:
-                if filled.padded and part.shape != table.shape:
-                    table.fill_(self.count)
-                table[tuple(map(slice, part.shape))].copy_(part)
+    def _fill(self, *all_filled: _Filled) -> None:
+        """Long rows of one type together: the host takes as long to start each small copy."""
+        copies: dict[tuple[torch.dtype, bool], tuple[list[Tensor], list[Tensor]]] = {}
+        for filled in all_filled:
+            for part, table in zip(filled.read(self.source()), filled.tables, strict=True):
+                if part is not None:
+                    if filled.padded and part.shape != table.shape:
+                        table.fill_(self.count)
+                    there = table[tuple(map(slice, part.shape))]
+                    tables, parts = copies.setdefault((part.dtype, there.is_contiguous()), ([], []))
+                    tables.append(there)
+                    parts.append(part)
+        for tables, parts in copies.values():
+            torch._foreach_copy_(tables, parts)
 
     def _tables(
         self,
@@ -298,7 +305,6 @@ class _RunGraphs(torch.autograd.Function):
         recorded.forward.replay()
         recorded.turn += 1
         ctx.recorded, ctx.turn, ctx.num_rows = recorded, recorded.turn, len(feats)
-        ctx.shapes = [value.shape for value in parameters]
         ctx.counts = [table.count for table in recorded.levels]
         return tuple(rows[:count] for rows, count in zip(recorded.forward.results, ctx.counts, strict=True))
 
@@ -312,6 +318,6 @@ class _RunGraphs(torch.autograd.Function):
             table[:count].copy_(grad)
         recorded.backward.replay()
         of_all, *of_feats = recorded.backward.results
-        parts = of_all.clone().split([shape.numel() for shape in ctx.shapes])  # the next replay writes there again
-        of_parameters = [part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True)]
+        leaves = recorded.wanted[: len(recorded.addresses)]
+        of_parameters = torch._utils._unflatten_dense_tensors(of_all.clone(), leaves)  # the next replay writes there
         return (of_feats[0][: ctx.num_rows] if of_feats else None), None, *of_parameters

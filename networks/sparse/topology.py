@@ -9,6 +9,7 @@ row by row is one of two modules with the same functions, which `maps_for` choos
 Letters: B batch, N voxels, M coarse voxels or latents, W windows.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
@@ -336,18 +337,31 @@ class Level:
 
     def windows(self, size: int, shift: int) -> Windows:
         """Rows grouped by cubic windows of `size` voxels on the absolute grid, moved by `shift`."""
-        return self.cached(("windows", size, shift), lambda: self._group_windows(size, shift))
+        self.prepare_windows(size, [shift])
+        return self._kept["windows", size, shift]
 
-    def _group_windows(self, size: int, shift: int) -> Windows:
-        counts = [(n - 1 + shift) // size + 1 for n in self.spatial_shape]
-        number = self.batch_size * math.prod(counts)
-        keys, places = self.coords[:, 0], (self.coords[:, 1:] + shift) // size
-        for count, place in zip(counts, places.unbind(1), strict=True):
-            keys = torch.add(place, keys, alpha=count)
-        narrow = torch.int16 if number < 2**15 else torch.int32  # fewer passes to sort
-        keys, order = torch.sort(keys.to(narrow), stable=True)
-        bounds = torch.searchsorted(keys, torch.arange(number + 1, dtype=narrow, device=self.device), out_int32=True)
-        return Windows(order, bounds, min(size**3, len(self)))
+    def prepare_windows(self, size: int, shifts: Sequence[int]) -> None:
+        """Windows moved by each of some shifts, from one sort: the host takes as long to start a small one."""
+        shifts = [shift for shift in shifts if ("windows", size, shift) not in self._kept]
+        if shifts:
+            grouped = zip(shifts, self._group_windows(size, shifts), strict=True)
+            self._kept.update({("windows", size, shift): windows for shift, windows in grouped})
+
+    def _group_windows(self, size: int, shifts: Sequence[int]) -> list[Windows]:
+        along = [[(n - 1 + shift) // size + 1 for n in self.spatial_shape] for shift in shifts]
+        ends = list(itertools.accumulate(self.batch_size * math.prod(counts) for counts in along))
+        narrow = torch.int16 if ends[-1] < 2**15 else torch.int32  # fewer passes to sort
+        keys = torch.empty((len(shifts), len(self)), dtype=narrow, device=self.device)
+        for row, shift, counts, first in zip(keys, shifts, along, [0, *ends[:-1]], strict=True):
+            maps_for(self.device).window_keys(self.coords, row, size=size, shift=shift, counts=counts, first=first)
+        keys, order = torch.sort(keys.view(-1), stable=True)
+        bounds = torch.searchsorted(keys, torch.arange(ends[-1] + 1, dtype=narrow, device=self.device), out_int32=True)
+        most, grouped = min(size**3, len(self)), []
+        for number, (begin, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+            before = number * len(self)  # rows, of other shifts
+            parts = order[before : before + len(self)], bounds[begin : end + 1]
+            grouped.append(Windows(*(part - before if before else part for part in parts), most))
+        return grouped
 
 
 def _sorted(keys: Int64[Tensor, " N"], bits: int) -> tuple[Int64[Tensor, " N"], Int64[Tensor, " N"]]:

@@ -4,6 +4,8 @@ What topology.py asks for, row by row, on any device. Its faster twin has the sa
 A row number equal to the number of rows means "no such voxel".
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int, Int32, Int64, Shaped
@@ -132,3 +134,19 @@ def neighbour_lists(
 def take_rows(values: Shaped[Tensor, "N C"], rows: Int64[Tensor, " M"]) -> Shaped[Tensor, "M C"]:
     """values[rows]."""
     return values.index_select(0, rows)
+
+
+def window_keys(
+    coords: Int32[Tensor, "N 4"],
+    keys: Int[Tensor, " N"],
+    *,
+    size: int,
+    shift: int,
+    counts: Sequence[int],
+    first: int,
+) -> None:
+    """Writes the number of each row's window: `counts` of them along each axis of a sample, counted from `first`."""
+    number, places = coords[:, 0], (coords[:, 1:] + shift) // size
+    for count, place in zip(counts, places.unbind(1), strict=True):
+        number = torch.add(place, number, alpha=count)
+    keys.copy_(number + first)

@@ -310,6 +310,24 @@ def test_layer_norm_sums_in_float32(dtype, generator, assert_close):
     assert_close(out, exact, dtype=torch.bfloat16 if dtype == torch.bfloat16 else None)
 
 
+@pytest.mark.parametrize("count", [0, 1, 200])
+def test_windows_of_several_shifts_are_those_of_each(count, generator):
+    coords = torch.randint(1, 9, (count, 4), generator=generator, dtype=torch.int32)
+    coords[:, 0] %= 2
+    together, alone = (Level.from_coords(coords.unique(dim=0), (9, 10, 11), 2)[0] for _ in range(2))
+    together.prepare_windows(4, [2, 0, 3])
+    for shift in (0, 2, 3):
+        mine, plain = together.windows(4, shift), alone.windows(4, shift)
+        assert torch.equal(mine.order, plain.order) and torch.equal(mine.bounds, plain.bounds)
+        assert mine.most == plain.most
+        place = (alone.coords[:, 1:] + shift) // 4
+        for begin, end in zip(mine.bounds.tolist(), mine.bounds.tolist()[1:], strict=False):
+            rows = mine.order[begin:end]
+            assert rows.tolist() == sorted(rows.tolist()), "in the order of rows"
+            assert len(torch.cat([alone.coords[rows, :1], place[rows]], 1).unique(dim=0)) == (end > begin)
+    assert together.windows(4, 2) is together.windows(4, 2)
+
+
 @pytest.mark.parametrize("shift", [0, 2])
 def test_window_attention_equals_the_row_by_row_oracle(shift, generator, assert_close):
     coords = random_coords((9, 8, 7), (40, 0, 13), generator)

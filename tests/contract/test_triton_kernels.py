@@ -135,6 +135,11 @@ def test_interpreted_maps_equal_plain_torch(count, generator):
     ordered = maps.by_neighbourhood(found, alive, 64), torch_maps.by_neighbourhood(found, alive, 64)
     for mine, plain in zip(*ordered, strict=True):
         assert torch.equal(mine, plain)
+    for dtype in (torch.int16, torch.int32):
+        mine, plain = torch.empty((2, count), dtype=dtype)
+        for module, keys in ((maps, mine), (torch_maps, plain)):
+            module.window_keys(level.coords, keys, size=3, shift=1, counts=(3, 4, 3), first=7)
+        assert torch.equal(mine, plain)
     order = torch.randperm(count, generator=generator)
     assert torch.equal(maps.take_rows(level.coords, order), level.coords[order])
     for size in (16, 128):

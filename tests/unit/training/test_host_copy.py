@@ -37,9 +37,9 @@ def test_a_step_begins_the_copy_before_its_last_backward_and_reads_it_after(monk
     order = []
 
     class Noted(HostCopy):
-        def __init__(self, values):
+        def __init__(self, values, **how):
             order.append("copy")
-            super().__init__(values)
+            super().__init__(values, **how)
 
         def tolist(self):
             order.append("read")
