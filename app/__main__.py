@@ -314,6 +314,7 @@ def evaluate(
     num_phantoms: Annotated[int, Option(min=2, help="Without DATA: this many unseen phantoms.")] = 60,
     batch_size: Annotated[int, Option(min=1, help="Answers written at a time.")] = 16,
     max_new_tokens: Annotated[int, Option(min=1, help="At most this many tokens an answer.")] = 160,
+    num_shuffles: Annotated[int, Option(min=1, help="Other volumes that each question is asked of.")] = 1,
 ) -> None:
     """Scores of an aligned model beside what they are worth without the image."""
     from app.evaluation import evaluate
@@ -326,7 +327,12 @@ def evaluate(
         output_dir=out,
         image_root=image_root,
         skip_bad=skip_bad,
-        options={**options, "batch_size": batch_size, "max_new_tokens": max_new_tokens},
+        options={
+            **options,
+            "batch_size": batch_size,
+            "max_new_tokens": max_new_tokens,
+            "num_shuffles": num_shuffles,
+        },
     )
     lines = evaluate.lines(result, align=align, output_dir=out)
     answer.give(result, lines, status=evaluate.status_of(result))

@@ -44,7 +44,10 @@ def shares_of_rows(level: Level) -> Float[Tensor, " N"] | None:
         return None
 
     def make() -> Float[Tensor, " N"]:
-        return torch.cat([torch.full((size,), 1 / (size * len(sizes)), device=level.device) for size in sizes])
+        shares = torch.empty(sum(sizes), device=level.device)
+        for part in shares.split(sizes):
+            part.fill_(1 / (len(part) * len(sizes)))
+        return shares
 
     return level.cached("shares of rows", make)
 

@@ -24,6 +24,8 @@ def table_lines(result: dict[str, Any]) -> list[str]:
     lines = [f"{result['rows']} rows of {result['patients']} patients{left_out}. {NOTICE}", ""]
     if result["questions"]:
         lines += _questions(result["questions"])
+        if (shuffles := result.get("shuffles", 1)) > 1:
+            lines[-1:] = [f"- shuffled: the mean of {shuffles} pairings of questions with volumes", ""]
     if result["reports"]:
         lines += _reports(result["reports"])
     if result.get("mirror"):
@@ -37,7 +39,9 @@ def _questions(scores: dict[str, Any]) -> list[str]:
     rows = [_row(f"accuracy, {scores['rows']} questions", scores["accuracy"])]
     rows += [_row(f"{kind} ({part['rows']})", part) for kind, part in scores["by_kind"].items()]
     rows.append(_row("token F1", scores["token_f1"]))
-    gaps = [gap_line("accuracy", control, gaps["accuracy"]) for control, gaps in scores["gaps"].items()]
+    gaps = [
+        gap_line(what, control, measured) for control, gaps in scores["gaps"].items() for what, measured in gaps.items()
+    ]
     return [*table(_head(COLUMNS), rows), *gaps, ""]
 
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ GENERATED = COLUMNS[:-1]  # the constant answers need no model
 REPORT_GAPS = ("bleu4", "rougeL", "meteor", "cider")
 
 
-def evaluate_language(
+def evaluate_language(  # noqa: PLR0913
     assistant: CTAssistant,
     rows: Sequence[TextRow],
     volumes: dict[str, CTTokens],
@@ -46,9 +46,14 @@ def evaluate_language(
     mirrored: dict[str, CTTokens] | None = None,
     batch_size: int = 16,
     max_new_tokens: int = 256,
+    num_shuffles: int = 1,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Scores of every column with their gaps; also written to `out` as JSON, Markdown and PNG."""
+    """Scores of every column with their gaps; also written to `out` as JSON, Markdown and PNG.
+
+    Questions are asked with `num_shuffles` pairings of the volumes: by the luck of one a control may be off by more
+    than its volumes tell, where few rows are of a kind. Reports, which take longest, have the first alone.
+    """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     reduced = {image: assistant.reduce(tokens) for image, tokens in volumes.items()}
@@ -64,9 +69,15 @@ def evaluate_language(
     answers["constant"] = controls.constant_answers(
         answers["reference"], [row.question for row in rows], [row.patient for row in rows], closeness
     )
+    asked, more = [row for row in rows if row.kind != "report"], []
+    for number in range(2, num_shuffles + 1 if asked else 0):
+        stored = Answers(
+            out / f"answers_shuffled_{number}.jsonl", asked, shuffled(asked, reduced, seed=seed + number), assistant
+        )
+        more.append(stored.complete(f"shuffled, {number}", **options))
     result = {"rows": len(rows), "patients": len({row.patient for row in rows}), "notice": NOTICE}
-    result["left_out"] = dict(left_out)
-    result |= {"questions": question_scores(rows, answers), "reports": report_scores(rows, answers)}
+    result |= {"left_out": dict(left_out), "shuffles": 1 + len(more)}
+    result |= {"questions": question_scores(rows, answers, more), "reports": report_scores(rows, answers)}
     add_verdicts(result["questions"], result["reports"], (result["reports"] or {}).get("findings"))
     if mirrored:
         asked = [row for row in rows if row.image in mirrored and controls.swap_sides(row.answer) != row.answer]
@@ -108,18 +119,24 @@ def volume_columns(
 ) -> dict[str, list[TokenSequence | None]]:
     """What each column shows with each row."""
     images = list(dict.fromkeys(row.image for row in rows))
-    owner = {row.image: row.patient for row in rows}
-    other = controls.derange([owner[image] for image in images], seed=seed)
-    swapped = {image: images[at] for image, at in zip(images, other, strict=True)}
     mean = sum(reduced[image].feats.mean(0) for image in images) / len(images)
     first = reduced[images[0]]
     blank = first._replace(feats=mean.expand_as(first.feats).clone())  # one featureless volume for every row
     return {
         "real": [reduced[row.image] for row in rows],
-        "shuffled": [reduced[swapped[row.image]] for row in rows],
+        "shuffled": shuffled(rows, reduced, seed=seed),
         "blank": [blank] * len(rows),
         "question_only": [None] * len(rows),
     }
+
+
+def shuffled(rows: Sequence[TextRow], reduced: dict[str, TokenSequence], *, seed: int) -> list[TokenSequence]:
+    """With each row the volume of another patient."""
+    images = list(dict.fromkeys(row.image for row in rows))
+    owner = {row.image: row.patient for row in rows}
+    other = controls.derange([owner[image] for image in images], seed=seed)
+    swapped = {image: images[at] for image, at in zip(images, other, strict=True)}
+    return [reduced[swapped[row.image]] for row in rows]
 
 
 class Answers:
@@ -181,15 +198,24 @@ def closeness(candidate: str, pool: Sequence[str]) -> float:
     return float(np.mean([text_scores.token_f1(candidate, text) for text in pool]))
 
 
-def question_scores(rows: Sequence[TextRow], answers: dict[str, list[str]]) -> dict[str, Any] | None:
-    """Accuracy (exact match of words) over all questions and by kind, for every column, with gaps."""
+def question_scores(
+    rows: Sequence[TextRow], answers: dict[str, list[str]], more_shuffled: Sequence[list[str]] = ()
+) -> dict[str, Any] | None:
+    """Accuracy (exact match of words) over all questions and by kind, for every column, with gaps.
+
+    `more_shuffled`: answers to the questions alone with further pairings, which count as much as the first.
+    """
     asked = [at for at, row in enumerate(rows) if row.kind != "report"]
     if not asked:
         return None
-    hits = {
-        c: np.array([text_scores.exact_match(answers[c][at], answers["reference"][at]) for at in asked])
-        for c in COLUMNS
-    }
+    said = {column: [[answers[column][at] for at in asked]] for column in (*COLUMNS, "reference")}
+    said["shuffled"] += more_shuffled
+    (truth,) = said["reference"]
+
+    def judged(column: str, judge: Callable[[str, str], float]) -> np.ndarray:
+        return np.mean([[*map(judge, texts, truth)] for texts in said[column]], axis=0)
+
+    hits = {column: judged(column, text_scores.exact_match) for column in COLUMNS}
     patients = np.array([rows[at].patient for at in asked])
     kinds = np.array([rows[at].kind for at in asked])
     by_kind = {
@@ -199,15 +225,17 @@ def question_scores(rows: Sequence[TextRow], answers: dict[str, list[str]]) -> d
     gaps = {
         control: {"accuracy": controls.mean_gap(hits["real"], hits[control], patients.tolist())} for control in CONTROLS
     }
-    f1 = {
-        c: float(np.mean([text_scores.token_f1(answers[c][at], answers["reference"][at]) for at in asked]))
-        for c in COLUMNS
-    }
+    f1 = {column: float(judged(column, text_scores.token_f1).mean()) for column in COLUMNS}
     overall = {c: float(hits[c].mean()) for c in COLUMNS}
     chosen = {"all": kinds == kinds, **{kind: kinds == kind for kind in by_kind}}
     spans = {
         kind: {c: controls.interval_over_patients(partial(mean, hits[c][of]), patients[of].tolist()) for c in COLUMNS}
         for kind, of in chosen.items()
+    }
+    gaps["shuffled"] |= {
+        kind: controls.mean_gap(hits["real"][of], hits["shuffled"][of], patients[of].tolist())
+        for kind, of in chosen.items()
+        if kind != "all"
     }
     scores = {"accuracy": overall, "intervals": spans, "token_f1": f1, "by_kind": by_kind, "gaps": gaps}
     return {"rows": len(asked), **scores, **text_scores.diversity([answers["real"][at] for at in asked])}

@@ -38,11 +38,13 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores on the held-out rows of a manifest or prepared dataset; without data on phantoms never seen in training.
 
-    `options`: seed, batch_size, max_new_tokens, num_phantoms, and split (default: test, else val, else all rows).
+    `options`: seed, batch_size, max_new_tokens, num_shuffles, num_phantoms, and split (default: test, else val, else
+    all rows).
     """
     if output_dir is not None:
         check_path(output_dir)
-    options = {"seed": 0, "batch_size": 16, "max_new_tokens": 160, "num_phantoms": 60, "split": None} | (options or {})
+    usual = {"seed": 0, "batch_size": 16, "max_new_tokens": 160, "num_shuffles": 1, "num_phantoms": 60, "split": None}
+    options = usual | (options or {})
     assistant = CTAssistant.from_pretrained(align, tokenizer=tokenizer)
     source = assistant.tokenizer.source(align_data.tokens_folder(align))
     mirrored: dict[str, CTTokens] = {}
@@ -66,6 +68,7 @@ def evaluate(
         mirrored=mirrored,
         batch_size=options["batch_size"],
         max_new_tokens=options["max_new_tokens"],
+        num_shuffles=options["num_shuffles"],
         seed=options["seed"],
     )
     write_answers_page(assistant, Path(align), rows, result, out=out)

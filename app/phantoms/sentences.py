@@ -76,14 +76,16 @@ def questions(findings: Sequence[Mapping], about: Sequence[str] = tuple(PLACES))
         shown = {side: at_side(findings, name, side) for side in SIDES}
         for side, finding in shown.items():
             place = PLACES[name].format(side=side)
-            asked.append(("presence", f"Is there a {name} {place}?", "no" if finding is None else "yes"))
+            asked.append((f"{name}: presence", f"Is there a {name} {place}?", "no" if finding is None else "yes"))
             if finding is not None:
                 if name != "pleural effusion":
-                    asked.append(("count", f"How many {PLURALS[name]} are {place}?", NUMBERS[finding["count"]]))
-                asked.append(("size", f"How large is the largest {name} {place}?", size_class(finding)))
+                    asked.append(
+                        (f"{name}: count", f"How many {PLURALS[name]} are {place}?", NUMBERS[finding["count"]])
+                    )
+                asked.append((f"{name}: size", f"How large is the largest {name} {place}?", size_class(finding)))
         sides = [side for side, finding in shown.items() if finding is not None]
         if len(sides) == 1:
-            asked.append(("side", f"On which side is the {name}?", sides[0]))
+            asked.append((f"{name}: side", f"On which side is the {name}?", sides[0]))
     names = {finding["finding"] for finding in findings}
     if len(names) == 1:
         asked.append(("organ", "Which organ is affected?", ORGANS[names.pop()]))

@@ -3,6 +3,7 @@
 import inspect
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,9 @@ def chance(seed: int) -> list[str]:
     return np.random.default_rng(seed).choice(["left", "right"], len(ROWS)).tolist()
 
 
-def scores(real: list[str]) -> dict:
+def scores(real: list[str], *more_shuffled: list[str]) -> dict:
     columns = {"real": real, "shuffled": chance(1), "blank": ["left"] * 60, "question_only": [""] * 60}
-    made = question_scores(ROWS, {**columns, "constant": ["right"] * 60, "reference": TRUTH})
+    made = question_scores(ROWS, {**columns, "constant": ["right"] * 60, "reference": TRUTH}, more_shuffled)
     add_verdicts(made)
     return made
 
@@ -41,6 +42,29 @@ def test_a_model_that_looks_beats_shuffled_volumes():
     low, high = seen["intervals"]["all"]["real"]
     assert low < 0.9 < high and high - low == pytest.approx(2 * 1.96 * (0.9 * 0.1 / 60) ** 0.5, rel=0.2)
     assert gap["low"] > 0.2 and gap["verdict"] == USED and gap_line("accuracy", "shuffled", gap).endswith(USED)
+
+
+def test_shuffled_is_the_mean_of_its_pairings():
+    real = TRUTH[:54] + [SWAPPED[side] for side in TRUTH[54:]]
+    one, two, all_ = scores(real), scores(real, TRUTH[:30] + chance(3)[30:]), scores(real, TRUTH, TRUTH, TRUTH)
+    first, other = np.array(chance(1)) == TRUTH, np.array(TRUTH[:30] + chance(3)[30:]) == TRUTH
+    assert two["accuracy"]["shuffled"] == pytest.approx((first.mean() + other.mean()) / 2)
+    assert two["by_kind"]["side"]["shuffled"] == two["token_f1"]["shuffled"] == two["accuracy"]["shuffled"]
+    assert two["gaps"]["shuffled"]["accuracy"]["difference"] == pytest.approx(0.9 - two["accuracy"]["shuffled"])
+    assert all_["accuracy"]["shuffled"] == pytest.approx((first.mean() + 3) / 4)
+    for column in ("real", "blank"):
+        assert one["accuracy"][column] == two["accuracy"][column] == all_["accuracy"][column]
+
+
+def test_each_kind_has_its_gap_to_shuffled_volumes():
+    kinds = [replace(row, kind="side" if n < 40 else "presence") for n, row in enumerate(ROWS)]
+    columns = {"real": TRUTH[:40] + chance(1)[40:], "shuffled": chance(1), "blank": TRUTH, "question_only": TRUTH}
+    made = question_scores(kinds, {**columns, "constant": TRUTH, "reference": TRUTH})
+    add_verdicts(made)
+    gaps = made["gaps"]["shuffled"]
+    assert set(gaps) == {"accuracy", "side", "presence"} and set(made["gaps"]["blank"]) == {"accuracy"}
+    assert gaps["side"]["low"] > 0.2 and gaps["side"]["verdict"] == USED
+    assert gaps["presence"]["difference"] == 0 and gaps["presence"]["verdict"] == NO_EVIDENCE
 
 
 def test_a_model_that_guesses_is_called_blind_even_where_it_beats_no_volume_at_all():
