@@ -1,5 +1,7 @@
 """The patient in a CT volume: what is body, by HU and connectedness alone. Arrays are [x, y, z] along R A S."""
 
+import itertools
+
 import numpy as np
 from einops import reduce, repeat
 from jaxtyping import Bool, Num
@@ -9,6 +11,7 @@ from transforms.windows import Number
 
 BODY_LEVEL = -400  # HU between air and tissue: a voxel a little more than half full
 WALL_LEVEL = -650  # HU of a block that is a third wall
+FILLED_ALONG = ((0, 1, 2), (0, 1), (0, 2), (1, 2))  # axes: holes in the volume, then in each of the three planes
 BODY_BLOCK_MM = 6.0  # a table's shell is much thinner, a chest wall is not
 
 
@@ -49,11 +52,13 @@ def body_mask(hu: Num[np.ndarray, "X Y Z"], *, spacing: Number = 4.0) -> Bool[np
     blocks = reduce(padded, "(x a) (y b) (z c) -> x y z", np.mean, a=factor, b=factor, c=factor)
     body = _largest(blocks > BODY_LEVEL)
     body |= ndimage.binary_dilation(body) & (blocks > WALL_LEVEL)  # half blocks close a thin wall
-    size = 0
-    while np.count_nonzero(body) != size:  # what one plane closes may close another
-        size = np.count_nonzero(body)
-        for axes in ((0, 1, 2), (0, 1), (0, 2), (1, 2)):
-            body |= _enclosed(body, axes)
+    unchanged = 0
+    for axes in itertools.cycle(FILLED_ALONG):  # what one plane closes may close another
+        hole = _enclosed(body, axes)
+        unchanged = 0 if hole.any() else unchanged + 1
+        if unchanged == len(FILLED_ALONG):
+            break
+        body |= hole
     if factor == 1:
         return body
     inner = ndimage.binary_erosion(body, border_value=1)
