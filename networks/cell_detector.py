@@ -8,9 +8,11 @@ volume, whose numbers stand beside every token, so that a model reads them where
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
 SHOWN = 3  # likeliest cells of each kind of finding and half that are read as they are: as many as one can count
 SOFTNESS = 2.0  # logits are divided by it: where seventy cells could hold a finding only a sure one says much
+DROPOUT = 0.3  # of hidden numbers, while it learns: it meets some ten thousand cells with a finding
 WEIGHT = 10.0  # of a number beside those of a code vector, in their spreads: else vectors are learned by heart
 
 
@@ -38,7 +40,12 @@ class CellDetector(nn.Module):
     def forward(self, feats: Float[Tensor, "M D"], coords: Int[Tensor, "M 3"]) -> Float[Tensor, "M K"]:
         """Logits."""
         places = (coords.float() + 0.5) / self.grid - 0.5
-        return self.layers(torch.cat([(feats - self.mean) / self.spread, places], 1))
+        x = torch.cat([(feats - self.mean) / self.spread, places], 1)
+        for layer in self.layers:
+            x = layer(x)
+            if isinstance(layer, nn.GELU):
+                x = functional.dropout(x, DROPOUT, self.training)
+        return x
 
     def halves(self, coords: Int[Tensor, "M 3"]) -> tuple[Tensor, Tensor]:
         """Which rows lie in the lower and in the upper half of the grid along x: the left and the right of a scan."""
@@ -75,6 +82,6 @@ class CellDetector(nn.Module):
         whole = []
         for half in self.halves(coords):
             numbers = feats[half, self.in_features :]
-            most = torch.nn.functional.pad(numbers, (0, 0, 0, SHOWN)).topk(SHOWN, 0).values
+            most = functional.pad(numbers, (0, 0, 0, SHOWN)).topk(SHOWN, 0).values
             whole += [2 * most[0] - self.weight, most.sum(0) - self.weight]
         return torch.cat([feats, torch.cat(whole).expand(len(feats), -1)], 1)

@@ -290,19 +290,15 @@ def make_detector(
     tokenizer: FrozenTokenizer,
     output_dir: str,
     num_phantoms: int,
-    ordinary: int = 0,
     about: list[str] | None = None,
     seed: int = 0,
 ) -> CellDetector | None:
-    """Of the findings that are spoken of and whose cells are known; None with no phantoms.
-
-    `ordinary`: how many of the phantoms that the language model learns from teach it too.
-    """
+    """Of the findings that are spoken of and whose cells are known; None with no phantoms."""
     kinds = [kind for kind in LOCATED if about is None or kind in about]
     if not num_phantoms or not kinds:
         return None
     source, levels = tokenizer.source(align_data.tokens_folder(output_dir)), tokenizer.levels
-    how = {"count": num_phantoms, "ordinary": ordinary, "seed": seed, "kinds": kinds, "levels": levels}
+    how = {"count": num_phantoms, "seed": seed, "kinds": kinds, "levels": levels}
     return phantom_detector(source, tokenizer.lookup_on_cpu.lookup, **how)
 
 

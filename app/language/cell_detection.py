@@ -1,7 +1,8 @@
 """A detector of findings in single cells, learned from phantoms: there it is known which cell holds one.
 
-Phantoms that are crowded with findings teach it, and those that a language model learns from, each also in a mirror.
-It is made once for a tokenizer and kept with the tokens.
+Phantoms that are crowded with findings teach it, each also in a mirror. None of them is one that a language model
+learns from: of those it would be surer than of others, and a model would learn to believe it too much. It is made once
+for a tokenizer and kept with the tokens.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from app.language.align_data import visit_in_shares
-from app.language.phantom_text import phantom_case, phantom_named, workers_for
+from app.language.phantom_text import phantom_case, workers_for
 from app.language.volume_tokens import TokenSource
 from app.phantoms.phantoms import ANATOMY_VERSION
 from app.phantoms.sentences import mirrored
@@ -29,7 +30,7 @@ from networks.cell_detector import CellDetector
 log = logging.getLogger(__name__)
 
 LOCATED = ("nodule", "kidney stone", "pleural effusion")  # kinds of finding whose cells are known
-VERSION = 2  # raised when what it learns from, or how, changes
+VERSION = 3  # raised when what it learns from, or how, changes
 FIRST_CROWDED = 250_000  # of their numbers, far from those that questions are asked about
 EPOCHS, EPOCHS_HARD = 2, 20  # over all cells, then over those that are hard
 CLEAR = -6.0  # below this logit of all kinds a cell without findings is not hard after the first epochs
@@ -41,14 +42,12 @@ def phantom_detector(
     lookup: Callable[[Tensor], Tensor],
     *,
     count: int,
-    ordinary: int = 0,
     seed: int = 0,
     kinds: Sequence[str] = LOCATED,
     levels: int | None = None,
 ) -> CellDetector:
-    """Learned from `count` crowded phantoms and the first `ordinary` ones of training, or read where it was before."""
-    about = {"version": VERSION, "anatomy": ANATOMY_VERSION, "count": count, "ordinary": ordinary, "seed": seed}
-    about["kinds"] = [*kinds]
+    """Learned from `count` crowded phantoms, or read where it was before."""
+    about = {"version": VERSION, "anatomy": ANATOMY_VERSION, "count": count, "seed": seed, "kinds": [*kinds]}
     digest = hashlib.sha256(json.dumps({**about, "levels": levels}, sort_keys=True).encode()).hexdigest()
     file = source.cache_dir / f"detector_{digest[:16]}.pt"
     detector = CellDetector(
@@ -56,7 +55,7 @@ def phantom_detector(
     )
     if not _read(detector, file):
         how = {"seed": seed, "kinds": kinds, "levels": levels}
-        feats, coords, found = known_cells(source, lookup, count=count, ordinary=ordinary, **how)
+        feats, coords, found = known_cells(source, lookup, count=count, **how)
         fit(detector, feats, coords, found, seed=seed)
         if idist.get_rank() == 0:
             checkpoints.write_atomically(detector.state_dict(), file)
@@ -79,7 +78,6 @@ def known_cells(
     lookup: Callable[[Tensor], Tensor],
     *,
     count: int,
-    ordinary: int,
     seed: int,
     kinds: Sequence[str],
     levels: int | None,
@@ -87,22 +85,17 @@ def known_cells(
     """Cells of all phantoms and of their mirror images, and which kinds of finding they hold."""
     cells: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
 
-    def visit(phantom: tuple[str, int, bool]) -> None:
-        name, number, crowded = phantom
-        findings, tokens = phantom_case(source, name, number=number, crowded=crowded)
+    def visit(at: int) -> None:
+        name, number = f"crowded_v{ANATOMY_VERSION}_s{seed}_{at:05d}", seed * 1_000_000 + FIRST_CROWDED + at
+        findings, tokens = phantom_case(source, name, number=number, crowded=True)
         cells[name] = [
             (lookup(torch.from_numpy(one.first_levels(levels))), torch.from_numpy(one.coords), held)
             for one, seen in zip(tokens, (findings, mirrored(findings, places=True)), strict=True)
             for held in [torch.from_numpy(cells_of_findings(one, seen, kinds))]
         ]
 
-    phantoms = [
-        (f"crowded_v{ANATOMY_VERSION}.{VERSION}_s{seed}_{at:05d}", seed * 1_000_000 + FIRST_CROWDED + at, True)
-        for at in range(count)
-    ]
-    phantoms += [(*phantom_named("train", at, seed=seed), False) for at in range(ordinary)]
     says = "making phantoms that show where findings lie"
-    visit_in_shares(phantoms, visit, says=says, workers=workers_for(source, count))
+    visit_in_shares(range(count), visit, says=says, workers=workers_for(source, count))
     parts = [part for name in sorted(cells) for part in cells[name]]
     feats, coords, found = (torch.cat(column) for column in zip(*parts, strict=True))
     return feats.detach().float(), coords, found
@@ -156,6 +149,7 @@ def _cycle(
     epochs: int,
 ) -> None:
     """One cycle of rates."""
+    detector.train()
     batch = min(BATCH, len(feats))
     an_epoch = len(feats) // batch
     optimizer = torch.optim.AdamW(detector.parameters(), lr=RATE, weight_decay=1e-3)
@@ -167,3 +161,4 @@ def _cycle(
             loss.backward()
             optimizer.step()
             schedule.step()
+    detector.eval()

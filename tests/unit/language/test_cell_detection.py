@@ -1,12 +1,14 @@
 """A detector of findings in cells: it learns where they lie, says it in a mirror too, and is read before the rest."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from app.language import cell_detection
-from app.language.cell_detection import cells_of_findings, fit, phantom_detector
-from app.language.phantom_text import phantom_volumes
+from app.language.cell_detection import FIRST_CROWDED, cells_of_findings, fit, phantom_detector
+from app.language.phantom_text import phantom_named
 from app.language.volume_tokens import Reducer, TokenSource
 from app.phantoms.phantoms import make_phantom
 from app.phantoms.sentences import mirrored
@@ -189,15 +191,20 @@ def test_it_is_made_once_and_kept_with_the_tokens(ct_tokenizer, tmp_path, monkey
     assert "damaged" in caplog.text and torch.equal(whole.layers[0].weight, first.layers[0].weight)
 
 
-def test_phantoms_that_a_language_model_learns_from_teach_it_too(ct_tokenizer, tmp_path):
-    """They are those that alignment reads, under the same names; without them it is another detector."""
+def test_no_phantom_that_a_language_model_learns_from_teaches_it(ct_tokenizer, tmp_path):
     source = TokenSource(ct_tokenizer, cache_dir=tmp_path)
-    lookup = ct_tokenizer.network.vq.lookup
-    alone, both = (phantom_detector(source, lookup, count=1, ordinary=ordinary) for ordinary in (0, 1))
-    assert not torch.equal(alone.layers[0].weight, both.layers[0].weight)
-    made = {file.name for file in source.cache_dir.glob("phantom_*")}
-    phantom_volumes(source, count=1, seed=0, split="train")
-    assert len(made) == 3 and made == {file.name for file in source.cache_dir.glob("phantom_*")}
+    phantom_detector(source, ct_tokenizer.network.vq.lookup, count=3, seed=0)
+    numbers = {FIRST_CROWDED + at for at in range(3)}
+    for split in ("train", "tune", "val"):
+        assert not numbers & {phantom_named(split, at, seed=0)[1] for at in range(10_000)}
+    assert not [*source.cache_dir.glob("phantom_*")] and len([*source.cache_dir.glob("crowded_*")]) == 9
+
+
+def test_it_drops_hidden_numbers_while_it_learns_alone(detector, generator):
+    feats, coords = torch.randn(50, detector.in_features, generator=generator), torch.zeros(50, 3, dtype=torch.long)
+    assert not detector.training and torch.equal(detector(feats, coords), detector(feats, coords))
+    learning = copy.deepcopy(detector).train()
+    assert not torch.equal(learning(feats, coords), learning(feats, coords))
 
 
 def test_a_projector_carries_it_and_old_ones_load_without(detector):
