@@ -207,6 +207,25 @@ def test_it_drops_hidden_numbers_while_it_learns_alone(detector, generator):
     assert not torch.equal(learning(feats, coords), learning(feats, coords))
 
 
+def test_a_projector_that_learns_beside_it_sees_all_numbers_and_few_vectors(detector, generator):
+    width = detector.in_features + detector.num_numbers
+    projector = Projector(width, width, detector=detector)
+    projector.proj.weight.data.copy_(torch.eye(width))
+    projector.proj.bias.data.zero_()
+    feats = torch.randn(400, width, generator=generator)
+    assert torch.equal(projector.eval()(feats), feats)
+    projector.train()
+    once, again = projector(feats), projector(feats)
+    detector.eval()
+    vectors, numbers = once.tensor_split([detector.in_features], 1)
+    hidden = (vectors == detector.mean).all(1)
+    assert torch.equal(numbers, feats[:, detector.in_features :]) and not torch.equal(once, again)
+    assert torch.equal(vectors[~hidden], feats[~hidden, : detector.in_features])
+    assert 0.65 < hidden.float().mean() < 0.85
+    alone = Projector(width, 4).train()
+    assert torch.equal(alone(feats), alone(feats))
+
+
 def test_a_projector_carries_it_and_old_ones_load_without(detector):
     projector = Projector(8, 16, detector=detector)
     state = projector.state_dict()
