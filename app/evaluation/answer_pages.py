@@ -96,11 +96,12 @@ def draw_bars(result: dict[str, Any], file: Path) -> None:
     if questions:
         groups[f"all questions\n{questions['rows']}"] = (questions["accuracy"], questions["intervals"]["all"])
         for kind, part in questions["by_kind"].items():
-            groups[f"{kind}\n{part['rows']}"] = (part, questions["intervals"][kind])
+            lines = kind.split(": ")
+            groups["\n".join([*lines, str(part["rows"])])] = (part, questions["intervals"][kind])
     if findings:
         values = {c: findings["scores"][c]["f1_micro"] for c in WITH_RANDOM}
         groups[f"findings F1\n{result['reports']['rows']}"] = (values, findings["intervals"])
-    figure = Figure(figsize=(max(6.4, 1.6 + 1.5 * len(groups)), 3.6), layout="constrained")  # as wide as the legend
+    figure = Figure(figsize=(max(6.4, 1.6 + 1.2 * len(groups)), 3.6), layout="constrained")  # as wide as the legend
     axes = figure.add_subplot()
     for at, column in enumerate(WITH_RANDOM if findings else COLUMNS):
         _bars(axes, at, column, list(groups.values()))

@@ -269,7 +269,7 @@ def test_an_alignment_speaks_of_what_the_demo_can_show_and_of_everything_in_data
     assert some["num_phantoms"] == 9 and some["demo"] is True
     every = resolved(monkeypatch, "align", "--about", "$None")
     shown = ("num_phantoms", "epochs", "detector_phantoms", "report_share", "max_3d_tokens")
-    assert [every[k] for k in shown] == [220, 6, 550, 0.125, 64]
+    assert [every[k] for k in shown] == [220, 10, 480, 0.125, 64]
     assert [demo[k] for k in shown[2:]] == [0, 1.0, 160]
     assert resolved(monkeypatch, "align", "--vl_model", "tiny_qwen3_vl", "--data", "reports.csv")["use_3d_pos"]
 
