@@ -72,7 +72,10 @@ def evaluate_language(  # noqa: PLR0913
     asked, more = [row for row in rows if row.kind != "report"], []
     for number in range(2, num_shuffles + 1 if asked else 0):
         stored = Answers(
-            out / f"answers_shuffled_{number}.jsonl", asked, shuffled(asked, reduced, seed=seed + number), assistant
+            out / f"answers_shuffled_{number}.jsonl",
+            asked,
+            other_volumes(asked, reduced, seed=seed + number),
+            assistant,
         )
         more.append(stored.complete(f"shuffled, {number}", **options))
     result = {"rows": len(rows), "patients": len({row.patient for row in rows}), "notice": NOTICE}
@@ -124,13 +127,13 @@ def volume_columns(
     blank = first._replace(feats=mean.expand_as(first.feats).clone())  # one featureless volume for every row
     return {
         "real": [reduced[row.image] for row in rows],
-        "shuffled": shuffled(rows, reduced, seed=seed),
+        "shuffled": other_volumes(rows, reduced, seed=seed),
         "blank": [blank] * len(rows),
         "question_only": [None] * len(rows),
     }
 
 
-def shuffled(rows: Sequence[TextRow], reduced: dict[str, TokenSequence], *, seed: int) -> list[TokenSequence]:
+def other_volumes(rows: Sequence[TextRow], reduced: dict[str, TokenSequence], *, seed: int) -> list[TokenSequence]:
     """With each row the volume of another patient."""
     images = list(dict.fromkeys(row.image for row in rows))
     owner = {row.image: row.patient for row in rows}
