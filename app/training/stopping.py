@@ -56,9 +56,8 @@ class StopWhenAsked:
             os.write(1, f"{NAMES[number]}: this {self.folder.step_name} is finished and saved first\n".encode())
         self.received = number
 
-    def _ask(self, engine: Engine) -> None:
-        """Ranks end after the same step. By the end of a step the answer has long arrived: waiting for one that is
-        asked for there would be waiting for all of the step."""
+    def _ask(self, _engine: Engine) -> None:
+        """At a step's beginning: an answer that is asked for at its end would come after all the device has to do."""
         if idist.get_world_size() > 1:
             self.answer = HostCopy(torch.full((1,), self.received, device=idist.device()), first=largest_of_ranks)
 
