@@ -121,6 +121,7 @@ MEANINGS = {
     "token_reduction": "how more tokens become so many: `pool`, `merge`, `fps` or `truncate`",
     "max_text_tokens": "longest question and answer together; a longer example is cut and counted",
     "max_new_tokens": "longest answer",
+    "num_shuffles": "other volumes that each question is asked of",
     "use_3d_pos": "add an encoding of each token's place",
     "position": "how the language model counts tokens: `1d`, or `mrope3d` by their cells",
     "fusion": "where tokens stand: in the user's turn (`placeholder`) or in front (`prefix`)",

@@ -249,6 +249,7 @@ RULES = {
     "max_3d_tokens": _count(1),
     "max_text_tokens": _count(1),
     "max_new_tokens": _count(1),
+    "num_shuffles": _count(1),
     "token_reduction": _choice(*REDUCTIONS),
     "use_3d_pos": SWITCH,
     "position": _choice("1d", "mrope3d"),

@@ -296,9 +296,14 @@ def test_evaluate_as_a_command(home, aligned, tmp_path, few_draws):
     assert "1 left out (no volume)" in say("evaluate", tmp_path / "some.jsonl", *where, "--skip-bad", status=3)
     bundle = {"config_file": str(ROOT / "bundles" / "evaluate_language.json"), "data": str(tmp_path / "some.jsonl")}
     bundle |= {"align_dir": str(aligned), "output_dir": str(tmp_path), "skip_bad": True, "max_new_tokens": 3}
+    bundle["num_shuffles"] = 2
     with pytest.raises(RuntimeError) as end:  # MONAI's chain
         run("run", **bundle)
     assert refusal_of(end.value).status == 3
+    assert json.loads((tmp_path / "language.json").read_text())["shuffles"] == 2
+    assert "the mean of 2 pairings" in (tmp_path / "language.md").read_text()
+    asked = (tmp_path / "answers_shuffled_2.jsonl").read_text().splitlines()
+    assert 0 < len(asked) < len((tmp_path / "answers_shuffled.jsonl").read_text().splitlines())  # no reports
     assert say("evaluate", home / "gone.csv", *where, status=2).startswith("NO_DATA: ")
     said = say("evaluate", home / "text.jsonl", *where, "--split", "autumn", status=2)
     assert said.splitlines()[-1].endswith("has no row with split autumn. It has ['train', 'val'].")
