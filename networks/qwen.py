@@ -268,10 +268,9 @@ def compile_layers(language: nn.Module, *, backend: str | Callable = "inductor")
 
     One compilation serves all layers; each kind of batch has its own (padded or not, one sample or more). Generation
     goes on as before, and so does a forward pass that torch cannot compile: it says so. A backward pass that it cannot
-    compile raises. Settings are torch's, of the whole process.
+    compile raises. The setting is torch's, of the whole process.
     """
     torch._dynamo.config.suppress_errors = True
-    torch._dynamo.config.optimize_ddp = False  # it would cut every layer where ranks exchange gradients
     for layer in language.model.language_model.layers:
         layer.compile(dynamic=True, backend=backend)
 

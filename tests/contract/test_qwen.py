@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 import torch._dynamo.testing
-from torch import distributed
 from torch.nn import functional as F
 
 from app.language.chat import collate_chats, encode_chat
@@ -239,27 +238,6 @@ def test_compiled_layers_give_the_same_from_one_compilation(family, lora, checkp
     assert 1 <= told <= 2, "batches of every length share a compilation, layers too; one more where nothing is padded"
     assert model.eval().generate(asked, max_new_tokens=4) == said
     assert compiled.frame_count == told, "generation compiles nothing"
-
-
-def test_ranks_do_not_cut_compiled_layers(tmp_path, monkeypatch):
-    """Gradients are exchanged in buckets; here each holds less than a layer."""
-    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
-    monkeypatch.setattr(distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 500)
-    torch.compiler.reset()
-    model, tokenizer = make_model("qwen2_vl")
-    counted = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compile_layers(model.language, backend=counted)
-    distributed.init_process_group(
-        "gloo", store=distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
-    )
-    try:
-        ranks = torch.nn.parallel.DistributedDataParallel(
-            model.train(), bucket_cap_mb=0.001, find_unused_parameters=True
-        )
-        ranks(make_batch(tokenizer, THREE)).loss.backward()
-    finally:
-        distributed.destroy_process_group()
-    assert 1 <= counted.frame_count <= 2, "as without ranks"
 
 
 def test_a_question_without_a_volume_is_the_stock_model(made):
