@@ -13,6 +13,7 @@ from torch.nn import functional
 SHOWN = 3  # likeliest cells of each kind of finding and half that are read as they are: as many as one can count
 SOFTNESS = 2.0  # logits are divided by it: where seventy cells could hold a finding only a sure one says much
 DROPOUT = 0.3  # of hidden numbers, while it learns: it meets some ten thousand cells with a finding
+HIDDEN = 0.75  # share of tokens whose vector is hidden while a model learns to read them: few are learned by heart
 WEIGHT = 10.0  # of a number beside those of a code vector, in their spreads: else vectors are learned by heart
 
 
@@ -85,3 +86,9 @@ class CellDetector(nn.Module):
             most = functional.pad(numbers, (0, 0, 0, SHOWN)).topk(SHOWN, 0).values
             whole += [2 * most[0] - self.weight, most.sum(0) - self.weight]
         return torch.cat([feats, torch.cat(whole).expand(len(feats), -1)], 1)
+
+    def with_few_vectors(self, feats: Float[Tensor, "T F"], *, seed: int) -> Float[Tensor, "T F"]:
+        """Rows as `survey` makes them: the numbers of all, the vectors of some; the others' are the mean."""
+        vectors, numbers = feats.tensor_split([self.in_features], 1)
+        hidden = torch.rand(len(feats), 1, generator=torch.Generator().manual_seed(seed)) < HIDDEN
+        return torch.cat([torch.where(hidden, self.mean.to(feats.dtype), vectors), numbers], 1)

@@ -13,9 +13,6 @@ from torch import Tensor, nn
 from networks.cell_detector import CellDetector
 
 MAX_LAYERS = 64
-HIDDEN = (
-    0.75  # share of tokens whose vector is hidden while it learns beside a detector: few volumes are learned by heart
-)
 
 
 def encode_positions(coords: Int[Tensor, "T 3"], width: int, *, grid: int = 128) -> Float[Tensor, "T E"]:
@@ -69,8 +66,6 @@ class Projector(nn.Module):
     def forward(self, feats: Float[Tensor, "T D"], coords: Int[Tensor, "T 3"] | None = None) -> Float[Tensor, "T E"]:
         if feats.shape[1] != self.in_features:
             raise ValueError(f"the projector reads features of width {self.in_features}, got {feats.shape[1]}")
-        if self.detector is not None and self.training:
-            feats = self._with_few_vectors(feats)
         embeds = self.proj(feats)
         if self.use_3d_pos:
             if coords is None:
@@ -78,12 +73,6 @@ class Projector(nn.Module):
             places = encode_positions(coords, embeds.shape[1], grid=self.position_grid)
             embeds = embeds + self.position_scale * places.to(embeds.dtype)
         return embeds
-
-    def _with_few_vectors(self, feats: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
-        """The detector's numbers of all tokens, the vectors of some; the others' are the mean."""
-        vectors, numbers = feats.tensor_split([self.detector.in_features], 1)
-        hidden = torch.rand(len(feats), 1, device=feats.device) < HIDDEN
-        return torch.cat([torch.where(hidden, self.detector.mean.to(feats.dtype), vectors), numbers], 1)
 
     @torch.no_grad()
     def match_scale(self, feats: Float[Tensor, "T D"], target: float) -> None:

@@ -28,6 +28,7 @@ from app.shared.terminal import progress
 from app.text.rows import TextRow
 from app.tokens.token_files import CTTokens
 from app.training.loaders import CaseLoader, StepSampler
+from app.training.step import sample_seed
 from networks.tokens import TokenSequence
 
 log = logging.getLogger(__name__)
@@ -53,8 +54,9 @@ class TextDataset(Dataset):
         fusion: str = "placeholder",
         max_text_tokens: int = 1024,
         with_volumes: bool = True,
+        seed: int = 0,
     ):
-        self.volumes, self.reduce, self.with_volumes = volumes, reduce, with_volumes
+        self.volumes, self.reduce, self.with_volumes, self.seed = volumes, reduce, with_volumes, seed
         self.reduced: dict[str, TokenSequence] = {}  # of the volumes that were read first
         self.bytes_left = KEPT_BYTES
         self.encode = partial(
@@ -90,8 +92,12 @@ class TextDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict:
-        number = index if isinstance(index, int) else index[1]
-        return self._sample(self.rows[number], self.encoded[number])
+        """By its number; with the step in front it is one to learn from, drawn for that step."""
+        if isinstance(index, int):
+            return self._sample(self.rows[index], self.encoded[index])
+        step, number = index
+        sample, seed = self._sample(self.rows[number], self.encoded[number]), sample_seed(self.seed, step, str(number))
+        return sample | {"volumes": [self.reduce.to_learn_from(one, seed=seed) for one in sample["volumes"]]}
 
     def question(self, number: int) -> dict:
         """A sample without its answer, to be answered."""

@@ -349,9 +349,8 @@ def make_text_dataset(  # noqa: PLR0913
         words = language.model.get_input_embeddings().num_embeddings
         return align_data.OwnDataset(own, reduce=reduce, network=tokenizer.network, skip_bad=skip_bad, vocabulary=words)
     rows, volumes = text.rows_and_volumes
-    examples = align_data.TextDataset(
-        rows, volumes=volumes, reduce=reduce, tokenizer=language.tokenizer, **(chat_options or {})
-    )
+    options = {"seed": text.phantoms["seed"], **(chat_options or {})}
+    examples = align_data.TextDataset(rows, volumes=volumes, reduce=reduce, tokenizer=language.tokenizer, **options)
     left_out = {reason: count for reason, count in examples.dropped.items() if count}
     note = f"; left out or cut: {left_out}" if left_out else ""
     log.info("%d examples to %s on%s", len(examples), "train" if text.split == "train" else "validate", note)

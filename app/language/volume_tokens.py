@@ -99,6 +99,12 @@ class Reducer:
         feats = torch.where(rows[:, None], volume.feats.mean(0), volume.feats)
         return volume._replace(feats=feats if self.detector is None else self.detector.survey(feats, volume.coords))
 
+    def to_learn_from(self, volume: TokenSequence, *, seed: int) -> TokenSequence:
+        """The same while a model learns: beside a detector with few vectors, else as it is."""
+        if self.detector is None:
+            return volume
+        return volume._replace(feats=self.detector.with_few_vectors(volume.feats, seed=seed))
+
 
 class TokenSource:
     """Tokens by path, encoded once and kept in `cache_dir` under the tokenizer's hash and the resampler's name."""

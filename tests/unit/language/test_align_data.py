@@ -1,6 +1,7 @@
 """Samples for alignment: forms A and B are the same batch, nothing is replaced in silence, tokens are kept on disk."""
 
 import os
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from app.tokens.open_scan import Volume
 from app.tokens.token_files import read_tokens, write_tokens
 from app.tokens.tokenizer import CTTokenizer
 from networks import make_vqvae
+from networks.cell_detector import CellDetector
 from networks.tiny_qwen import build_tiny
 
 
@@ -198,6 +200,23 @@ def test_a_volume_of_many_questions_is_reduced_once_while_there_is_room(
     examples = TextDataset(rows, volumes={"s": ct.encode(scan(0))}, reduce=reduce, tokenizer=language[1])
     read = [examples[number]["volumes"][0] for number in range(3)]
     assert len(calls) == reductions and all(torch.equal(one.feats, read[0].feats) for one in read)
+
+
+def test_what_is_drawn_for_a_sample_follows_from_seed_step_and_row(ct, language):
+    """Whatever rank or micro-batch it is in; a row that is judged or asked about is read as it is."""
+    width, tokens = ct.network.sizes.latent_channels, ct.encode(scan(0))
+    detector = CellDetector(width, 1, grid=ct.network.sizes.resolution // 8).eval()
+    detector.mean += 5
+    reduce = Reducer(ct.network.vq.lookup, width=width, detector=detector)
+    rows = [TextRow("s", "How many?", f"{n}", kind="count") for n in range(2)]
+    make = partial(TextDataset, rows, volumes={"s": tokens}, reduce=reduce, tokenizer=language[1])
+    examples, read = make(seed=3), lambda made, at: made[at]["volumes"][0].feats
+    drawn = read(examples, (7, 1))
+    assert torch.equal(drawn, read(make(seed=3), (7, 1)))
+    assert not any(torch.equal(drawn, other) for other in (read(examples, (8, 1)), read(examples, (7, 0))))
+    assert not torch.equal(drawn, read(make(seed=4), (7, 1)))
+    whole = reduce(tokens).feats
+    assert torch.equal(read(examples, 1), whole) and torch.equal(examples.question(1)["volumes"][0].feats, whole)
 
 
 def test_without_volumes_the_report_stands_in_the_volumes_place(ct, language, reduce):

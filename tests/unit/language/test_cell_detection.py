@@ -17,6 +17,7 @@ from app.tokens.tokenizer import CTTokenizer
 from networks import make_vqvae
 from networks.cell_detector import SHOWN, SOFTNESS, CellDetector
 from networks.projector import Projector
+from networks.tokens import TokenSequence
 
 
 @pytest.fixture(scope="module")
@@ -207,23 +208,22 @@ def test_it_drops_hidden_numbers_while_it_learns_alone(detector, generator):
     assert not torch.equal(learning(feats, coords), learning(feats, coords))
 
 
-def test_a_projector_that_learns_beside_it_sees_all_numbers_and_few_vectors(detector, generator):
-    width = detector.in_features + detector.num_numbers
-    projector = Projector(width, width, detector=detector)
-    projector.proj.weight.data.copy_(torch.eye(width))
-    projector.proj.bias.data.zero_()
-    feats = torch.randn(400, width, generator=generator)
-    assert torch.equal(projector.eval()(feats), feats)
-    projector.train()
-    once, again = projector(feats), projector(feats)
-    detector.eval()
-    vectors, numbers = once.tensor_split([detector.in_features], 1)
+def test_a_model_learns_to_read_all_numbers_and_few_vectors_the_same_for_the_same_sample(detector, generator):
+    made = TokenSequence(
+        torch.randn(400, detector.in_features + detector.num_numbers, generator=generator),
+        torch.zeros(400, 3, dtype=torch.int32),
+        torch.ones(400, dtype=torch.long),
+    )
+    reduce = Reducer(lambda codes: codes, width=detector.in_features, detector=detector)
+    once, again, other = (reduce.to_learn_from(made, seed=seed) for seed in (1, 1, 2))
+    vectors, numbers = once.feats.tensor_split([detector.in_features], 1)
     hidden = (vectors == detector.mean).all(1)
-    assert torch.equal(numbers, feats[:, detector.in_features :]) and not torch.equal(once, again)
-    assert torch.equal(vectors[~hidden], feats[~hidden, : detector.in_features])
+    assert torch.equal(numbers, made.feats[:, detector.in_features :])
+    assert torch.equal(vectors[~hidden], made.feats[~hidden, : detector.in_features])
     assert 0.65 < hidden.float().mean() < 0.85
-    alone = Projector(width, 4).train()
-    assert torch.equal(alone(feats), alone(feats))
+    assert torch.equal(once.feats, again.feats) and not torch.equal(once.feats, other.feats)
+    alone = Reducer(lambda codes: codes, width=detector.in_features)
+    assert alone.to_learn_from(made, seed=1) is made
 
 
 def test_a_projector_carries_it_and_old_ones_load_without(detector):
