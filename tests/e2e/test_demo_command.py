@@ -85,7 +85,9 @@ def test_a_browser_shows_the_page_of_the_demo(shown):
 
 
 @pytest.mark.slow
-def test_the_whole_chain_runs_from_nothing_to_its_page(tmp_path, few_draws):
+def test_the_whole_chain_runs_from_nothing_to_its_page(tmp_path, few_draws, monkeypatch):
+    # tensorboard's, where an earlier test has loaded it: it would close pytest's stream
+    monkeypatch.setattr("absl.logging.PythonHandler.close", lambda _: None)
     done = demo.demo(str(tmp_path / "demo"), sizes=TINY)
     out = tmp_path / "demo"
     assert list(done["stages"]) == list(demo.STAGES)
