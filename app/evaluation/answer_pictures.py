@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -47,15 +47,15 @@ def picture_answer(assistant: CTAssistant, scan: str | Path, question: str, answ
     return Asked(question, answer, known, draw(on_grid(assistant, Path(scan)), occlusion), words)
 
 
-def on_grid(assistant: CTAssistant, scan: Path) -> Shaped[np.ndarray, "X Y Z"]:
+def on_grid(assistant: CTAssistant, scan: Path) -> Float[np.ndarray, "X Y Z"]:
     """HU on the tokenizer's grid; of a token file, which has no scan, what its tokens decode to."""
     ct = assistant.tokenizer.ct
     opened = ct.open(scan)
     if isinstance(opened, CTTokens):
-        return ct.decode(opened).hu
+        return ct.decode(opened).hu.astype(np.float32)
     volume = opened.volume
     resample = Resampled("image", spacing=ct.sizes.spacing, grid=ct.sizes.resolution)
-    return resample({"image": volume.hu, "affine": volume.affine})["image"]
+    return resample({"image": volume.hu, "affine": volume.affine})["image"].astype(np.float32)
 
 
 def draw(hu: Float[np.ndarray, "X Y Z"], occlusion: Occlusion) -> bytes:
