@@ -17,6 +17,7 @@ from networks.kernels.launch import ceil_div, power_of_two, quick
 ROWS_PER_PROGRAM = 512
 ROWS_PER_COUNT = 4096  # of a program that counts cells: few additions to the same numbers
 NUMBERS_PER_PROGRAM = 4096  # taken by take_rows
+MOST_NARROW_CHUNKS = 64  # whose numbers fit 32 bits beside 26 of a row's neighbours
 
 
 def morton_keys(coords: Int[Tensor, "N 4"], bits: int) -> Int64[Tensor, " N"]:
@@ -277,15 +278,19 @@ def _group(keys, numbers, cells, parent, children, num_rows, num_cells, TILE: tl
 def by_neighbourhood(
     found: Int32[Tensor, "27 N"], alive: Int32[Tensor, " N"], chunk: int
 ) -> tuple[Int32[Tensor, " N"], Int32[Tensor, "27 N"], Int32[Tensor, " N"]]:
-    """Rows sorted by their bits inside runs of `chunk` rows; their neighbours and bits in that order."""
+    """Rows sorted by their bits inside runs of `chunk` rows; their neighbours and bits in that order.
+
+    Every row is its own neighbour, so 26 bits tell rows apart, and a million rows are sorted by 32 bits instead of 64.
+    """
     num_rows = len(alive)
-    keys = torch.empty(num_rows, dtype=torch.int64, device=alive.device)
+    narrow = ceil_div(num_rows, chunk) <= MOST_NARROW_CHUNKS
+    keys = torch.empty(num_rows, dtype=torch.int32 if narrow else torch.int64, device=alive.device)
     rows, bits, table = torch.empty_like(alive), torch.empty_like(alive), torch.empty_like(found)
     if num_rows:
         grid = (ceil_div(num_rows, ROWS_PER_PROGRAM),)
         _sorting_keys[grid](alive, keys, num_rows, chunk, ROWS_PER_PROGRAM)
-        keys, order = torch.sort(keys, stable=True)
-        _take_columns[grid](found, keys, order, rows, bits, table, num_rows, ROWS_PER_PROGRAM)
+        order = torch.argsort(keys, stable=True)
+        _take_columns[grid](found, alive, order, rows, bits, table, num_rows, ROWS_PER_PROGRAM)
     return rows, table, bits
 
 
@@ -294,20 +299,21 @@ def by_neighbourhood(
 @triton.jit(do_not_specialize=["num_rows"])
 def _sorting_keys(alive, keys, num_rows, CHUNK: tl.constexpr, TILE: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    bits = tl.load(alive + rows, mask=rows < num_rows, other=0).to(tl.int64)  # (TILE,)
-    tl.store(keys + rows, ((rows // CHUNK) << 27) | bits, mask=rows < num_rows)
+    bits = tl.load(alive + rows, mask=rows < num_rows, other=0)  # (TILE,)
+    bits = (bits & 0x1FFF) | ((bits >> 14) << 13)  # all but the row itself
+    key = ((rows // CHUNK) << 26 | bits) - 2**31  # from the least number of 32 bits on
+    tl.store(keys + rows, key.to(keys.dtype.element_ty), mask=rows < num_rows)
 
 
 @no_type_check
 @quick
 @triton.jit(do_not_specialize=["num_rows"])
-def _take_columns(found, keys, order, rows_out, bits_out, out, num_rows, TILE: tl.constexpr):
+def _take_columns(found, alive, order, rows_out, bits_out, out, num_rows, TILE: tl.constexpr):
     places = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = places < num_rows
     row = tl.load(order + places, mask=inside, other=0)  # (TILE,)
     tl.store(rows_out + places, row.to(tl.int32), mask=inside)
-    bits = tl.load(keys + places, mask=inside, other=0) & ((1 << 27) - 1)  # (TILE,)
-    tl.store(bits_out + places, bits.to(tl.int32), mask=inside)
+    tl.store(bits_out + places, tl.load(alive + row, mask=inside, other=0), mask=inside)  # (TILE,)
     for k in tl.static_range(27):
         line = k * num_rows.to(tl.int64)
         near = tl.load(found + line + row, mask=inside, other=0)  # (TILE,) of line k of (27, N)

@@ -289,7 +289,8 @@ def test_row_operations_and_maps_compile():
         compiled(kernel, "i32", TILE=512)
     compiled(maps._count_cells, "i32", types={"size_b": "i32"}, BITS=8, LEVELS=4, TILE=4096)
     compiled(maps._group, "i32", types={"cells": "*i64"}, TILE=512)
-    compiled(maps._sorting_keys, "i32", CHUNK=16384, TILE=512)
+    for keys in ("*i32", "*i64"):
+        compiled(maps._sorting_keys, "i32", types={"keys": keys}, CHUNK=16384, TILE=512)
     compiled(maps._take_columns, "i32", TILE=512)
     compiled(maps._list_pairs, "i32", TILE=512)
     compiled(maps._take_rows, "fp32", types={"rows": "*i64"}, CHANNELS=4, TILE=1024, WIDTH=4)

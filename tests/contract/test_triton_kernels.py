@@ -132,9 +132,10 @@ def test_interpreted_maps_equal_plain_torch(count, generator):
     keys, parent, children = maps.group_cells(level.keys, len(grouped.coarse))
     assert torch.equal(keys, grouped.coarse.keys)
     assert torch.equal(parent, grouped.parent) and torch.equal(children, grouped.children)
-    ordered = maps.by_neighbourhood(found, alive, 64), torch_maps.by_neighbourhood(found, alive, 64)
-    for mine, plain in zip(*ordered, strict=True):
-        assert torch.equal(mine, plain)
+    for chunk in (64, 2):  # keys of 32 and of 64 bits
+        ordered = (module.by_neighbourhood(found, alive, chunk) for module in (maps, torch_maps))
+        for mine, plain in zip(*ordered, strict=True):
+            assert torch.equal(mine, plain)
     for dtype in (torch.int16, torch.int32):
         mine, plain = torch.empty((2, count), dtype=dtype)
         for module, keys in ((maps, mine), (torch_maps, plain)):
