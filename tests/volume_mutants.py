@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import nibabel as nib
+import nrrd
 import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
@@ -329,10 +330,6 @@ def by_sitk(path: Path) -> Read | None:
 
 
 def by_pynrrd(path: Path) -> Read | None:
-    try:
-        import nrrd
-    except ImportError:
-        return None
     try:
         values, header = nrrd.read(str(path))
         affine = np.eye(4)
