@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from networks.kernels.launch import KNOWN_LAUNCHER, ceil_div, power_of_two, processors, quick, shared_memory
-from networks.kernels.tiles import Tile, even_parts, fitted, grad_tile, producer_plan, product_tile
+from networks.kernels.tiles import Tile, even_parts, fitted, grad_tile, gradient_is_shared, producer_plan, product_tile
 from networks.sparse.topology import Level
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -57,8 +57,7 @@ def input_grad(grad: Float[Tensor, "N F"], weight: Float[Tensor, "27 C F"], leve
 
 
 def weight_grad(feats: Float[Tensor, "N C"], grad: Float[Tensor, "N F"], level: Level) -> Float[Tensor, "27 C F"]:
-    tile = grad_tile(feats.shape[1], grad.shape[1], feats.dtype)
-    return row_product(feats, grad, level, tile=fitted(tile, feats.dtype, shared_memory(feats.device)))
+    return weight_grads([(feats, grad)], level)[0]
 
 
 def weight_grads(
@@ -66,7 +65,10 @@ def weight_grads(
 ) -> list[Float[Tensor, "27 C F"]]:
     """`weight_grad` of several convolutions of equal widths; their partial sums lie side by side, added at once."""
     feats, grad = pairs[0]
-    tile = grad_tile(feats.shape[1], grad.shape[1], feats.dtype)
+    widths = feats.shape[1], grad.shape[1]
+    if len(feats) and (products := _gradient_with_producers(*widths, feats.dtype, feats.device, level.is_thin)):
+        return products(pairs, level)
+    tile = grad_tile(*widths, feats.dtype)
     return row_products(pairs, level, tile=fitted(tile, feats.dtype, shared_memory(feats.device)))
 
 
@@ -85,10 +87,8 @@ def _with_producers(
 
     It takes the forward's own weight for the gradient too.
     """
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0) or not KNOWN_LAUNCHER:
-        return None
     plan = producer_plan(channels, columns, dtype, shared_memory(device), thin=thin, mirrored=mirrored)
-    if plan is None or _defect_of_producers(device):
+    if plan is None or not _has_producers(device):
         return None
     from networks.kernels import producer_convolution
 
@@ -96,12 +96,35 @@ def _with_producers(
 
 
 @cache
-def _defect_of_producers(device: torch.device) -> str | None:
-    """What is wrong with producer_convolution.py on a device, shown by a small convolution; said once."""
-    try:
-        from networks.kernels.producer_convolution import largest_error
+def _gradient_with_producers(
+    channels: int, columns: int, dtype: torch.dtype, device: torch.device, thin: bool
+) -> Callable[..., list[Float[Tensor, "27 C F"]]] | None:
+    """What does the work of `row_products` with warps that only gather, on the cards and shapes that it is made for."""
+    fits = gradient_is_shared(channels, columns, dtype, shared_memory(device), thin=thin)
+    if not fits or not _has_producers(device):
+        return None
+    from networks.kernels import producer_gradient
 
-        worst = largest_error(device, partial(gather_product, tile=Tile(128, 128, 64, 8, 3)))
+    return producer_gradient.row_products
+
+
+def _has_producers(device: torch.device) -> bool:
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return hopper and KNOWN_LAUNCHER and _defect_of_producers(device) is None
+
+
+@cache
+def _defect_of_producers(device: torch.device) -> str | None:
+    """What is wrong with warps that only gather on a device, shown by a small convolution; said once."""
+    tile = Tile(128, 128, 64, 8, 3)
+    try:
+        from networks.kernels import producer_convolution, producer_gradient
+
+        worst = max(
+            producer_convolution.largest_error(device, partial(gather_product, tile=tile)),
+            producer_gradient.largest_error(device, partial(row_products, tile=tile)),
+            key=lambda error: math.inf if math.isnan(error) else error,
+        )
         reason = None if worst < PROOF_TOLERANCE else f"relative error {worst:.2g}"
     except Exception as error:  # Gluon is an experimental part of Triton and may raise anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0]

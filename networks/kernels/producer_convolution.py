@@ -52,10 +52,10 @@ def gather_product(
     tiles = level.tiles(PRODUCER_GROUPS * plan.rows)
     count = tiles.offsets.shape[0] * ceil_div(columns, plan.columns)
     _gather_product[(min(count, processors(feats.device)),)](
-        _aligned(feats),
+        aligned(feats),
         _copied_by_the_card(weight, (plan.columns, PRODUCER_DEPTH) if mirrored else (PRODUCER_DEPTH, plan.columns)),
         out if bias is None else bias,
-        out if added is None else _aligned(added),
+        out if added is None else aligned(added),
         tiles.neighbours,
         tiles.counts if tiles.rows is None else tiles.rows,
         tiles.offsets,
@@ -97,7 +97,7 @@ def largest_error(device: torch.device, plain: Callable[..., Float[Tensor, "N F"
     return float(torch.tensor(errors).max())  # NaN wins, as it does not in max()
 
 
-def _aligned(rows: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+def aligned(rows: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Contiguous, from a multiple of 16 bytes on: what is copied 16 bytes at a time."""
     rows = rows.contiguous()
     return rows.clone() if rows.data_ptr() % 16 else rows
@@ -105,7 +105,7 @@ def _aligned(rows: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 def _copied_by_the_card(rows: Float[Tensor, "..."], block: tuple[int, int]) -> TensorDescriptor:
     """A matrix of which blocks are copied to shared memory by the card itself; zeros beyond its end."""
-    flat = _aligned(rows).flatten(0, -2)
+    flat = aligned(rows).flatten(0, -2)
     return TensorDescriptor(flat, list(flat.shape), [flat.shape[1], 1], list(block), SWIZZLED)
 
 

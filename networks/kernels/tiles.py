@@ -1,5 +1,6 @@
 """How products of rows are cut into programs: tiles by width and type, made to fit the card; rows among programs."""
 
+import itertools
 import math
 from functools import cache, lru_cache
 from typing import NamedTuple
@@ -11,6 +12,10 @@ from networks.kernels.launch import power_of_two
 SPARE_BYTES = 4096  # of shared memory for what is no tile
 PRODUCER_GROUPS = 2  # of warps that multiply, where others gather
 PRODUCER_DEPTH = 64  # channels a step: rows of 128 bytes, which tensor cores read without bank conflicts
+GRADIENT_BLOCK = 128  # input channels and columns of weights that a group of warps sums up
+GRADIENT_GROUPS = 3  # of warps that multiply, each for its own offset, where others gather
+GRADIENT_PRODUCERS = 4  # warps that gather
+GRADIENT_ROWS, GRADIENT_STAGES = 64, 3  # of a step, and steps that lie ready
 
 
 class Tile(NamedTuple):
@@ -45,7 +50,7 @@ def grad_tile(channels: int, columns: int, dtype: torch.dtype) -> Tile:
         return Tile(64, width, 32, 4, 3)
     if max(channels, columns) <= 32:
         return Tile(128, width, 32, 4, 3)
-    return Tile(128, width, 64, 4, 3) if max(channels, columns) > 64 else Tile(128, width, 64, 8, 2)
+    return Tile(128, width, 64, 8, 3) if max(channels, columns) > 64 else Tile(64, width, 128, 4, 2)
 
 
 @cache
@@ -83,6 +88,23 @@ def producer_plan(
     rows = PRODUCER_GROUPS * plan.rows
     held = plan.stages * (rows + plan.columns) * PRODUCER_DEPTH + rows * plan.columns
     return plan if held * dtype.itemsize <= room - SPARE_BYTES else None
+
+
+@cache
+def gradient_is_shared(channels: int, columns: int, dtype: torch.dtype, room: int, *, thin: bool) -> bool:
+    """Whether producer_gradient.py serves a weight gradient: not where lists of pairs spare many products."""
+    held = GRADIENT_STAGES * (GRADIENT_GROUPS + 1) * GRADIENT_ROWS * GRADIENT_BLOCK * dtype.itemsize
+    blocks = channels > 0 and columns > 0 and channels % GRADIENT_BLOCK == columns % GRADIENT_BLOCK == 0
+    return blocks and dtype.itemsize == 2 and not thin and held <= room - SPARE_BYTES
+
+
+def few_parts(programs: int, num_processors: int) -> int:
+    """The fewest parts that keep nine tenths of the card busy, where each part is so many programs, one a processor."""
+
+    def waves(parts: int) -> float:
+        return parts * programs / num_processors
+
+    return next(parts for parts in itertools.count(1) if waves(parts) >= 0.9 * math.ceil(waves(parts)))
 
 
 @lru_cache(maxsize=1024)

@@ -48,6 +48,7 @@ OWNERS = {  # optional or heavy libraries, each behind one door
             "maps",
             "norm",
             "producer_convolution",
+            "producer_gradient",
             "rows",
         )
     },

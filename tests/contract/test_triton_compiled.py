@@ -159,6 +159,35 @@ def test_producer_warps_gather_beside_products_and_fit(channels, columns, mirror
     assert "setmaxnreg" in ptx
 
 
+@pytest.mark.skipif(not launch.KNOWN_LAUNCHER, reason="Gluon's names are those of Triton 3.6")
+@pytest.mark.parametrize(("channels", "columns", "live"), [(128, 128, False), (256, 128, True), (128, 384, False)])
+def test_producer_warps_gather_beside_sums_of_weights_and_fit(channels, columns, live):
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from networks.kernels import producer_gradient
+
+    assert tiles.gradient_is_shared(channels, columns, torch.bfloat16, ROOM[90], thin=False)
+    made = compiled(
+        producer_gradient._row_product,
+        source=GluonASTSource,
+        warps=4,
+        types=MAPS | {"out": "*fp32"},
+        CHANNELS=channels,
+        COLUMNS=columns,
+        BLOCK=tiles.GRADIENT_BLOCK,
+        ROWS=tiles.GRADIENT_ROWS,
+        STAGES=tiles.GRADIENT_STAGES,
+        PRODUCERS=tiles.GRADIENT_PRODUCERS,
+        GROUPS=tiles.GRADIENT_GROUPS,
+        LAYOUT=producer_gradient.SWIZZLED,
+        num_warps=4,
+        live=live,
+    )
+    ptx = made.asm["ptx"]
+    assert made.metadata.shared <= ROOM[90] and 32 * made.metadata.num_warps <= 512
+    assert "wgmma.mma_async" in ptx and "cp.async.cg.shared.global" in ptx and "setmaxnreg" in ptx
+
+
 def rows_counted(live):
     """How many rows: a number, or where it stands on the device."""
     return {"LIVE": live, "types": {"num_rows": "*i32"} if live else {}}
