@@ -116,10 +116,11 @@ def _produce(  # noqa: PLR0913
 ):
     """Fills the ring; neighbours are read one gather ahead. `neighbours` begins at the first of the offsets."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])  # 16 bytes a thread
-    places = start + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    near = gl.load(neighbours + places, mask=places < end, other=num_rows)  # (ROWS,) of line 0 of (27, N)
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    near = gl.load(neighbours + start + row, mask=start + row < end, other=num_rows)  # (ROWS,) of line 0 of (27, N)
     for step in range((end - start + ROWS - 1) // ROWS):
         stage = step % STAGES
+        places = start + step * ROWS + row
         for group in gl.static_range(GROUPS):
             row_of = near
             if group + 1 < GROUPS:  # (ROWS,) of the next line of (27, N)
@@ -133,7 +134,6 @@ def _produce(  # noqa: PLR0913
             there = row_of < num_rows
             _copy(feats, row_of, there, channel, feats_ring, stage * GROUPS + group, CHANNELS, BLOCK, layout)
         async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
-        places += ROWS
 
 
 @no_type_check
