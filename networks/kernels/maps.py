@@ -19,6 +19,8 @@ ROWS_PER_PROGRAM = 512
 ROWS_PER_COUNT = 4096  # of a program that counts cells: few additions to the same numbers
 FEW_ROWS = 2**20  # above it programs that read what others counted take more rows each
 NUMBERS_PER_PROGRAM = 4096  # taken by take_rows
+WORDS_PER_PROGRAM = 1024  # laid into tables
+FEW_PARTS = 64  # laid at once by one compiled kernel, however many they are
 
 
 def morton_keys(coords: Int[Tensor, "N 4"], bits: int) -> Int64[Tensor, " N"]:
@@ -498,6 +500,58 @@ def _take_rows(values, rows, out, num_rows, CHANNELS: tl.constexpr, TILE: tl.con
     row = tl.load(rows + places, mask=places < num_rows, other=0)  # (TILE,)
     taken = tl.load(values + row[:, None] * CHANNELS + channels[None, :], mask=keep)  # (TILE, WIDTH) of (N, C)
     tl.store(out + places[:, None] * CHANNELS + channels[None, :], taken, mask=keep)
+
+
+def lay_parts(parts: Sequence[tuple[Shaped[Tensor, "..."] | None, Shaped[Tensor, "..."], int | None]]) -> None:
+    """Copies each part to the front of its table's sides; with a number, that fills what the part leaves of the table.
+
+    A part that is None leaves all of it. Tables of one side alone are filled. One kernel does all of it, told where
+    from and where to in one table of addresses: starting a copy each takes longer than the copies.
+    """
+    kept, plan, start = [], [], 0
+    for part, table, rest in parts:
+        part = part if part is None else part.contiguous()
+        lines, columns, pitch = _lines(part, table)
+        width = columns if rest is None else pitch
+        blocks = ceil_div(width, WORDS_PER_PROGRAM)
+        if lines * blocks:
+            words, source = table.element_size() // 4, table if part is None else part
+            kept.append(source)
+            plan += [source.data_ptr(), table.data_ptr(), columns, pitch, width, blocks, words, rest or 0, start]
+            start += lines * blocks
+    if start:
+        device = kept[0].device
+        told = torch.tensor(plan, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        _lay_parts[(start,)](told, len(kept), max(power_of_two(len(kept)), FEW_PARTS), WORDS_PER_PROGRAM)
+
+
+def _lines(part: Shaped[Tensor, "..."] | None, table: Shaped[Tensor, "..."]) -> tuple[int, int, int]:
+    """How many lines a part has, their words, and those of the table's; one line where all sides but one are alike."""
+    words = table.element_size() // 4  # of 32 bits
+    if part is None or part.shape[1:] == table.shape[1:]:
+        return 1, 0 if part is None else part.numel() * words, table.numel() * words
+    return part.shape[0], part[0].numel() * words, table[0].numel() * words
+
+
+@no_type_check
+@quick
+@triton.jit(do_not_specialize=["num_parts"])
+def _lay_parts(told, num_parts, PARTS: tl.constexpr, TILE: tl.constexpr):
+    """Rows of `told`: addresses from and to, words of both lines, words to write, blocks a line, words a number, rest,
+    the first program.
+    """
+    lane, pid = tl.arange(0, PARTS), tl.program_id(0)
+    starts = tl.load(told + lane * 9 + 8, mask=lane < num_parts, other=2**62)  # (PARTS,)
+    told += (tl.sum((starts <= pid).to(tl.int32)) - 1) * 9
+    source = tl.load(told).to(tl.pointer_type(tl.int32))
+    table = tl.load(told + 1).to(tl.pointer_type(tl.int32))
+    columns, pitch, width = tl.load(told + 2), tl.load(told + 3), tl.load(told + 4)
+    blocks, words, rest = tl.load(told + 5), tl.load(told + 6), tl.load(told + 7)
+    line, block = (pid - tl.load(told + 8)) // blocks, (pid - tl.load(told + 8)) % blocks
+    column = block * TILE + tl.arange(0, TILE)
+    value = tl.load(source + line * columns + column, mask=column < columns, other=0)  # (TILE,)
+    low = tl.where(column % words == 0, rest, 0).to(tl.int32)  # of a number of two words the second is its upper half
+    tl.store(table + line * pitch + column, tl.where(column < columns, value, low), mask=column < width)
 
 
 def window_keys(

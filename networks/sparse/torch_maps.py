@@ -149,6 +149,18 @@ def take_rows(values: Shaped[Tensor, "N C"], rows: Int64[Tensor, " M"]) -> Shape
     return values.index_select(0, rows)
 
 
+def lay_parts(parts: Sequence[tuple[Shaped[Tensor, "..."] | None, Shaped[Tensor, "..."], int | None]]) -> None:
+    """Copies each part to the front of its table's sides; with a number, that fills what the part leaves of the table.
+
+    A part that is None leaves all of it. Tables of one side alone are filled.
+    """
+    for part, table, rest in parts:
+        if rest is not None:
+            table.fill_(rest)
+        if part is not None:
+            table[tuple(map(slice, part.shape))].copy_(part)
+
+
 def window_keys(
     coords: Int32[Tensor, "N 4"],
     keys: Int[Tensor, " N"],

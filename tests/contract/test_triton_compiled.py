@@ -288,6 +288,7 @@ def test_row_operations_and_maps_compile():
     for kernel in (maps._count_pairs, maps._list_offsets):
         compiled(kernel, "i32", TILE=512)
     compiled(maps._count_cells, "i32", types={"size_b": "i32"}, BITS=8, LEVELS=4, TILE=4096)
+    compiled(maps._lay_parts, types={"told": "*i64", "num_parts": "i32"}, PARTS=32, TILE=1024)
     compiled(maps._count_firsts, "i32", LEVELS=3, TILE=512)
     groups = {name: "*i64" for name in maps._group.kernel.arg_names if name.startswith(("cells", "parent", "children"))}
     sizes = dict.fromkeys(("num_second", "num_third"), "i32")

@@ -165,6 +165,35 @@ def test_interpreted_maps_of_cells_equal_plain_torch(count, generator, monkeypat
 
 
 @in_interpreter
+@pytest.mark.parametrize("words", [4, 1024])
+def test_interpreted_maps_are_laid_into_longer_tables_as_in_plain_torch(words, generator, monkeypatch):
+    monkeypatch.setattr(maps, "WORDS_PER_PROGRAM", words)
+
+    def drawn(kind, *shape):
+        return torch.randint(2**33, shape, generator=generator).to(kind)
+
+    for kind in (torch.int32, torch.int64):
+        parts = [
+            (drawn(kind, 27, 50), drawn(kind, 27, 70), None),
+            (drawn(kind, 27, 50), drawn(kind, 27, 50), None),
+            (drawn(kind, 8, 0), drawn(kind, 8, 3), None),
+            (drawn(kind, 9, 4)[::2], drawn(kind, 7, 4), None),
+            (drawn(kind, 33), drawn(kind, 47), None),
+            (drawn(kind, 33), drawn(kind, 47), 33),
+            (drawn(kind, 47), drawn(kind, 47), 12),
+            (None, drawn(kind, 1), 5),
+        ]
+        for some in (parts, parts[2:3], parts[:1], []):
+            mine, plain = ([(part, table.clone(), rest) for part, table, rest in some] for _ in range(2))
+            maps.lay_parts(mine)
+            torch_maps.lay_parts(plain)
+            for (part, one, rest), (_, other, _) in zip(mine, plain, strict=True):
+                assert torch.equal(one, other)
+                assert part is None or torch.equal(one[tuple(map(slice, part.shape))], part)
+                assert rest is None or (one[0 if part is None else len(part) :] == rest).all()
+
+
+@in_interpreter
 @pytest.mark.parametrize("channels", [1, 6, 32])
 def test_interpreted_sums_and_copies_of_children(channels, generator, assert_close):
     cells = scattered((9, 7, 8), 200, generator).coarsening
