@@ -4,6 +4,7 @@ The same numbers as torch_maps.py computes, by the same functions, in one pass o
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import no_type_check
 
 import torch
@@ -16,8 +17,11 @@ from networks.kernels.launch import ceil_div, power_of_two, quick
 
 ROWS_PER_PROGRAM = 512
 ROWS_PER_COUNT = 4096  # of a program that counts cells: few additions to the same numbers
+FEW_ROWS = 2**20  # above it programs that read what others counted take more rows each
 NUMBERS_PER_PROGRAM = 4096  # taken by take_rows
 MOST_NARROW_CHUNKS = 64  # whose numbers fit 32 bits beside 26 of a row's neighbours
+WORDS_PER_PROGRAM = 1024  # laid into tables
+FEW_PARTS = 64  # laid at once by one compiled kernel, however many they are
 
 
 def morton_keys(coords: Int[Tensor, "N 4"], bits: int) -> Int64[Tensor, " N"]:
@@ -142,8 +146,8 @@ def _decode(keys, coords, num_rows, BITS: tl.constexpr, TILE: tl.constexpr):
 
 def neighbours(
     keys: Int64[Tensor, " N"], bits: int, spatial_shape: tuple[int, int, int], batch_size: int
-) -> tuple[Int32[Tensor, "27 N"], Int32[Tensor, " N"], Int64[Tensor, ""]]:
-    """Rows of the 27 neighbours by a look-up table, a bit for each that exists, and their number."""
+) -> tuple[Int32[Tensor, "27 N"], Int32[Tensor, " N"], Int32[Tensor, " P"]]:
+    """Rows of the 27 neighbours by a look-up table, a bit for each that exists, and how many exist, in parts."""
     num_rows, device = len(keys), keys.device
     size_x, size_y, size_z = (n + 2 for n in spatial_shape)
     table = torch.full((batch_size * size_x * size_y * size_z,), num_rows, dtype=torch.int32, device=device)
@@ -154,7 +158,7 @@ def neighbours(
     if num_rows:
         _fill[grid](keys, table, num_rows, size_x, size_y, size_z, bits, ROWS_PER_PROGRAM)
         _look_up[grid](keys, table, found, alive, counts, num_rows, size_x, size_y, size_z, bits, ROWS_PER_PROGRAM)
-    return found, alive, counts.sum()
+    return found, alive, counts
 
 
 @no_type_check
@@ -233,46 +237,132 @@ def _count_cells(keys, counts, num_rows, size_b, BITS: tl.constexpr, LEVELS: tl.
 
 
 def group_cells(
-    keys: Int64[Tensor, " N"], num_cells: int
-) -> tuple[Int64[Tensor, " M"], Int64[Tensor, " N"], Int64[Tensor, "8 M"]]:
-    """Keys of the cells that sorted keys lie in, each row's cell, and each cell's rows by octant (N: none)."""
-    num_rows, device = len(keys), keys.device
-    firsts = torch.empty(num_rows, dtype=torch.int32, device=device)
-    parent = torch.empty(num_rows, dtype=torch.int64, device=device)
-    if num_rows == 0:
-        return keys.clone(), parent, keys.new_empty((8, 0))
-    grid = (ceil_div(num_rows, ROWS_PER_PROGRAM),)
-    _mark_firsts[grid](keys, firsts, num_rows, ROWS_PER_PROGRAM)
-    numbers = firsts.cumsum(0, dtype=torch.int32)
-    cells = torch.empty(num_cells, dtype=torch.int64, device=device)
-    children = torch.full((8, num_cells), num_rows, dtype=torch.int64, device=device)
-    _group[grid](keys, numbers, cells, parent, children, num_rows, num_cells, ROWS_PER_PROGRAM)
-    return cells, parent, children
+    keys: Int64[Tensor, " N"], sizes: Sequence[int]
+) -> list[tuple[Int64[Tensor, " _"], Int64[Tensor, " _"], Int64[Tensor, "8 _"]]]:
+    """Sorted keys grouped by cells, these again, ..., up to three times; `sizes` says into how many cells.
+
+    Of each grouping the cells' keys, each row's cell, and each cell's rows by octant (as many as there are rows: none).
+    """
+    num_rows, device, all_sizes = len(keys), keys.device, (len(keys), *sizes)
+    grouped = []
+    for below, size in pairwise(all_sizes):
+        made = torch.empty(size, dtype=torch.int64, device=device), torch.empty(below, dtype=torch.int64, device=device)
+        grouped.append((*made, torch.empty((8, size), dtype=torch.int64, device=device)))
+    if num_rows:
+        tile = ROWS_PER_PROGRAM if num_rows <= FEW_ROWS else ROWS_PER_COUNT
+        grid, absent = (ceil_div(num_rows, tile),), 3 - len(sizes)
+        firsts = torch.empty((len(sizes), *grid), dtype=torch.int32, device=device)
+        _count_firsts[grid](keys, firsts, num_rows, *grid, len(sizes), tile)
+        outputs = (*(part for one in grouped for part in one), *(None,) * 3 * absent)
+        _group[grid](keys, firsts, *outputs, *all_sizes, *(0,) * absent, *grid, len(sizes), tile)
+    return grouped
 
 
 @no_type_check
 @quick
-@triton.jit(do_not_specialize=["num_rows"])
-def _mark_firsts(keys, firsts, num_rows, TILE: tl.constexpr):
-    """1 where a row is the first of its cell."""
-    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    inside = rows < num_rows
-    cell = tl.load(keys + rows, mask=inside, other=0) >> 3  # (TILE,)
-    before = tl.load(keys + rows - 1, mask=inside & (rows > 0), other=-1) >> 3  # (TILE,)
-    tl.store(firsts + rows, (cell != before).to(tl.int32), mask=inside)
-
-
-@no_type_check
-@quick
-@triton.jit(do_not_specialize=["num_rows", "num_cells"])
-def _group(keys, numbers, cells, parent, children, num_rows, num_cells, TILE: tl.constexpr):
+@triton.jit(do_not_specialize=["num_rows", "num_blocks"])
+def _count_firsts(keys, firsts, num_rows, num_blocks, LEVELS: tl.constexpr, TILE: tl.constexpr):
+    """Rows of a program that are the first of their cell, for each time that keys are grouped."""
     rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = rows < num_rows
     key = tl.load(keys + rows, mask=inside, other=0)  # (TILE,)
-    cell = tl.load(numbers + rows, mask=inside, other=1).to(tl.int64) - 1  # (TILE,)
-    tl.store(parent + rows, cell, mask=inside)
-    tl.store(cells + cell, key >> 3, mask=inside)  # all rows of a cell write the same number
-    tl.store(children + (key & 7) * num_cells.to(tl.int64) + cell, rows, mask=inside)
+    before = tl.load(keys + rows - 1, mask=inside & (rows > 0), other=-1)  # (TILE,)
+    for level in tl.static_range(LEVELS):
+        first = inside & ((key >> (3 * level + 3)) != (before >> (3 * level + 3)))
+        tl.store(firsts + level * num_blocks + tl.program_id(0), tl.sum(first.to(tl.int32)))
+
+
+@no_type_check
+@triton.jit
+def _sum_before(numbers, count, TILE: tl.constexpr):
+    """Of the first `count` numbers."""
+    total = tl.zeros((TILE,), dtype=tl.int32)
+    for start in range(0, count, TILE):
+        places = start + tl.arange(0, TILE)
+        total += tl.load(numbers + places, mask=places < count, other=0)  # (TILE,)
+    return tl.sum(total)
+
+
+@no_type_check
+@triton.jit
+def _group_once(  # noqa: PLR0913
+    key, before, after, own, inside, firsts, cells, parent, children, num_rows, num_cells, TILE: tl.constexpr
+):
+    """Cells of rows that stand for `own` rows of the level below, whose keys these are; gives the cell of each."""
+    cell, octant = key >> 3, key & 7
+    first = inside & (cell != before >> 3)
+    number = _sum_before(firsts, tl.program_id(0), TILE).to(tl.int64) - 1 + tl.cumsum(first.to(tl.int32), 0)
+    stands = inside & (key != before)
+    tl.store(cells + number, cell, mask=first)
+    tl.store(parent + own, number, mask=stands)
+    above = tl.where(first, -1, before & 7)  # the octant of the row before, in this cell
+    last = inside & (cell != after >> 3)
+    for k in tl.static_range(8):
+        gap = (stands & (k > above) & (k < octant)) | (last & (k > octant))
+        row = tl.where(k == octant, own, num_rows.to(tl.int64))
+        tl.store(children + k * num_cells.to(tl.int64) + number, row, mask=gap | (stands & (k == octant)))
+    return number
+
+
+@no_type_check
+@quick
+@triton.jit(do_not_specialize=["num_rows", "num_cells", "num_second", "num_third", "num_blocks"])
+def _group(  # noqa: PLR0913
+    keys,
+    firsts,
+    cells,
+    parent,
+    children,
+    cells_second,
+    parent_second,
+    children_second,
+    cells_third,
+    parent_third,
+    children_third,
+    num_rows,
+    num_cells,
+    num_second,
+    num_third,
+    num_blocks,
+    LEVELS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = rows < num_rows
+    key = tl.load(keys + rows, mask=inside, other=0)  # (TILE,)
+    before = tl.load(keys + rows - 1, mask=inside & (rows > 0), other=-1)  # (TILE,)
+    after = tl.load(keys + rows + 1, mask=rows + 1 < num_rows, other=-1)  # (TILE,)
+    own = _group_once(key, before, after, rows, inside, firsts, cells, parent, children, num_rows, num_cells, TILE)
+    if LEVELS > 1:
+        own = _group_once(
+            key >> 3,
+            before >> 3,
+            after >> 3,
+            own,
+            inside,
+            firsts + num_blocks,
+            cells_second,
+            parent_second,
+            children_second,
+            num_cells,
+            num_second,
+            TILE,
+        )
+    if LEVELS > 2:
+        _group_once(
+            key >> 6,
+            before >> 6,
+            after >> 6,
+            own,
+            inside,
+            firsts + 2 * num_blocks,
+            cells_third,
+            parent_third,
+            children_third,
+            num_second,
+            num_third,
+            TILE,
+        )
 
 
 def by_neighbourhood(
@@ -416,6 +506,58 @@ def _take_rows(values, rows, out, num_rows, CHANNELS: tl.constexpr, TILE: tl.con
     row = tl.load(rows + places, mask=places < num_rows, other=0)  # (TILE,)
     taken = tl.load(values + row[:, None] * CHANNELS + channels[None, :], mask=keep)  # (TILE, WIDTH) of (N, C)
     tl.store(out + places[:, None] * CHANNELS + channels[None, :], taken, mask=keep)
+
+
+def lay_parts(parts: Sequence[tuple[Shaped[Tensor, "..."] | None, Shaped[Tensor, "..."], int | None]]) -> None:
+    """Copies each part to the front of its table's sides; with a number, that fills what the part leaves of the table.
+
+    A part that is None leaves all of it. Tables of one side alone are filled. One kernel does all of it, told where
+    from and where to in one table of addresses: starting a copy each takes longer than the copies.
+    """
+    kept, plan, start = [], [], 0
+    for part, table, rest in parts:
+        part = part if part is None else part.contiguous()
+        lines, columns, pitch = _lines(part, table)
+        width = columns if rest is None else pitch
+        blocks = ceil_div(width, WORDS_PER_PROGRAM)
+        if lines * blocks:
+            words, source = table.element_size() // 4, table if part is None else part
+            kept.append(source)
+            plan += [source.data_ptr(), table.data_ptr(), columns, pitch, width, blocks, words, rest or 0, start]
+            start += lines * blocks
+    if start:
+        device = kept[0].device
+        told = torch.tensor(plan, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        _lay_parts[(start,)](told, len(kept), max(power_of_two(len(kept)), FEW_PARTS), WORDS_PER_PROGRAM)
+
+
+def _lines(part: Shaped[Tensor, "..."] | None, table: Shaped[Tensor, "..."]) -> tuple[int, int, int]:
+    """How many lines a part has, their words, and those of the table's; one line where all sides but one are alike."""
+    words = table.element_size() // 4  # of 32 bits
+    if part is None or part.shape[1:] == table.shape[1:]:
+        return 1, 0 if part is None else part.numel() * words, table.numel() * words
+    return part.shape[0], part[0].numel() * words, table[0].numel() * words
+
+
+@no_type_check
+@quick
+@triton.jit(do_not_specialize=["num_parts"])
+def _lay_parts(told, num_parts, PARTS: tl.constexpr, TILE: tl.constexpr):
+    """Rows of `told`: addresses from and to, words of both lines, words to write, blocks a line, words a number, rest,
+    the first program.
+    """
+    lane, pid = tl.arange(0, PARTS), tl.program_id(0)
+    starts = tl.load(told + lane * 9 + 8, mask=lane < num_parts, other=2**62)  # (PARTS,)
+    told += (tl.sum((starts <= pid).to(tl.int32)) - 1) * 9
+    source = tl.load(told).to(tl.pointer_type(tl.int32))
+    table = tl.load(told + 1).to(tl.pointer_type(tl.int32))
+    columns, pitch, width = tl.load(told + 2), tl.load(told + 3), tl.load(told + 4)
+    blocks, words, rest = tl.load(told + 5), tl.load(told + 6), tl.load(told + 7)
+    line, block = (pid - tl.load(told + 8)) // blocks, (pid - tl.load(told + 8)) % blocks
+    column = block * TILE + tl.arange(0, TILE)
+    value = tl.load(source + line * columns + column, mask=column < columns, other=0)  # (TILE,)
+    low = tl.where(column % words == 0, rest, 0).to(tl.int32)  # of a number of two words the second is its upper half
+    tl.store(table + line * pitch + column, tl.where(column < columns, value, low), mask=column < width)
 
 
 def window_keys(

@@ -6,6 +6,7 @@ nothing that they sum depends on a table's length: values and gradients are the 
 serve, `run` gives None.
 """
 
+import itertools
 import logging
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -18,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from networks.sparse import ops
+from networks.sparse.maps import maps_for
 from networks.sparse.tensor import SparseTensor
 from networks.sparse.topology import Coarsening, Level, NeighbourLists, Tiles, Windows
 
@@ -52,6 +54,10 @@ class _Filled(NamedTuple):
     padded: bool
 
 
+# A map, the table it is laid into, and what fills the rest of that table, if anything does.
+_Part = tuple[Tensor | None, Tensor, int | None]
+
+
 class Tables(Level):
     """A level that kernels meet in graphs: its maps lie in tables, made when first asked for, laid anew for each batch.
 
@@ -67,7 +73,7 @@ class Tables(Level):
             self.length = max(self.length, before.length)
         self.live = torch.zeros(1, dtype=torch.int32, device=source.device)
         self._filled: dict[Hashable, _Filled] = {}
-        self.lay(source)
+        maps_for(source.device).lay_parts(self.parts_of(source))
 
     def has_kernels_for(self, source: Level) -> bool:
         """Whether the kernels that were recorded are those of another batch's neighbourhoods."""
@@ -83,25 +89,18 @@ class Tables(Level):
         ]
         return all(needed <= there for needed, there in sizes)
 
-    def lay(self, source: Level) -> None:
+    def parts_of(self, source: Level) -> list[_Part]:
+        """Another batch's maps and how many rows it has, and the tables where all of these are to be laid."""
         self.source, self.count, self.spatial_shape = weakref.ref(source), len(source), source.spatial_shape
-        self.live.fill_(self.count)
-        self._fill(*self._filled.values())
+        return [(None, self.live, self.count), *self._parts(*self._filled.values())]
 
-    def _fill(self, *all_filled: _Filled) -> None:
-        """Long rows of one type together: the host takes as long to start each small copy."""
-        copies: dict[tuple[torch.dtype, bool], tuple[list[Tensor], list[Tensor]]] = {}
-        for filled in all_filled:
-            for part, table in zip(filled.read(self.source()), filled.tables, strict=True):
-                if part is not None:
-                    if filled.padded and part.shape != table.shape:
-                        table.fill_(self.count)
-                    there = table[tuple(map(slice, part.shape))]
-                    tables, parts = copies.setdefault((part.dtype, there.is_contiguous()), ([], []))
-                    tables.append(there)
-                    parts.append(part)
-        for tables, parts in copies.values():
-            torch._foreach_copy_(tables, parts)
+    def _parts(self, *all_filled: _Filled) -> list[_Part]:
+        return [
+            (part, table, self.count if filled.padded else None)
+            for filled in all_filled
+            for part, table in zip(filled.read(self.source()), filled.tables, strict=True)
+            if part is not None
+        ]
 
     def _tables(
         self,
@@ -114,7 +113,7 @@ class Tables(Level):
             both = zip(read(self.source()), shapes, strict=True)
             tables = [None if part is None else part.new_zeros(shape) for part, shape in both]
             self._filled[key] = _Filled(read, tables, padded)
-            self._fill(self._filled[key])
+            maps_for(self.device).lay_parts(self._parts(self._filled[key]))
         return self._filled[key].tables
 
     def __len__(self) -> int:
@@ -224,8 +223,8 @@ class NetworkGraphs:
         for recorded in self.recorded.values():
             recorded.turn += 1
         if self.tables and all(table.fits(level) for table, level in zip(self.tables, levels, strict=True)):
-            for table, level in zip(self.tables, levels, strict=True):
-                table.lay(level)
+            laid = [table.parts_of(level) for table, level in zip(self.tables, levels, strict=True)]
+            maps_for(levels[0].device).lay_parts(list(itertools.chain(*laid)))
             return True
         before, self.recorded = self.tables or [None] * len(levels), {}
         for table in self.tables:

@@ -225,18 +225,19 @@ class Level:
     def _read_neighbours(levels: Sequence["Level"]) -> None:
         """Mean neighbours of several levels, where they are not known; the device is waited for once."""
         unknown = [level for level in levels if "mean neighbours" not in level._kept]
-        numbers = torch.stack([level._neighbourhood[2] for level in unknown]).tolist() if unknown else []
-        for level, number in zip(unknown, numbers, strict=True):
-            level._kept["mean neighbours"] = number / max(len(level), 1)
+        parts = [level._neighbourhood[2] for level in unknown]
+        numbers = iter(torch.cat(parts).tolist() if parts else [])
+        for level, part in zip(unknown, parts, strict=True):
+            level._kept["mean neighbours"] = sum(itertools.islice(numbers, len(part))) / max(len(level), 1)
 
     @cached_property
-    def _neighbourhood(self) -> tuple[Int32[Tensor, "27 N"], Int32[Tensor, " N"] | None, Int64[Tensor, ""]]:
-        """Neighbours, the bits of `_alive` where they came along, and the number of neighbours."""
+    def _neighbourhood(self) -> tuple[Int32[Tensor, "27 N"], Int32[Tensor, " N"] | None, Int[Tensor, " P"]]:
+        """Neighbours, the bits of `_alive` where they came along, and the number of neighbours, in parts."""
         cells = self.batch_size * math.prod(n + 2 for n in self.spatial_shape)
         if cells <= min(MAX_TABLE_CELLS, 256 * len(self) + 2**20):
             return maps_for(self.device).neighbours(self.keys, self.bits, self.spatial_shape, self.batch_size)
         table = self._neighbours_by_search()
-        return table, None, (table < len(self)).sum()
+        return table, None, (table < len(self)).sum()[None]
 
     @cached_property
     def _alive(self) -> Int32[Tensor, " N"]:
@@ -305,13 +306,22 @@ class Level:
 
     @cached_property
     def _cells(self) -> tuple["Level", Int64[Tensor, " N"], Int64[Tensor, "8 M"]]:
-        """The coarse level, parents and children. Knows not this level, or neither would be freed by counting."""
+        """The coarse level, parents and children, and of those below whose sizes are known: few kernels for all.
+
+        Knows not this level, or neither would be freed by counting.
+        """
         if self.bits == 1:
             raise ValueError(f"a level of {self.spatial_shape} voxels cannot be halved again")
-        keys, parent, children = maps_for(self.device).group_cells(self.keys, sum(self._count(1)))
-        shape = tuple((n + 1) // 2 for n in self.spatial_shape)
-        sizes = {"batch_size": self.batch_size, "bits": self.bits - 1, "counts": self._counts[1:]}
-        return Level(keys, spatial_shape=shape, **sizes), parent, children
+        self._count(1)
+        grouped = maps_for(self.device).group_cells(self.keys, [sum(counts) for counts in self._counts[1:]])
+        shape, chain = self.spatial_shape, []
+        for number, (keys, parent, children) in enumerate(grouped, 1):
+            shape = tuple((n + 1) // 2 for n in shape)
+            sizes = {"batch_size": self.batch_size, "bits": self.bits - number, "counts": self._counts[number:]}
+            chain.append((Level(keys, spatial_shape=shape, **sizes), parent, children))
+        for (coarse, *_), cells in itertools.pairwise(chain):
+            coarse.__dict__["_cells"] = cells
+        return chain[0]
 
     def prepare(self, *convolved: bool) -> "Level":
         """Builds what must wait for the device, for this level and those below it, and gives the coarsest.

@@ -63,8 +63,8 @@ def morton_coords(keys: Int64[Tensor, " N"], bits: int) -> Int32[Tensor, "N 4"]:
 
 def neighbours(
     keys: Int64[Tensor, " N"], bits: int, spatial_shape: tuple[int, int, int], batch_size: int
-) -> tuple[Int32[Tensor, "27 N"], None, Int64[Tensor, ""]]:
-    """Rows of the 27 neighbours, no bits (they would cost as much again, and few ask for them), and their number.
+) -> tuple[Int32[Tensor, "27 N"], None, Int64[Tensor, "1"]]:
+    """Rows of the 27 neighbours, no bits (they would cost as much again, and few ask for them), and how many exist.
 
     One look-up table over the grid with an empty margin: a neighbour is a constant step away.
     """
@@ -78,7 +78,7 @@ def neighbours(
     for k in range(27):
         step = ((k // 9 - 1) * size_y + (k // 3 % 3 - 1)) * size_z + (k % 3 - 1)
         torch.index_select(table, 0, cell + step, out=found[k])
-    return found, None, (found < num_rows).sum()
+    return found, None, (found < num_rows).sum()[None]
 
 
 def count_cells(keys: Int64[Tensor, " N"], bits: int, batch_size: int, halvings: int) -> Int64[Tensor, "L B"]:
@@ -90,9 +90,22 @@ def count_cells(keys: Int64[Tensor, " N"], bits: int, batch_size: int, halvings:
 
 
 def group_cells(
+    keys: Int64[Tensor, " N"], sizes: Sequence[int]
+) -> list[tuple[Int64[Tensor, " _"], Int64[Tensor, " _"], Int64[Tensor, "8 _"]]]:
+    """Sorted keys grouped by cells, these again, ..., up to three times; `sizes` says into how many cells.
+
+    Of each grouping the cells' keys, each row's cell, and each cell's rows by octant (as many as there are rows: none).
+    """
+    grouped = []
+    for size in sizes:
+        grouped.append(_group(keys, size))
+        keys = grouped[-1][0]
+    return grouped
+
+
+def _group(
     keys: Int64[Tensor, " N"], num_cells: int
 ) -> tuple[Int64[Tensor, " M"], Int64[Tensor, " N"], Int64[Tensor, "8 M"]]:
-    """Keys of the cells that sorted keys lie in, each row's cell, and each cell's rows by octant (N: none)."""
     of_row = keys >> 3
     parent = F.pad((of_row[1:] != of_row[:-1]).cumsum(0), (1, 0))[: len(keys)]
     cells = keys.new_empty(num_cells).scatter_(0, parent, of_row)  # all rows of a cell write the same number
@@ -134,6 +147,18 @@ def neighbour_lists(
 def take_rows(values: Shaped[Tensor, "N C"], rows: Int64[Tensor, " M"]) -> Shaped[Tensor, "M C"]:
     """values[rows]."""
     return values.index_select(0, rows)
+
+
+def lay_parts(parts: Sequence[tuple[Shaped[Tensor, "..."] | None, Shaped[Tensor, "..."], int | None]]) -> None:
+    """Copies each part to the front of its table's sides; with a number, that fills what the part leaves of the table.
+
+    A part that is None leaves all of it. Tables of one side alone are filled.
+    """
+    for part, table, rest in parts:
+        if rest is not None:
+            table.fill_(rest)
+        if part is not None:
+            table[tuple(map(slice, part.shape))].copy_(part)
 
 
 def window_keys(

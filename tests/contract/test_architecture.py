@@ -212,7 +212,7 @@ def signatures_of(path):
 
 def test_both_modules_of_maps_have_equal_functions():
     plain, fused = (signatures_of(ROOT / "networks" / name) for name in ("sparse/torch_maps.py", "kernels/maps.py"))
-    assert plain == fused and len(plain) == 11
+    assert plain == fused and len(plain) == 12
 
 
 def test_every_convolution_backend_has_the_same_functions():

@@ -314,10 +314,18 @@ def test_row_operations_and_maps_compile():
         compiled(kernel, "i32", BITS=8, TILE=512)
     for kernel in (maps._fill, maps._look_up):
         compiled(kernel, "i32", BITS=8, TILE=512)
-    for kernel in (maps._count_pairs, maps._list_offsets, maps._mark_firsts):
+    for kernel in (maps._count_pairs, maps._list_offsets):
         compiled(kernel, "i32", TILE=512)
     compiled(maps._count_cells, "i32", types={"size_b": "i32"}, BITS=8, LEVELS=4, TILE=4096)
-    compiled(maps._group, "i32", types={"cells": "*i64"}, TILE=512)
+    compiled(maps._lay_parts, types={"told": "*i64", "num_parts": "i32"}, PARTS=32, TILE=1024)
+    compiled(maps._count_firsts, "i32", LEVELS=3, TILE=512)
+    groups = {name: "*i64" for name in maps._group.kernel.arg_names if name.startswith(("cells", "parent", "children"))}
+    sizes = dict.fromkeys(("num_second", "num_third"), "i32")
+    compiled(maps._group, "i32", types=groups | sizes, LEVELS=3, TILE=512)
+    absent = dict.fromkeys(name for name in groups if name.endswith(("second", "third")))
+    compiled(
+        maps._group, "i32", types=groups | sizes | dict.fromkeys(absent, "constexpr"), LEVELS=1, TILE=512, **absent
+    )
     for keys in ("*i32", "*i64"):
         compiled(maps._sorting_keys, "i32", types={"keys": keys}, CHUNK=16384, TILE=512)
     compiled(maps._take_columns, "i32", TILE=512)

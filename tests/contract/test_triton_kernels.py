@@ -123,15 +123,11 @@ def test_interpreted_maps_equal_plain_torch(count, generator):
     level, count = Level.from_coords(two, (8, 9, 7), 2)[0], 2 * count
     found, alive, number = maps.neighbours(level.keys, level.bits, (8, 9, 7), 2)
     assert torch.equal(found, level.neighbours)
-    assert torch.equal(alive, level._alive) and int(number) == int((level.neighbours < count).sum())
+    assert torch.equal(alive, level._alive) and int(number.sum()) == int((level.neighbours < count).sum())
     lists = maps.neighbour_lists(found)
     for k, (rows, near) in enumerate(level.neighbour_pairs):
         assert int(lists[2][k]) == len(rows)
         assert torch.equal(lists[0][k, : len(rows)].long(), rows) and torch.equal(lists[1][k, : len(rows)].long(), near)
-    grouped = level.coarsening
-    keys, parent, children = maps.group_cells(level.keys, len(grouped.coarse))
-    assert torch.equal(keys, grouped.coarse.keys)
-    assert torch.equal(parent, grouped.parent) and torch.equal(children, grouped.children)
     for chunk in (64, 2):  # keys of 32 and of 64 bits
         ordered = (module.by_neighbourhood(found, alive, chunk) for module in (maps, torch_maps))
         for mine, plain in zip(*ordered, strict=True):
@@ -150,6 +146,52 @@ def test_interpreted_maps_equal_plain_torch(count, generator):
         for tile, rows in enumerate(level.neighbours.split(size, 1)):
             there = [k for k in range(27) if (rows[k] < count).any()]
             assert offsets[tile, : counts[tile]].tolist() == there
+
+
+@in_interpreter
+@pytest.mark.parametrize("count", [0, 1, 77, 504])
+def test_interpreted_maps_of_cells_equal_plain_torch(count, generator, monkeypatch):
+    """Of several halvings at once, over more programs than one reads counts of at a time."""
+    monkeypatch.setattr(maps, "ROWS_PER_PROGRAM", 16)
+    level = scattered((8, 9, 7), count, generator)
+    two = torch.cat([level.coords, level.coords[::2] + torch.tensor([1, 0, 0, 0], dtype=torch.int32)])
+    level = Level.from_coords(two, (8, 9, 7), 2)[0]
+    for few_rows in (2**20, 0):
+        monkeypatch.setattr(maps, "FEW_ROWS", few_rows)
+        for halvings in (1, 2, 3):
+            sizes = [len(set((level.keys >> 3 * k).tolist())) for k in range(1, halvings + 1)]
+            mine, plain = maps.group_cells(level.keys, sizes), torch_maps.group_cells(level.keys, sizes)
+            for one, other in zip(mine, plain, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@in_interpreter
+@pytest.mark.parametrize("words", [4, 1024])
+def test_interpreted_maps_are_laid_into_longer_tables_as_in_plain_torch(words, generator, monkeypatch):
+    monkeypatch.setattr(maps, "WORDS_PER_PROGRAM", words)
+
+    def drawn(kind, *shape):
+        return torch.randint(2**33, shape, generator=generator).to(kind)
+
+    for kind in (torch.int32, torch.int64):
+        parts = [
+            (drawn(kind, 27, 50), drawn(kind, 27, 70), None),
+            (drawn(kind, 27, 50), drawn(kind, 27, 50), None),
+            (drawn(kind, 8, 0), drawn(kind, 8, 3), None),
+            (drawn(kind, 9, 4)[::2], drawn(kind, 7, 4), None),
+            (drawn(kind, 33), drawn(kind, 47), None),
+            (drawn(kind, 33), drawn(kind, 47), 33),
+            (drawn(kind, 47), drawn(kind, 47), 12),
+            (None, drawn(kind, 1), 5),
+        ]
+        for some in (parts, parts[2:3], parts[:1], []):
+            mine, plain = ([(part, table.clone(), rest) for part, table, rest in some] for _ in range(2))
+            maps.lay_parts(mine)
+            torch_maps.lay_parts(plain)
+            for (part, one, rest), (_, other, _) in zip(mine, plain, strict=True):
+                assert torch.equal(one, other)
+                assert part is None or torch.equal(one[tuple(map(slice, part.shape))], part)
+                assert rest is None or (one[0 if part is None else len(part) :] == rest).all()
 
 
 @in_interpreter
