@@ -24,6 +24,7 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.swa_utils import AveragedModel
 
 from app.training.host_copy import HostCopy
+from app.training.kept_adamw import clip_gradients
 from app.training.ranks import average_gradients, mean_of_ranks
 from app.training.side_stream import SideStream
 from app.training.voxel_runs import coords_of, num_voxels
@@ -194,11 +195,10 @@ class TokenizerStep(TrainStep):
 
 def step_optimizer(optimizer: Optimizer, *, scaler: torch.amp.GradScaler, grad_clip: float | None) -> None:
     """One step along the gradients there are, clipped together; none where nothing has a gradient."""
-    learned = [parameter for parameter in parameters_of(optimizer) if parameter.grad is not None]
-    if learned:
+    if any(parameter.grad is not None for parameter in parameters_of(optimizer)):
         scaler.unscale_(optimizer)
         if grad_clip is not None:
-            nn.utils.clip_grad_norm_(learned, grad_clip)
+            clip_gradients(optimizer, max_norm=grad_clip)
         scaler.step(optimizer)
         scaler.update()
 
@@ -245,23 +245,30 @@ def average(network: nn.Module, *, ema_rate: float) -> AveragedModel:
 class _Average(AveragedModel):
     """torch's, which sorts parameters by device and copies buffers one by one at every step; here all lie together.
 
-    Modules are found once: to walk through them takes the host longer than to start the copies.
+    Where parameters and buffers hang is found once: to walk through modules takes the host longer than to start the
+    copies. What hangs there is looked up at each step, for a module may put another tensor in a buffer's place.
     """
 
-    modules_of: tuple[nn.Module, list[nn.Module], list[nn.Module]] | None = None
+    places: tuple[nn.Module, list[list[dict]], list[list[dict]]] | None = None
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        if self.modules_of is None or self.modules_of[0] is not model:
-            found = model, [*self.module.modules()], [*model.modules()]
-            object.__setattr__(self, "modules_of", found)  # nn.Module would take the model for a part of its own
-        _, *both = self.modules_of
-        averaged, current = ([p for one in part for p in one._parameters.values() if p is not None] for part in both)
+        if self.places is None or self.places[0] is not model:
+            both = [*self.module.modules()], [*model.modules()]
+            parameters, buffers = (
+                [[own for one in modules if (own := getattr(one, kind))] for modules in both]
+                for kind in ("_parameters", "_buffers")
+            )
+            found = model, parameters, buffers
+            object.__setattr__(self, "places", found)  # nn.Module would take the model for a part of its own
+        _, *kinds = self.places
+        (averaged, current), (buffers, given) = (
+            [[value for own in part for value in own.values() if value is not None] for part in kind] for kind in kinds
+        )
         if int(self.n_averaged):
             self.multi_avg_fn(averaged, current, self.n_averaged)
         else:
             torch._foreach_copy_(averaged, current)
-        buffers, given = ([b for one in part for b in one._buffers.values() if b is not None] for part in both)
         if buffers:
             torch._foreach_copy_(buffers, given)
         self.n_averaged += 1
