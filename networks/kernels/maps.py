@@ -17,7 +17,6 @@ from networks.kernels.launch import ceil_div, power_of_two, quick
 
 ROWS_PER_PROGRAM = 512
 ROWS_PER_COUNT = 4096  # of a program that counts cells: few additions to the same numbers
-FEW_ROWS = 2**20  # above it programs that read what others counted take more rows each
 NUMBERS_PER_PROGRAM = 4096  # taken by take_rows
 MOST_NARROW_CHUNKS = 64  # whose numbers fit 32 bits beside 26 of a row's neighbours
 WORDS_PER_PROGRAM = 1024  # laid into tables
@@ -249,12 +248,12 @@ def group_cells(
         made = torch.empty(size, dtype=torch.int64, device=device), torch.empty(below, dtype=torch.int64, device=device)
         grouped.append((*made, torch.empty((8, size), dtype=torch.int64, device=device)))
     if num_rows:
-        tile = ROWS_PER_PROGRAM if num_rows <= FEW_ROWS else ROWS_PER_COUNT
-        grid, absent = (ceil_div(num_rows, tile),), 3 - len(sizes)
+        grid, absent = (ceil_div(num_rows, ROWS_PER_PROGRAM),), 3 - len(sizes)
         firsts = torch.empty((len(sizes), *grid), dtype=torch.int32, device=device)
-        _count_firsts[grid](keys, firsts, num_rows, *grid, len(sizes), tile)
+        _count_firsts[grid](keys, firsts, num_rows, *grid, len(sizes), ROWS_PER_PROGRAM)
+        ends = firsts.cumsum(1, dtype=torch.int32)
         outputs = (*(part for one in grouped for part in one), *(None,) * 3 * absent)
-        _group[grid](keys, firsts, *outputs, *all_sizes, *(0,) * absent, *grid, len(sizes), tile)
+        _group[grid](keys, ends, *outputs, *all_sizes, *(0,) * absent, *grid, len(sizes), ROWS_PER_PROGRAM)
     return grouped
 
 
@@ -274,24 +273,14 @@ def _count_firsts(keys, firsts, num_rows, num_blocks, LEVELS: tl.constexpr, TILE
 
 @no_type_check
 @triton.jit
-def _sum_before(numbers, count, TILE: tl.constexpr):
-    """Of the first `count` numbers."""
-    total = tl.zeros((TILE,), dtype=tl.int32)
-    for start in range(0, count, TILE):
-        places = start + tl.arange(0, TILE)
-        total += tl.load(numbers + places, mask=places < count, other=0)  # (TILE,)
-    return tl.sum(total)
-
-
-@no_type_check
-@triton.jit
 def _group_once(  # noqa: PLR0913
-    key, before, after, own, inside, firsts, cells, parent, children, num_rows, num_cells, TILE: tl.constexpr
+    key, before, after, own, inside, ends, cells, parent, children, num_rows, num_cells
 ):
     """Cells of rows that stand for `own` rows of the level below, whose keys these are; gives the cell of each."""
     cell, octant = key >> 3, key & 7
     first = inside & (cell != before >> 3)
-    number = _sum_before(firsts, tl.program_id(0), TILE).to(tl.int64) - 1 + tl.cumsum(first.to(tl.int32), 0)
+    before_program = tl.load(ends + tl.program_id(0) - 1, mask=tl.program_id(0) > 0, other=0).to(tl.int64)  # ()
+    number = before_program - 1 + tl.cumsum(first.to(tl.int32), 0)
     stands = inside & (key != before)
     tl.store(cells + number, cell, mask=first)
     tl.store(parent + own, number, mask=stands)
@@ -309,7 +298,7 @@ def _group_once(  # noqa: PLR0913
 @triton.jit(do_not_specialize=["num_rows", "num_cells", "num_second", "num_third", "num_blocks"])
 def _group(  # noqa: PLR0913
     keys,
-    firsts,
+    ends,
     cells,
     parent,
     children,
@@ -332,7 +321,7 @@ def _group(  # noqa: PLR0913
     key = tl.load(keys + rows, mask=inside, other=0)  # (TILE,)
     before = tl.load(keys + rows - 1, mask=inside & (rows > 0), other=-1)  # (TILE,)
     after = tl.load(keys + rows + 1, mask=rows + 1 < num_rows, other=-1)  # (TILE,)
-    own = _group_once(key, before, after, rows, inside, firsts, cells, parent, children, num_rows, num_cells, TILE)
+    own = _group_once(key, before, after, rows, inside, ends, cells, parent, children, num_rows, num_cells)
     if LEVELS > 1:
         own = _group_once(
             key >> 3,
@@ -340,13 +329,12 @@ def _group(  # noqa: PLR0913
             after >> 3,
             own,
             inside,
-            firsts + num_blocks,
+            ends + num_blocks,
             cells_second,
             parent_second,
             children_second,
             num_cells,
             num_second,
-            TILE,
         )
     if LEVELS > 2:
         _group_once(
@@ -355,13 +343,12 @@ def _group(  # noqa: PLR0913
             after >> 6,
             own,
             inside,
-            firsts + 2 * num_blocks,
+            ends + 2 * num_blocks,
             cells_third,
             parent_third,
             children_third,
             num_second,
             num_third,
-            TILE,
         )
 
 
