@@ -263,16 +263,10 @@ def _gather_product(  # noqa: PLR0913
     tl.store(out + at, sums.to(out.dtype.element_ty), mask=keep)
 
 
-def row_product(
-    feats: Float[Tensor, "N C"], grad: Float[Tensor, "N F"], level: Level, *, tile: Tile
-) -> Float[Tensor, "27 C F"]:
-    """out[k] = sum over p of feats[neighbours[k, p]]^T grad[p], in float32."""
-    return row_products([(feats, grad)], level, tile=tile)[0]
-
-
 def row_products(
     pairs: list[tuple[Float[Tensor, "N C"], Float[Tensor, "N F"]]], level: Level, *, tile: Tile
 ) -> list[Float[Tensor, "27 C F"]]:
+    """Of each pair: out[k] = sum over p of feats[neighbours[k, p]]^T grad[p], in float32."""
     (num_rows, channels), columns, device = pairs[0][0].shape, pairs[0][1].shape[1], pairs[0][0].device
     if num_rows == 0 or channels == 0 or columns == 0:
         return [feats.new_zeros((27, channels, columns), dtype=torch.float32) for feats, _ in pairs]

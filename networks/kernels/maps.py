@@ -503,6 +503,8 @@ def lay_parts(parts: Sequence[tuple[Shaped[Tensor, "..."] | None, Shaped[Tensor,
     """
     kept, plan, start = [], [], 0
     for part, table, rest in parts:
+        if table.element_size() % 4:
+            raise TypeError(f"tables are of numbers of 4 or 8 bytes, got {table.dtype}")
         part = part if part is None else part.contiguous()
         lines, columns, pitch = _lines(part, table)
         width = columns if rest is None else pitch

@@ -190,6 +190,8 @@ def test_interpreted_maps_are_laid_into_longer_tables_as_in_plain_torch(words, g
                 assert torch.equal(one, other)
                 assert part is None or torch.equal(one[tuple(map(slice, part.shape))], part)
                 assert rest is None or (one[0 if part is None else len(part) :] == rest).all()
+    with pytest.raises(TypeError, match=r"4 or 8 bytes, got torch\.int16"):
+        maps.lay_parts([(None, drawn(torch.int16, 3), 5)])
 
 
 @in_interpreter
